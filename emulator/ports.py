@@ -1,0 +1,122 @@
+"""What the pure state machines need from the world, as protocols.
+
+``hypervisor``, ``bus`` and ``device`` know nothing of QEMU. They are given objects of these shapes: the real
+ones live in ``emulator.machine``, fast fakes in ``emulator.testing``. All calls are made from one thread (the
+event loop's), none of them blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+PAGE_SIZE = 4096
+
+
+class GuestPages(Protocol):
+    """Some guest pages, in the order given, as one run of bytes (a ring, a message page).
+
+    Offsets are bytes from the start of the first page. Offsets outside ``0 <= offset <= size - length`` raise
+    ``IndexError``: callers bound guest-given offsets before they get here.
+    """
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """A private copy."""
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Store ``data``; no promise of atomicity or order beyond x86 program order."""
+
+    def load_u32(self, offset: int) -> int:
+        """One aligned 32-bit load (``offset`` is a multiple of 4)."""
+
+    def store_u32(self, offset: int, value: int) -> None:
+        """One aligned 32-bit store."""
+
+
+class GuestMemory(Protocol):
+    """The one way into guest RAM. Addresses are guest physical (GPA), lengths in bytes."""
+
+    def is_ram(self, gpa: int, length: int) -> bool:
+        """Whether all of ``[gpa, gpa + length)`` is RAM."""
+
+    def read(self, gpa: int, length: int) -> bytes:
+        """A private copy. Raises :class:`~emulator.errors.GuestAddressError`."""
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Store ``data``. Raises :class:`~emulator.errors.GuestAddressError`."""
+
+    def write_code(self, gpa: int, data: bytes) -> None:
+        """Store instructions: always through QEMU, so that no stale translation survives."""
+
+    def pages(self, pfns: Sequence[int]) -> GuestPages:
+        """The pages with these page frame numbers, in this order.
+
+        Raises :class:`~emulator.errors.GuestAddressError` if one of them is not RAM.
+        """
+
+    def fence(self) -> None:
+        """A full memory fence: earlier stores are visible before later loads are made."""
+
+
+class Interrupts(Protocol):
+    """Raises interrupts in the guest."""
+
+    def request(self, vp: int, vector: int, *, auto_eoi: bool = False) -> None:
+        """Edge-triggered fixed interrupt ``vector`` on virtual processor ``vp``; returns at once.
+
+        ``auto_eoi``: the guest will not write EOI; the local APIC must forget the interrupt by itself.
+        """
+
+
+class ReferenceClock(Protocol):
+    """Reference time of the partition (TLFS 12.5), in units of 100 ns since its creation."""
+
+    def now(self) -> int:
+        """The counter; never goes back."""
+
+
+class TimerHandle(Protocol):
+    """A timer that can be called off."""
+
+    def cancel(self) -> None:
+        """No effect if it has fired."""
+
+
+class Timers(Protocol):
+    """One-shot timers; an asyncio event loop is one."""
+
+    def call_later(self, delay: float, callback: Callable[[], None], /) -> TimerHandle:
+        """Call ``callback`` after ``delay`` seconds."""
+
+    def call_soon(self, callback: Callable[[], None], /) -> object:
+        """Call ``callback`` in the next turn of the loop."""
+
+
+class Synic(Protocol):
+    """The host side of the guest's synthetic interrupt controllers, and of its connection ids."""
+
+    @property
+    def vp_count(self) -> int:
+        """Virtual processors of the partition; they are numbered from 0."""
+
+    def post_message(self, vp: int, sint: int, payload: bytes) -> None:
+        """Queue a channel message (type 1, at most 240 bytes) for slot ``sint`` of ``vp``; order is kept."""
+
+    def queued_messages(self, vp: int, sint: int) -> int:
+        """How many messages wait for that slot."""
+
+    def discard_messages(self) -> None:
+        """Forget every queued channel message that is not yet in a slot."""
+
+    def signal_event(self, vp: int, sint: int, flag: int) -> None:
+        """Set event flag ``flag`` (0..2047) and interrupt; dropped when the SynIC of ``vp`` is not set up."""
+
+    def connect_event_port(self, connection_id: int, signalled: Callable[[], None]) -> None:
+        """Let HvSignalEvent on ``connection_id`` call ``signalled``."""
+
+    def disconnect_event_port(self, connection_id: int) -> None:
+        """The id is unknown from now on."""
