@@ -11,7 +11,7 @@ import contextlib
 import logging
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError
@@ -19,7 +19,9 @@ from qemu.qmp.protocol import Runstate, StateError
 
 from emulator.errors import QemuError, QemuGone, QemuUnsuitable
 
-_log = logging.getLogger(__name__)
+
+def _event(message: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    return str(message["event"]), dict(message.get("data", {}))
 
 
 class Qmp:
@@ -68,7 +70,7 @@ class Qmp:
         try:
             return await self._client.execute(command, arguments)
         except ExecuteError as error:
-            raise QemuError(f"QEMU refused {command}: {error.error.desc}") from error
+            raise QemuError(f"QEMU refused {command}: {error}") from error
         except (ExecInterruptedError, StateError) as error:
             raise QemuGone(f"QEMU closed its QMP socket during {command}") from error
         except QMPError as error:
@@ -89,10 +91,10 @@ class Qmp:
                     event.cancel()
                     while not self._listener.empty():
                         message = await self._listener.get()
-                        yield str(message["event"]), dict(message.get("data", {}))
+                        yield _event(message)
                     return
                 message = event.result()
-                yield str(message["event"]), dict(message.get("data", {}))
+                yield _event(message)
         finally:
             ended.cancel()
 

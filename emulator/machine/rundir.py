@@ -1,0 +1,174 @@
+"""A guest's run directory: its sockets, its memory file and its logs, mode 0700, gone when the guest is.
+
+``$XDG_RUNTIME_DIR/vmbus/NAME``; without that variable ``/dev/shm/vmbus-UID/NAME``. The memory file is put where
+there is room for it: in the run directory if that file system has it, else in ``/dev/shm``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from emulator.errors import MissingRequirement, UsageError, UserError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def runtime_root() -> Path:
+    """Where the run directories of this user are."""
+    chosen = os.environ.get("XDG_RUNTIME_DIR")
+    if chosen and Path(chosen).is_dir():
+        return Path(chosen) / "vmbus"
+    return Path("/dev/shm") / f"vmbus-{os.getuid()}"
+
+
+def _private(path: Path) -> None:
+    """Make ``path`` a directory of this user alone."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise UserError(f"{path} exists and is not a directory of yours; remove it or set XDG_RUNTIME_DIR")
+    path.chmod(0o700)
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """The paths of one guest."""
+
+    path: Path
+    memory: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def qmp(self) -> Path:
+        """The emulator's own QMP socket."""
+        return self.path / "emulator-qmp.sock"
+
+    @property
+    def user_qmp(self) -> Path:
+        """A second QMP socket, for the user and other programs."""
+        return self.path / "qmp.sock"
+
+    @property
+    def qtest(self) -> Path:
+        return self.path / "qtest.sock"
+
+    @property
+    def gateway(self) -> Path:
+        return self.path / "gateway.sock"
+
+    @property
+    def command(self) -> Path:
+        """The guest's second serial port: output of the command it runs."""
+        return self.path / "command.sock"
+
+    @property
+    def control(self) -> Path:
+        """Where ``vmbus status`` and the like reach the emulator."""
+        return self.path / "control.sock"
+
+    @property
+    def console(self) -> Path:
+        return self.path / "console.log"
+
+    @property
+    def qemu_log(self) -> Path:
+        return self.path / "qemu.log"
+
+    @property
+    def acpi_table(self) -> Path:
+        return self.path / "vmbus.aml"
+
+    def remove(self) -> None:
+        """Everything of the guest; what is gone already is no error."""
+        self.memory.unlink(missing_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def check_name(name: str) -> str:
+    """A name that can be a directory. Raises :class:`~emulator.errors.UsageError`."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} is no guest name: letters, digits, '.', '_' and '-', at most 64 of them")
+    return name
+
+
+def create(name: str | None, memory_size: int) -> RunDirectory:
+    """A new, empty run directory; ``None`` for a name chooses ``guest-N``.
+
+    Raises :class:`~emulator.errors.UserError` when a guest of that name runs, and
+    :class:`~emulator.errors.MissingRequirement` when no memory file system has ``memory_size`` bytes.
+    """
+    root = runtime_root()
+    _private(root)
+    if name is None:
+        number = 1
+        while True:
+            try:
+                (root / f"guest-{number}").mkdir(mode=0o700)
+            except FileExistsError:
+                number += 1
+                continue
+            path = root / f"guest-{number}"
+            break
+    else:
+        path = root / check_name(name)
+        if path.exists():
+            if is_served(path):
+                raise UserError(f"a guest named {name} runs already ({path}); choose another --name")
+            shutil.rmtree(path)  # left by a process that was killed
+        path.mkdir(mode=0o700)
+    return RunDirectory(path, _memory_path(path, memory_size))
+
+
+def _memory_path(path: Path, size: int) -> Path:
+    shm = Path("/dev/shm")
+    for candidate in (path / "memory", shm / f"vmbus-{os.getuid()}-{path.name}.memory"):
+        room = os.statvfs(candidate.parent)
+        # The file is sparse: the guest's working set has to fit, and some head room.
+        if room.f_bavail * room.f_frsize >= min(size, 1 << 30):
+            candidate.unlink(missing_ok=True)
+            return candidate
+    raise MissingRequirement(
+        f"neither {path} nor {shm} has room for {size >> 20} MiB of guest memory; give the guest less (--memory), "
+        "free some space there, or set XDG_RUNTIME_DIR to a directory with room"
+    )
+
+
+def is_served(path: Path) -> bool:
+    """Whether an emulator listens on the control socket of this run directory."""
+    import socket
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path / "control.sock"))
+        except OSError:
+            return False
+    return True
+
+
+def find(name: str | None) -> Path:
+    """The run directory of a served guest. Without a name: the only one.
+
+    Raises :class:`~emulator.errors.UserError` when there is none, or several and no name.
+    """
+    root = runtime_root()
+    served = sorted(p for p in root.iterdir() if is_served(p)) if root.is_dir() else []
+    if name is not None:
+        check_name(name)
+        for path in served:
+            if path.name == name:
+                return path
+        known = ", ".join(path.name for path in served) or "none runs"
+        raise UserError(f"no emulator serves a guest named {name} (running: {known})")
+    if len(served) == 1:
+        return served[0]
+    if not served:
+        raise UserError("no emulator runs; start one with `vmbus run` or `vmbus attach`")
+    raise UserError(f"several guests run: name one of {', '.join(path.name for path in served)}")
