@@ -1,0 +1,51 @@
+"""What is read from a running QEMU, on texts that QEMU printed."""
+
+from __future__ import annotations
+
+from emulator.machine.discovery import chardev_path, parse_layout, plugin_socket
+from emulator.machine.memory import RamRegion
+
+Q35_6GIB = """\
+FlatView #1
+ AS "memory", root: system
+ Root memory region: system
+  0000000000000000-00000000000c2fff (prio 0, ram): ram
+  00000000000c3000-00000000000e7fff (prio 0, rom): ram @00000000000c3000
+  00000000000e8000-00000000000effff (prio 0, ram): ram @00000000000e8000
+  00000000000f0000-00000000000fffff (prio 0, rom): ram @00000000000f0000
+  0000000000100000-000000007fffffff (prio 0, ram): ram @0000000000100000
+  00000000fec00000-00000000fec00fff (prio 0, i/o): ioapic
+  0000000100000000-00000001ffffffff (prio 0, ram): ram @0000000080000000
+"""
+
+
+def test_ram_is_split_at_four_gib() -> None:
+    assert parse_layout(Q35_6GIB, "ram") == (
+        RamRegion(gpa=0, size=2 << 30, offset=0),
+        RamRegion(gpa=4 << 30, size=4 << 30, offset=2 << 30),
+    )
+
+
+def test_another_regions_lines_are_not_ram() -> None:
+    assert parse_layout(Q35_6GIB, "other") == ()
+
+
+def test_the_gateway_socket_is_found_on_the_command_line() -> None:
+    line = [
+        "ld.so",
+        "qemu",
+        "-plugin",
+        "/opt/lib/vmbus-gateway-1a.so,socket=/run/a,,b.sock,wait=on",
+        "-m",
+        "1G",
+    ]
+    assert plugin_socket(line) == "/run/a,b.sock"
+    assert plugin_socket(["qemu", "-plugin", "file=/x/vmbus-gateway.so,socket=rel.sock"]) == "rel.sock"
+    assert plugin_socket(["qemu", "-plugin", "/x/libhotblocks.so,socket=s"]) is None
+    assert plugin_socket(["qemu", "-plugin"]) is None
+
+
+def test_a_chardev_tells_its_path_whether_somebody_is_connected_or_not() -> None:
+    assert chardev_path("disconnected:unix:/run/q.sock,server=on") == "/run/q.sock"
+    assert chardev_path("unix:/run/q.sock,server=on") == "/run/q.sock"
+    assert chardev_path("vc") is None

@@ -1,0 +1,142 @@
+"""Guest memory: the layout, bounds, what happens to code and to dirty pages."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emulator.errors import GuestAddressError
+from emulator.machine.memory import MappedMemory, RamRegion
+from emulator.ports import PAGE_SIZE
+
+LOW = 8 * PAGE_SIZE
+HIGH_GPA = 1 << 32
+
+
+class NotedPages:
+    """Code notes as the gateway keeps them."""
+
+    def __init__(self, *pfns: int) -> None:
+        self.noted = set(pfns)
+
+    def test_and_clear(self, first_pfn: int, count: int) -> list[int]:
+        found = sorted(self.noted & set(range(first_pfn, first_pfn + count)))
+        self.noted.difference_update(found)
+        return found
+
+
+class Through:
+    """Writes through QEMU, recorded."""
+
+    def __init__(self) -> None:
+        self.writes: list[tuple[int, bytes]] = []
+
+    def write_memory(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        self.writes.append((gpa, bytes(data)))
+
+
+def make(code: NotedPages | None = None, through: Through | None = None) -> tuple[MappedMemory, bytearray]:
+    ram = bytearray(16 * PAGE_SIZE)
+    regions = [RamRegion(0, LOW, 0), RamRegion(HIGH_GPA, 8 * PAGE_SIZE, LOW)]
+    return MappedMemory(memoryview(ram), regions, code_pages=code, through=through), ram
+
+
+def test_memory_above_four_gib_follows_the_low_part_in_the_file() -> None:
+    memory, ram = make()
+    memory.write(HIGH_GPA + 5, b"high")
+    assert ram[LOW + 5 : LOW + 9] == b"high"
+    assert memory.read(HIGH_GPA + 5, 4) == b"high"
+
+
+@pytest.mark.parametrize("gpa", [LOW, LOW - 3, HIGH_GPA - 1, HIGH_GPA + 8 * PAGE_SIZE - 3, 1 << 60])
+def test_a_range_that_leaves_ram_is_refused_and_nothing_is_written(gpa: int) -> None:
+    memory, ram = make()
+    with pytest.raises(GuestAddressError):
+        memory.write(gpa, b"1234")
+    with pytest.raises(GuestAddressError):
+        memory.read(gpa, 4)
+    assert not memory.is_ram(gpa, 4)
+    assert not any(ram)
+
+
+def test_pages_in_any_order_read_as_one_run() -> None:
+    memory, _ = make()
+    pages = memory.pages([3, 4, (HIGH_GPA >> 12) + 1, 2])
+    data = bytes(range(256)) * (pages.size // 256)
+    pages.write(0, data)
+    assert pages.read(0, pages.size) == data
+    assert memory.read(2 * PAGE_SIZE, PAGE_SIZE) == data[3 * PAGE_SIZE :]
+    assert memory.read(HIGH_GPA + PAGE_SIZE, PAGE_SIZE) == data[2 * PAGE_SIZE : 3 * PAGE_SIZE]
+
+
+def test_words_are_where_the_bytes_are() -> None:
+    memory, _ = make()
+    pages = memory.pages([7, 1])
+    pages.store_u32(PAGE_SIZE + 8, 0x12345678)
+    assert memory.read(PAGE_SIZE + 8, 4) == b"\x78\x56\x34\x12"
+    assert pages.load_u32(PAGE_SIZE + 8) == 0x12345678
+    with pytest.raises(IndexError):
+        pages.load_u32(2)
+
+
+@pytest.mark.parametrize(("offset", "length"), [(-1, 2), (0, 2 * PAGE_SIZE + 1), (2 * PAGE_SIZE, 1)])
+def test_pages_outside_the_run_are_refused(offset: int, length: int) -> None:
+    memory, _ = make()
+    pages = memory.pages([1, 2])
+    with pytest.raises(IndexError):
+        pages.read(offset, length)
+    with pytest.raises(IndexError):
+        pages.write(offset, bytes(length))
+
+
+def test_a_page_that_is_not_ram_is_no_page() -> None:
+    memory, _ = make()
+    with pytest.raises(GuestAddressError):
+        memory.pages([1, LOW // PAGE_SIZE])
+
+
+def test_a_write_to_a_page_with_code_goes_through_qemu_as_well() -> None:
+    through = Through()
+    code = NotedPages(2, HIGH_GPA >> 12)
+    memory, _ = make(code, through)
+    data = bytes(range(100)) * 100
+    memory.write(PAGE_SIZE + 4000, data)
+    start = PAGE_SIZE + 4000
+    expected = data[2 * PAGE_SIZE - start : 3 * PAGE_SIZE - start]
+    assert through.writes == [(2 * PAGE_SIZE, expected)]
+    assert memory.read(start, len(data)) == data
+    memory.write(PAGE_SIZE + 4000, data)
+    assert len(through.writes) == 1, "the note was cleared"
+    memory.pages([(HIGH_GPA >> 12)]).write(10, b"abc")
+    assert through.writes[1:] == [(HIGH_GPA + 10, b"abc")]
+
+
+def test_instructions_always_go_through_qemu() -> None:
+    through = Through()
+    memory, _ = make(None, through)
+    memory.write_code(0x1000, b"\xc3")
+    assert through.writes == [(0x1000, b"\xc3")]
+
+
+def test_every_written_page_is_remembered_once() -> None:
+    memory, _ = make()
+    memory.write(PAGE_SIZE - 1, b"ab")
+    memory.pages([HIGH_GPA >> 12]).store_u32(0, 1)
+    assert memory.take_dirty() == [0, 1, 8]
+    assert memory.take_dirty() == []
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_any_access_agrees_with_a_plain_array(data: st.DataObject) -> None:
+    memory, _ = make(NotedPages(*range(16)), Through())
+    pfns = data.draw(st.permutations(range(8)))
+    pages = memory.pages(pfns)
+    model = bytearray(pages.size)
+    for _ in range(data.draw(st.integers(1, 8))):
+        offset = data.draw(st.integers(0, pages.size))
+        blob = data.draw(st.binary(max_size=min(64, pages.size - offset)))
+        pages.write(offset, blob)
+        model[offset : offset + len(blob)] = blob
+    assert pages.read(0, pages.size) == model

@@ -1,0 +1,74 @@
+"""QEMU's options in their three forms, the ACPI table, and the files in ``qemu-config``."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import xml.etree.ElementTree
+from pathlib import Path
+
+import pytest
+
+from emulator.machine import example
+from emulator.machine.acpi import vmbus_table
+from emulator.machine.arguments import EmulatorOptions, libvirt, readconfig
+
+QEMU_CONFIG = Path(__file__).parents[3] / "qemu-config"
+
+
+def options(path: str = "/run/x") -> EmulatorOptions:
+    return EmulatorOptions(
+        memory_path=Path(path) / "memory",
+        memory_size=512 << 20,
+        gateway_library=Path("/lib/vmbus-gateway.so"),
+        gateway_socket=Path(path) / "gateway.sock",
+        qtest_socket=Path(path) / "qtest.sock",
+        qmp_socket=Path(path) / "qmp.sock",
+        acpi_table=Path(path) / "vmbus.aml",
+    )
+
+
+def test_commas_in_paths_are_doubled() -> None:
+    line = options("/run/a,b").argv()
+    assert "memory-backend-file,id=vmbus-ram,mem-path=/run/a,,b/memory,share=on,size=512M" in line
+
+
+def test_readconfig_and_the_rest_hold_every_option_once() -> None:
+    listed = options().options()
+    text, rest = readconfig(listed)
+    sections = [option for option in listed if option.section]
+    assert text.count("[") == len(sections)
+    assert len(rest) == 2 * (len(listed) - len(sections))
+
+
+def test_the_libvirt_form_is_xml_with_the_same_words() -> None:
+    text = libvirt(options("/run/a&b").options())
+    body = text.split("-->\n", 1)[1]
+    root = xml.etree.ElementTree.fromstring(body.replace("qemu:", ""))
+    assert [child.get("value") for child in root] == options("/run/a&b").argv()
+
+
+@pytest.mark.parametrize("name", sorted(example.files()))
+def test_the_files_in_qemu_config_are_in_step_with_their_source(name: str) -> None:
+    assert (QEMU_CONFIG / name).read_bytes() == example.files()[name], (
+        "run `python -m emulator.machine.example qemu-config` after a change"
+    )
+
+
+def test_the_acpi_table_has_a_right_checksum_and_length() -> None:
+    table = vmbus_table()
+    assert sum(table) & 0xFF == 0
+    assert int.from_bytes(table[4:8], "little") == len(table)
+
+
+@pytest.mark.skipif(shutil.which("iasl") is None, reason="iasl (package acpica-tools) is not installed")
+def test_the_acpi_source_compiles_to_the_table(tmp_path: Path) -> None:
+    subprocess.run(
+        ["iasl", "-f", "-p", str(tmp_path / "out"), str(QEMU_CONFIG / "vmbus.asl")],
+        check=False,  # it complains about the five-character hardware id, and emits the table
+        capture_output=True,
+    )
+    compiled = (tmp_path / "out.aml").read_bytes()
+    # The header ends with the compiler's own version, which enters the checksum too.
+    assert compiled[36:] == vmbus_table()[36:]
+    assert compiled[:9] + compiled[10:32] == vmbus_table()[:9] + vmbus_table()[10:32]
