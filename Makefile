@@ -1,0 +1,45 @@
+# The two commands for a new machine are `make demo` and `make test`; both install what they need, and say so.
+# `make setup` does only that. A second run of any of them is quick.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+GUESTS := debian-6.1 debian-6.12 debian-backports
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: all demo test unit guest-test setup check bench clean
+
+all: check test
+
+$(STAMP): pyproject.toml emulator/provision/bootstrap.sh
+	@sh emulator/provision/bootstrap.sh $(VENV)
+	@touch $@
+
+setup: $(STAMP)
+	@$(BIN)/vmbus setup
+
+## Boot a guest, show its VMBus, shut it down.
+demo: setup
+	@$(BIN)/vmbus demo
+
+## Everything: state machines, a real QEMU, real kernels.
+test: $(STAMP)
+	@$(BIN)/vmbus setup $(foreach guest,$(GUESTS),--guest $(guest))
+	$(PYTEST) tests $(TESTFLAGS)
+
+## Only what needs no QEMU.
+unit: $(STAMP)
+	$(PYTEST) tests/unit $(TESTFLAGS)
+
+## Style, types, and the static analyser on the gateway.
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	sh emulator/gateway/analyse.sh
+
+bench: setup
+	@$(BIN)/python -m tests.bench
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,277 @@
+"""The Hyper-V host of one running QEMU: what binds the wires to the state machines.
+
+    gateway ── traps ──→ Partition ── messages ──→ Bus ──→ Channel ──→ device
+            ── doorbells ─────────── event ports ──────────┘
+    QMP     ── RESET, STOP, RESUME, SHUTDOWN ──→ this module
+    Partition, Bus ── interrupts ──→ qtest        all of them ── guest memory ──→ mapping
+
+Everything runs on one event loop; nothing here blocks it but a write through qtest, which QEMU's main loop
+answers at once. The life of a host:
+
+    attach() → serve() … QEMU ends, or stop() is called → close()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence, Set as AbstractSet
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from emulator.bus.channel_io import ChannelIo
+from emulator.bus.device import Device, DeviceEnvironment
+from emulator.bus.server import Bus
+from emulator.errors import GatewayError, QemuError, QemuGone
+from emulator.hypervisor.crash import CrashReport
+from emulator.hypervisor.cpuid import cpuid_table
+from emulator.hypervisor.events import PartitionEvents
+from emulator.hypervisor.faults import GeneralProtection, UndefinedOpcode
+from emulator.hypervisor.features import Features
+from emulator.hypervisor.partition import Partition
+from emulator.machine.clock import TcgClock
+from emulator.machine.discovery import QemuFacts, discover
+from emulator.machine.gateway import Gateway
+from emulator.machine.memory import MappedMemory
+from emulator.machine.qmp import Qmp
+from emulator.machine.qtest import Qtest
+from emulator.wire.messages import Version
+
+_log = logging.getLogger(__name__)
+
+
+class Ending(Enum):
+    """Why :meth:`Host.serve` returned."""
+
+    POWERED_OFF = "powered off"
+    QEMU_GONE = "QEMU ended"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class HostOptions:
+    """What the user may choose of the host."""
+
+    features: Features = Features()
+    max_version: Version = Version.COPPER
+    take_over: bool = False
+
+
+@dataclass(slots=True)
+class HostEvents:
+    """What happened to the guest so far; each list is short and bounded by :data:`_KEEP`."""
+
+    crashes: list[CrashReport] = field(default_factory=list)
+    resets: int = 0
+    guest_panicked: int = 0
+
+
+_KEEP = 16
+EVENT_CONNECTIONS = 0x2000
+
+
+class LocalApics:
+    """:class:`~emulator.ports.Interrupts`: an MSI through qtest."""
+
+    def __init__(self, qtest: Qtest, apic_ids: Sequence[int]) -> None:
+        self._qtest = qtest
+        self._apic_ids = tuple(apic_ids)
+
+    def request(self, vp: int, vector: int, *, auto_eoi: bool = False) -> None:
+        # The gateway ends auto-EOI interrupts by itself: see Host._Events.auto_eoi_changed.
+        self._qtest.interrupt(self._apic_ids[vp], vector)
+
+
+class Host:
+    """Serves one guest. Made by :meth:`attach`."""
+
+    class _Events(PartitionEvents):
+        def __init__(self, host: Host) -> None:
+            self._host = host
+
+        def crashed(self, report: CrashReport) -> None:
+            self._host._crashed(report)
+
+        def reset_requested(self) -> None:
+            self._host._background(self._host.qmp.execute("system_reset"))
+
+        def auto_eoi_changed(self, vp: int, vectors: AbstractSet[int]) -> None:
+            self._host.gateway.set_auto_eoi(vp, vectors)
+
+    def __init__(
+        self, facts: QemuFacts, qmp: Qmp, qtest: Qtest, gateway: Gateway, options: HostOptions
+    ) -> None:
+        self.facts = facts
+        self.qmp = qmp
+        self.qtest = qtest
+        self.gateway = gateway
+        self.events = HostEvents()
+        self.started = time.monotonic()
+        loop = asyncio.get_running_loop()
+        self._loop = loop
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._ended: asyncio.Future[Ending] = loop.create_future()
+        self._shutdown_reason: str | None = None
+        self.memory = MappedMemory.map_file(
+            facts.ram_path, facts.ram_regions, code_pages=gateway.code_pages, through=qtest
+        )
+        self.clock = TcgClock(gateway.clock)
+        self.partition = Partition(
+            vp_count=len(facts.apic_ids),
+            memory=self.memory,
+            interrupts=LocalApics(qtest, facts.apic_ids),
+            clock=self.clock,
+            timers=loop,
+            features=options.features,
+            events=Host._Events(self),
+        )
+        self.bus = Bus(
+            memory=self.memory,
+            synic=self.partition.synic,
+            timers=loop,
+            max_version=options.max_version,
+        )
+        for connection in (1, 4):
+            self.partition.connect_message_port(connection, self.bus.message)
+        self.environment = DeviceEnvironment(
+            memory=self.memory, timers=loop, reference_time=self.partition.reference_time.now
+        )
+        self.devices: list[tuple[Device, ChannelIo]] = []
+        self.gateway_traps = 0
+        self.gateway_doorbells = 0
+
+    @classmethod
+    async def attach(
+        cls, qmp_socket: Path | str | Qmp, devices: Sequence[Device], options: HostOptions | None = None
+    ) -> Host:
+        """Attach to the QEMU behind a QMP socket and offer ``devices``.
+
+        Raises :class:`~emulator.errors.QemuUnsuitable` naming what is missing, and
+        :class:`~emulator.errors.GatewayError` when another emulator is attached.
+        """
+        options = options or HostOptions()
+        qmp = qmp_socket if isinstance(qmp_socket, Qmp) else await Qmp.connect(str(qmp_socket))
+        qtest: Qtest | None = None
+        gateway: Gateway | None = None
+        try:
+            facts = await discover(qmp)
+            qtest = Qtest.connect(facts.qtest_socket)
+            gateway = Gateway.attach(facts.gateway_socket, take_over=options.take_over)
+            host = cls(facts, qmp, qtest, gateway, options)
+        except BaseException:
+            if gateway is not None:
+                gateway.close()
+            if qtest is not None:
+                qtest.close()
+            if not isinstance(qmp_socket, Qmp):
+                await qmp.close()
+            raise
+        for device in devices:
+            host.add_device(device)
+        host._activate(options)
+        return host
+
+    def add_device(self, device: Device) -> ChannelIo:
+        """Offer one more device; the guest sees it at once if it has asked for offers."""
+        io = ChannelIo(device, self._loop)
+        device.start(self.environment)
+        self.bus.offer(device.offer(), io)
+        self.devices.append((device, io))
+        return io
+
+    def _activate(self, options: HostOptions) -> None:
+        self.gateway.set_cpuid(cpuid_table(options.features, len(self.facts.apic_ids)))
+        self.gateway.set_doorbells(self.partition.doorbell_rules(EVENT_CONNECTIONS, 2048))
+        self.gateway.activate()
+        self._loop.add_reader(self.gateway.fileno(), self._gateway_ready)
+        self._loop.call_soon(self._gateway_ready)
+        self._background(self._follow_life())
+
+    # --- the gateway ------------------------------------------------------------------------------------
+
+    def _gateway_ready(self) -> None:
+        gateway = self.gateway
+        try:
+            gateway.awake()
+            while True:
+                for trap in gateway.traps():
+                    self._serve(trap)
+                for index in gateway.doorbells():
+                    self.gateway_doorbells += 1
+                    self.partition.synic.ring_event_port(EVENT_CONNECTIONS + index)
+                if not gateway.sleep_prepare():
+                    break
+        except (GatewayError, QemuGone) as error:
+            self._end(Ending.QEMU_GONE, error)
+
+    # --- the guest's life --------------------------------------------------------------------------------
+
+    async def _follow_life(self) -> None:
+        async for name, data in self.qmp.events():
+            _log.debug("QMP event %s %s", name, data)
+            if name == "RESET":
+                self.events.resets += 1
+                self.reset()
+            elif name == "RESUME":
+                self.gateway.clock.arm()
+            elif name == "SHUTDOWN":
+                self._shutdown_reason = str(data.get("reason", ""))
+            elif name == "GUEST_PANICKED":
+                self.events.guest_panicked += 1
+        self._end(Ending.POWERED_OFF if self._shutdown_reason else Ending.QEMU_GONE, None)
+
+    def reset(self) -> None:
+        """The machine was reset: everything that the guest had set up is gone, the offers stay."""
+        _log.info("the machine was reset")
+        self.gateway.forget_requests()
+        self.bus.reset()
+        self.partition.reset()
+
+    def _crashed(self, report: CrashReport) -> None:
+        _log.warning("the guest reports a crash: %s", report)
+        if len(self.events.crashes) < _KEEP:
+            self.events.crashes.append(report)
+
+    def _background(self, work: Any) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._background_done)
+
+    def _background_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            if isinstance(error, QemuError):
+                self._end(Ending.QEMU_GONE, error)
+            elif not self._ended.done():
+                self._ended.set_exception(error)
+
+    def _end(self, ending: Ending, error: Exception | None) -> None:
+        if error is not None:
+            _log.info("%s: %s", ending.value, error)
+        self._loop.remove_reader(self.gateway.fileno())
+        if not self._ended.done():
+            self._ended.set_result(ending)
+
+    async def serve(self) -> Ending:
+        """Serve the guest until QEMU ends or :meth:`stop` is called."""
+        return await asyncio.shield(self._ended)
+
+    def stop(self) -> None:
+        """Let :meth:`serve` return; QEMU goes on, its guest waits for the next emulator."""
+        self._end(Ending.STOPPED, None)
+
+    async def close(self) -> None:
+        """Let go of QEMU and of guest memory."""
+        self._loop.remove_reader(self.gateway.fileno())
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for device, _ in self.devices:
+            device.stop()
+        self.gateway.close()
+        self.qtest.close()
+        await self.qmp.close()
+        self.memory.close()
