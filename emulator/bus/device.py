@@ -1,0 +1,164 @@
+"""The base of every synthetic device: what it offers, what it is told, what it may keep.
+
+A device is one object. It is started once, and then has any number of channels open, one after the other (a
+guest that reboots or reloads its driver), or several at a time (sub-channels). Each open channel is an ``io``
+(:class:`~emulator.bus.channel_io.ChannelIo`): the device takes packets from it and sends through it, and knows
+neither rings nor the machine.
+
+    start(environment) → { opened(io) → { packet(io, packet) | completed(io, packet) }* → closed(io) }* → stop()
+
+All of it is called in one thread and must not block; slow work goes elsewhere, and ends with ``io.complete``.
+What a method raises is contained:
+
+    | raised in packet()                       | what follows                                              |
+    | RingError, ProtocolError                 | the channel fails: no more packets until it is opened anew |
+    | another GuestError (MalformedError, ...) | counted; refused(io, packet, error) answers; it goes on    |
+    | anything else                            | our bug or the device's: traceback, the channel fails      |
+
+The least device there is::
+
+    class Echo(Device):
+        name = "echo"
+
+        def offer(self) -> Offer:
+            return Offer(interface_id=ECHO_INTERFACE, instance_id=ECHO_INSTANCE, name=self.name)
+
+        def packet(self, io: ChannelIo, packet: Packet) -> None:
+            io.answer(packet, packet.payload)
+"""
+
+from __future__ import annotations
+
+# ruff: noqa: B027 - most hooks are empty on purpose
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from emulator.errors import DeviceError, GuestError
+from emulator.ports import GuestMemory, Timers
+from emulator.wire.packet import Packet
+
+if TYPE_CHECKING:
+    from emulator.bus.channel import Channel
+    from emulator.bus.channel_io import ChannelIo
+    from emulator.bus.endpoint import Endpoint
+    from emulator.bus.gpadl import Gpadl
+    from emulator.bus.offers import Offer
+
+
+class Offers(Protocol):
+    """Where a device gets more channels from: the bus."""
+
+    def offer(self, offer: Offer, endpoint: Endpoint) -> Channel:
+        """Offer a channel to the guest."""
+
+    def revoke(self, channel: Channel) -> None:
+        """Take an offer back."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceEnvironment:
+    """What a device may use of the machine it is in."""
+
+    memory: GuestMemory
+    timers: Timers
+    reference_time: Callable[[], int]
+    """Reference time of the partition, in units of 100 ns."""
+    offers: Offers | None = None
+    """``None`` where no sub-channels can be offered."""
+
+
+class Device(ABC):
+    """A synthetic device. Only :meth:`offer` and :meth:`packet` must be there."""
+
+    name: str
+    """Short and unique among the devices of a machine; counters and logs are kept under it."""
+
+    max_packet: ClassVar[int] = 4096
+    """Longest packet, in bytes without trailer, that the guest's driver takes (spec/devices.md 0.3).
+
+    A guest that is sent a longer one loses its place in the ring for good, so sending one is an error.
+    """
+
+    _environment: DeviceEnvironment | None = None
+
+    @property
+    def environment(self) -> DeviceEnvironment:
+        """The surroundings that :meth:`start` was given. Raises :class:`~emulator.errors.DeviceError` before."""
+        if self._environment is None:
+            raise DeviceError(f"{self.name} is not started (a start() of its own must call super().start())")
+        return self._environment
+
+    @abstractmethod
+    def offer(self) -> Offer:
+        """What the guest is offered; the same each time."""
+
+    def start(self, environment: DeviceEnvironment) -> None:
+        """Called once, before the offer is made. An override calls this one first."""
+        self._environment = environment
+
+    def stop(self) -> None:
+        """The machine goes; every channel is closed already. Cancel timers, close files."""
+
+    def opened(self, io: ChannelIo) -> None:
+        """The guest opened a channel (``io.subchannel_index``, 0 for the primary one); sending is possible.
+
+        Raise a GuestError or DeviceError to refuse; ``closed`` is not called then.
+        """
+
+    @abstractmethod
+    def packet(self, io: ChannelIo, packet: Packet) -> None:
+        """An in-band, GPA-direct or transfer-page packet, its shape checked; page numbers are not.
+
+        If ``packet.completion_requested``, complete it once: now, or later with ``io.complete``.
+        """
+
+    def completed(self, io: ChannelIo, packet: Packet) -> None:
+        """The guest completes a packet that was sent with ``completion_requested``."""
+
+    def refused(self, io: ChannelIo, packet: Packet, error: GuestError) -> None:
+        """A packet could not be taken: its ranges are malformed, or :meth:`packet` raised ``error``.
+
+        As it stands, the guest gets an empty completion, if it waits for one. Devices whose protocol has a
+        status for this override it.
+        """
+        if packet.completion_requested and io.owes(packet.transaction_id):
+            io.complete(packet.transaction_id)
+
+    def writable(self, io: ChannelIo) -> None:
+        """All that was sent is in the ring; called once after ``io.notify_room()``."""
+
+    def closed(self, io: ChannelIo) -> None:
+        """The guest closed the channel: forget what belongs to it. Nothing can be sent any more.
+
+        While work on guest memory is under way call ``io.channel.defer_close()``, and ``finish_close()`` later.
+        """
+
+    def gpadl_created(self, io: ChannelIo, gpadl: Gpadl) -> None:
+        """The guest shares pages over this channel (also those of its rings). Raise to refuse."""
+
+    def gpadl_torn_down(self, io: ChannelIo, gpadl: Gpadl) -> None:
+        """The guest wants its pages back; do not touch them again."""
+
+    def status(self) -> dict[str, Any]:
+        """What ``vmbus status`` shows: names and plain values."""
+        return {}
+
+    def save(self) -> bytes:
+        """What the device holds, in a form of its own with a version in it; channels are paused meanwhile."""
+        return b""
+
+    def restore(self, state: bytes) -> None:
+        """Take over what :meth:`save` gave, perhaps in another process and an older version.
+
+        Raise :class:`~emulator.errors.DeviceError` to refuse. Called before any ``resumed``.
+        """
+        if state:
+            raise DeviceError(f"{self.name} keeps no state, but was given {len(state)} bytes")
+
+    def resumed(self, io: ChannelIo) -> None:
+        """In place of ``opened``: this channel was open when it was saved, and goes on.
+
+        What the device had sent and what it owes is in ``io``; only its own work has to be taken up.
+        """
