@@ -24,6 +24,7 @@ from typing import Any
 
 from emulator.bus.channel_io import ChannelIo
 from emulator.bus.device import Device, DeviceEnvironment
+from emulator.bus.reception import PostResult
 from emulator.bus.server import Bus
 from emulator.errors import GatewayError, QemuError, QemuGone
 from emulator.hypervisor.crash import CrashReport
@@ -38,7 +39,8 @@ from emulator.machine.gateway import Gateway
 from emulator.machine.memory import MappedMemory
 from emulator.machine.qmp import Qmp
 from emulator.machine.qtest import Qtest
-from emulator.wire.messages import Version
+from emulator.wire.hypercall import HvStatus
+from emulator.wire.version import Version
 
 _log = logging.getLogger(__name__)
 
@@ -135,9 +137,12 @@ class Host:
             max_version=options.max_version,
         )
         for connection in (1, 4):
-            self.partition.connect_message_port(connection, self.bus.message)
+            self.partition.connect_message_port(connection, self._message)
         self.environment = DeviceEnvironment(
-            memory=self.memory, timers=loop, reference_time=self.partition.reference_time.now
+            memory=self.memory,
+            timers=loop,
+            reference_time=self.partition.reference_time.now,
+            offers=self.bus,
         )
         self.devices: list[tuple[Device, ChannelIo]] = []
         self.gateway_traps = 0
@@ -184,11 +189,15 @@ class Host:
 
     def _activate(self, options: HostOptions) -> None:
         self.gateway.set_cpuid(cpuid_table(options.features, len(self.facts.apic_ids)))
-        self.gateway.set_doorbells(self.partition.doorbell_rules(EVENT_CONNECTIONS, 2048))
+        self.gateway.set_doorbells([EVENT_DOORBELLS])
         self.gateway.activate()
         self._loop.add_reader(self.gateway.fileno(), self._gateway_ready)
         self._loop.call_soon(self._gateway_ready)
         self._background(self._follow_life())
+
+    def _message(self, vp: int, connection_id: int, payload: bytes) -> int:
+        result = self.bus.message(vp, connection_id, payload)
+        return HvStatus.SUCCESS if result is PostResult.OK else HvStatus.INSUFFICIENT_BUFFERS
 
     # --- the gateway ------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import ctypes
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def command_line(
     line += ["-qmp", f"unix:{directory.user_qmp},server=on,wait=off"]
     line += ["-serial", f"file:{guest.serial or directory.console}"]
     if guest.command_port:
-        line += ["-chardev", f"socket,id=command,path={directory.command},server=on,wait=on"]
+        line += ["-chardev", f"socket,id=command,path={directory.command},server=on,wait=off"]
         line += ["-serial", "chardev:command"]
     line += ["-kernel", str(guest.kernel)]
     if guest.initrd is not None:
@@ -75,12 +75,15 @@ class QemuProcess:
         self._log = log
 
     @classmethod
-    def start(cls, line: Sequence[str], log: Path) -> QemuProcess:
-        """Start it; its messages go to ``log``."""
+    def start(
+        cls, line: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    ) -> QemuProcess:
+        """Start it; its messages go to ``log``. ``environment`` is added to this process's own."""
         parent = os.getpid()
         with log.open("wb") as output:
             process = subprocess.Popen(
                 list(line),
+                env={**os.environ, **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -1,0 +1,103 @@
+"""Options that several verbs share, and how their values are read."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from emulator.machine.host import HostOptions
+from emulator.wire.version import Version
+
+DEFAULT_GUEST = "debian-6.12"
+DEFAULT_DEVICES = ("heartbeat", "shutdown", "timesync")
+
+_SIZE = re.compile(r"(\d+)([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_UNITS = {"": 1 << 20, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def size(text: str) -> int:
+    """``512M``, ``2G``; a bare number is MiB, as QEMU's ``-m``. Whole MiB."""
+    found = _SIZE.fullmatch(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 512M or 2G")
+    value = int(found.group(1)) * _UNITS[found.group(2).upper()]
+    if value % (1 << 20) or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of MiB")
+    return value
+
+
+def version(text: str) -> Version:
+    """``5.3`` → :class:`Version`."""
+    for known in Version:
+        if str(known) == text:
+            return known
+    raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(str(known) for known in Version)}")
+
+
+def added_file(text: str) -> tuple[Path, str]:
+    """``FILE[:PATH]``: a file and where it goes in the guest (``/bin/NAME`` if not said)."""
+    source, _, target = text.partition(":")
+    path = Path(source)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{source} is no file")
+    return path, target or f"/bin/{path.name}"
+
+
+def add_host_options(parser: argparse.ArgumentParser) -> None:
+    """What of the Hyper-V host the user may choose."""
+    group = parser.add_argument_group("the Hyper-V host")
+    group.add_argument(
+        "--device",
+        action="append",
+        default=[],
+        metavar="NAME[,KEY=VALUE...]",
+        help="offer a device; may be repeated. `--device help` lists them and their options",
+    )
+    group.add_argument(
+        "--no-default-devices",
+        action="store_true",
+        help=f"do not offer {', '.join(DEFAULT_DEVICES)} unless asked for",
+    )
+    group.add_argument(
+        "--max-version",
+        type=version,
+        default=Version.COPPER,
+        metavar="VERSION",
+        help="the newest VMBus version to agree to, 0.13 to 6.0 (default: 6.0)",
+    )
+    group.add_argument(
+        "--stimer",
+        choices=("off", "message", "direct"),
+        default="off",
+        help="offer synthetic timers, which Linux then uses as its clock event source (default: off)",
+    )
+    group.add_argument(
+        "--auto-eoi",
+        action="store_true",
+        help="do not advise against auto-EOI, so that guests use it",
+    )
+
+
+def host_options(arguments: argparse.Namespace) -> HostOptions:
+    """The options above as the host takes them."""
+    from emulator.hypervisor.features import Features
+
+    return HostOptions(
+        features=Features(
+            stimer=arguments.stimer != "off",
+            stimer_direct=arguments.stimer == "direct",
+            deprecate_auto_eoi=not arguments.auto_eoi,
+        ),
+        max_version=arguments.max_version,
+        take_over=getattr(arguments, "take_over", False),
+    )
+
+
+def device_lines(arguments: argparse.Namespace) -> list[str]:
+    """The devices asked for, after the default ones that were not configured by the user."""
+    asked = list(arguments.device)
+    if arguments.no_default_devices:
+        return asked
+    named = {line.split(",", 1)[0] for line in asked}
+    return [name for name in DEFAULT_DEVICES if name not in named] + asked

@@ -1,0 +1,70 @@
+"""``vmbus qemu-args``: what to add to one's own QEMU so that the emulator can attach."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from emulator.cli.options import size
+from emulator.machine import gateway_build
+from emulator.machine.acpi import vmbus_table
+from emulator.machine.arguments import EmulatorOptions, libvirt
+from emulator.machine.example import readconfig_file
+
+_EPILOG = """\
+examples:
+  mkdir -m 700 /tmp/vm && vmbus qemu-args --dir /tmp/vm --memory 2G
+  qemu-system-x86_64 -cpu max $(vmbus qemu-args --dir /tmp/vm) -kernel bzImage ...
+  vmbus attach --qmp /tmp/vm/emulator-qmp.sock
+
+QEMU 11.1 or newer is needed, with TCG. The directory must exist; it gets the ACPI table now, and QEMU's
+sockets and memory file later.
+"""
+
+def add_parser(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "qemu-args",
+        help="print what to add to your own QEMU command line",
+        description="Prints the options that a QEMU needs for the emulator to attach to it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--dir", type=Path, default=Path(), help="where sockets and memory go (default: here)")
+    parser.add_argument("--memory", type=size, default=1 << 30, help="guest memory (default: 1G)")
+    parser.add_argument(
+        "--no-wait", action="store_true", help="let the guest boot without Hyper-V if no emulator is attached"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--readconfig", action="store_true", help="as a -readconfig file")
+    form.add_argument("--libvirt", action="store_true", help="as libvirt's <qemu:commandline>")
+    form.add_argument("--json", action="store_true", help="as a JSON list of words")
+    parser.set_defaults(action=main)
+
+def main(arguments: argparse.Namespace) -> int:
+    directory = arguments.dir.resolve(strict=True)
+    table = directory / "vmbus.aml"
+    table.write_bytes(vmbus_table())
+    options = EmulatorOptions(
+        memory_path=directory / "memory",
+        memory_size=arguments.memory,
+        gateway_library=gateway_build.build(),
+        gateway_socket=directory / "gateway.sock",
+        qtest_socket=directory / "qtest.sock",
+        qmp_socket=directory / "emulator-qmp.sock",
+        acpi_table=table,
+        wait=not arguments.no_wait,
+    )
+    if arguments.readconfig:
+        print(readconfig_file(options), end="")
+    elif arguments.libvirt:
+        print(libvirt(options.options()), end="")
+    elif arguments.json:
+        print(json.dumps(options.argv()))
+    else:
+        print(shlex.join(options.argv()))
+    return 0
+
+__all__ = ["add_parser", "main", "readconfig"]

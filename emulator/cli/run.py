@@ -1,0 +1,219 @@
+"""``vmbus run``: start a guest, serve it, and (after ``--``) run a command in it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from device import registry
+from emulator.bus.device import Device
+from emulator.cli.options import DEFAULT_GUEST, add_host_options, device_lines, host_options, size
+from emulator.errors import UsageError, UserError
+from emulator.machine import gateway_build, rundir
+from emulator.machine.guest import Guest, emulator_options
+from emulator.machine.host import Ending, HostOptions
+from emulator.machine.launch import GuestOptions, command_line
+from emulator.provision.command_output import CommandOutput
+from emulator.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs, parse_add
+from emulator.provision.kernel import GUESTS, GuestKernel, find_kernel, own_kernel
+from emulator.provision.qemu import QemuBinary, find_qemu
+
+_EPILOG = """\
+examples:
+  vmbus run                                          the default guest, until it is shut down or Ctrl-C
+  vmbus run -- cat /proc/version                     run a command; its output is here, exit with its status
+  vmbus run --guest debian-6.1 --smp 2 --device echo --add ./prog -- prog --flag
+  vmbus run --kernel bzImage --modules ./lib/modules --append "debug" --serial console.txt
+  vmbus run --dry-run                                print the QEMU command line
+
+The kernel's console goes to --serial FILE, or to console.log in the guest's run directory
+($XDG_RUNTIME_DIR/vmbus/NAME), which is removed when the guest ends.
+"""
+
+#: The drivers of what is offered by default, and what else a guest program may ask modprobe for.
+LOADED_MODULES = ("hv_vmbus", "hv_utils")
+AVAILABLE_MODULES = ("uio_hv_generic",)
+
+
+def add_parser(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "run",
+        help="start a guest and serve it; after --, run a command in it",
+        description="Starts a guest in QEMU and plays its Hyper-V host.",
+        usage="vmbus run [options] [-- CMD ...]",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    guest = parser.add_argument_group("the guest")
+    guest.add_argument("--name", help="its name (default: guest-N)")
+    guest.add_argument("--guest", choices=sorted(GUESTS), help=f"an embedded guest (default: {DEFAULT_GUEST})")
+    guest.add_argument("--kernel", type=Path, help="a kernel image of your own")
+    guest.add_argument("--modules", type=Path, metavar="DIR", help="its modules, for the embedded initramfs")
+    guest.add_argument("--initrd", type=Path, help="an initramfs of your own in place of the embedded one")
+    guest.add_argument("--append", default="", help="more for the kernel's command line")
+    guest.add_argument("--smp", type=int, default=1, metavar="N", help="vCPUs (default: 1)")
+    guest.add_argument("--memory", type=size, default=512 << 20, metavar="SIZE", help="RAM (default: 512M)")
+    guest.add_argument("--machine", default="q35", help="QEMU's machine: q35 or pc (default: q35)")
+    guest.add_argument("--cpu", default="max", help="QEMU's CPU model (default: max)")
+    guest.add_argument("--load", action="append", default=[], metavar="MODULE", help="load one more kernel module")
+    guest.add_argument(
+        "--add", action="append", default=[], metavar="FILE[:PATH]", help="put a file into the initramfs"
+    )
+    guest.add_argument("--serial", type=Path, metavar="FILE", help="the kernel's console goes to this file")
+    guest.add_argument("--qemu", default="", metavar="OPTIONS", help="more options for QEMU, as one word")
+    guest.add_argument("--no-reboot", action="store_true", help="end where the guest would reboot")
+    add_host_options(parser)
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="end the guest and fail after that time (default: none)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the QEMU command line and stop")
+    parser.set_defaults(action=main)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything decided before a guest is started."""
+
+    name: str | None
+    qemu: QemuBinary
+    gateway: Path
+    memory: int
+    guest: GuestOptions
+    devices: tuple[Device, ...]
+    host: HostOptions
+
+
+def plan(arguments: argparse.Namespace) -> Plan:
+    """Turn the command line into a plan; builds what has to be built."""
+    devices = tuple(registry.create(line) for line in device_lines(arguments))
+    kernel = _kernel(arguments)
+    if arguments.initrd is not None:
+        if arguments.command or arguments.add:
+            raise UsageError("--add and a command after -- need the embedded initramfs: leave --initrd away")
+        initrd = arguments.initrd
+    else:
+        initrd = build_initramfs(
+            kernel,
+            modules=_modules(kernel, arguments.load),
+            available=AVAILABLE_MODULES if kernel.modules else (),
+            add=[parse_add(line) for line in arguments.add],
+            command=arguments.command or None,
+        )
+    extra = shlex.split(arguments.qemu)
+    if arguments.no_reboot or arguments.command:
+        extra.append("-no-reboot")
+    return Plan(
+        name=arguments.name,
+        qemu=find_qemu(),
+        gateway=gateway_build.build(),
+        memory=arguments.memory,
+        guest=GuestOptions(
+            kernel=kernel.vmlinuz,
+            initrd=initrd,
+            append=" ".join([*KERNEL_ARGUMENTS, arguments.append]).strip(),
+            machine=arguments.machine,
+            cpu=arguments.cpu,
+            smp=arguments.smp,
+            serial=arguments.serial.absolute() if arguments.serial else None,
+            command_port=bool(arguments.command),
+            extra=tuple(extra),
+        ),
+        devices=devices,
+        host=host_options(arguments),
+    )
+
+
+def _kernel(arguments: argparse.Namespace) -> GuestKernel:
+    if arguments.kernel is not None:
+        if arguments.guest is not None:
+            raise UsageError("--guest and --kernel exclude each other")
+        return own_kernel(arguments.kernel, arguments.modules)
+    if arguments.modules is not None:
+        raise UsageError("--modules goes with --kernel")
+    return find_kernel(arguments.guest or DEFAULT_GUEST)
+
+
+def _modules(kernel: GuestKernel, more: Sequence[str]) -> tuple[str, ...]:
+    return (*(LOADED_MODULES if kernel.modules else ()), *more)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    if "help" in arguments.device:
+        print(registry.describe())
+        return 0
+    if arguments.smp < 1:
+        raise UsageError(f"--smp {arguments.smp}: a guest has at least one vCPU")
+    decided = plan(arguments)
+    if arguments.dry_run:
+        directory = rundir.RunDirectory(
+            rundir.runtime_root() / (decided.name or "guest-1"),
+            rundir.runtime_root() / (decided.name or "guest-1") / "memory",
+        )
+        options = emulator_options(directory, decided.memory, decided.gateway)
+        print(shlex.join(command_line(decided.qemu.argv_prefix, directory, options, decided.guest)))
+        return 0
+    return asyncio.run(_run(decided, bool(arguments.command), arguments.timeout))
+
+
+async def _run(decided: Plan, command: bool, limit: float | None) -> int:
+    try:
+        async with asyncio.timeout(limit):
+            return await run_guest(decided, sys.stdout.buffer.write if command else None)
+    except TimeoutError:
+        raise UserError(f"the guest did not end within {limit:g} s") from None
+
+
+async def run_guest(decided: Plan, output: Callable[[bytes], object] | None) -> int:
+    """Start and serve the guest until it ends; ``output`` is given what its command prints.
+
+    The command's exit status, or 0 for a guest without command that was powered off.
+    """
+    async with Guest.start(
+        name=decided.name,
+        qemu=decided.qemu,
+        gateway_library=decided.gateway,
+        memory_size=decided.memory,
+        options=decided.guest,
+        devices=decided.devices,
+        host_options=decided.host,
+    ) as guest:
+        if output is None or guest.command is None:
+            if sys.stderr.isatty():
+                print(
+                    f"serving {guest.directory.name}; `vmbus status {guest.directory.name}` shows its channels, "
+                    "Ctrl-C ends it",
+                    file=sys.stderr,
+                )
+            ending = await guest.served.serve()
+            if ending is Ending.QEMU_GONE:
+                raise UserError(f"QEMU ended unexpectedly:\n{guest.process.messages()}")
+            return 0
+        reader = guest.command[0]
+        received = CommandOutput()
+        serving = asyncio.ensure_future(guest.served.serve())
+        while data := await reader.read(1 << 16):
+            if found := received.feed(data):
+                output(found)
+                sys.stdout.flush()
+        output(received.close())
+        sys.stdout.flush()
+        ending = await serving
+        if received.status is not None:
+            return received.status
+        if ending is Ending.STOPPED:
+            return 130
+        raise UserError(_explain(guest, received))
+
+
+def _explain(guest: Guest, received: CommandOutput) -> str:
+    console = guest.directory.console
+    tail = console.read_text(errors="replace").splitlines()[-15:] if console.exists() else []
+    what = "ended before the command did" if received.started else "never started the command"
+    lines = "\n".join(tail) or "(nothing; was it sent to --serial?)"
+    return f"the guest {what}; the end of its console:\n{lines}\n{guest.process.messages()}".rstrip()

@@ -1,0 +1,86 @@
+"""``vmbus setup``: fetch the private QEMU and guest kernels, build the gateway."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from emulator.cli.options import DEFAULT_GUEST
+from emulator.errors import MissingRequirement
+from emulator.machine import gateway_build
+from emulator.provision.kernel import GUESTS, find_busybox, find_kernel
+from emulator.provision.progress import for_stream
+from emulator.provision.qemu import find_qemu
+from emulator.provision.setup import Setup
+
+_EPILOG = """\
+examples:
+  vmbus setup                                what `vmbus run` and `vmbus demo` need
+  vmbus setup --guest debian-6.1 --guest debian-backports
+  vmbus setup --dry-run                      say what would be fetched and built
+
+A second run finds everything there. What was interrupted goes on where it stopped.
+Things are kept in $VMBUS_CACHE, else $XDG_CACHE_HOME/vmbus, else ~/.cache/vmbus.
+"""
+
+
+def add_parser(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "setup",
+        help="fetch the private QEMU and a guest kernel, build the gateway",
+        description="Fetches the private QEMU and guest kernels, and builds the gateway.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--guest",
+        action="append",
+        choices=sorted(GUESTS),
+        help=f"a guest kernel to fetch; may be repeated (default: {DEFAULT_GUEST})",
+    )
+    parser.add_argument("--update", action="store_true", help="fetch newer versions of what is there")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    parser.add_argument("--json", action="store_true", help="the result as one JSON object")
+    parser.set_defaults(action=main)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    guests = arguments.guest or [DEFAULT_GUEST]
+    if arguments.dry_run:
+        return _dry_run(guests)
+    found = Setup(progress=for_stream()).run(guests, update=arguments.update)
+    gateway = gateway_build.build()
+    version = ".".join(map(str, found.qemu.version))
+    if arguments.json:
+        result = {
+            "qemu": {"version": version, "origin": found.qemu.origin, "command": found.qemu.argv_prefix},
+            "guests": [{"name": kernel.name, "release": kernel.release} for kernel in found.kernels],
+            "gateway": str(gateway),
+        }
+        json.dump(result, sys.stdout)
+        print()
+        return 0
+    print(f"QEMU {version} ({found.qemu.origin})")
+    for kernel in found.kernels:
+        print(f"guest {kernel.name}: Linux {kernel.release}")
+    print(f"gateway {gateway}")
+    return 0
+
+
+def _dry_run(guests: list[str]) -> int:
+    checks = [("QEMU", find_qemu), ("busybox for the guest", find_busybox)]
+    for name, check in checks:
+        try:
+            check()
+            print(f"{name}: there")
+        except MissingRequirement as missing:
+            print(f"{name}: to be fetched ({missing})")
+    for guest in guests:
+        try:
+            print(f"guest {guest}: there (Linux {find_kernel(guest).release})")
+        except MissingRequirement:
+            print(f"guest {guest}: to be fetched")
+    print("gateway: built from source where it is not there yet")
+    return 0

@@ -1,0 +1,20 @@
+"""Plain text tables."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> str:
+    """Columns as wide as they need to be, two spaces apart; the columns ``right`` are aligned to the right."""
+    widths = [
+        max(len(head), *(len(row[i]) for row in rows)) if rows else len(head) for i, head in enumerate(heads)
+    ]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.rjust(widths[i]) if i in right else cell.ljust(widths[i]) for i, cell in enumerate(cells)
+        ]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(heads), *(line(row) for row in rows)])

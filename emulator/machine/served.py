@@ -1,0 +1,116 @@
+"""A host with its control socket: what ``vmbus run`` and ``vmbus attach`` both do once they are attached."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from emulator import __version__
+from emulator.errors import UserError
+from emulator.machine.control import ControlServer
+from emulator.machine.host import Ending, Host
+
+
+class Served:
+    """Serves ``host`` until its QEMU ends; answers on ``directory/control.sock`` meanwhile."""
+
+    def __init__(self, host: Host, directory: Path) -> None:
+        self.host = host
+        self.directory = directory
+        self._control = ControlServer(
+            directory / "control.sock",
+            {"status": self._status, "stop": self._stop, "shutdown": self._shutdown},
+        )
+
+    async def start(self) -> None:
+        await self._control.start()
+
+    async def close(self) -> None:
+        await self._control.stop()
+        await self.host.close()
+
+    async def serve(self) -> Ending:
+        """Serve until QEMU ends, the control socket asks to stop, or SIGINT or SIGTERM comes."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGINT, signal.SIGTERM)
+        for number in signals:
+            loop.add_signal_handler(number, self.host.stop)
+        try:
+            return await self.host.serve()
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    async def _status(self, request: Mapping[str, Any]) -> object:
+        return status(self.host, self.directory.name)
+
+    async def _stop(self, request: Mapping[str, Any]) -> object:
+        self.host.stop()
+        return {}
+
+    async def _shutdown(self, request: Mapping[str, Any]) -> object:
+        action = str(request.get("action", "shutdown"))
+        for device, _ in self.host.devices:
+            ask = getattr(device, "request", None)
+            if device.name == "shutdown" and ask is not None:
+                result: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+                ask(action, force=bool(request.get("force", False)), done=result.set_result)
+                return {"result": await result}
+        raise UserError("this guest is served without a shutdown device; offer it with --device shutdown")
+
+
+def status(host: Host, name: str) -> dict[str, Any]:
+    """Everything that ``vmbus status --json`` shows."""
+    bus = host.bus.status()
+    channels = bus.pop("channels")
+    by_instance = {
+        (str(io.offer.instance_id), io.offer.subchannel_index): (device, io) for device, io in host.devices
+    }
+    for channel in channels:
+        found = by_instance.get((channel["instance_id"], channel["subchannel_index"]))
+        if found is not None:
+            device, io = found
+            channel["device"] = device.name
+            channel["io"] = io.status()
+            channel["details"] = device.status()
+    return {
+        "name": name,
+        "emulator": {"version": __version__, **process_figures(), "uptime": time.monotonic() - host.started},
+        "qemu": {
+            "pid": host.facts.pid,
+            "version": host.facts.version,
+            "machine": host.facts.machine,
+            "memory": host.facts.ram_size,
+        },
+        "vcpus": len(host.facts.apic_ids),
+        "traps": host.gateway_traps,
+        "doorbells": host.gateway_doorbells,
+        "interrupts": host.qtest.interrupts,
+        "resets": host.events.resets,
+        "crashes": [str(report) for report in host.events.crashes],
+        "partition": host.partition.status(),
+        "bus": bus,
+        "channels": channels,
+    }
+
+
+def process_figures() -> dict[str, Any]:
+    """This process: resident and peak memory in bytes, CPU seconds, open descriptors."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    figures: dict[str, Any] = {
+        "pid": os.getpid(),
+        "peak_memory": usage.ru_maxrss * 1024,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+    }
+    with suppress(FileNotFoundError):  # no /proc
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        figures["memory"] = pages * resource.getpagesize()
+        figures["descriptors"] = len(list(Path("/proc/self/fd").iterdir()))
+    return figures

@@ -1,0 +1,146 @@
+"""Boots real kernels for tests: every wait is for an event, with a limit, and says what it waited for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from device import registry
+from emulator.bus.device import Device
+from emulator.cli.run import AVAILABLE_MODULES, LOADED_MODULES
+from emulator.machine import gateway_build
+from emulator.machine.guest import Guest
+from emulator.machine.host import Ending, HostOptions
+from emulator.machine.launch import GuestOptions
+from emulator.machine.served import status
+from emulator.provision.command_output import CommandOutput
+from emulator.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
+from emulator.provision.kernel import find_kernel
+from emulator.provision.qemu import find_qemu
+
+DEFAULT_DEVICES = ("heartbeat,interval=0.2", "shutdown", "timesync")
+
+#: Seconds in which any guest must have got anywhere; these machines are slow and shared.
+LIMIT = 180.0
+
+
+@dataclass
+class Booted:
+    """A guest under test."""
+
+    guest: Guest
+    console_path: Path
+    received: CommandOutput = field(default_factory=CommandOutput)
+    output: bytearray = field(default_factory=bytearray)
+
+    @property
+    def host(self):  # noqa: ANN201
+        return self.guest.host
+
+    def console(self) -> str:
+        return self.console_path.read_text(errors="replace") if self.console_path.exists() else ""
+
+    def status(self) -> dict:
+        return status(self.guest.host, self.guest.directory.name)
+
+    def device(self, name: str) -> Device:
+        return next(device for device, _ in self.host.devices if device.name == name)
+
+    def channel(self, name: str) -> dict:
+        return next(channel for channel in self.status()["channels"] if channel["device"] == name)
+
+    async def until(self, condition: Callable[[], object], what: str, limit: float = LIMIT) -> None:
+        """Wait until ``condition()`` holds; fails with ``what`` and the end of the console."""
+        end = time.monotonic() + limit
+        serving = self._serving
+        while not condition():
+            if serving.done():
+                serving.result()
+                raise AssertionError(f"the guest ended while waiting for {what}\n{self.tail()}")
+            if time.monotonic() > end:
+                raise AssertionError(f"no {what} within {limit:g} s\n{self.tail()}")
+            await asyncio.sleep(0.02)
+
+    def tail(self, lines: int = 40) -> str:
+        console = "\n".join(self.console().splitlines()[-lines:])
+        return f"--- output ---\n{self.output.decode(errors='replace')}\n--- console ---\n{console}"
+
+    async def finish(self, limit: float = LIMIT) -> int | None:
+        """Wait until the guest has powered off; the status of its command."""
+        async with asyncio.timeout(limit):
+            if self._reading is not None:
+                await self._reading
+            ending = await self._serving
+        assert ending is Ending.POWERED_OFF, f"{ending}\n{self.tail()}"
+        return self.received.status
+
+    async def says(self, text: str, limit: float = LIMIT) -> None:
+        """Wait for ``text`` in the command's output."""
+        await self.until(lambda: text.encode() in self.output, f"{text!r} in the command's output", limit)
+
+    def start_following(self) -> None:
+        self._serving = asyncio.ensure_future(self.guest.served.serve())
+        self._reading = asyncio.ensure_future(self._read()) if self.guest.command else None
+
+    async def _read(self) -> None:
+        assert self.guest.command is not None
+        while data := await self.guest.command[0].read(1 << 16):
+            self.output += self.received.feed(data)
+        self.output += self.received.close()
+
+    async def stop_following(self) -> None:
+        for task in (self._reading, self._serving):
+            if task is not None and not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+
+@contextlib.asynccontextmanager
+async def boot(
+    directory: Path,
+    *,
+    kernel: str = "debian-6.12",
+    command: Sequence[str] | None = None,
+    devices: Sequence[str] = DEFAULT_DEVICES,
+    smp: int = 1,
+    memory: int = 512,
+    machine: str = "q35",
+    append: str = "",
+    add: Sequence[tuple[Path, str]] = (),
+    load: Sequence[str] = LOADED_MODULES,
+    host_options: HostOptions | None = None,
+    extra: Sequence[str] = (),
+) -> AsyncIterator[Booted]:
+    """Start a guest (memory in MiB) and serve it; it is ended on the way out whatever happens."""
+    found = find_kernel(kernel)
+    console = directory / "console.log"
+    options = GuestOptions(
+        kernel=found.vmlinuz,
+        initrd=build_initramfs(found, modules=load, available=AVAILABLE_MODULES, add=add, command=command),
+        append=" ".join([*KERNEL_ARGUMENTS, append]),
+        machine=machine,
+        smp=smp,
+        serial=console,
+        command_port=command is not None,
+        extra=tuple(extra),
+    )
+    async with Guest.start(
+        name=None,
+        qemu=find_qemu(),
+        gateway_library=gateway_build.build(),
+        memory_size=memory << 20,
+        options=options,
+        devices=[registry.create(line) for line in devices],
+        host_options=host_options,
+    ) as guest:
+        booted = Booted(guest, console)
+        booted.start_following()
+        try:
+            yield booted
+        finally:
+            await booted.stop_following()
