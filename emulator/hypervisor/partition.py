@@ -27,7 +27,7 @@ from emulator.hypervisor.events import PartitionEvents
 from emulator.hypervisor.faults import GeneralProtection, UndefinedOpcode
 from emulator.hypervisor.features import Features
 from emulator.hypervisor.guest_os import describe_guest_os
-from emulator.hypervisor.hypercalls import HypercallRegisters, Hypercalls, MessageHandler
+from emulator.hypervisor.hypercalls import DoorbellRule, HypercallRegisters, Hypercalls, MessageHandler
 from emulator.hypervisor.msrs import MsrTable
 from emulator.hypervisor.overlay import PageOverlay
 from emulator.hypervisor.reference_time import GuestClock, ReferenceTime
@@ -132,6 +132,10 @@ class Partition:
     def connect_message_port(self, connection_id: int, handler: MessageHandler) -> None:
         """Let HvPostMessage on ``connection_id`` call ``handler(vp, connection_id, payload)``."""
         self.hypercalls.message_ports[connection_id] = handler
+
+    def doorbell_rules(self, first_connection: int, count: int) -> tuple[DoorbellRule, ...]:
+        """Which hypercalls need not be waited for; their doorbells go to ``synic.ring_event_port``."""
+        return self.hypercalls.doorbell_rules(first_connection, count)
 
     def publish_reference_tsc(self) -> None:
         """Write the reference TSC page anew, with a new sequence; no effect while the guest has none."""
