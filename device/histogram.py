@@ -1,0 +1,47 @@
+"""A few numbers about many durations, in constant memory."""
+
+from __future__ import annotations
+
+import math
+
+STEPS_PER_OCTAVE = 4
+"""Buckets between a duration and its double: the median is off by at most a tenth."""
+
+
+class Histogram:
+    """Durations in seconds; the least and the greatest exactly, the median from logarithmic buckets."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.least = 0.0
+        self.greatest = 0.0
+        self._buckets: dict[int, int] = {}
+
+    def add(self, seconds: float) -> None:
+        """Count one duration; a negative one (a clock that was set) counts as 0."""
+        seconds = max(seconds, 1e-9)
+        self.least = min(self.least, seconds) if self.count else seconds
+        self.greatest = max(self.greatest, seconds)
+        self.count += 1
+        bucket = math.floor(math.log2(seconds) * STEPS_PER_OCTAVE)
+        self._buckets[bucket] = self._buckets.get(bucket, 0) + 1
+
+    @property
+    def median(self) -> float:
+        """Seconds; 0 when nothing was counted."""
+        left = (self.count + 1) // 2
+        for bucket in sorted(self._buckets):
+            left -= self._buckets[bucket]
+            if left <= 0:
+                middle: float = 2.0 ** ((bucket + 0.5) / STEPS_PER_OCTAVE)
+                return min(max(middle, self.least), self.greatest)
+        return 0.0
+
+    def status(self) -> dict[str, float | int]:
+        """Count, and microseconds."""
+        return {
+            "count": self.count,
+            "min_us": round(self.least * 1e6, 1),
+            "median_us": round(self.median * 1e6, 1),
+            "max_us": round(self.greatest * 1e6, 1),
+        }
