@@ -24,6 +24,7 @@ QEMU 11.1 or newer is needed, with TCG. The directory must exist; it gets the AC
 sockets and memory file later.
 """
 
+
 def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "qemu-args",
@@ -32,7 +33,9 @@ def add_parser(verbs: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--dir", type=Path, default=Path(), help="where sockets and memory go (default: here)")
+    parser.add_argument(
+        "--dir", type=Path, default=Path(), help="where sockets and memory go (default: here)"
+    )
     parser.add_argument("--memory", type=size, default=1 << 30, help="guest memory (default: 1G)")
     parser.add_argument(
         "--no-wait", action="store_true", help="let the guest boot without Hyper-V if no emulator is attached"
@@ -42,6 +45,7 @@ def add_parser(verbs: Any) -> None:
     form.add_argument("--libvirt", action="store_true", help="as libvirt's <qemu:commandline>")
     form.add_argument("--json", action="store_true", help="as a JSON list of words")
     parser.set_defaults(action=main)
+
 
 def main(arguments: argparse.Namespace) -> int:
     directory = arguments.dir.resolve(strict=True)
@@ -66,5 +70,3 @@ def main(arguments: argparse.Namespace) -> int:
     else:
         print(shlex.join(options.argv()))
     return 0
-
-__all__ = ["add_parser", "main", "readconfig"]

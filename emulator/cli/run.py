@@ -52,7 +52,9 @@ def add_parser(verbs: Any) -> None:
     )
     guest = parser.add_argument_group("the guest")
     guest.add_argument("--name", help="its name (default: guest-N)")
-    guest.add_argument("--guest", choices=sorted(GUESTS), help=f"an embedded guest (default: {DEFAULT_GUEST})")
+    guest.add_argument(
+        "--guest", choices=sorted(GUESTS), help=f"an embedded guest (default: {DEFAULT_GUEST})"
+    )
     guest.add_argument("--kernel", type=Path, help="a kernel image of your own")
     guest.add_argument("--modules", type=Path, metavar="DIR", help="its modules, for the embedded initramfs")
     guest.add_argument("--initrd", type=Path, help="an initramfs of your own in place of the embedded one")
@@ -61,7 +63,9 @@ def add_parser(verbs: Any) -> None:
     guest.add_argument("--memory", type=size, default=512 << 20, metavar="SIZE", help="RAM (default: 512M)")
     guest.add_argument("--machine", default="q35", help="QEMU's machine: q35 or pc (default: q35)")
     guest.add_argument("--cpu", default="max", help="QEMU's CPU model (default: max)")
-    guest.add_argument("--load", action="append", default=[], metavar="MODULE", help="load one more kernel module")
+    guest.add_argument(
+        "--load", action="append", default=[], metavar="MODULE", help="load one more kernel module"
+    )
     guest.add_argument(
         "--add", action="append", default=[], metavar="FILE[:PATH]", help="put a file into the initramfs"
     )
@@ -70,7 +74,10 @@ def add_parser(verbs: Any) -> None:
     guest.add_argument("--no-reboot", action="store_true", help="end where the guest would reboot")
     add_host_options(parser)
     parser.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="end the guest and fail after that time (default: none)"
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="end the guest and fail after that time (default: none)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the QEMU command line and stop")
     parser.set_defaults(action=main)

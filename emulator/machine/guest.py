@@ -76,7 +76,10 @@ class Guest:
         command: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         try:
             line = command_line(
-                qemu.argv_prefix, directory, emulator_options(directory, memory_size, gateway_library), options
+                qemu.argv_prefix,
+                directory,
+                emulator_options(directory, memory_size, gateway_library),
+                options,
             )
             process = QemuProcess.start(line, directory.qemu_log, qemu.environment)
             qmp = await process.connect_qmp(directory.qmp)
@@ -97,4 +100,3 @@ class Guest:
             if process is not None:
                 await asyncio.to_thread(process.stop)
             directory.remove()
-

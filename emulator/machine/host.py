@@ -16,29 +16,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence, Set as AbstractSet
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from emulator.bus.channel import Channel
 from emulator.bus.channel_io import ChannelIo
 from emulator.bus.device import Device, DeviceEnvironment
 from emulator.bus.reception import PostResult
 from emulator.bus.server import Bus
 from emulator.errors import GatewayError, QemuError, QemuGone
-from emulator.hypervisor.crash import CrashReport
 from emulator.hypervisor.cpuid import cpuid_table
+from emulator.hypervisor.crash import CrashReport
 from emulator.hypervisor.events import PartitionEvents
 from emulator.hypervisor.faults import GeneralProtection, UndefinedOpcode
 from emulator.hypervisor.features import Features
+from emulator.hypervisor.hypercalls import HypercallRegisters
 from emulator.hypervisor.partition import Partition
 from emulator.machine.clock import TcgClock
 from emulator.machine.discovery import QemuFacts, discover
-from emulator.machine.gateway import Gateway
+from emulator.machine.gateway import Fault, Gateway, Trap
 from emulator.machine.memory import MappedMemory
 from emulator.machine.qmp import Qmp
 from emulator.machine.qtest import Qtest
+from emulator.wire.gateway import DoorbellRule, TrapKind
 from emulator.wire.hypercall import HvStatus
 from emulator.wire.version import Version
 
@@ -57,9 +61,18 @@ class Ending(Enum):
 class HostOptions:
     """What the user may choose of the host."""
 
-    features: Features = Features()
+    features: Features = field(default_factory=Features)
     max_version: Version = Version.COPPER
     take_over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AttachedDevice:
+    """A device, its primary channel, and what goes through it."""
+
+    device: Device
+    io: ChannelIo
+    channel: Channel
 
 
 @dataclass(slots=True)
@@ -72,7 +85,12 @@ class HostEvents:
 
 
 _KEEP = 16
+
+#: Connection ids of channels (``Channel.connection_id``): 0x2000 + relid.
 EVENT_CONNECTIONS = 0x2000
+
+#: HvSignalEvent in its fast form on one of those: posted, no vCPU waits for it.
+EVENT_DOORBELLS = DoorbellRule(control=0x1005D, base=EVENT_CONNECTIONS, count=2048, first=0, result=0)
 
 
 class LocalApics:
@@ -144,7 +162,7 @@ class Host:
             reference_time=self.partition.reference_time.now,
             offers=self.bus,
         )
-        self.devices: list[tuple[Device, ChannelIo]] = []
+        self.devices: list[AttachedDevice] = []
         self.gateway_traps = 0
         self.gateway_doorbells = 0
 
@@ -179,13 +197,13 @@ class Host:
         host._activate(options)
         return host
 
-    def add_device(self, device: Device) -> ChannelIo:
+    def add_device(self, device: Device) -> AttachedDevice:
         """Offer one more device; the guest sees it at once if it has asked for offers."""
         io = ChannelIo(device, self._loop)
         device.start(self.environment)
-        self.bus.offer(device.offer(), io)
-        self.devices.append((device, io))
-        return io
+        attached = AttachedDevice(device, io, self.bus.offer(device.offer(), io))
+        self.devices.append(attached)
+        return attached
 
     def _activate(self, options: HostOptions) -> None:
         self.gateway.set_cpuid(cpuid_table(options.features, len(self.facts.apic_ids)))
@@ -215,6 +233,28 @@ class Host:
                     break
         except (GatewayError, QemuGone) as error:
             self._end(Ending.QEMU_GONE, error)
+
+    def _serve(self, trap: Trap) -> None:
+        self.gateway_traps += 1
+        try:
+            if trap.kind is TrapKind.WRMSR:
+                self.partition.write_msr(trap.vcpu, trap.msr, trap.msr_value)
+                value = 0
+            elif trap.kind is TrapKind.RDMSR:
+                value = self.partition.read_msr(trap.vcpu, trap.msr)
+            else:
+                value = self.partition.hypercall(
+                    trap.vcpu,
+                    HypercallRegisters(
+                        trap.long_mode, trap.rax, trap.rbx, trap.rcx, trap.rdx, trap.rsi, trap.rdi, trap.r8
+                    ),
+                )
+        except GeneralProtection:
+            self.gateway.answer_fault(trap, Fault.GP)
+        except UndefinedOpcode:
+            self.gateway.answer_fault(trap, Fault.UD)
+        else:
+            self.gateway.answer(trap, value)
 
     # --- the guest's life --------------------------------------------------------------------------------
 
@@ -278,8 +318,8 @@ class Host:
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for device, _ in self.devices:
-            device.stop()
+        for attached in self.devices:
+            attached.device.stop()
         self.gateway.close()
         self.qtest.close()
         await self.qmp.close()

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from emulator import __version__
 from emulator.errors import UserError
@@ -57,7 +57,8 @@ class Served:
 
     async def _shutdown(self, request: Mapping[str, Any]) -> object:
         action = str(request.get("action", "shutdown"))
-        for device, _ in self.host.devices:
+        for attached in self.host.devices:
+            device = attached.device
             ask = getattr(device, "request", None)
             if device.name == "shutdown" and ask is not None:
                 result: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -69,17 +70,14 @@ class Served:
 def status(host: Host, name: str) -> dict[str, Any]:
     """Everything that ``vmbus status --json`` shows."""
     bus = host.bus.status()
-    channels = bus.pop("channels")
-    by_instance = {
-        (str(io.offer.instance_id), io.offer.subchannel_index): (device, io) for device, io in host.devices
-    }
+    channels = cast(list[dict[str, Any]], bus.pop("channels"))
+    attached = {(str(a.channel.offer.instance_id), 0): a for a in host.devices}
     for channel in channels:
-        found = by_instance.get((channel["instance_id"], channel["subchannel_index"]))
+        found = attached.get((str(channel["instance_id"]), channel["subchannel_index"]))
         if found is not None:
-            device, io = found
-            channel["device"] = device.name
-            channel["io"] = io.status()
-            channel["details"] = device.status()
+            channel["device"] = found.device.name
+            channel["io"] = found.io.status()
+            channel["details"] = found.device.status()
     return {
         "name": name,
         "emulator": {"version": __version__, **process_figures(), "uptime": time.monotonic() - host.started},

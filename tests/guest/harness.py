@@ -48,7 +48,7 @@ class Booted:
         return status(self.guest.host, self.guest.directory.name)
 
     def device(self, name: str) -> Device:
-        return next(device for device, _ in self.host.devices if device.name == name)
+        return next(a.device for a in self.host.devices if a.device.name == name)
 
     def channel(self, name: str) -> dict:
         return next(channel for channel in self.status()["channels"] if channel["device"] == name)
