@@ -1,0 +1,624 @@
+"""One channel of the bus, as the host sees it (spec/vmbus.md 5.10 to 5.13, 5.16, 6.5, 6.6).
+
+    released --offer--> closed --OPEN--> opening --device--> open --CLOSE--> closing --device--> closed
+                          |                                                    '-OPEN-> closing, re-open
+                          '--host takes it away--> revoked --RELID_RELEASED--> (gone)
+                                                      '--same device comes back--> re-offered --> closed
+
+The state is what the guest may do; what the device was told, and has not finished, is kept beside it (``busy``).
+A guest, or the host, can want the channel away at any moment. It then *leaves*: the device closes, gives every
+GPADL back, and only when all that is done does the guest get its RESCIND, or the bus its UNLOAD_RESPONSE.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from emulator.bus.channel_state import (
+    Busy,
+    ChannelCounters,
+    ChannelHost,
+    ChannelState,
+    OpenRequest,
+)
+from emulator.bus.contact import MESSAGE_SINT, MULTICLIENT_CONNECTION_ID
+from emulator.bus.endpoint import Endpoint
+from emulator.bus.gpadl import Assembly, Gpadl, GpadlState
+from emulator.bus.offers import CONNECTION_ID_BASE, MAX_RELID, Offer
+from emulator.bus.outbox import Target
+from emulator.errors import DeviceError, GuestError, ProtocolError
+from emulator.ports import GuestPages, TimerHandle
+from emulator.refusals import Refusals
+from emulator.wire.gpadl import GPADL_CREATED, GPADL_TORNDOWN, GpadlCreated, GpadlTorndown
+from emulator.wire.header import STATUS_SUCCESS, STATUS_UNSUCCESSFUL
+from emulator.wire.messages import (
+    CLOSE_RESERVED_RESPONSE,
+    MODIFYCHANNEL_RESPONSE,
+    OPENCHANNEL_RESULT,
+    ChannelOnly,
+    ModifyChannelResponse,
+    OpenResult,
+)
+from emulator.wire.version import Version
+
+logger = logging.getLogger(__name__)
+
+UNSTICK_DELAY = 0.1
+"""Seconds after an open until the guest is signalled once, in case it missed what came first."""
+
+MAX_CONNECTION_ID = 0xFF_FFFF
+
+
+class _Outcome(NamedTuple):
+    """What became of a call of the endpoint."""
+
+    error: Exception | None
+    deferred: bool
+
+
+class Channel:
+    """A channel; made by :meth:`Bus.offer`, used by its endpoint."""
+
+    def __init__(self, host: ChannelHost, offer: Offer, endpoint: Endpoint) -> None:
+        self.offer = offer
+        self.endpoint = endpoint
+        self.state = ChannelState.RELEASED
+        self.relid: int | None = None
+        self.monitor_id: int | None = None
+        self.offered = False
+        """Whether the guest has the offer on this connection."""
+        self.request: OpenRequest | None = None
+        self.reopen: OpenRequest | None = None
+        self.target_vp: int | None = None
+        self.pending_target: int | None = None
+        self.close_answer: Target | None = None
+        """Where the client of a reserved channel waits for the end of its close."""
+        self.gpadls: dict[int, Gpadl] = {}
+        self.busy = Busy.NO
+        self.stopped = False
+        self.revoking = False
+        """The host wants it away."""
+        self.abandoned = False
+        """The guest is gone, or starts over."""
+        self.released_by_guest = False
+        self.counters = ChannelCounters()
+        self.refusals = Refusals(f"channel {offer.name or offer.interface_id}", logger)
+        self._host = host
+        self._calling = ""
+        self._deferred = False
+        self._letting_go: set[int] = set()
+        self.signal_port: int | None = None
+        """The guest's own choice of connection id, while open."""
+        self._unstick: TimerHandle | None = None
+
+    def __repr__(self) -> str:
+        return f"<Channel {self.relid} {self.offer.name!r} {self.state.value}>"
+
+    @property
+    def connection_id(self) -> int | None:
+        """The HvSignalEvent connection of the offer; None without a channel id."""
+        return None if self.relid is None else CONNECTION_ID_BASE | self.relid
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the device may use the rings."""
+        return self.busy in (Busy.OPENING, Busy.OPEN)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the device holds nothing of the guest's."""
+        return self.busy is Busy.NO and not self._letting_go
+
+    @property
+    def reserved(self) -> bool:
+        """Whether it is opened as a reserved channel."""
+        return self.request is not None and self.request.reserved is not None
+
+    # ---- for endpoints
+
+    def ring_pages(self) -> tuple[GuestPages, GuestPages]:
+        """The two rings: guest to host (incoming), host to guest (outgoing).
+
+        Raises :class:`ProtocolError` when the channel is not open, or its GPADL holds no two rings.
+        """
+        if self.request is None:
+            raise ProtocolError("ring-not-open")
+        pfns, downstream = self._ring_pfns(self.request)
+        return self._host.memory.pages(pfns[:downstream]), self._host.memory.pages(pfns[downstream:])
+
+    def gpadl_pages(self, gpadl_id: int) -> GuestPages:
+        """The pages of a GPADL that is one range of whole pages, as every buffer of a real guest is.
+
+        Raises :class:`ProtocolError` for an unknown id or another shape.
+        """
+        gpadl = self.gpadls.get(gpadl_id)
+        if gpadl is None or gpadl.state is not GpadlState.ACCEPTED:
+            raise ProtocolError("gpadl-unknown", f"{gpadl_id:#x}")
+        return self._host.memory.pages(gpadl.aligned_pfns())
+
+    def signal_guest(self) -> None:
+        """Tell the guest to look at its ring; nothing happens if the channel is not open or wants no interrupts."""
+        if not self.is_open or self.target_vp is None or self.relid is None:
+            self.counters.interrupts_dropped += 1
+            return
+        self.counters.interrupts += 1
+        if not self._host.connection.at_least(Version.WIN8) and self._host.shared_signal(self.relid):
+            return
+        flag = self.relid
+        if self.request is not None and self.request.event_flag is not None:
+            flag = self.request.event_flag
+        self._host.synic.signal_event(self.target_vp, MESSAGE_SINT, flag)
+
+    def doorbell(self) -> None:
+        """The guest signalled: tell the device, if it is there."""
+        self.counters.doorbells += 1
+        if self.is_open and not self.stopped:
+            self._call("signalled", self.endpoint.signalled, self)
+
+    def defer_open(self) -> None:
+        """From inside ``opened``: the answer comes with :meth:`finish_open`."""
+        self._defer("opened")
+
+    def finish_open(self, error: Exception | None = None) -> None:
+        """The device is ready, or refuses because of ``error``."""
+        if self.busy is not Busy.OPENING:
+            raise DeviceError(f"{self!r} is not being opened")
+        if self._calling == "opened":
+            if error is not None:
+                raise DeviceError("raise the error instead") from error
+            self._deferred = False
+        else:
+            self._opened(error)
+
+    def defer_close(self) -> None:
+        """From inside ``closed``: rings are in use until :meth:`finish_close`."""
+        self._defer("closed")
+
+    def finish_close(self) -> None:
+        """No ring page is in use any more."""
+        if self.busy is not Busy.CLOSING:
+            raise DeviceError(f"{self!r} is not being closed")
+        if self._calling == "closed":
+            self._deferred = False
+        else:
+            self._closed()
+
+    def defer_teardown(self, gpadl: Gpadl) -> None:
+        """From inside ``gpadl_torn_down``: its pages are in use until :meth:`finish_teardown`."""
+        self._defer("gpadl_torn_down")
+
+    def finish_teardown(self, gpadl: Gpadl) -> None:
+        """No page of ``gpadl`` is in use any more."""
+        if gpadl.gpadl_id not in self._letting_go:
+            raise DeviceError(f"{self!r}: GPADL {gpadl.gpadl_id:#x} is not being torn down")
+        if self._calling == "gpadl_torn_down":
+            self._deferred = False
+        else:
+            self._torn_down(gpadl)
+
+    # ---- for whoever saves the machine, and for devices that must wait
+
+    def stop(self) -> None:
+        """From now on opens and modifications wait and doorbells are not passed on; closing is allowed."""
+        self.stopped = True
+
+    def start(self) -> None:
+        """Undo :meth:`stop`: what waited happens now, and the device is signalled once."""
+        if not self.stopped:
+            return
+        self.stopped = False
+        if self.state is ChannelState.OPENING and self.busy is Busy.NO:
+            self._tell_open()
+        if self.pending_target is not None:
+            vp, self.pending_target = self.pending_target, None
+            self._retarget(vp)
+        if self.is_open:
+            self._call("signalled", self.endpoint.signalled, self)
+
+    # ---- what a guest asks for
+
+    def open(self, request: OpenRequest) -> None:
+        """OPENCHANNEL, OPEN_RESERVED_CHANNEL."""
+        if self.state is ChannelState.CLOSED:
+            self._begin_open(request)
+        elif self.state is ChannelState.CLOSING and not self.released_by_guest and not request.reserved:
+            self.reopen = request
+            self.state = ChannelState.CLOSING_REOPEN
+        else:
+            self.refusals.refuse("open-state", self.state.value)
+
+    def close(self) -> None:
+        """CLOSECHANNEL: there is no answer."""
+        if self.state is not ChannelState.OPEN or self.reserved:
+            self.refusals.refuse("close-state", "reserved" if self.reserved else self.state.value)
+            return
+        self._close_device()
+
+    def close_reserved(self, target: Target) -> None:
+        """CLOSE_RESERVED_CHANNEL; the answer goes to ``target``."""
+        if self.state is not ChannelState.OPEN or not self.reserved:
+            self.refusals.refuse("close-reserved-state", self.state.value)
+            return
+        self.close_answer = target
+        self._close_device()
+
+    def release(self) -> None:
+        """RELID_RELEASED."""
+        if self.state is ChannelState.CLOSED:
+            self.released_by_guest = True
+            self._leave()
+        elif self.state is ChannelState.CLOSING:
+            self.released_by_guest = True
+        elif self.state is ChannelState.REVOKED:
+            self._release()
+        elif self.state is ChannelState.REOFFERED:
+            self._drop_gpadls()
+            self.state = ChannelState.CLOSED
+            self._host.offer_again(self)
+        else:
+            self.refusals.refuse("release-state", self.state.value)
+
+    def modify(self, vp: int) -> None:
+        """MODIFYCHANNEL: interrupts to another virtual processor."""
+        error = self._modify_error(vp)
+        if error:
+            self.refusals.refuse("modify", error)
+            self._answer_modify(STATUS_UNSUCCESSFUL)
+        elif not self.stopped:
+            self._retarget(vp)
+        elif self.pending_target is not None and self._host.connection.at_least(Version.IRON):
+            self.refusals.refuse("modify-pending")
+        else:
+            self.pending_target = vp
+
+    def gpadl_complete(self, assembly: Assembly) -> None:
+        """The range data of a GPADL is all there: check it, tell the device, answer."""
+        error: Exception | None = None
+        try:
+            gpadl = self._host.gpadls.finish(assembly)
+        except GuestError as refused:
+            self.refusals.refuse(refused.reason, refused.detail)
+            error = refused
+        else:
+            self.gpadls[gpadl.gpadl_id] = gpadl
+            if self.state not in (ChannelState.REVOKED, ChannelState.REOFFERED) and not self.revoking:
+                gpadl.told = True
+                error = self._call("gpadl_created", self.endpoint.gpadl_created, self, gpadl).error
+                if error is not None:
+                    gpadl.told = False
+                    self._forget_gpadl(gpadl)
+        if self.abandoned or self.relid is None:
+            return
+        status = STATUS_SUCCESS if error is None else STATUS_UNSUCCESSFUL
+        self._host.send(GPADL_CREATED.build(GpadlCreated(self.relid, assembly.gpadl_id, status)))
+
+    def teardown(self, gpadl_id: int) -> None:
+        """GPADL_TEARDOWN: TORNDOWN follows when the device has let go."""
+        gpadl = self.gpadls.get(gpadl_id)
+        if gpadl is None or gpadl.state is not GpadlState.ACCEPTED:
+            self.refusals.refuse("teardown-unknown", f"{gpadl_id:#x}")
+            return
+        in_ring = self.request is not None and self.request.ring_gpadl_id == gpadl_id
+        if in_ring and self.reserved:
+            self.refusals.refuse("teardown-reserved", f"{gpadl_id:#x}")
+            return
+        gpadl.state = GpadlState.TEARING_DOWN
+        if in_ring and self.busy is Busy.NO and self.state is ChannelState.OPENING:
+            self._fail_open(ProtocolError("open-gpadl-torn-down", f"{gpadl_id:#x}"))
+        elif in_ring and self.state is ChannelState.OPEN:
+            self.refusals.refuse("teardown-open-ring", f"{gpadl_id:#x}")
+            self._close_device()
+            return
+        self._continue_teardowns()
+
+    # ---- what the host asks for
+
+    def revoke(self) -> None:
+        """The host takes the channel away; the guest learns when the device has let go."""
+        if self.state is ChannelState.REOFFERED:
+            self.state = ChannelState.REVOKED
+        if self.state is ChannelState.REVOKED or self.revoking:
+            return
+        self.revoking = True
+        self._depart()
+
+    def abandon(self) -> None:
+        """The connection ends: nothing more is said to the guest about this channel."""
+        if self.state is ChannelState.RELEASED or self.abandoned:
+            return
+        self.abandoned = True
+        if self.state in (ChannelState.REVOKED, ChannelState.REOFFERED):
+            self._release()
+        else:
+            self._depart()
+
+    def detach(self) -> None:
+        """The connection ends, but the client of a reserved channel stays."""
+        self.offered = False
+        if self.relid is not None:
+            self._host.gpadls.abandon_all(self.relid)
+
+    def subchannels_left(self) -> None:
+        """A sub-channel was rescinded; this may have waited for it."""
+        self._leave_when_idle()
+
+    # ---- opening
+
+    def _begin_open(self, request: OpenRequest) -> None:
+        self.request = request
+        self.target_vp = request.target_vp
+        self.state = ChannelState.OPENING
+        try:
+            self._check_open(request)
+        except GuestError as error:
+            self._fail_open(error)
+            return
+        if not self.stopped:
+            self._tell_open()
+
+    def _check_open(self, request: OpenRequest) -> None:
+        if request.target_vp is not None and request.target_vp >= self._host.synic.vp_count:
+            raise ProtocolError("open-target-vp", f"{request.target_vp}")
+        self._ring_pfns(request)
+        flag, chosen = request.event_flag, request.connection_id
+        if flag is not None and flag > MAX_RELID:
+            raise ProtocolError("open-event-flag", f"{flag}")
+        if chosen is None or chosen == self.connection_id:
+            return
+        by_offer = CONNECTION_ID_BASE < chosen <= CONNECTION_ID_BASE + MAX_RELID
+        if not MULTICLIENT_CONNECTION_ID < chosen <= MAX_CONNECTION_ID or by_offer:
+            raise ProtocolError("open-connection-id", f"{chosen:#x}")
+        if self._host.connection_id_taken(chosen):
+            raise ProtocolError("open-connection-id-taken", f"{chosen:#x}")
+
+    def _ring_pfns(self, request: OpenRequest) -> tuple[Sequence[int], int]:
+        """Page frame numbers of both rings, and how many are the first's: one control page and data each."""
+        gpadl = self.gpadls.get(request.ring_gpadl_id)
+        if gpadl is None or gpadl.state is not GpadlState.ACCEPTED:
+            raise ProtocolError("open-gpadl-unknown", f"{request.ring_gpadl_id:#x}")
+        pfns = gpadl.aligned_pfns()
+        downstream = request.downstream_offset
+        if not 2 <= downstream <= len(pfns) - 2:
+            raise ProtocolError("open-ring-split", f"page {downstream} of {len(pfns)}")
+        return pfns, downstream
+
+    def _tell_open(self) -> None:
+        self.busy = Busy.OPENING
+        self._connect_signal()
+        if self.monitor_id is not None:
+            self._host.monitor_changed()
+        outcome = self._call("opened", self.endpoint.opened, self)
+        if not outcome.deferred:
+            self._opened(outcome.error)
+
+    def _opened(self, error: Exception | None) -> None:
+        if error is not None:
+            self.busy = Busy.NO
+            self._fail_open(error)
+            return
+        self.busy = Busy.OPEN
+        self.counters.opens += 1
+        if self.abandoned or self.revoking:
+            self._close_device()
+            return
+        self.state = ChannelState.OPEN
+        self._answer_open(STATUS_SUCCESS)
+        self._unstick = self._host.timers.call_later(UNSTICK_DELAY, self._unstick_guest)
+        ring = self.gpadls.get(self.request.ring_gpadl_id) if self.request else None
+        if ring is None or ring.state is GpadlState.TEARING_DOWN:
+            self._close_device()
+
+    def _fail_open(self, error: Exception) -> None:
+        if isinstance(error, GuestError):
+            self.refusals.refuse(error.reason, error.detail)
+        else:
+            self.refusals.refuse("open-device", str(error))
+        if not self.revoking:
+            self._answer_open(STATUS_UNSUCCESSFUL)
+        self._forget_open()
+        self._after_device()
+
+    def _unstick_guest(self) -> None:
+        self._unstick = None
+        self.signal_guest()
+
+    def _answer_open(self, status: int) -> None:
+        request = self.request
+        if request is None or self.relid is None or self.abandoned:
+            return
+        payload = OPENCHANNEL_RESULT.build(OpenResult(self.relid, request.open_id, status))
+        self._host.send(payload, request.reserved)
+
+    # ---- closing and leaving
+
+    def _close_device(self) -> None:
+        self.state = ChannelState.CLOSING
+        self._host.leave_subchannels(self)
+        self._cancel_unstick()
+        self.busy = Busy.CLOSING
+        if not self._call("closed", self.endpoint.closed, self).deferred:
+            self._closed()
+
+    def _closed(self) -> None:
+        self.busy = Busy.NO
+        answer, self.close_answer = self.close_answer, None
+        was_reserved = self.reserved
+        if self.pending_target is not None:
+            self.pending_target = None
+            self._answer_modify(STATUS_UNSUCCESSFUL)
+        self._forget_open()
+        if answer is not None and self.relid is not None and not self.abandoned:
+            self._host.send(CLOSE_RESERVED_RESPONSE.build(ChannelOnly(self.relid)), answer)
+        if was_reserved and not self.offered:
+            self.abandoned = True
+        self._after_device()
+
+    def _forget_open(self) -> None:
+        self._cancel_unstick()
+        self._disconnect_signal()
+        self.request = None
+        self.target_vp = None
+        if self.monitor_id is not None:
+            self._host.monitor_changed()
+
+    def _after_device(self) -> None:
+        """The device has let the rings go: whatever waited for that goes on."""
+        self._continue_teardowns()
+        if self.busy is not Busy.NO:
+            return
+        reopen, self.reopen = self.reopen, None
+        if self.abandoned or self.revoking or self.released_by_guest:
+            self._leave()
+        elif reopen is not None:
+            self._begin_open(reopen)
+        else:
+            self.state = ChannelState.CLOSED
+
+    def _depart(self) -> None:
+        """Begin to leave, from any state in which the guest has the channel."""
+        self.reopen = None
+        if self.busy is Busy.OPEN:
+            self._close_device()
+        elif self.busy is Busy.NO:
+            self._forget_open()
+            self._leave()
+
+    def _leave(self) -> None:
+        """The device has closed: take its GPADLs back, then go."""
+        self._host.leave_subchannels(self)
+        for gpadl in list(self.gpadls.values()):
+            if gpadl.told and gpadl.gpadl_id not in self._letting_go:
+                self._let_go(gpadl)
+        self._leave_when_idle()
+
+    def _leave_when_idle(self) -> None:
+        leaving = self.abandoned or self.revoking or self.released_by_guest
+        if not leaving or not self.idle or self.state in (ChannelState.RELEASED, ChannelState.REVOKED):
+            return
+        if any(gpadl.told for gpadl in self.gpadls.values()):
+            return
+        if self.abandoned or not self.revoking or not self.offered:
+            self._release()
+        elif self._host.leave_subchannels(self):
+            for gpadl in list(self.gpadls.values()):
+                if gpadl.state is GpadlState.TEARING_DOWN:
+                    self._answer_teardown(gpadl)
+            self.state = ChannelState.REVOKED
+            self._host.rescinded(self)
+
+    def _release(self) -> None:
+        """Free what the guest knew it by."""
+        self._drop_gpadls()
+        self.state = ChannelState.RELEASED
+        self.offered = self.abandoned = self.released_by_guest = False
+        self._host.left(self)
+
+    # ---- GPADLs
+
+    def _continue_teardowns(self) -> None:
+        """Let go of what is torn down, unless the device is opening or closing."""
+        if self.busy in (Busy.OPENING, Busy.CLOSING):
+            return
+        for gpadl in list(self.gpadls.values()):
+            if gpadl.state is GpadlState.TEARING_DOWN and gpadl.gpadl_id not in self._letting_go:
+                if gpadl.told:
+                    self._let_go(gpadl)
+                else:
+                    self._answer_teardown(gpadl)
+
+    def _let_go(self, gpadl: Gpadl) -> None:
+        self._letting_go.add(gpadl.gpadl_id)
+        if not self._call("gpadl_torn_down", self.endpoint.gpadl_torn_down, self, gpadl).deferred:
+            self._torn_down(gpadl)
+
+    def _torn_down(self, gpadl: Gpadl) -> None:
+        self._letting_go.discard(gpadl.gpadl_id)
+        gpadl.told = False
+        if gpadl.state is GpadlState.TEARING_DOWN:
+            self._answer_teardown(gpadl)
+        self._leave_when_idle()
+
+    def _answer_teardown(self, gpadl: Gpadl) -> None:
+        self._forget_gpadl(gpadl)
+        if not self.abandoned:
+            self._host.send(GPADL_TORNDOWN.build(GpadlTorndown(gpadl.gpadl_id)))
+
+    def _forget_gpadl(self, gpadl: Gpadl) -> None:
+        if self.gpadls.get(gpadl.gpadl_id) is gpadl and self.relid is not None:
+            del self.gpadls[gpadl.gpadl_id]
+            self._host.gpadls.remove(self.relid, gpadl)
+
+    def _drop_gpadls(self) -> None:
+        """All of them, and those in progress, without a word to the guest."""
+        if self.relid is not None:
+            self._host.gpadls.abandon_all(self.relid)
+        for gpadl in list(self.gpadls.values()):
+            self._forget_gpadl(gpadl)
+
+    # ---- interrupts
+
+    def _modify_error(self, vp: int) -> str:
+        if self.state is not ChannelState.OPEN:
+            return f"channel is {self.state.value}"
+        if self.reserved or self.target_vp is None:
+            return "channel has no interrupts"
+        if vp >= self._host.synic.vp_count:
+            return f"virtual processor {vp:#x}"
+        return ""
+
+    def _retarget(self, vp: int) -> None:
+        self.target_vp = vp
+        self._call("retargeted", self.endpoint.retargeted, self, vp)
+        self._answer_modify(STATUS_SUCCESS)
+        self.signal_guest()
+
+    def _answer_modify(self, status: int) -> None:
+        if self.relid is not None and not self.abandoned and self._host.connection.at_least(Version.IRON):
+            self._host.send(MODIFYCHANNEL_RESPONSE.build(ModifyChannelResponse(self.relid, status)))
+
+    def _connect_signal(self) -> None:
+        chosen = self.request.connection_id if self.request else None
+        if chosen is not None and chosen != self.connection_id:
+            self.signal_port = chosen
+            self._host.synic.connect_event_port(chosen, self.doorbell)
+
+    def _disconnect_signal(self) -> None:
+        if self.signal_port is not None:
+            self._host.synic.disconnect_event_port(self.signal_port)
+            self.signal_port = None
+
+    def _cancel_unstick(self) -> None:
+        if self._unstick is not None:
+            self._unstick.cancel()
+            self._unstick = None
+
+    # ---- calling the device
+
+    def _defer(self, name: str) -> None:
+        if self._calling != name:
+            raise DeviceError(f"{self!r}: only from inside {name}()")
+        self._deferred = True
+
+    def _call(self, name: str, function: Callable[..., None], *arguments: object) -> _Outcome:
+        """Call the endpoint. What it raises is logged, never passed on: no device may break the bus."""
+        outer = self._calling, self._deferred
+        self._calling, self._deferred = name, False
+        error: Exception | None = None
+        try:
+            function(*arguments)
+        except GuestError as refused:
+            self.refusals.refuse(refused.reason, refused.detail)
+            error = refused
+        except DeviceError as broken:
+            self.refusals.refuse("device-error", f"{name}: {broken}")
+            error = broken
+        except Exception as bug:
+            logger.exception("%r: %s() failed", self, name)
+            self.refusals.refuse("device-exception", f"{name}: {type(bug).__name__}")
+            error = DeviceError(f"{name}(): {type(bug).__name__}: {bug}")
+        finally:
+            deferred = self._deferred and error is None
+            self._calling, self._deferred = outer
+        return _Outcome(error, deferred)
