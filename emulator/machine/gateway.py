@@ -32,6 +32,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
@@ -192,8 +193,6 @@ _ClockFields = tuple[int, int, int, int, int, int, int]
 
 
 def _monotonic_ns() -> int:
-    import time
-
     return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
 
 
@@ -564,6 +563,7 @@ class Gateway:
 def _converse(connection: socket.socket, message: wire.Message) -> tuple[wire.Reply, list[int]]:
     """Send a request, receive its reply and the descriptors that come with it."""
     descriptors: list[int] = []
+    connection.settimeout(_TIMEOUT)
     try:
         connection.sendall(wire.MESSAGE.build(message))
         data = b""
@@ -584,6 +584,8 @@ def _converse(connection: socket.socket, message: wire.Message) -> tuple[wire.Re
     except (GatewayError, MalformedError):
         _close_all(descriptors)
         raise
+    finally:
+        connection.setblocking(False)  # a time-out would make Gateway.closed wait
     return reply, descriptors
 
 

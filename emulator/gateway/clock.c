@@ -1,0 +1,162 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The relation of the guest's TSC to the host's.
+ *
+ * Under TCG the guest's TSC is the host's plus an offset that changes when the machine is stopped and continued.
+ * After each RDTSC of the guest the result is compared with the host's TSC a moment later; the difference is too
+ * large by that moment, so the least of TSC_SAMPLES is taken. The callback is conditional on a word of the vCPU
+ * that is 0 once there are enough, so a guest that reads its TSC often does not pay for it.
+ */
+#define _GNU_SOURCE
+#include "gateway.h"
+
+#include <time.h>
+
+#define TSC_SAMPLES 64
+#define PAIR_AGE_NS UINT64_C(10000000)
+#define FREQUENCY_AFTER_NS UINT64_C(1000000)
+
+static _Atomic uint64_t refreshed_ns; /* when the pair was published last */
+
+uint64_t clock_tsc(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    return __builtin_ia32_rdtsc();
+#else
+    return 0;
+#endif
+}
+
+uint64_t clock_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
+}
+
+/* Both clocks at one moment: of a few readings the one that took least. */
+static void clock_pair(uint64_t *tsc, uint64_t *ns)
+{
+    uint64_t least = UINT64_MAX;
+
+    for (int attempt = 0; attempt < 4; attempt++) {
+        uint64_t before = clock_tsc();
+        uint64_t now = clock_ns();
+        uint64_t window = clock_tsc() - before;
+        if (window < least) {
+            least = window;
+            *tsc = before + window / 2;
+            *ns = now;
+        }
+    }
+}
+
+static void publish_begin(void)
+{
+    struct gateway_control *control = gateway.control;
+    uint32_t sequence = atomic_load_explicit(&control->clock_sequence, memory_order_relaxed);
+
+    atomic_store_explicit(&control->clock_sequence, sequence + 1, memory_order_relaxed);
+    atomic_thread_fence(memory_order_release);
+}
+
+static void publish_end(void)
+{
+    struct gateway_control *control = gateway.control;
+    uint32_t sequence = atomic_load_explicit(&control->clock_sequence, memory_order_relaxed);
+
+    atomic_store_explicit(&control->clock_sequence, sequence + 1, memory_order_release);
+}
+
+void clock_start(void)
+{
+    struct gateway_control *control = gateway.control;
+
+    if (!clock_tsc()) {
+        return;
+    }
+    control->tsc_known = 1;
+    clock_pair(&gateway.first_tsc, &gateway.first_ns);
+    control->pair_tsc = gateway.first_tsc;
+    control->pair_ns = gateway.first_ns;
+}
+
+/* Publish the pair and the frequency anew, if they are old or `now` is set. Never waits for another vCPU. */
+void clock_refresh(bool now)
+{
+    struct gateway_control *control = gateway.control;
+    uint64_t tsc = 0, ns = 0;
+
+    if (!control->tsc_known || (!now && clock_ns() - atomic_load(&refreshed_ns) < PAIR_AGE_NS)) {
+        return;
+    }
+    if (now) {
+        pthread_mutex_lock(&gateway.clock_lock);
+    } else if (pthread_mutex_trylock(&gateway.clock_lock) != 0) {
+        return;
+    }
+    clock_pair(&tsc, &ns);
+    publish_begin();
+    control->pair_tsc = tsc;
+    control->pair_ns = ns;
+    if (ns - gateway.first_ns >= FREQUENCY_AFTER_NS) {
+        control->tsc_frequency =
+            (uint64_t)((unsigned __int128)(tsc - gateway.first_tsc) * 1000000000u / (ns - gateway.first_ns));
+    }
+    publish_end();
+    atomic_store(&refreshed_ns, ns);
+    pthread_mutex_unlock(&gateway.clock_lock);
+}
+
+/* Called by the vCPU now and then: begin to sample when the emulator has asked anew. */
+void clock_arm(unsigned int index, struct vcpu_state *vcpu)
+{
+    uint32_t arm = atomic_load_explicit(&gateway.control->arm, memory_order_relaxed);
+
+    if (arm != vcpu->arm_seen) {
+        vcpu->arm_seen = arm;
+        qemu_plugin_u64_set(gateway.sampling, index, 1);
+    }
+}
+
+/* Runs before the instruction that follows an RDTSC, while the vCPU's word is not 0. */
+void clock_sample(unsigned int index, void *userdata)
+{
+    struct gateway_control *control = gateway.control;
+    struct vcpu_state *vcpu = &gateway.vcpus[index];
+    uint64_t host = clock_tsc();
+    (void)userdata;
+
+    if (index >= gateway.vcpus_max || !vcpu->ready || !control->tsc_known) {
+        return;
+    }
+    uint32_t arm = vcpu->arm_seen;
+    uint64_t guest = (register_read(vcpu, GUEST_RDX) << 32) | (uint32_t)register_read(vcpu, GUEST_RAX);
+    uint64_t offset = host - guest;
+    bool enough = false;
+
+    if (pthread_mutex_trylock(&gateway.clock_lock) != 0) {
+        return;
+    }
+    if (control->arm_seen == arm && control->samples >= TSC_SAMPLES) {
+        enough = true;
+    } else if (control->arm_seen == arm || arm == atomic_load(&control->arm)) {
+        publish_begin();
+        if (control->arm_seen != arm || control->samples == 0) {
+            control->arm_seen = arm;
+            control->samples = 1;
+            control->tsc_offset = offset;
+        } else {
+            control->samples++;
+            if ((int64_t)(offset - control->tsc_offset) < 0) {
+                control->tsc_offset = offset;
+            }
+        }
+        publish_end();
+    }
+    pthread_mutex_unlock(&gateway.clock_lock);
+    if (enough) {
+        qemu_plugin_u64_set(gateway.sampling, index, 0);
+    }
+}

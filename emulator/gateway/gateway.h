@@ -1,0 +1,107 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* Private declarations of the trap gateway; gateway.c has the overview. */
+#ifndef VMBUS_GATEWAY_H
+#define VMBUS_GATEWAY_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "plugin_api.h"
+#include "shared.h"
+
+enum gateway_register {
+    GUEST_RAX, GUEST_RBX, GUEST_RCX, GUEST_RDX, GUEST_RSI, GUEST_RDI, GUEST_R8, GUEST_R15, GUEST_RSP,
+    GUEST_RIP, GUEST_CS, GUEST_EFLAGS, GUEST_CR0, GUEST_COUNT
+};
+
+/* What tells one trap of a vCPU from another. No padding: compared with memcmp. */
+struct trap_key {
+    uint64_t kind;
+    uint64_t pc;
+    uint64_t rax, rbx, rcx, rdx, rsi, rdi, r8, rsp;
+};
+
+struct slot_state {
+    bool busy; /* asked, and not taken yet */
+    uint64_t sequence;     /* of the last request made in this slot */
+    uint64_t sequence_age; /* `asked` at that time */
+    struct trap_key key;
+};
+
+/* Only its own thread touches this. */
+struct vcpu_state {
+    bool ready;
+    struct qemu_plugin_register *registers[GUEST_COUNT];
+    GByteArray *buffer;
+    struct gateway_vcpu *shared;
+    _Atomic uint64_t *requests; /* GATEWAY_SLOTS sequence numbers */
+    struct slot_state slots[GATEWAY_SLOTS];
+    uint64_t asked; /* requests made */
+    bool fault_pending; /* RCX was changed to make RDMSR or WRMSR fault */
+    uint64_t fault_pc;
+    uint64_t fault_rcx;
+    uint32_t arm_seen;
+};
+
+struct gateway {
+    struct gateway_control *control;
+    uint8_t *region;
+    uint8_t *doorbells;
+    uint8_t *code;
+    uint64_t code_pages;
+    uint64_t region_size;
+    int memory_fd;
+    int event_fd;  /* wakes the emulator */
+    bool wait;
+    unsigned int vcpus_max;
+    struct vcpu_state *vcpus;
+    const char *socket_path;
+    int listen_fd;
+    pthread_t listener;
+    /* Held for every change of control->emulator, and to withdraw a request while nobody is attached. */
+    pthread_mutex_t lock;
+    uint64_t gone_since_ns; /* under the lock */
+    qemu_plugin_u64 sampling;
+    uint64_t first_tsc;
+    uint64_t first_ns;
+    pthread_mutex_t clock_lock;
+};
+
+extern struct gateway gateway;
+
+/* memory.c */
+bool memory_create(unsigned int vcpus_max, uint64_t code_pages);
+
+/* registers.c */
+bool registers_find(struct vcpu_state *vcpu);
+uint64_t register_read(struct vcpu_state *vcpu, enum gateway_register which);
+void register_write(struct vcpu_state *vcpu, enum gateway_register which, uint64_t value);
+bool registers_long_mode(struct vcpu_state *vcpu);
+bool registers_privileged(struct vcpu_state *vcpu);
+
+/* tables.c: copies of what the emulator hands over; false while it is being written */
+bool tables_cpuid(uint32_t leaf, struct gateway_cpuid *found);
+bool tables_doorbell(uint64_t control, uint64_t input, uint32_t *doorbell, uint64_t *result);
+bool tables_gone(uint32_t code, uint32_t *status);
+
+/* slots.c */
+enum slot_outcome { OUTCOME_VALUE, OUTCOME_FAULT, OUTCOME_RETRY };
+enum slot_outcome slots_ask(struct vcpu_state *vcpu, const struct trap_key *key, bool long_mode,
+                            uint64_t *value);
+void emulator_wake(void);
+void emulator_rest(void);
+
+/* clock.c */
+uint64_t clock_tsc(void);
+uint64_t clock_ns(void);
+void clock_start(void);
+void clock_refresh(bool now);
+void clock_arm(unsigned int index, struct vcpu_state *vcpu);
+void clock_sample(unsigned int index, void *userdata);
+
+/* listener.c */
+bool listener_start(void);
+void listener_unlink(void);
+
+#endif

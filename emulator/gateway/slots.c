@@ -1,0 +1,234 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Requests: traps that only the emulator can answer.
+ *
+ * A vCPU owns GATEWAY_SLOTS slots. The state of a slot follows from three sequence numbers, each with one writer:
+ *
+ *      request (G)  answer (E)  retired (G)     state
+ *      n            < n         < n             pending: the emulator has to answer
+ *      n            n           < n             answered: waits for the vCPU to come back
+ *      n            any         n               free
+ *
+ * A vCPU never waits for longer than REST_NS: then it runs the same instruction again (so that QEMU can stop,
+ * reset or interrupt it in between), and finds its slot by the key. An interrupt handler that traps meanwhile
+ * gets a slot of its own. A slot that nobody comes back for (the guest was reset) is taken over once answered,
+ * oldest first; one that is not answered is never taken over, as the emulator may be reading it.
+ */
+#define _GNU_SOURCE
+#include "gateway.h"
+
+#include <errno.h>
+#include <linux/futex.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#define REST_NS 1000000
+
+static void futex_wait(void *word, uint32_t expected)
+{
+    struct timespec limit = { .tv_nsec = REST_NS };
+    syscall(SYS_futex, word, FUTEX_WAIT, expected, &limit, NULL, 0);
+}
+
+static void pause_briefly(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+}
+
+/* Make the emulator look, if it sleeps. What it shall see was stored before. */
+void emulator_wake(void)
+{
+    uint64_t one = 1;
+
+    atomic_thread_fence(memory_order_seq_cst);
+    if (atomic_load_explicit(&gateway.control->waiting, memory_order_relaxed)) {
+        ssize_t written = write(gateway.event_fd, &one, sizeof(one));
+        (void)written; /* EAGAIN: it is awake already */
+    }
+}
+
+/* Nobody is active: sleep until somebody is, but not for long. */
+void emulator_rest(void)
+{
+    uint32_t state = atomic_load(&gateway.control->emulator);
+
+    if (state != EMULATOR_ACTIVE) {
+        futex_wait(&gateway.control->emulator, state);
+    }
+}
+
+static struct gateway_answer *answer_of(struct vcpu_state *vcpu, int slot)
+{
+    return &vcpu->shared->answers[slot];
+}
+
+static bool answered(struct vcpu_state *vcpu, int slot)
+{
+    return atomic_load_explicit(&answer_of(vcpu, slot)->sequence, memory_order_acquire) ==
+           vcpu->slots[slot].sequence;
+}
+
+static void retire(struct vcpu_state *vcpu, int slot)
+{
+    vcpu->slots[slot].busy = false;
+    atomic_store_explicit(&vcpu->shared->retired[slot], vcpu->slots[slot].sequence, memory_order_release);
+}
+
+static int find(struct vcpu_state *vcpu, const struct trap_key *key)
+{
+    for (int slot = 0; slot < GATEWAY_SLOTS; slot++) {
+        if (vcpu->slots[slot].busy && memcmp(&vcpu->slots[slot].key, key, sizeof(*key)) == 0) {
+            return slot;
+        }
+    }
+    return -1;
+}
+
+/* A free slot, or the oldest of those whose answer nobody fetched; -1 when all are pending. */
+static int claim(struct vcpu_state *vcpu)
+{
+    int oldest = -1;
+
+    for (int slot = 0; slot < GATEWAY_SLOTS; slot++) {
+        if (!vcpu->slots[slot].busy) {
+            return slot;
+        }
+        if (answered(vcpu, slot) &&
+            (oldest < 0 || vcpu->slots[slot].sequence_age < vcpu->slots[oldest].sequence_age)) {
+            oldest = slot;
+        }
+    }
+    if (oldest >= 0) {
+        retire(vcpu, oldest);
+    }
+    return oldest;
+}
+
+static void ask(struct vcpu_state *vcpu, int slot, const struct trap_key *key, bool long_mode)
+{
+    struct slot_state *state = &vcpu->slots[slot];
+    struct gateway_slot *shared = &vcpu->shared->slots[slot];
+
+    state->busy = true;
+    state->sequence++;
+    state->sequence_age = ++vcpu->asked;
+    state->key = *key;
+    *shared = (struct gateway_slot){
+        .kind = (uint32_t)key->kind,
+        .flags = long_mode ? SLOT_LONG_MODE : 0,
+        .tsc = clock_tsc(),
+        .pc = key->pc,
+        .rax = key->rax,
+        .rbx = key->rbx,
+        .rcx = key->rcx,
+        .rdx = key->rdx,
+        .rsi = key->rsi,
+        .rdi = key->rdi,
+        .r8 = key->r8,
+        .rsp = key->rsp,
+    };
+    vcpu->shared->requests++;
+    atomic_store_explicit(&vcpu->requests[slot], state->sequence, memory_order_release);
+    emulator_wake();
+}
+
+/* Spin, then sleep, until the slot is answered or a moment has passed. */
+static bool await(struct vcpu_state *vcpu, int slot)
+{
+    uint32_t spin_ns = atomic_load_explicit(&gateway.control->spin_ns, memory_order_relaxed);
+
+    if (spin_ns && atomic_load_explicit(&gateway.control->emulator, memory_order_relaxed) != EMULATOR_NONE) {
+        uint64_t end = clock_ns() + (spin_ns < REST_NS ? spin_ns : REST_NS);
+        do {
+            for (int i = 0; i < 16; i++) {
+                if (answered(vcpu, slot)) {
+                    return true;
+                }
+                pause_briefly();
+            }
+        } while (clock_ns() < end);
+    }
+
+    _Atomic uint64_t *sequence = &answer_of(vcpu, slot)->sequence;
+    uint64_t before = vcpu->slots[slot].sequence;
+    atomic_store_explicit(&vcpu->shared->sleeping, 1, memory_order_relaxed);
+    atomic_thread_fence(memory_order_seq_cst);
+    uint64_t found = atomic_load_explicit(sequence, memory_order_acquire);
+    if (found != before) {
+        /* The low half changes with every answer; hosts are little-endian. */
+        futex_wait(sequence, (uint32_t)found);
+    }
+    atomic_store_explicit(&vcpu->shared->sleeping, 0, memory_order_relaxed);
+    return answered(vcpu, slot);
+}
+
+/*
+ * Nobody has been attached for longer than the emulator wanted, and this call has a status that makes the guest
+ * try again later. Under the lock nobody can attach, so a pending request can still be withdrawn.
+ */
+static bool give_up(struct vcpu_state *vcpu, const struct trap_key *key, bool long_mode, int slot,
+                    uint64_t *value)
+{
+    struct gateway_control *control = gateway.control;
+    uint32_t limit_ms = atomic_load_explicit(&control->hold_limit_ms, memory_order_relaxed);
+    uint32_t status;
+
+    if (key->kind != KIND_VMCALL || !limit_ms || atomic_load(&control->emulator) != EMULATOR_NONE ||
+        !tables_gone((uint32_t)((long_mode ? key->rcx : key->rax) & 0xffff), &status)) {
+        return false;
+    }
+    bool given_up = false;
+    pthread_mutex_lock(&gateway.lock);
+    if (atomic_load(&control->emulator) == EMULATOR_NONE &&
+        clock_ns() - gateway.gone_since_ns >= limit_ms * UINT64_C(1000000) &&
+        (slot < 0 || !answered(vcpu, slot))) {
+        if (slot >= 0) {
+            retire(vcpu, slot);
+        }
+        vcpu->shared->gone_results++;
+        *value = status;
+        given_up = true;
+    }
+    pthread_mutex_unlock(&gateway.lock);
+    return given_up;
+}
+
+enum slot_outcome slots_ask(struct vcpu_state *vcpu, const struct trap_key *key, bool long_mode, uint64_t *value)
+{
+    int slot = find(vcpu, key);
+
+    if (slot >= 0) {
+        vcpu->shared->retries++;
+    }
+    if ((slot < 0 || !answered(vcpu, slot)) && give_up(vcpu, key, long_mode, slot, value)) {
+        return OUTCOME_VALUE;
+    }
+    if (slot < 0) {
+        slot = claim(vcpu);
+        if (slot < 0) {
+            vcpu->shared->no_slot++;
+            futex_wait(&answer_of(vcpu, 0)->sequence,
+                       (uint32_t)atomic_load(&answer_of(vcpu, 0)->sequence));
+            return OUTCOME_RETRY;
+        }
+        ask(vcpu, slot, key, long_mode);
+    }
+    if (!answered(vcpu, slot) && !await(vcpu, slot)) {
+        return OUTCOME_RETRY;
+    }
+    uint32_t verdict = answer_of(vcpu, slot)->verdict;
+    *value = answer_of(vcpu, slot)->value;
+    retire(vcpu, slot);
+    switch (verdict) {
+    case VERDICT_OK:
+        return OUTCOME_VALUE;
+    case VERDICT_FAULT:
+        return OUTCOME_FAULT;
+    default:
+        return OUTCOME_RETRY;
+    }
+}

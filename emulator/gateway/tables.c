@@ -1,0 +1,82 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Look-ups in the tables that the emulator hands over, under its sequence lock. An emulator that died while it
+ * wrote leaves the sequence odd: nothing is found until its successor has written them anew.
+ */
+#include "gateway.h"
+
+static bool tables_begin(uint32_t *sequence)
+{
+    *sequence = atomic_load_explicit(&gateway.control->table_sequence, memory_order_acquire);
+    return !(*sequence & 1);
+}
+
+static bool tables_unchanged(uint32_t sequence)
+{
+    atomic_thread_fence(memory_order_acquire);
+    return atomic_load_explicit(&gateway.control->table_sequence, memory_order_relaxed) == sequence;
+}
+
+static uint32_t bounded(uint32_t count, uint32_t limit)
+{
+    return count < limit ? count : limit;
+}
+
+bool tables_cpuid(uint32_t leaf, struct gateway_cpuid *found)
+{
+    const struct gateway_control *control = gateway.control;
+    uint32_t sequence;
+
+    if (!tables_begin(&sequence)) {
+        return false;
+    }
+    *found = (struct gateway_cpuid){ .leaf = leaf };
+    uint32_t count = bounded(control->cpuid_count, GATEWAY_CPUID_LEAVES);
+    for (uint32_t i = 0; i < count; i++) {
+        if (control->cpuid[i].leaf == leaf) {
+            *found = control->cpuid[i];
+            break;
+        }
+    }
+    return tables_unchanged(sequence);
+}
+
+bool tables_doorbell(uint64_t control_word, uint64_t input, uint32_t *doorbell, uint64_t *result)
+{
+    const struct gateway_control *control = gateway.control;
+    uint32_t sequence;
+
+    if (!tables_begin(&sequence)) {
+        return false;
+    }
+    uint32_t count = bounded(control->rule_count, GATEWAY_RULES);
+    for (uint32_t i = 0; i < count; i++) {
+        struct gateway_rule rule = control->rules[i];
+        uint64_t offset = input - rule.base;
+        if (rule.control == control_word && offset < rule.count && rule.first < GATEWAY_DOORBELLS &&
+            offset < GATEWAY_DOORBELLS - rule.first) {
+            *doorbell = rule.first + (uint32_t)offset;
+            *result = rule.result;
+            return tables_unchanged(sequence);
+        }
+    }
+    return false;
+}
+
+bool tables_gone(uint32_t code, uint32_t *status)
+{
+    const struct gateway_control *control = gateway.control;
+    uint32_t sequence;
+
+    if (!tables_begin(&sequence)) {
+        return false;
+    }
+    uint32_t count = bounded(control->gone_count, GATEWAY_GONE);
+    for (uint32_t i = 0; i < count; i++) {
+        if (control->gone[i].code == code) {
+            *status = control->gone[i].status;
+            return tables_unchanged(sequence);
+        }
+    }
+    return false;
+}
