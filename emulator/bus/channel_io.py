@@ -30,7 +30,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from emulator.bus.device import Device
 from emulator.bus.ring import IncomingRing, OutgoingRing
@@ -70,8 +70,6 @@ LOOK_WINDOW = 100e-6
 _LEAST_WINDOW = LOOK_WINDOW / 4
 _MOST_LOOKS = 64
 """Turns without a packet in a row, whatever the clock says."""
-UNSTICK_DELAY = 0.1
-"""Seconds after an open at which the guest is signalled once more, as Hyper-V's successor does (5.10)."""
 
 
 class IoState(enum.Enum):
@@ -188,10 +186,9 @@ class ChannelIo:
         self._clock = clock
         self._look_window = look_window
         self._window = 0.0
-        self._channel: Any = None
+        self._channel: OpenChannel | None = None
         self._incoming: IncomingRing | None = None
         self._outgoing: OutgoingRing | None = None
-        self._unstick: TimerHandle | None = None
         self._opening = 0
         self._forget()
 
@@ -222,7 +219,7 @@ class ChannelIo:
         """The channel, as of its last opening. Raises ``DeviceError`` before the first one."""
         if self._channel is None:
             raise DeviceError(f"{self.device.name}: the channel was never opened")
-        return self._channel  # type: ignore[no-any-return]
+        return cast("Channel", self._channel)
 
     @property
     def memory(self) -> GuestMemory:
@@ -370,7 +367,7 @@ class ChannelIo:
     def offer_subchannels(self, count: int) -> None:
         """Offer channels 1 to ``count`` beside this primary one; each gets an ``io`` of its own when opened.
 
-        They are revoked when the guest closes the primary channel, as guests expect. Raises
+        The bus revokes them when the guest closes the primary channel, as guests expect. Raises
         :class:`~emulator.errors.DeviceError` if this is no primary channel, or they are offered already.
         """
         offers = self.device.environment.offers
@@ -380,13 +377,6 @@ class ChannelIo:
             io = ChannelIo(self.device, self.timers, clock=self._clock, look_window=self._look_window)
             self.subchannels.append(io)
             io._channel = offers.offer(replace(self.channel.offer, subchannel_index=index), io)
-
-    def _revoke_subchannels(self) -> None:
-        offers = self.device.environment.offers
-        revoked, self.subchannels = self.subchannels, []
-        for io in revoked:
-            if offers is not None:
-                offers.revoke(io.channel)
 
     # --- saving --------------------------------------------------------------------------------------------
 
@@ -444,7 +434,6 @@ class ChannelIo:
         incoming.initialize()
         outgoing.initialize()
         self._begin(self.device.opened)
-        self._unstick = self.timers.call_later(UNSTICK_DELAY, self._unstick_guest)
 
     def restored(self, channel: OpenChannel) -> None:
         """The channel was open when it was saved; :meth:`adopt` was called, guest memory is complete."""
@@ -478,17 +467,14 @@ class ChannelIo:
 
     def _end(self) -> None:
         self.state = IoState.CLOSED
-        if self._unstick is not None:
-            self._unstick.cancel()
-            self._unstick = None
         self._incoming = self._outgoing = None
         self._forget()
 
     def closed(self, channel: OpenChannel) -> None:
         """The guest closed the channel: the rings are its own again."""
         self._end()
+        self.subchannels = []
         self._contain(self.device.closed)
-        self._revoke_subchannels()
 
     def signalled(self, channel: OpenChannel) -> None:
         """The guest's doorbell."""
@@ -702,13 +688,9 @@ class ChannelIo:
         return signal
 
     def _signal(self) -> None:
-        self.counters.interrupts += 1
-        self._channel.signal_guest()
-
-    def _unstick_guest(self) -> None:
-        self._unstick = None
-        if self.state is IoState.RUNNING:
-            self._signal()
+        if self._channel is not None:
+            self.counters.interrupts += 1
+            self._channel.signal_guest()
 
     def _contain(self, tell: Callable[[ChannelIo], None]) -> None:
         try:
