@@ -20,9 +20,12 @@ FLAGS = ("-std=c11", "-Wall", "-Wextra", "-O2", "-fPIC", "-shared", "-fvisibilit
 
 
 def default_cache() -> Path:
-    """``$XDG_CACHE_HOME/vmbus``, or ``~/.cache/vmbus``."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "vmbus"
+    """``$VMBUS_CACHE``, else ``$XDG_CACHE_HOME/vmbus``, else ``~/.cache/vmbus``."""
+    if chosen := os.environ.get("VMBUS_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base).expanduser().absolute() / "vmbus"
+    return Path("~/.cache/vmbus").expanduser()
 
 
 def compiler() -> str:
@@ -44,7 +47,7 @@ def library_path(cache: Path | None = None) -> Path:
     return (cache or default_cache()) / f"vmbus-gateway-{digest.hexdigest()[:16]}.so"
 
 
-def build_gateway(cache: Path | None = None) -> Path:
+def build(cache: Path | None = None) -> Path:
     """The compiled plug-in, ready for QEMU's ``-plugin``; compiles it if the cache has none of this version.
 
     Raises :class:`~emulator.errors.MissingRequirement` where there is no compiler, or no C library to compile with.
