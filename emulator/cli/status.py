@@ -65,8 +65,10 @@ def channel_table(status: Mapping[str, Any]) -> str:
     """One row a channel."""
     rows = []
     for channel in status["channels"]:
-        io = channel["io"]
-        rings = io["rings"]
+        io = channel.get("io") or {}
+        rings = io.get("rings")
+        refusals = {**channel["refusals"], **io.get("refusals", {})}
+        note = io.get("failure") or ", ".join(f"{reason} ({n})" for reason, n in refusals.items())
         rows.append(
             (
                 str(channel["relid"] or "-"),
@@ -74,12 +76,12 @@ def channel_table(status: Mapping[str, Any]) -> str:
                 channel["state"],
                 "-" if channel["target_vp"] is None else str(channel["target_vp"]),
                 f"{rings['incoming']['size'] >> 10}+{rings['outgoing']['size'] >> 10} KiB" if rings else "-",
-                str(io["packets_in"]),
-                str(io["packets_out"]),
-                str(io["signals_received"]),
+                str(io.get("packets_in", 0)),
+                str(io.get("packets_out", 0)),
+                str(channel["doorbells"]),
                 str(channel["interrupts"]),
-                channel["note"],
+                note,
             )
         )
-    heads = ("id", "device", "state", "VP", "rings", "in", "out", "signals", "interrupts", "")
+    heads = ("id", "device", "state", "VP", "rings", "in", "out", "doorbells", "interrupts", "")
     return table(heads, rows, right=(0, 3, 4, 5, 6, 7, 8))

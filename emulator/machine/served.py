@@ -73,7 +73,7 @@ def status(host: Host, name: str) -> dict[str, Any]:
     channels = cast(list[dict[str, Any]], bus.pop("channels"))
     attached = {(str(a.channel.offer.instance_id), 0): a for a in host.devices}
     for channel in channels:
-        found = attached.get((str(channel["instance_id"]), channel["subchannel_index"]))
+        found = attached.get((str(channel["instance"]), channel["subchannel"]))
         if found is not None:
             channel["device"] = found.device.name
             channel["io"] = found.io.status()

@@ -1,0 +1,266 @@
+"""``vmbus demo``: the whole story in a minute, in front of the user."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import datetime
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TextIO, cast
+
+from device.heartbeat import Heartbeat
+from device.shutdown import Shutdown
+from device.timesync import TimeSync
+from emulator.cli.options import DEFAULT_GUEST
+from emulator.cli.run import LOADED_MODULES
+from emulator.cli.status import channel_table
+from emulator.errors import UserError
+from emulator.machine import gateway_build
+from emulator.machine.guest import Guest
+from emulator.machine.host import Ending
+from emulator.machine.launch import GuestOptions
+from emulator.machine.served import status
+from emulator.provision.command_output import CommandOutput
+from emulator.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
+from emulator.provision.kernel import GUESTS, find_kernel
+from emulator.provision.qemu import find_qemu
+
+_EPILOG = """\
+examples:
+  vmbus demo
+  vmbus demo --guest debian-backports --smp 2
+  vmbus demo --json | jq .heartbeat
+"""
+
+#: The guest's battery clock says this at power-on, so that one can see the time being set.
+_WRONG_TIME = "2001-02-03T04:05:06"
+_BEATS = 20
+_LIMIT = 180.0
+
+
+def add_parser(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "demo",
+        help="the whole story in a minute: boot, bus, devices, shutdown",
+        description="Boots a guest and shows what its Hyper-V host does for it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--guest", choices=sorted(GUESTS), default=DEFAULT_GUEST)
+    parser.add_argument("--smp", type=int, default=2, metavar="N", help="vCPUs (default: 2)")
+    parser.add_argument("--json", action="store_true", help="the results as one JSON object, nothing else")
+    parser.set_defaults(action=main)
+
+
+@dataclass
+class Screen:
+    """What the user sees: finished lines, and on a terminal a part below them that is redrawn."""
+
+    stream: TextIO
+    quiet: bool = False
+    _live_lines: int = field(default=0, init=False)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if not self.quiet:
+            self._erase()
+            print(text, file=self.stream, flush=True)
+
+    def live(self, text: str) -> None:
+        """The part that is redrawn; nothing where there is no terminal."""
+        if not self.quiet and self.stream.isatty():
+            self._erase()
+            print(text, file=self.stream, flush=True)
+            self._live_lines = text.count("\n") + 1
+
+    def _erase(self) -> None:
+        if self._live_lines:
+            self.stream.write(f"\x1b[{self._live_lines}F\x1b[J")
+            self._live_lines = 0
+
+
+def main(arguments: argparse.Namespace) -> int:
+    screen = Screen(sys.stdout, quiet=arguments.json)
+    result = asyncio.run(Demo(screen, arguments.guest, arguments.smp).run())
+    if arguments.json:
+        print(json.dumps(result))
+    return 0
+
+
+class Demo:
+    """One run; ``result`` grows as it goes."""
+
+    def __init__(self, screen: Screen, guest: str, smp: int) -> None:
+        self.screen = screen
+        self.guest_name = guest
+        self.smp = smp
+        self.result: dict[str, Any] = {}
+        self.output = bytearray()
+
+    async def run(self) -> dict[str, Any]:
+        """The story. Raises :class:`~emulator.errors.UserError` where it does not go on."""
+        qemu = find_qemu()
+        kernel = find_kernel(self.guest_name)
+        self.screen.say(
+            f"booting an unmodified Linux {kernel.release} with {self.smp} vCPU{'s' if self.smp > 1 else ''} "
+            f"in a stock QEMU {'.'.join(map(str, qemu.version))} (TCG)"
+        )
+        options = GuestOptions(
+            kernel=kernel.vmlinuz,
+            initrd=build_initramfs(
+                kernel,
+                modules=LOADED_MODULES,
+                command=["while :; do date -u +%s; usleep 200000; done"],
+            ),
+            append=" ".join(KERNEL_ARGUMENTS),
+            smp=self.smp,
+            command_port=True,
+            extra=("-rtc", f"base={_WRONG_TIME}", "-no-reboot"),
+        )
+        heartbeat, shutdown, timesync = Heartbeat(interval=0.1), Shutdown(), TimeSync()
+        self.started = time.monotonic()
+        async with Guest.start(
+            name=None,
+            qemu=qemu,
+            gateway_library=gateway_build.build(),
+            memory_size=512 << 20,
+            options=options,
+            devices=(heartbeat, shutdown, timesync),
+        ) as guest:
+            self.guest = guest
+            self.serving = asyncio.ensure_future(guest.served.serve())
+            reading = asyncio.ensure_future(self._read())
+            try:
+                await self._boot()
+                await self._beat(heartbeat)
+                await self._time()
+                await self._shut_down(shutdown)
+            finally:
+                reading.cancel()
+                self.serving.cancel()
+        self.result["seconds"] = round(time.monotonic() - self.started, 2)
+        self.screen.say(f"done in {self.result['seconds']:.0f} s; nothing is left behind")
+        return self.result
+
+    def _status(self) -> dict[str, Any]:
+        return status(self.guest.host, self.guest.directory.name)
+
+    async def _boot(self) -> None:
+        await self._until(
+            lambda: self.guest.host.partition.guest_os_id,
+            "the guest to find Hyper-V",
+            self._last_console_line,
+        )
+        found = cast(dict[str, Any], self.guest.host.partition.status())
+        self.screen.say(f"  {self._at()}  the guest found Hyper-V: {found['guest_os']}")
+        await self._until(
+            lambda: self.guest.host.bus.status()["version"], "VMBus to be connected", self._last_console_line
+        )
+        version = self.guest.host.bus.status()["version"]
+        self.screen.say(f"  {self._at()}  VMBus {version} agreed")
+        await self._until(
+            lambda: all(channel["state"] == "open" for channel in self._status()["channels"]),
+            "every channel to be opened",
+            lambda: channel_table(self._status()),
+        )
+        channels = self._status()["channels"]
+        self.screen.say(f"  {self._at()}  {len(channels)} channels open")
+        self.result.update(
+            guest_os=found["guest_os"], version=version, open_after=round(time.monotonic() - self.started, 2)
+        )
+
+    async def _beat(self, heartbeat: Heartbeat) -> None:
+        def beats() -> int:
+            return int(heartbeat.status()["answers"])
+
+        await self._until(
+            lambda: beats() >= _BEATS, f"{_BEATS} heartbeats", lambda: channel_table(self._status())
+        )
+        found = self._status()
+        self.screen.say(channel_table(found))
+        beat = heartbeat.status()
+        trip = beat["round_trip"]
+        self.screen.say(
+            f"  {self._at()}  {beat['answers']} heartbeats answered, none missed; "
+            f"round trip {trip['median_us']:.0f} us (median)"
+        )
+        self.result["channels"] = [
+            {key: channel[key] for key in ("relid", "device", "instance", "state", "target_vp")}
+            for channel in found["channels"]
+        ]
+        self.result["heartbeat"] = beat
+        self.result["traps"] = found["traps"]
+
+    async def _time(self) -> None:
+        await self._until(lambda: abs(self._clock() - time.time()) < 5, "the guest's clock to be set")
+        battery = self._battery_clock()
+        error = self._clock() - time.time()
+        now = datetime.datetime.fromtimestamp(self._clock(), tz=datetime.UTC)
+        self.screen.say(
+            f"  {self._at()}  time synchronised: its battery clock said {battery}, the guest now says "
+            f"{now:%Y-%m-%d %H:%M:%S} UTC"
+        )
+        self.result["time"] = {
+            "battery_clock": battery,
+            "guest": self._clock(),
+            "error_seconds": round(error, 2),
+        }
+
+    async def _shut_down(self, shutdown: Shutdown) -> None:
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        shutdown.request("shutdown", done=answer.set_result)
+        async with asyncio.timeout(_LIMIT):
+            result = await answer
+            self.screen.say(
+                f"  {self._at()}  shutdown asked for over its channel; the guest answers: {result}"
+            )
+            ending = await self.serving
+        self.result["shutdown"] = {"answer": str(result), "ending": ending.value}
+        if ending is not Ending.POWERED_OFF:
+            raise UserError(f"the guest did not power off: {ending.value}")
+        self.screen.say(f"  {self._at()}  the guest powered off")
+
+    def _at(self) -> str:
+        return f"{time.monotonic() - self.started:6.2f} s"
+
+    def _clock(self) -> int:
+        """The guest's wall clock as it told it last; 0 before."""
+        lines = self.output.split(b"\n")
+        return int(lines[-2]) if len(lines) > 1 else 0
+
+    def _battery_clock(self) -> str:
+        found = re.search(r"setting system clock to (\S+)", self._console())
+        return found.group(1) if found else "unknown"
+
+    def _console(self) -> str:
+        path = self.guest.directory.console
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def _last_console_line(self) -> str:
+        lines = self._console().splitlines()
+        return f"  {self._at()}  {lines[-1][:100]}" if lines else f"  {self._at()}  firmware"
+
+    async def _read(self) -> None:
+        received = CommandOutput()
+        if self.guest.command is not None:
+            while data := await self.guest.command[0].read(1 << 16):
+                self.output += received.feed(data)
+
+    async def _until(
+        self, condition: Callable[[], object], what: str, show: Callable[[], str] | None = None
+    ) -> None:
+        end = time.monotonic() + _LIMIT
+        shown = 0.0
+        while not condition():
+            if self.serving.done() or time.monotonic() > end:
+                tail = "\n".join(self._console().splitlines()[-15:])
+                raise UserError(f"waited in vain for {what}; the end of the guest's console:\n{tail}")
+            if show is not None and time.monotonic() - shown > 0.2:
+                self.screen.live(show())
+                shown = time.monotonic()
+            await asyncio.sleep(0.02)
