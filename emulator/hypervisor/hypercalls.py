@@ -32,6 +32,7 @@ from emulator.errors import GuestAddressError, GuestError
 from emulator.hypervisor.features import Features
 from emulator.ports import PAGE_SIZE, GuestMemory
 from emulator.refusals import Refusals
+from emulator.wire.gateway import DoorbellRule
 from emulator.wire.hypercall import (
     CONNECTION_ID_MASK,
     CONTROL,
@@ -81,20 +82,6 @@ class HypercallRegisters:
         return self.r8 if self.long_mode else _pair(self.rdi, self.rsi)
 
 
-@dataclass(frozen=True, slots=True)
-class DoorbellRule:
-    """Calls that nobody has to answer: control word ``control``, input in ``[base, base + count)``.
-
-    They return ``result`` at once, and doorbell ``first + input - base`` rings some time later.
-    """
-
-    control: int
-    base: int
-    result: int
-    count: int
-    first: int
-
-
 class _Refused(Exception):
     """A check failed: the call ends with ``status``."""
 
@@ -140,7 +127,8 @@ class Hypercalls:
         """
         if not self._features.signal_events:
             return ()
-        return (DoorbellRule(_FAST | CallCode.SIGNAL_EVENT, first_connection, HvStatus.SUCCESS, count, 0),)
+        control = _FAST | CallCode.SIGNAL_EVENT
+        return (DoorbellRule(control, first_connection, count, first=0, result=HvStatus.SUCCESS),)
 
     def call(self, vp: int, registers: HypercallRegisters) -> int:
         """The result word, 64 bits."""

@@ -27,7 +27,7 @@ from emulator.hypervisor.events import PartitionEvents
 from emulator.hypervisor.faults import GeneralProtection, UndefinedOpcode
 from emulator.hypervisor.features import Features
 from emulator.hypervisor.guest_os import describe_guest_os
-from emulator.hypervisor.hypercalls import DoorbellRule, HypercallRegisters, Hypercalls, MessageHandler
+from emulator.hypervisor.hypercalls import HypercallRegisters, Hypercalls, MessageHandler
 from emulator.hypervisor.msrs import MsrTable
 from emulator.hypervisor.overlay import PageOverlay
 from emulator.hypervisor.reference_time import GuestClock, ReferenceTime
@@ -36,6 +36,7 @@ from emulator.hypervisor.stimer import SyntheticTimers
 from emulator.hypervisor.synic import Synic
 from emulator.ports import PAGE_SIZE, GuestMemory, Interrupts, Timers
 from emulator.refusals import Refusals
+from emulator.wire.gateway import DoorbellRule
 from emulator.wire.hypercall import HYPERCALL_PAGE_CODE, HYPERCALL_PAGE_FILLER
 from emulator.wire.msr import (
     CRASH_PARAMETER_COUNT,
@@ -128,6 +129,11 @@ class Partition:
         return self.hypercalls.call(vp, registers)
 
     # --- what the owner calls ---
+
+    @property
+    def msr_numbers(self) -> tuple[int, ...]:
+        """The MSRs that exist with the features offered, in ascending order."""
+        return self._msrs.numbers
 
     def connect_message_port(self, connection_id: int, handler: MessageHandler) -> None:
         """Let HvPostMessage on ``connection_id`` call ``handler(vp, connection_id, payload)``."""

@@ -23,8 +23,8 @@ from emulator.hypervisor.state import (
     TimerState,
     VpState,
 )
-from emulator.hypervisor.synic import QUEUE_LIMIT
-from emulator.wire.msr import CRASH_PARAMETER_COUNT, HYPERCALL_PAGE, SINT_COUNT, STIMER_COUNT
+from emulator.hypervisor.synic import FIRST_VECTOR, QUEUE_LIMIT
+from emulator.wire.msr import CRASH_PARAMETER_COUNT, HYPERCALL_PAGE, SINT, SINT_COUNT, STIMER_COUNT
 from emulator.wire.synic import EVENT_FLAG_COUNT, MESSAGE_PAYLOAD_MAX, MessageType
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _export_vp(partition: Partition, vp: int) -> VpState:
         simp=_export_page(synic.simp),
         sints=tuple(synic.sint_values),
         messages=tuple(
-            QueuedMessage(sint, message.message_type, message.payload, message.timer, message.expiration)
+            QueuedMessage(sint, int(message.message_type), message.payload, message.timer, message.expiration)
             for sint, queue in enumerate(synic.queues)
             for message in queue
         ),
@@ -103,6 +103,9 @@ def check(state: PartitionState, vp_count: int) -> None:
 
 def _check_vp(vp: VpState) -> None:
     _require(len(vp.sints) == SINT_COUNT, "saved-sint-count", str(len(vp.sints)))
+    for value in vp.sints:
+        source = SINT.parse(value)
+        _require(source.masked or source.vector >= FIRST_VECTOR, "saved-sint-vector", f"{value:#x}")
     _require(len(vp.timers) == STIMER_COUNT, "saved-timer-count", str(len(vp.timers)))
     _require_u64((vp.assist_page, vp.scontrol, vp.siefp.value, vp.simp.value, *vp.sints))
     for timer in vp.timers:
