@@ -281,7 +281,7 @@ class Partition:
         if value == 0 and not self.hypercall_value & _LOCKED:
             self.hypercall_value &= ~_ENABLE
         self._events.guest_os_changed(value)
-        _log.info("guest OS: %s (%#x)", describe_guest_os(value), value)
+        _log.debug("guest OS: %s (%#x)", describe_guest_os(value), value)
 
     def _write_hypercall(self, vp: int, value: int) -> None:
         if self.hypercall_value & _LOCKED:
@@ -303,7 +303,7 @@ class Partition:
 
     def _write_reset(self, vp: int, value: int) -> None:
         if value & _RESET:
-            _log.info("the guest asks for a reset")
+            _log.debug("the guest asks for a reset")
             self._events.reset_requested()
 
     def _write_reference_tsc(self, vp: int, value: int) -> None:

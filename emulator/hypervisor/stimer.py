@@ -32,6 +32,10 @@ SHORTEST_PERIOD = 1000
 LONGEST_SLEEP = 3600.0
 """Seconds; a later expiration is waited for in several steps."""
 
+FIRST_NAP = 0.0001
+LONGEST_NAP = 0.05
+"""Seconds to sleep after waking too early, doubled each time: reference time stands still in a stopped guest."""
+
 
 @dataclass(slots=True)
 class SyntheticTimer:
@@ -43,6 +47,8 @@ class SyntheticTimer:
     count: int = 0
     expiration: int | None = None
     expired: int = 0
+    early: int = 0
+    """How often in a row it woke before its time."""
     handle: TimerHandle | None = None
 
 
@@ -117,6 +123,7 @@ class SyntheticTimers:
 
     def _stop(self, timer: SyntheticTimer) -> None:
         self._cancel(timer)
+        timer.early = 0
         timer.expiration = None
         self._synic.withdraw_timer(timer.vp, timer.index)
 
@@ -142,15 +149,19 @@ class SyntheticTimers:
             self._expire(timer, timer.expiration)
             return
         seconds = min(remaining / UNITS_PER_SECOND, LONGEST_SLEEP)
+        if timer.early:
+            seconds = max(seconds, min(FIRST_NAP * 2 ** min(timer.early, 16), LONGEST_NAP))
         timer.handle = self._timers.call_later(seconds, lambda: self._woke(timer))
 
     def _woke(self, timer: SyntheticTimer) -> None:
         timer.handle = None
+        timer.early += 1
         self._sleep(timer)
 
     def _expire(self, timer: SyntheticTimer, expiration: int) -> None:
         config = STIMER_CONFIG.parse(timer.config)
         timer.expired += 1
+        timer.early = 0
         if config.periodic:
             period = max(timer.count, SHORTEST_PERIOD)
             now = self._time.now()

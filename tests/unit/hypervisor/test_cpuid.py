@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -80,7 +81,8 @@ def test_minimum_set_is_what_the_bus_needs() -> None:
 )
 def test_a_feature_shows_as_its_bit(name: str, register: str, bit: int) -> None:
     assert not getattr(leaf(0x40000003), register) & bit
-    offered = dataclasses.replace(Features(), **{name: True})
+    changes: dict[str, Any] = {name: True}
+    offered = dataclasses.replace(Features(), **changes)
     assert getattr(leaf(0x40000003, offered), register) & bit
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emulator.errors import ProtocolError
-from emulator.hypervisor import Features
+from emulator.hypervisor import Features, HypercallRegisters
 from emulator.wire.hypercall import (
     CONTROL,
     POST_MESSAGE_INPUT,
@@ -85,9 +87,9 @@ def test_message_at_the_end_of_a_page(running: ScriptedGuest, messages: Messages
 )
 @pytest.mark.parametrize("long", [True, False])
 def test_post_message_refusal(
-    running: ScriptedGuest, messages: Messages, row: str, arguments: dict[str, int], status: int, long: bool
+    running: ScriptedGuest, messages: Messages, row: str, arguments: dict[str, Any], status: int, long: bool
 ) -> None:
-    assert running.post(long=long, **arguments) == status  # type: ignore[arg-type]
+    assert running.post(long=long, **arguments) == status
     assert messages == []
     assert running.partition.refusals.total == 1
     assert running.partition.hypercalls.counters.statuses == {status: 1}
@@ -164,7 +166,7 @@ def test_signal_event_refusal(
     running: ScriptedGuest,
     events: list[int],
     row: str,
-    arguments: dict[str, int],
+    arguments: dict[str, Any],
     status: int,
     fast: bool,
     long: bool,
@@ -229,8 +231,6 @@ def test_long_spin_wait_is_a_hint(running: ScriptedGuest) -> None:
 def test_registers_beyond_32_bits_do_not_count_in_32_bit_mode(
     running: ScriptedGuest, messages: Messages
 ) -> None:
-    from emulator.hypervisor import HypercallRegisters
-
     running.post(b"x" * 8, address=0x1000)
     high = 0xDEAD << 32
     registers = HypercallRegisters(

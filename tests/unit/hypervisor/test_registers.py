@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from emulator.errors import InternalError
@@ -82,8 +84,10 @@ def test_msr_that_is_never_offered_faults(msr: int) -> None:
     ],
 )
 def test_msr_exists_exactly_when_its_feature_is_offered(feature: str, msrs: list[int]) -> None:
-    with_it = ScriptedGuest(features=Features(**{feature: True}))
-    without = ScriptedGuest(features=Features(**{feature: False}))
+    offered: dict[str, Any] = {feature: True}
+    refused: dict[str, Any] = {feature: False}
+    with_it = ScriptedGuest(features=Features(**offered))
+    without = ScriptedGuest(features=Features(**refused))
     for msr in msrs:
         with_it.rd(msr)
         with pytest.raises(GeneralProtection):

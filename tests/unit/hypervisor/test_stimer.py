@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from emulator.hypervisor import Features, GeneralProtection
@@ -236,6 +238,26 @@ def test_far_expiration_is_waited_for_in_steps(guest: ScriptedGuest) -> None:
     guest.timers.advance(3 * 3600 - 1)
     assert guest.vectors() == []
     guest.timers.advance(1.001)
+    assert take_expiration(guest).timer == 0
+
+
+def test_stopped_guest_is_not_polled_at_full_speed(
+    guest: ScriptedGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(guest, 0, config(), 10_000_000 + 1)
+    monkeypatch.setattr(guest.clock, "now", lambda: 10_000_000)
+    wakes: list[float] = []
+    call_later = guest.timers.call_later
+
+    def counted(delay: float, callback: Callable[[], None]) -> object:
+        wakes.append(delay)
+        return call_later(delay, callback)
+
+    monkeypatch.setattr(guest.timers, "call_later", counted)
+    guest.timers.advance(10)
+    assert 0 < len(wakes) < 250
+    monkeypatch.undo()
+    guest.timers.advance(0.06)
     assert take_expiration(guest).timer == 0
 
 

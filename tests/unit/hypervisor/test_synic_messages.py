@@ -300,7 +300,10 @@ class MessageOrder(RuleBasedStateMachine):
 
     @rule(vp=vps)
     def free_while_the_host_looks(self, vp: int) -> None:
-        self.guest.memory.at_fence = lambda: self.free(vp) and None
+        def act() -> None:
+            self.free(vp)
+
+        self.guest.memory.at_fence = act
         self.post(vp)
         self.guest.memory.at_fence = None
 
