@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from device import registry
+from device.registry import Registry
 from emulator.cli.options import add_host_options, device_lines, host_options
+from emulator.cli.shutdown import CONTROL_COMMANDS
 from emulator.machine import rundir
 from emulator.machine.host import Ending, Host
 from emulator.machine.served import Served
@@ -46,17 +47,17 @@ def add_parser(verbs: Any) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     if "help" in arguments.device:
-        print(registry.describe())
+        print(Registry().help())
         return 0
     return asyncio.run(_attach(arguments))
 
 
 async def _attach(arguments: argparse.Namespace) -> int:
-    devices = [registry.create(line) for line in device_lines(arguments)]
+    devices = [Registry().create(line) for line in device_lines(arguments)]
     directory = rundir.create(arguments.name, 0)
     try:
         host = await Host.attach(arguments.qmp, devices, host_options(arguments))
-        served = Served(host, directory.path)
+        served = Served(host, directory.path, CONTROL_COMMANDS)
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(served.close)
             await served.start()

@@ -213,7 +213,7 @@ class Demo:
 
     async def _shut_down(self, shutdown: Shutdown) -> None:
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        shutdown.request("shutdown", done=answer.set_result)
+        shutdown.shut_down("shutdown", answer.set_result)
         async with asyncio.timeout(_LIMIT):
             result = await answer
             self.screen.say(

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from device import registry
+from device.registry import Registry
 from emulator.bus.device import Device
 from emulator.cli.options import DEFAULT_GUEST, add_host_options, device_lines, host_options, size
+from emulator.cli.shutdown import CONTROL_COMMANDS
 from emulator.errors import UsageError, UserError
 from emulator.machine import gateway_build, rundir
 from emulator.machine.guest import Guest, emulator_options
@@ -98,7 +99,7 @@ class Plan:
 
 def plan(arguments: argparse.Namespace) -> Plan:
     """Turn the command line into a plan; builds what has to be built."""
-    devices = tuple(registry.create(line) for line in device_lines(arguments))
+    devices = tuple(Registry().create(line) for line in device_lines(arguments))
     kernel = _kernel(arguments)
     if arguments.initrd is not None:
         if arguments.command or arguments.add:
@@ -152,7 +153,7 @@ def _modules(kernel: GuestKernel, more: Sequence[str]) -> tuple[str, ...]:
 
 def main(arguments: argparse.Namespace) -> int:
     if "help" in arguments.device:
-        print(registry.describe())
+        print(Registry().help())
         return 0
     if arguments.smp < 1:
         raise UsageError(f"--smp {arguments.smp}: a guest has at least one vCPU")
@@ -189,6 +190,7 @@ async def run_guest(decided: Plan, output: Callable[[bytes], object] | None) -> 
         options=decided.guest,
         devices=decided.devices,
         host_options=decided.host,
+        commands=CONTROL_COMMANDS,
     ) as guest:
         if output is None or guest.command is None:
             if sys.stderr.isatty():

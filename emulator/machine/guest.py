@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,15 +22,14 @@ from emulator.machine.arguments import EmulatorOptions
 from emulator.machine.host import Host, HostOptions
 from emulator.machine.launch import GuestOptions, QemuProcess, command_line
 from emulator.machine.rundir import RunDirectory
-from emulator.machine.served import Served
+from emulator.machine.served import HostCommand, Served
 from emulator.provision.qemu import QemuBinary
 
 
 def emulator_options(
     directory: RunDirectory, memory_size: int, gateway_library: Path, *, wait: bool = True
 ) -> EmulatorOptions:
-    """The emulator's options for a guest in ``directory``; the ACPI table is written there."""
-    directory.acpi_table.write_bytes(vmbus_table())
+    """The emulator's options for a guest in ``directory``."""
     return EmulatorOptions(
         memory_path=directory.memory,
         memory_size=memory_size,
@@ -68,6 +67,7 @@ class Guest:
         options: GuestOptions,
         devices: Sequence[Device],
         host_options: HostOptions | None = None,
+        commands: Mapping[str, HostCommand] | None = None,
     ) -> AsyncIterator[Guest]:
         """Start QEMU with the guest held at its first look for a hypervisor, attach, let it go."""
         directory = rundir.create(name, memory_size)
@@ -75,6 +75,7 @@ class Guest:
         served: Served | None = None
         command: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         try:
+            directory.acpi_table.write_bytes(vmbus_table())
             line = command_line(
                 qemu.argv_prefix,
                 directory,
@@ -86,7 +87,7 @@ class Guest:
             if options.command_port:
                 command = await asyncio.open_unix_connection(str(directory.command))
             host = await Host.attach(qmp, devices, host_options)
-            served = Served(host, directory.path)
+            served = Served(host, directory.path, commands)
             await served.start()
             yield cls(directory, process, served, command)
         finally:

@@ -7,27 +7,33 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from emulator import __version__
-from emulator.errors import UserError
-from emulator.machine.control import ControlServer
+from emulator.machine.control import ControlServer, Handler
 from emulator.machine.host import Ending, Host
+
+#: A command of the control socket: given the host and the request.
+HostCommand = Callable[[Host, Mapping[str, Any]], Awaitable[object]]
 
 
 class Served:
     """Serves ``host`` until its QEMU ends; answers on ``directory/control.sock`` meanwhile."""
 
-    def __init__(self, host: Host, directory: Path) -> None:
+    def __init__(
+        self, host: Host, directory: Path, commands: Mapping[str, HostCommand] | None = None
+    ) -> None:
+        """``commands``: what else the control socket answers."""
         self.host = host
         self.directory = directory
-        self._control = ControlServer(
-            directory / "control.sock",
-            {"status": self._status, "stop": self._stop, "shutdown": self._shutdown},
-        )
+        handlers: dict[str, Handler] = {"status": self._status, "stop": self._stop}
+        for name, command in (commands or {}).items():
+            handlers[name] = partial(command, host)
+        self._control = ControlServer(directory / "control.sock", handlers)
 
     async def start(self) -> None:
         await self._control.start()
@@ -54,17 +60,6 @@ class Served:
     async def _stop(self, request: Mapping[str, Any]) -> object:
         self.host.stop()
         return {}
-
-    async def _shutdown(self, request: Mapping[str, Any]) -> object:
-        action = str(request.get("action", "shutdown"))
-        for attached in self.host.devices:
-            device = attached.device
-            ask = getattr(device, "request", None)
-            if device.name == "shutdown" and ask is not None:
-                result: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-                ask(action, force=bool(request.get("force", False)), done=result.set_result)
-                return {"result": await result}
-        raise UserError("this guest is served without a shutdown device; offer it with --device shutdown")
 
 
 def status(host: Host, name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from device import registry
+from device.registry import Registry
 from emulator.bus.device import Device
 from emulator.cli.run import AVAILABLE_MODULES, LOADED_MODULES
 from emulator.machine import gateway_build
@@ -38,7 +38,7 @@ class Booted:
     output: bytearray = field(default_factory=bytearray)
 
     @property
-    def host(self):  # noqa: ANN201
+    def host(self):
         return self.guest.host
 
     def console(self) -> str:
@@ -135,7 +135,7 @@ async def boot(
         gateway_library=gateway_build.build(),
         memory_size=memory << 20,
         options=options,
-        devices=[registry.create(line) for line in devices],
+        devices=[Registry().create(line) for line in devices],
         host_options=host_options,
     ) as guest:
         booted = Booted(guest, console)

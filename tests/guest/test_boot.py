@@ -1,0 +1,111 @@
+"""Unmodified kernels boot, find Hyper-V, connect VMBus and keep their integration components going."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from emulator.machine.host import HostOptions
+from emulator.wire.version import Version
+from tests.guest.harness import boot
+
+pytestmark = pytest.mark.guest
+
+KERNELS = ("debian-6.1", "debian-6.12", "debian-backports")
+
+# What must not stand in a kernel log: complaints that our side caused.
+COMPLAINTS = re.compile(
+    r"unchecked MSR|WARNING:|BUG:|Call Trace|general protection|hv_vmbus:.*(?:error|fail|unexpected|Unknown)"
+    r"|hv_utils:.*(?:error|fail)|soft lockup|rcu.*stall",
+    re.IGNORECASE,
+)
+
+# Every kernel × vCPUs × machine; memory and address randomisation vary along the way.
+MATRIX = [
+    pytest.param(
+        kernel,
+        smp,
+        machine,
+        memory,
+        append,
+        id=f"{kernel}-{smp}vcpu-{machine}-{memory}M{append and '-nokaslr'}",
+    )
+    for (kernel, smp, machine), (memory, append) in zip(
+        [(kernel, smp, machine) for kernel in KERNELS for smp in (1, 2, 4) for machine in ("q35", "pc")],
+        [(256, ""), (6144, "nokaslr"), (1024, "nokaslr"), (512, ""), (6144, ""), (3072, "nokaslr")] * 3,
+        strict=True,
+    )
+]
+
+
+def complaints(console: str) -> list[str]:
+    return [line for line in console.splitlines() if COMPLAINTS.search(line)]
+
+
+@pytest.mark.parametrize(("kernel", "smp", "machine", "memory", "append"), MATRIX)
+def test_a_kernel_boots_connects_and_keeps_its_heartbeat(
+    tmp_path: Path, kernel: str, smp: int, machine: str, memory: int, append: str
+) -> None:
+    async def story() -> None:
+        async with boot(
+            tmp_path,
+            kernel=kernel,
+            smp=smp,
+            machine=machine,
+            memory=memory,
+            append=append,
+            devices=("heartbeat,interval=0.1", "shutdown", "timesync"),
+            extra=("-rtc", "base=2001-02-03T04:05:06"),
+            command=["while :; do date -u +%s; usleep 100000; done"],
+        ) as guest:
+            await guest.until(lambda: guest.host.bus.status()["version"], "agreed version")
+            await guest.until(
+                lambda: [c["state"] for c in guest.status()["channels"]] == ["open"] * 3,
+                "three open channels",
+            )
+            await guest.until(
+                lambda: guest.channel("heartbeat")["details"]["answers"] >= 10, "ten heartbeats"
+            )
+            await guest.until(lambda: guest.output.count(b"\n") > 2, "the guest's clock")
+
+            found = guest.status()
+            console = guest.console()
+            assert "Hypervisor detected: Microsoft Hyper-V" in console
+            assert found["bus"]["version"] in ("5.3", "6.0")
+            assert str(found["partition"]["guest_os"]).startswith("Linux ")
+            assert len(found["partition"]["vps"]) == smp
+            assert all(vp["synic_enabled"] for vp in found["partition"]["vps"])
+            assert found["bus"]["gpadls"] == 3
+            assert found["partition"]["refusals"] == {}
+            assert found["bus"]["refusals"] == {}
+            assert all(channel["refusals"] == {} for channel in found["channels"])
+            assert guest.channel("heartbeat")["details"]["missed"] == 0
+
+            def clock() -> int:
+                return int(guest.output.split(b"\n")[-2])
+
+            await guest.until(lambda: abs(clock() - time.time()) < 5, "clock set by time synchronisation")
+            result: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+            guest.device("shutdown").shut_down("shutdown", result.set_result)
+            assert str(await asyncio.wait_for(result, 60)) == "ok"
+            await guest.finish()
+            assert complaints(guest.console()) == []
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("version", [Version.WIN8, Version.WIN8_1, Version.WIN10, Version.WIN10_RS3_1])
+def test_a_guest_takes_the_newest_version_that_is_offered(tmp_path: Path, version: Version) -> None:
+    async def story() -> None:
+        async with boot(tmp_path, host_options=HostOptions(max_version=version)) as guest:
+            await guest.until(lambda: guest.host.bus.status()["version"], "agreed version")
+            await guest.until(
+                lambda: guest.channel("heartbeat")["details"]["answers"] >= 3, "three heartbeats"
+            )
+            assert guest.host.bus.status()["version"] == str(version)
+
+    asyncio.run(story())

@@ -1,0 +1,152 @@
+"""Reboot, kexec, module reload, panic, vCPU offline: afterwards the bus is clean and works."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from pathlib import Path
+
+import pytest
+
+from emulator.hypervisor.features import Features
+from emulator.machine.host import Ending, HostOptions
+from tests.guest.harness import Booted, boot
+from tests.guest.test_boot import complaints
+
+pytestmark = pytest.mark.guest
+
+
+def descriptors() -> int:
+    gc.collect()
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def beats(guest: Booted, more: int = 3) -> None:
+    """Wait for ``more`` heartbeats from now on."""
+    before = guest.channel("heartbeat")["details"]["answers"]
+    await guest.until(
+        lambda: guest.channel("heartbeat")["details"]["answers"] >= before + more, f"{more} more heartbeats"
+    )
+
+
+def test_a_reboot_inside_one_qemu(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with boot(tmp_path) as guest:
+            await guest.until(lambda: guest.host.partition.guest_os_id, "the first boot")
+            await beats(guest)
+            for number in (1, 2):
+                result: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+                guest.device("shutdown").shut_down("restart", result.set_result)
+                assert str(await asyncio.wait_for(result, 60)) == "ok"
+                await guest.until(lambda n=number: guest.host.events.resets == n, "the reset")
+                assert guest.host.bus.status()["version"] is None
+                assert guest.host.bus.status()["gpadls"] == 0
+                await guest.until(lambda: guest.channel("heartbeat")["state"] == "open", "the next boot")
+                await beats(guest)
+            assert guest.host.bus.status()["gpadls"] == 3
+            assert complaints(guest.console()) == []
+
+    asyncio.run(story())
+
+
+def test_every_driver_is_unloaded_and_loaded_fifty_times(tmp_path: Path) -> None:
+    script = (
+        "for i in $(seq 50); do rmmod hv_utils; rmmod hv_vmbus || exit 1; "
+        "modprobe hv_vmbus && modprobe hv_utils || exit 2; echo round $i; done"
+    )
+
+    async def story() -> None:
+        async with boot(tmp_path, command=[script]) as guest:
+            await guest.says("round 3\n")
+            await guest.until(
+                lambda: guest.host.bus.status()["gpadls"] == 3, "all GPADLs of the present round"
+            )
+            before = descriptors()
+            await guest.says("round 50\n")
+            assert descriptors() <= before
+            assert await guest.finish() == 0
+            assert complaints(guest.console()) == []
+            assert guest.channel("heartbeat")["opens"] >= 51
+            assert guest.host.bus.status()["gpadls"] <= 3
+
+    asyncio.run(story())
+
+
+def test_a_panic_unloads_the_bus_and_reports_five_parameters(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with boot(
+            tmp_path, command=["echo ready; echo c > /proc/sysrq-trigger"], append="panic=0"
+        ) as guest:
+            await guest.until(lambda: guest.host.events.crashes, "a crash report")
+            report = guest.host.events.crashes[0]
+            assert len(report.parameters) == 5
+            assert report.message is not None and "sysrq triggered crash" in report.message
+            await guest.until(lambda: guest.host.bus.status()["version"] is None, "the bus to be unloaded")
+            assert guest.host.bus.status()["gpadls"] == 0
+
+    asyncio.run(story())
+
+
+def test_a_cpu_with_bound_channels_is_moved_from_or_refused(tmp_path: Path) -> None:
+    script = (
+        "echo 0 > /sys/devices/system/cpu/cpu1/online; cat /sys/devices/system/cpu/online; "
+        "echo 1 > /sys/devices/system/cpu/cpu1/online; cat /sys/devices/system/cpu/online; "
+        "echo 0 > /sys/devices/system/cpu/cpu0/online; cat /sys/devices/system/cpu/online; sleep 2"
+    )
+
+    async def story() -> None:
+        async with boot(tmp_path, smp=2, command=[script]) as guest:
+            await beats(guest)
+            assert await guest.finish() == 0
+            assert guest.output.split()[-1] == b"0-1", guest.tail()
+            assert complaints(guest.console()) == []
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("timers", ["message", "direct"])
+def test_synthetic_timers_drive_a_guest(tmp_path: Path, timers: str) -> None:
+    async def story() -> None:
+        async with boot(
+            tmp_path,
+            smp=2,
+            host_options=HostOptions(features=Features(stimer=True, stimer_direct=timers == "direct")),
+            command=[
+                "cat /sys/devices/system/clockevents/clockevent0/current_device; "
+                "for i in 1 2 3 4 5; do sleep 0.2; done; echo slept"
+            ],
+        ) as guest:
+            assert await guest.finish() == 0
+            assert b"Hyper-V clockevent" in guest.output, guest.tail()
+            assert b"slept" in guest.output
+
+    asyncio.run(story())
+
+
+def test_a_guest_that_uses_auto_eoi(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with boot(
+            tmp_path, host_options=HostOptions(features=Features(deprecate_auto_eoi=False)), smp=2
+        ) as guest:
+            await guest.until(lambda: guest.channel("heartbeat")["state"] == "open", "the channel")
+            await beats(guest, 20)
+            sints = guest.status()["partition"]["vps"][0]["sints"]
+            assert sints["2"]["auto_eoi"] is True
+
+    asyncio.run(story())
+
+
+def test_qemu_killed_leaves_nothing(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with boot(tmp_path) as guest:
+            await beats(guest)
+            directory, memory = guest.guest.directory.path, guest.guest.directory.memory
+            guest.guest.process.process.kill()
+            ending = await asyncio.wait_for(guest._serving, 30)
+            assert ending is Ending.QEMU_GONE
+        assert not directory.exists()
+        assert not memory.exists()
+
+    before = descriptors()
+    asyncio.run(story())
+    assert descriptors() <= before
