@@ -63,8 +63,8 @@ class DeviceEnvironment:
 
     memory: GuestMemory
     timers: Timers
-    reference_time: Callable[[], int]
-    """Reference time of the partition, in units of 100 ns."""
+    reference_time: Callable[[], int] | None
+    """Reference time of the partition, in units of 100 ns; ``None`` where it cannot be read."""
     offers: Offers | None = None
     """``None`` where no sub-channels can be offered."""
 
