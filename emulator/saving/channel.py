@@ -214,7 +214,7 @@ class ChannelSaver:
             self._thaw(context, to=save.was_frozen)
 
     def save_cancel(self, channel: SavableChannel) -> None:
-        """The save, complete or not, is not wanted any more: the channel is as before it, and not started.
+        """The save is not wanted any more: the channel is as before it, complete or not, and not started.
 
         Not a KMCL function: for who saves several channels and fails at one of them.
         """
@@ -222,8 +222,8 @@ class ChannelSaver:
         if context.busy:
             _logger.warning("%s: a save is cancelled from inside a packet callback", channel.identity)
             return
-        context.save = None
-        self._thaw(context, to=False)
+        save, context.save = context.save, None
+        self._thaw(context, to=save is not None and save.was_frozen)
 
     def chunks_saved(self, channel: SavableChannel) -> int:
         """How many chunks of the save that is under way were handed out."""
@@ -308,7 +308,10 @@ class ChannelSaver:
 
     def check_restore(self, channel: SavableChannel, records: tuple[bytes, ...]) -> None:
         """Everything that restoring ``records`` checks, and nothing that it changes. Raises :class:`StateRefused`."""
-        self._check_ready(self._context(channel))
+        context = self._context(channel)
+        self._check_ready(context)
+        if context.phase is not _Restore.FRESH:
+            raise StateRefused(Reason.WRONG_STATE, "another restore is half done", _BadState)
         assembly = Assembly()
         for record in records:
             assembly = assembly.take(record)

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from emulator.saving.channel import ChannelSaver
-from emulator.saving.chunks import Position, read_chunks
+from emulator.saving.chunks import Chunk, Position, read_chunks
 from emulator.saving.refusal import Reason, StateRefused
 from emulator.saving.state import Assembly, ChannelState, SavableChannel
 from emulator.saving.status import NtStatus
-from emulator.wire.chunk import ChunkKind
-from emulator.wire.saved import ChannelIdentity, SavedSection
+from emulator.wire.chunk import HEADER_SIZE, ChunkKind
+from emulator.wire.saved import SAVED_END, ChannelIdentity, SavedEnd, SavedSection
 
 MAX_CHANNELS = 2048
 """Channel ids are event flag numbers: there are not more."""
@@ -77,7 +77,7 @@ def read_machine(data: bytes) -> MachineState:
             f"{refusal.reason}: {refusal.detail}",
             NtStatus.STATUS_INVALID_DEVICE_STATE,
         )
-    _check_end(data, chunks[-1].record.chunks, chunks[-1].record.size, position.index)
+    _check_end(data, chunks[-1], position.index)
     sections: dict[ChunkKind, SavedSection] = {}
     channels: dict[ChannelIdentity, SavedChannelState] = {}
     for chunk in chunks[1:-1]:
@@ -181,8 +181,9 @@ def _read_channel(identity: ChannelIdentity, records: tuple[bytes, ...]) -> Save
     return SavedChannelState(records, state)
 
 
-def _check_end(data: bytes, chunks: int, size: int, count: int) -> None:
-    if chunks != count - 1 or not size < len(data):
+def _check_end(data: bytes, end: Chunk, count: int) -> None:
+    size = len(data) - HEADER_SIZE - SAVED_END.size
+    if not end.last or end.record != SavedEnd(count - 1, size):
         raise StateRefused(
-            Reason.INCONSISTENT, f"{count - 1} chunks in {len(data)} bytes, {chunks} in {size} were written"
+            Reason.INCONSISTENT, f"{count - 1} chunks in {size} bytes are not the {end.record!r} that were written"
         )

@@ -78,11 +78,13 @@ def save_machine(
     one cannot be saved, or when the state has more than ``limit`` bytes; then every channel is as it was.
     """
     saved_from = list(channels)
+    begun: list[SavableChannel] = []
     try:
         for channel in saved_from:
             status = saver.save_begin(channel)
             if status != NtStatus.STATUS_SUCCESS:
                 raise _failed(saver, channel, status, "SaveBegin")
+            begun.append(channel)
         records, statistics = [], []
         for channel in saved_from:
             found, facts = _save_channel(saver, channel, buffer_size)
@@ -103,7 +105,7 @@ def save_machine(
                 NtStatus.STATUS_BUFFER_OVERFLOW,
             )
     except BaseException:
-        for channel in saved_from:
+        for channel in begun:
             saver.save_cancel(channel)
         raise
     for channel in saved_from:

@@ -1,0 +1,378 @@
+"""A channel in memory, as faithful as saving needs: rings that are the guest's, queues that are the host's.
+
+``ModelRing`` stands for guest memory and travels by itself; ``ModelChannel`` is the host's end in one process;
+``ModelDevice`` is the device behind it, with a note about every packet that it sent.
+"""
+
+from __future__ import annotations
+
+import copy
+import uuid
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from emulator.errors import DeviceError, InternalError
+from emulator.saving import (
+    ChannelSaver,
+    ChannelState,
+    NtStatus,
+    OutgoingPacket,
+    RestorePacket,
+    SavePacket,
+    SavePacketResult,
+)
+from emulator.wire.packet import GpaRange, TransferPages, TransferRange
+from emulator.wire.saved import (
+    ChannelAxes,
+    ChannelIdentity,
+    SavedChannel,
+    SavedCompletion,
+    SavedGpadl,
+    SavedOpen,
+    SavedPacket,
+)
+
+INTERFACE = uuid.UUID("11111111-2222-3333-4444-555555555555")
+OK = NtStatus.STATUS_SUCCESS
+MORE = NtStatus.STATUS_MORE_PROCESSING_REQUIRED
+TOO_SMALL = NtStatus.STATUS_BUFFER_TOO_SMALL
+OVERFLOW = NtStatus.STATUS_BUFFER_OVERFLOW
+BAD_STATE = NtStatus.STATUS_INVALID_DEVICE_STATE
+BAD = NtStatus.STATUS_INVALID_PARAMETER
+
+
+def identity(number: int = 1, subchannel: int = 0) -> ChannelIdentity:
+    return ChannelIdentity(INTERFACE, uuid.UUID(int=number), subchannel)
+
+
+def request(transaction_id: int, payload: bytes = b"request.", pfns: tuple[int, ...] = ()) -> SavedPacket:
+    """A packet from the guest that asks for a completion."""
+    ranges = (GpaRange(len(pfns) * 4096, 0, pfns),) if pfns else ()
+    return SavedPacket(9 if pfns else 6, 1, transaction_id, payload, ranges)
+
+
+def transfer_request(transaction_id: int) -> SavedPacket:
+    pages = TransferPages(0xCAFE, (TransferRange(1500, 0), TransferRange(60, 4096)))
+    return SavedPacket(7, 1, transaction_id, b"frames..", (), pages)
+
+
+@dataclass
+class ModelRing:
+    """Guest memory: what the guest wrote and the host has not read, and the reverse. ``room``: packets."""
+
+    room: int = 3
+    to_host: deque[SavedPacket] = field(default_factory=deque)
+    to_guest: deque[SavedPacket | SavedCompletion] = field(default_factory=deque)
+
+
+class ModelDevice:
+    """Keeps a note for each packet that it sent; says yes to everything unless scripted."""
+
+    def __init__(self) -> None:
+        self.notes: dict[int, bytes] = {}
+        self.state = b""
+        self.given: list[SavedPacket] = []
+        self.restored: list[int] = []
+        self.completed: list[int] = []
+        self.save_calls: list[int] = []
+        self.save_script: list[SavePacketResult | Callable[[], SavePacketResult]] = []
+        self.restore_script: list[NtStatus] = []
+        self.refuses_save = False
+
+    def save_packet(self, channel: ModelChannel, packet: SavedPacket, buffer: memoryview) -> SavePacketResult:
+        self.save_calls.append(len(buffer))
+        if self.save_script:
+            answer = self.save_script.pop(0)
+            return answer if isinstance(answer, SavePacketResult) else answer()
+        note = self.notes.get(packet.transaction_id, b"")
+        if len(buffer) < len(note):
+            return SavePacketResult(TOO_SMALL, len(note))
+        buffer[: len(note)] = note
+        return SavePacketResult(OK, len(note))
+
+
+class ModelChannel:
+    """The host's end of one channel."""
+
+    def __init__(
+        self,
+        who: ChannelIdentity | None = None,
+        *,
+        ring: ModelRing | None = None,
+        device: ModelDevice | None = None,
+        callbacks: bool = True,
+        is_server: bool = True,
+    ) -> None:
+        self.identity = who or identity()
+        self.is_server = is_server
+        self.ring = ring or ModelRing()
+        self.device = device or ModelDevice()
+        self.open = False
+        self.paused = True
+        self.enabled = True
+        self.changes = 0
+        self.frozen = False
+        self.opening: SavedOpen | None = None
+        self.gpadls: tuple[SavedGpadl, ...] = ()
+        self.outstanding: dict[int, SavedPacket] = {}
+        self.unsent: deque[SavedPacket] = deque()
+        self.completions: deque[SavedCompletion] = deque()
+        self.taken: list[SavedPacket] = []
+        self.next_transaction_id = 1
+        self.veto: str | None = None
+        self.apply_fails: Exception | None = None
+        self.saver: ChannelSaver | None = None
+        self.unrestored: list[SavedPacket] = []
+        self._held: list[Callable[[], None]] = []
+        self._callbacks = callbacks
+
+    # --- what a guest does
+
+    def guest_opens(self) -> None:
+        self.opening = SavedOpen(7, 0xE1E10, 0, 4, b"user data")
+        self.gpadls = (SavedGpadl(0xE1E10, 8), SavedGpadl(0xE1E20, 4096))
+        self.open = True
+        self.changes += 1
+        self._run()
+
+    def guest_closes(self) -> None:
+        self.open = False
+        self.opening, self.gpadls = None, ()
+        self._forget()
+        self.changes += 1
+
+    def guest_sends(self, packet: SavedPacket) -> None:
+        self.ring.to_host.append(packet)
+        self._run()
+
+    def guest_reads(self) -> SavedPacket | SavedCompletion:
+        """Take one packet off the ring; the host fills the room if it may."""
+        packet = self.ring.to_guest.popleft()
+        self._run()
+        return packet
+
+    def guest_completes(self, transaction_id: int) -> None:
+        self.guest_sends(SavedPacket(11, 0, transaction_id, b""))
+
+    # --- what the device does
+
+    def send(self, payload: bytes, note: bytes = b"") -> int:
+        number, self.next_transaction_id = self.next_transaction_id, self.next_transaction_id + 1
+        self.device.notes[number] = note
+        self.unsent.append(SavedPacket(6, 1, number, payload))
+        self._run()
+        return number
+
+    def finish(self, transaction_id: int, payload: bytes = b"done....") -> None:
+        """Complete a packet that was taken; while frozen this waits."""
+        if self.frozen:
+            self._held.append(lambda: self.finish(transaction_id, payload))
+            return
+        packet = next(each for each in self.taken if each.transaction_id == transaction_id)
+        self.taken.remove(packet)
+        self.completions.append(SavedCompletion(transaction_id, payload))
+        self._run()
+
+    # --- SavableChannel
+
+    @property
+    def save_packet(self) -> SavePacket | None:
+        return self.device.save_packet if self._callbacks else None  # type: ignore[return-value]
+
+    @property
+    def restore_packet(self) -> RestorePacket | None:
+        return self._restore_packet if self._callbacks else None  # type: ignore[return-value]
+
+    def pause(self) -> None:
+        self.paused = True
+        self.changes += 1
+
+    def start(self) -> None:
+        self.paused = False
+        self.changes += 1
+        for packet in self.unrestored:
+            self.device.given.append(packet)
+        self.unrestored = []
+        self._run()
+
+    def disable(self) -> None:
+        self.open = self.enabled = False
+        self._forget()
+        self.changes += 1
+
+    def freeze(self) -> ChannelState:
+        if self.device.refuses_save:
+            raise DeviceError("cannot be saved now")
+        self.frozen = True
+        return self.view()
+
+    def unfreeze(self) -> None:
+        if not self.frozen:
+            raise InternalError("not frozen")
+        self.frozen = False
+        held, self._held = self._held, []
+        for action in held:
+            action()
+        self._run()
+
+    def check_restore(self, state: ChannelState) -> str | None:
+        return self.veto
+
+    def apply_restore(self, state: ChannelState) -> None:
+        if self.apply_fails is not None:
+            raise self.apply_fails
+        header = state.channel
+        self.opening, self.gpadls = header.open, header.gpadls
+        self.open = bool(header.axes & ChannelAxes.OPEN)
+        self.enabled = bool(header.axes & ChannelAxes.ENABLED)
+        self.paused = True
+        self.next_transaction_id = header.next_transaction_id
+        self.outstanding = {each.packet.transaction_id: each.packet for each in state.outstanding}
+        self.unsent = deque(each.packet for each in state.unsent)
+        self.completions = deque(state.completions)
+        self.taken = list(state.taken)
+        self.unrestored = list(state.taken)
+        self.device.state = state.device
+        self.changes += 1
+
+    # --- for tests
+
+    def view(self) -> ChannelState:
+        axes = ChannelAxes(self.enabled * 1 | self.open * 2 | self.paused * 4)
+        return ChannelState(
+            SavedChannel(
+                self.identity,
+                axes,
+                relid=12,
+                connection_id=0x2000C,
+                max_packet_size=4096,
+                transaction_quota=256,
+                next_transaction_id=self.next_transaction_id,
+                open=self.opening,
+                gpadls=self.gpadls,
+            ),
+            tuple(OutgoingPacket(each) for each in self.outstanding.values()),
+            tuple(OutgoingPacket(each) for each in self.unsent),
+            tuple(self.completions),
+            tuple(self.taken),
+            self.device.state,
+        )
+
+    def everything(self) -> object:
+        """All that may not change when something is refused."""
+        device = self.device
+        return copy.deepcopy(
+            (
+                self.view(),
+                self.ring,
+                self.frozen,
+                self.paused,
+                device.notes,
+                device.given,
+                device.restored,
+                self.unrestored,
+            )
+        )
+
+    def _restore_packet(self, channel: ModelChannel, library: bytes, saved: bytes) -> NtStatus:
+        device = self.device
+        if device.restore_script and (status := device.restore_script.pop(0)) != OK:
+            return status
+        if self.saver is None:
+            raise InternalError("the test gave no saver")
+        packet = self.saver.packet_allocate(channel)
+        status = self.saver.packet_restore(packet, library)
+        if status == OK and packet.state is not None:
+            device.restored.append(packet.state.transaction_id)
+            device.notes[packet.state.transaction_id] = saved
+        return status
+
+    def _forget(self) -> None:
+        self.outstanding, self.taken = {}, []
+        self.unsent, self.completions = deque(), deque()
+
+    def _run(self) -> None:
+        """What a running channel does: writes what is queued, takes what is there."""
+        if self.frozen or self.paused or not self.open:
+            return
+        ring = self.ring
+        while self.completions and len(ring.to_guest) < ring.room:
+            ring.to_guest.append(self.completions.popleft())
+        while self.unsent and len(ring.to_guest) < ring.room:
+            packet = self.unsent.popleft()
+            self.outstanding[packet.transaction_id] = packet
+            ring.to_guest.append(packet)
+        while ring.to_host:
+            packet = ring.to_host.popleft()
+            if packet.kind == 11:
+                del self.outstanding[packet.transaction_id]
+                self.device.completed.append(packet.transaction_id)
+            else:
+                self.taken.append(packet)
+                self.device.given.append(packet)
+
+
+def busy_channel(who: ChannelIdentity | None = None) -> ModelChannel:
+    """A paused channel with one or more of everything: 3 sent, 2 unsent, 1 completion waiting, 3 taken."""
+    channel = ModelChannel(who)
+    channel.device.state = b"device state"
+    channel.start()
+    channel.guest_opens()
+    channel.guest_sends(request(0xA1, pfns=(100, 101, 102, 7, 8)))
+    channel.guest_sends(request(0xA2))
+    channel.guest_sends(transfer_request(0xA3))
+    channel.guest_sends(request(0xA4, b"x" * 200))
+    channel.send(b"host 1", note=b"note one")
+    channel.send(b"host 2")
+    channel.send(b"host 3")
+    channel.send(b"host 4, unsent", note=b"n" * 300)
+    channel.send(b"host 5, unsent")
+    channel.finish(0xA1)
+    channel.pause()
+    return channel
+
+
+def new_process(source: ModelChannel, *, callbacks: bool = True) -> ModelChannel:
+    """The same channel in another process: guest memory is there, the host's end is fresh and not started."""
+    return ModelChannel(source.identity, ring=copy.deepcopy(source.ring), callbacks=callbacks)
+
+
+def save(saver: ChannelSaver, channel: ModelChannel, size: int = 1 << 16) -> list[bytes]:
+    """The loop that the specification recommends to a caller; the buffers that were filled."""
+    status = saver.save_begin(channel)
+    if status != OK:
+        raise InternalError(f"save_begin: {status!s}")
+    buffer, records = bytearray(size), []
+    while True:
+        status, filled, required = saver.save_continue(channel, buffer, len(buffer))
+        if filled:
+            records.append(bytes(buffer[:filled]))
+        if status == OK:
+            break
+        if status == TOO_SMALL:
+            buffer = bytearray(required)
+        elif status != OVERFLOW:
+            raise InternalError(f"save_continue: {status!s}")
+    saver.save_end(channel)
+    return records
+
+
+def restore(saver: ChannelSaver, channel: ModelChannel, records: list[bytes]) -> list[NtStatus]:
+    channel.saver = saver
+    return [saver.restore_from_buffer(channel, record) for record in records]
+
+
+def split(data: bytes) -> list[bytes]:
+    """``data`` chunk by chunk."""
+    found = []
+    while data:
+        size = 32 + int.from_bytes(data[24:28], "little")
+        found.append(data[:size])
+        data = data[size:]
+    return found
+
+
+def chunks(channel: ModelChannel) -> list[bytes]:
+    """The chunks that a save with id 1 gives, one by one."""
+    return split(b"".join(save(ChannelSaver(save_ids=lambda: 1), channel)))
