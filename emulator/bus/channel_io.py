@@ -16,8 +16,7 @@ other ring with one index store, and signals the guest at most once. Then:
     | output that does not fit    | pending send size is set; nothing is taken until the guest makes room      |
     | too much owed, or held      | nothing is taken until the device completes something, or releases         |
 
-How long the ring is looked at before sleeping adapts: a doorbell that comes soon after falling asleep doubles
-the time, one that comes late halves it, down to nothing. So a channel with one packet a second never looks twice.
+How long the ring is looked at before sleeping adapts (:mod:`emulator.bus.look`).
 
 What a guest can make the host hold is bounded: :data:`OWED_LIMIT` completions, since no packet is taken beyond
 it; and what devices send by themselves by :data:`OUTPUT_PACKETS` and :data:`OUTPUT_BYTES`.
@@ -25,20 +24,23 @@ it; and what devices send by themselves by :data:`OUTPUT_PACKETS` and :data:`OUT
 
 from __future__ import annotations
 
-import enum
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, cast
 
 from emulator.bus.device import Device
+from emulator.bus.io_state import ChannelIoState, IoCounters, IoState, OpenChannel
+from emulator.bus.look import Look
+from emulator.bus.output import Output, Transactions
 from emulator.bus.ring import IncomingRing, OutgoingRing
 from emulator.errors import DeviceError, GuestError, InternalError, ProtocolError, RingError
-from emulator.ports import GuestMemory, GuestPages, TimerHandle, Timers
+from emulator.ports import GuestMemory, TimerHandle, Timers
 from emulator.refusals import Refusals
 from emulator.wire.packet import (
     COMPLETION_REQUESTED,
+    DESCRIPTOR_SIZE,
     Packet,
     PacketType,
     TransferRange,
@@ -49,7 +51,6 @@ from emulator.wire.packet import (
 if TYPE_CHECKING:
     from emulator.bus.channel import Channel
     from emulator.bus.gpadl import Gpadl
-    from emulator.bus.offers import Offer
 
 _log = logging.getLogger(__name__)
 
@@ -67,98 +68,9 @@ AWAITED_LIMIT = 8192
 """Packets of the host's whose completion the guest may owe."""
 LOOK_WINDOW = 100e-6
 """Longest time, in seconds, for which an empty ring is looked at before sleeping."""
-_LEAST_WINDOW = LOOK_WINDOW / 4
-_MOST_LOOKS = 64
-"""Turns without a packet in a row, whatever the clock says."""
-
-
-class IoState(enum.Enum):
-    """States of the host's end of a channel."""
-
-    CLOSED = "closed"
-    RUNNING = "running"
-    PAUSED = "paused"
-    FAILED = "failed"
-
 
 _COMPLETION = PacketType.COMPLETION
 _RUNNING = IoState.RUNNING  # class attributes of an Enum are slow to look up
-
-
-@dataclass(slots=True)
-class IoCounters:
-    """What passed since the channel was first offered. Bytes are ring bytes, trailers included."""
-
-    packets_in: int = 0
-    bytes_in: int = 0
-    packets_out: int = 0
-    bytes_out: int = 0
-    doorbells: int = 0
-    """Signals from the guest."""
-    interrupts: int = 0
-    """Signals to the guest."""
-    turns: int = 0
-    looks_hit: int = 0
-    """Turns that found packets without a doorbell, by looking before sleeping."""
-    ring_full: int = 0
-    """How often the guest had to be asked for room."""
-    dropped: int = 0
-    """Packets that a device sent after the channel was closed or had failed."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChannelIoState:
-    """All that an open channel holds besides its rings (which are guest memory); see ``ChannelIo.state``.
-
-    ``owed`` and ``awaited``: transaction ids and how often each; ``output``: packets built, not yet in the ring.
-    """
-
-    owed: tuple[tuple[int, int], ...] = ()
-    awaited: tuple[tuple[int, int], ...] = ()
-    output: tuple[bytes, ...] = ()
-    held: bool = False
-    failure: str = ""
-
-
-class OpenChannel(Protocol):
-    """What is needed of a :class:`~emulator.bus.channel.Channel`."""
-
-    @property
-    def offer(self) -> Offer:
-        """What was offered."""
-
-    def ring_pages(self) -> tuple[GuestPages, GuestPages]:
-        """Pages of the ring from the guest, and of the ring to the guest."""
-
-    def signal_guest(self) -> None:
-        """Interrupt the guest for this channel."""
-
-
-class _IoTimer:
-    """A timer of one opening of a channel."""
-
-    __slots__ = ("_callback", "_cancelled", "_io", "_opening", "handle")
-
-    def __init__(self, io: ChannelIo, callback: Callable[[], None], opening: int) -> None:
-        self._io = io
-        self._callback = callback
-        self._opening = opening
-        self._cancelled = False
-        self.handle: TimerHandle | None = None
-
-    def cancel(self) -> None:
-        self._cancelled = True
-        if self.handle is not None:
-            self.handle.cancel()
-
-    def fire(self) -> None:
-        io = self._io
-        if self._cancelled or self._opening != io._opening:
-            return
-        if io.state is IoState.PAUSED:
-            io._late_timers.append(self)
-        elif io.state is IoState.RUNNING:
-            io._contain(lambda _: self._callback())
 
 
 class ChannelIo:
@@ -184,8 +96,7 @@ class ChannelIo:
         self.refusals = Refusals(device.name, _log)
         self.subchannels: list[ChannelIo] = []
         self._clock = clock
-        self._look_window = look_window
-        self._window = 0.0
+        self._look = Look(look_window, clock)
         self._channel: OpenChannel | None = None
         self._incoming: IncomingRing | None = None
         self._outgoing: OutgoingRing | None = None
@@ -195,22 +106,14 @@ class ChannelIo:
     def _forget(self) -> None:
         """What belongs to one opening of the channel."""
         self._opening += 1
-        self._late_timers: list[_IoTimer] = []
-        self._output: list[bytes] = []
-        self._output_bytes = 0
-        self._owed: dict[int, int] = {}
-        self._owed_total = 0
-        self._awaited: dict[int, int] = {}
-        self._awaited_total = 0
+        self._due_when_resumed: list[_IoTimer] = []
+        self._output = Output()
+        self._owed = Transactions()
+        self._awaited = Transactions()
         self._held = False
-        self._blocked = False
         self._room_wanted = False
         self._scheduled = False
         self._in_turn = False
-        self._asleep = False
-        self._asleep_since = 0.0
-        self._last_packet = 0.0
-        self._looks = 0
 
     # --- what a device may ask ---------------------------------------------------------------------------
 
@@ -234,15 +137,14 @@ class ChannelIo:
     @property
     def backlog(self) -> int:
         """Bytes that were sent and wait for room in the ring, or for the end of the turn."""
-        return self._output_bytes
+        return self._output.bytes
 
     @property
     def congested(self) -> bool:
         """Whether a device that could send for ever should stop now, and call :meth:`notify_room`."""
+        output = self._output
         return (
-            self._blocked
-            or len(self._output) >= OUTPUT_PACKETS // 2
-            or self._output_bytes >= OUTPUT_BYTES // 2
+            output.blocked or len(output.packets) >= OUTPUT_PACKETS // 2 or output.bytes >= OUTPUT_BYTES // 2
         )
 
     def owes(self, transaction_id: int) -> bool:
@@ -266,30 +168,29 @@ class ChannelIo:
         is dropped. Raises :class:`~emulator.errors.DeviceError` when it is longer than ``device.max_packet``,
         or when the queue is full (see :attr:`congested`).
         """
-        if transfer_set is None:
-            packet = build_packet(
-                PacketType.IN_BAND,
+        kind, extension = PacketType.IN_BAND, b""
+        if transfer_set is not None:
+            kind, extension = PacketType.TRANSFER_PAGES, build_transfer_pages(transfer_set, transfer_ranges)
+        if not self._takes(len(extension) + len(payload)):
+            return
+        output = self._output
+        if len(output.packets) >= OUTPUT_PACKETS or output.bytes >= OUTPUT_BYTES:
+            raise DeviceError(f"{self.device.name} sends faster than its guest takes: {output.bytes} bytes")
+        if completion_requested:
+            if self._awaited.total >= AWAITED_LIMIT:
+                raise DeviceError(f"{self.device.name} waits for {AWAITED_LIMIT} completions already")
+            self._awaited.add(transaction_id)
+        output.put(
+            build_packet(
+                kind,
                 payload,
                 transaction_id=transaction_id,
                 completion_requested=completion_requested,
+                extension=extension,
             )
-        else:
-            packet = build_packet(
-                PacketType.TRANSFER_PAGES,
-                payload,
-                transaction_id=transaction_id,
-                completion_requested=completion_requested,
-                extension=build_transfer_pages(transfer_set, transfer_ranges),
-            )
-        if len(self._output) >= OUTPUT_PACKETS or self._output_bytes + len(packet) > OUTPUT_BYTES:
-            raise DeviceError(
-                f"{self.device.name} sends faster than its guest takes: {len(self._output)} packets"
-            )
-        if completion_requested and self._awaited_total >= AWAITED_LIMIT:
-            raise DeviceError(f"{self.device.name} waits for {self._awaited_total} completions already")
-        if self._put(packet) and completion_requested:
-            self._awaited[transaction_id] = self._awaited.get(transaction_id, 0) + 1
-            self._awaited_total += 1
+        )
+        if not self._in_turn:
+            self._schedule()
 
     def complete(self, transaction_id: int, payload: bytes | bytearray | memoryview = b"") -> None:
         """Complete a packet of the guest's that asked for it.
@@ -297,22 +198,26 @@ class ChannelIo:
         Dropped if the channel was closed since, or has failed. Raises :class:`~emulator.errors.DeviceError` if
         no completion is owed under this id: never asked for, or given already.
         """
-        if self.state is IoState.CLOSED or self.state is IoState.FAILED:
-            self.counters.dropped += 1
+        if not self._takes(len(payload)):
             return
-        owed = self._owed
-        times = owed.get(transaction_id, 0)
-        if not times:
+        if not self._owed.remove(transaction_id):
             raise DeviceError(
                 f"{self.device.name}: no completion is owed for transaction {transaction_id:#x}"
             )
-        packet = build_packet(PacketType.COMPLETION, payload, transaction_id=transaction_id)
-        if self._put(packet):
-            if times == 1:
-                del owed[transaction_id]
-            else:
-                owed[transaction_id] = times - 1
-            self._owed_total -= 1
+        self._output.put(build_packet(_COMPLETION, payload, transaction_id=transaction_id))
+        if not self._in_turn:
+            self._schedule()
+
+    def _takes(self, length: int) -> bool:
+        """Whether a packet of ``length`` bytes behind its descriptor is taken. Raises ``DeviceError`` if too long."""
+        if length + DESCRIPTOR_SIZE > self.device.max_packet:
+            raise DeviceError(
+                f"{self.device.name} sends {length + DESCRIPTOR_SIZE} bytes, at most {self.device.max_packet}"
+            )
+        if self.state is _RUNNING or self.state is IoState.PAUSED:
+            return True
+        self.counters.dropped += 1
+        return False
 
     def answer(self, packet: Packet, payload: bytes | bytearray | memoryview = b"") -> None:
         """Answer ``packet``: by a completion if it asked for one, else in band with its transaction id."""
@@ -326,15 +231,13 @@ class ChannelIo:
 
         For devices that complete several requests outside of :meth:`Device.packet`. No effect inside of it.
         """
-        if self.state is IoState.RUNNING and not self._in_turn and self._output:
-            try:
-                if self._write_out():
-                    self._signal()
-            except GuestError as error:
-                self._fail(error.reason, error.detail)
-                return
-            if self._may_take() and not self._asleep:
-                self._schedule()
+        if self.state is not _RUNNING or self._in_turn or not self._output.packets:
+            return
+        try:
+            if self._write_out():
+                self._signal()
+        except GuestError as error:
+            self._fail(error.reason, error.detail)
 
     def notify_room(self) -> None:
         """Have ``device.writable`` called once, when everything sent is in the ring."""
@@ -357,7 +260,7 @@ class ChannelIo:
         What it raises fails the channel only. While the channel is paused it waits for :meth:`resume`.
         """
         timer = _IoTimer(self, callback, self._opening)
-        timer.handle = self.timers.call_later(delay, timer.fire)
+        timer.handle = self.timers.call_later(delay, timer.due)
         return timer
 
     def fail(self, reason: str, detail: str = "") -> None:
@@ -374,7 +277,7 @@ class ChannelIo:
         if offers is None or self.subchannel_index or self.subchannels:
             raise DeviceError(f"{self.device.name}: sub-channels cannot be offered here or now")
         for index in range(1, count + 1):
-            io = ChannelIo(self.device, self.timers, clock=self._clock, look_window=self._look_window)
+            io = ChannelIo(self.device, self.timers, clock=self._clock, look_window=self._look.longest)
             self.subchannels.append(io)
             io._channel = offers.offer(replace(self.channel.offer, subchannel_index=index), io)
 
@@ -392,9 +295,9 @@ class ChannelIo:
         """Go on after :meth:`pause`: nothing was lost, nothing is repeated."""
         if self.state is IoState.PAUSED:
             self.state = IoState.RUNNING
-            late, self._late_timers = self._late_timers, []
-            for timer in late:
-                timer.fire()
+            due, self._due_when_resumed = self._due_when_resumed, []
+            for timer in due:
+                timer.due()
             self._schedule()
 
     def snapshot(self) -> ChannelIoState:
@@ -402,9 +305,9 @@ class ChannelIo:
         if self.state is IoState.RUNNING or self._in_turn:
             raise InternalError(f"{self.device.name}: a channel is paused before it is saved")
         return ChannelIoState(
-            owed=tuple(self._owed.items()),
-            awaited=tuple(self._awaited.items()),
-            output=tuple(self._output),
+            owed=self._owed.items(),
+            awaited=self._awaited.items(),
+            output=tuple(self._output.packets),
             held=self._held,
             failure=self.failure,
         )
@@ -416,12 +319,9 @@ class ChannelIo:
                 f"{self.device.name}: a state is adopted while the channel is {self.state.value}"
             )
         self._forget()
-        self._owed = dict(state.owed)
-        self._owed_total = sum(self._owed.values())
-        self._awaited = dict(state.awaited)
-        self._awaited_total = sum(self._awaited.values())
-        self._output = list(state.output)
-        self._output_bytes = sum([len(packet) for packet in state.output])
+        self._owed = Transactions(state.owed)
+        self._awaited = Transactions(state.awaited)
+        self._output = Output(state.output)
         self._held = state.held
         self.failure = state.failure
 
@@ -479,13 +379,7 @@ class ChannelIo:
     def signalled(self, channel: OpenChannel) -> None:
         """The guest's doorbell."""
         self.counters.doorbells += 1
-        if self._asleep:
-            self._asleep = False
-            slept = self._clock() - self._asleep_since
-            if slept < self._look_window:
-                self._window = min(max(self._window * 2, _LEAST_WINDOW), self._look_window)
-            elif self._window:
-                self._window = self._window / 2 if self._window > _LEAST_WINDOW else 0.0
+        self._look.doorbell()
         self._schedule()
 
     def gpadl_created(self, channel: OpenChannel, gpadl: Gpadl) -> None:
@@ -504,45 +398,41 @@ class ChannelIo:
     # --- turns ---------------------------------------------------------------------------------------------
 
     def _schedule(self) -> None:
-        if not self._scheduled and self.state is IoState.RUNNING:
+        if not self._scheduled and self.state is _RUNNING:
             self._scheduled = True
             self.timers.call_soon(self._turn)
 
     def _may_take(self) -> bool:
         return (
-            not self._held
-            and not self._blocked
-            and self._owed_total < OWED_LIMIT
-            and self.state is IoState.RUNNING
+            self.state is _RUNNING
+            and not self._held
+            and not self._output.blocked
+            and self._owed.total < OWED_LIMIT
         )
 
     def _turn(self) -> None:
         if not self._scheduled:
-            return  # of an opening before this one
+            return  # asked for before the channel was opened anew
         self._scheduled = False
-        if self.state is not IoState.RUNNING:
+        if self.state is not _RUNNING or self._incoming is None:
             return
         self._in_turn = True
-        self._asleep = False
+        self._look.awake()
         self.counters.turns += 1
         try:
-            self._work()
+            self._work(self._incoming)
         except GuestError as error:
             self._fail(error.reason, error.detail)
         finally:
             self._in_turn = False
 
-    def _work(self) -> None:
-        incoming = self._incoming
-        if incoming is None:
-            return
+    def _work(self, incoming: IncomingRing) -> None:
         incoming.mask()
         signal = False
-        if self._output:
-            signal = self._write_out()
-        left = TURN_PACKETS
         empty = False
+        left = TURN_PACKETS
         try:
+            signal = self._write_out()
             while left and self._may_take():
                 batch = incoming.read_batch(min(left, BATCH_PACKETS))
                 if not batch:
@@ -550,60 +440,35 @@ class ChannelIo:
                     break
                 left -= len(batch)
                 done = self._deliver(batch)
+                if self._incoming is not incoming:
+                    return  # the device had its own channel taken away
                 if done < len(batch):
                     incoming.untake(batch[done:])
-                if incoming.commit():
-                    signal = True
-            if self._output and self.state is IoState.RUNNING and self._write_out():
-                signal = True
-            if self._room_wanted and not self._output and self.state is IoState.RUNNING:
+                signal = incoming.commit() or signal
+            signal = self._write_out() or signal
+            if self._room_wanted and not self._output.packets and self.state is _RUNNING:
                 self._room_wanted = False
                 self._contain(self.device.writable)
-                if self._output and self.state is IoState.RUNNING and self._write_out():
-                    signal = True
+                signal = self._write_out() or signal
         finally:
             if signal:
                 self._signal()
-        if self._room_wanted and not self._blocked:
+        if left < TURN_PACKETS:
+            self._look.found()
+        if self._room_wanted and not self._output.blocked:
             self._schedule()
-        if not self._may_take():
-            return
-        if not empty:
-            self._last_packet = self._clock() if self._window else 0.0
-            self._schedule()
-        elif self._scheduled:
-            pass
-        else:
-            self._rest(incoming, left < TURN_PACKETS)
-
-    def _rest(self, incoming: IncomingRing, worked: bool) -> None:
-        """The ring is empty: look once more in the next turn of the loop, or sleep."""
-        if worked:
-            if self._looks:
-                self.counters.looks_hit += 1
-            self._looks = 0
-        if self._window:
-            now = self._clock()
-            if worked:
-                self._last_packet = now
-            if now - self._last_packet < self._window and self._looks < _MOST_LOOKS:
-                self._looks += 1
+        if self._may_take() and not self._scheduled:
+            if not empty or self._look.again() or incoming.unmask():
                 self._schedule()
-                return
-        self._looks = 0
-        if incoming.unmask():
-            self._schedule()
-        else:
-            self._asleep = True
-            self._asleep_since = self._clock()
+            else:
+                self._look.sleeps()
 
     def _deliver(self, batch: list[Packet]) -> int:
         """Hand packets to the device; returns how many, fewer if it held, paused or failed in between."""
         device = self.device
-        owed = self._owed
         counters = self.counters
         done = 0
-        for packet in batch:  # each runs through here, and through nothing else
+        for packet in batch:
             done += 1
             counters.bytes_in += packet.size
             try:
@@ -612,9 +477,7 @@ class ChannelIo:
                         self._completed(packet)
                     else:
                         if packet.flags:
-                            transaction_id = packet.transaction_id
-                            owed[transaction_id] = owed.get(transaction_id, 0) + 1
-                            self._owed_total += 1
+                            self._owed.add(packet.transaction_id)
                         if packet.error is not None:
                             raise packet.error
                         device.packet(self, packet)
@@ -633,58 +496,19 @@ class ChannelIo:
         return done
 
     def _completed(self, packet: Packet) -> None:
-        times = self._awaited.get(packet.transaction_id, 0)
-        if not times:
-            self.refusals.refuse("unexpected-completion", f"transaction {packet.transaction_id:#x}")
-            return
-        if times == 1:
-            del self._awaited[packet.transaction_id]
+        if self._awaited.remove(packet.transaction_id):
+            self.device.completed(self, packet)
         else:
-            self._awaited[packet.transaction_id] = times - 1
-        self._awaited_total -= 1
-        self.device.completed(self, packet)
-
-    def _put(self, packet: bytes) -> bool:
-        """Queue a packet. False if it was dropped."""
-        if self.state is IoState.CLOSED or self.state is IoState.FAILED:
-            self.counters.dropped += 1
-            return False
-        if len(packet) > self.device.max_packet:
-            raise DeviceError(
-                f"{self.device.name} sends {len(packet)} bytes, at most {self.device.max_packet}"
-            )
-        self._output.append(packet)
-        self._output_bytes += len(packet)
-        if not self._in_turn:
-            self._schedule()
-        return True
+            self.refusals.refuse("unexpected-completion", f"transaction {packet.transaction_id:#x}")
 
     def _write_out(self) -> bool:
         """Move the queue to the ring, as far as it fits; returns whether the guest wants a signal."""
-        outgoing = self._outgoing
         output = self._output
-        signal = False
-        if outgoing is None:
+        if not output.packets or self.state is not _RUNNING or self._outgoing is None:
             return False
-        for _ in range(4):
-            count, wanted = outgoing.write(output)
-            if count:
-                signal = signal or wanted
-                size = sum([len(packet) for packet in output[:count]])
-                del output[:count]
-                self._output_bytes -= size
-                self.counters.packets_out += count
-                self.counters.bytes_out += size + 8 * count
-            if not output:
-                self._blocked = False
-                return signal
-            if not outgoing.wait_for_room(len(output[0])):
-                break
-        else:
+        signal = output.write(self._outgoing, self.counters)
+        if output.packets and not output.blocked:
             self._schedule()
-        if not self._blocked:
-            self._blocked = True
-            self.counters.ring_full += 1
         return signal
 
     def _signal(self) -> None:
@@ -692,7 +516,10 @@ class ChannelIo:
             self.counters.interrupts += 1
             self._channel.signal_guest()
 
+    # --- when something breaks -----------------------------------------------------------------------------
+
     def _contain(self, tell: Callable[[ChannelIo], None]) -> None:
+        """Call a device, outside of :meth:`_deliver`."""
         try:
             tell(self)
         except GuestError as error:
@@ -706,16 +533,10 @@ class ChannelIo:
 
     def _fail(self, reason: str, detail: str) -> None:
         self.refusals.refuse(reason, detail)
-        if self.state is IoState.CLOSED or self.state is IoState.FAILED:
-            return
-        self.state = IoState.FAILED
-        self.failure = reason
-        self._output.clear()
-        self._output_bytes = 0
-        self._owed.clear()
-        self._owed_total = 0
-        self._awaited.clear()
-        self._awaited_total = 0
+        if self.state is _RUNNING or self.state is IoState.PAUSED:
+            self.state = IoState.FAILED
+            self.failure = reason
+            self._output, self._owed, self._awaited = Output(), Transactions(), Transactions()
 
     def status(self) -> dict[str, Any]:
         """For ``vmbus status``: names and plain values."""
@@ -723,7 +544,35 @@ class ChannelIo:
         if self.failure:
             report["failure"] = self.failure
         report |= {field.name: getattr(self.counters, field.name) for field in fields(self.counters)}
-        report["owed"] = self._owed_total
-        report["backlog"] = self._output_bytes
+        report["looks_hit"] = self._look.hits
+        report["owed"] = self._owed.total
+        report["backlog"] = self._output.bytes
         report["refusals"] = dict(self.refusals.counts)
         return report
+
+
+class _IoTimer:
+    """A timer of one opening of a channel."""
+
+    __slots__ = ("_callback", "_cancelled", "_io", "_opening", "handle")
+
+    def __init__(self, io: ChannelIo, callback: Callable[[], None], opening: int) -> None:
+        self._io = io
+        self._callback = callback
+        self._opening = opening
+        self._cancelled = False
+        self.handle: TimerHandle | None = None
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        if self.handle is not None:
+            self.handle.cancel()
+
+    def due(self) -> None:
+        io = self._io
+        if self._cancelled or self._opening != io._opening:
+            return
+        if io.state is IoState.PAUSED:
+            io._due_when_resumed.append(self)
+        elif io.state is _RUNNING:
+            io._contain(lambda _: self._callback())
