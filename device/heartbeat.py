@@ -151,7 +151,7 @@ class Heartbeat(IntegrationComponent):
         """An answer that could not be taken is no sign of life that means anything."""
         self._miss()
 
-    def disconnected(self) -> None:
+    def disconnected(self, pending: bool) -> None:
         """Nothing is known of the guest any more."""
         self._disarm()
         self.missed = 0

@@ -150,8 +150,8 @@ class IntegrationComponent(Device):
     def overdue(self) -> None:
         """The time that :meth:`request` gave has passed. The answer may still come."""
 
-    def disconnected(self) -> None:
-        """The guest closed the channel; a pending request will not be answered."""
+    def disconnected(self, pending: bool) -> None:
+        """The guest closed the channel; ``pending``: without answering the request that was under way."""
 
     @property
     def pending(self) -> bool:
@@ -171,7 +171,11 @@ class IntegrationComponent(Device):
         self._send(self.message_type, transaction, body)
         self._pending = transaction
         if patience is not None:
-            self._after(patience, self.overdue)
+            self.expect(patience)
+
+    def expect(self, patience: float) -> None:
+        """Have ``overdue`` called if the pending request's answer does not come in ``patience`` seconds."""
+        self._after(patience, self.overdue)
 
     def abandon(self) -> None:
         """Wait for the pending request's answer no longer: should it come, it is stale."""
@@ -210,12 +214,13 @@ class IntegrationComponent(Device):
     def closed(self, io: ChannelIo) -> None:
         """Forget everything that was agreed on."""
         self._cancel()
+        pending = self.pending
         self.state = IcState.CLOSED
         self.framework = self.version = None
         self._io = None
-        self.disconnected()
         self._pending = None
         self._next_transaction = 1
+        self.disconnected(pending)
 
     def stop(self) -> None:
         """Cancel what is under way."""

@@ -42,6 +42,7 @@ class Option:
     help: Help
     default: Any
     parse: Callable[[str], Any]
+    required: bool = False
 
     def read(self, text: str) -> Any:
         """The value that ``text`` stands for. Raises :class:`~emulator.errors.UsageError`."""
@@ -59,7 +60,7 @@ class Option:
             default = "on" if self.default else "off"
         else:
             default = str(self.default.value if isinstance(self.default, enum.Enum) else self.default)
-        shown = "" if self.default is None else f" (default {default})"
+        shown = " (required)" if self.required else "" if self.default is None else f" (default {default})"
         return f"{self.key}=<{self.kind}>  {self.help.text}{shown}"
 
     def _limits(self) -> str:
@@ -84,8 +85,9 @@ def options_of(device: type) -> tuple[Option, ...]:
         if not helps:
             continue
         kind, parse = _reader(typing.get_args(hint)[0], f"{device.__name__}({name})")
-        default = None if parameter.default is inspect.Parameter.empty else parameter.default
-        found.append(Option(name, kind, helps[0], default, parse))
+        required = parameter.default is inspect.Parameter.empty
+        default = None if required else parameter.default
+        found.append(Option(name, kind, helps[0], default, parse, required))
     return tuple(found)
 
 

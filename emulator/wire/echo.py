@@ -23,6 +23,8 @@ What the data is:
     | GENERATED  | (host to guest only)                              | -                    |
     | STATISTICS | none                                              | EchoStatistics       |
 
+Byte j of the data of generated packet s is (167 * (s mod 251 + j) + 13) mod 256.
+
 ``[ranges]`` is there in an in-band packet only: a count (u32), a reserved u32, then that many
 :class:`EchoRange`. A GPA-direct packet names its ranges by itself.
 """
@@ -46,6 +48,9 @@ MAX_TRANSFER = 1 << 20
 MAX_GENERATE_COUNT = 1 << 24
 MAX_GENERATE_SIZE = 16384
 """Bytes of data in a generated packet."""
+GENERATED_PERIOD = 251
+GENERATED_DATA = bytes((167 * n + 13) & 0xFF for n in range(GENERATED_PERIOD + MAX_GENERATE_SIZE))
+"""The data of generated packet ``s`` is a slice from ``s % GENERATED_PERIOD`` on."""
 
 
 class EchoOperation(enum.IntEnum):
