@@ -2,10 +2,14 @@
 /*
  * The relation of the guest's TSC to the host's.
  *
- * Under TCG the guest's TSC is the host's plus an offset that changes when the machine is stopped and continued.
- * After each RDTSC of the guest the result is compared with the host's TSC a moment later; the difference is too
- * large by that moment, so the least of TSC_SAMPLES is taken. The callback is conditional on a word of the vCPU
- * that is 0 once there are enough, so a guest that reads its TSC often does not pay for it.
+ * Under TCG the guest's TSC is the host's less an offset that changes when the machine is stopped and continued.
+ * The host's TSC is read right before an RDTSC of the guest and right behind it: the offset lies between the two
+ * differences to what the guest read. The bounds of TSC_SAMPLES such samples are intersected; bounds that exclude
+ * each other mean that the offset has changed, and begin anew.
+ *
+ * RDTSC ends a translation block, so "behind it" is the block that begins at the next address. on_translation
+ * notes those addresses here. Both callbacks are conditional on a word of the vCPU that is 0 once there are
+ * enough samples: a guest that reads its TSC often does not pay for it.
  */
 #define _GNU_SOURCE
 #include "gateway.h"
@@ -120,40 +124,82 @@ void clock_arm(unsigned int index, struct vcpu_state *vcpu)
     }
 }
 
-/* Runs before the instruction that follows an RDTSC, while the vCPU's word is not 0. */
-void clock_sample(unsigned int index, void *userdata)
+/* Where blocks begin whose predecessor ends with RDTSC; a hash that forgets. */
+#define AFTER_SIZE 1024
+static _Atomic uint64_t after_rdtsc[AFTER_SIZE];
+
+void clock_note_rdtsc(uint64_t next)
+{
+    atomic_store_explicit(&after_rdtsc[next % AFTER_SIZE], next, memory_order_relaxed);
+}
+
+bool clock_follows_rdtsc(uint64_t start)
+{
+    return atomic_load_explicit(&after_rdtsc[start % AFTER_SIZE], memory_order_relaxed) == start;
+}
+
+static bool sampling_vcpu(unsigned int index)
+{
+    return index < gateway.vcpus_max && gateway.vcpus[index].ready && gateway.control->tsc_known;
+}
+
+/* Runs before an RDTSC, while the vCPU's word is not 0. */
+void clock_before_rdtsc(unsigned int index, void *userdata)
+{
+    (void)userdata;
+    if (sampling_vcpu(index)) {
+        gateway.vcpus[index].tsc_before = clock_tsc();
+    }
+}
+
+/* Intersect the bounds with those of one sample; under clock_lock. */
+static void add_sample(uint32_t arm, uint64_t lower, uint64_t upper)
 {
     struct gateway_control *control = gateway.control;
-    struct vcpu_state *vcpu = &gateway.vcpus[index];
-    uint64_t host = clock_tsc();
+    static uint64_t lowest, highest;
+
+    if (control->arm_seen != arm || control->samples == 0) {
+        control->samples = 0;
+        lowest = lower;
+        highest = upper;
+    } else {
+        lowest = (int64_t)(lower - lowest) > 0 ? lower : lowest;
+        highest = (int64_t)(upper - highest) < 0 ? upper : highest;
+        if ((int64_t)(highest - lowest) < 0) {
+            control->samples = 0;
+            lowest = lower;
+            highest = upper;
+        }
+    }
+    publish_begin();
+    control->arm_seen = arm;
+    control->samples++;
+    control->tsc_offset = lowest + (highest - lowest) / 2;
+    publish_end();
+}
+
+/* Runs where an RDTSC goes on, while the vCPU's word is not 0. */
+void clock_after_rdtsc(unsigned int index, void *userdata)
+{
+    struct gateway_control *control = gateway.control;
+    uint64_t after = clock_tsc();
     (void)userdata;
 
-    if (index >= gateway.vcpus_max || !vcpu->ready || !control->tsc_known) {
+    if (!sampling_vcpu(index)) {
         return;
+    }
+    struct vcpu_state *vcpu = &gateway.vcpus[index];
+    uint64_t before = vcpu->tsc_before;
+    vcpu->tsc_before = 0;
+    if (!before || pthread_mutex_trylock(&gateway.clock_lock) != 0) {
+        return; /* came here without an RDTSC, or another vCPU is at it */
     }
     uint32_t arm = vcpu->arm_seen;
-    uint64_t guest = (register_read(vcpu, GUEST_RDX) << 32) | (uint32_t)register_read(vcpu, GUEST_RAX);
-    uint64_t offset = host - guest;
-    bool enough = false;
-
-    if (pthread_mutex_trylock(&gateway.clock_lock) != 0) {
-        return;
-    }
-    if (control->arm_seen == arm && control->samples >= TSC_SAMPLES) {
-        enough = true;
-    } else if (control->arm_seen == arm || arm == atomic_load(&control->arm)) {
-        publish_begin();
-        if (control->arm_seen != arm || control->samples == 0) {
-            control->arm_seen = arm;
-            control->samples = 1;
-            control->tsc_offset = offset;
-        } else {
-            control->samples++;
-            if ((int64_t)(offset - control->tsc_offset) < 0) {
-                control->tsc_offset = offset;
-            }
-        }
-        publish_end();
+    bool stale = arm != atomic_load(&control->arm);
+    bool enough = control->arm_seen == arm && control->samples >= TSC_SAMPLES;
+    if (!stale && !enough) {
+        uint64_t guest = register_read(vcpu, GUEST_RDX) << 32 | (uint32_t)register_read(vcpu, GUEST_RAX);
+        add_sample(arm, before - guest, after - guest);
     }
     pthread_mutex_unlock(&gateway.clock_lock);
     if (enough) {

@@ -42,6 +42,7 @@ struct vcpu_state {
     uint64_t fault_pc;
     uint64_t fault_rcx;
     uint32_t arm_seen;
+    uint64_t tsc_before; /* host TSC before an RDTSC that has not gone on yet; 0: none */
 };
 
 struct gateway {
@@ -69,6 +70,37 @@ struct gateway {
 };
 
 extern struct gateway gateway;
+
+/*
+ * What is known of an instruction when it is translated, packed into its callback's user data. All of it is part
+ * of what QEMU finds a block by (the code segment's base, its size, the privilege level), or of the page offset.
+ *
+ * The program counter is not: blocks are shared between virtual addresses, and the one that can be read in a
+ * callback is that of the block's start, or of an earlier instruction of the block. As the block lies in one page
+ * but for the end of its last instruction, the low bits say how far it is from there to the instruction.
+ */
+struct insn_info {
+    unsigned int kind;   /* enum gateway_kind */
+    bool long_mode;      /* 64-bit code */
+    bool privileged;     /* privilege level 0 */
+    unsigned int offset; /* low 12 bits of the program counter (not of the linear address) */
+    unsigned int size;
+};
+
+#define PAGE_SHIFT 12
+#define PAGE_MASK UINT64_C(0xfff)
+
+/* translation.c */
+void translation_thread(struct vcpu_state *vcpu);
+struct insn_info insn_unpack(const void *userdata);
+void on_translation(struct qemu_plugin_tb *tb, void *userdata);
+
+/* traps.c */
+void on_trap(unsigned int index, void *userdata);
+
+/* interrupts.c */
+void on_discontinuity(unsigned int index, enum qemu_plugin_discon_type type, uint64_t from_pc, uint64_t to_pc,
+                      void *userdata);
 
 /* memory.c */
 bool memory_create(unsigned int vcpus_max, uint64_t code_pages);
@@ -98,7 +130,10 @@ uint64_t clock_ns(void);
 void clock_start(void);
 void clock_refresh(bool now);
 void clock_arm(unsigned int index, struct vcpu_state *vcpu);
-void clock_sample(unsigned int index, void *userdata);
+void clock_note_rdtsc(uint64_t next);
+bool clock_follows_rdtsc(uint64_t start);
+void clock_before_rdtsc(unsigned int index, void *userdata);
+void clock_after_rdtsc(unsigned int index, void *userdata);
 
 /* listener.c */
 bool listener_start(void);

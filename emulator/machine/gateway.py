@@ -444,6 +444,8 @@ class Gateway:
         if self._requests[index] != trap.sequence or quads[self._retired_at[index]] == trap.sequence:
             return  # given up, or forgotten, meanwhile
         if quads[at] == trap.sequence:
+            if self._words[2 * at + 4] == Verdict.AGAIN:
+                return  # forgotten, and nobody has come back for it
             raise InternalError(f"{trap.kind.name} of vCPU {trap.vcpu} was answered twice")
         self._store_answer(trap.vcpu, at, trap.sequence, value, verdict)
 

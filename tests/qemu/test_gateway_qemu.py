@@ -1,0 +1,624 @@
+"""The trap gateway in a real QEMU, with guests of a few instructions."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.qemu.bare_guest import long_mode_guest, protected_mode_guest
+from tests.qemu.machine_under_test import LIMIT, Machine, next_trap, serve
+
+from emulator.errors import GatewayError
+from emulator.machine.gateway import Fault, Gateway, Trap
+from emulator.wire.cpuid import CpuidLeaf
+from emulator.wire.gateway import DoorbellRule, TrapKind
+
+pytestmark = pytest.mark.qemu
+
+LEAVES = (CpuidLeaf(0x40000000, 0x40000001, 0x11, 0x22, 0x33), CpuidLeaf(0x40000001, 0xA, 0xB, 0xC, 0xD))
+Start = Callable[..., Machine]
+
+
+@pytest.fixture
+def start(qemu: list[str], plugin: Path, tmp_path: Path) -> Start:
+    def start(program: str, *, bits: int = 64, wait: str = "on", options: tuple[str, ...] = ()) -> Machine:
+        assemble = long_mode_guest if bits == 64 else protected_mode_guest
+        return Machine(qemu, plugin, assemble(tmp_path, program), tmp_path, wait=wait, options=options)
+
+    return start
+
+
+def active(machine: Machine) -> Gateway:
+    gateway = machine.attach()
+    gateway.set_cpuid(LEAVES)
+    gateway.activate()
+    return gateway
+
+
+def refuse(trap: Trap) -> None:
+    raise AssertionError(f"{trap} should not have come")
+
+
+# --- the four instructions ------------------------------------------------------------------------------------
+
+
+def test_cpuid_comes_from_the_table_and_only_in_its_range(start: Start) -> None:
+    program = """
+    main:
+        xor %ecx, %ecx
+        mov $0x80000000, %eax   /* native; two and more in one block */
+        cpuid
+        mov $0x40000000, %eax
+        mov $7, %ecx
+        cpuid
+        call hex
+        mov %rbx, %rax
+        call hex
+        mov %rcx, %rax
+        call hex
+        mov %rdx, %rax
+        call hex
+        mov $0x400000ff, %eax
+        cpuid
+        or %rbx, %rax
+        or %rcx, %rax
+        or %rdx, %rax
+        call hex
+        mov $0x40000100, %eax
+        mov %eax, %esi
+        cpuid
+        mov $0x4000000040000001, %rax   /* only EAX counts; prefixes do not */
+        .byte 0x3e, 0x48, 0x0f, 0xa2
+        call hex
+        jmp done
+    """
+    with start(program) as machine:
+        serve(active(machine), refuse)
+        assert machine.output() == [0x40000001, 0x11, 0x22, 0x33, 0, 0xA]
+
+
+def test_msrs_reach_the_emulator(start: Start) -> None:
+    program = """
+    main:
+        mov $-1, %rax
+        mov $-1, %rdx
+        mov $0x40000020, %ecx
+        rdmsr
+        call hex
+        mov %rdx, %rax
+        call hex
+        mov $0xfeedfacecafebabe, %rax
+        mov $0x0123456789abcdef, %rdx
+        mov $0x40000021, %ecx
+        wrmsr
+        call hex
+        mov $0xc0000080, %ecx     /* EFER is none of the emulator's */
+        rdmsr
+        call hex
+        jmp done
+    """
+    seen: list[tuple[TrapKind, int, int]] = []
+
+    with start(program) as machine:
+        gateway = active(machine)
+
+        def answer(trap: Trap) -> None:
+            seen.append((trap.kind, trap.msr, trap.msr_value if trap.kind is TrapKind.WRMSR else 0))
+            assert trap.long_mode
+            gateway.answer(trap, 0x1122334455667788)
+
+        serve(gateway, answer)
+        output = machine.output()
+        assert output[:3] == [0x55667788, 0x11223344, 0xFEEDFACECAFEBABE]
+        assert output[3] & 0x500 == 0x500
+    assert seen == [(TrapKind.RDMSR, 0x40000020, 0), (TrapKind.WRMSR, 0x40000021, 0x89ABCDEFCAFEBABE)]
+
+
+def test_vmcall_in_64_bit_code_and_in_32_bit_code_of_a_64_bit_guest(start: Start) -> None:
+    program = """
+    main:
+        mov $0x1111111111111111, %rcx
+        mov $0x2222222222222222, %rdx
+        mov $0x3333333333333333, %r8
+        vmcall
+        call hex
+        mov %rdx, %rax
+        call hex
+        mov $0x4444444444444444, %rbx
+        mov $0x5555555566666666, %rax
+        push $24
+        push $1f
+        lretq
+        .code32
+    1:  vmcall
+        ljmp $8, $2f
+        .code64
+    2:  call hex
+        mov %rdx, %rax
+        call hex
+        jmp done
+    """
+    seen: list[Trap] = []
+    with start(program) as machine:
+        gateway = active(machine)
+
+        def answer(trap: Trap) -> None:
+            seen.append(trap)
+            gateway.answer(trap, 0x9988776655443322)
+
+        serve(gateway, answer)
+        assert machine.output() == [0x9988776655443322, 0x2222222222222222, 0x55443322, 0x99887766]
+    long, compatible = seen
+    assert (long.rcx, long.rdx, long.r8) == (0x1111111111111111, 0x2222222222222222, 0x3333333333333333)
+    assert long.long_mode and not compatible.long_mode
+    assert (compatible.rax, compatible.rbx, compatible.r8) == (0x66666666, 0x44444444, 0)
+
+
+def test_32_bit_guest_with_a_segment_base_that_is_no_page(start: Start) -> None:
+    program = """
+        .set NEAR, 0x777
+    main:
+        ljmp $24, $(1f - NEAR)
+    1:  nop
+        rdtsc                /* ends a block, and moves what the program counter reads as */
+        nop
+        mov $0x40000001, %eax
+        cpuid
+        mov $0x40000001, %eax
+        cpuid
+        mov %ebx, %edi
+        mov $0x01234567, %edx
+        mov $0x89abcdef, %eax
+        mov $0x40000002, %ecx
+        rdmsr
+        mov %eax, %esi
+        vmcall
+        ljmp $8, $2f
+    2:  call hex
+        mov %edx, %eax
+        call hex
+        mov %edi, %eax
+        call hex
+        mov %esi, %eax
+        call hex
+        jmp done
+    """
+    with start(program, bits=32) as machine:
+        gateway = active(machine)
+        serve(gateway, lambda trap: gateway.answer(trap, trap.kind << 32 | 0x7000 + trap.kind))
+        assert machine.output() == [0x7004, 4, 0xB, 0x7002]
+
+
+def test_faults_leave_registers_as_they_were(start: Start) -> None:
+    program = """
+    main:
+        mov $1f, %r12
+        mov $0xabcd40000123, %rcx
+        rdmsr
+    1:  call fault
+        mov $1f, %r12
+        mov $0x40000124, %ecx
+        wrmsr
+    1:  call fault
+        mov $1f, %r12
+        mov $0x77, %ecx
+        vmcall
+    1:  call fault
+        mov $0x40000125, %ecx
+        rdmsr
+        call hex
+        jmp done
+    fault:
+        mov %r13, %rax
+        call hex
+        mov %r14, %rax
+        call hex
+        ret
+    """
+    with start(program) as machine:
+        gateway = active(machine)
+
+        def answer(trap: Trap) -> None:
+            if trap.rcx & 0xFFFFFFFF == 0x40000125:
+                gateway.answer(trap, 5)
+            else:
+                gateway.answer_fault(trap, Fault.UD if trap.kind is TrapKind.VMCALL else Fault.GP)
+
+        serve(gateway, answer)
+        assert machine.output() == [13, 0xABCD40000123, 13, 0x40000124, 6, 0x77, 5]
+
+
+def test_user_code_faults_natively(start: Start) -> None:
+    program = """
+    main:
+        mov $1f, %r12
+        mov $user, %rax
+        pushq $35
+        pushq $0x2e0000
+        pushq $2
+        pushq $43
+        push %rax
+        iretq
+    1:  mov %r13, %rax
+        call hex
+        mov $1f, %r12
+        mov $user2, %rax
+        pushq $35
+        pushq $0x2e0000
+        pushq $2
+        pushq $43
+        push %rax
+        iretq
+    1:  mov %r13, %rax
+        call hex
+        mov %r14, %rax
+        call hex
+        jmp done
+    user:
+        mov $0x40000020, %ecx
+        rdmsr
+    user2:
+        mov $0x40000000, %eax
+        cpuid
+        vmcall
+    """
+    with start(program) as machine:
+        serve(active(machine), refuse)
+        assert machine.output() == [13, 6, 0x22]
+
+
+# --- doorbells ------------------------------------------------------------------------------------------------
+
+
+def test_doorbells_are_posted_and_do_not_wait(start: Start) -> None:
+    program = """
+    main:
+        mov $0x1005d, %ecx
+        mov $0x2003, %edx
+        mov $-1, %rax
+        vmcall
+        call hex
+        mov $0x2010, %edx        /* the first that is no doorbell */
+        vmcall
+        call hex
+        mov $0x40000020, %ecx
+        rdmsr
+        mov $0x1005d, %ecx
+        mov $0x2000, %edx
+        vmcall
+        jmp done
+    """
+    with start(program) as machine:
+        gateway = machine.attach()
+        gateway.set_doorbells([DoorbellRule(0x1005D, 0x2000, 0x10, 0x100, 0)])
+        gateway.activate()
+        kinds: list[TrapKind] = []
+
+        def answer(trap: Trap) -> None:
+            kinds.append(trap.kind)
+            gateway.answer(trap, 0x12)
+
+        rung = serve(gateway, answer)
+        assert machine.output() == [0, 0x12]
+        assert sorted(rung) == [0x100, 0x103]
+        assert kinds == [TrapKind.VMCALL, TrapKind.RDMSR]
+        assert gateway.counters()[0]["doorbells"] == 2
+
+
+def test_doorbells_of_a_32_bit_guest_wake_a_sleeping_emulator_and_outlive_it(start: Start) -> None:
+    program = """
+    main:
+        mov $0x1005d, %eax
+        xor %edx, %edx
+        xor %ebx, %ebx
+        mov $0x2005, %ecx
+        vmcall
+        mov $0x40000020, %ecx
+        rdmsr
+        mov $0x1005d, %eax
+        xor %edx, %edx
+        mov $0x2006, %ecx
+        vmcall
+        mov $0x40000021, %ecx
+        rdmsr
+        jmp done
+    """
+    with start(program, bits=32) as machine:
+        gateway = machine.attach()
+        gateway.set_doorbells([DoorbellRule(0x1005D, 0x2000, 0x10, 0, 0)])
+        gateway.activate()
+        rung: list[int] = []
+        trap = next_trap_and_doorbells(gateway, rung)
+        assert rung == [5]
+        gateway.answer(trap, 0)
+        gateway.close()  # the second doorbell rings while nobody is there
+        time.sleep(0.1)
+        successor = machine.attach()
+        assert next_trap_and_doorbells(successor, rung).msr == 0x40000021
+        assert rung == [5, 6]
+
+
+def next_trap_and_doorbells(gateway: Gateway, rung: list[int]) -> Trap:
+    found: list[Trap] = []
+    rung += serve(gateway, found.append, until=lambda: bool(found))
+    return found[0]
+
+
+# --- waiting --------------------------------------------------------------------------------------------------
+
+HELD = """
+main:
+    mov $0x40000020, %ecx
+    rdmsr
+    call hex
+    jmp done
+"""
+
+
+@pytest.mark.parametrize("round_", range(20))
+@pytest.mark.parametrize("attached", [False, True])
+def test_stop_and_reset_and_quit_are_prompt_while_a_trap_is_held(
+    start: Start, attached: bool, round_: int
+) -> None:
+    with start(HELD if attached else "main: mov $0x40000000, %eax\ncpuid\njmp done") as machine:
+        if attached:
+            gateway = active(machine)
+            next_trap(gateway)
+        else:
+            machine.qmp("query-status")
+            time.sleep(0.02 * round_)  # firmware, boot loader, guest
+        times = [machine.qmp(command) for command in ("stop", "cont", "system_reset", "stop", "quit")]
+        machine.process.wait(LIMIT)
+        assert max(times) < 0.05, times
+
+
+def test_a_reset_forgets_the_request_and_the_guest_asks_anew(start: Start) -> None:
+    with start(HELD) as machine:
+        gateway = active(machine)
+        first = next_trap(gateway)
+        machine.qmp("system_reset")
+        gateway.forget_requests()
+        gateway.answer(first, 1)  # too late: nothing happens
+        second = next_trap(gateway)
+        gateway.answer(second, 2)
+        assert machine.output() == [2]
+
+
+def test_without_an_emulator_and_without_waiting_there_is_no_hypervisor_of_ours(start: Start) -> None:
+    program = """
+    main:
+        mov $0x40000000, %eax
+        cpuid
+        mov %rbx, %rax
+        call hex
+        mov $0x40000020, %ecx
+        rdmsr
+        mov $1f, %r12
+        vmcall
+    1:  mov %r13, %rax
+        call hex
+        jmp done
+    """
+    with start(program, wait="off") as machine:
+        assert machine.output() == [int.from_bytes(b"TCGT", "little"), 6]
+
+
+_PREDECESSOR = """
+import sys, time
+from tests.qemu.machine_under_test import next_trap
+from emulator.machine.gateway import Gateway
+gateway = Gateway.attach(sys.argv[1])
+gateway.activate()
+print(next_trap(gateway).msr, flush=True)
+time.sleep(1000)
+"""
+
+
+def test_an_emulator_that_is_killed_is_replaced_and_the_guest_goes_on(start: Start) -> None:
+    with start(HELD) as machine:
+        machine.attach().close()  # it listens
+        root = str(Path(__file__).parents[2])
+        predecessor = subprocess.Popen(
+            [sys.executable, "-c", _PREDECESSOR, str(machine.socket)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": root},
+        )
+        with predecessor:
+            assert predecessor.stdout is not None
+            assert int(predecessor.stdout.readline()) == 0x40000020
+            with pytest.raises(GatewayError, match=f"process {predecessor.pid}"):
+                Gateway.attach(machine.socket)
+            predecessor.send_signal(signal.SIGKILL)
+        gateway = machine.attach()
+        trap = next_trap(gateway)
+        gateway.answer(trap, 0x77)
+        serve(gateway, refuse)
+        assert machine.output() == [0x77]
+
+
+def test_taking_over_sends_the_other_away(start: Start) -> None:
+    with start(HELD) as machine:
+        first = active(machine)
+        next_trap(first)
+        second = machine.attach(take_over=True)
+        assert first.closed
+        with pytest.raises(GatewayError, match="taken over"):
+            first.traps()
+        first.close()
+        trap = next_trap(second)
+        second.answer(trap, 3)
+        assert machine.output() == [3]
+
+
+def test_after_the_hold_limit_a_message_hypercall_gets_its_status(start: Start) -> None:
+    program = """
+    main:
+        mov $0x40000020, %ecx
+        rdmsr
+        mov $0x5c, %ecx
+        vmcall
+        call hex
+        mov $0x5d, %ecx
+        vmcall
+        call hex
+        jmp done
+    """
+    with start(program) as machine:
+        gateway = active(machine)
+        gateway.set_hold_limit(0.1, {0x5C: 0x13})
+        gateway.answer(next_trap(gateway), 0)
+        next_trap(gateway)  # the message is left unanswered
+        gateway.close()
+        time.sleep(0.5)
+        assert machine.console() == [0x13]
+        successor = machine.attach()
+        trap = next_trap(successor)
+        assert trap.rcx == 0x5D
+        successor.answer(trap, 0x44)
+        assert machine.output() == [0x13, 0x44]
+
+
+# --- interrupts -----------------------------------------------------------------------------------------------
+
+
+def test_a_trap_in_an_interrupt_handler_while_another_is_held(start: Start) -> None:
+    program = """
+    main:
+        mov $0xfee00000, %ebx
+        movl $0x1ff, 0xf0(%rbx)          /* APIC on */
+        movl $0x0000000b, 0x3e0(%rbx)    /* timer: divide by 1, one shot, vector 0x40 */
+        movl $0x40, 0x320(%rbx)
+        movl $100000000, 0x380(%rbx)     /* 100 ms */
+        sti
+        mov $0x11, %ecx
+        vmcall
+        call hex
+        jmp done
+    irq40:
+        push %rax
+        push %rcx
+        push %rdx
+        mov $0x40000020, %ecx
+        rdmsr
+        call hex
+        mov $0xfee00000, %ecx
+        movl $0, 0xb0(%rcx)
+        pop %rdx
+        pop %rcx
+        pop %rax
+        iretq
+    """
+    with start(program) as machine:
+        gateway = active(machine)
+        outer = next_trap(gateway)
+        inner = next_trap(gateway)
+        assert (outer.kind, inner.kind) == (TrapKind.VMCALL, TrapKind.RDMSR)
+        assert outer.slot != inner.slot
+        gateway.answer(inner, 0xAA)
+        gateway.answer(outer, 0xBB)
+        serve(gateway, refuse)
+        assert machine.output() == [0xAA, 0xBB]
+
+
+@pytest.mark.parametrize("auto_eoi", [True, False])
+def test_auto_eoi_vectors_are_ended_by_the_gateway(start: Start, auto_eoi: bool) -> None:
+    program = """
+    main:
+        mov $0xfee00000, %ebx
+        movl $0x1ff, 0xf0(%rbx)
+        xor %r15, %r15
+        mov $0x40000020, %ecx
+        wrmsr
+        sti
+        mov $3, %ebp
+    1:  movl $0, 0x310(%rbx)
+        movl $0x44040, 0x300(%rbx)       /* to itself, fixed, vector 0x40 */
+        mov $1000000, %ecx
+    2:  dec %ecx
+        jnz 2b
+        dec %ebp
+        jnz 1b
+        mov %r15, %rax
+        call hex
+        mov 0x120(%rbx), %eax            /* in service, vectors 0x40.. */
+        call hex
+        jmp done
+    irq40:
+        inc %r15
+        iretq
+    """
+    with start(program) as machine:
+        gateway = active(machine)
+
+        def answer(trap: Trap) -> None:
+            if auto_eoi:
+                gateway.set_auto_eoi(0, {0x40, 0x99})
+            gateway.answer(trap)
+
+        serve(gateway, answer)
+        assert machine.output() == ([3, 0] if auto_eoi else [1, 1])
+        assert gateway.counters()[0]["auto_eois"] == (3 if auto_eoi else 0)
+
+
+# --- clock and code pages -------------------------------------------------------------------------------------
+
+
+def test_guest_tsc_is_known_and_followed_over_stop_and_cont(start: Start) -> None:
+    program = """
+    main:
+        mov $100, %ebx
+    1:  rdtsc
+        dec %ebx
+        jnz 1b
+        mov $0x40000020, %ecx
+        rdmsr                            /* armed by this one */
+        mov $100, %ebx
+    1:  rdtsc
+        dec %ebx
+        jnz 1b
+        rdtsc
+        mov $0x40000021, %ecx
+        wrmsr
+        jmp main
+    """
+    with start(program) as machine:
+        gateway = active(machine)
+        offsets = []
+        for _ in range(2):
+            while (trap := next_trap(gateway)).kind is not TrapKind.RDMSR:
+                gateway.answer(trap)
+            gateway.clock.arm()
+            assert gateway.clock.guest_tsc_now() is None
+            gateway.answer(trap)
+            while (trap := next_trap(gateway)).kind is not TrapKind.WRMSR or gateway.clock.samples < 64:
+                gateway.answer(trap)
+            frequency = gateway.clock.tsc_frequency
+            now = gateway.clock.guest_tsc_now()
+            assert frequency and now is not None
+            # The guest read its TSC a moment before the trap, and that a moment before now.
+            assert 0 < now - trap.msr_value < frequency // 10
+            offset = trap.tsc - trap.msr_value
+            offsets.append(offset)
+            gateway.refresh_clock()
+            assert abs(offset - gateway._clock_fields()[3]) < frequency // 20_000  # 50 us
+            machine.qmp("stop")
+            time.sleep(0.2)
+            machine.qmp("cont")
+            gateway.answer(trap)
+        assert offsets[1] - offsets[0] > frequency // 10  # the guest's clock stood still
+
+
+def test_pages_that_code_was_translated_from_are_noted(start: Start) -> None:
+    with start(HELD) as machine:
+        gateway = active(machine)
+        next_trap(gateway)
+        assert gateway.code_pages.test_and_clear(0x100, 2) == [0x100, 0x101]
+        assert gateway.code_pages.test_and_clear(0x100, 1) == []
+        assert gateway.code_pages.test_and_clear(0x200, 0x40) == []
+        assert gateway.code_pages.test_and_clear(1 << 28, 1) == [1 << 28]
