@@ -13,8 +13,7 @@ GPADL back, and only when all that is done does the guest get its RESCIND, or th
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from emulator.bus.channel_state import (
     Busy,
@@ -25,13 +24,15 @@ from emulator.bus.channel_state import (
 )
 from emulator.bus.contact import MESSAGE_SINT, MULTICLIENT_CONNECTION_ID
 from emulator.bus.endpoint import Endpoint
+from emulator.bus.endpoint_calls import EndpointCalls
 from emulator.bus.gpadl import Assembly, Gpadl, GpadlState
 from emulator.bus.offers import CONNECTION_ID_BASE, MAX_RELID, Offer
 from emulator.bus.outbox import Target
+from emulator.bus.shared_pages import SharedPages
 from emulator.errors import DeviceError, GuestError, ProtocolError
 from emulator.ports import GuestPages, TimerHandle
 from emulator.refusals import Refusals
-from emulator.wire.gpadl import GPADL_CREATED, GPADL_TORNDOWN, GpadlCreated, GpadlTorndown
+from emulator.wire.gpadl import GPADL_CREATED, GpadlCreated
 from emulator.wire.header import STATUS_SUCCESS, STATUS_UNSUCCESSFUL
 from emulator.wire.messages import (
     CLOSE_RESERVED_RESPONSE,
@@ -51,13 +52,6 @@ UNSTICK_DELAY = 0.1
 MAX_CONNECTION_ID = 0xFF_FFFF
 
 
-class _Outcome(NamedTuple):
-    """What became of a call of the endpoint."""
-
-    error: Exception | None
-    deferred: bool
-
-
 class Channel:
     """A channel; made by :meth:`Bus.offer`, used by its endpoint."""
 
@@ -75,7 +69,7 @@ class Channel:
         self.pending_target: int | None = None
         self.close_answer: Target | None = None
         """Where the client of a reserved channel waits for the end of its close."""
-        self.gpadls: dict[int, Gpadl] = {}
+        self.pages = SharedPages(self, host)
         self.busy = Busy.NO
         self.stopped = False
         self.revoking = False
@@ -85,10 +79,8 @@ class Channel:
         self.released_by_guest = False
         self.counters = ChannelCounters()
         self.refusals = Refusals(f"channel {offer.name or offer.interface_id}", logger)
+        self.calls = EndpointCalls(self.refusals)
         self._host = host
-        self._calling = ""
-        self._deferred = False
-        self._letting_go: set[int] = set()
         self.signal_port: int | None = None
         """The guest's own choice of connection id, while open."""
         self._unstick: TimerHandle | None = None
@@ -107,9 +99,9 @@ class Channel:
         return self.busy in (Busy.OPENING, Busy.OPEN)
 
     @property
-    def idle(self) -> bool:
-        """Whether the device holds nothing of the guest's."""
-        return self.busy is Busy.NO and not self._letting_go
+    def gpadls(self) -> dict[int, Gpadl]:
+        """The GPADLs of this channel by id, with those that are being torn down."""
+        return self.pages.by_id
 
     @property
     def reserved(self) -> bool:
@@ -155,48 +147,41 @@ class Channel:
         """The guest signalled: tell the device, if it is there."""
         self.counters.doorbells += 1
         if self.is_open and not self.stopped:
-            self._call("signalled", self.endpoint.signalled, self)
+            self.calls.call("signalled", self.endpoint.signalled, self)
 
     def defer_open(self) -> None:
         """From inside ``opened``: the answer comes with :meth:`finish_open`."""
-        self._defer("opened")
+        self.calls.defer("opened")
 
     def finish_open(self, error: Exception | None = None) -> None:
         """The device is ready, or refuses because of ``error``."""
         if self.busy is not Busy.OPENING:
             raise DeviceError(f"{self!r} is not being opened")
-        if self._calling == "opened":
+        if self.calls.finish("opened"):
             if error is not None:
-                raise DeviceError("raise the error instead") from error
-            self._deferred = False
-        else:
+                self.refusals.refuse("open-device", str(error))
             self._opened(error)
+        elif error is not None:
+            raise error
 
     def defer_close(self) -> None:
         """From inside ``closed``: rings are in use until :meth:`finish_close`."""
-        self._defer("closed")
+        self.calls.defer("closed")
 
     def finish_close(self) -> None:
         """No ring page is in use any more."""
         if self.busy is not Busy.CLOSING:
             raise DeviceError(f"{self!r} is not being closed")
-        if self._calling == "closed":
-            self._deferred = False
-        else:
+        if self.calls.finish("closed"):
             self._closed()
 
     def defer_teardown(self, gpadl: Gpadl) -> None:
         """From inside ``gpadl_torn_down``: its pages are in use until :meth:`finish_teardown`."""
-        self._defer("gpadl_torn_down")
+        self.calls.defer("gpadl_torn_down")
 
     def finish_teardown(self, gpadl: Gpadl) -> None:
         """No page of ``gpadl`` is in use any more."""
-        if gpadl.gpadl_id not in self._letting_go:
-            raise DeviceError(f"{self!r}: GPADL {gpadl.gpadl_id:#x} is not being torn down")
-        if self._calling == "gpadl_torn_down":
-            self._deferred = False
-        else:
-            self._torn_down(gpadl)
+        self.pages.finish_teardown(gpadl)
 
     # ---- for whoever saves the machine, and for devices that must wait
 
@@ -215,7 +200,7 @@ class Channel:
             vp, self.pending_target = self.pending_target, None
             self._retarget(vp)
         if self.is_open:
-            self._call("signalled", self.endpoint.signalled, self)
+            self.calls.call("signalled", self.endpoint.signalled, self)
 
     # ---- what a guest asks for
 
@@ -230,7 +215,9 @@ class Channel:
             self.refusals.refuse("open-state", self.state.value)
 
     def close(self) -> None:
-        """CLOSECHANNEL: there is no answer."""
+        """CLOSECHANNEL: there is no answer. After a RESCIND it comes too late and is nothing wrong."""
+        if self.state is ChannelState.REVOKED:
+            return
         if self.state is not ChannelState.OPEN or self.reserved:
             self.refusals.refuse("close-state", "reserved" if self.reserved else self.state.value)
             return
@@ -254,7 +241,7 @@ class Channel:
         elif self.state is ChannelState.REVOKED:
             self._release()
         elif self.state is ChannelState.REOFFERED:
-            self._drop_gpadls()
+            self.pages.drop()
             self.state = ChannelState.CLOSED
             self._host.offer_again(self)
         else:
@@ -275,20 +262,8 @@ class Channel:
 
     def gpadl_complete(self, assembly: Assembly) -> None:
         """The range data of a GPADL is all there: check it, tell the device, answer."""
-        error: Exception | None = None
-        try:
-            gpadl = self._host.gpadls.finish(assembly)
-        except GuestError as refused:
-            self.refusals.refuse(refused.reason, refused.detail)
-            error = refused
-        else:
-            self.gpadls[gpadl.gpadl_id] = gpadl
-            if self.state not in (ChannelState.REVOKED, ChannelState.REOFFERED) and not self.revoking:
-                gpadl.told = True
-                error = self._call("gpadl_created", self.endpoint.gpadl_created, self, gpadl).error
-                if error is not None:
-                    gpadl.told = False
-                    self._forget_gpadl(gpadl)
+        gone = self.revoking or self.state in (ChannelState.REVOKED, ChannelState.REOFFERED)
+        error = self.pages.add(assembly, tell=not gone)
         if self.abandoned or self.relid is None:
             return
         status = STATUS_SUCCESS if error is None else STATUS_UNSUCCESSFUL
@@ -306,23 +281,25 @@ class Channel:
             return
         gpadl.state = GpadlState.TEARING_DOWN
         if in_ring and self.busy is Busy.NO and self.state is ChannelState.OPENING:
-            self._fail_open(ProtocolError("open-gpadl-torn-down", f"{gpadl_id:#x}"))
+            self.refusals.refuse("open-gpadl-torn-down", f"{gpadl_id:#x}")
+            self._fail_open()
         elif in_ring and self.state is ChannelState.OPEN:
             self.refusals.refuse("teardown-open-ring", f"{gpadl_id:#x}")
             self._close_device()
             return
-        self._continue_teardowns()
+        self.pages.continue_teardowns()
 
     # ---- what the host asks for
 
     def revoke(self) -> None:
         """The host takes the channel away; the guest learns when the device has let go."""
-        if self.state is ChannelState.REOFFERED:
-            self.state = ChannelState.REVOKED
-        if self.state is ChannelState.REVOKED or self.revoking:
+        if self.revoking:
             return
         self.revoking = True
-        self._depart()
+        if self.state is ChannelState.REOFFERED:
+            self.state = ChannelState.REVOKED
+        else:
+            self._depart()
 
     def abandon(self) -> None:
         """The connection ends: nothing more is said to the guest about this channel."""
@@ -340,10 +317,6 @@ class Channel:
         if self.relid is not None:
             self._host.gpadls.abandon_all(self.relid)
 
-    def subchannels_left(self) -> None:
-        """A sub-channel was rescinded; this may have waited for it."""
-        self._leave_when_idle()
-
     # ---- opening
 
     def _begin_open(self, request: OpenRequest) -> None:
@@ -353,7 +326,8 @@ class Channel:
         try:
             self._check_open(request)
         except GuestError as error:
-            self._fail_open(error)
+            self.refusals.refuse(error.reason, error.detail)
+            self._fail_open()
             return
         if not self.stopped:
             self._tell_open()
@@ -389,14 +363,14 @@ class Channel:
         self._connect_signal()
         if self.monitor_id is not None:
             self._host.monitor_changed()
-        outcome = self._call("opened", self.endpoint.opened, self)
+        outcome = self.calls.call("opened", self.endpoint.opened, self)
         if not outcome.deferred:
             self._opened(outcome.error)
 
     def _opened(self, error: Exception | None) -> None:
         if error is not None:
             self.busy = Busy.NO
-            self._fail_open(error)
+            self._fail_open()
             return
         self.busy = Busy.OPEN
         self.counters.opens += 1
@@ -410,11 +384,7 @@ class Channel:
         if ring is None or ring.state is GpadlState.TEARING_DOWN:
             self._close_device()
 
-    def _fail_open(self, error: Exception) -> None:
-        if isinstance(error, GuestError):
-            self.refusals.refuse(error.reason, error.detail)
-        else:
-            self.refusals.refuse("open-device", str(error))
+    def _fail_open(self) -> None:
         if not self.revoking:
             self._answer_open(STATUS_UNSUCCESSFUL)
         self._forget_open()
@@ -429,7 +399,7 @@ class Channel:
         if request is None or self.relid is None or self.abandoned:
             return
         payload = OPENCHANNEL_RESULT.build(OpenResult(self.relid, request.open_id, status))
-        self._host.send(payload, request.reserved)
+        self._host.send(payload, request.reserved.target if request.reserved else None)
 
     # ---- closing and leaving
 
@@ -438,7 +408,7 @@ class Channel:
         self._host.leave_subchannels(self)
         self._cancel_unstick()
         self.busy = Busy.CLOSING
-        if not self._call("closed", self.endpoint.closed, self).deferred:
+        if not self.calls.call("closed", self.endpoint.closed, self).deferred:
             self._closed()
 
     def _closed(self) -> None:
@@ -465,7 +435,7 @@ class Channel:
 
     def _after_device(self) -> None:
         """The device has let the rings go: whatever waited for that goes on."""
-        self._continue_teardowns()
+        self.pages.continue_teardowns()
         if self.busy is not Busy.NO:
             return
         reopen, self.reopen = self.reopen, None
@@ -488,74 +458,29 @@ class Channel:
     def _leave(self) -> None:
         """The device has closed: take its GPADLs back, then go."""
         self._host.leave_subchannels(self)
-        for gpadl in list(self.gpadls.values()):
-            if gpadl.told and gpadl.gpadl_id not in self._letting_go:
-                self._let_go(gpadl)
-        self._leave_when_idle()
+        self.pages.take_all_back()
+        self.leave_when_idle()
 
-    def _leave_when_idle(self) -> None:
+    def leave_when_idle(self) -> None:
+        """Go, if the channel is to leave and the device holds nothing of the guest's any more."""
         leaving = self.abandoned or self.revoking or self.released_by_guest
-        if not leaving or not self.idle or self.state in (ChannelState.RELEASED, ChannelState.REVOKED):
+        if not leaving or self.state in (ChannelState.RELEASED, ChannelState.REVOKED):
             return
-        if any(gpadl.told for gpadl in self.gpadls.values()):
+        if self.busy is not Busy.NO or not self.pages.all_back:
             return
         if self.abandoned or not self.revoking or not self.offered:
             self._release()
         elif self._host.leave_subchannels(self):
-            for gpadl in list(self.gpadls.values()):
-                if gpadl.state is GpadlState.TEARING_DOWN:
-                    self._answer_teardown(gpadl)
+            self.pages.answer_teardowns()
             self.state = ChannelState.REVOKED
             self._host.rescinded(self)
 
     def _release(self) -> None:
         """Free what the guest knew it by."""
-        self._drop_gpadls()
+        self.pages.drop()
         self.state = ChannelState.RELEASED
         self.offered = self.abandoned = self.released_by_guest = False
         self._host.left(self)
-
-    # ---- GPADLs
-
-    def _continue_teardowns(self) -> None:
-        """Let go of what is torn down, unless the device is opening or closing."""
-        if self.busy in (Busy.OPENING, Busy.CLOSING):
-            return
-        for gpadl in list(self.gpadls.values()):
-            if gpadl.state is GpadlState.TEARING_DOWN and gpadl.gpadl_id not in self._letting_go:
-                if gpadl.told:
-                    self._let_go(gpadl)
-                else:
-                    self._answer_teardown(gpadl)
-
-    def _let_go(self, gpadl: Gpadl) -> None:
-        self._letting_go.add(gpadl.gpadl_id)
-        if not self._call("gpadl_torn_down", self.endpoint.gpadl_torn_down, self, gpadl).deferred:
-            self._torn_down(gpadl)
-
-    def _torn_down(self, gpadl: Gpadl) -> None:
-        self._letting_go.discard(gpadl.gpadl_id)
-        gpadl.told = False
-        if gpadl.state is GpadlState.TEARING_DOWN:
-            self._answer_teardown(gpadl)
-        self._leave_when_idle()
-
-    def _answer_teardown(self, gpadl: Gpadl) -> None:
-        self._forget_gpadl(gpadl)
-        if not self.abandoned:
-            self._host.send(GPADL_TORNDOWN.build(GpadlTorndown(gpadl.gpadl_id)))
-
-    def _forget_gpadl(self, gpadl: Gpadl) -> None:
-        if self.gpadls.get(gpadl.gpadl_id) is gpadl and self.relid is not None:
-            del self.gpadls[gpadl.gpadl_id]
-            self._host.gpadls.remove(self.relid, gpadl)
-
-    def _drop_gpadls(self) -> None:
-        """All of them, and those in progress, without a word to the guest."""
-        if self.relid is not None:
-            self._host.gpadls.abandon_all(self.relid)
-        for gpadl in list(self.gpadls.values()):
-            self._forget_gpadl(gpadl)
 
     # ---- interrupts
 
@@ -570,7 +495,7 @@ class Channel:
 
     def _retarget(self, vp: int) -> None:
         self.target_vp = vp
-        self._call("retargeted", self.endpoint.retargeted, self, vp)
+        self.calls.call("retargeted", self.endpoint.retargeted, self, vp)
         self._answer_modify(STATUS_SUCCESS)
         self.signal_guest()
 
@@ -593,32 +518,3 @@ class Channel:
         if self._unstick is not None:
             self._unstick.cancel()
             self._unstick = None
-
-    # ---- calling the device
-
-    def _defer(self, name: str) -> None:
-        if self._calling != name:
-            raise DeviceError(f"{self!r}: only from inside {name}()")
-        self._deferred = True
-
-    def _call(self, name: str, function: Callable[..., None], *arguments: object) -> _Outcome:
-        """Call the endpoint. What it raises is logged, never passed on: no device may break the bus."""
-        outer = self._calling, self._deferred
-        self._calling, self._deferred = name, False
-        error: Exception | None = None
-        try:
-            function(*arguments)
-        except GuestError as refused:
-            self.refusals.refuse(refused.reason, refused.detail)
-            error = refused
-        except DeviceError as broken:
-            self.refusals.refuse("device-error", f"{name}: {broken}")
-            error = broken
-        except Exception as bug:
-            logger.exception("%r: %s() failed", self, name)
-            self.refusals.refuse("device-exception", f"{name}: {type(bug).__name__}")
-            error = DeviceError(f"{name}(): {type(bug).__name__}: {bug}")
-        finally:
-            deferred = self._deferred and error is None
-            self._calling, self._deferred = outer
-        return _Outcome(error, deferred)

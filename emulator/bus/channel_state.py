@@ -10,6 +10,7 @@ from emulator.bus.contact import Connection
 from emulator.bus.gpadl import GpadlTable
 from emulator.bus.outbox import Target
 from emulator.ports import GuestMemory, Synic, Timers
+from emulator.wire.version import NO_FEATURES, Feature, Version
 
 if TYPE_CHECKING:
     from emulator.bus.channel import Channel
@@ -38,11 +39,20 @@ class Busy(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class ReservedClient:
+    """Who opened a reserved channel: where it wants its answers, and what was agreed when it came."""
+
+    target: Target
+    version: Version
+    features: Feature = NO_FEATURES
+
+
+@dataclass(frozen=True, slots=True)
 class OpenRequest:
     """What a guest asked for when it opened a channel.
 
     ``target_vp`` None: no interrupts. ``event_flag`` and ``connection_id`` are the guest's own choice, None when
-    that was not negotiated. ``reserved``: where the client of a reserved channel wants its answers.
+    that was not negotiated. ``reserved``: the client, if it opened it as a reserved channel.
     """
 
     open_id: int
@@ -53,7 +63,7 @@ class OpenRequest:
     event_flag: int | None = None
     connection_id: int | None = None
     redirect_interrupt: bool = False
-    reserved: Target | None = None
+    reserved: ReservedClient | None = None
 
 
 @dataclass(slots=True)

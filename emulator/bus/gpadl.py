@@ -16,13 +16,13 @@ guests fit with room: the largest user known, a uio network device, shares 31 + 
 from __future__ import annotations
 
 import enum
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from emulator.errors import GuestAddressError, ProtocolError
 from emulator.ports import PAGE_SIZE, GuestMemory
 from emulator.wire.gpadl import GpadlHeader, GpaRange, parse_ranges
+from emulator.wire.pfn_runs import runs
 
 MAX_CHANNEL_PAGES = 131_072
 """Pages in all GPADLs of one channel: 512 MiB."""
@@ -105,28 +105,6 @@ class Gpadl:
                 f"GPADL {self.gpadl_id:#x}: {only.byte_count} bytes from offset {only.byte_offset}",
             )
         return only.pfns
-
-
-def runs(pfns: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """``pfns`` as (first, count) of numbers that follow each other."""
-    first, count = 0, 0
-    for pfn in pfns:
-        if count and pfn == first + count:
-            count += 1
-            continue
-        if count:
-            yield first, count
-        first, count = pfn, 1
-    if count:
-        yield first, count
-
-
-def expand_runs(pairs: Sequence[tuple[int, int]]) -> array[int]:
-    """The inverse of :func:`runs`."""
-    pfns = array("Q")
-    for first, count in pairs:
-        pfns.extend(range(first, first + count))
-    return pfns
 
 
 def check_ram(ranges: Sequence[GpaRange], memory: GuestMemory) -> None:

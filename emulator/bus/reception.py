@@ -11,7 +11,7 @@ import enum
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from emulator.bus.channel_state import OpenRequest
+from emulator.bus.channel_state import OpenRequest, ReservedClient
 from emulator.bus.contact import SINT_COUNT, Phase, read_contact
 from emulator.bus.outbox import Target
 from emulator.bus.sockets import SocketRequest
@@ -72,6 +72,7 @@ class Reception:
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
+        self._promised = False
         self._handlers: dict[int, Handler] = {
             MessageType.REQUESTOFFERS: self._request_offers,
             MessageType.OPENCHANNEL: self._open,
@@ -90,13 +91,16 @@ class Reception:
             MessageType.RESUME: self._resume,
         }
 
-    def receive(self, connection_id: int, payload: bytes, trusted: bool) -> PostResult:
-        """Act on one message."""
+    def receive(
+        self, connection_id: int, payload: bytes, trusted: bool, *, promised: bool = False
+    ) -> PostResult:
+        """Act on one message. ``promised``: the guest was told that it is taken, so it cannot be put off."""
+        self._promised = promised
         try:
             number = self._check(payload, trusted)
             if number is MessageType.INITIATE_CONTACT:
                 return self._bus.contact(read_contact(payload, connection_id, trusted=trusted))
-            if number is not MessageType.UNLOAD and self._flooded(self._bus.connection.target):
+            if number is not MessageType.UNLOAD and self.flooded(self._bus.connection.target):
                 return PostResult.RETRY
             return self._handlers[number](payload) or PostResult.OK
         except GuestError as error:
@@ -130,8 +134,9 @@ class Reception:
             raise ProtocolError("message-short", f"{number.name} of {len(payload)} bytes")
         return number
 
-    def _flooded(self, target: Target) -> bool:
-        if self._bus.outbox.undelivered(target) < MAX_UNDELIVERED:
+    def flooded(self, target: Target) -> bool:
+        """Whether ``target`` has to take some messages before it may cause more."""
+        if self._promised or self._bus.outbox.undelivered(target) < MAX_UNDELIVERED:
             return False
         self._bus.refusals.refuse("message-flood", f"VP {target.vp}, SINT {target.sint}")
         return True
@@ -261,15 +266,18 @@ class Reception:
         message = OPEN_RESERVED_CHANNEL.parse(payload)
         target = self._reserved_target(message.target_vp, message.target_sint)
         channel = self._channel(message.relid, "open-reserved-unknown-relid")
-        if self._flooded(target):
+        if self.flooded(target):
             return PostResult.RETRY
+        connection = self._bus.connection
+        if connection.version is None:
+            raise ProtocolError("message-disconnected", "OPEN_RESERVED_CHANNEL")
         channel.open(
             OpenRequest(
                 open_id=0,
                 ring_gpadl_id=message.ring_gpadl_id,
                 target_vp=None,
                 downstream_offset=message.downstream_offset,
-                reserved=target,
+                reserved=ReservedClient(target, connection.version, connection.features),
             )
         )
         return None
@@ -280,7 +288,7 @@ class Reception:
         channel = self._bus.find(message.relid)
         if channel is None:
             raise ProtocolError("close-reserved-unknown-relid", f"{message.relid}")
-        if self._flooded(target):
+        if self.flooded(target):
             return PostResult.RETRY
         channel.close_reserved(target)
         return None

@@ -41,7 +41,7 @@ from emulator.bus.gpadl import GpadlTable
 from emulator.bus.monitor import MonitorScan, set_interrupt_bit, take_interrupt_bits
 from emulator.bus.offers import CONNECTION_ID_BASE, MAX_RELID, Offer, build_offer, lowest_free, sort_key
 from emulator.bus.outbox import Outbox, Outgoing, Target
-from emulator.bus.reception import MAX_UNDELIVERED, PostResult, Reception
+from emulator.bus.reception import PostResult, Reception
 from emulator.bus.sockets import NoSockets, SocketListener, SocketRequest
 from emulator.errors import DeviceError, InternalError
 from emulator.ports import GuestMemory, Synic, Timers
@@ -188,10 +188,7 @@ class Bus:
         self.paused = False
         self.outbox.release("bus")
         while self._inbox and not self.paused:
-            connection_id, payload, trusted = self._inbox[0]
-            if self._reception.receive(connection_id, payload, trusted) is PostResult.RETRY:
-                self.refusals.refuse("message-lost", "flood while paused")
-            self._inbox.popleft()
+            self._reception.receive(*self._inbox.popleft(), promised=True)
 
     def status(self) -> dict[str, object]:
         """What a person wants to know, as JSON knows it."""
@@ -221,7 +218,7 @@ class Bus:
         if target.sint != MESSAGE_SINT:
             self.refusals.refuse("contact-sint", f"{target.sint}")
             if target.sint < SINT_COUNT and target.vp < self.synic.vp_count:
-                if self.outbox.undelivered(target) >= MAX_UNDELIVERED:
+                if self._reception.flooded(target):
                     return PostResult.RETRY
                 self.send(answer_failure(UNSUPPORTED), target)
             return PostResult.OK
@@ -468,7 +465,7 @@ class Bus:
         if relid is None:
             raise InternalError(f"{old!r} has no id")
         self._channels.remove(old)
-        channel.gpadls, old.gpadls = old.gpadls, {}
+        channel.pages.by_id, old.pages.by_id = old.pages.by_id, {}
         channel.monitor_id, old.monitor_id = old.monitor_id, None
         old.relid, old.state = None, ChannelState.RELEASED
         channel.relid, channel.state, channel.offered = relid, ChannelState.REOFFERED, True
@@ -480,7 +477,7 @@ class Bus:
         if channel.offer.subchannel_index:
             for primary in self._channels:
                 if primary.offer.key == (*channel.offer.key[:2], 0):
-                    primary.subchannels_left()
+                    primary.leave_when_idle()
         for successor in self._channels:
             if successor is not channel and successor.offer.key == channel.offer.key:
                 if channel.state is ChannelState.REVOKED:
