@@ -53,7 +53,6 @@ class Archive:
         self.folder = folder
         self._mirror = mirror
         self._progress = progress
-        self._environment = {**os.environ, "APT_CONFIG": str(folder / "apt.conf"), "LC_ALL": "C.UTF-8"}
         self._backports = f"{codename}-backports"
 
     def refresh(self, max_age: float = LISTS_MAX_AGE) -> None:
@@ -89,7 +88,7 @@ class Archive:
         wanted = self._planned(command)
         archives = self.folder / "cache" / "archives"
         self._progress.step(f"loading {packages[0]} ({len(wanted)} packages)")
-        self._apt_get("--download-only", *command, total=sum(size for _, size in wanted))
+        self._apt_get(*command, "--download-only", total=sum(size for _, size in wanted))
         return self._check_there([archives / name for name, _ in wanted])
 
     def exact(self, packages: Sequence[Version]) -> list[Path]:
@@ -116,6 +115,11 @@ class Archive:
                     f"{file.name} cannot be unpacked ({error.stderr.strip()}); it was removed, run the command again"
                 ) from error
         self._progress.finish()
+
+    def tidy(self) -> None:
+        """Remove what apt can make again in a second."""
+        for index in (self.folder / "cache").glob("*pkgcache.bin*"):
+            index.unlink(missing_ok=True)
 
     def forget(self, files: Sequence[Path]) -> None:
         """Remove fetched packages that are unpacked."""
@@ -202,10 +206,13 @@ class Archive:
         }
         return [f'{name} "{value}";' for name, value in settings.items()] + list(self._mirror.settings)
 
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, "APT_CONFIG": str(self.folder / "apt.conf"), "LC_ALL": "C.UTF-8"}
+
     def _query(self, *command: str, cwd: Path | None = None) -> str:
         try:
             return subprocess.run(
-                command, env=self._environment, cwd=cwd, capture_output=True, text=True, check=True
+                command, env=self._environment(), cwd=cwd, capture_output=True, text=True, check=True
             ).stdout
         except FileNotFoundError:
             raise MissingRequirement(f"there is no {command[0]} on this machine") from None
@@ -217,7 +224,7 @@ class Archive:
         try:
             process = subprocess.Popen(
                 ["apt-get", "-qq", "-o", f"APT::Status-Fd={write_end}", *command],
-                env=self._environment,
+                env=self._environment(),
                 cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

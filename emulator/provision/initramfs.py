@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 import shlex
 import subprocess
 import time
@@ -26,6 +27,11 @@ KERNEL_ARGUMENTS = ("console=ttyS0", "panic=-1", "random.trust_cpu=on")
 
 _FORMAT = 1
 _KEPT_IMAGES = 16
+_SYSTEM_FILES = {
+    "/etc/passwd": "root::0:0:root:/root:/bin/sh\n",
+    "/etc/group": "root:x:0:\n",
+    "/etc/hostname": "vmbus-guest\n",
+}
 _INIT = Path(__file__).with_name("guest-init")
 
 
@@ -41,7 +47,7 @@ def parse_add(argument: str) -> tuple[Path, str]:
     if not path.is_file():
         raise UsageError(f"--add {argument}: there is no file {name}")
     if not place:
-        place = f"/bin/{path.name}" if os.access(path, os.X_OK) else f"/root/{path.name}"
+        place = f"/bin/{path.name}" if programs.is_program(path) else f"/root/{path.name}"
     elif place.endswith("/"):
         place += path.name
     if not place.startswith("/"):
@@ -49,13 +55,17 @@ def parse_add(argument: str) -> tuple[Path, str]:
     return path, place
 
 
-def command_script(command: Sequence[str]) -> str:
-    """The shell script that runs ``command``: its words as they are, or one word with blanks as a shell line."""
+def command_script(command: Sequence[str], add: Sequence[tuple[Path, str]] = ()) -> str:
+    """The shell script that runs ``command``: its words as they are, or one word with blanks as a shell line.
+
+    A program in ``add`` goes before a busybox applet of its name (the shell by itself would take the applet).
+    """
     if not command:
         raise UsageError("the command to run in the guest is empty")
     if len(command) == 1 and any(character.isspace() for character in command[0]):
         return command[0] + "\n"
-    return f"exec {shlex.join(command)}\n"
+    places = {posixpath.basename(place): place for path, place in add if programs.is_program(path)}
+    return f"exec {shlex.join([places.get(command[0], command[0]), *command[1:]])}\n"
 
 
 def build_initramfs(
@@ -102,14 +112,16 @@ def build_initramfs(
         os.utime(image)
         return image
     writer = CpioWriter()
-    _base_system(writer, busybox)
-    _write_modules(writer, kernel.release, loaded, present)
-    for place, path in sorted(libraries.items()):
-        writer.file(place, _content(path), 0o755)
+    # The user's files first: they may stand in place of an applet.
     for path, place in add:
         writer.file(place, _content(path), 0o755 if os.access(path, os.X_OK) else 0o644)
+    for place, path in sorted(libraries.items()):
+        if place not in writer:
+            writer.file(place, _content(path), 0o755)
+    _base_system(writer, busybox)
+    _write_modules(writer, kernel.release, loaded, present)
     if command is not None:
-        writer.file("/etc/vmbus-command", command_script(command).encode())
+        writer.file("/etc/vmbus-command", command_script(command, add).encode())
     if stdin is not None:
         writer.file("/etc/vmbus-input", stdin)
     if terminal:
@@ -149,9 +161,9 @@ def _base_system(writer: CpioWriter, busybox: Path) -> None:
     for applet in _applets(busybox):
         if applet not in writer:
             writer.link(applet, "/bin/busybox")
-    writer.file("/etc/passwd", b"root::0:0:root:/root:/bin/sh\n")
-    writer.file("/etc/group", b"root:x:0:\n")
-    writer.file("/etc/hostname", b"vmbus-guest\n")
+    for path, text in _SYSTEM_FILES.items():
+        if path not in writer:
+            writer.file(path, text.encode())
 
 
 def _applets(busybox: Path) -> list[str]:

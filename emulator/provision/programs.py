@@ -6,6 +6,7 @@ What a program loads later by itself (``dlopen``: name services, plug-ins) is no
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,6 +29,15 @@ _SYSTEM_FOLDERS = (
     "/usr/lib",
     "/usr/local/lib",
 )
+
+
+def is_program(path: Path) -> bool:
+    """An executable file that is an ELF file or a script. (Mounted folders mark all files as executable.)"""
+    try:
+        with path.open("rb") as file:
+            return os.access(path, os.X_OK) and file.read(4).startswith((b"\x7fELF", b"#!"))
+    except OSError:
+        return False
 
 
 def needed_libraries(programs: Iterable[Path]) -> dict[str, Path]:

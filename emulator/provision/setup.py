@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from emulator.errors import MissingRequirement
-from emulator.provision import cache, kernel, qemu
+from emulator.provision import cache, kernel, qemu, system_packages
 from emulator.provision.apt import Archive
 from emulator.provision.mirror import Mirror, find_mirror
 from emulator.provision.progress import Progress, for_stream
@@ -38,6 +39,12 @@ class Setup:
         """
         for name in guests:
             kernel.guest_name(name)
+        found = self._fetch(guests, update)
+        # Last, so that what a person has to install does not hold up what needs no installation.
+        system_packages.ensure(system_packages.BUILD_PACKAGES)
+        return found
+
+    def _fetch(self, guests: Sequence[str], update: bool) -> Provisions:
         if not update and (there := self._there(guests)) is not None:
             return there
         with cache.locked(self.folder, lambda: self._progress.step("waiting for another setup to end")):
@@ -50,6 +57,8 @@ class Setup:
                     kernels=tuple(self._kernel(name, update) for name in guests),
                 )
             finally:
+                for archive in self._archives.values():
+                    archive.tidy()
                 self._progress.finish()
 
     def _there(self, guests: Sequence[str]) -> Provisions | None:
@@ -66,6 +75,8 @@ class Setup:
         try:
             found = qemu.find_qemu(self.folder)
         except MissingRequirement:
+            if os.environ.get("VMBUS_QEMU"):
+                raise  # the user's choice; another QEMU would not be used
             return qemu.fetch_qemu(self.folder, self._archive(qemu.SUITE))
         if update and found.origin == "private":
             return qemu.fetch_qemu(self.folder, self._archive(qemu.SUITE))
