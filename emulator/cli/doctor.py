@@ -1,2 +1,58 @@
-def add_parser(verbs: object) -> None:
-    pass
+"""``vmbus doctor``: what this machine has, what is missing, and how to get it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from emulator.cli.table import table
+from emulator.errors import VmbusError
+from emulator.machine import gateway_build
+from emulator.provision.doctor import Check, State, examine, healthy
+
+_EPILOG = """\
+examples:
+  vmbus doctor
+  vmbus doctor --json
+
+Exit status 0 when nothing that is needed is missing, else 1. Nothing is changed.
+"""
+
+
+def add_parser(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "doctor",
+        help="what this machine has, what is missing, and how to get it",
+        description="Looks at what the emulator needs of this machine.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="the checks as one JSON list")
+    parser.set_defaults(action=main)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    checks = examine(more=[_gateway()])
+    if arguments.json:
+        print(json.dumps([check.as_json() for check in checks], indent=2))
+    else:
+        rows = [(check.state.value, check.name, check.found) for check in checks]
+        print(table(("", "what", "found"), rows))
+        for check in checks:
+            if check.remedy and check.state is not State.OK:
+                print(f"{check.name}: {check.remedy}")
+    return 0 if healthy(checks) else 1
+
+
+def _gateway() -> Check:
+    built = gateway_build.library_path()
+    if built.is_file():
+        return Check("trap gateway", State.OK, f"built: {built}")
+    try:
+        compiler = gateway_build.compiler()
+    except VmbusError as error:
+        return Check("trap gateway", State.MISSING, "not built, and no C compiler", str(error))
+    return Check(
+        "trap gateway", State.OPTIONAL, f"not built yet ({compiler} is there)", "`vmbus setup` builds it"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from emulator.cli.options import DEFAULT_GUEST
@@ -70,7 +71,10 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _dry_run(guests: list[str]) -> int:
-    checks = [("QEMU", find_qemu), ("busybox for the guest", find_busybox)]
+    checks: list[tuple[str, Callable[[], object]]] = [
+        ("QEMU", find_qemu),
+        ("busybox for the guest", find_busybox),
+    ]
     for name, check in checks:
         try:
             check()

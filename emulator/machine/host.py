@@ -115,6 +115,10 @@ class Host:
         def crashed(self, report: CrashReport) -> None:
             self._host._crashed(report)
 
+        def guest_os_changed(self, os_id: int) -> None:
+            # A guest enables its reference TSC page before it names itself; the TSC may become known later.
+            self._host._tsc_page_waits = bool(os_id)
+
         def reset_requested(self) -> None:
             self._host._background(self._host.qmp.execute("system_reset"))
 
@@ -163,6 +167,7 @@ class Host:
             offers=self.bus,
         )
         self.devices: list[AttachedDevice] = []
+        self._tsc_page_waits = False
         self.gateway_traps = 0
         self.gateway_doorbells = 0
 
@@ -229,6 +234,9 @@ class Host:
                 for index in gateway.doorbells():
                     self.gateway_doorbells += 1
                     self.partition.synic.ring_event_port(EVENT_CONNECTIONS + index)
+                if self._tsc_page_waits and self.clock.tsc_known:
+                    self._tsc_page_waits = False
+                    self.partition.publish_reference_tsc()
                 if not gateway.sleep_prepare():
                     break
         except (GatewayError, QemuGone) as error:
@@ -280,8 +288,8 @@ class Host:
         self.partition.reset()
 
     def _crashed(self, report: CrashReport) -> None:
-        _log.warning("the guest reports a crash: %s", report)
         if len(self.events.crashes) < _KEEP:
+            _log.warning("the guest reports a crash: %s", report)
             self.events.crashes.append(report)
 
     def _background(self, work: Any) -> None:
@@ -315,6 +323,7 @@ class Host:
     async def close(self) -> None:
         """Let go of QEMU and of guest memory."""
         self._loop.remove_reader(self.gateway.fileno())
+        self.partition.pause()  # no timer of it fires any more
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
