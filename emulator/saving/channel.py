@@ -394,7 +394,7 @@ class ChannelSaver:
         context.busy = True
         try:
             channel.apply_restore(state)
-            for outgoing in state.outstanding + state.unsent:
+            for outgoing in state.outgoing():
                 context.handed_over = outgoing.packet
                 restore_packet(channel, outgoing, taken=lambda: context.handed_over is None)
         except StateRefused:

@@ -185,5 +185,6 @@ def _check_end(data: bytes, end: Chunk, count: int) -> None:
     size = len(data) - HEADER_SIZE - SAVED_END.size
     if not end.last or end.record != SavedEnd(count - 1, size):
         raise StateRefused(
-            Reason.INCONSISTENT, f"{count - 1} chunks in {size} bytes are not the {end.record!r} that were written"
+            Reason.INCONSISTENT,
+            f"{count - 1} chunks in {size} bytes are not the {end.record!r} that were written",
         )

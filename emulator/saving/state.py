@@ -5,8 +5,8 @@ as chunks it is, in this order:
 
     CHANNEL      header: identity, axes, open parameters, GPADL references, limits
     OUTSTANDING  each packet that is in the ring (or was read from it by the guest) and not completed
-    UNSENT       each packet that found no room in the ring, in order
-    COMPLETION   each completion that found no room in the ring, in order
+    UNSENT       } what found no room in the ring, in one queue: each packet that the host sends,
+    COMPLETION   } and each completion that it owes the guest
     TAKEN        each packet that was taken off the ring and not completed, in order
     DEVICE       the device's own state, if it has any
 
@@ -15,7 +15,7 @@ It never contains bytes or indices of a ring: those are guest memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -31,7 +31,6 @@ from emulator.wire.saved import (
     SavedChannel,
     SavedCompletion,
     SavedDevice,
-    SavedOutgoing,
     SavedPacket,
     parse_record,
 )
@@ -51,24 +50,35 @@ class ChannelState:
 
     channel: SavedChannel
     outstanding: tuple[OutgoingPacket, ...] = ()
-    unsent: tuple[OutgoingPacket, ...] = ()
-    completions: tuple[SavedCompletion, ...] = ()
+    queue: tuple[OutgoingPacket | SavedCompletion, ...] = ()
     taken: tuple[SavedPacket, ...] = ()
     device: bytes = b""
+
+    def outgoing(self) -> tuple[OutgoingPacket, ...]:
+        """The packets that SavePacket and RestorePacket are called for, in order."""
+        return self.outstanding + tuple(each for each in self.queue if isinstance(each, OutgoingPacket))
 
     def records(self) -> Iterator[tuple[ChunkKind, Any]]:
         """What the chunks carry, in order; of outgoing packets the :class:`OutgoingPacket` itself."""
         yield ChunkKind.CHANNEL, self.channel
         for outgoing in self.outstanding:
             yield ChunkKind.OUTSTANDING, outgoing
-        for outgoing in self.unsent:
-            yield ChunkKind.UNSENT, outgoing
-        for completion in self.completions:
-            yield ChunkKind.COMPLETION, completion
+        for waiting in self.queue:
+            yield ChunkKind.UNSENT if isinstance(waiting, OutgoingPacket) else ChunkKind.COMPLETION, waiting
         for packet in self.taken:
             yield ChunkKind.TAKEN, packet
         if self.device:
             yield ChunkKind.DEVICE, SavedDevice(self.device)
+
+
+_PLACES = {
+    ChunkKind.CHANNEL: 0,
+    ChunkKind.OUTSTANDING: 1,
+    ChunkKind.UNSENT: 2,
+    ChunkKind.COMPLETION: 2,
+    ChunkKind.TAKEN: 3,
+    ChunkKind.DEVICE: 4,
+}
 
 
 class SavePacketResult(NamedTuple):
@@ -184,9 +194,12 @@ class Assembly:
                 raise StateRefused(Reason.INCONSISTENT, f"chunk {chunk.index} is not one of a channel")
             if (kind == ChunkKind.CHANNEL) != (index == 0):
                 raise StateRefused(Reason.INCONSISTENT, f"chunk {chunk.index} is a {kind.name} record")
-            if kind < rank or (kind == ChunkKind.DEVICE and rank == ChunkKind.DEVICE):
-                raise StateRefused(Reason.INCONSISTENT, f"chunk {chunk.index}: {kind.name} after rank {rank}")
-            rank = kind
+            place = _PLACES[kind]
+            if place < rank or place == rank == _PLACES[ChunkKind.DEVICE]:
+                raise StateRefused(
+                    Reason.INCONSISTENT, f"chunk {chunk.index}: a {kind.name} record comes late"
+                )
+            rank = place
         if position.complete and not chunks:
             raise StateRefused(Reason.INCONSISTENT, "no channel header")
         return Assembly(position, chunks)
@@ -206,30 +219,33 @@ class Assembly:
         header = self.header
         if header is None or not self.complete:
             raise StateRefused(Reason.TRUNCATED, f"{len(self.chunks)} chunks, and none is the last")
-        of: dict[ChunkKind | None, list[Any]] = {}
+        outstanding: list[OutgoingPacket] = []
+        queue: list[OutgoingPacket | SavedCompletion] = []
+        taken: list[SavedPacket] = []
+        device = b""
         for chunk in self.chunks:
-            of.setdefault(chunk.kind, []).append(chunk.record)
-        devices = of.get(ChunkKind.DEVICE, [])
-        state = ChannelState(
-            header,
-            _outgoing(of.get(ChunkKind.OUTSTANDING, ())),
-            _outgoing(of.get(ChunkKind.UNSENT, ())),
-            tuple(of.get(ChunkKind.COMPLETION, ())),
-            tuple(of.get(ChunkKind.TAKEN, ())),
-            devices[0].state if devices else b"",
-        )
+            if chunk.kind == ChunkKind.OUTSTANDING:
+                outstanding.append(_outgoing(chunk))
+            elif chunk.kind == ChunkKind.UNSENT:
+                queue.append(_outgoing(chunk))
+            elif chunk.kind == ChunkKind.COMPLETION:
+                queue.append(chunk.record)
+            elif chunk.kind == ChunkKind.TAKEN:
+                taken.append(chunk.record)
+            elif chunk.kind == ChunkKind.DEVICE:
+                device = chunk.record.state
+        state = ChannelState(header, tuple(outstanding), tuple(queue), tuple(taken), device)
         _check(state)
         return state
 
 
-def _outgoing(saved: Iterable[SavedOutgoing]) -> tuple[OutgoingPacket, ...]:
-    found = []
-    for each in saved:
-        try:
-            found.append(OutgoingPacket(parse_record(SAVED_PACKET, each.library), each.device))
-        except MalformedError as error:
-            raise StateRefused(Reason.DAMAGED, f"library state of a packet: {error.detail}") from error
-    return tuple(found)
+def _outgoing(chunk: Chunk) -> OutgoingPacket:
+    try:
+        return OutgoingPacket(parse_record(SAVED_PACKET, chunk.record.library), chunk.record.device)
+    except MalformedError as error:
+        raise StateRefused(
+            Reason.DAMAGED, f"chunk {chunk.index}: library state of a packet: {error.detail}"
+        ) from error
 
 
 def _check(state: ChannelState) -> None:
@@ -242,8 +258,6 @@ def _check(state: ChannelState) -> None:
         raise StateRefused(Reason.INCONSISTENT, "a GPADL that is listed twice")
     if header.open is not None and header.open.ring_gpadl not in gpadls:
         raise StateRefused(Reason.INCONSISTENT, f"the rings' GPADL {header.open.ring_gpadl:#x} is not listed")
-    if header.open is None and (state.outstanding or state.completions or state.taken):
+    owed = any(isinstance(each, SavedCompletion) for each in state.queue)
+    if header.open is None and (state.outstanding or state.taken or owed):
         raise StateRefused(Reason.INCONSISTENT, "transactions of a channel that is not open")
-    waiting = [each.packet.transaction_id for each in state.outstanding]
-    if len(set(waiting)) != len(waiting):
-        raise StateRefused(Reason.INCONSISTENT, "two outstanding packets with one transaction id")

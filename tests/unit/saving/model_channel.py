@@ -116,8 +116,7 @@ class ModelChannel:
         self.opening: SavedOpen | None = None
         self.gpadls: tuple[SavedGpadl, ...] = ()
         self.outstanding: dict[int, SavedPacket] = {}
-        self.unsent: deque[SavedPacket] = deque()
-        self.completions: deque[SavedCompletion] = deque()
+        self.queue: deque[SavedPacket | SavedCompletion] = deque()
         self.taken: list[SavedPacket] = []
         self.next_transaction_id = 1
         self.veto: str | None = None
@@ -160,7 +159,7 @@ class ModelChannel:
     def send(self, payload: bytes, note: bytes = b"") -> int:
         number, self.next_transaction_id = self.next_transaction_id, self.next_transaction_id + 1
         self.device.notes[number] = note
-        self.unsent.append(SavedPacket(6, 1, number, payload))
+        self.queue.append(SavedPacket(6, 1, number, payload))
         self._run()
         return number
 
@@ -171,10 +170,18 @@ class ModelChannel:
             return
         packet = next(each for each in self.taken if each.transaction_id == transaction_id)
         self.taken.remove(packet)
-        self.completions.append(SavedCompletion(transaction_id, payload))
+        self.queue.append(SavedCompletion(transaction_id, payload))
         self._run()
 
     # --- SavableChannel
+
+    @property
+    def unsent(self) -> list[SavedPacket]:
+        return [each for each in self.queue if isinstance(each, SavedPacket)]
+
+    @property
+    def completions(self) -> list[SavedCompletion]:
+        return [each for each in self.queue if isinstance(each, SavedCompletion)]
 
     @property
     def save_packet(self) -> SavePacket | None:
@@ -229,8 +236,7 @@ class ModelChannel:
         self.paused = True
         self.next_transaction_id = header.next_transaction_id
         self.outstanding = {each.packet.transaction_id: each.packet for each in state.outstanding}
-        self.unsent = deque(each.packet for each in state.unsent)
-        self.completions = deque(state.completions)
+        self.queue = deque(each.packet if isinstance(each, OutgoingPacket) else each for each in state.queue)
         self.taken = list(state.taken)
         self.unrestored = list(state.taken)
         self.device.state = state.device
@@ -253,8 +259,7 @@ class ModelChannel:
                 gpadls=self.gpadls,
             ),
             tuple(OutgoingPacket(each) for each in self.outstanding.values()),
-            tuple(OutgoingPacket(each) for each in self.unsent),
-            tuple(self.completions),
+            tuple(OutgoingPacket(each) if isinstance(each, SavedPacket) else each for each in self.queue),
             tuple(self.taken),
             self.device.state,
         )
@@ -290,19 +295,18 @@ class ModelChannel:
 
     def _forget(self) -> None:
         self.outstanding, self.taken = {}, []
-        self.unsent, self.completions = deque(), deque()
+        self.queue = deque()
 
     def _run(self) -> None:
         """What a running channel does: writes what is queued, takes what is there."""
         if self.frozen or self.paused or not self.open:
             return
         ring = self.ring
-        while self.completions and len(ring.to_guest) < ring.room:
-            ring.to_guest.append(self.completions.popleft())
-        while self.unsent and len(ring.to_guest) < ring.room:
-            packet = self.unsent.popleft()
-            self.outstanding[packet.transaction_id] = packet
-            ring.to_guest.append(packet)
+        while self.queue and len(ring.to_guest) < ring.room:
+            waiting = self.queue.popleft()
+            if isinstance(waiting, SavedPacket):
+                self.outstanding[waiting.transaction_id] = waiting
+            ring.to_guest.append(waiting)
         while ring.to_host:
             packet = ring.to_host.popleft()
             if packet.kind == 11:
@@ -327,8 +331,8 @@ def busy_channel(who: ChannelIdentity | None = None) -> ModelChannel:
     channel.send(b"host 2")
     channel.send(b"host 3")
     channel.send(b"host 4, unsent", note=b"n" * 300)
-    channel.send(b"host 5, unsent")
     channel.finish(0xA1)
+    channel.send(b"host 5, unsent")
     channel.pause()
     return channel
 

@@ -43,8 +43,8 @@ IDENTITY = (
 )
 
 
-CHANNEL_V1 = "bc7684c05e01229e24f08b4dfba880c7ee550e5fdbbc57023d332a1e50662b7e"
-MACHINE_V1 = "0f3226b9079ddbc942bc3e017116c23cc24df0bd5af9bef1faea0718f912660b"
+CHANNEL_V1 = "24e9d0be8910e5bd8c44609450b6edf87de5c835ef69b8e07da9731434b32fb5"
+MACHINE_V1 = "516140a4d92c93577a522b60089b6de97bc5209ccd9d3ed297c35c1a104ba7bf"
 
 
 def varint(value: int) -> bytes:
@@ -99,6 +99,7 @@ def channel_v1() -> list[bytes]:
     records = [
         (1, header),
         (2, blob(sent) + blob(b"note")),
+        (4, struct.pack("<Q", 0xA0) + blob(b"before")),
         (3, blob(unsent) + blob(b"")),
         (4, struct.pack("<Q", 0xA1) + blob(b"completion")),
         (5, packet_record(9, 0xA2, b"c" * 200, ranges, no_transfer)),
@@ -147,8 +148,11 @@ STATE = ChannelState(
         gpadls=(SavedGpadl(0xE1E10, 8), SavedGpadl(0xE1E20, 7936)),
     ),
     outstanding=(OutgoingPacket(SavedPacket(6, 1, 1, b"sent"), b"note"),),
-    unsent=(OutgoingPacket(SavedPacket(6, 1, 2, b"unsent")),),
-    completions=(SavedCompletion(0xA1, b"completion"),),
+    queue=(
+        SavedCompletion(0xA0, b"before"),
+        OutgoingPacket(SavedPacket(6, 1, 2, b"unsent")),
+        SavedCompletion(0xA1, b"completion"),
+    ),
     taken=(
         SavedPacket(
             9,
@@ -174,7 +178,7 @@ def test_version_1_of_a_channel_is_read() -> None:
 def test_version_1_of_a_channel_is_restored_and_written_again_byte_for_byte() -> None:
     saver = ChannelSaver(save_ids=lambda: 0x0123456789ABCDEF)
     channel = ModelChannel(STATE.channel.identity)
-    assert restore(saver, channel, channel_v1()) == [MORE] * 6 + [OK]
+    assert restore(saver, channel, channel_v1()) == [MORE] * 7 + [OK]
     assert channel.device.restored == [1, 2]
     channel.view = lambda: STATE  # type: ignore[method-assign]
     channel.device.notes = {1: b"note"}
