@@ -273,6 +273,12 @@ class ScriptedGuest:
             raise InternalError(f"sharing {count} pages: {answers}")
         return gpadl_id
 
+    def share_raw(self, relid: int, count: int = 8) -> int:
+        """Share ``count`` new pages, whatever the host says to it; the GPADL id."""
+        gpadl_id = self.new_gpadl_id()
+        self.post_ranges(relid, [GpaRange(count * PAGE_SIZE, 0, self.pages(count))], gpadl_id)
+        return gpadl_id
+
     def teardown(self, relid: int, gpadl_id: int) -> list[GpadlTorndown]:
         """GPADL_TEARDOWN; the answers."""
         return self.ask(GPADL_TEARDOWN.build(GpadlTeardown(relid, gpadl_id)))

@@ -70,7 +70,8 @@ def test_target_vp_that_does_not_exist_is_refused_on_vp_0(guest: ScriptedGuest) 
 
 @pytest.mark.conformance(4)
 @pytest.mark.parametrize(
-    ("version", "used"), [(Version.V1, True), (Version.WIN7, True), (Version.WIN8, False), (Version.WIN10, False)]
+    ("version", "used"),
+    [(Version.V1, True), (Version.WIN7, True), (Version.WIN8, False), (Version.WIN10, False)],
 )
 def test_interrupt_page_is_used_only_below_2_4(guest: ScriptedGuest, version: Version, used: bool) -> None:
     channel = guest.bus.offer(an_offer(), RecordingEndpoint())
@@ -269,7 +270,7 @@ def test_unload_drops_what_is_queued(guest: ScriptedGuest) -> None:
         guest.bus.offer(an_offer(f"d{number}"), RecordingEndpoint())
     guest.contact()
     guest.post(REQUESTOFFERS.build(HeaderOnly()))
-    assert [answer for answer in guest.unload()] == [HeaderOnly()]
+    assert guest.unload() == [HeaderOnly()]
     assert guest.answers[-1].number is MessageType.UNLOAD_RESPONSE
 
 
@@ -403,7 +404,7 @@ def test_trace_of_a_linux_guest_is_byte_for_byte_as_specified() -> None:
     """The first steps of spec/vmbus.md 9."""
     guest = ScriptedGuest.on_fakes(memory_size=20 << 20)
     contact = bytes.fromhex(
-        "0e00000000000000030005000000000002000000000000000040230100000000" "0050230100000000"
+        "0e000000000000000300050000000000020000000000000000402301000000000050230100000000"
     )
     guest.ask(contact, connection_id=4)
     assert guest.answers[-1].payload == bytes.fromhex("0f000000000000000100000001000000")

@@ -252,9 +252,7 @@ def test_device_may_refuse_pages(connected: ScriptedGuest, endpoint: RecordingEn
     assert connected.post_ranges(1, whole(8), ID) == ok()
 
 
-def test_pages_of_one_channel_are_bounded(
-    connected: ScriptedGuest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pages_of_one_channel_are_bounded(connected: ScriptedGuest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpadl_module, "MAX_CHANNEL_PAGES", 200)
     connected.bus.offer(an_offer("second"), RecordingEndpoint())
     connected.take()

@@ -103,9 +103,7 @@ def test_hot_add_before_during_and_after_the_offer_phase(guest: ScriptedGuest) -
 
 @pytest.mark.conformance(19)
 def test_id_is_reused_only_after_it_was_released(guest: ScriptedGuest) -> None:
-    first, second = (
-        guest.bus.offer(an_offer(name), RecordingEndpoint()) for name in ("first", "second")
-    )
+    first, second = (guest.bus.offer(an_offer(name), RecordingEndpoint()) for name in ("first", "second"))
     guest.connect()
     assert (first.relid, second.relid) == (1, 2)
     guest.bus.revoke(first)
@@ -285,9 +283,7 @@ def test_rapid_offers_and_rescinds_keep_ids_unique(guest: ScriptedGuest) -> None
     assert guest.bus.channels == ()
 
 
-def test_offer_without_a_free_id_waits_for_one(
-    guest: ScriptedGuest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offer_without_a_free_id_waits_for_one(guest: ScriptedGuest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "MAX_RELID", 2)
     channels = [guest.bus.offer(an_offer(f"d{number}"), RecordingEndpoint()) for number in range(3)]
     assert [offer.relid for offer in guest.connect()] == [1, 2]
