@@ -104,7 +104,6 @@ class Archive:
         """Unpack packages into ``root``; nothing of them is run."""
         self._progress.step(f"unpacking {len(files)} packages")
         for count, file in enumerate(files):
-            self._progress.advance(count, len(files), "packages")
             try:
                 subprocess.run(["dpkg-deb", "-x", file, root], check=True, capture_output=True, text=True)
             except FileNotFoundError:
@@ -114,6 +113,7 @@ class Archive:
                 raise DownloadError(
                     f"{file.name} cannot be unpacked ({error.stderr.strip()}); it was removed, run the command again"
                 ) from error
+            self._progress.advance(count + 1, len(files), "packages")
         self._progress.finish()
 
     def tidy(self) -> None:
@@ -269,11 +269,19 @@ class Archive:
 
     def _failure(self, what: str, complaint: str) -> DownloadError:
         lines = [line[3:] for line in complaint.splitlines() if line.startswith(("E: ", "W: "))]
-        reason = "; ".join(lines[:3]) or complaint.strip()[-300:] or "apt-get gave no reason"
-        if "NO_PUBKEY" in complaint or "not signed" in complaint or "signature" in complaint:
+        reason = "; ".join(lines[:2])[:400] or complaint.strip()[-300:] or "apt-get gave no reason"
+        if "NO_PUBKEY" in complaint or "GPG error" in complaint:
             advice = "the archive's key is not on this machine: bring debian-archive-keyring up to date"
+        elif re.search(r"  40[0-9]  ", complaint):
+            advice = (
+                f"{describe(self._mirror)} is no complete Debian mirror"
+                if what == "update"
+                else "the archive has changed since its lists were fetched: run the command again"
+            )
         elif "No space left" in complaint:
             advice = "free some disk space, or point VMBUS_CACHE to another disk"
+        elif "Could not get lock" in complaint:
+            advice = "apt-get of an interrupted setup is still ending: run the command again in a moment"
         elif "Unable to locate" in complaint or "no installation candidate" in complaint:
             advice = f"the archive {describe(self._mirror)} has no such package; is it a full Debian mirror?"
         else:
