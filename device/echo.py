@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import uuid
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import construct as c
@@ -55,6 +55,8 @@ from emulator.wire.echo import (
     EchoRange,
     EchoStatistics,
     EchoStatus,
+    build_header,
+    parse_header,
 )
 from emulator.wire.packet import GpaRange, Packet, PacketType
 
@@ -170,7 +172,7 @@ class Echo(Device):
             status = EchoStatus.MALFORMED
         header = EchoHeader(0, 0, 0, 0, 0)
         if len(packet.payload) >= ECHO_HEADER.size:
-            header = ECHO_HEADER.parse(packet.payload)
+            header = parse_header(packet.payload)
         self._answer(io, packet, header, b"", status)
 
     # --- what else a device may be told ----------------------------------------------------------------------
@@ -290,8 +292,8 @@ class Echo(Device):
         status: EchoStatus = EchoStatus.OK,
     ) -> None:
         """``io.answer`` completes what asked for a completion, and sends an in-band packet otherwise."""
-        reply = replace(header, status=int(status), length=len(data), checksum=zlib.crc32(data))
-        io.answer(packet, ECHO_HEADER.build(reply) + data)
+        crc = zlib.crc32(data)
+        io.answer(packet, build_header(header.operation, status, len(data), header.sequence, crc) + data)
 
 
 def _ranges(io: ChannelIo, packet: Packet, data: bytes) -> tuple[list[GpaRange], bytes]:

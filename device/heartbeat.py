@@ -29,7 +29,6 @@ from device.saved import SavedState
 from emulator.ports import TimerHandle
 from emulator.wire.codec import Record
 from emulator.wire.ic import (
-    HEARTBEAT_BODY,
     HEARTBEAT_INSTANCE,
     HEARTBEAT_INTERFACE,
     HEARTBEAT_LEAST,
@@ -39,6 +38,8 @@ from emulator.wire.ic import (
     IcMessageType,
     IcStatus,
     IcVersion,
+    build_heartbeat,
+    parse_heartbeat,
 )
 
 _log = logging.getLogger(__name__)
@@ -136,8 +137,7 @@ class Heartbeat(IntegrationComponent):
         if self._sent_at is not None:
             self.round_trips.add(self._clock() - self._sent_at)
         if header.status == IcStatus.OK:
-            # An answer may be shorter than the host's body: what is missing reads as zeros.
-            answer = HEARTBEAT_BODY.parse(body[: HEARTBEAT_BODY.size].ljust(HEARTBEAT_BODY.size, b"\0"))
+            answer = parse_heartbeat(body)
             self.application_state = answer.application_state
             self.odd_answers += answer.sequence != self.sequence
         else:
@@ -192,7 +192,7 @@ class Heartbeat(IntegrationComponent):
         self.application_state = own.application_state
 
     def _beat(self) -> None:
-        body = HEARTBEAT_BODY.build(HeartbeatBody(self.sequence))
+        body = build_heartbeat(HeartbeatBody(self.sequence))
         self.sequence = (self.sequence + 1) & 0xFFFF_FFFF_FFFF_FFFF
         self.sent += 1
         self._sent_at = self._clock()

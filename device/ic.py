@@ -49,7 +49,7 @@ from emulator.wire.codec import Record
 from emulator.wire.ic import (
     BODY_OFFSET,
     FRAMEWORK_VERSIONS,
-    IC_HEADER,
+    IC_HEADER_SIZE,
     NEGOTIATE_ANSWER,
     NEGOTIATE_OFFER,
     IcFlags,
@@ -58,10 +58,12 @@ from emulator.wire.ic import (
     IcStatus,
     IcVersion,
     NegotiateOffer,
+    build_message,
+    parse_message,
 )
 from emulator.wire.offer import OfferFlags, PipeMode
 from emulator.wire.packet import Packet, PacketType
-from emulator.wire.pipe import PIPE_HEADER, PipeHeader, PipeType
+from emulator.wire.pipe import PIPE_HEADER, PipeType
 
 if TYPE_CHECKING:
     from emulator.bus.channel_io import ChannelIo
@@ -350,8 +352,7 @@ class IntegrationComponent(Device):
             transaction_id=transaction,
             flags=IcFlags.TRANSACTION | IcFlags.REQUEST,
         )
-        pipe = PipeHeader(PipeType.DATA, IC_HEADER.size + len(body))
-        self._io.send(PIPE_HEADER.build(pipe) + IC_HEADER.build(header) + body)
+        self._io.send(build_message(header, body))
 
     def _after(self, seconds: float, callback: Callable[[], None]) -> None:
         self._cancel()
@@ -367,12 +368,11 @@ def _parse(payload: bytes) -> tuple[IcHeader, bytes]:
     """Header and body of an answer; the payload is padded to 8 bytes."""
     if len(payload) < BODY_OFFSET:
         raise GuestError("ic-short", f"{len(payload)} bytes")
-    pipe = PIPE_HEADER.parse(payload)
+    pipe, header = parse_message(payload)
     if pipe.type != PipeType.DATA:
         raise GuestError("ic-pipe-type", f"{pipe.type}")
     end = PIPE_HEADER.size + pipe.length
-    header = IC_HEADER.parse(payload[PIPE_HEADER.size :])
-    if pipe.length < IC_HEADER.size or end > len(payload) or BODY_OFFSET + header.size > end:
+    if pipe.length < IC_HEADER_SIZE or end > len(payload) or BODY_OFFSET + header.size > end:
         raise GuestError(
             "ic-short", f"body of {header.size} in a pipe packet of {pipe.length} in {len(payload)} bytes"
         )

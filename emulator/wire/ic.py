@@ -20,8 +20,8 @@ from typing import Any
 
 import construct as c
 
-from emulator.wire.codec import Record
-from emulator.wire.pipe import PIPE_HEADER
+from emulator.wire.codec import Record, derive_struct
+from emulator.wire.pipe import PIPE_HEADER, PipeHeader, PipeType
 
 HEARTBEAT_INTERFACE = uuid.UUID("57164f39-9115-4e78-ab55-382f3bd5422d")
 HEARTBEAT_INSTANCE = uuid.UUID("fd149e91-82e0-4a7d-afa6-2a4166cbd7c0")
@@ -119,20 +119,65 @@ class IcHeader:
     flags: int
 
 
-IC_HEADER = Record(
-    IcHeader,
-    "framework" / _Version,
+IC_MESSAGE = c.Struct(
+    "pipe_type" / c.Int32ul,
+    "pipe_length" / c.Int32ul,
+    "framework_major" / c.Int16ul,
+    "framework_minor" / c.Int16ul,
     "message_type" / c.Int16ul,
-    "message_version" / _Version,
+    "message_version_major" / c.Int16ul,
+    "message_version_minor" / c.Int16ul,
     "size" / c.Int16ul,
     "status" / c.Int32ul,
     "transaction_id" / c.Int8ul,
     "flags" / c.Int8ul,
-    "_reserved" / c.Padding(2),
+    c.Padding(2),
 )
+"""Everything before the body: the pipe header and the IC header."""
 
-BODY_OFFSET = PIPE_HEADER.size + IC_HEADER.size
+_MESSAGE = derive_struct(IC_MESSAGE)
+
+BODY_OFFSET = _MESSAGE.size
 """Where a body starts in the packet's payload: 28."""
+IC_HEADER_SIZE = BODY_OFFSET - PIPE_HEADER.size
+
+
+def parse_message(payload: bytes) -> tuple[PipeHeader, IcHeader]:
+    """The two headers of a payload of at least ``BODY_OFFSET`` bytes; neither length in them is checked."""
+    (
+        pipe_type,
+        pipe_length,
+        framework_major,
+        framework_minor,
+        message_type,
+        version_major,
+        version_minor,
+        *rest,
+    ) = _MESSAGE.unpack_from(payload)
+    return PipeHeader(pipe_type, pipe_length), IcHeader(
+        IcVersion(framework_major, framework_minor),
+        message_type,
+        IcVersion(version_major, version_minor),
+        *rest,
+    )
+
+
+def build_message(header: IcHeader, body: bytes) -> bytes:
+    """The payload with ``header`` and ``body``, the pipe header before them."""
+    head = _MESSAGE.pack(
+        PipeType.DATA,
+        IC_HEADER_SIZE + len(body),
+        header.framework.major,
+        header.framework.minor,
+        header.message_type,
+        header.message_version.major,
+        header.message_version.minor,
+        header.size,
+        header.status,
+        header.transaction_id,
+        header.flags,
+    )
+    return head + body
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +242,20 @@ HEARTBEAT_BODY = Record(
     "_reserved" / c.Padding(28),
 )
 
+_HEARTBEAT = derive_struct(HEARTBEAT_BODY.struct)
+
 HEARTBEAT_LEAST = 8
 """Bytes of body that an answer must have: the sequence; a shorter one than the host's 40 leaves out the rest."""
+
+
+def parse_heartbeat(body: bytes) -> HeartbeatBody:
+    """The body of an answer of at least ``HEARTBEAT_LEAST`` bytes; what is missing reads as zeros."""
+    return HeartbeatBody(*_HEARTBEAT.unpack(body[: _HEARTBEAT.size].ljust(_HEARTBEAT.size, b"\0")))
+
+
+def build_heartbeat(body: HeartbeatBody) -> bytes:
+    """The 40 bytes of a beat."""
+    return _HEARTBEAT.pack(body.sequence, body.application_state)
 
 
 class ShutdownFlags(enum.IntFlag):
