@@ -17,7 +17,7 @@ Time stands still but for ``guest.advance(seconds)``; ``guest.interrupts`` count
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Self, cast
 
@@ -151,6 +151,36 @@ class RingReader:
     def mask(self, masked: bool) -> None:
         """Whether signals are unwanted."""
         self.pages.store_u32(8, int(masked))
+
+
+class RacingPages:
+    """``pages``, with a guest that acts right after every access of the host's.
+
+    ``after`` is called with ``"read"``, ``"write"``, ``"load"`` or ``"store"``, and the offset.
+    """
+
+    def __init__(self, pages: GuestPages, after: Callable[[str, int], None]) -> None:
+        self._pages = pages
+        self._after = after
+        self.size = pages.size
+
+    def read(self, offset: int, length: int) -> bytes:
+        data = self._pages.read(offset, length)
+        self._after("read", offset)
+        return data
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        self._pages.write(offset, data)
+        self._after("write", offset)
+
+    def load_u32(self, offset: int) -> int:
+        value = self._pages.load_u32(offset)
+        self._after("load", offset)
+        return value
+
+    def store_u32(self, offset: int, value: int) -> None:
+        self._pages.store_u32(offset, value)
+        self._after("store", offset)
 
 
 @dataclass(slots=True)

@@ -166,7 +166,7 @@ class IncomingRing(_Ring):
         packet = parse_packet(self._buffer, 0, self._known)
         if packet is None:
             self._fetch(packet_size(self._buffer, 0))
-            packet = parse_packet(self._buffer, 0, min(self._known, len(self._buffer)))
+            packet = parse_packet(self._buffer, 0, self._known)
         if packet is None:
             raise RingError("invalid-descriptor-lengths", "the packet changed while it was read")
         return packet

@@ -20,6 +20,7 @@ from emulator.loopback import (
     IN_BAND,
     FakeChannel,
     LoopbackGuest,
+    RacingPages,
     gpa_direct_extension,
     guest_packet,
 )
@@ -630,6 +631,49 @@ def test_held_packets_wait_in_the_ring(device: Recorder) -> None:
         guest.io.release()
         guest.run()
         assert ids(device.packets) == list(range(10))
+
+
+# --- races with a guest that runs -------------------------------------------------------------------------
+
+
+def test_a_packet_that_comes_just_before_the_host_sleeps_is_taken(device: Recorder) -> None:
+    guest = LoopbackGuest(device)
+    pages = guest.channel.incoming
+    late = iter(range(3))
+
+    def act(access: str, offset: int) -> None:
+        # The host's last look is past, its mask still seen: the guest writes without a signal.
+        if (access, offset) == ("store", 8) and pages.load_u32(8) == 0:
+            pages.store_u32(8, 1)
+            for n in late:
+                assert guest.writer.write(*numbered(1, n)) is False
+                break
+            pages.store_u32(8, 0)
+
+    guest.channel.incoming = RacingPages(pages, act)
+    guest.open()
+    assert ids(device.packets) == [0, 1, 2]
+    assert guest.doorbells == 0
+
+
+def test_room_that_comes_just_when_the_host_begins_to_wait_is_used(device: Recorder) -> None:
+    guest = LoopbackGuest(device)
+    pages = guest.channel.outgoing
+    got: list[int] = []
+
+    def act(access: str, offset: int) -> None:
+        # The guest read before it could see that the host waits: it does not signal.
+        if (access, offset) == ("store", 12) and pages.load_u32(12):
+            got.extend(ids(guest.reader.read()[0]))
+
+    guest.channel.outgoing = RacingPages(pages, act)
+    guest.open()
+    for n in range(200):
+        guest.io.send(bytes(1000), transaction_id=n)
+    guest.run()
+    assert guest.doorbells == 0
+    assert guest.io.backlog == 0
+    assert got + ids(guest.receive()) == list(range(200))
 
 
 # --- paused, saved, resumed -------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import pytest
 from emulator.bus import ring as ring_module
 from emulator.bus.ring import BULK, IncomingRing, OutgoingRing
 from emulator.errors import InternalError, RingError
-from emulator.loopback import RingReader, RingWriter, guest_packet
-from emulator.ports import PAGE_SIZE, GuestPages
+from emulator.loopback import RacingPages, RingReader, RingWriter, guest_packet
+from emulator.ports import PAGE_SIZE
 from emulator.testing import FakeMemory
 from emulator.wire.packet import PacketType, TransferRange, build_packet, build_transfer_pages
 from emulator.wire.ring import (
@@ -499,33 +499,6 @@ def test_a_write_index_that_goes_back_harms_nobody() -> None:
     with pytest.raises(RingError):
         while side.ring.read_batch(50):
             pass
-
-
-class RacingPages:
-    """Guest pages that the guest rewrites right after every access of the host's."""
-
-    def __init__(self, pages: GuestPages, after: Callable[[str, int], None]) -> None:
-        self._pages = pages
-        self._after = after
-        self.size = pages.size
-
-    def read(self, offset: int, length: int) -> bytes:
-        data = self._pages.read(offset, length)
-        self._after("read", offset)
-        return data
-
-    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        self._pages.write(offset, data)
-        self._after("write", offset)
-
-    def load_u32(self, offset: int) -> int:
-        value = self._pages.load_u32(offset)
-        self._after("load", offset)
-        return value
-
-    def store_u32(self, offset: int, value: int) -> None:
-        self._pages.store_u32(offset, value)
-        self._after("store", offset)
 
 
 def test_bytes_that_change_after_they_were_copied_have_no_effect() -> None:
