@@ -79,7 +79,7 @@ HEARTBEAT_SAVED = SavedState(
 
 
 class Heartbeat(IntegrationComponent):
-    """The heartbeat device."""
+    """Asks the guest, again and again, whether it is alive."""
 
     name = "heartbeat"
     interface_id = HEARTBEAT_INTERFACE

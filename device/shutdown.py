@@ -103,7 +103,7 @@ SHUTDOWN_SAVED = SavedState(Record(ShutdownSaved, "requests" / c.Int64ul))
 
 
 class Shutdown(IntegrationComponent):
-    """The shutdown device."""
+    """Asks the guest to power off, restart or hibernate."""
 
     name = "shutdown"
     interface_id = SHUTDOWN_INTERFACE

@@ -47,7 +47,7 @@ WITHOUT_REFERENCE = (IcVersion(1, 0), IcVersion(3, 0))
 
 
 class TimeSync(IntegrationComponent):
-    """The time synchronisation device."""
+    """Tells the guest what time it is."""
 
     name = "timesync"
     interface_id = TIMESYNC_INTERFACE
