@@ -34,12 +34,14 @@ def test_a_reboot_inside_one_qemu(tmp_path: Path) -> None:
         async with boot(tmp_path) as guest:
             await guest.until(lambda: guest.host.partition.guest_os_id, "the first boot")
             await beats(guest)
-            for number in (1, 2):
+            for _ in range(2):
+                before = guest.host.events.resets
                 result: asyncio.Future[object] = asyncio.get_running_loop().create_future()
                 guest.device("shutdown").shut_down("restart", result.set_result)
                 assert str(await asyncio.wait_for(result, 60)) == "ok"
-                await guest.until(lambda n=number: guest.host.events.resets == n, "the reset")
-                assert guest.host.bus.status()["version"] is None
+                # Linux tries several ways to reset a machine; QEMU may tell of more than one.
+                await guest.until(lambda n=before: guest.host.events.resets > n, "the reset")
+                await guest.until(lambda: guest.host.bus.status()["version"] is None, "a clean bus")
                 assert guest.host.bus.status()["gpadls"] == 0
                 await guest.until(lambda: guest.channel("heartbeat")["state"] == "open", "the next boot")
                 await beats(guest)
