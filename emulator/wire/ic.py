@@ -30,9 +30,6 @@ SHUTDOWN_INSTANCE = uuid.UUID("b6650ff7-33bc-4840-8048-e0676786f393")
 TIMESYNC_INTERFACE = uuid.UUID("9527e630-d0ae-497b-adce-e80ab0175caf")
 TIMESYNC_INSTANCE = uuid.UUID("2dd1ce17-079e-403c-b352-a1921ee207ee")
 
-MAX_VERSIONS = 100
-"""A guest refuses a negotiation with a longer list (Linux)."""
-
 UNIX_EPOCH = 116_444_736_000_000_000
 """1970-01-01 UTC on the clock of time synchronisation: 100 ns units since 1601-01-01 UTC."""
 

@@ -16,9 +16,6 @@ import construct as c
 
 from emulator.wire.codec import Record
 
-MAX_PIPE_PAYLOAD = 16384
-"""Bytes that one pipe packet may carry behind its header."""
-
 
 class PipeType(enum.IntEnum):
     """What a pipe packet is. Only data ever crosses the ring here."""
