@@ -22,8 +22,11 @@ from emulator.provision.cpio import CpioWriter
 from emulator.provision.kernel import GuestKernel, find_busybox
 from emulator.provision.modules import Module, ModuleTree, canonical, read_image
 
-KERNEL_ARGUMENTS = ("console=ttyS0", "panic=-1", "random.trust_cpu=on")
-"""What the embedded guest wants on the kernel's command line (``panic=-1`` reboots at once, see ``-no-reboot``)."""
+KERNEL_ARGUMENTS = ("console=ttyS0", "panic=-1", "random.trust_cpu=on", "cryptomgr.notests")
+"""What the embedded guest wants on the kernel's command line.
+
+``panic=-1`` reboots at once (see ``-no-reboot``); without the crypto self-tests it boots about 0.4 s sooner.
+"""
 
 _FORMAT = 1
 _KEPT_IMAGES = 16
