@@ -142,6 +142,11 @@ class ChannelSaver:
         context = self._contexts.get(id(channel))
         return context.refusal if context else None
 
+    def restored(self, channel: SavableChannel) -> bool:
+        """Whether a restore of this channel is complete (and the channel was not disabled since)."""
+        context = self._contexts.get(id(channel))
+        return context is not None and context.phase is _Restore.RESTORED
+
     # --- saving --------------------------------------------------------------------------------------------
 
     def save_begin(self, channel: SavableChannel) -> NtStatus:

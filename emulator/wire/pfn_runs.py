@@ -90,9 +90,7 @@ def expand(raw: Sequence[Any], path: str, room: int = MAX_PAGES) -> tuple[int, .
         raise c.ValidationError(f"{pages} pages, at most {room}", path)
     pfns: list[int] = []
     end = 0
-    for index, run in enumerate(raw):
-        if index and not run.step:
-            raise c.ValidationError("two runs that are one", path)
+    for run in raw:
         first = end + ((run.step + 1) // -2 if run.step & 1 else run.step // 2)
         end = first + run.more + 1
         if first < 0 or end > PFN_LIMIT:

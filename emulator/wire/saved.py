@@ -189,11 +189,15 @@ SAVED_GPADL = Record(SavedGpadl, "gpadl_id" / c.Int32ul, "page_count" / c.Int32u
 
 
 class ChannelAxes(enum.IntFlag):
-    """The axes of a channel's state (spec/save-restore-and-migration.md 1.5); open and paused are independent."""
+    """The axes of a channel's state (spec/save-restore-and-migration.md 1.5); open and paused are independent.
+
+    HELD: its device asked for no more packets for the time being.
+    """
 
     ENABLED = 1
     OPEN = 2
     PAUSED = 4
+    HELD = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +205,8 @@ class SavedChannel:
     """The header chunk of a channel. ``open`` is there if and only if ``axes`` has OPEN.
 
     ``interrupt_latency`` is in units of 100 ns; limits of 0 mean that none was set. ``offer_flags`` are those of
-    the offer, ``relid`` 0 if the guest was never told of the channel.
+    the offer, ``relid`` 0 if the guest was never told of the channel. ``failure`` is the stable name of why the
+    channel stopped, if it did: it stays so until the guest opens it anew.
     """
 
     identity: ChannelIdentity
@@ -219,13 +224,14 @@ class SavedChannel:
     next_transaction_id: int = 0
     open: SavedOpen | None = None
     gpadls: tuple[SavedGpadl, ...] = ()
+    failure: str = ""
 
 
 class _Axes(c.Adapter):  # type: ignore[misc]
     """The axes as flags; a bit that has no name is malformed."""
 
     def _decode(self, obj: int, context: Any, path: str) -> ChannelAxes:
-        if obj & ~7:
+        if obj & ~15:
             raise c.ValidationError(f"channel axes {obj:#x}", path)
         return ChannelAxes(obj)
 
@@ -250,6 +256,7 @@ SAVED_CHANNEL = Record(
     "next_transaction_id" / c.Int64ul,
     "open" / _Maybe(_Nested(SAVED_OPEN)),
     "gpadls" / _Members(_Nested(SAVED_GPADL)),
+    "failure" / _Text,
 )
 
 

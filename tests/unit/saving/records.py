@@ -59,12 +59,13 @@ opens = st.builds(
 channels = st.builds(
     SavedChannel,
     identities,
-    st.integers(0, 7).map(ChannelAxes),
+    st.integers(0, 15).map(ChannelAxes),
     *(u32,) * 7,
     *(u16,) * 3,
     u64,
     st.none() | opens,
     members(st.builds(SavedGpadl, u32, u32)),
+    text,
 )
 packets = st.builds(
     SavedPacket,

@@ -43,8 +43,8 @@ IDENTITY = (
 )
 
 
-CHANNEL_V1 = "24e9d0be8910e5bd8c44609450b6edf87de5c835ef69b8e07da9731434b32fb5"
-MACHINE_V1 = "516140a4d92c93577a522b60089b6de97bc5209ccd9d3ed297c35c1a104ba7bf"
+CHANNEL_V1 = "ace4ae1e67d91d9aeb22a4b204cb9eb2d2e3c08d64a509a8f929a5d0388d2639"
+MACHINE_V1 = "74d6233701516b7fe04d2b0c967c6296c227760ce51d6938758107b02f6f3e1b"
 
 
 def varint(value: int) -> bytes:
@@ -82,12 +82,13 @@ def packet_record(kind: int, transaction_id: int, payload: bytes, ranges: bytes,
 
 def channel_v1() -> list[bytes]:
     """The chunks of a channel that has one of everything."""
-    header = identity_record() + struct.pack("<B", 1 | 2 | 4)
+    header = identity_record() + struct.pack("<B", 1 | 2 | 4 | 8)
     header += struct.pack("<IIIIIII", 12, 0x200C, 0x11, 4096, 1 << 20, 64, 256)
     header += struct.pack("<HHHQ", 1000, 8, 16, 7)
     header += b"\x01" + struct.pack("<IIII", 12, 0xE1E10, 1, 4) + blob(b"user") + struct.pack("<H", 1)
     header += b"\x01" + struct.pack("<H", 44) + b"\x01" + struct.pack("<I", 0x2001)
     header += varint(2) + struct.pack("<IIII", 0xE1E10, 8, 0xE1E20, 7936)
+    header += blob(b"ring-indices")
     # Two ranges: 5000 bytes from offset 100 in pages 0x1000 and 0x1001; 4097 bytes in page 9 twice.
     ranges = varint(2)
     ranges += struct.pack("<IH", 5000, 100) + pages((0x1000, 2))
@@ -132,7 +133,7 @@ def machine_v1() -> bytes:
 STATE = ChannelState(
     SavedChannel(
         ChannelIdentity(*IDENTITY, 3),
-        ChannelAxes.ENABLED | ChannelAxes.OPEN | ChannelAxes.PAUSED,
+        ChannelAxes.ENABLED | ChannelAxes.OPEN | ChannelAxes.PAUSED | ChannelAxes.HELD,
         relid=12,
         connection_id=0x200C,
         offer_flags=0x11,
@@ -146,6 +147,7 @@ STATE = ChannelState(
         next_transaction_id=7,
         open=SavedOpen(12, 0xE1E10, 1, 4, b"user", 1, 44, 0x2001),
         gpadls=(SavedGpadl(0xE1E10, 8), SavedGpadl(0xE1E20, 7936)),
+        failure="ring-indices",
     ),
     outstanding=(OutgoingPacket(SavedPacket(6, 1, 1, b"sent"), b"note"),),
     queue=(

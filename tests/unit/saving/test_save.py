@@ -315,6 +315,8 @@ class TestEnd:
         saver.save_begin(channel)
         saver.save_end(channel)
         assert channel.frozen
+        assert saver.start(channel) == OK
+        assert not channel.frozen
 
 
 class TestStateChangeDuringASave:
