@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
 
+from emulator.machine.migration.vmstate import HELPER_ID, dbus_address
+
 
 def _escape(value: str | Path) -> str:
     """A value inside a QEMU option list: commas are doubled."""
@@ -58,6 +60,8 @@ class EmulatorOptions:
     qmp_socket: Path
     acpi_table: Path
     wait: bool = True
+    dbus_socket: Path | None = None
+    """Of the D-Bus daemon that carries the emulator's state; ``None``: the guest cannot be migrated."""
 
     def options(self) -> tuple[Option, ...]:
         mebibytes = self.memory_size >> 20
@@ -108,6 +112,23 @@ class EmulatorOptions:
                 str(self.gateway_library),
                 (("socket", str(self.gateway_socket)), ("wait", "on" if self.wait else "off")),
                 why="the trap gateway",
+            ),
+            *self._state_options(),
+        )
+
+    def _state_options(self) -> tuple[Option, ...]:
+        if self.dbus_socket is None:
+            return ()
+        return (
+            Option(
+                "object",
+                "dbus-vmstate",
+                (
+                    ("id", "vmbus-state"),
+                    ("addr", dbus_address(self.dbus_socket)),
+                    ("id-list", HELPER_ID),
+                ),
+                why="carries the emulator's state in migrations and snapshots",
             ),
         )
 

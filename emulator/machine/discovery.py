@@ -8,6 +8,7 @@ its layout           ``info mtree -f``: the lines of that memory region with the
 qtest socket         ``query-chardev``, label ``qtest``
 gateway socket       the ``-plugin`` option on the command line of the QMP socket's peer process
 vCPU → APIC id       ``qom-get`` ``apic-id`` of each CPU of ``query-cpus-fast``
+state carrier        ``qom-list /objects``: the ``addr`` of the object of type ``dbus-vmstate``
 ===================  ==============================================================================
 """
 
@@ -41,6 +42,8 @@ class QemuFacts:
     qtest_socket: str
     gateway_socket: str
     apic_ids: tuple[int, ...]
+    dbus_address: str | None = None
+    """Of the daemon that QEMU's ``dbus-vmstate`` object uses; without one the guest cannot be migrated."""
 
 
 def parse_layout(tree: str, region_name: str) -> tuple[RamRegion, ...]:
@@ -167,4 +170,13 @@ async def discover(qmp: Qmp) -> QemuFacts:
         qtest_socket=absolute(qtest),
         gateway_socket=absolute(gateway),
         apic_ids=tuple(apic_ids),
+        dbus_address=await _dbus_address(qmp),
     )
+
+
+async def _dbus_address(qmp: Qmp) -> str | None:
+    for found in await qmp.execute("qom-list", {"path": "/objects"}):
+        if found["type"] == "child<dbus-vmstate>":
+            path = f"/objects/{found['name']}"
+            return str(await qmp.execute("qom-get", {"path": path, "property": "addr"}))
+    return None

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
-import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +15,10 @@ from pathlib import Path
 
 from emulator.errors import QemuError, QemuUnsuitable
 from emulator.machine.arguments import EmulatorOptions
+from emulator.machine.child import end_with_parent
 from emulator.machine.qmp import Qmp
 from emulator.machine.rundir import RunDirectory
 
-_PR_SET_PDEATHSIG = 1
 _POLL = 0.01
 
 
@@ -36,6 +34,8 @@ class GuestOptions:
     smp: int = 1
     serial: Path | None = None
     command_port: bool = False
+    incoming: bool = False
+    """Wait for a migration (``migrate-incoming``) instead of booting."""
     extra: tuple[str, ...] = ()
 
 
@@ -56,15 +56,10 @@ def command_line(
     if guest.initrd is not None:
         line += ["-initrd", str(guest.initrd)]
     line += ["-append", guest.append]
+    if guest.incoming:
+        line += ["-incoming", "defer"]
     line += guest.extra
     return line
-
-
-def _end_with_parent(parent: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(1)
 
 
 class QemuProcess:
@@ -79,7 +74,6 @@ class QemuProcess:
         cls, line: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
     ) -> QemuProcess:
         """Start it; its messages go to ``log``. ``environment`` is added to this process's own."""
-        parent = os.getpid()
         with log.open("wb") as output:
             process = subprocess.Popen(
                 list(line),
@@ -88,7 +82,7 @@ class QemuProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a Ctrl-C is the emulator's to handle
-                preexec_fn=lambda: _end_with_parent(parent),
+                preexec_fn=end_with_parent(),
             )
         return cls(process, log)
 

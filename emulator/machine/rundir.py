@@ -65,6 +65,11 @@ class RunDirectory:
         return self.path / "gateway.sock"
 
     @property
+    def dbus(self) -> Path:
+        """Where the D-Bus daemon listens that carries the emulator's state."""
+        return self.path / "dbus.sock"
+
+    @property
     def command(self) -> Path:
         """The guest's second serial port: output of the command it runs."""
         return self.path / "command.sock"

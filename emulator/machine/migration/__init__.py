@@ -1,0 +1,5 @@
+"""Migration and snapshots: the emulator's state inside QEMU's own stream (design 5).
+
+``vmstate`` is the carrier (D-Bus), ``records`` what is saved beside channels, ``machine`` freezes, saves, restores
+and thaws a host, ``follower`` is the choreography with QEMU.
+"""
