@@ -58,6 +58,7 @@ from emulator.wire.echo import (
     build_header,
     parse_header,
 )
+from emulator.wire.offer import OfferFlags
 from emulator.wire.packet import GpaRange, Packet, PacketType
 
 if TYPE_CHECKING:
@@ -131,9 +132,13 @@ class Echo(Device):
         self,
         *,
         instance: Annotated[uuid.UUID, Help("instance GUID, for more than one echo device")] = ECHO_INSTANCE,
+        monitor: Annotated[
+            bool, Help("let the guest signal through its monitor page; uio_hv_generic of Linux 6.1 wants that")
+        ] = False,
     ) -> None:
         """A device for the registry: parameters with a ``Help`` are options of ``--device echo,...``."""
         self.instance = instance
+        self.monitor = monitor
         self.counts = dict.fromkeys(COUNTERS, 0)
         self._generation: Generation | None = None
 
@@ -141,7 +146,8 @@ class Echo(Device):
 
     def offer(self) -> Offer:
         """A plain channel. The GUIDs are how a guest's driver, or its user, finds the device."""
-        return Offer(interface_id=ECHO_INTERFACE, instance_id=self.instance, name=self.name)
+        flags = OfferFlags.REQUEST_MONITORED_NOTIFICATION if self.monitor else OfferFlags(0)
+        return Offer(interface_id=ECHO_INTERFACE, instance_id=self.instance, name=self.name, flags=flags)
 
     def packet(self, io: ChannelIo, packet: Packet) -> None:
         """One request. Whatever raises a GuestError on the way ends in :meth:`refused`."""

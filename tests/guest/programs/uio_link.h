@@ -34,6 +34,8 @@ struct link {
 	size_t rings_size;
 	uint8_t *buffer;     /* BUFFER_PAGES pages, writable and executable, locked */
 	uint64_t buffer_gpa; /* loop-back only: where they are for the host */
+	uint32_t *pending;   /* monitored channels only: the word of our bit in the monitor page */
+	uint32_t pending_bit;
 	bool loopback;
 	int timeout; /* seconds that any wait may take */
 	uint64_t interrupts, signals;
@@ -175,6 +177,27 @@ static void link_attach(struct link *link)
 	ring_store(&link->rx, RING_MASK, 1);
 }
 
+/*
+ * A channel that has a monitor (Linux shows its number only then) is signalled by a bit in the page that guest
+ * and host share, the third map of the device: 32-bit words from byte 8 on, eight bytes apart.
+ */
+static void link_find_monitor(struct link *link, const char *device)
+{
+	char path[320], line[64];
+	unsigned id;
+	uint8_t *page;
+
+	link->pending = NULL;
+	snprintf(path, sizeof path, "/sys/bus/vmbus/devices/%s/monitor_id", device);
+	if (!read_line(path, line, sizeof line) || sscanf(line, "%u", &id) != 1 || id > 127)
+		return;
+	page = mmap(NULL, RING_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, link->fd, 2 * RING_PAGE);
+	if (page == MAP_FAILED)
+		fail("cannot map the monitor page: %s", strerror(errno));
+	link->pending = (uint32_t *)(void *)(page + 8 + id / 32 * 8);
+	link->pending_bit = 1u << id % 32;
+}
+
 static void link_open_device(struct link *link, const char *interface_guid, int nth)
 {
 	char device[256], path[128], line[64];
@@ -189,6 +212,7 @@ static void link_open_device(struct link *link, const char *interface_guid, int 
 	link->rings_size = strtoul(line, NULL, 0);
 	link->rings = mmap(NULL, link->rings_size, PROT_READ | PROT_WRITE, MAP_SHARED, link->fd, 0);
 	link_attach(link);
+	link_find_monitor(link, device);
 	if (!link->buffer) {
 		link->buffer = mmap(NULL, BUFFER_PAGES * RING_PAGE, PROT_READ | PROT_WRITE | PROT_EXEC,
 				    MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
@@ -223,6 +247,8 @@ static void link_open_loopback(struct link *link, const char *description)
 static void link_close(struct link *link)
 {
 	munmap(link->rings, link->rings_size);
+	if (link->pending)
+		munmap((void *)((uintptr_t)link->pending & ~(uintptr_t)(RING_PAGE - 1)), RING_PAGE);
 	if (!link->loopback)
 		close(link->fd);
 }
@@ -248,10 +274,14 @@ static void link_signal(struct link *link)
 {
 	uint32_t one = 1;
 
+	link->signals++;
+	if (link->pending) {
+		__atomic_fetch_or(link->pending, link->pending_bit, __ATOMIC_SEQ_CST);
+		return;
+	}
 	/* Kernels up to 6.17 also unmask our ring here; it costs one interrupt too many at worst. */
 	if (write(link->fd, &one, sizeof one) != sizeof one)
 		fail("cannot signal the host: %s", strerror(errno));
-	link->signals++;
 }
 
 /* Sleeps until the host interrupts, or something is in the ring. */
