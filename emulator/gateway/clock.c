@@ -18,7 +18,7 @@
 
 #define TSC_SAMPLES 64
 #define PAIR_AGE_NS UINT64_C(10000000)
-#define FREQUENCY_AFTER_NS UINT64_C(1000000)
+#define FREQUENCY_AFTER_NS UINT64_C(20000000) /* then it is good to a few parts in a million */
 
 static _Atomic uint64_t refreshed_ns; /* when the pair was published last */
 

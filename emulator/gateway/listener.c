@@ -26,6 +26,7 @@
 #include <unistd.h>
 
 #define CONNECTIONS 8
+#define BACKLOG 64
 
 struct connection {
     int fd; /* -1: free */
@@ -303,7 +304,7 @@ bool listener_start(void)
                     ? -1
                     : bind(gateway.listen_fd, (const struct sockaddr *)&address, sizeof(address));
     umask(mask);
-    if (bound != 0 || listen(gateway.listen_fd, CONNECTIONS) != 0) {
+    if (bound != 0 || listen(gateway.listen_fd, BACKLOG) != 0) {
         fprintf(stderr, "vmbus gateway: cannot listen on %s: %s\n", gateway.socket_path, strerror(errno));
         return false;
     }

@@ -281,8 +281,16 @@ class Gateway:
             raise
 
     def activate(self) -> None:
-        """The tables are in place: from now on the guest's traps are requests."""
+        """The tables are in place: from now on the guest's traps are requests.
+
+        The first 20 ms of QEMU's life are too short to measure the TSC's frequency: then this waits.
+        """
         self.clock.arm()
+        known, *_, frequency = self._clock_fields()
+        while known and not frequency:
+            time.sleep(0.01)
+            self.refresh_clock()
+            *_, frequency = self._clock_fields()
         self._request(wire.MessageType.ACTIVATE)
 
     def refresh_clock(self) -> None:
@@ -513,7 +521,7 @@ class Gateway:
     # --- sleeping ---------------------------------------------------------------------------------------
 
     def sleep_prepare(self) -> bool:
-        """Ask to be woken through :meth:`fileno`. True: there is work, do not sleep."""
+        """Ask to be woken through :meth:`fileno`. True: there is work (since :meth:`traps`), do not sleep."""
         self._words[_CONTROL["waiting"]] = 1
         self._fence.acquire()
         self._fence.release()

@@ -220,11 +220,9 @@ def _assemble(directory: Path, source: str, machine: str) -> Path:
     text, code, image = directory / "guest.s", directory / "guest.o", directory / "guest.bin"
     text.write_text(source)
     subprocess.run(["as", f"--{machine}", "-o", code, text], check=True)
-    subprocess.run(
-        ["ld", "-m", {"64": "elf_x86_64", "32": "elf_i386"}[machine]]
-        + ["-Ttext=0x100000", "--oformat", "binary", "-e", "start", "-o", image, code],
-        check=True,
-    )
+    emulation = {"64": "elf_x86_64", "32": "elf_i386"}[machine]
+    link = f"ld -m {emulation} -Ttext=0x100000 --oformat binary -e start".split()
+    subprocess.run([*link, "-o", image, code], check=True)
     return image
 
 

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.qemu.bare_guest import long_mode_guest, protected_mode_guest
-from tests.qemu.machine_under_test import LIMIT, Machine, next_trap, serve
 
 from emulator.errors import GatewayError
 from emulator.machine.gateway import Fault, Gateway, Trap
 from emulator.wire.cpuid import CpuidLeaf
 from emulator.wire.gateway import DoorbellRule, TrapKind
+from tests.qemu.bare_guest import long_mode_guest, protected_mode_guest
+from tests.qemu.machine_under_test import LIMIT, Machine, next_trap, serve
 
 pytestmark = pytest.mark.qemu
 
