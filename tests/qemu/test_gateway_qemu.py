@@ -273,6 +273,62 @@ def test_user_code_faults_natively(start: Start) -> None:
         assert machine.output() == [13, 6, 0x22]
 
 
+@pytest.mark.parametrize("threads", ["multi", "single"])
+def test_two_vcpus_one_of_them_in_real_mode(start: Start, threads: str) -> None:
+    program = """
+    main:
+        lea other(%rip), %rsi
+        mov $0x8000, %edi
+        mov $(other_end - other), %ecx
+        rep movsb
+        movl $0, 0x9000
+        mov $0xfee00000, %ebx
+        movl $0x1ff, 0xf0(%rbx)
+        movl $0xc4500, 0x300(%rbx)       /* INIT to all others */
+        mov $10000000, %ecx
+    1:  dec %ecx
+        jnz 1b
+        movl $0xc4608, 0x300(%rbx)       /* start at 0x8000 */
+        mov $100, %ebp
+        xor %esi, %esi
+    2:  mov $0x40000020, %ecx
+        rdmsr
+        add %eax, %esi
+        dec %ebp
+        jnz 2b
+    3:  pause
+        cmpl $100, 0x9000
+        jne 3b
+        mov %esi, %eax
+        call hex
+        mov 0x9004, %eax
+        call hex
+        jmp done
+        .code16
+    other:
+        xor %ax, %ax
+        mov %ax, %ds
+        mov $100, %bp
+        xor %esi, %esi
+    1:  mov $0x40000021, %ecx
+        rdmsr
+        add %eax, %esi
+        mov %esi, 0x9004
+        incl 0x9000
+        dec %bp
+        jnz 1b
+    2:  hlt
+        jmp 2b
+    other_end:
+        .code64
+    """
+    with start(program, options=("-smp", "2", "-accel", f"tcg,thread={threads}")) as machine:
+        gateway = active(machine)
+        serve(gateway, lambda trap: gateway.answer(trap, (trap.msr - 0x40000020) * 1000 + trap.vcpu * 10))
+        assert machine.output() == [0, 101_000]
+        assert gateway.vcpus == 2
+
+
 # --- doorbells ------------------------------------------------------------------------------------------------
 
 
