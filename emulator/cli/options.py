@@ -75,7 +75,7 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--auto-eoi",
         action="store_true",
-        help="do not advise against auto-EOI, so that guests use it",
+        help="do not advise against auto-EOI, so that guests use it (works in xAPIC mode: -cpu ...,-x2apic)",
     )
 
 

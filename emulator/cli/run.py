@@ -126,7 +126,8 @@ def plan(arguments: argparse.Namespace) -> Plan:
             initrd=initrd,
             append=" ".join([*KERNEL_ARGUMENTS, arguments.append]).strip(),
             machine=arguments.machine,
-            cpu=arguments.cpu,
+            # The gateway ends interrupts through the local APIC's memory page, which x2APIC mode has not.
+            cpu=f"{arguments.cpu},-x2apic" if arguments.auto_eoi else arguments.cpu,
             smp=arguments.smp,
             serial=arguments.serial.absolute() if arguments.serial else None,
             command_port=bool(arguments.command),
