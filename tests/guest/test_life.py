@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from emulator.hypervisor.features import Features
 from emulator.machine.host import Ending, HostOptions
-from tests.guest.harness import Booted, boot
+from emulator.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
+from emulator.provision.kernel import find_kernel
+from tests.guest.harness import LOADED_MODULES, Booted, boot
 from tests.guest.test_boot import complaints
 
 pytestmark = pytest.mark.guest
@@ -47,6 +50,56 @@ def test_a_reboot_inside_one_qemu(tmp_path: Path) -> None:
                 await beats(guest)
             assert guest.host.bus.status()["gpadls"] == 3
             assert complaints(guest.console()) == []
+
+    asyncio.run(story())
+
+
+def second_kernel(words: str) -> tuple[list[tuple[Path, str]], str]:
+    """Files for a guest that starts a second kernel, and that kernel's command line."""
+    kernel = find_kernel("debian-6.12")
+    initramfs = build_initramfs(kernel, modules=LOADED_MODULES, command=[words])
+    return [(kernel.vmlinuz, "/vmlinuz"), (initramfs, "/initrd")], " ".join(KERNEL_ARGUMENTS)
+
+
+def test_kexec_into_a_second_kernel(tmp_path: Path, guest_program: Callable[[str], Path]) -> None:
+    added, line = second_kernel("echo second kernel: $(ls /sys/bus/vmbus/devices | wc -l) devices; sleep 2")
+
+    async def story() -> None:
+        async with boot(
+            tmp_path,
+            memory=1024,
+            add=[(guest_program("kexec"), "/bin/kexec"), *added],
+            command=[f"echo first; kexec /vmlinuz /initrd '{line}'"],
+        ) as guest:
+            await beats(guest)
+            await guest.says("second kernel: 3 devices")
+            await beats(guest)
+            assert guest.host.events.resets == 0
+            assert guest.host.bus.status()["gpadls"] == 3
+            assert await guest.finish() == 0
+            assert complaints(guest.console()) == []
+
+    asyncio.run(story())
+
+
+def test_a_crash_kernel_connects_after_a_panic(tmp_path: Path, guest_program: Callable[[str], Path]) -> None:
+    added, line = second_kernel("echo crash kernel: $(ls /sys/bus/vmbus/devices | wc -l) devices; sleep 1")
+
+    async def story() -> None:
+        async with boot(
+            tmp_path,
+            memory=1024,
+            smp=2,
+            append="crashkernel=320M",
+            add=[(guest_program("kexec"), "/bin/kexec"), *added],
+            command=[
+                f"kexec -p /vmlinuz /initrd '{line} nr_cpus=1' && echo loaded && echo c > /proc/sysrq-trigger"
+            ],
+        ) as guest:
+            await guest.until(lambda: guest.host.events.crashes, "a crash report")
+            await guest.says("crash kernel: 3 devices")
+            assert guest.host.bus.status()["gpadls"] == 3
+            assert await guest.finish() == 0
 
     asyncio.run(story())
 
