@@ -180,6 +180,10 @@ class Partition:
         """Everything that is not guest RAM."""
         return saved.export_partition(self)
 
+    def check_state(self, state: PartitionState) -> None:
+        """Raises :class:`~emulator.errors.MalformedError` for a state that :meth:`import_state` would refuse."""
+        saved.check(state, self.vp_count)
+
     def import_state(self, state: PartitionState) -> None:
         """Take over a saved state; guest memory is not touched. The partition is paused afterwards.
 

@@ -23,6 +23,9 @@ APIC_FREQUENCY = 1_000_000_000
 
 _UNITS_PER_SECOND = 10_000_000
 
+SAME_TSC = 200e-6
+"""Two frequencies that differ by less than this share are two measurements of the same."""
+
 
 class TscSource(Protocol):
     """The gateway's view of the guest's TSC."""
@@ -42,9 +45,17 @@ class TcgClock:
 
     def __init__(self, source: TscSource) -> None:
         self._source = source
-        self._start = time.monotonic_ns()
         self._last = 0
         self._frequency = 0
+        # Without a TSC, time goes on from here with the host's monotonic clock.
+        self._free_time = 0
+        self._free_since = time.monotonic_ns()
+        # With one, time was _origin_time when the guest's TSC was _origin_tsc.
+        self._origin_tsc = 0
+        self._origin_time = 0
+        self._stopped = False
+        #: The guest's TSC when the guest was stopped, if it was known; ``None`` while the guest runs.
+        self.stopped_at: int | None = None
 
     @property
     def tsc_frequency(self) -> int:
@@ -55,7 +66,7 @@ class TcgClock:
 
     @property
     def tsc_known(self) -> bool:
-        return bool(self.tsc_frequency) and self._source.guest_tsc_now() is not None
+        return not self._stopped and bool(self.tsc_frequency) and self._source.guest_tsc_now() is not None
 
     def guest_tsc(self) -> int:
         """The guest's TSC now; 0 while it is not known."""
@@ -63,11 +74,45 @@ class TcgClock:
 
     def now(self) -> int:
         """Reference time in units of 100 ns; never less than what was returned before."""
+        if self._stopped:
+            return self._last
         tsc = self._source.guest_tsc_now()
         frequency = self.tsc_frequency
         if tsc is None or not frequency:
-            current = (time.monotonic_ns() - self._start) // 100
+            current = self._free_time + (time.monotonic_ns() - self._free_since) // 100
         else:
-            current = (tsc * ((_UNITS_PER_SECOND << 64) // frequency)) >> 64
+            scale = (_UNITS_PER_SECOND << 64) // frequency
+            current = self._origin_time + ((tsc - self._origin_tsc) * scale >> 64)
         self._last = max(self._last, current)
         return self._last
+
+    def stop(self) -> None:
+        """The guest was stopped: its TSC stands still, and so does time, at what was returned last."""
+        if not self._stopped:
+            self.stopped_at = self._source.guest_tsc_now()
+            self._stopped = True
+
+    def go(self) -> None:
+        """The guest goes on; its TSC has to be sampled anew."""
+        self._free_time = self._last
+        self._free_since = time.monotonic_ns()
+        self._stopped = False
+        self.stopped_at = None
+
+    def restore(self, frequency: int, tsc: int, now: int) -> bool:
+        """The guest comes from another QEMU: it knows its TSC's ``frequency`` (Hz, 0: none), and reference time
+        was ``now`` when its TSC was ``tsc`` (0: not known). Whether the TSC runs here as it did there.
+
+        QEMU lets a guest's TSC go on where it stood. Two measurements of one TSC differ a little, and the guest
+        must see one: up to :data:`SAME_TSC` the guest's counts.
+        """
+        own = self.tsc_frequency
+        same = abs(own - frequency) <= frequency * SAME_TSC
+        if same:
+            self._frequency = frequency
+        else:
+            self._last = self._free_time = now
+            self._free_since = time.monotonic_ns()
+            if tsc:
+                self._origin_tsc, self._origin_time = tsc, now
+        return same

@@ -21,15 +21,21 @@ from emulator.machine.acpi import vmbus_table
 from emulator.machine.arguments import EmulatorOptions
 from emulator.machine.host import Host, HostOptions
 from emulator.machine.launch import GuestOptions, QemuProcess, command_line
+from emulator.machine.migration.vmstate import DbusDaemon
 from emulator.machine.rundir import RunDirectory
 from emulator.machine.served import HostCommand, Served
 from emulator.provision.qemu import QemuBinary
 
 
 def emulator_options(
-    directory: RunDirectory, memory_size: int, gateway_library: Path, *, wait: bool = True
+    directory: RunDirectory,
+    memory_size: int,
+    gateway_library: Path,
+    *,
+    wait: bool = True,
+    migratable: bool = True,
 ) -> EmulatorOptions:
-    """The emulator's options for a guest in ``directory``."""
+    """The emulator's options for a guest in ``directory``; ``migratable`` needs a QEMU with ``dbus-vmstate``."""
     return EmulatorOptions(
         memory_path=directory.memory,
         memory_size=memory_size,
@@ -39,6 +45,7 @@ def emulator_options(
         qmp_socket=directory.qmp,
         acpi_table=directory.acpi_table,
         wait=wait,
+        dbus_socket=directory.dbus if migratable else None,
     )
 
 
@@ -74,12 +81,15 @@ class Guest:
         process: QemuProcess | None = None
         served: Served | None = None
         command: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        daemon: DbusDaemon | None = None
         try:
+            if qemu.dbus_vmstate:  # QEMU connects to it when it starts
+                daemon = await DbusDaemon.start(qemu.dbus_daemon(), directory.path)
             directory.acpi_table.write_bytes(vmbus_table())
             line = command_line(
                 qemu.argv_prefix,
                 directory,
-                emulator_options(directory, memory_size, gateway_library),
+                emulator_options(directory, memory_size, gateway_library, migratable=daemon is not None),
                 options,
             )
             process = QemuProcess.start(line, directory.qemu_log, qemu.environment)
@@ -100,4 +110,6 @@ class Guest:
                 await served.close()
             if process is not None:
                 await asyncio.to_thread(process.stop)
+            if daemon is not None:
+                await asyncio.to_thread(daemon.stop)
             directory.remove()

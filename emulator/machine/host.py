@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import Enum
@@ -40,8 +40,10 @@ from emulator.machine.clock import TcgClock
 from emulator.machine.discovery import QemuFacts, discover
 from emulator.machine.gateway import Fault, Gateway, Trap
 from emulator.machine.memory import MappedMemory
+from emulator.machine.migration.follower import Follower
 from emulator.machine.qmp import Qmp
 from emulator.machine.qtest import Qtest
+from emulator.machine.workers import WorkerThreads
 from emulator.wire.gateway import DoorbellRule, TrapKind
 from emulator.wire.hypercall import HvStatus
 from emulator.wire.version import Version
@@ -86,6 +88,9 @@ class HostEvents:
 
 _KEEP = 16
 
+SETTLE_LIMIT = 10.0
+"""Seconds that devices' work in threads may take to end before the host lets go of guest memory."""
+
 #: Connection ids of channels (``Channel.connection_id``): 0x2000 + relid.
 EVENT_CONNECTIONS = 0x2000
 
@@ -120,7 +125,7 @@ class Host:
             self._host._tsc_page_waits = bool(os_id)
 
         def reset_requested(self) -> None:
-            self._host._background(self._host.qmp.execute("system_reset"))
+            self._host.background(self._host.qmp.execute("system_reset"))
 
         def auto_eoi_changed(self, vp: int, vectors: AbstractSet[int]) -> None:
             self._host.gateway.set_auto_eoi(vp, vectors)
@@ -160,13 +165,16 @@ class Host:
         )
         for connection in (1, 4):
             self.partition.connect_message_port(connection, self._message)
+        self.workers = WorkerThreads(loop)
         self.environment = DeviceEnvironment(
             memory=self.memory,
             timers=loop,
             reference_time=self.partition.reference_time.now,
             offers=self.bus,
+            workers=self.workers,
         )
         self.devices: list[AttachedDevice] = []
+        self.migration = Follower(self)
         self._tsc_page_waits = False
         self.gateway_traps = 0
         self.gateway_doorbells = 0
@@ -197,9 +205,16 @@ class Host:
             if not isinstance(qmp_socket, Qmp):
                 await qmp.close()
             raise
-        for device in devices:
-            host.add_device(device)
-        host._activate(options)
+        try:
+            for device in devices:
+                host.add_device(device)
+            if not facts.running:
+                host.clock.stop()
+            await host.migration.start()
+            host._activate(options)
+        except BaseException:
+            await host.close()
+            raise
         return host
 
     def add_device(self, device: Device) -> AttachedDevice:
@@ -216,7 +231,7 @@ class Host:
         self.gateway.activate()
         self._loop.add_reader(self.gateway.fileno(), self._gateway_ready)
         self._loop.call_soon(self._gateway_ready)
-        self._background(self._follow_life())
+        self.background(self._follow_life())
 
     def _message(self, vp: int, connection_id: int, payload: bytes) -> int:
         result = self.bus.message(vp, connection_id, payload)
@@ -229,11 +244,7 @@ class Host:
         try:
             gateway.awake()
             while True:
-                for trap in gateway.traps():
-                    self._serve(trap)
-                for index in gateway.doorbells():
-                    self.gateway_doorbells += 1
-                    self.partition.synic.ring_event_port(EVENT_CONNECTIONS + index)
+                self.serve_gateway()
                 if self._tsc_page_waits and self.clock.tsc_known:
                     self._tsc_page_waits = False
                     self.partition.publish_reference_tsc()
@@ -241,6 +252,14 @@ class Host:
                     break
         except (GatewayError, QemuGone) as error:
             self._end(Ending.QEMU_GONE, error)
+
+    def serve_gateway(self) -> None:
+        """Answer the traps that wait, take the doorbells that were rung."""
+        for trap in self.gateway.traps():
+            self._serve(trap)
+        for index in self.gateway.doorbells():
+            self.gateway_doorbells += 1
+            self.partition.synic.ring_event_port(EVENT_CONNECTIONS + index)
 
     def _serve(self, trap: Trap) -> None:
         self.gateway_traps += 1
@@ -272,12 +291,16 @@ class Host:
             if name == "RESET":
                 self.events.resets += 1
                 self.reset()
+            elif name == "STOP":
+                self.clock.stop()
             elif name == "RESUME":
                 self.gateway.clock.arm()
+                self.clock.go()
             elif name == "SHUTDOWN":
                 self._shutdown_reason = str(data.get("reason", ""))
             elif name == "GUEST_PANICKED":
                 self.events.guest_panicked += 1
+            self.migration.event(name, data)
         self._end(Ending.POWERED_OFF if self._shutdown_reason else Ending.QEMU_GONE, None)
 
     def reset(self) -> None:
@@ -292,7 +315,8 @@ class Host:
             _log.warning("the guest reports a crash: %s", report)
             self.events.crashes.append(report)
 
-    def _background(self, work: Any) -> None:
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run ``work`` beside everything else; an error of QEMU's in it ends the host, another one fails it."""
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._background_done)
@@ -327,8 +351,14 @@ class Host:
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.migration.close()
         for attached in self.devices:
             attached.device.stop()
+        if not await self.workers.settle(SETTLE_LIMIT):
+            _log.warning(
+                "%d pieces of devices' work are not done; they are left behind", self.workers.unfinished
+            )
+        self.workers.close()
         self.gateway.close()
         self.qtest.close()
         await self.qmp.close()

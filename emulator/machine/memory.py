@@ -120,6 +120,29 @@ class MappedPages:
         self._memory.dirty[word >> 10] = 1
 
 
+class MappedViews:
+    """:class:`~emulator.ports.WritableMemory`: runs of :class:`MappedMemory`, by their place in the file."""
+
+    __slots__ = ("_memory", "_pieces", "views")
+
+    def __init__(self, memory: MappedMemory, pieces: list[tuple[int, int]]) -> None:
+        self._memory = memory
+        self._pieces = pieces
+        ram = memory._ram
+        self.views = [ram[offset : offset + length] for offset, length in pieces]
+
+    def finish(self, length: int) -> None:
+        pieces, self._pieces = self._pieces, []
+        self.views = []
+        stored = []
+        for offset, step in pieces:
+            if length <= 0:
+                break
+            stored.append((offset, min(step, length)))
+            length -= step
+        self._memory._stored(stored)
+
+
 class MappedMemory:
     """:class:`~emulator.ports.GuestMemory` over a mapping of the guest's RAM file."""
 
@@ -216,6 +239,17 @@ class MappedMemory:
             self._store(offset, data[done : done + step] if step != len(data) else data)
             done += step
 
+    def readable(self, runs: Sequence[tuple[int, int]]) -> list[memoryview]:
+        ram = self._ram
+        return [
+            ram[offset : offset + step].toreadonly()
+            for gpa, length in runs
+            for offset, step in self._pieces(gpa, length)
+        ]
+
+    def writable(self, runs: Sequence[tuple[int, int]]) -> MappedViews:
+        return MappedViews(self, [piece for gpa, length in runs for piece in self._pieces(gpa, length)])
+
     def write_code(self, gpa: int, data: bytes) -> None:
         self.write(gpa, data)
         if self._through is not None:
@@ -248,6 +282,13 @@ class MappedMemory:
             at = self.dirty.find(1, at + 1)
         return found
 
+    def gpa_of_page(self, page: int) -> int | None:
+        """The guest physical address of a page of the file; ``None`` for one that the guest does not see."""
+        try:
+            return self._gpa_of(page * PAGE_SIZE)
+        except GuestAddressError:
+            return None
+
     def _gpa_of(self, offset: int) -> int:
         for region in self.regions:
             if region.offset <= offset < region.offset + region.size:
@@ -260,20 +301,29 @@ class MappedMemory:
         if not length:
             return
         self._ram[offset : offset + length] = data
-        first = offset // PAGE_SIZE
-        last = (offset + length - 1) // PAGE_SIZE
-        if first == last:
-            self.dirty[first] = 1
-        else:
-            self.dirty[first : last + 1] = b"\1" * (last + 1 - first)
-        if self._code_pages is None:
+        self._stored([(offset, length)])
+
+    def _stored(self, pieces: Sequence[tuple[int, int]]) -> None:
+        """``(offset in the file, length)`` were stored: see to code and dirty pages."""
+        dirty = self.dirty
+        for offset, length in pieces:
+            first = offset // PAGE_SIZE
+            last = (offset + length - 1) // PAGE_SIZE
+            if first == last:
+                dirty[first] = 1
+            else:
+                dirty[first : last + 1] = b"\1" * (last + 1 - first)
+        if self._code_pages is None or not pieces:
             return
         self.fence()
-        gpa = self._gpa_of(offset)
-        first_pfn = gpa // PAGE_SIZE
-        noted = self._code_pages.test_and_clear(first_pfn, last + 1 - first)
-        if noted and self._through is not None:
-            for pfn in noted:
-                start = max(pfn * PAGE_SIZE, gpa)
-                end = min((pfn + 1) * PAGE_SIZE, gpa + length)
-                self._through.write_memory(start, bytes(data[start - gpa : end - gpa]))
+        for offset, length in pieces:
+            gpa = self._gpa_of(offset)
+            first_pfn = gpa // PAGE_SIZE
+            noted = self._code_pages.test_and_clear(
+                first_pfn, (gpa + length - 1) // PAGE_SIZE + 1 - first_pfn
+            )
+            if noted and self._through is not None:
+                for pfn in noted:
+                    start = max(pfn * PAGE_SIZE, gpa)
+                    end = min((pfn + 1) * PAGE_SIZE, gpa + length)
+                    self._through.write_memory(start, self.read(start, end - start))

@@ -18,12 +18,14 @@ import contextlib
 import select
 import socket
 import time
+from collections.abc import Sequence
 
 from emulator.errors import QemuError, QemuGone, QemuUnsuitable
 
 _MSI_BASE = 0xFEE00000
 _READ_ANSWERS_AT = 32
 _WRITE_CHUNK = 16 << 10
+_MARKS = 2000  # so many answers fit any socket's buffer
 
 
 class Qtest:
@@ -69,6 +71,19 @@ class Qtest:
             chunk = data[start : start + _WRITE_CHUNK]
             self._send(b"b64write 0x%x 0x%x %s\n" % (gpa + start, len(chunk), base64.b64encode(chunk)))
         self.settle()
+
+    def mark(self, bytes_there: Sequence[tuple[int, int]]) -> None:
+        """Write each ``(address, byte)``; returns when all are written.
+
+        For pages that were written behind QEMU's back: the byte is what is there already, so only QEMU's log of
+        dirty pages changes. The guest must not run, or it may lose what it writes there at this moment.
+        """
+        for start in range(0, len(bytes_there), _MARKS):
+            part = bytes_there[start : start + _MARKS]
+            lines = b"".join([b"writeb 0x%x 0x%x\n" % each for each in part])
+            self._unanswered += len(part) - 1
+            self._send(lines)
+            self.settle()
 
     def settle(self) -> None:
         """Wait until QEMU has done everything that was asked so far."""

@@ -1,0 +1,128 @@
+"""Drives QEMU through a migration or a snapshot, and tells what it took.
+
+The choreography of the emulator's own part is :mod:`emulator.machine.migration.follower`, which works the same
+when somebody else drives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from emulator.errors import QemuError, UserError
+from emulator.machine.migration.follower import Departure, Phase
+
+if TYPE_CHECKING:
+    from emulator.machine.host import Host
+
+_POLL = 0.05
+_SOCKETS = ("tcp:", "unix:", "vsock:")
+
+
+class MigrationFailed(UserError):
+    """The guest goes on where it was; the message says why it could not leave."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A migration that succeeded. Times in seconds, from QEMU's own account."""
+
+    total: float
+    downtime: float
+    memory_bytes: int
+    passes: int
+    departure: Departure
+
+
+Progress = Callable[[dict[str, Any]], object]
+"""Called with QEMU's ``query-migrate`` now and then."""
+
+
+async def migrate(host: Host, uri: str, *, progress: Progress | None = None, limit: float = 600.0) -> Outcome:
+    """Send the guest of ``host`` to ``uri``; returns when the target has it.
+
+    Raises :class:`MigrationFailed` when it stays here: refused, failed, cancelled, or not done in ``limit``
+    seconds.
+    """
+    follower = host.migration
+    if host.facts.dbus_address is None:
+        raise MigrationFailed(
+            "this QEMU runs without -object dbus-vmstate, which carries the emulator's state: "
+            "`vmbus qemu-args --migratable` prints the options"
+        )
+    if follower.phase is not Phase.IDLE:
+        raise MigrationFailed(f"the guest cannot be migrated now: it is {follower.phase.value}")
+    qmp = host.qmp
+    return_path = uri.startswith(_SOCKETS)
+    await qmp.execute(
+        "migrate-set-capabilities",
+        {"capabilities": [{"capability": "return-path", "state": return_path}]},
+    )
+    host.memory.take_dirty()  # QEMU begins with all of memory
+    follower.departure = Departure()
+    try:
+        await qmp.execute("migrate", {"uri": uri})
+    except QemuError as error:
+        raise MigrationFailed(str(error)) from error
+    try:
+        async with asyncio.timeout(limit):
+            found = await _ended(host, progress)
+    except TimeoutError:
+        with contextlib.suppress(QemuError):
+            await qmp.execute("migrate_cancel")
+        await _ended(host, None)
+        raise MigrationFailed(f"not done within {limit:g} s; the guest goes on here") from None
+    if found["status"] != "completed":
+        why = follower.departure.refusal or found.get("error-desc") or found["status"]
+        raise MigrationFailed(f"{why}; the guest goes on here")
+    ram = found.get("ram", {})
+    return Outcome(
+        total=found.get("total-time", 0) / 1000,
+        downtime=found.get("downtime", 0) / 1000,
+        memory_bytes=ram.get("transferred", 0),
+        passes=ram.get("dirty-sync-count", 0),
+        departure=follower.departure,
+    )
+
+
+async def _ended(host: Host, progress: Progress | None) -> dict[str, Any]:
+    """Wait for the end of a migration."""
+    follower = host.migration
+    while True:
+        found: dict[str, Any] = await host.qmp.execute("query-migrate")
+        status = found.get("status")
+        if progress is not None:
+            progress(found)
+        if status == "completed":
+            return found
+        if status in ("failed", "cancelled"):
+            return found
+        with contextlib.suppress(TimeoutError):
+            await follower.until(_told(follower.departure.statuses), _POLL)
+
+
+def _told(statuses: list[str]) -> Callable[[], bool]:
+    before = len(statuses)
+    return lambda: len(statuses) > before
+
+
+async def receive(host: Host, uri: str) -> None:
+    """Listen on ``uri`` for the guest; returns when QEMU listens. See :func:`arrived`."""
+    await host.qmp.execute("migrate-incoming", {"uri": uri, "exit-on-error": False})
+
+
+async def arrived(host: Host, limit: float = 600.0) -> None:
+    """Wait until the guest runs here. Raises :class:`MigrationFailed` if it did not come."""
+    follower = host.migration
+    async with asyncio.timeout(limit):
+        while follower.phase in (Phase.INCOMING, Phase.LOADED):
+            found = await host.qmp.execute("query-migrate")
+            if found.get("status") == "failed":
+                raise MigrationFailed(
+                    follower.load_refused or found.get("error-desc", "the migration failed")
+                )
+            with contextlib.suppress(TimeoutError):
+                await follower.until(lambda: follower.phase is Phase.IDLE, _POLL)

@@ -1,0 +1,268 @@
+"""Follows every migration of the guest, whoever started it, and has its state ready when QEMU asks.
+
+    source  idle ──MIGRATION setup──▶ migrating ──pre-switchover──▶ ready ──completed──▶ left
+              ▲                           │                           │                    │
+              └────── failed, cancelled ──┴───────────── RESUME ──────┴────────────────────┘
+    target  incoming ──Load()──▶ loaded ──RESUME──▶ idle
+
+At ``pre-switchover`` QEMU has stopped the guest and waits: the host is frozen, its state saved, every page that
+was written through the mapping is marked, and only when QEMU is seen to wait still is the state good to be
+taken. In ``Save()`` and ``Load()`` nothing is asked of QEMU. A ``Save()`` for which nothing was made ready
+(``savevm`` behind the emulator's back, a migration without the pause) gets a refusal in place of a state: QEMU
+cannot fail a save for that, but whoever loads it fails, with the reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from emulator.errors import QemuError, VmbusError
+from emulator.machine.migration.machine import HostState
+from emulator.machine.migration.vmstate import VmStateHelper
+from emulator.saving import Reason, StateRefused, refusal_stream
+from emulator.saving.stream import BUFFER_SIZE, ChannelStatistics
+
+if TYPE_CHECKING:
+    from emulator.machine.host import Host
+
+_log = logging.getLogger(__name__)
+
+CAPABILITIES = ("events", "pause-before-switchover")
+"""Set when the emulator attaches; see design 5."""
+
+IMPOSSIBLE = {
+    "postcopy-ram": "the guest would run before its memory is there, and the emulator reads that memory",
+    "release-ram": "pages would be taken from the memory file that the emulator maps",
+    "x-colo": "the emulator's state cannot be checkpointed",
+    "background-snapshot": "QEMU cannot hold back the emulator's writes while it saves",
+}
+"""Capabilities with which no migration is let through."""
+
+_ENDED = ("none", "completed", "failed", "cancelled")
+
+
+class Phase(Enum):
+    """States of the module's table."""
+
+    IDLE = "idle"
+    MIGRATING = "migrating"
+    READY = "ready"
+    LEFT = "left"
+    INCOMING = "incoming"
+    LOADED = "loaded"
+
+
+class Switchover(Enum):
+    """Who lets QEMU go on after ``pre-switchover``."""
+
+    OWN = "own"
+    OBSERVE = "observe"
+
+
+@dataclass(slots=True)
+class Departure:
+    """What the emulator did for the last migration (or snapshot) of its guest. Times in seconds."""
+
+    state_bytes: int = 0
+    channels: tuple[ChannelStatistics, ...] = ()
+    pages_marked: int = 0
+    answers_carried: int = 0
+    prepared_in: float = 0.0
+    """How long the stopped guest stood because of the emulator."""
+    refusal: str = ""
+    statuses: list[str] = field(default_factory=list)
+    """QEMU's migration statuses, in order."""
+
+
+class Follower:
+    """The emulator's part in migrations and snapshots of one guest. Made by :meth:`start`."""
+
+    def __init__(
+        self,
+        host: Host,
+        *,
+        switchover: Switchover = Switchover.OWN,
+        buffer_size: int = BUFFER_SIZE,
+    ) -> None:
+        self.state = HostState(host)
+        self.phase = Phase.IDLE
+        self.departure = Departure()
+        self.switchover = switchover
+        self.buffer_size = buffer_size
+        #: Why the last Load() was refused; empty if it was not.
+        self.load_refused = ""
+        self._host = host
+        self._helper: VmStateHelper | None = None
+        self._data: bytes | None = None
+        self._good = False
+        self._watchers: set[Callable[[], None]] = set()
+
+    async def start(self) -> None:
+        """Join the carrier and see to QEMU's capabilities. The host has not been activated yet.
+
+        Raises :class:`~emulator.errors.QemuUnsuitable` when the carrier's daemon is not there.
+        """
+        status = await self._host.qmp.execute("query-status")
+        if status["status"] == "inmigrate":
+            self.expect()
+        await self._set_capabilities()
+        if self._host.facts.dbus_address is not None:
+            self._helper = await VmStateHelper.connect(self._host.facts.dbus_address, self)
+
+    async def close(self) -> None:
+        """Leave the carrier."""
+        if self._helper is not None:
+            await self._helper.close()
+
+    async def _set_capabilities(self) -> None:
+        qmp = self._host.qmp
+        wanted = [{"capability": name, "state": True} for name in CAPABILITIES]
+        try:
+            await qmp.execute("migrate-set-capabilities", {"capabilities": wanted})
+        except QemuError as error:  # a migration is under way, or other capabilities exclude these
+            _log.warning("migrations of this guest will not be followed: %s", error)
+
+    # --- what QEMU tells -----------------------------------------------------------------------------------
+
+    def event(self, name: str, data: dict[str, Any]) -> None:
+        """A QMP event, in order."""
+        if name == "RESUME":
+            self._resumed()
+        elif name == "MIGRATION":
+            self._migration(str(data.get("status")))
+        else:
+            return
+        for watcher in tuple(self._watchers):
+            watcher()
+
+    def _migration(self, status: str) -> None:
+        _log.info("migration: %s", status)
+        if self.phase in (Phase.INCOMING, Phase.LOADED):
+            return
+        if status == "setup":
+            self.departure = Departure()
+            self.phase = Phase.MIGRATING
+            self._host.background(self._check_capabilities())
+        self.departure.statuses.append(status)
+        if status == "pre-switchover":
+            self._host.background(self._switch_over())
+        elif status == "completed" and self.phase is Phase.READY:
+            self.phase = Phase.LEFT
+        elif status in ("failed", "cancelled"):
+            # With a guest that ran before, RESUME thaws. One that was stopped before stays so, and frozen.
+            self._data = None
+            self._good = False
+            if self.phase is Phase.MIGRATING:
+                self.phase = Phase.IDLE
+
+    def _resumed(self) -> None:
+        self._data = None
+        self._good = False
+        self.phase = Phase.IDLE
+        self.state.thaw()
+
+    async def _check_capabilities(self) -> None:
+        qmp = self._host.qmp
+        found = await qmp.execute("query-migrate-capabilities")
+        bad = [each["capability"] for each in found if each["state"] and each["capability"] in IMPOSSIBLE]
+        if bad:
+            _log.error("migration cancelled: with %s, %s", bad[0], IMPOSSIBLE[bad[0]])
+            self.departure.refusal = f"{bad[0]}: {IMPOSSIBLE[bad[0]]}"
+            await qmp.execute("migrate_cancel")
+
+    async def _switch_over(self) -> None:
+        begun = time.monotonic()
+        self.prepare()
+        if not await self._still_waits():
+            return
+        self._good = True
+        self.departure.prepared_in = time.monotonic() - begun
+        if self.departure.refusal:
+            # Nothing that QEMU could send would be taken: the guest goes on here, at once.
+            await self._cancel()
+        elif self.switchover is Switchover.OWN:
+            with contextlib.suppress(QemuError):  # it was cancelled in this moment: an event tells
+                await self._host.qmp.execute("migrate-continue", {"state": "pre-switchover"})
+
+    async def _still_waits(self) -> bool:
+        found = await self._host.qmp.execute("query-migrate")
+        return bool(found.get("status") == "pre-switchover")
+
+    async def _cancel(self) -> None:
+        with contextlib.suppress(QemuError):
+            await self._host.qmp.execute("migrate_cancel")
+
+    # --- preparing -----------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Freeze, save and mark; the guest is stopped. What went wrong is in ``departure.refusal``."""
+        self.phase = Phase.READY
+        self._good = False
+        self.state.freeze()
+        try:
+            saved = self.state.save(self.buffer_size)
+        except StateRefused as error:
+            _log.error("the guest cannot be migrated: %s", error)
+            self.departure.refusal = str(error)
+            self._data = refusal_stream(error)
+        else:
+            self._data = saved.data
+            self.departure.state_bytes = len(saved.data)
+            self.departure.channels = saved.channels
+            self.departure.answers_carried = len(self._host.gateway.unclaimed())
+        self.departure.pages_marked = self.state.mark_dirty()
+
+    def expect(self) -> None:
+        """A state will be loaded before the guest runs (again)."""
+        self.phase = Phase.INCOMING
+        self.load_refused = ""
+        self.state.freeze()
+
+    # --- what QEMU asks over D-Bus: no QMP, no qtest in here -------------------------------------------------
+
+    def save(self) -> bytes:
+        """``Save()``."""
+        if self._good and self._data is not None:
+            return self._data
+        error = StateRefused(
+            Reason.WRONG_STATE,
+            "the machine was saved behind the emulator's back, while guest memory was being written; use `vmbus "
+            "snapshot`, or a migration with pause-before-switchover",
+        )
+        _log.error("%s", error)
+        return refusal_stream(error)
+
+    def load(self, state: bytes) -> None:
+        """``Load(state)``."""
+        try:
+            if self.phase is not Phase.INCOMING:
+                raise StateRefused(
+                    Reason.WRONG_STATE,
+                    "guest memory was replaced behind the emulator's back; use `vmbus snapshot load`",
+                )
+            self.state.restore(state)
+        except VmbusError as error:
+            self.load_refused = str(error)
+            raise
+        self.phase = Phase.LOADED
+
+    # --- waiting -------------------------------------------------------------------------------------------
+
+    async def until(self, condition: Callable[[], bool], limit: float) -> None:
+        """Wait until ``condition()`` holds, looked at after each event. Raises ``TimeoutError``."""
+        changed = asyncio.Event()
+        self._watchers.add(changed.set)
+        try:
+            async with asyncio.timeout(limit):
+                while not condition():
+                    changed.clear()
+                    await changed.wait()
+        finally:
+            self._watchers.discard(changed.set)

@@ -1,0 +1,189 @@
+"""All of a host as one state: frozen, saved, restored, thawed.
+
+    running ──freeze──▶ frozen ──save──▶ frozen ──thaw──▶ running          (a migration that failed: as before)
+    fresh ───freeze──▶ frozen ──restore──▶ frozen ──thaw──▶ running        (the target, before its guest runs)
+
+Frozen: no write of guest memory, no interrupt, no completion; traps are still answered. A thaw kicks both
+directions of every channel once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from emulator.bus.channel import Channel
+from emulator.bus.channel_io import ChannelIo
+from emulator.errors import MalformedError
+from emulator.hypervisor.features import Features
+from emulator.hypervisor.reference_time import TscScaling
+from emulator.machine.gateway import Unclaimed
+from emulator.machine.migration.records import SAVED_HYPERVISOR, SavedAnswer, SavedHypervisor
+from emulator.ports import PAGE_SIZE
+from emulator.saving import (
+    ChannelSaver,
+    ChannelState,
+    Reason,
+    Restore,
+    SavedState,
+    SectionTarget,
+    StateRefused,
+    read_machine,
+    save_machine,
+)
+from emulator.saving.device_channel import DeviceChannel
+from emulator.saving.stream import BUFFER_SIZE
+from emulator.wire.saved import SavedSection, parse_record
+
+if TYPE_CHECKING:
+    from emulator.machine.host import Host
+
+_log = logging.getLogger(__name__)
+
+_VIDEO_MEMORY = range(0xA0000 // PAGE_SIZE, 0x100000 // PAGE_SIZE)
+"""Pages below 1 MiB that are not RAM where a guest sees them."""
+
+
+class Section(SectionTarget, Protocol):
+    """A part of the machine that is one section of its state."""
+
+    def save(self) -> SavedSection:
+        """The section. Raises :class:`~emulator.saving.StateRefused`."""
+
+
+class HypervisorSection:
+    """The hypervisor part, its clock and what the gateway has answered, as a section of a state."""
+
+    name = "hypervisor"
+    version = 1
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def save(self) -> SavedSection:
+        host = self._host
+        saved = SavedHypervisor(
+            offered=offered(host.partition.features),
+            tsc=host.clock.stopped_at or 0,
+            tsc_frequency=host.clock.tsc_frequency,
+            answers=tuple(SavedAnswer(*answer) for answer in host.gateway.unclaimed()),
+            partition=host.partition.export_state(),
+        )
+        return SavedSection(self.name, self.version, SAVED_HYPERVISOR.build(saved))
+
+    def check_restore(self, section: SavedSection, channels: Sequence[ChannelState]) -> str | None:
+        if (section.name, section.version) != (self.name, self.version):
+            return f"{section.name} of version {section.version}, this emulator reads version {self.version}"
+        try:
+            saved = parse_record(SAVED_HYPERVISOR, section.state)
+            self._host.partition.check_state(saved.partition)
+        except MalformedError as error:
+            return str(error)
+        here = offered(self._host.partition.features)
+        if saved.offered != here:
+            differing = ", ".join(sorted(set(saved.offered) ^ set(here)))
+            return f"the guest was offered other features of Hyper-V than this emulator offers: {differing}"
+        return None
+
+    def apply_restore(self, section: SavedSection) -> None:
+        host = self._host
+        saved = parse_record(SAVED_HYPERVISOR, section.state)
+        time = saved.partition.time
+        now = time.time
+        if time.frequency and saved.tsc:  # what a guest that computes time itself has seen
+            now = max(now, TscScaling(time.frequency, time.scale, time.offset).time(saved.tsc))
+        same = host.clock.restore(saved.tsc_frequency, saved.tsc, now)
+        host.partition.import_state(saved.partition)
+        if not same:  # the guest asks for the time until its TSC is known here
+            host.partition.publish_reference_tsc()
+        host.gateway.carry(
+            Unclaimed(answer.identity, answer.verdict, answer.value) for answer in saved.answers
+        )
+
+
+def offered(features: Features) -> tuple[str, ...]:
+    """The features as names, to be compared with those of another emulator."""
+    found = []
+    for field in dataclasses.fields(features):
+        value = getattr(features, field.name)
+        if value is True:
+            found.append(field.name)
+        elif value is not False:
+            found.append(f"{field.name}={value}")
+    return tuple(found)
+
+
+class HostState:
+    """Freezes, saves, restores and thaws one host."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._saver = ChannelSaver()
+        self._channels: dict[Channel, DeviceChannel] = {}
+        self._hypervisor = HypervisorSection(host)
+        self.bus_section: Section | None = None
+        self.frozen = False
+
+    def _known(self) -> list[DeviceChannel]:
+        """The channels that a device serves, in the order of their offers."""
+        there = [each for each in self._host.bus.channels if isinstance(each.endpoint, ChannelIo)]
+        self._channels = {
+            channel: self._channels.get(channel) or DeviceChannel(self._saver, channel, channel.endpoint)  # type: ignore[arg-type]
+            for channel in there
+        }
+        return list(self._channels.values())
+
+    def freeze(self) -> None:
+        """Stand still. The guest is stopped, or has not run yet."""
+        if self.frozen:
+            return
+        self.frozen = True
+        self._host.serve_gateway()
+        for channel in self._known():
+            self._saver.pause(channel)
+        self._host.bus.pause()
+        self._host.partition.pause()
+        self._host.qtest.settle()
+
+    def thaw(self) -> None:
+        """Go on, where it was frozen or from what was restored."""
+        if not self.frozen:
+            return
+        self.frozen = False
+        self._host.partition.resume()
+        self._host.bus.resume()
+        for channel in self._known():
+            self._saver.start(channel)
+
+    def save(self, buffer_size: int = BUFFER_SIZE) -> SavedState:
+        """The state of a frozen host. Raises :class:`~emulator.saving.StateRefused`."""
+        if self.bus_section is None:
+            raise StateRefused(Reason.WRONG_STATE, "this emulator does not save its bus yet")
+        return save_machine(
+            self._saver,
+            self._known(),
+            hypervisor=self._hypervisor.save(),
+            bus=self.bus_section.save(),
+            buffer_size=buffer_size,
+        )
+
+    def restore(self, data: bytes) -> None:
+        """Be in a saved state, frozen. Raises :class:`~emulator.saving.StateRefused`, before anything changed
+        unless a device refused.
+        """
+        Restore(self._saver, self._known(), hypervisor=self._hypervisor, bus=self.bus_section).apply(
+            read_machine(data)
+        )
+
+    def mark_dirty(self) -> int:
+        """Make QEMU send every page that was written through the mapping; the guest is stopped. How many."""
+        memory = self._host.memory
+        marks = []
+        for page in memory.take_dirty():
+            gpa = memory.gpa_of_page(page)
+            if gpa is not None and gpa // PAGE_SIZE not in _VIDEO_MEMORY:
+                marks.append((gpa, memory.read(gpa, 1)[0]))
+        self._host.qtest.mark(marks)
+        return len(marks)

@@ -1,0 +1,131 @@
+"""A guest that travels from one QEMU and emulator to the next, within one test process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from device.registry import Registry
+from emulator.bus.device import Device
+from emulator.cli.run import AVAILABLE_MODULES, LOADED_MODULES
+from emulator.machine import gateway_build
+from emulator.machine.guest import Guest
+from emulator.machine.host import Host, HostOptions
+from emulator.machine.launch import GuestOptions
+from emulator.machine.migration.drive import Outcome, arrived, migrate, receive
+from emulator.provision.command_output import CommandOutput
+from emulator.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
+from emulator.provision.kernel import find_kernel
+from emulator.provision.qemu import find_qemu
+from tests.guest.harness import Booted
+
+
+@dataclass
+class Journey:
+    """Where the guest is (``here``), and how to make a place for it to go to."""
+
+    folder: Path
+    options: GuestOptions
+    memory: int
+    devices: Sequence[str]
+    host_options: HostOptions | None
+    here: Booted = field(init=False)
+    stations: list[contextlib.AsyncExitStack] = field(default_factory=list)
+    moves: int = 0
+
+    async def begin(self, options: GuestOptions, *, devices: Sequence[str] | None = None) -> Booted:
+        """A new QEMU and emulator."""
+        number = len(self.stations)
+        console = self.folder / f"console-{number}.log"
+        stack = contextlib.AsyncExitStack()
+        self.stations.append(stack)
+        guest = await stack.enter_async_context(
+            Guest.start(
+                name=None,
+                qemu=find_qemu(),
+                gateway_library=gateway_build.build(),
+                memory_size=self.memory,
+                options=replace(options, serial=console),
+                devices=[Registry().create(line) for line in (devices or self.devices)],
+                host_options=self.host_options,
+            )
+        )
+        station = Booted(guest, console)
+        station.stack = stack
+        return station
+
+    async def target(self, *, devices: Sequence[str] | None = None) -> Booted:
+        """A place to go to, listening."""
+        there = await self.begin(replace(self.options, incoming=True), devices=devices)
+        await receive(there.host, self.uri(there))
+        return there
+
+    def uri(self, there: Booted) -> str:
+        return f"unix:{there.guest.directory.path}/migration.sock"
+
+    async def move(self, there: Booted | None = None) -> Outcome:
+        """Migrate to ``there``, or to a new place; the one before is ended."""
+        before = self.here
+        there = there or await self.target()
+        outcome = await migrate(before.host, self.uri(there), limit=60)
+        await arrived(there.host, limit=60)
+        await self.settle_at(there)
+        return outcome
+
+    async def settle_at(self, there: Booted) -> None:
+        """The guest is there now."""
+        before = self.here
+        await before.stop_following()
+        await before.stack.aclose()
+        there.output, there.received = before.output, before.received
+        there.start_following()
+        self.here = there
+        self.moves += 1
+
+    @property
+    def host(self) -> Host:
+        return self.here.host
+
+    def device(self, name: str) -> Device:
+        return self.here.device(name)
+
+
+@contextlib.asynccontextmanager
+async def journey(
+    folder: Path,
+    *,
+    kernel: str = "debian-6.12",
+    command: Sequence[str] | None = None,
+    devices: Sequence[str] = ("heartbeat,interval=0.05", "shutdown"),
+    smp: int = 1,
+    memory: int = 256,
+    add: Sequence[tuple[Path, str]] = (),
+    append: str = "",
+    host_options: HostOptions | None = None,
+    extra: Sequence[str] = (),
+) -> AsyncIterator[Journey]:
+    """Boot a guest (memory in MiB) that can travel."""
+    found = find_kernel(kernel)
+    options = GuestOptions(
+        kernel=found.vmlinuz,
+        initrd=build_initramfs(
+            found, modules=LOADED_MODULES, available=AVAILABLE_MODULES, add=add, command=command
+        ),
+        append=" ".join([*KERNEL_ARGUMENTS, append]),
+        smp=smp,
+        command_port=command is not None,
+        extra=tuple(extra),
+    )
+    made = Journey(folder, options, memory << 20, devices, host_options)
+    try:
+        made.here = await made.begin(options)
+        made.here.received, made.here.output = CommandOutput(), bytearray()
+        made.here.start_following()
+        yield made
+    finally:
+        if hasattr(made, "here"):
+            await made.here.stop_following()
+        for stack in made.stations:
+            await stack.aclose()
