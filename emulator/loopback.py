@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self, cast
 from emulator.bus.channel_io import ChannelIo
 from emulator.bus.device import Device, DeviceEnvironment
 from emulator.ports import PAGE_SIZE, GuestPages
-from emulator.testing import FakeMemory, FakeTimers
+from emulator.testing import FakeMemory, FakeTimers, FakeWorkers
 
 if TYPE_CHECKING:
     from emulator.bus.channel import Channel
@@ -224,8 +224,9 @@ class LoopbackGuest:
         self.device = device
         self.memory = memory or FakeMemory(4 << 20)
         self.timers = timers or FakeTimers()
+        self.workers = FakeWorkers(self.timers)
         if start:
-            device.start(DeviceEnvironment(self.memory, self.timers, self.timers.now))
+            device.start(DeviceEnvironment(self.memory, self.timers, self.timers.now, workers=self.workers))
         count = ring_pages + 1
         pfns = list(range(16, 16 + 2 * count))
         if scattered:

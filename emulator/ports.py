@@ -37,6 +37,21 @@ class GuestPages(Protocol):
         """One aligned 32-bit store."""
 
 
+class WritableMemory(Protocol):
+    """Guest RAM that input is stored into, by any thread, through ``views``; then :meth:`finish` is called.
+
+    Until then nobody else knows of what was stored: the guest is told of it afterwards, and the machine is not saved
+    in between.
+    """
+
+    @property
+    def views(self) -> list[memoryview]:
+        """The runs in order; one run may be several views. Empty once finished."""
+
+    def finish(self, length: int) -> None:
+        """The first ``length`` bytes, at most, were stored. In the event loop's thread, once; drops the views."""
+
+
 class GuestMemory(Protocol):
     """The one way into guest RAM. Addresses are guest physical (GPA), lengths in bytes."""
 
@@ -51,6 +66,19 @@ class GuestMemory(Protocol):
 
     def write_code(self, gpa: int, data: bytes) -> None:
         """Store instructions: always through QEMU, so that no stale translation survives."""
+
+    def readable(self, runs: Sequence[tuple[int, int]]) -> list[memoryview]:
+        """Guest RAM in place: views of the ``(address, bytes)`` runs in order, for output without a copy.
+
+        The guest may change what is in them at any time, so nothing in them may be checked and then used. Drop them
+        before the machine goes. Raises :class:`~emulator.errors.GuestAddressError`.
+        """
+
+    def writable(self, runs: Sequence[tuple[int, int]]) -> WritableMemory:
+        """Guest RAM in place, for input without a copy: see :class:`WritableMemory`.
+
+        Raises :class:`~emulator.errors.GuestAddressError`, before anything can be stored.
+        """
 
     def pages(self, pfns: Sequence[int]) -> GuestPages:
         """The pages with these page frame numbers, in this order.
@@ -94,6 +122,17 @@ class Timers(Protocol):
 
     def call_soon(self, callback: Callable[[], None], /) -> object:
         """Call ``callback`` in the next turn of the loop."""
+
+
+class Workers(Protocol):
+    """Threads for work that blocks: files, sockets, name look-up."""
+
+    def run(self, work: Callable[[], None], done: Callable[[Exception | None], None], /) -> None:
+        """Call ``work`` in another thread, then ``done`` in the event loop's, with what ``work`` raised.
+
+        ``work`` leaves its result where ``done`` finds it. Many may be asked for: they wait for a free thread in
+        order, and those that end at about the same time are reported together.
+        """
 
 
 class Synic(Protocol):

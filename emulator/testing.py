@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from emulator.errors import GuestAddressError
 from emulator.ports import PAGE_SIZE
@@ -56,13 +57,33 @@ class FakePages:
         self.write(offset, value.to_bytes(4, "little"))
 
 
+class FakeViews:
+    """:class:`~emulator.ports.WritableMemory` of a :class:`FakeMemory`."""
+
+    def __init__(self, memory: FakeMemory, runs: Sequence[tuple[int, int]]) -> None:
+        self._memory = memory
+        self._runs = list(runs)
+        self.views = [memory.view(gpa, length) for gpa, length in runs]
+
+    def finish(self, length: int) -> None:
+        runs, self._runs, self.views = self._runs, [], []
+        for gpa, step in runs:
+            if length > 0:
+                self._memory.stored.append((gpa, min(step, length)))
+            length -= step
+
+
 class FakeMemory:
-    """:class:`~emulator.ports.GuestMemory`: ``size`` bytes of RAM at ``base``."""
+    """:class:`~emulator.ports.GuestMemory`: ``size`` bytes of RAM at ``base``.
+
+    ``stored`` lists ``(gpa, bytes)`` of what came in through ``writable``.
+    """
 
     def __init__(self, size: int = 16 << 20, base: int = 0) -> None:
         self.base = base
         self.ram = bytearray(size)
         self.code_writes: list[tuple[int, bytes]] = []
+        self.stored: list[tuple[int, int]] = []
 
     def is_ram(self, gpa: int, length: int) -> bool:
         return self.base <= gpa and length >= 0 and gpa + length <= self.base + len(self.ram)
@@ -76,6 +97,18 @@ class FakeMemory:
         if not self.is_ram(gpa, len(data)):
             raise GuestAddressError(gpa, len(data))
         self.ram[gpa - self.base : gpa - self.base + len(data)] = data
+
+    def view(self, gpa: int, length: int) -> memoryview:
+        """``length`` bytes in place."""
+        if not self.is_ram(gpa, length):
+            raise GuestAddressError(gpa, length)
+        return memoryview(self.ram)[gpa - self.base : gpa - self.base + length]
+
+    def readable(self, runs: Sequence[tuple[int, int]]) -> list[memoryview]:
+        return [self.view(gpa, length).toreadonly() for gpa, length in runs]
+
+    def writable(self, runs: Sequence[tuple[int, int]]) -> FakeViews:
+        return FakeViews(self, runs)
 
     def write_code(self, gpa: int, data: bytes) -> None:
         self.write(gpa, data)
@@ -142,6 +175,35 @@ class FakeTimers:
             if not timer.cancelled:
                 timer.callback()
         self.seconds = end
+
+
+class FakeWorkers:
+    """:class:`~emulator.ports.Workers` without threads: work is done where it is asked for, reported by ``timers``.
+
+    While ``holding``, it waits for :meth:`release`.
+    """
+
+    def __init__(self, timers: FakeTimers) -> None:
+        self._timers = timers
+        self.holding = False
+        self.waiting: deque[tuple[Callable[[], None], Callable[[Exception | None], None]]] = deque()
+
+    def run(self, work: Callable[[], None], done: Callable[[Exception | None], None], /) -> None:
+        self.waiting.append((work, done))
+        if not self.holding:
+            self.release()
+
+    def release(self, count: int | None = None) -> None:
+        """Do what waits, or the first ``count`` of it."""
+        while self.waiting and (count is None or count > 0):
+            work, done = self.waiting.popleft()
+            error: Exception | None = None
+            try:
+                work()
+            except Exception as found:  # noqa: BLE001 - it is handed on
+                error = found
+            self._timers.call_soon(partial(done, error))
+            count = None if count is None else count - 1
 
 
 class FakeSynic:

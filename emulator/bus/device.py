@@ -32,11 +32,11 @@ from __future__ import annotations
 # ruff: noqa: B027 - most hooks are empty on purpose
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from emulator.errors import DeviceError, GuestError
-from emulator.ports import GuestMemory, Timers
+from emulator.ports import GuestMemory, Timers, Workers
 from emulator.wire.packet import Packet
 
 if TYPE_CHECKING:
@@ -57,6 +57,18 @@ class Offers(Protocol):
         """Take an offer back."""
 
 
+class InlineWorkers:
+    """:class:`~emulator.ports.Workers` where there is no event loop to keep free: the work is done at once."""
+
+    def run(self, work: Callable[[], None], done: Callable[[Exception | None], None], /) -> None:
+        error: Exception | None = None
+        try:
+            work()
+        except Exception as found:  # noqa: BLE001 - it is handed on
+            error = found
+        done(error)
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceEnvironment:
     """What a device may use of the machine it is in."""
@@ -67,6 +79,8 @@ class DeviceEnvironment:
     """Reference time of the partition, in units of 100 ns; ``None`` where it cannot be read."""
     offers: Offers | None = None
     """``None`` where no sub-channels can be offered."""
+    workers: Workers = field(default_factory=InlineWorkers)
+    """Threads for what blocks."""
 
 
 class Device(ABC):

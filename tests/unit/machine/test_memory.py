@@ -119,6 +119,42 @@ def test_instructions_always_go_through_qemu() -> None:
     assert through.writes == [(0x1000, b"\xc3")]
 
 
+def test_views_show_guest_memory_in_place_and_in_order() -> None:
+    memory, ram = make()
+    memory.write(HIGH_GPA + 3, b"second")
+    memory.write(16, b"first")
+    views = memory.readable([(16, 5), (HIGH_GPA + 3, 6)])
+    assert [bytes(view) for view in views] == [b"first", b"second"]
+    assert all(view.readonly for view in views)
+    ram[16:21] = b"FIRST"
+    assert bytes(views[0]) == b"FIRST"
+
+
+@pytest.mark.parametrize("gpa", [LOW - 3, HIGH_GPA - 1, 1 << 60])
+def test_views_outside_of_ram_are_refused(gpa: int) -> None:
+    memory, _ = make()
+    for look in (memory.readable, memory.writable):
+        with pytest.raises(GuestAddressError):
+            look([(0, 16), (gpa, 4)])
+    assert memory.take_dirty() == []
+
+
+def test_what_is_stored_in_views_counts_when_it_is_finished() -> None:
+    through = Through()
+    memory, _ = make(NotedPages(2, 3, HIGH_GPA >> 12), through)
+    target = memory.writable([(2 * PAGE_SIZE + 8, 4), (HIGH_GPA, 8), (3 * PAGE_SIZE, 4)])
+    for view, text in zip(target.views, (b"abcd", b"12345678", b"none"), strict=True):
+        view[:] = text
+    assert memory.take_dirty() == []
+    assert through.writes == []
+    target.finish(4 + 6)
+    assert memory.take_dirty() == [2, 8]
+    assert through.writes == [(2 * PAGE_SIZE + 8, b"abcd"), (HIGH_GPA, b"123456")]
+    assert target.views == []
+    target.finish(16)
+    assert memory.take_dirty() == [], "once only"
+
+
 def test_every_written_page_is_remembered_once() -> None:
     memory, _ = make()
     memory.write(PAGE_SIZE - 1, b"ab")

@@ -1,0 +1,103 @@
+"""Threads for devices' blocking work: files, mostly.
+
+    event loop --run--> queue --> a thread: work() --> finished --> event loop: done(), all that have finished
+
+Handing one piece of work over costs more than a small read does, so both ways are shared: threads are started
+when there is work for them, and the event loop is woken once for all that finished since it last looked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+
+_log = logging.getLogger(__name__)
+
+Work = Callable[[], None]
+Done = Callable[[Exception | None], None]
+
+THREADS = 16
+"""Pieces of work that are done side by side."""
+
+
+class WorkerThreads:
+    """:class:`~emulator.ports.Workers` of an event loop; threads are daemons, :meth:`close` ends idle ones."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, threads: int = THREADS) -> None:
+        self._loop = loop
+        self._limit = threads
+        self._queue: queue.SimpleQueue[tuple[Work, Done] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._unfinished = 0
+        self._finished: deque[tuple[Done, Exception | None]] = deque()
+        self._lock = threading.Lock()
+        self._woken = False
+        self._settled: asyncio.Event | None = None
+
+    @property
+    def unfinished(self) -> int:
+        """Pieces of work whose ``done`` was not called yet."""
+        return self._unfinished
+
+    def run(self, work: Work, done: Done, /) -> None:
+        self._unfinished += 1
+        self._queue.put((work, done))
+        if self._unfinished > len(self._threads) < self._limit:
+            thread = threading.Thread(
+                target=self._serve, name=f"vmbus-worker-{len(self._threads)}", daemon=True
+            )
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve(self) -> None:
+        get, finished, lock = self._queue.get, self._finished, self._lock
+        while (job := get()) is not None:
+            work, done = job
+            error: Exception | None = None
+            try:
+                work()
+            except Exception as found:  # noqa: BLE001 - it is handed on
+                error = found
+            finished.append((done, error))
+            job = work = done = error = None  # type: ignore[assignment]  # nothing of it is kept while waiting
+            with lock:
+                wake, self._woken = not self._woken, True
+            if wake:
+                try:
+                    self._loop.call_soon_threadsafe(self._report)
+                except RuntimeError:
+                    return  # the loop is closed: nobody waits any more
+
+    def _report(self) -> None:
+        with self._lock:
+            self._woken = False
+        finished = self._finished
+        for _ in range(len(finished)):
+            done, error = finished.popleft()
+            self._unfinished -= 1
+            try:
+                done(error)
+            except Exception:  # noqa: BLE001 - it must not take the others along
+                _log.exception("the end of a piece of work failed")
+        if self._settled is not None and not self._unfinished:
+            self._settled.set()
+
+    async def settle(self, limit: float) -> bool:
+        """Wait until all work is done and reported, ``limit`` seconds at most; whether it is."""
+        if self._unfinished:
+            self._settled = asyncio.Event()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._settled.wait(), limit)
+            self._settled = None
+        return not self._unfinished
+
+    def close(self) -> None:
+        """Let the threads end when they have done what waits. Nothing may be asked for any more."""
+        for _ in self._threads:
+            self._queue.put(None)
+        self._threads.clear()
