@@ -451,6 +451,8 @@ class Gateway:
         quads = self._quads
         if self._requests[index] != trap.sequence or quads[self._retired_at[index]] == trap.sequence:
             return  # given up, or forgotten, meanwhile
+        if self._words[_CONTROL["owner"]] != self._owner:
+            return  # another emulator answers now
         if quads[at] == trap.sequence:
             if self._words[2 * at + 4] == Verdict.AGAIN:
                 return  # forgotten, and nobody has come back for it

@@ -75,6 +75,17 @@ def test_taking_over_wakes_and_ends_the_first(harness: Harness) -> None:
     assert harness.done().rax == 6
 
 
+def test_an_emulator_that_was_sent_away_answers_nothing_any_more(harness: Harness) -> None:
+    first = harness.active()
+    harness.start(RDMSR, rcx=MSR)
+    (seen_by_first,) = traps(first)
+    second = harness.attach(take_over=True)
+    (seen_by_second,) = traps(second)
+    first.answer(seen_by_first, 1)
+    second.answer(seen_by_second, 2)
+    assert harness.done().rax == 2
+
+
 def test_closed_is_seen_when_the_other_side_ends(harness: Harness) -> None:
     gateway = harness.active()
     assert not gateway.closed
