@@ -47,6 +47,7 @@ from emulator.wire.packet import (
     build_packet,
     build_transfer_pages,
 )
+from emulator.wire.ring import RESERVED_BYTES
 
 if TYPE_CHECKING:
     from emulator.bus.channel import Channel
@@ -548,6 +549,8 @@ class ChannelIo:
         report["owed"] = self._owed.total
         report["backlog"] = self._output.bytes
         report["refusals"] = dict(self.refusals.counts)
+        if self._incoming is not None and self._outgoing is not None:
+            report["rings"] = _ring_status(self._incoming, self._outgoing)
         return report
 
 
@@ -576,3 +579,17 @@ class _IoTimer:
             io._due_when_resumed.append(self)
         elif io.state is _RUNNING:
             io._contain(lambda _: self._callback())
+
+
+def _ring_status(incoming: IncomingRing, outgoing: OutgoingRing) -> dict[str, dict[str, int | None]]:
+    """Bytes of data area, and how many of them are filled; ``None`` while the guest's indices make no sense."""
+    report: dict[str, dict[str, int | None]] = {}
+    for name, ring in (("incoming", incoming), ("outgoing", outgoing)):
+        try:
+            fill = (
+                ring.available if isinstance(ring, IncomingRing) else ring.size - RESERVED_BYTES - ring.free
+            )
+        except RingError:
+            fill = None
+        report[name] = {"size": ring.size, "fill": fill}
+    return report
