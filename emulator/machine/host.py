@@ -225,6 +225,12 @@ class Host:
         self.devices.append(attached)
         return attached
 
+    def remove_device(self, attached: AttachedDevice) -> None:
+        """Take a device's offer back (hot removal); the guest lets go of it in its own time."""
+        self.devices.remove(attached)
+        self.bus.revoke(attached.channel)
+        attached.device.stop()
+
     def _activate(self, options: HostOptions) -> None:
         self.gateway.set_cpuid(cpuid_table(options.features, len(self.facts.apic_ids)))
         self.gateway.set_doorbells([EVENT_DOORBELLS])

@@ -65,7 +65,9 @@ class Record(Generic[T]):
         self._names = tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
         declared = {s.name for s in self.struct.subcons if s.name and not s.name.startswith("_")}
         if declared != set(self._names):
-            raise InternalError(f"{cls.__name__}: declaration {sorted(declared)} is not {sorted(self._names)}")
+            raise InternalError(
+                f"{cls.__name__}: declaration {sorted(declared)} is not {sorted(self._names)}"
+            )
 
     @property
     def size(self) -> int:
