@@ -1,0 +1,67 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* Called when the guest has been interrupted or has faulted, before its handler runs. */
+#include "gateway.h"
+
+#include <string.h>
+
+#define APIC_EOI UINT64_C(0xfee000b0)
+#define APIC_ISR UINT64_C(0xfee00100)
+
+static uint32_t apic_read(struct vcpu_state *vcpu, uint64_t address)
+{
+    uint32_t value = 0;
+
+    g_byte_array_set_size(vcpu->buffer, sizeof(value));
+    if (qemu_plugin_read_memory_hwaddr(address, vcpu->buffer, sizeof(value)) == QEMU_PLUGIN_HWADDR_OPERATION_OK) {
+        memcpy(&value, vcpu->buffer->data, sizeof(value));
+    }
+    return value;
+}
+
+/* End the interrupt that was just delivered, if the guest relies on the hypervisor for that. */
+static void end_interrupt(struct vcpu_state *vcpu, const uint64_t *vectors)
+{
+    for (int word = 7; word >= 0; word--) {
+        uint32_t in_service = apic_read(vcpu, APIC_ISR + 0x10 * (uint64_t)word);
+        if (in_service) {
+            int vector = word * 32 + 31 - __builtin_clz(in_service);
+            if (vectors[vector / 64] >> (vector % 64) & 1) {
+                g_byte_array_set_size(vcpu->buffer, 4);
+                memset(vcpu->buffer->data, 0, 4);
+                qemu_plugin_write_memory_hwaddr(APIC_EOI, vcpu->buffer);
+                vcpu->shared->auto_eois++;
+            }
+            return;
+        }
+    }
+}
+
+void on_discontinuity(unsigned int index, enum qemu_plugin_discon_type type, uint64_t from_pc,
+                             uint64_t to_pc, void *userdata)
+{
+    (void)to_pc;
+    (void)userdata;
+    if (index >= gateway.vcpus_max || !gateway.vcpus[index].ready) {
+        return;
+    }
+    struct vcpu_state *vcpu = &gateway.vcpus[index];
+    vcpu->tsc_before = 0;
+    if (type == QEMU_PLUGIN_DISCON_EXCEPTION) {
+        if (vcpu->fault_pending) {
+            vcpu->fault_pending = false;
+            if (from_pc == vcpu->fault_pc) {
+                register_write(vcpu, GUEST_RCX, vcpu->fault_rcx);
+            }
+        }
+        return;
+    }
+    clock_arm(index, vcpu);
+    uint64_t vectors[4], any = 0;
+    for (int i = 0; i < 4; i++) {
+        vectors[i] = atomic_load_explicit(&vcpu->shared->auto_eoi[i], memory_order_relaxed);
+        any |= vectors[i];
+    }
+    if (any) {
+        end_interrupt(vcpu, vectors);
+    }
+}
