@@ -38,8 +38,9 @@ check: $(STAMP)
 	$(BIN)/mypy
 	sh emulator/gateway/analyse.sh
 
+## Speed and size, in a few minutes. BENCH="traps boot": only these; JSON=1: all figures as JSON on the last line.
 bench: setup
-	@$(BIN)/python -m tests.bench
+	@$(BIN)/python -m tests.bench $(BENCH) $(if $(JSON),--json)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
