@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import Enum
@@ -101,13 +101,18 @@ EVENT_DOORBELLS = DoorbellRule(control=0x1005D, base=EVENT_CONNECTIONS, count=20
 class LocalApics:
     """:class:`~emulator.ports.Interrupts`: an MSI through qtest."""
 
-    def __init__(self, qtest: Qtest, apic_ids: Sequence[int]) -> None:
+    def __init__(self, qtest: Qtest, apic_ids: Sequence[int], gone: Callable[[QemuGone], None]) -> None:
+        """``gone``: told when QEMU closed its socket; requests after that have no effect."""
         self._qtest = qtest
         self._apic_ids = tuple(apic_ids)
+        self._gone = gone
 
     def request(self, vp: int, vector: int, *, auto_eoi: bool = False) -> None:
         # The gateway ends auto-EOI interrupts by itself: see Host._Events.auto_eoi_changed.
-        self._qtest.interrupt(self._apic_ids[vp], vector)
+        try:
+            self._qtest.interrupt(self._apic_ids[vp], vector)
+        except QemuGone as error:  # a device in the middle of its work cannot mend that
+            self._gone(error)
 
 
 class Host:
@@ -151,7 +156,7 @@ class Host:
         self.partition = Partition(
             vp_count=len(facts.apic_ids),
             memory=self.memory,
-            interrupts=LocalApics(qtest, facts.apic_ids),
+            interrupts=LocalApics(qtest, facts.apic_ids, lambda error: self._end(Ending.QEMU_GONE, error)),
             clock=self.clock,
             timers=loop,
             features=options.features,
@@ -286,6 +291,16 @@ class Host:
             self.gateway.answer_fault(trap, Fault.GP)
         except UndefinedOpcode:
             self.gateway.answer_fault(trap, Fault.UD)
+        except (GatewayError, QemuGone):
+            raise
+        except Exception:  # noqa: BLE001  our bug: it must cost the guest an error, not its life
+            _log.exception(
+                "a %s of vCPU %d could not be answered; please report this", trap.kind.name, trap.vcpu
+            )
+            if trap.kind is TrapKind.VMCALL:
+                self.gateway.answer(trap, HvStatus.OPERATION_FAILED)
+            else:
+                self.gateway.answer_fault(trap, Fault.GP)
         else:
             self.gateway.answer(trap, value)
 

@@ -1,0 +1,90 @@
+"""The host between the gateway and the partition: every trap is answered, whatever happens."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from emulator.errors import InternalError, QemuGone
+from emulator.hypervisor.faults import GeneralProtection, UndefinedOpcode
+from emulator.machine.gateway import Fault, Trap
+from emulator.machine.host import Host, LocalApics
+from emulator.wire.gateway import TrapKind
+from emulator.wire.hypercall import HvStatus
+
+
+class Recorder:
+    """A gateway that writes down the answers."""
+
+    def __init__(self) -> None:
+        self.answers: list[object] = []
+
+    def answer(self, trap: Trap, value: int = 0) -> None:
+        self.answers.append(value)
+
+    def answer_fault(self, trap: Trap, fault: Fault) -> None:
+        self.answers.append(fault)
+
+
+def serve(kind: TrapKind, outcome: int | Exception) -> list[object]:
+    """What the guest gets when the partition returns or raises ``outcome``."""
+
+    def act(*_: object) -> Any:
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    host = Host.__new__(Host)
+    recorder = Recorder()
+    host.gateway_traps = 0
+    host.gateway = recorder  # type: ignore[assignment]
+    host.partition = SimpleNamespace(read_msr=act, write_msr=act, hypercall=act)  # type: ignore[assignment]
+    host._serve(Trap(0, 0, 1, kind, True, *[0] * 10))
+    return recorder.answers
+
+
+@pytest.mark.parametrize(
+    ("kind", "outcome", "answer"),
+    [
+        (TrapKind.RDMSR, 0x1234, 0x1234),
+        (TrapKind.WRMSR, 0x1234, 0),
+        (TrapKind.VMCALL, 0x13, 0x13),
+        (TrapKind.RDMSR, GeneralProtection("unknown-msr"), Fault.GP),
+        (TrapKind.WRMSR, GeneralProtection("read-only-msr"), Fault.GP),
+        (TrapKind.VMCALL, UndefinedOpcode("hypercall-page-not-enabled"), Fault.UD),
+    ],
+)
+def test_a_trap_gets_what_the_partition_says(
+    kind: TrapKind, outcome: int | Exception, answer: object
+) -> None:
+    assert serve(kind, outcome) == [answer]
+
+
+@pytest.mark.parametrize("bug", [InternalError("x"), ZeroDivisionError(), KeyError("x")])
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [
+        (TrapKind.RDMSR, Fault.GP),
+        (TrapKind.WRMSR, Fault.GP),
+        (TrapKind.VMCALL, HvStatus.OPERATION_FAILED),
+    ],
+)
+def test_a_bug_costs_the_guest_an_error_and_is_logged(
+    caplog: pytest.LogCaptureFixture, kind: TrapKind, answer: object, bug: Exception
+) -> None:
+    with caplog.at_level(logging.ERROR):
+        assert serve(kind, bug) == [answer]
+    assert "please report" in caplog.text
+
+
+def test_an_interrupt_after_qemus_end_is_told_once_and_raises_nothing() -> None:
+    def closed(*_: object) -> None:
+        raise QemuGone("closed")
+
+    told: list[QemuGone] = []
+    apics = LocalApics(SimpleNamespace(interrupt=closed), [0], told.append)  # type: ignore[arg-type]
+    apics.request(0, 0xF3)
+    assert len(told) == 1
