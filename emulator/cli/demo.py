@@ -17,7 +17,7 @@ from device.heartbeat import Heartbeat
 from device.shutdown import Shutdown
 from device.timesync import TimeSync
 from emulator.cli.options import DEFAULT_GUEST
-from emulator.cli.run import LOADED_MODULES
+from emulator.cli.run import guest_modules
 from emulator.cli.status import channel_table
 from emulator.errors import UserError
 from emulator.machine import gateway_build
@@ -110,11 +110,13 @@ class Demo:
             f"booting an unmodified Linux {kernel.release} with {self.smp} vCPU{'s' if self.smp > 1 else ''} "
             f"in a stock QEMU {'.'.join(map(str, qemu.version))} (TCG)"
         )
+        heartbeat, shutdown, timesync = Heartbeat(interval=0.1), Shutdown(), TimeSync()
+        devices = (heartbeat, shutdown, timesync)
         options = GuestOptions(
             kernel=kernel.vmlinuz,
             initrd=build_initramfs(
                 kernel,
-                modules=LOADED_MODULES,
+                modules=guest_modules(kernel, devices),
                 command=["while :; do date -u +%s; usleep 200000; done"],
             ),
             append=" ".join(KERNEL_ARGUMENTS),
@@ -122,7 +124,6 @@ class Demo:
             command_port=True,
             extra=("-rtc", f"base={_WRONG_TIME}", "-no-reboot"),
         )
-        heartbeat, shutdown, timesync = Heartbeat(interval=0.1), Shutdown(), TimeSync()
         self.started = time.monotonic()
         async with Guest.start(
             name=None,
@@ -130,7 +131,7 @@ class Demo:
             gateway_library=gateway_build.build(),
             memory_size=512 << 20,
             options=options,
-            devices=(heartbeat, shutdown, timesync),
+            devices=devices,
         ) as guest:
             self.guest = guest
             self.serving = asyncio.ensure_future(guest.served.serve())

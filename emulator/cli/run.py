@@ -21,8 +21,10 @@ from emulator.machine.guest import Guest, emulator_options
 from emulator.machine.host import Ending, HostOptions
 from emulator.machine.launch import GuestOptions, command_line
 from emulator.provision.command_output import CommandOutput
+from emulator.provision.drivers import modules_for, present
 from emulator.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs, parse_add
 from emulator.provision.kernel import GUESTS, GuestKernel, find_kernel, own_kernel
+from emulator.provision.modules import ModuleTree
 from emulator.provision.qemu import QemuBinary, find_qemu
 
 _EPILOG = """\
@@ -37,8 +39,7 @@ The kernel's console goes to --serial FILE, or to console.log in the guest's run
 ($XDG_RUNTIME_DIR/vmbus/NAME), which is removed when the guest ends.
 """
 
-#: The drivers of what is offered by default, and what else a guest program may ask modprobe for.
-LOADED_MODULES = ("hv_vmbus", "hv_utils")
+#: What a guest program may ask modprobe for, besides the drivers of what is offered.
 AVAILABLE_MODULES = ("uio_hv_generic",)
 
 
@@ -108,8 +109,8 @@ def plan(arguments: argparse.Namespace) -> Plan:
     else:
         initrd = build_initramfs(
             kernel,
-            modules=_modules(kernel, arguments.load),
-            available=AVAILABLE_MODULES if kernel.modules else (),
+            modules=guest_modules(kernel, devices, arguments.load),
+            available=present(kernel, AVAILABLE_MODULES),
             add=[parse_add(line) for line in arguments.add],
             command=arguments.command or None,
         )
@@ -148,8 +149,14 @@ def _kernel(arguments: argparse.Namespace) -> GuestKernel:
     return find_kernel(arguments.guest or DEFAULT_GUEST)
 
 
-def _modules(kernel: GuestKernel, more: Sequence[str]) -> tuple[str, ...]:
-    return (*(LOADED_MODULES if kernel.modules else ()), *more)
+def guest_modules(
+    kernel: GuestKernel, devices: Sequence[Device], more: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """What the guest has to load for ``devices``, and ``more``; nothing for a kernel without modules."""
+    if kernel.modules is None:
+        return tuple(more)
+    interfaces = [device.offer().interface_id for device in devices]
+    return tuple(dict.fromkeys([*modules_for(ModuleTree(kernel.modules), interfaces), *more]))
 
 
 def main(arguments: argparse.Namespace) -> int:

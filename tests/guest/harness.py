@@ -11,7 +11,7 @@ from pathlib import Path
 
 from device.registry import Registry
 from emulator.bus.device import Device
-from emulator.cli.run import AVAILABLE_MODULES, LOADED_MODULES
+from emulator.cli.run import AVAILABLE_MODULES
 from emulator.machine import gateway_build
 from emulator.machine.guest import Guest
 from emulator.machine.host import Ending, HostOptions
@@ -22,6 +22,7 @@ from emulator.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
 from emulator.provision.kernel import find_kernel
 from emulator.provision.qemu import find_qemu
 
+LOADED_MODULES = ("hv_vmbus", "hv_utils")
 DEFAULT_DEVICES = ("heartbeat,interval=0.2", "shutdown", "timesync")
 
 #: Seconds in which any guest must have got anywhere; these machines are slow and shared.
