@@ -14,7 +14,7 @@ import time
 
 from device.registry import Registry
 from emulator.cli.options import DEFAULT_DEVICES
-from emulator.cli.run import AVAILABLE_MODULES, LOADED_MODULES
+from emulator.cli.run import AVAILABLE_MODULES
 from emulator.machine import gateway_build, rundir
 from emulator.machine.guest import Guest
 from emulator.machine.launch import GuestOptions, QemuProcess, command_line
@@ -24,6 +24,7 @@ from emulator.provision.kernel import find_kernel
 from emulator.provision.qemu import find_qemu
 from tests.bench.linux import KERNEL
 from tests.bench.report import Result
+from tests.guest.harness import LOADED_MODULES
 
 PAIRS = 4
 MEMORY = 512 << 20

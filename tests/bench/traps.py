@@ -15,7 +15,7 @@ from emulator.bus.channel_io import ChannelIo
 from emulator.bus.device import Device
 from emulator.bus.offers import Offer
 from emulator.machine.host import EVENT_CONNECTIONS, Host
-from emulator.wire.gpadl import GPADL_TEARDOWN, GpaRange, GpadlTeardown, split_gpadl
+from emulator.wire.gpadl import GPADL_TEARDOWN, GpadlTeardown, GpaRange, split_gpadl
 from emulator.wire.messages import INITIATE_CONTACT, REQUESTOFFERS, HeaderOnly, InitiateContact
 from emulator.wire.packet import Packet
 from emulator.wire.version import Version
