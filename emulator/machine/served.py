@@ -66,6 +66,7 @@ def status(host: Host, name: str) -> dict[str, Any]:
     """Everything that ``vmbus status --json`` shows."""
     bus = host.bus.status()
     channels = cast(list[dict[str, Any]], bus.pop("channels"))
+    channels.sort(key=lambda channel: channel["relid"] or 0)
     attached = {(str(a.channel.offer.instance_id), 0): a for a in host.devices}
     for channel in channels:
         found = attached.get((str(channel["instance"]), channel["subchannel"]))
