@@ -99,9 +99,10 @@ class TcgClock:
         self._stopped = False
         self.stopped_at = None
 
-    def restore(self, frequency: int, tsc: int, now: int) -> bool:
-        """The guest comes from another QEMU: it knows its TSC's ``frequency`` (Hz, 0: none), and reference time
-        was ``now`` when its TSC was ``tsc`` (0: not known). Whether the TSC runs here as it did there.
+    def restore(self, frequency: int, tsc: int, now: int, told: int) -> bool:
+        """The guest comes from another QEMU or another time. It knows its TSC's ``frequency`` (Hz, 0: none);
+        reference time was ``now`` when its TSC was ``tsc`` (0: not known), and was ``told`` it last. Whether the
+        TSC runs here as it did there.
 
         QEMU lets a guest's TSC go on where it stood. Two measurements of one TSC differ a little, and the guest
         must see one: up to :data:`SAME_TSC` the guest's counts.
@@ -110,9 +111,7 @@ class TcgClock:
         same = abs(own - frequency) <= frequency * SAME_TSC
         if same:
             self._frequency = frequency
-        else:
-            self._last = self._free_time = now
-            self._free_since = time.monotonic_ns()
-            if tsc:
-                self._origin_tsc, self._origin_time = tsc, now
+        self._last = self._free_time = told
+        self._free_since = time.monotonic_ns()
+        self._origin_tsc, self._origin_time = (tsc, now) if tsc else (0, 0)
         return same

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,9 @@ from emulator.machine.qmp import Qmp
 from emulator.machine.rundir import RunDirectory
 
 _POLL = 0.01
+
+SNAPSHOT_NODE = "vmbus-snapshots"
+"""The block node of :attr:`GuestOptions.snapshots`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,8 @@ class GuestOptions:
     command_port: bool = False
     incoming: bool = False
     """Wait for a migration (``migrate-incoming``) instead of booting."""
+    snapshots: Path | None = None
+    """A qcow2 image that snapshots go into; the guest does not see it."""
     extra: tuple[str, ...] = ()
 
 
@@ -56,6 +62,10 @@ def command_line(
     if guest.initrd is not None:
         line += ["-initrd", str(guest.initrd)]
     line += ["-append", guest.append]
+    if guest.snapshots is not None:
+        image = {"driver": "file", "filename": str(guest.snapshots)}
+        node = {"driver": "qcow2", "node-name": SNAPSHOT_NODE, "file": image}
+        line += ["-blockdev", json.dumps(node)]
     if guest.incoming:
         line += ["-incoming", "defer"]
     line += guest.extra

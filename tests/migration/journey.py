@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from device.registry import Registry
 from emulator.bus.device import Device
-from emulator.cli.run import AVAILABLE_MODULES, LOADED_MODULES
+from emulator.cli.run import AVAILABLE_MODULES
 from emulator.machine import gateway_build
 from emulator.machine.guest import Guest
 from emulator.machine.host import Host, HostOptions
@@ -19,7 +20,7 @@ from emulator.provision.command_output import CommandOutput
 from emulator.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
 from emulator.provision.kernel import find_kernel
 from emulator.provision.qemu import find_qemu
-from tests.guest.harness import Booted
+from tests.guest.harness import LOADED_MODULES, Booted
 
 
 @dataclass
@@ -84,6 +85,10 @@ class Journey:
         self.here = there
         self.moves += 1
 
+    async def leave(self, there: Booted) -> None:
+        """End a place that the guest did not come to."""
+        await there.stack.aclose()
+
     @property
     def host(self) -> Host:
         return self.here.host
@@ -102,20 +107,26 @@ async def journey(
     smp: int = 1,
     memory: int = 256,
     add: Sequence[tuple[Path, str]] = (),
+    load: Sequence[str] = LOADED_MODULES,
     append: str = "",
     host_options: HostOptions | None = None,
+    snapshots: bool = False,
     extra: Sequence[str] = (),
 ) -> AsyncIterator[Journey]:
     """Boot a guest (memory in MiB) that can travel."""
     found = find_kernel(kernel)
+    image = folder / "snapshots.qcow2"
+    if snapshots:
+        subprocess.run(  # noqa: ASYNC221 - done in a moment
+            [*find_qemu().qemu_img(), "create", "-q", "-f", "qcow2", str(image), "64K"], check=True
+        )
     options = GuestOptions(
         kernel=found.vmlinuz,
-        initrd=build_initramfs(
-            found, modules=LOADED_MODULES, available=AVAILABLE_MODULES, add=add, command=command
-        ),
+        initrd=build_initramfs(found, modules=load, available=AVAILABLE_MODULES, add=add, command=command),
         append=" ".join([*KERNEL_ARGUMENTS, append]),
         smp=smp,
         command_port=command is not None,
+        snapshots=image if snapshots else None,
         extra=tuple(extra),
     )
     made = Journey(folder, options, memory << 20, devices, host_options)

@@ -3,7 +3,9 @@
     source  idle ──MIGRATION setup──▶ migrating ──pre-switchover──▶ ready ──completed──▶ left
               ▲                           │                           │                    │
               └────── failed, cancelled ──┴───────────── RESUME ──────┴────────────────────┘
-    target  incoming ──Load()──▶ loaded ──RESUME──▶ idle
+    target  incoming ──Load()──▶ loaded ──RESUME──▶ idle          (also of a snapshot that is loaded)
+              └──── refused ────▶ lost ──reset or another snapshot──▶ idle
+    snapshot  idle ──▶ in a snapshot ──▶ idle                     (driven by ``snapshots``)
 
 At ``pre-switchover`` QEMU has stopped the guest and waits: the host is frozen, its state saved, every page that
 was written through the mapping is marked, and only when QEMU is seen to wait still is the state good to be
@@ -45,7 +47,8 @@ IMPOSSIBLE = {
 }
 """Capabilities with which no migration is let through."""
 
-_ENDED = ("none", "completed", "failed", "cancelled")
+SETTLE_LIMIT = 10.0
+"""Seconds that devices have to end their work (reads of files, mostly) once the guest is stopped."""
 
 
 class Phase(Enum):
@@ -55,8 +58,10 @@ class Phase(Enum):
     MIGRATING = "migrating"
     READY = "ready"
     LEFT = "left"
+    SNAPSHOT = "in a snapshot"
     INCOMING = "incoming"
     LOADED = "loaded"
+    LOST = "without the state that its memory needs"
 
 
 class Switchover(Enum):
@@ -144,7 +149,7 @@ class Follower:
 
     def _migration(self, status: str) -> None:
         _log.info("migration: %s", status)
-        if self.phase in (Phase.INCOMING, Phase.LOADED):
+        if self.phase in (Phase.SNAPSHOT, Phase.INCOMING, Phase.LOADED):
             return
         if status == "setup":
             self.departure = Departure()
@@ -163,6 +168,8 @@ class Follower:
                 self.phase = Phase.IDLE
 
     def _resumed(self) -> None:
+        if self.phase is Phase.LOST:
+            _log.error("the guest goes on %s: until it is reset, its devices are gone", self.phase.value)
         self._data = None
         self._good = False
         self.phase = Phase.IDLE
@@ -179,7 +186,11 @@ class Follower:
 
     async def _switch_over(self) -> None:
         begun = time.monotonic()
-        self.prepare()
+        await self._prepare(Phase.READY)
+        departure = self.departure
+        departure.pages_marked = await self.state.mark_dirty(
+            lambda: self.phase is Phase.READY and departure.statuses[-1:] == ["pre-switchover"]
+        )
         if not await self._still_waits():
             return
         self._good = True
@@ -201,15 +212,28 @@ class Follower:
 
     # --- preparing -----------------------------------------------------------------------------------------
 
-    def prepare(self) -> None:
-        """Freeze, save and mark; the guest is stopped. What went wrong is in ``departure.refusal``."""
-        self.phase = Phase.READY
+    async def make_ready(self) -> None:
+        """For a snapshot: the guest is stopped, and the next Save() is asked for by who calls this."""
+        self.departure = Departure()
+        await self._prepare(Phase.SNAPSHOT)
+        self._good = True
+
+    async def _prepare(self, phase: Phase) -> None:
+        """Freeze and save; the guest is stopped. What went wrong is in ``departure.refusal``."""
+        self.phase = phase
         self._good = False
+        self._host.clock.stop()
+        self.state.hold()
+        settled = await self._host.workers.settle(SETTLE_LIMIT)
+        if self.phase is not phase:
+            return  # it goes on already
         self.state.freeze()
         try:
+            if not settled:
+                raise StateRefused(Reason.WRONG_STATE, "a device's work did not end in time")
             saved = self.state.save(self.buffer_size)
         except StateRefused as error:
-            _log.error("the guest cannot be migrated: %s", error)
+            _log.error("the guest cannot be saved: %s", error)
             self.departure.refusal = str(error)
             self._data = refusal_stream(error)
         else:
@@ -217,13 +241,16 @@ class Follower:
             self.departure.state_bytes = len(saved.data)
             self.departure.channels = saved.channels
             self.departure.answers_carried = len(self._host.gateway.unclaimed())
-        self.departure.pages_marked = self.state.mark_dirty()
 
     def expect(self) -> None:
         """A state will be loaded before the guest runs (again)."""
         self.phase = Phase.INCOMING
         self.load_refused = ""
         self.state.freeze()
+
+    def abandon(self) -> None:
+        """The state that was expected did not come, and guest memory may be replaced already."""
+        self.phase = Phase.LOST
 
     # --- what QEMU asks over D-Bus: no QMP, no qtest in here -------------------------------------------------
 

@@ -9,9 +9,10 @@ directions of every channel once.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from emulator.bus.channel import Channel
@@ -44,6 +45,10 @@ _log = logging.getLogger(__name__)
 
 _VIDEO_MEMORY = range(0xA0000 // PAGE_SIZE, 0x100000 // PAGE_SIZE)
 """Pages below 1 MiB that are not RAM where a guest sees them."""
+
+
+_MARKED_AT_ONCE = 256
+"""Pages, a few milliseconds."""
 
 
 class Section(SectionTarget, Protocol):
@@ -94,7 +99,7 @@ class HypervisorSection:
         now = time.time
         if time.frequency and saved.tsc:  # what a guest that computes time itself has seen
             now = max(now, TscScaling(time.frequency, time.scale, time.offset).time(saved.tsc))
-        same = host.clock.restore(saved.tsc_frequency, saved.tsc, now)
+        same = host.clock.restore(saved.tsc_frequency, saved.tsc, now, time.time)
         host.partition.import_state(saved.partition)
         if not same:  # the guest asks for the time until its TSC is known here
             host.partition.publish_reference_tsc()
@@ -135,14 +140,18 @@ class HostState:
         }
         return list(self._channels.values())
 
-    def freeze(self) -> None:
-        """Stand still. The guest is stopped, or has not run yet."""
+    def hold(self) -> None:
+        """Take no more packets; work that is under way may end. The guest is stopped, or has not run yet."""
         if self.frozen:
             return
         self.frozen = True
         self._host.serve_gateway()
         for channel in self._known():
             self._saver.pause(channel)
+
+    def freeze(self) -> None:
+        """Stand still. The guest is stopped, or has not run yet; no work is under way."""
+        self.hold()
         self._host.bus.pause()
         self._host.partition.pause()
         self._host.qtest.settle()
@@ -177,13 +186,29 @@ class HostState:
             read_machine(data)
         )
 
-    def mark_dirty(self) -> int:
-        """Make QEMU send every page that was written through the mapping; the guest is stopped. How many."""
+    def forget(self) -> None:
+        """Drop all that belongs to the guest, without touching its memory: another state is about to come."""
+        host = self._host
+        host.reset()
+        for channel in self._known():
+            self._saver.disable(channel)
+
+    async def mark_dirty(self, stopped: Callable[[], bool]) -> int:
+        """Make QEMU send every page that was written through the mapping. How many were marked.
+
+        ``stopped``: whether the guest is known to stand still. It is asked before every few pages: what a running
+        guest writes while its byte is read and written back would be lost.
+        """
         memory = self._host.memory
-        marks = []
-        for page in memory.take_dirty():
-            gpa = memory.gpa_of_page(page)
-            if gpa is not None and gpa // PAGE_SIZE not in _VIDEO_MEMORY:
-                marks.append((gpa, memory.read(gpa, 1)[0]))
-        self._host.qtest.mark(marks)
-        return len(marks)
+        pages = memory.take_dirty()
+        for start in range(0, len(pages), _MARKED_AT_ONCE):
+            await asyncio.sleep(0)  # events come in
+            if not stopped():
+                return start
+            marks = []
+            for page in pages[start : start + _MARKED_AT_ONCE]:
+                gpa = memory.gpa_of_page(page)
+                if gpa is not None and gpa // PAGE_SIZE not in _VIDEO_MEMORY:
+                    marks.append((gpa, memory.read(gpa, 1)[0]))
+            self._host.qtest.mark(marks)
+        return len(pages)

@@ -1,0 +1,172 @@
+"""Live migrations of a real guest under load: nothing is lost, nothing comes twice, and a failure costs nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from device.heartbeat import Heartbeat
+from emulator.errors import DeviceError
+from emulator.machine.migration.drive import MigrationFailed, arrived, migrate
+from emulator.machine.migration.follower import Phase, Switchover
+from emulator.saving import NtStatus
+from tests.guest.harness import LOADED_MODULES
+from tests.guest.test_boot import complaints
+from tests.migration.journey import Journey, journey
+
+pytestmark = pytest.mark.guest
+
+ECHO = ("heartbeat,interval=0.05", "shutdown", "echo")
+
+
+def beats(guest: Journey) -> int:
+    return int(guest.device("heartbeat").status()["answers"])
+
+
+async def more_beats(guest: Journey, count: int = 5) -> None:
+    wanted = beats(guest) + count
+    await guest.here.until(lambda: beats(guest) >= wanted, f"{count} more heartbeats")
+
+
+@pytest.mark.parametrize("smp", [1, 2])
+def test_echoes_and_heartbeats_go_on_over_many_migrations(
+    tmp_path: Path, guest_program: Callable[[str], Path], smp: int
+) -> None:
+    async def story() -> None:
+        async with journey(
+            tmp_path,
+            smp=smp,
+            devices=ECHO,
+            add=[(guest_program("echo_client"), "/bin/echo_client")],
+            load=(*LOADED_MODULES, "uio_hv_generic"),
+            command=[
+                "echo started; while echo_client --count 20000 --generate 5000 --fill 20; do :; done; echo failed"
+            ],
+        ) as guest:
+            await guest.here.says("started")
+            await more_beats(guest)
+            for _ in range(6):
+                requests = guest.device("echo").status()["requests"]
+                outcome = await guest.move()
+                assert guest.device("echo").status()["requests"] >= requests
+                assert outcome.departure.statuses[-1] == "completed"
+                for channel in outcome.departure.channels:
+                    assert channel.statuses == (NtStatus.STATUS_SUCCESS,)
+                await more_beats(guest)
+            reports = guest.here.output.count(b"{")
+            await guest.here.until(lambda: guest.here.output.count(b"{") > reports + 1, "two more reports")
+            text = guest.here.output.decode()
+            assert "failed" not in text, text
+            for line in text.splitlines()[1:-1]:  # the last may not be complete
+                json.loads(line)
+            assert guest.device("heartbeat").status()["odd_answers"] == 0
+            found = guest.here.status()
+            assert all(channel["refusals"] == {} for channel in found["channels"])
+            assert all(channel["io"]["refusals"] == {} for channel in found["channels"])
+            assert found["bus"]["refusals"] == {}
+            assert complaints(guest.here.console()) == []
+
+    asyncio.run(story())
+
+
+class Unsavable(Heartbeat):
+    """Cannot be saved while ``reason`` is set."""
+
+    reason = ""
+    size = 0
+
+    def save(self) -> bytes:
+        if self.reason:
+            raise DeviceError(self.reason)
+        return super().save() + bytes(self.size)
+
+
+def test_a_guest_that_cannot_leave_goes_on_and_can_leave_later(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with journey(tmp_path, devices=("heartbeat,interval=0.05", "shutdown")) as guest:
+            host = guest.host
+            device = guest.device("heartbeat")
+            device.__class__ = Unsavable
+            await more_beats(guest)
+
+            # Nobody listens.
+            with pytest.raises(MigrationFailed, match="goes on here"):
+                await migrate(host, f"unix:{tmp_path}/nobody.sock", limit=30)
+            await more_beats(guest)
+
+            # A device that cannot be saved: the reason comes out, the guest stays.
+            there = await guest.target()
+            device.reason = "a disk in the middle of something"
+            with pytest.raises(MigrationFailed, match="in the middle of something"):
+                await migrate(host, guest.uri(there), limit=30)
+            device.reason = ""
+            await more_beats(guest)
+            with pytest.raises(MigrationFailed):
+                await arrived(there.host, limit=30)
+            await guest.leave(there)
+
+            # More state than QEMU's carrier takes.
+            there = await guest.target()
+            device.size = 2 << 20
+            with pytest.raises(MigrationFailed, match="too-large"):
+                await migrate(host, guest.uri(there), limit=30)
+            device.size = 0
+            await more_beats(guest)
+            await guest.leave(there)
+
+            # The target has another set of devices: its Load() says so, the source hears of it.
+            there = await guest.target(devices=("shutdown",))
+            with pytest.raises(MigrationFailed, match="goes on here"):
+                await migrate(host, guest.uri(there), limit=30)
+            assert "not-there" in there.host.migration.load_refused
+            await more_beats(guest)
+            await guest.leave(there)
+
+            # The target dies while the guest is on its way.
+            there = await guest.target()
+            await host.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
+            moving = asyncio.ensure_future(migrate(host, guest.uri(there), limit=60))
+            await host.migration.until(lambda: "active" in host.migration.departure.statuses, 30)
+            there.guest.process.process.kill()
+            with pytest.raises(MigrationFailed, match="goes on here"):
+                await moving
+            await more_beats(guest)
+            await guest.leave(there)
+
+            # Cancelled while memory is sent.
+            there = await guest.target()
+            moving = asyncio.ensure_future(migrate(host, guest.uri(there), limit=60))
+            await host.migration.until(lambda: "active" in host.migration.departure.statuses, 30)
+            await host.qmp.execute("migrate_cancel")
+            with pytest.raises(MigrationFailed, match="goes on here"):
+                await moving
+            await host.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 30})
+            await more_beats(guest)
+            await guest.leave(there)
+
+            # Cancelled at the last moment: the state is made, the guest stands.
+            there = await guest.target()
+            host.migration.switchover = Switchover.OBSERVE
+            moving = asyncio.ensure_future(migrate(host, guest.uri(there), limit=60))
+            await host.migration.until(lambda: host.migration.phase is Phase.READY, 30)
+            answered = beats(guest)
+            await asyncio.sleep(0.2)  # a guest that stands does not answer, and a frozen host does not ask
+            assert beats(guest) == answered
+            await host.qmp.execute("migrate_cancel")
+            with pytest.raises(MigrationFailed, match="goes on here"):
+                await moving
+            host.migration.switchover = Switchover.OWN
+            await more_beats(guest)
+            await guest.leave(there)
+
+            # And after all that it leaves.
+            await guest.move()
+            await more_beats(guest, 20)
+            assert guest.device("heartbeat").status()["odd_answers"] == 0
+            assert guest.here.channel("heartbeat")["refusals"] == {}
+
+    asyncio.run(story())

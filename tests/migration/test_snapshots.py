@@ -1,0 +1,80 @@
+"""Snapshots of a real guest: saved while it runs, loaded again and again, and never half."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from emulator.machine.migration import snapshots
+from emulator.machine.migration.snapshots import SnapshotFailed
+from tests.guest.test_boot import complaints
+from tests.migration.journey import Journey, journey
+from tests.migration.test_live import more_beats
+
+pytestmark = pytest.mark.guest
+
+COUNT = ["i=0; while :; do i=$((i+1)); echo $i; usleep 20000; done"]
+
+
+def numbers(guest: Journey) -> list[int]:
+    return [int(line) for line in guest.here.output.splitlines(True)[:-1] if line.strip().isdigit()]
+
+
+async def count_on(guest: Journey, count: int) -> list[int]:
+    wanted = len(numbers(guest)) + count
+    await guest.here.until(lambda: len(numbers(guest)) >= wanted, f"{count} more numbers")
+    return numbers(guest)
+
+
+def test_a_guest_goes_back_to_a_snapshot_as_often_as_asked(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with journey(tmp_path, command=COUNT, snapshots=True) as guest:
+            host = guest.host
+            await more_beats(guest)
+            await count_on(guest, 5)
+            departure = await snapshots.save(host, "first")
+            assert departure.state_bytes > 0
+            at_save = len(numbers(guest))
+            await more_beats(guest)
+            await count_on(guest, 20)
+            sequence = guest.device("heartbeat").status()["sequence"]
+            for _ in range(2):
+                await snapshots.load(host, "first")
+                assert guest.device("heartbeat").status()["sequence"] < sequence
+                before = len(numbers(guest))
+                found = await count_on(guest, 20)
+                # It counts on from where it was saved; a line that was under way then may come in two halves.
+                assert found[at_save] - 3 <= found[before + 3] <= found[at_save] + 6
+                later = found[before + 5 :]
+                assert later == list(range(later[0], later[0] + len(later)))
+                await more_beats(guest, 10)
+            await snapshots.save(host, "second")
+            await more_beats(guest)
+            assert [each.tag for each in await snapshots.listed(host)] == ["first", "second"]
+            with pytest.raises(SnapshotFailed, match="already"):
+                await snapshots.save(host, "second")
+            await snapshots.delete(host, "first")
+            with pytest.raises(SnapshotFailed, match="no snapshot first"):
+                await snapshots.load(host, "first")
+            await more_beats(guest)
+            await snapshots.load(host, "second")
+            await more_beats(guest)
+            await count_on(guest, 10)
+            assert guest.device("heartbeat").status()["odd_answers"] == 0
+            found = guest.here.status()
+            assert found["bus"]["refusals"] == {}
+            assert all(channel["refusals"] == {} for channel in found["channels"])
+            assert complaints(guest.here.console()) == []
+
+            # Behind the emulator's back: what QEMU saves then cannot be loaded, and says why.
+            await host.qmp.monitor("savevm behind")
+            await more_beats(guest)
+            with pytest.raises(SnapshotFailed, match="behind the emulator's back"):
+                await snapshots.load(host, "behind")
+            await snapshots.load(host, "second")
+            await host.qmp.execute("cont")
+            await more_beats(guest)
+
+    asyncio.run(story())
