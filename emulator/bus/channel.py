@@ -314,8 +314,6 @@ class Channel:
     def detach(self) -> None:
         """The connection ends, but the client of a reserved channel stays."""
         self.offered = False
-        if self.relid is not None:
-            self._host.gpadls.abandon_all(self.relid)
 
     # ---- opening
 
@@ -436,7 +434,7 @@ class Channel:
     def _after_device(self) -> None:
         """The device has let the rings go: whatever waited for that goes on."""
         self.pages.continue_teardowns()
-        if self.busy is not Busy.NO:
+        if self.busy is not Busy.NO or self.state in (ChannelState.RELEASED, ChannelState.REVOKED):
             return
         reopen, self.reopen = self.reopen, None
         if self.abandoned or self.revoking or self.released_by_guest:

@@ -176,12 +176,11 @@ class GpadlTable:
         del self.assemblies[assembly.gpadl_id]
         self._count(assembly.relid, -assembly.weight, -1)
 
-    def abandon_all(self, relid: int) -> list[Assembly]:
-        """Forget the assemblies of one channel; they are returned."""
-        found = [each for each in self.assemblies.values() if each.relid == relid]
-        for each in found:
-            self.abandon(each)
-        return found
+    def abandon_all(self, relid: int | None = None) -> None:
+        """Forget the assemblies of one channel, or of all."""
+        for each in list(self.assemblies.values()):
+            if relid is None or each.relid == relid:
+                self.abandon(each)
 
     def add(self, relid: int, gpadl: Gpadl) -> None:
         """Count a GPADL that a channel holds from now on."""

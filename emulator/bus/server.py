@@ -353,6 +353,7 @@ class Bus:
             connection.interrupt_page = 0
             connection.monitor_pages = None
             self._waiting.clear()
+            self.gpadls.abandon_all()
             self._abandoning = True
             for channel in sorted(self._channels, key=lambda channel: channel.offer.subchannel_index == 0):
                 if channel.reserved and not reserved_too:

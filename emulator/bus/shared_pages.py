@@ -104,11 +104,13 @@ class SharedPages:
         self._channel.leave_when_idle()
 
     def _answer(self, gpadl: Gpadl) -> None:
-        self._forget(gpadl)
-        if not self._channel.abandoned:
+        if self._forget(gpadl) and not self._channel.abandoned:
             self._host.send(GPADL_TORNDOWN.build(GpadlTorndown(gpadl.gpadl_id)))
 
-    def _forget(self, gpadl: Gpadl) -> None:
-        if self.by_id.get(gpadl.gpadl_id) is gpadl and self._channel.relid is not None:
-            del self.by_id[gpadl.gpadl_id]
-            self._host.gpadls.remove(self._channel.relid, gpadl)
+    def _forget(self, gpadl: Gpadl) -> bool:
+        """Whether it was still there."""
+        if self.by_id.get(gpadl.gpadl_id) is not gpadl or self._channel.relid is None:
+            return False
+        del self.by_id[gpadl.gpadl_id]
+        self._host.gpadls.remove(self._channel.relid, gpadl)
+        return True

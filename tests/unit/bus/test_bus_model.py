@@ -101,8 +101,17 @@ class BusModel(RuleBasedStateMachine):
         self.after: list[Said] | None = None
         """What a disconnection that waits will say."""
         self.opens = 0
+        self.steps = 0
 
     # ---- helpers
+
+    def now_and_then(self, every: int) -> bool:
+        """What ends things is rare, so that the guest gets something done first."""
+        return self.steps % every == every - 1
+
+    def closing(self) -> list[Channel]:
+        """Channels whose device has not closed yet."""
+        return [each for each in self.guest.bus.channels if each.state.name.startswith("CLOSING")]
 
     def expect(self, wanted: list[Said]) -> None:
         found = said(self.guest)
@@ -118,12 +127,23 @@ class BusModel(RuleBasedStateMachine):
     def live(self, relid: int) -> ModelChannel | None:
         return self.model.get(relid) if self.connected else None
 
+    def draw_relid(self, data: st.DataObject) -> int:
+        """Of a channel that there is, mostly."""
+        return data.draw(st.sampled_from([*self.model] * 4 + [1, 2, 3, 4]))
+
+    def draw_gpadl(self, data: st.DataObject, relid: int) -> int:
+        """Of a GPADL that the channel has, mostly."""
+        model = self.model.get(relid)
+        return data.draw(st.sampled_from([*(model.gpadls if model else ())] * 4 + [1, 2, 3, 4]))
+
     # ---- the host's devices
 
-    @initialize(count=st.integers(0, 3))
-    def first_devices(self, count: int) -> None:
-        for number in range(count):
-            self.hot_add(number, number == 0)
+    @initialize(slow=st.lists(st.booleans(), min_size=1, max_size=3))
+    def first_devices(self, slow: list[bool]) -> None:
+        for number, each in enumerate(slow):
+            self.hot_add(number, each)
+        self.disconnection("contact", Version.IRON)
+        self.request_offers()
 
     @rule(number=st.integers(0, 4), slow=st.booleans())
     def hot_add(self, number: int, slow: bool) -> None:
@@ -132,7 +152,7 @@ class BusModel(RuleBasedStateMachine):
         if present:
             return
         endpoint = RecordingEndpoint()
-        endpoint.defer_close = slow
+        endpoint.defer_close = slow or number % 2 == 0
         channel = self.guest.bus.offer(an_offer(f"d{number}", instance=instance), endpoint)
         self.channels.append(channel)
         wanted: list[Said] = []
@@ -142,7 +162,7 @@ class BusModel(RuleBasedStateMachine):
             wanted.append((MessageType.OFFERCHANNEL, relid))
         self.expect(wanted)
 
-    @precondition(lambda self: self.guest.bus.channels)
+    @precondition(lambda self: self.guest.bus.channels and self.now_and_then(6))
     @rule(data=st.data())
     def hot_remove(self, data: st.DataObject) -> None:
         channel = data.draw(st.sampled_from(self.guest.bus.channels))
@@ -163,13 +183,10 @@ class BusModel(RuleBasedStateMachine):
         model.state = "revoked"
         return [*model.end_teardowns(), rescind(relid)]
 
-    @precondition(
-        lambda self: any(channel.state.name.startswith("CLOSING") for channel in self.guest.bus.channels)
-    )
+    @precondition(lambda self: self.closing() and self.now_and_then(4))
     @rule(data=st.data())
     def finish_a_close(self, data: st.DataObject) -> None:
-        closing = [each for each in self.guest.bus.channels if each.state.name.startswith("CLOSING")]
-        channel = data.draw(st.sampled_from(closing))
+        channel = data.draw(st.sampled_from(self.closing()))
         relid = channel.relid
         assert relid is not None
         channel.finish_close()
@@ -217,33 +234,32 @@ class BusModel(RuleBasedStateMachine):
             self.connected = True
         return wanted
 
-    @rule(version=st.sampled_from([Version.WIN10, Version.WIN10_RS5, Version.IRON, Version.COPPER]))
-    def contact(self, version: Version) -> None:
+    @precondition(lambda self: not self.connected or self.now_and_then(12))
+    @rule(
+        how=st.sampled_from(["contact", "contact", "unknown contact", "unload", "reset"]),
+        version=st.sampled_from([Version.WIN10, Version.WIN10_RS5, Version.IRON, Version.COPPER]),
+    )
+    def disconnection(self, how: str, version: Version) -> None:
         self.guest.answers.clear()
-        self.guest.contact(version)
+        wanted: list[Said] = []
+        match how:
+            case "contact":
+                self.guest.contact(version)
+                self.version = version
+                wanted = [(MessageType.VERSION_RESPONSE, 1)]
+            case "unknown contact":
+                self.guest.contact(0x00050004, connection_id=1)
+                wanted = [(MessageType.VERSION_RESPONSE, 0)]
+            case "unload":
+                self.guest.unload()
+                wanted = [UNLOADED]
+            case "reset":
+                self.guest.bus.reset()
         found = [(answer.number, getattr(answer.message, "supported", None)) for answer in self.guest.answers]
-        self.version = version
-        assert found == self.disconnect([(MessageType.VERSION_RESPONSE, 1)])
-
-    @rule()
-    def contact_of_an_unknown_version(self) -> None:
-        self.guest.answers.clear()
-        self.guest.contact(0x00050004, connection_id=1)
-        found = [(answer.number, getattr(answer.message, "supported", None)) for answer in self.guest.answers]
-        assert found == self.disconnect([(MessageType.VERSION_RESPONSE, 0)])
-
-    @rule()
-    def unload(self) -> None:
-        self.guest.answers.clear()
-        self.guest.unload()
-        assert [(answer.number, None) for answer in self.guest.answers] == self.disconnect([UNLOADED])
+        assert found == self.disconnect(wanted)
         assert self.guest.bus.gpadls.assemblies == {}
 
-    @rule()
-    def machine_reset(self) -> None:
-        self.guest.bus.reset()
-        self.expect(self.disconnect([]))
-
+    @precondition(lambda self: not self.offers_sent or self.now_and_then(12))
     @rule()
     def request_offers(self) -> None:
         wanted: list[Said] = []
@@ -258,12 +274,15 @@ class BusModel(RuleBasedStateMachine):
     # ---- GPADLs
 
     @rule(
-        relid=st.integers(1, 4),
+        data=st.data(),
         gpadl_id=st.integers(1, 4),
         pages=st.sampled_from([2, 4, 8, 30]),
         sound=st.sampled_from([True, True, True, False]),
     )
-    def gpadl_header(self, relid: int, gpadl_id: int, pages: int, sound: bool) -> None:
+    def gpadl_header(self, data: st.DataObject, gpadl_id: int, pages: int, sound: bool) -> None:
+        self.gpadl_header_for(self.draw_relid(data), gpadl_id, pages, sound)
+
+    def gpadl_header_for(self, relid: int, gpadl_id: int, pages: int, sound: bool) -> None:
         pfns = list(range(20, 20 + pages)) if sound else [1 << 30] * pages
         parts = split_gpadl(relid, gpadl_id, [GpaRange(pages * 4096, 0, pfns)])
         self.guest.post(parts[0])
@@ -291,8 +310,10 @@ class BusModel(RuleBasedStateMachine):
         sound = payload[16:24] != (1 << 30).to_bytes(8, "little")
         self.expect(self.created(relid, gpadl_id, sound) if relid else [])
 
-    @rule(relid=st.integers(1, 4), gpadl_id=st.integers(1, 4))
-    def gpadl_teardown(self, relid: int, gpadl_id: int) -> None:
+    @rule(data=st.data())
+    def gpadl_teardown(self, data: st.DataObject) -> None:
+        relid = self.draw_relid(data)
+        gpadl_id = self.draw_gpadl(data, relid)
         self.guest.answers.clear()
         self.guest.teardown(relid, gpadl_id)
         found = [(answer.number, answer.message.gpadl_id) for answer in self.guest.answers]
@@ -322,8 +343,12 @@ class BusModel(RuleBasedStateMachine):
         assert channel is not None
         return channel.gpadls[ring].page_count
 
-    @rule(relid=st.integers(1, 4), ring=st.integers(1, 4))
-    def open(self, relid: int, ring: int) -> None:
+    @rule(data=st.data())
+    def open(self, data: st.DataObject) -> None:
+        relid = self.draw_relid(data)
+        self.open_with(relid, self.draw_gpadl(data, relid))
+
+    def open_with(self, relid: int, ring: int) -> None:
         self.opens += 1
         model = self.live(relid)
         wanted: list[Said] = []
@@ -341,8 +366,19 @@ class BusModel(RuleBasedStateMachine):
         ]
         assert found == wanted
 
-    @rule(relid=st.integers(1, 4))
-    def close(self, relid: int) -> None:
+    @precondition(lambda self: any(model.state == "closed" for model in self.model.values()))
+    @rule(data=st.data())
+    def share_and_open(self, data: st.DataObject) -> None:
+        """The usual way, so that channels are open most of the time."""
+        closed = [relid for relid, model in self.model.items() if model.state == "closed"]
+        relid = data.draw(st.sampled_from(closed))
+        ring = data.draw(st.integers(1, 4))
+        self.gpadl_header_for(relid, ring, 8, True)
+        self.open_with(relid, ring)
+
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        relid = self.draw_relid(data)
         slow = self.defers(relid)
         self.guest.post(b"\x07" + bytes(7) + bytes((relid, 0, 0, 0)))
         model = self.live(relid)
@@ -353,8 +389,9 @@ class BusModel(RuleBasedStateMachine):
                 wanted = self.closed(relid)
         self.expect(wanted)
 
-    @rule(relid=st.integers(1, 4))
-    def release(self, relid: int) -> None:
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        relid = self.draw_relid(data)
         self.guest.post(b"\x0d" + bytes(7) + bytes((relid, 0, 0, 0)))
         model = self.live(relid)
         if model is not None and model.state in ("closed", "revoked"):
@@ -364,8 +401,9 @@ class BusModel(RuleBasedStateMachine):
             model.released = True
         self.expect([])
 
-    @rule(relid=st.integers(1, 4), vp=st.integers(0, VPS))
-    def modify(self, relid: int, vp: int) -> None:
+    @rule(data=st.data(), vp=st.integers(0, VPS))
+    def modify(self, data: st.DataObject, vp: int) -> None:
+        relid = self.draw_relid(data)
         self.guest.post(b"\x16" + bytes(7) + bytes((relid, 0, 0, 0, vp, 0, 0, 0)))
         wanted: list[Said] = []
         if self.connected and self.version >= Version.IRON:
@@ -375,6 +413,10 @@ class BusModel(RuleBasedStateMachine):
         self.expect(wanted)
 
     # ---- always
+
+    @invariant()
+    def time_passes(self) -> None:
+        self.steps += 1
 
     @invariant()
     def counts_are_those_of_the_channels(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from emulator.bus import gpadl as gpadl_module
+from emulator.bus.channel_state import ChannelState
 from emulator.errors import DeviceError, MalformedError, ProtocolError
 from emulator.ports import PAGE_SIZE
 from emulator.testing_bus import RecordingEndpoint, ScriptedGuest, an_offer
@@ -20,7 +21,8 @@ from emulator.wire.gpadl import (
     parse_ranges,
     split_gpadl,
 )
-from emulator.wire.header import MAX_MESSAGE, STATUS_SUCCESS, STATUS_UNSUCCESSFUL
+from emulator.wire.header import MAX_MESSAGE, STATUS_SUCCESS, STATUS_UNSUCCESSFUL, MessageType
+from emulator.wire.messages import ChannelOnly
 
 ID = 0xE1E10
 
@@ -342,3 +344,38 @@ def test_device_gets_the_pages_of_a_buffer(connected: ScriptedGuest) -> None:
     assert pages.size == 3 * PAGE_SIZE
     with pytest.raises(ProtocolError):
         channel.gpadl_pages(shared + 1)
+
+
+def test_teardowns_that_wait_for_a_close_are_each_answered_once_when_the_channel_leaves(
+    connected: ScriptedGuest, endpoint: RecordingEndpoint
+) -> None:
+    endpoint.defer_close = True
+    channel = connected.bus.channels[0]
+    ring, buffer = connected.open_channel(1), connected.share(1)
+    connected.bus.revoke(channel)
+    late = connected.share(1)
+    for gpadl_id in (ring, buffer, late):
+        assert connected.teardown(1, gpadl_id) == []
+    channel.finish_close()
+    assert [answer.message for answer in connected.take()] == [
+        GpadlTorndown(ring),
+        GpadlTorndown(buffer),
+        GpadlTorndown(late),
+        ChannelOnly(1),
+    ]
+
+
+def test_teardowns_that_wait_for_a_close_say_nothing_after_a_disconnection(
+    connected: ScriptedGuest, endpoint: RecordingEndpoint
+) -> None:
+    endpoint.defer_close = True
+    channel = connected.bus.channels[0]
+    ring, buffer = connected.open_channel(1), connected.share(1)
+    connected.close(1)
+    for gpadl_id in (ring, buffer):
+        assert connected.teardown(1, gpadl_id) == []
+    assert connected.unload() == []
+    channel.finish_close()
+    assert [answer.number for answer in connected.take()] == [MessageType.UNLOAD_RESPONSE]
+    assert channel.state is ChannelState.RELEASED
+    assert [offer.relid for offer in connected.connect()] == [1]
