@@ -1,0 +1,51 @@
+"""Noise as messages: nothing raises, nothing is left behind (the long run is ``tests/fuzz/bus_messages.py``)."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emulator.bus.channel_state import ChannelState
+from emulator.testing_bus import RecordingEndpoint, ScriptedGuest, an_offer
+from emulator.wire.messages import MESSAGES
+from emulator.wire.version import ALL_FEATURES, Version
+
+numbered = st.builds(
+    lambda number, body: number.to_bytes(4, "little") + bytes(4) + body,
+    st.sampled_from([int(number) for number in MESSAGES] + [0, 30, 0xFFFFFFFF]),
+    st.one_of(
+        st.binary(max_size=232),
+        st.lists(st.integers(0, 8).map(lambda number: number.to_bytes(4, "little")), max_size=58).map(
+            b"".join
+        ),
+    ),
+)
+payloads = st.one_of(st.binary(max_size=300), numbered, numbered)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.lists(st.tuples(st.integers(0, 0xFFFFFF), payloads), max_size=40),
+    st.sampled_from([None, Version.V1, Version.WIN10, Version.IRON, Version.COPPER]),
+)
+def test_noise_never_raises_and_leaves_nothing(
+    posts: list[tuple[int, bytes]], version: Version | None
+) -> None:
+    guest = ScriptedGuest.on_fakes(supported_flags=ALL_FEATURES)
+    endpoints = [RecordingEndpoint() for _ in range(3)]
+    for number, endpoint in enumerate(endpoints):
+        guest.bus.offer(an_offer(f"d{number}"), endpoint)
+    if version is not None:
+        guest.connect(version)
+        guest.open_channel(1)
+    for connection_id, payload in posts:
+        guest.post(payload, connection_id=connection_id)
+        guest.timers.advance(0.01)
+    guest.take()
+    guest.bus.status()
+    guest.bus.reset()
+    assert guest.bus.gpadls.gpadls == guest.bus.gpadls.pages == 0
+    assert guest.bus.gpadls.assemblies == {}
+    assert all(channel.state is ChannelState.RELEASED for channel in guest.bus.channels)
+    assert not any(endpoint.is_open or endpoint.gpadls for endpoint in endpoints)
+    assert set(guest.synic.ports) == {2, 3}
