@@ -1,0 +1,112 @@
+"""A real QEMU takes the options in each of their forms, and tells everything that an emulator has to know."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import time
+import xml.etree.ElementTree
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from emulator.errors import QemuUnsuitable
+from emulator.machine import gateway_build
+from emulator.machine.acpi import vmbus_table
+from emulator.machine.arguments import EmulatorOptions, libvirt, readconfig
+from emulator.machine.discovery import QemuFacts, discover
+from emulator.machine.qmp import Qmp
+from emulator.provision.qemu import find_qemu
+
+pytestmark = pytest.mark.qemu
+
+
+def options(folder: Path, mebibytes: int = 128) -> EmulatorOptions:
+    table = folder / "vmbus.aml"
+    table.write_bytes(vmbus_table())
+    return EmulatorOptions(
+        memory_path=folder / "memory",
+        memory_size=mebibytes << 20,
+        gateway_library=gateway_build.build(),
+        gateway_socket=folder / "gateway.sock",
+        qtest_socket=folder / "qtest.sock",
+        qmp_socket=folder / "qmp.sock",
+        acpi_table=table,
+    )
+
+
+@contextmanager
+def qemu(folder: Path, words: Sequence[str]) -> Iterator[None]:
+    """A QEMU that has not been let go yet."""
+    binary = find_qemu()
+    line = [*binary.argv_prefix, "-S", "-nodefaults", "-no-user-config", "-display", "none", *words]
+    log = folder / "qemu.log"
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(line, cwd=folder, stdout=output, stderr=output) as process,
+    ):
+        try:
+            end = time.monotonic() + 30
+            while not (folder / "qmp.sock").exists():
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < end, "no QMP socket within 30 s"
+                time.sleep(0.01)
+            yield
+        finally:
+            process.kill()
+
+
+async def facts(folder: Path) -> QemuFacts:
+    qmp = await Qmp.connect(str(folder / "qmp.sock"))
+    try:
+        return await discover(qmp)
+    finally:
+        await qmp.close()
+
+
+@pytest.mark.parametrize("form", ["argv", "readconfig", "libvirt"])
+def test_every_form_makes_a_qemu_that_can_be_attached_to(tmp_path: Path, form: str) -> None:
+    wanted = options(tmp_path)
+    words = wanted.argv()
+    if form == "readconfig":
+        text, rest = readconfig(wanted.options())
+        (tmp_path / "vmbus.cfg").write_text(text)
+        words = ["-readconfig", str(tmp_path / "vmbus.cfg"), *rest]
+    elif form == "libvirt":
+        body = libvirt(wanted.options()).split("-->\n", 1)[1].replace("qemu:", "")
+        words = [child.get("value", "") for child in xml.etree.ElementTree.fromstring(body)]
+    with qemu(tmp_path, ["-machine", "q35", *words]):
+        found = asyncio.run(facts(tmp_path))
+    assert found.ram_path == wanted.memory_path
+    assert found.ram_size == wanted.memory_size
+    assert found.gateway_socket == str(wanted.gateway_socket)
+    assert found.qtest_socket == str(wanted.qtest_socket)
+    assert found.apic_ids == (0,)
+    assert not found.running
+
+
+@pytest.mark.parametrize("machine", ["q35", "pc"])
+@pytest.mark.parametrize("mebibytes", [64, 2048, 3584, 6144])
+def test_the_layout_of_ram_is_found(tmp_path: Path, machine: str, mebibytes: int) -> None:
+    with qemu(tmp_path, ["-machine", machine, "-smp", "3", *options(tmp_path, mebibytes).argv()]):
+        found = asyncio.run(facts(tmp_path))
+    assert sum(region.size for region in found.ram_regions) == mebibytes << 20
+    low, *high = found.ram_regions
+    assert low.gpa == 0 and low.offset == 0 and low.end <= 4 << 30
+    if high:
+        assert (high[0].gpa, high[0].offset) == (4 << 30, low.size)
+    assert bool(high) == (mebibytes >= 3584)
+    assert len(found.apic_ids) == 3
+
+
+def test_each_missing_option_is_named_alone(tmp_path: Path) -> None:
+    words = options(tmp_path).argv()
+    at = words.index("-qtest")
+    del words[at : at + 2]
+    with qemu(tmp_path, words), pytest.raises(QemuUnsuitable) as refused:
+        asyncio.run(facts(tmp_path))
+    assert "-qtest unix:" in str(refused.value)
+    assert "-plugin PATH" not in str(refused.value)
+    assert "memory-backend-file" not in str(refused.value)
