@@ -29,7 +29,11 @@ class Histogram:
     @property
     def median(self) -> float:
         """Seconds; 0 when nothing was counted."""
-        left = (self.count + 1) // 2
+        return self.quantile(0.5)
+
+    def quantile(self, share: float) -> float:
+        """Seconds that ``share`` (0 to 1) of the durations do not exceed, off by at most a tenth; 0 for none."""
+        left = max(1, math.ceil(self.count * share))
         for bucket in sorted(self._buckets):
             left -= self._buckets[bucket]
             if left <= 0:

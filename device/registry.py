@@ -14,7 +14,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from device.options import Option, options_of
 from emulator.bus.device import Device
@@ -23,6 +23,17 @@ from emulator.errors import DeviceError, UsageError
 GROUP = "vmbus.devices"
 
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
+
+
+@runtime_checkable
+class Joinable(Protocol):
+    """A device that several ``--device`` lines describe, a part each."""
+
+    def join(self, other: Device) -> bool:
+        """Take over what ``other``, made from a later line, stands for; False if it is a device of its own.
+
+        Raises :class:`~emulator.errors.UsageError` when the two contradict each other.
+        """
 
 
 def split_device(text: str) -> tuple[str, dict[str, str]]:
@@ -108,6 +119,25 @@ class Registry:
         if own_name is not None:
             device.name = own_name
         return device
+
+    def create_all(self, texts: Iterable[str]) -> list[Device]:
+        """A device from each text, or one from those that describe parts of it (:class:`Joinable`)."""
+        devices: list[Device] = []
+        try:
+            for text in texts:
+                device = self.create(text)
+                try:
+                    joined = any(isinstance(each, Joinable) and each.join(device) for each in devices)
+                except UsageError as error:
+                    device.stop()
+                    raise UsageError(f"--device {text}: {error}") from error
+                if not joined:
+                    devices.append(device)
+        except BaseException:
+            for device in devices:
+                device.stop()
+            raise
+        return devices
 
     def help(self, name: str | None = None) -> str:
         """For ``--device help`` and ``--device NAME,help``: devices, or one device's options."""

@@ -193,12 +193,20 @@ class FakeChannel:
     interrupts: int = 0
     relid: int = 1
     gpadls: dict[int, Gpadl] = field(default_factory=dict)
+    closing: bool = False
+    """The device has deferred the end of its close."""
 
     def ring_pages(self) -> tuple[GuestPages, GuestPages]:
         return self.incoming, self.outgoing
 
     def signal_guest(self) -> None:
         self.interrupts += 1
+
+    def defer_close(self) -> None:
+        self.closing = True
+
+    def finish_close(self) -> None:
+        self.closing = False
 
     def as_channel(self) -> Channel:
         return cast("Channel", self)

@@ -53,7 +53,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 async def _attach(arguments: argparse.Namespace) -> int:
-    devices = [Registry().create(line) for line in device_lines(arguments)]
+    devices = Registry().create_all(device_lines(arguments))
     directory = rundir.create(arguments.name, 0)
     try:
         host = await Host.attach(arguments.qmp, devices, host_options(arguments))

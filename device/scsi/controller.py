@@ -1,0 +1,507 @@
+"""The storage controller: StorVSP, the host's end of Linux's hv_storvsc and Windows's storvsc.
+
+Source: spec/devices.md 3. A controller has units at (target, LUN), a primary channel over which driver and host
+agree (:mod:`device.scsi.handshake`), and sub-channels. Commands come over any of them, and are answered there.
+
+    | packet                  | before READY         | READY                                                       |
+    |  3 execute SRB          | INVALID_DEVICE_STATE | to the unit; answered when it is done                       |
+    |  4, 5, 6 reset          | INVALID_DEVICE_STATE | what waits is aborted; answered when no command is left     |
+    |  7, 8, 9, 10, 13        | handshake            | handshake                                                   |
+    | 12 FC HBA data          | INVALID_DEVICE_STATE | INVALID_DEVICE_REQUEST                                      |
+    | anything else           | the channel stops    | the channel stops                                           |
+
+What comes over a sub-channel before the primary one is READY stays in its ring until then. A channel that is closed
+while its commands are being worked on is given back to the guest when the last of them has ended.
+
+A LUN that is not there (spec/devices.md 3.6): INQUIRY says so with valid data, REPORT LUNS always answers, the rest
+fails with INVALID_LUN on path 0, and with INVALID_TARGET_ID on other paths: Linux takes INVALID_LUN for path 0.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+from device.options import Help
+from device.scsi.drive import DriveOptions, Format, Media, open_drive
+from device.scsi.file import Cache
+from device.scsi.handshake import Handshake
+from device.scsi.request import Request
+from device.scsi.saved import restore_controller, save_controller
+from device.scsi.sense import CheckCondition
+from device.scsi.unit import LogicalUnit
+from emulator.bus.device import Device, DeviceEnvironment
+from emulator.bus.offers import Offer
+from emulator.errors import GuestError, ProtocolError, UsageError
+from emulator.ports import TimerHandle
+from emulator.wire.offer import OfferFlags
+from emulator.wire.packet import Packet
+from emulator.wire.scsi import NO_DEVICE, Opcode, ScsiStatus, Sense, cdb_allocation, lun_list
+from emulator.wire.storvsp import (
+    CDB_SIZE,
+    HEADER_SIZE,
+    PACKET_SIZE,
+    SCSI_INTERFACE,
+    SHORT_PACKET_SIZE,
+    Operation,
+    ProtocolVersion,
+    SrbStatus,
+    Status,
+    answer_size,
+    build_answer,
+    build_packet,
+    parse_operation,
+    parse_request,
+)
+
+if TYPE_CHECKING:
+    from emulator.bus.channel_io import ChannelIo
+
+NAMESPACE = uuid.UUID("5f5f8f0e-0d3c-4b57-b0a6-3f2f7a9c6a41")
+"""Instance GUIDs of controllers are derived from their names, so that they stay the same."""
+
+MOST_QUEUES = 8
+MOST_TARGETS = 2
+MOST_LUNS = 64
+RESET_LIMIT = 4.0
+"""Seconds after which a reset is answered although commands are left: Linux waits five."""
+
+_EXECUTE = int(Operation.EXECUTE_SRB)
+_RESETS = (Operation.RESET_LUN, Operation.RESET_ADAPTER, Operation.RESET_BUS)
+_INITIALISATION = (
+    Operation.BEGIN_INITIALIZATION,
+    Operation.END_INITIALIZATION,
+    Operation.QUERY_PROTOCOL_VERSION,
+    Operation.QUERY_PROPERTIES,
+    Operation.CREATE_SUB_CHANNELS,
+)
+_SUCCESS = int(SrbStatus.SUCCESS)
+
+_NT_STATUS = {
+    SrbStatus.SUCCESS: Status.SUCCESS,
+    SrbStatus.ABORTED: Status.CANCELLED,
+    SrbStatus.DATA_OVERRUN: Status.BUFFER_OVERFLOW,
+    SrbStatus.NO_DEVICE: Status.DEVICE_DOES_NOT_EXIST,
+    SrbStatus.INVALID_LUN: Status.DEVICE_DOES_NOT_EXIST,
+    SrbStatus.INVALID_TARGET_ID: Status.DEVICE_DOES_NOT_EXIST,
+}
+
+
+class Scsi(Device):
+    """Disks and CD-ROMs behind a storage controller (hv_storvsc); one --device line for each of them."""
+
+    name = "scsi"
+    max_packet = 80  # what Linux has room for: a descriptor and 64 bytes
+
+    def __init__(
+        self,
+        *,
+        image: Annotated[str | None, Help("file or block device; none: an empty controller")] = None,
+        format: Annotated[
+            Format, Help("of the data: a raw image, or none: null keeps nothing, memory forgets at the end")
+        ] = Format.RAW,
+        size: Annotated[str | None, Help("of a null or memory disk: 512M, 4G")] = None,
+        media: Annotated[
+            Media | None, Help("what the guest sees (default disk, cdrom for an image named .iso)")
+        ] = None,
+        target: Annotated[int, Help("SCSI target", least=0, most=MOST_TARGETS - 1)] = 0,
+        lun: Annotated[int | None, Help("LUN (default: the next free)", least=0, most=MOST_LUNS - 1)] = None,
+        controller: Annotated[str, Help("lines that name the same one share it")] = "scsi",
+        readonly: Annotated[bool, Help("refuse writes, share the image")] = False,
+        cache: Annotated[Cache, Help("as QEMU's")] = Cache.NONE,
+        discard: Annotated[bool, Help("let the guest give blocks back")] = True,
+        serial: Annotated[str | None, Help("serial number (default: from controller, target, LUN)")] = None,
+        block: Annotated[int, Help("bytes of a block: 512 or 4096")] = 512,
+        rotation: Annotated[int, Help("rounds a minute; 1: does not rotate", least=1, most=0xFFFE)] = 1,
+        fault: Annotated[str, Help("faults to have: error@8-15;delay:0.5@*;short:0.5@100-; see docs")] = "",
+        queues: Annotated[
+            int, Help("channels, as many as the guest has vCPUs", least=1, most=MOST_QUEUES)
+        ] = 8,
+        transfer: Annotated[int, Help("most KiB of one request", least=4, most=1024)] = 256,
+        version: Annotated[str, Help("newest protocol to agree to: 2.0, 4.2, 5.1, 6.0, 6.2")] = "6.2",
+        instance: Annotated[uuid.UUID | None, Help("instance GUID (default: from the name)")] = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        versions = {str(each): each for each in ProtocolVersion}
+        if version not in versions:
+            raise UsageError(f"version={version}: one of {', '.join(versions)} is wanted")
+        self.controller = controller
+        self.name = controller
+        self.instance = instance or uuid.uuid5(NAMESPACE, controller)
+        self.max_version = versions[version]
+        self.max_transfer = transfer << 10
+        self.queues = queues
+        self.units: dict[tuple[int, int], LogicalUnit] = {}
+        self.lun_was_chosen = lun is not None
+        self.default_serial = serial is None
+        self.clock = clock
+        self.handshake = self._new_handshake(0)
+        self.enumerations = 0
+        self.resets = 0
+        self._requests: dict[ChannelIo, set[Request]] = {}
+        self._closing: set[ChannelIo] = set()
+        self._primary: ChannelIo | None = None
+        self._waiting_subchannels: list[ChannelIo] = []
+        self._waiting_resets: list[tuple[ChannelIo, Packet]] = []
+        self._reset_timer: TimerHandle | None = None
+        self._removed: list[LogicalUnit] = []
+        self.pending: list[tuple[int, Packet]] = []
+        if image is not None or format is not Format.RAW:
+            self.attach(
+                open_drive(
+                    DriveOptions(
+                        image=image,
+                        format=format,
+                        size=size,
+                        media=media,
+                        readonly=readonly,
+                        cache=cache,
+                        discard=discard,
+                        serial=serial,
+                        block=block,
+                        rotation=rotation,
+                        fault=fault,
+                        max_transfer=self.max_transfer,
+                    ),
+                    f"{controller}-{target}-{lun or 0}",
+                ),
+                target,
+                lun,
+            )
+
+    def _new_handshake(self, subchannels: int) -> Handshake:
+        return Handshake(self.max_version, subchannels, self.max_transfer)
+
+    # --- units ---------------------------------------------------------------------------------------------
+
+    def join(self, other: Device) -> bool:
+        """Take over the units of ``other`` if it stands for the same controller (one --device line each)."""
+        if not isinstance(other, Scsi) or other.controller != self.controller:
+            return False
+        if (other.instance, other.max_version, other.queues, other.max_transfer) != (
+            self.instance,
+            self.max_version,
+            self.queues,
+            self.max_transfer,
+        ):
+            other.stop()
+            raise UsageError(
+                f"controller {self.controller}: instance=, queues=, transfer= and version= are the same on each line"
+            )
+        for (target, lun), unit in other.units.items():
+            if not other.lun_was_chosen:
+                lun = self._free_lun(target)
+            if other.default_serial:
+                unit.name(f"{self.controller}-{target}-{lun}")
+            self.attach(unit, target, lun)
+        other.units.clear()
+        return True
+
+    def _free_lun(self, target: int) -> int:
+        free = next((lun for lun in range(MOST_LUNS) if (target, lun) not in self.units), None)
+        if free is None:
+            raise UsageError(
+                f"controller {self.controller}: all {MOST_LUNS} LUNs of target {target} are taken"
+            )
+        return free
+
+    def attach(self, unit: LogicalUnit, target: int = 0, lun: int | None = None) -> int:
+        """Add a unit, at the next free LUN if none is given; returns the LUN. A running guest is told to look.
+
+        Raises :class:`~emulator.errors.UsageError` if the place is taken, and does not close the unit then.
+        """
+        place = (target, self._free_lun(target) if lun is None else lun)
+        if place in self.units:
+            raise UsageError(f"controller {self.controller}: target {place[0]} LUN {place[1]} is taken")
+        if self._environment is not None:
+            unit.start(self._environment)
+        self.units[place] = unit
+        if self._primary is not None:
+            unit.attention(Sense.POWER_ON)
+            self._enumerate()
+        return place[1]
+
+    def detach(self, target: int, lun: int) -> None:
+        """Take a unit away; the guest is told to look. Its commands end, then its image is closed."""
+        unit = self.units.pop((target, lun), None)
+        if unit is None:
+            raise UsageError(f"controller {self.controller}: there is no target {target} LUN {lun}")
+        self._removed.append(unit)
+        self._close_removed()
+        self._enumerate()
+
+    def resize(self, target: int, lun: int) -> bool:
+        """The image of a unit may have changed its size: look, and tell the guest; whether it has."""
+        unit = self.units.get((target, lun))
+        if unit is None:
+            raise UsageError(f"controller {self.controller}: there is no target {target} LUN {lun}")
+        changed = unit.resized()
+        if changed:
+            self._enumerate()
+        return changed
+
+    def _enumerate(self) -> None:
+        """Have the guest look for units that came or went."""
+        if self._primary is None or not self.handshake.ready:
+            return
+        self.enumerations += 1
+        size = PACKET_SIZE if (self.handshake.version or 0) >= ProtocolVersion.WIN8 else SHORT_PACKET_SIZE
+        self._primary.send(build_packet(Operation.ENUMERATE_BUS, Status.SUCCESS, size=size))
+
+    def _close_removed(self) -> None:
+        for unit in tuple(self._removed):
+            if not unit.statistics.depth:
+                self._removed.remove(unit)
+                unit.close()
+
+    # --- what the bus tells ----------------------------------------------------------------------------------
+
+    def offer(self) -> Offer:
+        return Offer(
+            interface_id=SCSI_INTERFACE, instance_id=self.instance, flags=OfferFlags(0), name=self.name
+        )
+
+    def start(self, environment: DeviceEnvironment) -> None:
+        super().start(environment)
+        for unit in self.units.values():
+            unit.start(environment)
+
+    def stop(self) -> None:
+        for unit in (*self.units.values(), *self._removed):
+            unit.close()
+
+    def opened(self, io: ChannelIo) -> None:
+        self._requests[io] = set()
+        if io.subchannel_index:
+            if not self.handshake.ready:
+                io.hold()
+                self._waiting_subchannels.append(io)
+            return
+        self._primary = io
+        self.handshake = self._new_handshake(self.queues - 1 if self.environment.offers is not None else 0)
+        for unit in self.units.values():
+            unit.reset()
+
+    def closed(self, io: ChannelIo) -> None:
+        if io is self._primary:
+            self._primary = None
+            self.handshake = self._new_handshake(0)
+        if io in self._waiting_subchannels:
+            self._waiting_subchannels.remove(io)
+        self._waiting_resets = [each for each in self._waiting_resets if each[0] is not io]
+        self._cancel(io)
+        if self._requests.get(io):
+            self._closing.add(io)
+            io.channel.defer_close()
+        else:
+            self._requests.pop(io, None)
+
+    def _cancel(self, io: ChannelIo) -> None:
+        """Abort the commands that only wait."""
+        for request in tuple(self._requests.get(io, ())):
+            if request.cancel is not None:
+                cancel, request.cancel = request.cancel, None
+                cancel()
+                request.finish(SrbStatus.ABORTED)
+
+    # --- packets -------------------------------------------------------------------------------------------
+
+    def packet(self, io: ChannelIo, packet: Packet) -> None:
+        payload = packet.payload
+        if not packet.flags & 1:
+            raise ProtocolError("storvsp-no-completion-wanted", f"transaction {packet.transaction_id:#x}")
+        if len(payload) < HEADER_SIZE:
+            raise ProtocolError("storvsp-short-packet", f"{len(payload)} bytes")
+        operation = parse_operation(payload)
+        if operation == _EXECUTE:
+            if not self.handshake.ready:
+                self._answer(io, packet, Status.INVALID_DEVICE_STATE)
+            elif len(payload) < SHORT_PACKET_SIZE:
+                raise ProtocolError("storvsp-short-request", f"{len(payload)} bytes")
+            else:
+                self._execute(io, packet)
+        elif operation in _INITIALISATION:
+            self._initialise(io, packet, operation)
+        elif operation in _RESETS:
+            if self.handshake.ready:
+                self._reset(io, packet)
+            else:
+                self._answer(io, packet, Status.INVALID_DEVICE_STATE)
+        elif operation == Operation.FCHBA_DATA:
+            state = Status.INVALID_DEVICE_REQUEST if self.handshake.ready else Status.INVALID_DEVICE_STATE
+            self._answer(io, packet, state)
+        else:
+            raise ProtocolError("storvsp-unknown-operation", f"{operation:#x}")
+
+    def refused(self, io: ChannelIo, packet: Packet, error: GuestError) -> None:
+        """Ranges that are malformed. Whatever it was, it is an I/O that cannot be done."""
+        if not packet.completion_requested or not io.owes(packet.transaction_id):
+            return
+        if len(packet.payload) < SHORT_PACKET_SIZE or parse_operation(packet.payload) != _EXECUTE:
+            self._answer(io, packet, Status.INVALID_PARAMETER)
+            return
+        io.complete(
+            packet.transaction_id,
+            build_answer(
+                parse_request(packet.payload),
+                Status.INVALID_PARAMETER,
+                SrbStatus.INVALID_REQUEST,
+                ScsiStatus.GOOD,
+                0,
+                b"",
+                answer_size(len(packet.payload)),
+            ),
+        )
+
+    def _answer(self, io: ChannelIo, packet: Packet, status: Status, union: bytes = b"") -> None:
+        size = answer_size(len(packet.payload))
+        io.complete(packet.transaction_id, build_packet(Operation.COMPLETE_IO, status, union, size))
+
+    def _initialise(self, io: ChannelIo, packet: Packet, operation: int) -> None:
+        if io.subchannel_index:
+            self._answer(io, packet, Status.INVALID_DEVICE_STATE)
+            return
+        handshake = self.handshake
+        was_ready = handshake.ready
+        before = handshake.subchannels
+        status, union = handshake.take(operation, packet.payload[HEADER_SIZE:])
+        self._answer(io, packet, status, union)
+        if handshake.subchannels != before and handshake.subchannels:
+            io.offer_subchannels(handshake.subchannels)
+        if handshake.ready and not was_ready:
+            waiting, self._waiting_subchannels = self._waiting_subchannels, []
+            for each in waiting:
+                each.release()
+
+    # --- commands ------------------------------------------------------------------------------------------
+
+    def _execute(self, io: ChannelIo, packet: Packet) -> None:
+        srb = parse_request(packet.payload)
+        request = Request(io, packet, srb, self.clock(), self._finished)
+        self._requests[io].add(request)
+        try:
+            unit = None if srb.path else self.units.get((srb.target, srb.lun))
+            if unit is not None and srb.cdb[0] != Opcode.REPORT_LUNS:
+                request.unit = unit
+                unit.statistics.began()
+                if srb.cdb_length > CDB_SIZE:
+                    raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
+                unit.execute(request)
+            else:
+                self._execute_without(request)
+        except CheckCondition as condition:
+            request.check(condition)
+        except GuestError as error:
+            request.refuse(error)
+
+    def _execute_without(self, request: Request) -> None:
+        """REPORT LUNS, and everything for a unit that is not there."""
+        srb, cdb = request.srb, request.cdb
+        if cdb[0] == Opcode.REPORT_LUNS:
+            luns = [] if srb.path else sorted(lun for target, lun in self.units if target == srb.target)
+            request.give(lun_list(luns), cdb_allocation(cdb))
+        elif cdb[0] == Opcode.INQUIRY and not cdb[1] & 1:
+            request.give(bytes((NO_DEVICE,)) + bytes(35), cdb_allocation(cdb))
+        else:
+            request.finish(SrbStatus.INVALID_TARGET_ID if srb.path else SrbStatus.INVALID_LUN)
+
+    def _finished(
+        self, request: Request, srb_status: int, scsi_status: int, transferred: int, sense: bytes
+    ) -> None:
+        io = request.io
+        requests = self._requests[io]
+        requests.discard(request)
+        unit = request.unit
+        if unit is not None:
+            unit.statistics.ended(self.clock() - request.begun)
+            if srb_status != _SUCCESS:
+                unit.statistics.error(srb_status, sense)
+        status = Status.SUCCESS
+        if srb_status != _SUCCESS:
+            status = _NT_STATUS.get(SrbStatus(srb_status & 0x3F), Status.IO_DEVICE_ERROR)
+        packet = request.packet
+        if io not in self._closing:
+            io.complete(
+                packet.transaction_id,
+                build_answer(
+                    request.srb,
+                    status,
+                    srb_status,
+                    scsi_status,
+                    transferred,
+                    sense,
+                    answer_size(len(packet.payload)),
+                ),
+            )
+        elif not requests:
+            self._closing.discard(io)
+            del self._requests[io]
+            io.channel.finish_close()
+        if self._removed:
+            self._close_removed()
+        if self._waiting_resets:
+            self._answer_resets()
+
+    # --- resets ----------------------------------------------------------------------------------------------
+
+    def _reset(self, io: ChannelIo, packet: Packet) -> None:
+        self.resets += 1
+        for unit in self.units.values():
+            unit.reset()
+        self._waiting_resets.append((io, packet))
+        for each in tuple(self._requests):
+            self._cancel(each)
+        self._answer_resets()
+        if self._waiting_resets and self._reset_timer is None:
+            self._reset_timer = self.environment.timers.call_later(RESET_LIMIT, self._resets_are_due)
+
+    def _resets_are_due(self) -> None:
+        self._reset_timer = None
+        self._answer_resets(anyway=True)
+
+    def _answer_resets(self, *, anyway: bool = False) -> None:
+        if any(self._requests.values()) and not anyway:
+            return
+        waiting, self._waiting_resets = self._waiting_resets, []
+        if self._reset_timer is not None:
+            self._reset_timer.cancel()
+            self._reset_timer = None
+        for io, packet in waiting:
+            self._answer(io, packet, Status.SUCCESS)
+
+    # --- reports and saving ----------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        handshake = self.handshake
+        return {
+            "stage": handshake.stage.name.lower(),
+            "version": str(handshake.version) if handshake.version else None,
+            "subchannels": handshake.subchannels or 0,
+            "in_flight": sum(len(each) for each in self._requests.values()),
+            "resets": self.resets,
+            "enumerations": self.enumerations,
+            "units": {f"{target}:{lun}": unit.status() for (target, lun), unit in sorted(self.units.items())},
+        }
+
+    def save(self) -> bytes:
+        return save_controller(self)
+
+    def restore(self, state: bytes) -> None:
+        restore_controller(self, state)
+
+    def outstanding(self) -> list[Request]:
+        """Commands that are being worked on."""
+        return [request for requests in self._requests.values() for request in requests]
+
+    def resumed(self, io: ChannelIo) -> None:
+        self._requests.setdefault(io, set())
+        if not io.subchannel_index:
+            self._primary = io
+        index = io.subchannel_index
+        mine = [packet for at, packet in self.pending if at == index]
+        self.pending = [each for each in self.pending if each[0] != index]
+        for packet in mine:
+            if io.owes(packet.transaction_id):
+                self.packet(io, packet)

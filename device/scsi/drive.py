@@ -1,0 +1,117 @@
+"""From the options of a ``--device scsi`` line to a unit."""
+
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from device.scsi.backend import Backend, MemoryBackend, NullBackend
+from device.scsi.blocks import BlockUnit
+from device.scsi.cdrom import CdRom
+from device.scsi.disk import Disk
+from device.scsi.faults import FaultPlan, parse_faults
+from device.scsi.file import Cache, FileBackend
+from emulator.errors import UsageError
+
+_SIZE = re.compile(r"(\d+)([KMGT]?)", re.IGNORECASE)
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SERIAL = re.compile(r"[!-~]{1,64}")
+BLOCK_SIZES = (512, 4096)
+
+
+class Format(enum.Enum):
+    """What the data is."""
+
+    RAW = "raw"
+    NULL = "null"
+    MEMORY = "memory"
+
+
+class Media(enum.Enum):
+    """What the guest sees."""
+
+    DISK = "disk"
+    CDROM = "cdrom"
+
+
+@dataclass(frozen=True, slots=True)
+class DriveOptions:
+    """As on the command line; ``max_transfer`` in bytes is the controller's."""
+
+    image: str | None = None
+    format: Format = Format.RAW
+    size: str | None = None
+    media: Media | None = None
+    readonly: bool = False
+    cache: Cache = Cache.NONE
+    discard: bool = True
+    serial: str | None = None
+    block: int = 512
+    rotation: int = 1
+    fault: str = ""
+    max_transfer: int = 256 << 10
+
+
+def parse_size(text: str) -> int:
+    """``4G`` in bytes. Raises :class:`~emulator.errors.UsageError`."""
+    found = _SIZE.fullmatch(text)
+    if found is None or not int(found[1]):
+        raise UsageError(f"size={text}: write 512M or 4G")
+    return int(found[1]) * _UNITS[found[2].upper()]
+
+
+def open_drive(options: DriveOptions, default_serial: str) -> BlockUnit:
+    """The unit. Raises :class:`~emulator.errors.UserError` for an image that cannot be opened, or such options."""
+    if options.block not in BLOCK_SIZES:
+        raise UsageError(f"block={options.block}: 512 or 4096 is wanted")
+    serial = options.serial or default_serial
+    if not _SERIAL.fullmatch(serial):
+        raise UsageError(f"serial={serial}: 1 to 64 printable characters of ASCII, no blanks")
+    cdrom = (options.media or _media(options.image)) is Media.CDROM
+    faults = FaultPlan(parse_faults(options.fault))
+    backend = _backend(options, read_only=options.readonly or cdrom)
+    try:
+        if cdrom:
+            return CdRom(backend, serial, max_transfer=options.max_transfer, faults=faults)
+        if backend.alignment > options.block:
+            raise UsageError(
+                f"{options.image}: direct I/O wants blocks of {backend.alignment} bytes: block={backend.alignment}, "
+                "or cache=writeback"
+            )
+        if backend.size < options.block:
+            raise UsageError(f"{options.image or options.format.value} is smaller than a block")
+        return Disk(
+            backend,
+            serial,
+            block_size=options.block,
+            max_transfer=options.max_transfer,
+            rotation=options.rotation,
+            faults=faults,
+        )
+    except BaseException:
+        backend.close()
+        raise
+
+
+def _media(image: str | None) -> Media:
+    return Media.CDROM if image is not None and image.lower().endswith(".iso") else Media.DISK
+
+
+def _backend(options: DriveOptions, *, read_only: bool) -> Backend:
+    if options.format is Format.RAW:
+        if options.image is None:
+            raise UsageError("image= is missing")
+        if options.size is not None:
+            raise UsageError("size= is of null and memory disks; a raw image has a size")
+        return FileBackend(
+            Path(options.image), read_only=read_only, cache=options.cache, can_discard=options.discard
+        )
+    if options.image is not None:
+        raise UsageError(f"format={options.format.value} takes no image")
+    kind = NullBackend if options.format is Format.NULL else MemoryBackend
+    backend = kind(parse_size(options.size or "1G"))
+    backend.read_only = read_only
+    backend.can_discard = options.discard and not read_only
+    return backend
