@@ -100,7 +100,7 @@ class Plan:
 
 def plan(arguments: argparse.Namespace) -> Plan:
     """Turn the command line into a plan; builds what has to be built."""
-    devices = tuple(Registry().create(line) for line in device_lines(arguments))
+    devices = tuple(Registry().create_all(device_lines(arguments)))
     kernel = _kernel(arguments)
     if arguments.initrd is not None:
         if arguments.command or arguments.add:
