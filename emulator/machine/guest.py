@@ -3,24 +3,29 @@
     async with Guest.start(...) as guest:
         ending = await guest.served.serve()
 
-Whatever happens inside, QEMU is ended and the run directory removed on the way out.
+Whatever happens inside, QEMU is ended and the run directory removed on the way out. A guest can move
+(:meth:`Guest.move`) to a new QEMU and a new host, by live migration; name, control socket and the output of its
+command go on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from emulator.bus.device import Device
-from emulator.errors import QemuGone
+from emulator.errors import InternalError, QemuGone
 from emulator.machine import rundir
 from emulator.machine.acpi import vmbus_table
 from emulator.machine.arguments import EmulatorOptions
 from emulator.machine.host import Host, HostOptions
 from emulator.machine.launch import GuestOptions, QemuProcess, command_line
+from emulator.machine.migration.drive import MigrationFailed, Outcome, Progress, arrived, migrate, receive
+from emulator.machine.migration.follower import Phase
 from emulator.machine.migration.vmstate import DbusDaemon
 from emulator.machine.rundir import RunDirectory
 from emulator.machine.served import HostCommand, Served
@@ -49,18 +54,120 @@ def emulator_options(
     )
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What every QEMU of one guest is started with."""
+
+    qemu: QemuBinary
+    gateway_library: Path
+    memory_size: int
+    options: GuestOptions
+    host_options: HostOptions | None = None
+
+
+class Station:
+    """One QEMU with the host that serves it. Made by :meth:`open`."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self.directory = directory
+        self.process: QemuProcess | None = None
+        self.daemon: DbusDaemon | None = None
+        self.command: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self.host: Host | None = None
+
+    @classmethod
+    async def open(
+        cls, directory: RunDirectory, name: str, setup: Setup, devices: Sequence[Device]
+    ) -> Station:
+        """Start QEMU with the guest held at its first look for a hypervisor, attach, let it go."""
+        station = cls(directory)
+        try:
+            await station._open(name, setup, devices)
+        except BaseException:
+            await station.close()
+            raise
+        return station
+
+    async def _open(self, name: str, setup: Setup, devices: Sequence[Device]) -> None:
+        directory, qemu = self.directory, setup.qemu
+        if qemu.dbus_vmstate:  # QEMU connects to it when it starts
+            self.daemon = await DbusDaemon.start(qemu.dbus_daemon(), directory.path)
+        directory.acpi_table.write_bytes(vmbus_table())
+        options = emulator_options(
+            directory, setup.memory_size, setup.gateway_library, migratable=self.daemon is not None
+        )
+        line = command_line(qemu.argv_prefix, directory, options, setup.options, name)
+        self.process = QemuProcess.start(line, directory.qemu_log, qemu.environment)
+        qmp = await self.process.connect_qmp(directory.qmp)
+        if setup.options.command_port:
+            self.command = await asyncio.open_unix_connection(str(directory.command))
+        self.host = await Host.attach(qmp, devices, setup.host_options)
+
+    @property
+    def serving(self) -> Host:
+        """The host. Raises :class:`~emulator.errors.InternalError` before there is one."""
+        if self.host is None:
+            raise InternalError("a station without a host")
+        return self.host
+
+    async def close(self) -> None:
+        """End all of it, and remove its files; what is gone already is no error."""
+        if self.host is not None:
+            if self.process is not None and self.process.process.poll() is None and self.host.qmp.connected:
+                with contextlib.suppress(QemuGone):  # it may end by itself in this moment
+                    await self.host.qmp.execute("quit")
+            await self.host.close()
+        if self.process is not None:
+            await asyncio.to_thread(self.process.stop)
+        if self.command is not None:
+            self.command[1].close()
+        if self.daemon is not None:
+            await asyncio.to_thread(self.daemon.stop)
+        self.directory.remove_machine()
+
+
 class Guest:
     """A started guest."""
 
-    directory: RunDirectory
-    process: QemuProcess
-    served: Served
-    command: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None
+    def __init__(
+        self,
+        directory: RunDirectory,
+        setup: Setup,
+        station: Station,
+        served: Served,
+        new_devices: Callable[[], Sequence[Device]] | None,
+    ) -> None:
+        self.directory = directory
+        self.served = served
+        self._setup = setup
+        self._station = station
+        self._new_devices = new_devices
+        self._moves = 0
 
     @property
     def host(self) -> Host:
+        """Who serves it now."""
         return self.served.host
+
+    @property
+    def process(self) -> QemuProcess:
+        """Its QEMU now."""
+        if self._station.process is None:
+            raise InternalError("a guest without a QEMU")
+        return self._station.process
+
+    @property
+    def command(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+        """The second serial port of the QEMU that it is in now; see :meth:`command_output`."""
+        return self._station.command
+
+    async def command_output(self) -> AsyncIterator[bytes]:
+        """What comes out of the second serial port, wherever the guest is, until its QEMU ends."""
+        while (command := (station := self._station).command) is not None:
+            while data := await command[0].read(1 << 16):
+                yield data
+            if self._station is station:
+                return
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -75,41 +182,61 @@ class Guest:
         devices: Sequence[Device],
         host_options: HostOptions | None = None,
         commands: Mapping[str, HostCommand] | None = None,
+        new_devices: Callable[[], Sequence[Device]] | None = None,
     ) -> AsyncIterator[Guest]:
-        """Start QEMU with the guest held at its first look for a hypervisor, attach, let it go."""
+        """Start QEMU with the guest held at its first look for a hypervisor, attach, let it go.
+
+        ``new_devices`` makes the same devices again, for a guest that may :meth:`move`.
+        """
         directory = rundir.create(name, memory_size)
-        process: QemuProcess | None = None
-        served: Served | None = None
-        command: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        daemon: DbusDaemon | None = None
+        setup = Setup(qemu, gateway_library, memory_size, options, host_options)
+        guest: Guest | None = None
         try:
-            if qemu.dbus_vmstate:  # QEMU connects to it when it starts
-                daemon = await DbusDaemon.start(qemu.dbus_daemon(), directory.path)
-            directory.acpi_table.write_bytes(vmbus_table())
-            line = command_line(
-                qemu.argv_prefix,
-                directory,
-                emulator_options(directory, memory_size, gateway_library, migratable=daemon is not None),
-                options,
-            )
-            process = QemuProcess.start(line, directory.qemu_log, qemu.environment)
-            qmp = await process.connect_qmp(directory.qmp)
-            if options.command_port:
-                command = await asyncio.open_unix_connection(str(directory.command))
-            host = await Host.attach(qmp, devices, host_options)
-            served = Served(host, directory.path, commands)
+            station = await Station.open(directory, directory.name, setup, devices)
+            served = Served(station.serving, directory.path, commands)
+            guest = cls(directory, setup, station, served, new_devices)
+            served.add_command("move", guest._asked_to_move)
             await served.start()
-            yield cls(directory, process, served, command)
+            yield guest
         finally:
-            if command is not None:
-                command[1].close()
-            if served is not None:
-                if process is not None and process.process.poll() is None and served.host.qmp.connected:
-                    with contextlib.suppress(QemuGone):  # it may end by itself in this moment
-                        await served.host.qmp.execute("quit")
-                await served.close()
-            if process is not None:
-                await asyncio.to_thread(process.stop)
-            if daemon is not None:
-                await asyncio.to_thread(daemon.stop)
+            if guest is not None:
+                await guest.served.stop_listening()
+                await guest._station.close()
             directory.remove()
+
+    async def move(self, *, progress: Progress | None = None, limit: float = 600.0) -> Outcome:
+        """Live-migrate into a new QEMU, served by a new host; the old ones are ended.
+
+        Raises :class:`~emulator.machine.migration.drive.MigrationFailed`: then the guest goes on where it is.
+        """
+        if self._new_devices is None:
+            raise MigrationFailed("this guest's devices cannot be made a second time")
+        old = self._station
+        self._moves += 1
+        directory = rundir.within(self.directory, f"move-{self._moves}", self._setup.memory_size)
+        options = self._setup.options
+        options = replace(options, incoming=True, serial=options.serial or self.directory.console)
+        setup = replace(self._setup, options=options)
+        new = await Station.open(directory, self.directory.name, setup, self._new_devices())
+        try:
+            uri = f"unix:{directory.path}/migration.sock"
+            await receive(new.serving, uri)
+            outcome = await migrate(self.host, uri, progress=progress, limit=limit)
+            await arrived(new.serving, limit)
+        except BaseException as error:
+            await new.close()
+            if self.host.migration.phase is Phase.LEFT:  # it is nowhere else: what it left is still all there
+                await self.host.qmp.execute("cont")
+            if (why := new.serving.migration.load_refused) and isinstance(error, MigrationFailed):
+                raise MigrationFailed(f"{why}; the guest goes on here") from error
+            raise
+        self._station = new
+        self.served.replace(new.serving)
+        await old.close()
+        self.directory.point_to(directory)
+        return outcome
+
+    async def _asked_to_move(self, host: Host, request: Mapping[str, Any]) -> object:
+        if "save_buffer" in request:
+            host.migration.buffer_size = int(request["save_buffer"])
+        return asdict(await self.move(limit=float(request.get("limit", 600))))

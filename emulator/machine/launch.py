@@ -46,15 +46,32 @@ class GuestOptions:
 
 
 def command_line(
-    prefix: Sequence[str], directory: RunDirectory, emulator: EmulatorOptions | None, guest: GuestOptions
+    prefix: Sequence[str],
+    directory: RunDirectory,
+    emulator: EmulatorOptions | None,
+    guest: GuestOptions,
+    name: str | None = None,
 ) -> list[str]:
-    """The whole QEMU command line. ``emulator`` is ``None`` for a guest without gateway (benchmarks)."""
-    line = [*prefix, "-name", f"guest={directory.name}", "-no-user-config", "-nodefaults", "-display", "none"]
+    """The whole QEMU command line. ``emulator`` is ``None`` for a guest without gateway (benchmarks).
+
+    ``name``: of the guest, if it is not that of the directory.
+    """
+    line = [
+        *prefix,
+        "-name",
+        f"guest={name or directory.name}",
+        "-no-user-config",
+        "-nodefaults",
+        "-display",
+        "none",
+    ]
     line += ["-machine", guest.machine, "-cpu", guest.cpu, "-smp", str(guest.smp)]
     if emulator is not None:
         line += emulator.argv()
     line += ["-qmp", f"unix:{directory.user_qmp},server=on,wait=off"]
-    line += ["-serial", f"file:{guest.serial or directory.console}"]
+    console = str(guest.serial or directory.console).replace(",", ",,")
+    append = ",append=on" if guest.incoming else ""
+    line += ["-chardev", f"file,id=console,path={console}{append}", "-serial", "chardev:console"]
     if guest.command_port:
         line += ["-chardev", f"socket,id=command,path={directory.command},server=on,wait=off"]
         line += ["-serial", "chardev:command"]

@@ -91,6 +91,20 @@ class RunDirectory:
     def acpi_table(self) -> Path:
         return self.path / "vmbus.aml"
 
+    def remove_machine(self) -> None:
+        """What belongs to one QEMU; all of the directory if it lies within another guest's."""
+        self.memory.unlink(missing_ok=True)
+        if (self.path.parent / "control.sock").exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+        for path in (self.qmp, self.user_qmp, self.qtest, self.gateway, self.dbus, self.command):
+            path.unlink(missing_ok=True)
+
+    def point_to(self, inner: RunDirectory) -> None:
+        """The guest has moved to a QEMU whose files are in ``inner``: what others use is found here still."""
+        for own, other in ((self.user_qmp, inner.user_qmp), (self.qemu_log, inner.qemu_log)):
+            own.unlink(missing_ok=True)
+            own.symlink_to(other)
+
     def remove(self) -> None:
         """Everything of the guest; what is gone already is no error."""
         self.memory.unlink(missing_ok=True)
@@ -129,12 +143,19 @@ def create(name: str | None, memory_size: int) -> RunDirectory:
                 raise UserError(f"a guest named {name} runs already ({path}); choose another --name")
             shutil.rmtree(path)  # left by a process that was killed
         path.mkdir(mode=0o700)
-    return RunDirectory(path, _memory_path(path, memory_size))
+    return RunDirectory(path, _memory_path(path, memory_size, path.name))
 
 
-def _memory_path(path: Path, size: int) -> Path:
+def within(guest: RunDirectory, name: str, memory_size: int) -> RunDirectory:
+    """A directory inside of a guest's, for another QEMU that the guest moves to. Raises as :func:`create`."""
+    path = guest.path / name
+    path.mkdir(mode=0o700)
+    return RunDirectory(path, _memory_path(path, memory_size, f"{guest.name}-{name}"))
+
+
+def _memory_path(path: Path, size: int, name: str) -> Path:
     shm = Path("/dev/shm")
-    for candidate in (path / "memory", shm / f"vmbus-{os.getuid()}-{path.name}.memory"):
+    for candidate in (path / "memory", shm / f"vmbus-{os.getuid()}-{name}.memory"):
         room = os.statvfs(candidate.parent)
         # The file is sparse: the guest's working set has to fit, and some head room.
         if room.f_bavail * room.f_frsize >= min(size, 1 << 30):

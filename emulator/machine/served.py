@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,16 +29,34 @@ class Served:
         """``commands``: what else the control socket answers."""
         self.host = host
         self.directory = directory
-        handlers: dict[str, Handler] = {"status": self._status, "stop": self._stop}
+        self._handlers: dict[str, Handler] = {"status": self._status, "stop": self._stop}
         for name, command in (commands or {}).items():
-            handlers[name] = partial(command, host)
-        self._control = ControlServer(directory / "control.sock", handlers)
+            self.add_command(name, command)
+        self._control = ControlServer(directory / "control.sock", self._handlers)
+
+    def add_command(self, name: str, command: HostCommand) -> None:
+        """Let the control socket answer one more command."""
+
+        async def answer(request: Mapping[str, Any]) -> object:
+            return await command(self.host, request)
+
+        self._handlers[name] = answer
+
+    def replace(self, host: Host) -> None:
+        """The guest has moved: ``host`` serves it from now on."""
+        old, self.host = self.host, host
+        old.stop()
 
     async def start(self) -> None:
         await self._control.start()
 
-    async def close(self) -> None:
+    async def stop_listening(self) -> None:
+        """Close the control socket."""
         await self._control.stop()
+
+    async def close(self) -> None:
+        """Close the control socket, let go of QEMU."""
+        await self.stop_listening()
         await self.host.close()
 
     async def serve(self) -> Ending:
@@ -47,9 +64,13 @@ class Served:
         loop = asyncio.get_running_loop()
         signals = (signal.SIGINT, signal.SIGTERM)
         for number in signals:
-            loop.add_signal_handler(number, self.host.stop)
+            loop.add_signal_handler(number, lambda: self.host.stop())
         try:
-            return await self.host.serve()
+            while True:
+                host = self.host
+                ending = await host.serve()
+                if host is self.host:
+                    return ending
         finally:
             for number in signals:
                 loop.remove_signal_handler(number)

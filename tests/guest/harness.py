@@ -88,8 +88,7 @@ class Booted:
         self._reading = asyncio.ensure_future(self._read()) if self.guest.command else None
 
     async def _read(self) -> None:
-        assert self.guest.command is not None
-        while data := await self.guest.command[0].read(1 << 16):
+        async for data in self.guest.command_output():
             self.output += self.received.feed(data)
         self.output += self.received.close()
 
@@ -130,14 +129,19 @@ async def boot(
         command_port=command is not None,
         extra=tuple(extra),
     )
+
+    def made() -> list[Device]:
+        return Registry().create_all(devices)
+
     async with Guest.start(
         name=None,
         qemu=find_qemu(),
         gateway_library=gateway_build.build(),
         memory_size=memory << 20,
         options=options,
-        devices=[Registry().create(line) for line in devices],
+        devices=made(),
         host_options=host_options,
+        new_devices=made,
     ) as guest:
         booted = Booted(guest, console)
         booted.start_following()

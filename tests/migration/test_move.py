@@ -1,0 +1,57 @@
+"""A guest moves into a new QEMU under its own name: what others see of it goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from emulator.machine.migration.drive import MigrationFailed
+from tests.guest.harness import boot
+from tests.guest.test_boot import complaints
+
+pytestmark = pytest.mark.guest
+
+
+def test_name_output_and_status_of_a_command_survive_moves(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with boot(
+            tmp_path,
+            devices=("heartbeat,interval=0.05", "shutdown"),
+            command=["for i in $(seq 1 400); do echo $i; usleep 10000; done; exit 7"],
+        ) as guest:
+            await guest.says("10\n")
+            pids = {guest.guest.process.pid}
+            for _ in range(3):
+                answers = guest.device("heartbeat").status()["answers"]
+                await guest.guest.move(limit=60)
+                pids.add(guest.guest.process.pid)
+                await guest.until(
+                    lambda before=answers: guest.device("heartbeat").status()["answers"] > before,
+                    "heartbeats after the move",
+                )
+            assert len(pids) == 4
+            assert await guest.finish() == 7
+            assert guest.output.split() == [str(number).encode() for number in range(1, 401)]
+            assert complaints(guest.console()) == []
+            assert guest.console().count("Linux version") == 1  # one console, from the boot to the end
+
+    asyncio.run(story())
+
+
+def test_a_guest_that_cannot_move_stays(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with boot(tmp_path, devices=("heartbeat,interval=0.05", "shutdown")) as guest:
+            await guest.until(lambda: guest.device("heartbeat").status()["answers"] > 3, "heartbeats")
+            before = sorted(path.name for path in guest.guest.directory.path.iterdir())
+            guest.guest._new_devices = list
+            with pytest.raises(MigrationFailed, match="not-there"):
+                await guest.guest.move(limit=60)
+            answers = guest.device("heartbeat").status()["answers"]
+            await guest.until(
+                lambda: guest.device("heartbeat").status()["answers"] > answers + 3, "heartbeats after that"
+            )
+            assert sorted(path.name for path in guest.guest.directory.path.iterdir()) == before
+
+    asyncio.run(story())
