@@ -373,12 +373,12 @@ class Host:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.migration.close()
-        for attached in self.devices:
-            attached.device.stop()
         if not await self.workers.settle(SETTLE_LIMIT):
             _log.warning(
                 "%d pieces of devices' work are not done; they are left behind", self.workers.unfinished
             )
+        for attached in self.devices:
+            attached.device.stop()
         self.workers.close()
         self.gateway.close()
         self.qtest.close()
