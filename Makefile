@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 GUESTS := debian-6.1 debian-6.12 debian-backports
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: all demo test unit guest-test setup check bench clean
+.PHONY: all demo test unit guest-test setup check bench fuzz clean
 
 all: check test
 
@@ -37,6 +37,12 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	sh emulator/gateway/analyse.sh
+
+## A million messages and a million ring images; FUZZ_SEED=N for others.
+FUZZ_SEED ?= 1
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz.bus_messages --count 1000000 --seed $(FUZZ_SEED)
+	$(BIN)/python -m tests.fuzz.ring_images --count 1000000 --seed $(FUZZ_SEED)
 
 ## Speed and size, in a few minutes. BENCH="traps boot": only these; JSON=1: all figures as JSON on the last line.
 bench: setup

@@ -1,0 +1,26 @@
+"""A million random inputs: nothing but refusals, no growth of memory. Seeds are kept: a failure can be repeated."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("module", "count", "seed"),
+    [
+        ("bus_messages", 350_000, 1),
+        ("bus_messages", 350_000, 2026),
+        ("ring_images", 150_000, 1),
+        ("ring_images", 150_000, 2026),
+    ],
+)
+def test_random_input_is_refused_and_nothing_else(module: str, count: int, seed: int) -> None:
+    words = [sys.executable, "-m", f"tests.fuzz.{module}", "--count", str(count), "--seed", str(seed)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, f"{' '.join(words[1:])}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
