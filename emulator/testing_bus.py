@@ -23,6 +23,7 @@ from emulator.bus.gpadl import Gpadl
 from emulator.bus.offers import Offer
 from emulator.bus.reception import PostResult
 from emulator.bus.server import Bus
+from emulator.bus.state import BusState
 from emulator.errors import InternalError
 from emulator.ports import PAGE_SIZE
 from emulator.testing import FakeMemory, FakeSynic, FakeTimers
@@ -96,8 +97,8 @@ def an_offer(name: str = "device", *, interface: int = 1, instance: int | None =
     return Offer(uuid.UUID(int=interface), uuid.UUID(int=instance), name=name, **more)
 
 
-class RecordingEndpoint:
-    """Notes its calls; refuses or defers what it is told to."""
+class ForgetfulEndpoint:
+    """Notes its calls; refuses or defers what it is told to. It cannot be restored."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -151,6 +152,16 @@ class RecordingEndpoint:
         self._note(f"retargeted {vp}")
 
 
+class RecordingEndpoint(ForgetfulEndpoint):
+    """One that can be restored."""
+
+    def restored(self, channel: Channel) -> None:
+        self._note("restored")
+        channel.ring_pages()
+        self.is_open = True
+        self.gpadls = list(channel.gpadls)
+
+
 class ScriptedGuest:
     """Speaks to a bus as a guest does, over fakes."""
 
@@ -172,6 +183,17 @@ class ScriptedGuest:
         memory, synic, timers = FakeMemory(memory_size), FakeSynic(vp_count), FakeTimers()
         bus = Bus(memory=memory, synic=synic, timers=timers, **options)
         return cls(bus, synic, memory, timers)
+
+    def save(self) -> BusState:
+        """Pause the bus and save it."""
+        self.bus.pause()
+        return self.bus.export_state()
+
+    def another_bus(self, **options: Any) -> Bus:
+        """A bus in another process, as it were: the same memory and SynIC, but timers of its own."""
+        self.synic.ports.clear()
+        self.timers = FakeTimers()
+        return Bus(memory=self.memory, synic=self.synic, timers=self.timers, **options)
 
     # ---- what every message needs
 

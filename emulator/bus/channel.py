@@ -13,7 +13,6 @@ GPADL back, and only when all that is done does the guest get its RESCIND, or th
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 from emulator.bus.channel_state import (
     Busy,
@@ -22,11 +21,12 @@ from emulator.bus.channel_state import (
     ChannelState,
     OpenRequest,
 )
-from emulator.bus.contact import MESSAGE_SINT, MULTICLIENT_CONNECTION_ID
-from emulator.bus.endpoint import Endpoint
+from emulator.bus.contact import MESSAGE_SINT
+from emulator.bus.endpoint import Endpoint, RestorableEndpoint
 from emulator.bus.endpoint_calls import EndpointCalls
 from emulator.bus.gpadl import Assembly, Gpadl, GpadlState
-from emulator.bus.offers import CONNECTION_ID_BASE, MAX_RELID, Offer
+from emulator.bus.offers import CONNECTION_ID_BASE, Offer
+from emulator.bus.opening import check_open, split_rings
 from emulator.bus.outbox import Target
 from emulator.bus.shared_pages import SharedPages
 from emulator.errors import DeviceError, GuestError, ProtocolError
@@ -48,8 +48,6 @@ logger = logging.getLogger(__name__)
 
 UNSTICK_DELAY = 0.1
 """Seconds after an open until the guest is signalled once, in case it missed what came first."""
-
-MAX_CONNECTION_ID = 0xFF_FFFF
 
 
 class Channel:
@@ -117,7 +115,7 @@ class Channel:
         """
         if self.request is None:
             raise ProtocolError("ring-not-open")
-        pfns, downstream = self._ring_pfns(self.request)
+        pfns, downstream = split_rings(self.request, self.gpadls)
         return self._host.memory.pages(pfns[:downstream]), self._host.memory.pages(pfns[downstream:])
 
     def gpadl_pages(self, gpadl_id: int) -> GuestPages:
@@ -315,6 +313,59 @@ class Channel:
         """The connection ends, but the client of a reserved channel stays."""
         self.offered = False
 
+    def go_on(self) -> None:
+        """The channel was restored, and its bus goes on: take up what was under way when it was saved.
+
+        What the device had been asked for and not answered it is asked for once more. One that cannot go on
+        with an open channel loses it: the guest gets a RESCIND, and the same offer anew.
+        """
+        leaving = self.abandoned or self.revoking
+        if self.state is ChannelState.OPENING and leaving:
+            self._forget_open()
+            self._leave()
+        elif self.state is ChannelState.OPENING and not self.stopped:
+            self._tell_open()
+        elif self.state is ChannelState.OPEN:
+            self._go_on_open()
+        elif self.state in (ChannelState.CLOSING, ChannelState.CLOSING_REOPEN):
+            self._tell_close()
+        elif leaving or self.released_by_guest:
+            self._leave()
+        self.pages.continue_teardowns()
+
+    def _go_on_open(self) -> None:
+        if not isinstance(self.endpoint, RestorableEndpoint):
+            self._start_over()
+            return
+        self.busy = Busy.OPENING
+        error = self.calls.call("restored", self.endpoint.restored, self).error
+        self.busy = Busy.NO if error is not None else Busy.OPEN
+        if error is not None:
+            self._start_over()
+            return
+        self._connect_signal()
+        self._arm_unstick()
+        if self.pending_target is not None and not self.stopped:
+            vp, self.pending_target = self.pending_target, None
+            self._retarget(vp)
+        self.calls.call("signalled", self.endpoint.signalled, self)
+
+    def _start_over(self) -> None:
+        """Rescind, and offer again with the same id once the guest has released it."""
+        self.refusals.refuse("not-restored", "the channel is rescinded and offered anew")
+        for gpadl in self.gpadls.values():
+            gpadl.told = False
+        if not self.offered:
+            self.abandoned = True
+            self._closed()
+            return
+        comes_again = not self.revoking and not self.offer.transient
+        self.revoking = True
+        self._closed()
+        if comes_again and self.state is ChannelState.REVOKED:
+            self.revoking = False
+            self.state = ChannelState.REOFFERED
+
     # ---- opening
 
     def _begin_open(self, request: OpenRequest) -> None:
@@ -322,7 +373,7 @@ class Channel:
         self.target_vp = request.target_vp
         self.state = ChannelState.OPENING
         try:
-            self._check_open(request)
+            check_open(request, self.gpadls, self.connection_id, self._host)
         except GuestError as error:
             self.refusals.refuse(error.reason, error.detail)
             self._fail_open()
@@ -330,37 +381,9 @@ class Channel:
         if not self.stopped:
             self._tell_open()
 
-    def _check_open(self, request: OpenRequest) -> None:
-        if request.target_vp is not None and request.target_vp >= self._host.synic.vp_count:
-            raise ProtocolError("open-target-vp", f"{request.target_vp}")
-        self._ring_pfns(request)
-        flag, chosen = request.event_flag, request.connection_id
-        if flag is not None and flag > MAX_RELID:
-            raise ProtocolError("open-event-flag", f"{flag}")
-        if chosen is None or chosen == self.connection_id:
-            return
-        by_offer = CONNECTION_ID_BASE < chosen <= CONNECTION_ID_BASE + MAX_RELID
-        if not MULTICLIENT_CONNECTION_ID < chosen <= MAX_CONNECTION_ID or by_offer:
-            raise ProtocolError("open-connection-id", f"{chosen:#x}")
-        if self._host.connection_id_taken(chosen):
-            raise ProtocolError("open-connection-id-taken", f"{chosen:#x}")
-
-    def _ring_pfns(self, request: OpenRequest) -> tuple[Sequence[int], int]:
-        """Page frame numbers of both rings, and how many are the first's: one control page and data each."""
-        gpadl = self.gpadls.get(request.ring_gpadl_id)
-        if gpadl is None or gpadl.state is not GpadlState.ACCEPTED:
-            raise ProtocolError("open-gpadl-unknown", f"{request.ring_gpadl_id:#x}")
-        pfns = gpadl.aligned_pfns()
-        downstream = request.downstream_offset
-        if not 2 <= downstream <= len(pfns) - 2:
-            raise ProtocolError("open-ring-split", f"page {downstream} of {len(pfns)}")
-        return pfns, downstream
-
     def _tell_open(self) -> None:
         self.busy = Busy.OPENING
         self._connect_signal()
-        if self.monitor_id is not None:
-            self._host.monitor_changed()
         outcome = self.calls.call("opened", self.endpoint.opened, self)
         if not outcome.deferred:
             self._opened(outcome.error)
@@ -377,7 +400,7 @@ class Channel:
             return
         self.state = ChannelState.OPEN
         self._answer_open(STATUS_SUCCESS)
-        self._unstick = self._host.timers.call_later(UNSTICK_DELAY, self._unstick_guest)
+        self._arm_unstick()
         ring = self.gpadls.get(self.request.ring_gpadl_id) if self.request else None
         if ring is None or ring.state is GpadlState.TEARING_DOWN:
             self._close_device()
@@ -387,6 +410,9 @@ class Channel:
             self._answer_open(STATUS_UNSUCCESSFUL)
         self._forget_open()
         self._after_device()
+
+    def _arm_unstick(self) -> None:
+        self._unstick = self._host.timers.call_later(UNSTICK_DELAY, self._unstick_guest)
 
     def _unstick_guest(self) -> None:
         self._unstick = None
@@ -405,6 +431,9 @@ class Channel:
         self.state = ChannelState.CLOSING
         self._host.leave_subchannels(self)
         self._cancel_unstick()
+        self._tell_close()
+
+    def _tell_close(self) -> None:
         self.busy = Busy.CLOSING
         if not self.calls.call("closed", self.endpoint.closed, self).deferred:
             self._closed()
@@ -506,6 +535,8 @@ class Channel:
         if chosen is not None and chosen != self.connection_id:
             self.signal_port = chosen
             self._host.synic.connect_event_port(chosen, self.doorbell)
+        if self.monitor_id is not None:
+            self._host.monitor_changed()
 
     def _disconnect_signal(self) -> None:
         if self.signal_port is not None:

@@ -56,5 +56,6 @@ class RestorableEndpoint(Endpoint, Protocol):
         """Like ``opened``, but the rings hold what they held: nothing in them may be reset.
 
         GPADLs are listed in ``channel.gpadls``; ``gpadl_created`` is not called for them. Called when guest
-        memory is complete. Raise to have the channel rescinded and offered anew.
+        memory is complete. Raise to have the channel rescinded and offered anew. A channel that was closing is
+        told ``closed`` once more, without this call before it.
         """

@@ -182,6 +182,11 @@ class GpadlTable:
             if relid is None or each.relid == relid:
                 self.abandon(each)
 
+    def restore(self, assembly: Assembly) -> None:
+        """Go on with an assembly that was saved."""
+        self._count(assembly.relid, assembly.weight, 1)
+        self.assemblies[assembly.gpadl_id] = assembly
+
     def add(self, relid: int, gpadl: Gpadl) -> None:
         """Count a GPADL that a channel holds from now on."""
         self._count(relid, gpadl.weight, 1)

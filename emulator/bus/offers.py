@@ -32,6 +32,9 @@ MAX_RELID = 2047
 CONNECTION_ID_BASE = 0x2000
 """HvSignalEvent connection of channel ``relid`` is ``CONNECTION_ID_BASE | relid``."""
 
+MAX_CONNECTION_ID = 0xFF_FFFF
+"""Connection ids have 24 bits."""
+
 NO_UUID = uuid.UUID(int=0)
 
 OfferKey = tuple[uuid.UUID, uuid.UUID, int]

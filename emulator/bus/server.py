@@ -39,10 +39,27 @@ from emulator.bus.contact import (
 from emulator.bus.endpoint import Endpoint
 from emulator.bus.gpadl import GpadlTable
 from emulator.bus.monitor import MonitorScan, set_interrupt_bit, take_interrupt_bits
-from emulator.bus.offers import CONNECTION_ID_BASE, MAX_RELID, Offer, build_offer, lowest_free, sort_key
+from emulator.bus.offers import (
+    CONNECTION_ID_BASE,
+    MAX_RELID,
+    Offer,
+    OfferKey,
+    build_offer,
+    lowest_free,
+    sort_key,
+)
 from emulator.bus.outbox import Outbox, Outgoing, Target
 from emulator.bus.reception import PostResult, Reception
+from emulator.bus.restoring import ABSENT, BusStateRefused, adopt, check_state, thaw_assembly
 from emulator.bus.sockets import NoSockets, SocketListener, SocketRequest
+from emulator.bus.state import (
+    BusState,
+    ChannelRecord,
+    ConnectionRecord,
+    HeldMessage,
+    assembly_record,
+    channel_record,
+)
 from emulator.errors import DeviceError, InternalError
 from emulator.ports import GuestMemory, Synic, Timers
 from emulator.refusals import Refusals
@@ -100,6 +117,8 @@ class Bus:
         self._monitor = MonitorScan(memory, timers, self._monitor_page, lambda: self._by_relid.values())
         self._waiting: list[Channel] = []
         self._abandoning = False
+        self._restoring = False
+        self._given_up: set[OfferKey] = set()
         synic.connect_event_port(SHARED_EVENT_CONNECTION_ID, self._shared_doorbell)
         synic.connect_event_port(MONITOR_CONNECTION_ID, self._ignore_signal)
 
@@ -121,6 +140,8 @@ class Bus:
     def reset(self) -> None:
         """The machine was reset: nothing of the guest is left, all offers stay."""
         self._inbox.clear()
+        self._restoring = False
+        self._given_up.clear()
         self.synic.discard_messages()
         self.outbox.clear()
         self.connection.target = HOME
@@ -144,12 +165,16 @@ class Bus:
         Raises :class:`DeviceError`: a device with that interface and instance is offered already, another
         interface uses the instance, or a sub-channel has no primary.
         """
+        for absent in self._channels:
+            if absent.endpoint is ABSENT and absent.offer.key == offer.key and not absent.revoking:
+                absent.offer, absent.endpoint = offer, endpoint
+                return absent
         self._check_offer(offer)
         channel = Channel(self, offer, endpoint)
         self._channels.append(channel)
         predecessor = self._predecessor(channel)
         if predecessor is None:
-            if self.connection.offers_sent:
+            if self.connection.offers_sent and not self._restoring:
                 self._offer_now(channel)
         elif predecessor.state is ChannelState.REVOKED:
             self._take_over(channel, predecessor)
@@ -182,13 +207,53 @@ class Bus:
         self.outbox.hold("bus")
 
     def resume(self) -> None:
-        """Undo :meth:`pause`."""
+        """Undo :meth:`pause`; after :meth:`import_state` go on where the saved bus stood.
+
+        Then guest memory must be complete, and all devices offered: a saved channel without one is rescinded.
+        """
         if not self.paused:
             return
+        if self._restoring:
+            self._go_on()
         self.paused = False
         self.outbox.release("bus")
         while self._inbox and not self.paused:
             self._reception.receive(*self._inbox.popleft(), promised=True)
+
+    def export_state(self) -> BusState:
+        """Everything that another bus needs to go on for this guest; changes nothing.
+
+        Pause the bus first, and stop the channels: what happens later is not in it.
+        """
+        return BusState(
+            connection=ConnectionRecord.of(self.connection),
+            channels=tuple(
+                channel_record(channel, waiting=channel in self._waiting) for channel in self._channels
+            ),
+            assemblies=tuple(assembly_record(each) for each in self.gpadls.assemblies.values()),
+            inbox=tuple(HeldMessage(*each) for each in self._inbox),
+            outbox=self.outbox.held,
+        )
+
+    def import_state(self, state: BusState) -> None:
+        """Be in ``state``, paused; devices may be offered before and after. Then :meth:`resume`.
+
+        Raises :class:`BusStateRefused`, and then has changed nothing.
+        """
+        if self.connection.phase is not Phase.DISCONNECTED or self._by_relid or self._restoring:
+            raise BusStateRefused("not-fresh", f"the bus is {self.connection.phase.value}")
+        check_state(state, self.limits, self.memory, self.synic.vp_count)
+        self.pause()
+        self._restoring = True
+        self.connection = state.connection.thaw()
+        for record in state.channels:
+            self._restore_channel(record)
+        for each in state.assemblies:
+            self.gpadls.restore(thaw_assembly(each))
+        self._inbox.extend((each.connection_id, each.payload, each.trusted) for each in state.inbox)
+        self.outbox.put_back(state.outbox)
+        if self.connection.paused:
+            self.outbox.hold("guest")
 
     def status(self) -> dict[str, object]:
         """What a person wants to know, as JSON knows it."""
@@ -314,7 +379,7 @@ class Bus:
             del self._by_relid[channel.relid]
             self.synic.disconnect_event_port(CONNECTION_ID_BASE | channel.relid)
         channel.relid = channel.monitor_id = None
-        if channel.revoking or channel.offer.transient:
+        if channel.revoking or channel.offer.transient or channel.endpoint is ABSENT:
             channel.revoking = True
             self._channels.remove(channel)
         self._departed(channel)
@@ -408,6 +473,45 @@ class Bus:
         connection.trusted = request.trusted and Feature.CONFIDENTIAL_CHANNELS in outcome.features
         logger.info("connected: version %s, features %#x", outcome.version, outcome.features)
         self.send(answer_agreement(outcome))
+
+    # ---- restoring
+
+    def _restore_channel(self, record: ChannelRecord) -> None:
+        """Into the channel of its device if that is offered already, else into one that waits for it."""
+        if record.relid is None:
+            if not record.waiting:
+                self._given_up.add(record.key)
+            return
+        for channel in self._channels:
+            if channel.offer.key == record.key and channel.relid is None and not record.revoking:
+                break
+        else:
+            offer = Offer(*record.key[:2], subchannel_index=record.subchannel_index, name="absent")
+            channel = Channel(self, offer, ABSENT)
+            self._channels.append(channel)
+        adopt(channel, record, self.gpadls)
+        self._by_relid[record.relid] = channel
+        self.synic.connect_event_port(CONNECTION_ID_BASE | record.relid, channel.doorbell)
+
+    def _go_on(self) -> None:
+        """All devices that there will be are offered: take up what was under way."""
+        self._restoring = False
+        for channel in list(self._channels):
+            if channel.endpoint is ABSENT and not channel.revoking:
+                self.refusals.refuse("restored-without-device", f"{channel.relid}")
+                channel.revoking = True
+                if channel.state is ChannelState.REOFFERED:
+                    channel.state = ChannelState.REVOKED
+        for channel in list(self._channels):
+            if channel in self._channels:
+                channel.go_on()
+        if self.connection.offers_sent:
+            for channel in sorted(self._channels, key=lambda channel: sort_key(channel.offer)):
+                if channel.relid is None and channel.offer.key not in self._given_up:
+                    self._offer_now(channel)
+        self._given_up.clear()
+        self._monitor.update()
+        self._finish_disconnect()
 
     # ---- offering
 

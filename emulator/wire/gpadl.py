@@ -177,6 +177,14 @@ def pfns_from_bytes(data: bytes) -> array[int]:
     return pfns
 
 
+def pfns_of_runs(pairs: Sequence[tuple[int, int]]) -> array[int]:
+    """The numbers that are ``pairs`` of a first number and how many follow each other from there."""
+    pfns = array("Q")
+    for first, count in pairs:
+        pfns.extend(range(first, first + count))
+    return pfns
+
+
 def split_gpadl(
     relid: int, gpadl_id: int, ranges: Sequence[GpaRange], *, max_message: int = MAX_MESSAGE
 ) -> list[bytes]:
