@@ -12,7 +12,7 @@ from typing import Any
 
 from device.registry import Registry
 from emulator.cli.options import add_host_options, device_lines, host_options
-from emulator.cli.shutdown import CONTROL_COMMANDS
+from emulator.cli.serving import CONTROL_COMMANDS
 from emulator.machine import rundir
 from emulator.machine.host import Ending, Host
 from emulator.machine.served import Served

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,12 +16,13 @@ from typing import Any
 from device.registry import Registry
 from emulator.bus.device import Device
 from emulator.cli.options import DEFAULT_GUEST, add_host_options, device_lines, host_options, size
-from emulator.cli.shutdown import CONTROL_COMMANDS
+from emulator.cli.serving import CONTROL_COMMANDS
 from emulator.errors import UsageError, UserError
 from emulator.machine import gateway_build, rundir
 from emulator.machine.guest import Guest, emulator_options
 from emulator.machine.host import Ending, HostOptions
 from emulator.machine.launch import GuestOptions, command_line
+from emulator.machine.migration.drive import arrived, receive
 from emulator.provision.command_output import CommandOutput
 from emulator.provision.drivers import modules_for, present
 from emulator.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs, parse_add
@@ -73,6 +76,12 @@ def add_parser(verbs: Any) -> None:
     )
     guest.add_argument("--serial", type=Path, metavar="FILE", help="the kernel's console goes to this file")
     guest.add_argument("--qemu", default="", metavar="OPTIONS", help="more options for QEMU, as one word")
+    guest.add_argument(
+        "--incoming", metavar="URI", help="wait there for a guest that is migrated, instead of booting one"
+    )
+    guest.add_argument(
+        "--snapshots", type=Path, metavar="FILE", help="a qcow2 image for snapshots, made if it is not there"
+    )
     guest.add_argument("--no-reboot", action="store_true", help="end where the guest would reboot")
     add_host_options(parser)
     parser.add_argument(
@@ -96,6 +105,9 @@ class Plan:
     guest: GuestOptions
     devices: tuple[Device, ...]
     host: HostOptions
+    new_devices: Callable[[], Sequence[Device]]
+    """The same devices again, for a guest that moves."""
+    incoming: str | None = None
 
 
 def plan(arguments: argparse.Namespace) -> Plan:
@@ -114,12 +126,15 @@ def plan(arguments: argparse.Namespace) -> Plan:
             add=[parse_add(line) for line in arguments.add],
             command=arguments.command or None,
         )
+    qemu = find_qemu()
+    if arguments.snapshots is not None and not arguments.dry_run:
+        _make_image(qemu, arguments.snapshots)
     extra = shlex.split(arguments.qemu)
     if arguments.no_reboot or arguments.command:
         extra.append("-no-reboot")
     return Plan(
         name=arguments.name,
-        qemu=find_qemu(),
+        qemu=qemu,
         gateway=gateway_build.build(),
         memory=arguments.memory,
         guest=GuestOptions(
@@ -132,11 +147,25 @@ def plan(arguments: argparse.Namespace) -> Plan:
             smp=arguments.smp,
             serial=arguments.serial.absolute() if arguments.serial else None,
             command_port=bool(arguments.command),
+            incoming=arguments.incoming is not None,
+            snapshots=arguments.snapshots.absolute() if arguments.snapshots else None,
             extra=tuple(extra),
         ),
         devices=devices,
         host=host_options(arguments),
+        new_devices=lambda: Registry().create_all(device_lines(arguments)),
+        incoming=arguments.incoming,
     )
+
+
+def _make_image(qemu: QemuBinary, path: Path) -> None:
+    """An image that holds nothing but snapshots, if there is no file yet."""
+    if path.exists():
+        return
+    command = [*qemu.qemu_img(), "create", "-q", "-f", "qcow2", str(path), "64K"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"cannot make {path}: {done.stderr.strip()}")
 
 
 def _kernel(arguments: argparse.Namespace) -> GuestKernel:
@@ -171,7 +200,9 @@ def main(arguments: argparse.Namespace) -> int:
             rundir.runtime_root() / (decided.name or "guest-1"),
             rundir.runtime_root() / (decided.name or "guest-1") / "memory",
         )
-        options = emulator_options(directory, decided.memory, decided.gateway)
+        options = emulator_options(
+            directory, decided.memory, decided.gateway, migratable=decided.qemu.dbus_vmstate
+        )
         print(shlex.join(command_line(decided.qemu.argv_prefix, directory, options, decided.guest)))
         return 0
     return asyncio.run(_run(decided, bool(arguments.command), arguments.timeout))
@@ -199,7 +230,11 @@ async def run_guest(decided: Plan, output: Callable[[bytes], object] | None) -> 
         devices=decided.devices,
         host_options=decided.host,
         commands=CONTROL_COMMANDS,
+        new_devices=decided.new_devices,
     ) as guest:
+        if decided.incoming is not None:
+            await receive(guest.host, decided.incoming)
+            await arrived(guest.host, None)
         if output is None or guest.command is None:
             if sys.stderr.isatty():
                 print(
@@ -211,21 +246,39 @@ async def run_guest(decided: Plan, output: Callable[[bytes], object] | None) -> 
             if ending is Ending.QEMU_GONE:
                 raise UserError(f"QEMU ended unexpectedly:\n{guest.process.messages()}")
             return 0
-        reader = guest.command[0]
-        received = CommandOutput()
-        serving = asyncio.ensure_future(guest.served.serve())
-        while data := await reader.read(1 << 16):
+        return await _command(guest, output, under_way=decided.incoming is not None)
+
+
+async def _command(guest: Guest, output: Callable[[bytes], object], *, under_way: bool) -> int:
+    """Hand on what the guest's command prints; its exit status, or 0 if it goes on elsewhere.
+
+    ``under_way``: it was started before the guest came here.
+    """
+    received = CommandOutput()
+    received.started = under_way
+
+    async def read() -> None:
+        async for data in guest.command_output():
             if found := received.feed(data):
                 output(found)
                 sys.stdout.flush()
         output(received.close())
         sys.stdout.flush()
-        ending = await serving
-        if received.status is not None:
-            return received.status
-        if ending is Ending.STOPPED:
-            return 130
-        raise UserError(_explain(guest, received))
+
+    reading = asyncio.ensure_future(read())
+    ending = await guest.served.serve()
+    if ending in (Ending.STOPPED, Ending.MIGRATED):
+        reading.cancel()  # the port stays open as long as QEMU
+    with contextlib.suppress(asyncio.CancelledError):
+        await reading
+    if received.status is not None:
+        return received.status
+    if ending is Ending.STOPPED:
+        return 130
+    if ending is Ending.MIGRATED:
+        print("vmbus run: the guest has moved, and its command goes on there", file=sys.stderr)
+        return 0
+    raise UserError(_explain(guest, received))
 
 
 def _explain(guest: Guest, received: CommandOutput) -> str:

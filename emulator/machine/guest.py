@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,7 @@ class Guest:
         self._station = station
         self._new_devices = new_devices
         self._moves = 0
+        self._moving = False
 
     @property
     def host(self) -> Host:
@@ -209,6 +210,15 @@ class Guest:
 
         Raises :class:`~emulator.machine.migration.drive.MigrationFailed`: then the guest goes on where it is.
         """
+        if self._moving:
+            raise MigrationFailed("this guest is moving already")
+        self._moving = True
+        try:
+            return await self._move(progress, limit)
+        finally:
+            self._moving = False
+
+    async def _move(self, progress: Progress | None, limit: float) -> Outcome:
         if self._new_devices is None:
             raise MigrationFailed("this guest's devices cannot be made a second time")
         old = self._station
@@ -217,6 +227,7 @@ class Guest:
         options = self._setup.options
         options = replace(options, incoming=True, serial=options.serial or self.directory.console)
         setup = replace(self._setup, options=options)
+        buffer_size = self.host.migration.buffer_size
         new = await Station.open(directory, self.directory.name, setup, self._new_devices())
         try:
             uri = f"unix:{directory.path}/migration.sock"
@@ -230,6 +241,7 @@ class Guest:
             if (why := new.serving.migration.load_refused) and isinstance(error, MigrationFailed):
                 raise MigrationFailed(f"{why}; the guest goes on here") from error
             raise
+        new.serving.migration.buffer_size = buffer_size
         self._station = new
         self.served.replace(new.serving)
         await old.close()
@@ -239,4 +251,4 @@ class Guest:
     async def _asked_to_move(self, host: Host, request: Mapping[str, Any]) -> object:
         if "save_buffer" in request:
             host.migration.buffer_size = int(request["save_buffer"])
-        return asdict(await self.move(limit=float(request.get("limit", 600))))
+        return (await self.move(limit=float(request.get("timeout", 600)))).as_dict()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from collections.abc import Set as AbstractSet
@@ -57,6 +58,7 @@ class Ending(Enum):
     POWERED_OFF = "powered off"
     QEMU_GONE = "QEMU ended"
     STOPPED = "stopped"
+    MIGRATED = "migrated"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,14 @@ EVENT_CONNECTIONS = 0x2000
 
 #: HvSignalEvent in its fast form on one of those: posted, no vCPU waits for it.
 EVENT_DOORBELLS = DoorbellRule(control=0x1005D, base=EVENT_CONNECTIONS, count=2048, first=0, result=0)
+
+
+#: How long a vCPU looks for its answer before it sleeps: a message takes 30 to 60 us here, and being woken from
+#: sleep costs a vCPU as much again (docs/performance.md).
+SPIN_NS = 100_000
+
+#: Times that a busy guest is looked at again before everybody else has a turn.
+GATEWAY_ROUNDS = 64
 
 
 class LocalApics:
@@ -181,6 +191,7 @@ class Host:
         self.devices: list[AttachedDevice] = []
         self.migration = Follower(self)
         self._tsc_page_waits = False
+        self._gateway_again: asyncio.Handle | None = None
         self.gateway_traps = 0
         self.gateway_doorbells = 0
 
@@ -239,9 +250,11 @@ class Host:
     def _activate(self, options: HostOptions) -> None:
         self.gateway.set_cpuid(cpuid_table(options.features, len(self.facts.apic_ids)))
         self.gateway.set_doorbells([EVENT_DOORBELLS])
+        if len(os.sched_getaffinity(0)) > 1:  # with one processor a vCPU that looks keeps the answer away
+            self.gateway.set_spin(SPIN_NS)
         self.gateway.activate()
         self._loop.add_reader(self.gateway.fileno(), self._gateway_ready)
-        self._loop.call_soon(self._gateway_ready)
+        self._gateway_again = self._loop.call_soon(self._gateway_ready)
         self.background(self._follow_life())
 
     def _message(self, vp: int, connection_id: int, payload: bytes) -> int:
@@ -254,15 +267,22 @@ class Host:
         gateway = self.gateway
         try:
             gateway.awake()
-            while True:
+            for _ in range(GATEWAY_ROUNDS):
                 self.serve_gateway()
                 if self._tsc_page_waits and self.clock.tsc_known:
                     self._tsc_page_waits = False
                     self.partition.publish_reference_tsc()
                 if not gateway.sleep_prepare():
-                    break
+                    return
+            if not self._ended.done():
+                self._gateway_again = self._loop.call_soon(self._gateway_ready)
         except (GatewayError, QemuGone) as error:
             self._end(Ending.QEMU_GONE, error)
+
+    def _leave_gateway(self) -> None:
+        self._loop.remove_reader(self.gateway.fileno())
+        if self._gateway_again is not None:
+            self._gateway_again.cancel()
 
     def serve_gateway(self) -> None:
         """Answer the traps that wait, take the doorbells that were rung."""
@@ -353,7 +373,7 @@ class Host:
     def _end(self, ending: Ending, error: Exception | None) -> None:
         if error is not None:
             _log.info("%s: %s", ending.value, error)
-        self._loop.remove_reader(self.gateway.fileno())
+        self._leave_gateway()
         if not self._ended.done():
             self._ended.set_result(ending)
 
@@ -361,13 +381,13 @@ class Host:
         """Serve the guest until QEMU ends or :meth:`stop` is called."""
         return await asyncio.shield(self._ended)
 
-    def stop(self) -> None:
+    def stop(self, ending: Ending = Ending.STOPPED) -> None:
         """Let :meth:`serve` return; QEMU goes on, its guest waits for the next emulator."""
-        self._end(Ending.STOPPED, None)
+        self._end(ending, None)
 
     async def close(self) -> None:
         """Let go of QEMU and of guest memory."""
-        self._loop.remove_reader(self.gateway.fileno())
+        self._leave_gateway()
         self.partition.pause()  # no timer of it fires any more
         for task in tuple(self._tasks):
             task.cancel()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from emulator.machine.host import Host
 
 _POLL = 0.05
+_ARRIVAL_POLL = 0.25
 _SOCKETS = ("tcp:", "unix:", "vsock:")
 
 
@@ -35,6 +36,16 @@ class Outcome:
     memory_bytes: int
     passes: int
     departure: Departure
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON knows it."""
+        return {
+            "total": self.total,
+            "downtime": self.downtime,
+            "memory_bytes": self.memory_bytes,
+            "passes": self.passes,
+            **self.departure.as_dict(),
+        }
 
 
 Progress = Callable[[dict[str, Any]], object]
@@ -114,8 +125,11 @@ async def receive(host: Host, uri: str) -> None:
     await host.qmp.execute("migrate-incoming", {"uri": uri, "exit-on-error": False})
 
 
-async def arrived(host: Host, limit: float = 600.0) -> None:
-    """Wait until the guest runs here. Raises :class:`MigrationFailed` if it did not come."""
+async def arrived(host: Host, limit: float | None = 600.0) -> None:
+    """Wait until the guest runs here; with no ``limit``, for ever.
+
+    Raises :class:`MigrationFailed` if it did not come.
+    """
     follower = host.migration
     async with asyncio.timeout(limit):
         while follower.phase in (Phase.INCOMING, Phase.LOADED):
@@ -125,4 +139,4 @@ async def arrived(host: Host, limit: float = 600.0) -> None:
                     follower.load_refused or found.get("error-desc", "the migration failed")
                 )
             with contextlib.suppress(TimeoutError):
-                await follower.until(lambda: follower.phase is Phase.IDLE, _POLL)
+                await follower.until(lambda: follower.phase is Phase.IDLE, _ARRIVAL_POLL)

@@ -30,6 +30,7 @@ from emulator.machine.migration.machine import HostState
 from emulator.machine.migration.vmstate import VmStateHelper
 from emulator.saving import Reason, StateRefused, refusal_stream
 from emulator.saving.stream import BUFFER_SIZE, ChannelStatistics
+from emulator.wire.saved import ChannelIdentity
 
 if TYPE_CHECKING:
     from emulator.machine.host import Host
@@ -77,6 +78,7 @@ class Departure:
 
     state_bytes: int = 0
     channels: tuple[ChannelStatistics, ...] = ()
+    names: dict[ChannelIdentity, str] = field(default_factory=dict)
     pages_marked: int = 0
     answers_carried: int = 0
     prepared_in: float = 0.0
@@ -84,6 +86,26 @@ class Departure:
     refusal: str = ""
     statuses: list[str] = field(default_factory=list)
     """QEMU's migration statuses, in order."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON knows it."""
+        return {
+            "state_bytes": self.state_bytes,
+            "prepared_in": self.prepared_in,
+            "pages_marked": self.pages_marked,
+            "answers_carried": self.answers_carried,
+            "statuses": list(self.statuses),
+            "channels": [
+                {
+                    "name": self.names.get(channel.identity, ""),
+                    "identity": str(channel.identity),
+                    "chunks": channel.chunks,
+                    "bytes": channel.size,
+                    "statuses": [str(status) for status in channel.statuses],
+                }
+                for channel in self.channels
+            ],
+        }
 
 
 class Follower:
@@ -240,6 +262,7 @@ class Follower:
             self._data = saved.data
             self.departure.state_bytes = len(saved.data)
             self.departure.channels = saved.channels
+            self.departure.names = self.state.names()
             self.departure.answers_carried = len(self._host.gateway.unclaimed())
 
     def expect(self) -> None:

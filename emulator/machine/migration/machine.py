@@ -13,30 +13,30 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from emulator.bus.channel import Channel
 from emulator.bus.channel_io import ChannelIo
+from emulator.bus.channel_state import ChannelState as BusChannelState
+from emulator.bus.restoring import BusStateRefused, check_state
 from emulator.errors import MalformedError
 from emulator.hypervisor.features import Features
 from emulator.hypervisor.reference_time import TscScaling
 from emulator.machine.gateway import Unclaimed
+from emulator.machine.migration.bus_records import SAVED_BUS
 from emulator.machine.migration.records import SAVED_HYPERVISOR, SavedAnswer, SavedHypervisor
 from emulator.ports import PAGE_SIZE
 from emulator.saving import (
     ChannelSaver,
     ChannelState,
-    Reason,
     Restore,
     SavedState,
-    SectionTarget,
-    StateRefused,
     read_machine,
     save_machine,
 )
 from emulator.saving.device_channel import DeviceChannel
 from emulator.saving.stream import BUFFER_SIZE
-from emulator.wire.saved import SavedSection, parse_record
+from emulator.wire.saved import ChannelIdentity, SavedSection, parse_record
 
 if TYPE_CHECKING:
     from emulator.machine.host import Host
@@ -49,13 +49,6 @@ _VIDEO_MEMORY = range(0xA0000 // PAGE_SIZE, 0x100000 // PAGE_SIZE)
 
 _MARKED_AT_ONCE = 256
 """Pages, a few milliseconds."""
-
-
-class Section(SectionTarget, Protocol):
-    """A part of the machine that is one section of its state."""
-
-    def save(self) -> SavedSection:
-        """The section. Raises :class:`~emulator.saving.StateRefused`."""
 
 
 class HypervisorSection:
@@ -108,6 +101,41 @@ class HypervisorSection:
         )
 
 
+class BusSection:
+    """The bus, as a section of a state."""
+
+    name = "bus"
+    version = 1
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def save(self) -> SavedSection:
+        return SavedSection(self.name, self.version, SAVED_BUS.build(self._host.bus.export_state()))
+
+    def check_restore(self, section: SavedSection, channels: Sequence[ChannelState]) -> str | None:
+        if (section.name, section.version) != (self.name, self.version):
+            return f"{section.name} of version {section.version}, this emulator reads version {self.version}"
+        bus = self._host.bus
+        try:
+            state = parse_record(SAVED_BUS, section.state)
+            check_state(state, bus.limits, bus.memory, bus.synic.vp_count)
+        except (MalformedError, BusStateRefused) as error:
+            return str(error)
+        is_open = {
+            ChannelIdentity(*channel.key)
+            for channel in state.channels
+            if channel.state is BusChannelState.OPEN
+        }
+        for each in channels:
+            if (each.channel.open is not None) != (each.channel.identity in is_open):
+                return f"channel {each.channel.identity} is open for one, and not for the other"
+        return None
+
+    def apply_restore(self, section: SavedSection) -> None:
+        self._host.bus.import_state(parse_record(SAVED_BUS, section.state))
+
+
 def offered(features: Features) -> tuple[str, ...]:
     """The features as names, to be compared with those of another emulator."""
     found = []
@@ -128,7 +156,7 @@ class HostState:
         self._saver = ChannelSaver()
         self._channels: dict[Channel, DeviceChannel] = {}
         self._hypervisor = HypervisorSection(host)
-        self.bus_section: Section | None = None
+        self._bus = BusSection(host)
         self.frozen = False
 
     def _known(self) -> list[DeviceChannel]:
@@ -139,6 +167,10 @@ class HostState:
             for channel in there
         }
         return list(self._channels.values())
+
+    def names(self) -> dict[ChannelIdentity, str]:
+        """The names of the channels' devices."""
+        return {channel.identity: channel.io.device.name for channel in self._known()}
 
     def hold(self) -> None:
         """Take no more packets; work that is under way may end. The guest is stopped, or has not run yet."""
@@ -168,13 +200,11 @@ class HostState:
 
     def save(self, buffer_size: int = BUFFER_SIZE) -> SavedState:
         """The state of a frozen host. Raises :class:`~emulator.saving.StateRefused`."""
-        if self.bus_section is None:
-            raise StateRefused(Reason.WRONG_STATE, "this emulator does not save its bus yet")
         return save_machine(
             self._saver,
             self._known(),
             hypervisor=self._hypervisor.save(),
-            bus=self.bus_section.save(),
+            bus=self._bus.save(),
             buffer_size=buffer_size,
         )
 
@@ -182,7 +212,7 @@ class HostState:
         """Be in a saved state, frozen. Raises :class:`~emulator.saving.StateRefused`, before anything changed
         unless a device refused.
         """
-        Restore(self._saver, self._known(), hypervisor=self._hypervisor, bus=self.bus_section).apply(
+        Restore(self._saver, self._known(), hypervisor=self._hypervisor, bus=self._bus).apply(
             read_machine(data)
         )
 

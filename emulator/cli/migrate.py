@@ -1,0 +1,151 @@
+"""``vmbus migrate``: live-migrate a served guest, to another QEMU here or to where somebody listens."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from emulator.cli.table import table
+from emulator.errors import UserError
+from emulator.machine import rundir
+from emulator.machine.control import ask
+from emulator.machine.host import Ending, Host
+from emulator.machine.migration.drive import MigrationFailed, migrate
+
+_EPILOG = """\
+examples:
+  vmbus migrate                             into a new QEMU and emulator, under the same name
+  vmbus migrate web --json                  the same, with all figures
+  vmbus run --incoming tcp:0:4444 ...       on the target: the same options as the guest was started with
+  vmbus migrate web tcp:target:4444         and then this, on the source
+
+The guest is never lost: if anything fails before the target has all of it, it goes on where it is.
+Exit status 0 when it runs at the target, 1 when it stayed.
+"""
+
+_POLL = 0.2
+_LEAVE = 0.2
+"""Seconds in which the answer reaches whoever asked, before the source's emulator ends."""
+
+
+def add_parser(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "migrate",
+        help="live-migrate a served guest",
+        description="Live-migrates a served guest: bus, devices and transactions under way go with it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", nargs="?", help="the guest (not needed where only one is served)")
+    parser.add_argument("uri", nargs="?", help="where a QEMU listens (tcp:HOST:PORT, unix:PATH, ...)")
+    parser.add_argument(
+        "--save-buffer",
+        type=int,
+        metavar="BYTES",
+        help="size of the buffer that each channel is saved into, chunk by chunk (default: 65536)",
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, metavar="SECONDS", help="give up then (default: 600)"
+    )
+    parser.add_argument("--json", action="store_true", help="the summary, as one JSON object")
+    parser.set_defaults(action=main)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    name, uri = arguments.name, arguments.uri
+    if uri is None and name is not None and ":" in name:  # no guest's name has a colon
+        name, uri = None, name
+    control = rundir.find(name) / "control.sock"
+    request: dict[str, object] = {"timeout": arguments.timeout}
+    if uri is not None:
+        request["uri"] = uri
+    if arguments.save_buffer is not None:
+        request["save_buffer"] = arguments.save_buffer
+    found = _ask_with_progress(control, "migrate" if uri else "move", request, arguments.timeout + 30)
+    if arguments.json:
+        json.dump(found, sys.stdout, indent=2)
+        print()
+    else:
+        print(render(found))
+    return 0
+
+
+def _ask_with_progress(control: Path, command: str, request: Mapping[str, object], limit: float) -> Any:
+    """Ask, and meanwhile show on a terminal how far QEMU is."""
+    result: list[Any] = []
+
+    def wait() -> None:
+        try:
+            result.append(ask(control, command, limit=limit, **request))
+        except UserError as error:
+            result.append(error)
+
+    asking = threading.Thread(target=wait, daemon=True)
+    asking.start()
+    shown = False
+    while asking.is_alive():
+        asking.join(_POLL)
+        if asking.is_alive() and sys.stderr.isatty():
+            try:
+                print(f"\r\x1b[K{_line(ask(control, 'migration', limit=5))}", end="", file=sys.stderr)
+            except UserError:
+                continue  # it has left already, or is busy at the switch-over
+            shown = True
+    if shown:
+        print("\r\x1b[K", end="", file=sys.stderr)
+    if isinstance(result[0], UserError):
+        raise result[0]
+    return result[0]
+
+
+def _line(found: Mapping[str, Any]) -> str:
+    ram = found.get("ram") or {}
+    total, left = ram.get("total", 0), ram.get("remaining", 0)
+    share = f", {100 * (total - left) // total} % of memory" if total else ""
+    return f"{found.get('status', 'beginning')}{share}"
+
+
+def render(found: Mapping[str, Any]) -> str:
+    """The summary for a person."""
+    rows = [
+        [
+            channel["name"],
+            str(channel["chunks"]),
+            str(channel["bytes"]),
+            " ".join(status.removeprefix("STATUS_") for status in channel["statuses"]),
+        ]
+        for channel in found["channels"]
+    ]
+    return "\n".join(
+        [
+            f"migrated in {found['total']:.2f} s, {found['memory_bytes'] >> 20} MiB in {found['passes']} passes; "
+            f"the guest stood still for {1000 * found['downtime']:.0f} ms",
+            f"of that {1000 * found['prepared_in']:.1f} ms for the emulator: {found['state_bytes']} bytes of state, "
+            f"{found['pages_marked']} pages marked, {found['answers_carried']} answers carried over",
+            table(["channel", "chunks", "bytes", "SaveContinue returned"], rows),
+        ]
+    )
+
+
+async def answer(host: Host, request: Mapping[str, Any]) -> object:
+    """The control socket's ``migrate``: to a URI. The emulator then ends, its guest is elsewhere."""
+    if "save_buffer" in request:
+        host.migration.buffer_size = int(request["save_buffer"])
+    try:
+        outcome = await migrate(host, str(request["uri"]), limit=float(request.get("timeout", 600)))
+    except (KeyError, ValueError) as error:
+        raise MigrationFailed(f"not a request to migrate: {error}") from error
+    asyncio.get_running_loop().call_later(_LEAVE, host.stop, Ending.MIGRATED)
+    return outcome.as_dict()
+
+
+async def progress(host: Host, request: Mapping[str, Any]) -> object:
+    """The control socket's ``migration``: QEMU's account of the one under way, or of the last one."""
+    found = await host.qmp.execute("query-migrate")
+    return {**found, "emulator": host.migration.phase.value}

@@ -1,0 +1,13 @@
+"""What the control socket of a served guest answers for the other verbs."""
+
+from __future__ import annotations
+
+from emulator.cli import migrate, shutdown, snapshot
+from emulator.machine.served import HostCommand
+
+CONTROL_COMMANDS: dict[str, HostCommand] = {
+    **shutdown.CONTROL_COMMANDS,
+    "migrate": migrate.answer,
+    "migration": migrate.progress,
+    "snapshot": snapshot.answer,
+}
