@@ -13,6 +13,7 @@ import contextlib
 import logging
 import random
 import resource
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -287,8 +288,12 @@ class Fuzzer:
         self.finish()
 
 
-def main() -> None:
-    """Run from the command line."""
+ALLOWED_GROWTH = 8 << 10
+"""KiB that the peak of memory may grow after the warm-up: what a guest can make the host hold is bounded."""
+
+
+def main() -> int:
+    """Run from the command line; exit status 1 when memory grew."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -312,7 +317,11 @@ def main() -> None:
         "refusals: "
         + ", ".join(f"{name} {value}" for name, value in sorted(fuzzer.bus.refusals.counts.items()))
     )
+    if after - before > ALLOWED_GROWTH:
+        print("memory grew", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import resource
 import struct
 import sys
 import time
@@ -224,6 +225,10 @@ def run(seed: int, first: int, count: int, seen: Counter[str] | None = None) -> 
     return seen
 
 
+ALLOWED_GROWTH = 8 << 10
+"""KiB that the peak of memory may grow after the warm-up."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; exit status 1 when an image breaks something."""
     parser = argparse.ArgumentParser(
@@ -235,12 +240,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     seen: Counter[str] = Counter()
     begun = time.monotonic()
-    run(options.seed, options.first, options.count, seen)
+    warm_up = options.count // 10
+    run(options.seed, options.first, warm_up, seen)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run(options.seed, options.first + warm_up, options.count - warm_up, seen)
+    growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     seconds = time.monotonic() - begun
     for name, times in sorted(seen.items()):
         print(f"{times:12} {name}")
     print(f"{options.count} images in {seconds:.1f} s, {options.count / seconds:.0f} a second")
-    return 0
+    print(f"peak memory grew by {growth / 1024:.1f} MiB after the warm-up")
+    return 1 if growth > ALLOWED_GROWTH else 0
 
 
 if __name__ == "__main__":
