@@ -62,6 +62,12 @@ class Backend(ABC):
         """Look at the size again; returns it."""
         return self.size
 
+    def lock(self) -> None:
+        """A guest begins to use it. Raises :class:`~emulator.errors.DeviceError` if another one does."""
+
+    def unlock(self) -> None:
+        """Another guest may use it."""
+
     def close(self) -> None:
         """Let go of what is open."""
 

@@ -137,7 +137,8 @@ class Scsi(Device):
         self.lun_was_chosen = lun is not None
         self.default_serial = serial is None
         self.clock = clock
-        self.handshake = self._new_handshake(0)
+        self.handshake = self.new_handshake()
+        self._active = False
         self.enumerations = 0
         self.resets = 0
         self._requests: dict[ChannelIo, set[Request]] = {}
@@ -171,8 +172,21 @@ class Scsi(Device):
                 lun,
             )
 
-    def _new_handshake(self, subchannels: int) -> Handshake:
-        return Handshake(self.max_version, subchannels, self.max_transfer)
+    def new_handshake(self) -> Handshake:
+        """As when a guest opens the primary channel."""
+        possible = self._environment is not None and self._environment.offers is not None
+        return Handshake(self.max_version, self.queues - 1 if possible else 0, self.max_transfer)
+
+    def _activate(self) -> None:
+        """Before the first command, here or again after :meth:`save`: nobody else may use the images."""
+        for unit in self.units.values():
+            unit.backend.lock()
+        self._active = True
+
+    def _deactivate(self) -> None:
+        self._active = False
+        for unit in self.units.values():
+            unit.backend.unlock()
 
     # --- units ---------------------------------------------------------------------------------------------
 
@@ -217,6 +231,8 @@ class Scsi(Device):
             raise UsageError(f"controller {self.controller}: target {place[0]} LUN {place[1]} is taken")
         if self._environment is not None:
             unit.start(self._environment)
+        if self._active:
+            unit.backend.lock()
         self.units[place] = unit
         if self._primary is not None:
             unit.attention(Sense.POWER_ON)
@@ -273,21 +289,23 @@ class Scsi(Device):
             unit.close()
 
     def opened(self, io: ChannelIo) -> None:
-        self._requests[io] = set()
         if io.subchannel_index:
             if not self.handshake.ready:
                 io.hold()
                 self._waiting_subchannels.append(io)
+            self._requests[io] = set()
             return
+        self._activate()
         self._primary = io
-        self.handshake = self._new_handshake(self.queues - 1 if self.environment.offers is not None else 0)
+        self._requests[io] = set()
+        self.handshake = self.new_handshake()
         for unit in self.units.values():
             unit.reset()
 
     def closed(self, io: ChannelIo) -> None:
         if io is self._primary:
             self._primary = None
-            self.handshake = self._new_handshake(0)
+            self.handshake = self.new_handshake()
         if io in self._waiting_subchannels:
             self._waiting_subchannels.remove(io)
         self._waiting_resets = [each for each in self._waiting_resets if each[0] is not io]
@@ -378,6 +396,8 @@ class Scsi(Device):
     # --- commands ------------------------------------------------------------------------------------------
 
     def _execute(self, io: ChannelIo, packet: Packet) -> None:
+        if not self._active:
+            self._activate()
         srb = parse_request(packet.payload)
         request = Request(io, packet, srb, self.clock(), self._finished)
         self._requests[io].add(request)
@@ -403,7 +423,8 @@ class Scsi(Device):
             luns = [] if srb.path else sorted(lun for target, lun in self.units if target == srb.target)
             request.give(lun_list(luns), cdb_allocation(cdb))
         elif cdb[0] == Opcode.INQUIRY and not cdb[1] & 1:
-            request.give(bytes((NO_DEVICE,)) + bytes(35), cdb_allocation(cdb))
+            # The additional length is there, since Linux warns of an answer shorter than 36 bytes.
+            request.give(bytes((NO_DEVICE, 0, 0, 0, 31)) + bytes(31), cdb_allocation(cdb))
         else:
             request.finish(SrbStatus.INVALID_TARGET_ID if srb.path else SrbStatus.INVALID_LUN)
 
@@ -486,14 +507,23 @@ class Scsi(Device):
         }
 
     def save(self) -> bytes:
-        return save_controller(self)
+        state = save_controller(self)
+        self._deactivate()  # whoever goes on with the guest may use the images
+        return state
 
     def restore(self, state: bytes) -> None:
         restore_controller(self, state)
 
-    def outstanding(self) -> list[Request]:
-        """Commands that are being worked on."""
-        return [request for requests in self._requests.values() for request in requests]
+    def outstanding(self) -> list[tuple[int, Packet]]:
+        """What the guest waits for, as channel and packet, oldest first; for saving."""
+        found = [*self.pending]
+        found += [
+            (request.io.subchannel_index, request.packet)
+            for requests in self._requests.values()
+            for request in sorted(requests, key=lambda request: request.begun)
+        ]
+        found += [(io.subchannel_index, packet) for io, packet in self._waiting_resets]
+        return found
 
     def resumed(self, io: ChannelIo) -> None:
         self._requests.setdefault(io, set())
@@ -503,5 +533,11 @@ class Scsi(Device):
         mine = [packet for at, packet in self.pending if at == index]
         self.pending = [each for each in self.pending if each[0] != index]
         for packet in mine:
-            if io.owes(packet.transaction_id):
+            if not io.owes(packet.transaction_id):
+                continue
+            try:
                 self.packet(io, packet)
+            except ProtocolError:
+                raise
+            except GuestError as error:
+                self.refused(io, packet, error)

@@ -14,6 +14,7 @@ What the ``cache`` option says is QEMU's:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import errno
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from device.scsi.backend import Backend
-from emulator.errors import UserError
+from emulator.errors import DeviceError, UserError
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +71,6 @@ class FileBackend(Backend):
         self._fd = self._open()
         try:
             self._block_device = stat.S_ISBLK(os.fstat(self._fd).st_mode)
-            self._lock()
             self.size = self._size()
         except BaseException:
             os.close(self._fd)
@@ -97,16 +97,22 @@ class FileBackend(Backend):
             hint = "; readonly=on does not write to it" if error.errno in (errno.EACCES, errno.EROFS) else ""
             raise UserError(f"cannot open the image {self.path}: {error.strerror}{hint}") from error
 
-    def _lock(self) -> None:
-        """Two guests that write to one image destroy it."""
+    def lock(self) -> None:
+        """Two guests that write to one image destroy it. Not held from the start: a guest that migrates comes from
+        somebody who has it still.
+        """
         try:
             fcntl.flock(self._fd, (fcntl.LOCK_SH if self.read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                return  # a file system without locks
-            raise UserError(
-                f"the image {self.path} is used by another guest; readonly=on shares it"
-            ) from error
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise DeviceError(
+                    f"the image {self.path} is used by another guest; readonly=on for both shares it"
+                ) from error
+            _log.info("%s: the file system has no locks: %s", self.path, error.strerror)
+
+    def unlock(self) -> None:
+        with contextlib.suppress(OSError):  # no locks here
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def _size(self) -> int:
         if self._block_device:

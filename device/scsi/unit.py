@@ -69,6 +69,9 @@ class LogicalUnit(ABC):
     device_type: DeviceType
     removable = False
     product: str
+    block_size: int
+    """Bytes."""
+    blocks: int
 
     def __init__(self, backend: Backend, serial: str) -> None:
         self.backend = backend

@@ -1,0 +1,219 @@
+"""Images in files: every cache mode, direct I/O, discards, sizes, locks, and CD-ROMs."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from pathlib import Path
+
+import pytest
+
+from device.scsi.cdrom import CdRom
+from device.scsi.drive import DriveOptions, open_drive
+from device.scsi.file import Cache, FileBackend
+from emulator.errors import DeviceError, UserError
+from tests.unit.scsi.scsi_guest import ScsiGuest, controller
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(os.urandom(MIB))
+    return path
+
+
+def aligned(data: bytes) -> memoryview:
+    view = memoryview(mmap.mmap(-1, len(data)))
+    view[:] = data
+    return view
+
+
+@pytest.mark.parametrize("cache", list(Cache))
+def test_every_cache_mode_keeps_what_was_written(image: Path, cache: Cache) -> None:
+    backend = FileBackend(image, cache=cache)
+    data = os.urandom(8192)
+    backend.write(4096, [aligned(data[:4096]), aligned(data[4096:])], through=True)
+    backend.flush()
+    back = [aligned(bytes(4096)), aligned(bytes(4096))]
+    backend.read(4096, back)
+    assert b"".join(back) == data
+    backend.close()
+    assert image.read_bytes()[4096:12288] == data
+
+
+def test_what_the_guest_sees_of_the_cache_mode(image: Path) -> None:
+    seen = {
+        cache.value: (backend.write_cache, backend.flush_needed)
+        for cache in Cache
+        for backend in [FileBackend(image, cache=cache)]
+    }
+    assert seen == {
+        "none": (True, True),
+        "writeback": (True, True),
+        "writethrough": (False, False),
+        "directsync": (False, False),
+        "unsafe": (True, False),
+    }
+
+
+def test_discarded_blocks_take_no_room_and_read_as_zeros(image: Path) -> None:
+    backend = FileBackend(image, cache=Cache.WRITEBACK)
+    before = image.stat().st_blocks
+    backend.discard(0, MIB // 2)
+    assert image.read_bytes()[: MIB // 2] == bytes(MIB // 2)
+    assert image.stat().st_size == MIB
+    assert image.stat().st_blocks < before
+    assert backend.extents(0, MIB) == [(0, MIB // 2, False), (MIB // 2, MIB // 2, True)]
+
+
+@pytest.mark.parametrize("unmap", [False, True])
+def test_zeros_are_written_without_data(image: Path, unmap: bool) -> None:
+    backend = FileBackend(image)
+    backend.write_zeroes(512, 8192, unmap=unmap)
+    assert image.read_bytes()[512 : 512 + 8192] == bytes(8192)
+    assert image.read_bytes()[:512].strip(b"\0")
+
+
+def test_an_image_that_shrank_gives_errors_and_no_stale_data(image: Path) -> None:
+    backend = FileBackend(image, cache=Cache.WRITEBACK)
+    os.truncate(image, 4096)
+    with pytest.raises(OSError, match="ends at"):
+        backend.read(0, [aligned(bytes(8192))])
+    assert backend.refresh() == 4096
+
+
+def test_only_one_guest_writes_to_an_image(image: Path) -> None:
+    first, second = FileBackend(image), FileBackend(image)
+    first.lock()
+    with pytest.raises(DeviceError, match="used by another guest"):
+        second.lock()
+    first.unlock()
+    second.lock()
+    second.close()
+    readers = [FileBackend(image, read_only=True) for _ in range(2)]
+    for each in readers:
+        each.lock()
+
+
+def test_the_images_are_free_once_a_controller_was_saved(image: Path) -> None:
+    first, second = (controller(open_drive(DriveOptions(str(image)), "d")) for _ in range(2))
+    with ScsiGuest(first) as guest:
+        guest.negotiate()
+        other = ScsiGuest(second)
+        with pytest.raises(DeviceError, match="used by another guest"):
+            other.open()
+        state = first.save()
+        other.open()
+        assert state
+        other.close()
+        second.stop()
+        assert guest.read(0, 1).good, "a migration that failed: it goes on here"
+
+
+def test_a_disk_in_a_file_through_the_channel(image: Path) -> None:
+    device = controller(open_drive(DriveOptions(str(image)), "d"))
+    content = image.read_bytes()
+    with ScsiGuest(device) as guest:
+        guest.negotiate()
+        # The fake memory is no mapping: neither its address nor the offsets here are good for direct I/O.
+        assert guest.read(8, 16, offset=8).data == content[4096:12288]
+        assert guest.write(3, b"written!" * 64, offset=8).good
+        os.truncate(image, 2 * MIB)
+        assert device.resize(0, 0)
+        guest.run()
+        guest.receive()
+        assert guest.read(0, 1, offset=8).condition == (6, 0x2A, 9)
+        assert guest.read(4095, 1, offset=8).data == bytes(512)
+        status = device.status()["units"]["0:0"]
+        assert status["image"] == str(image)
+        assert status["size"] == 2 * MIB
+        assert status["latency"]["count"] == 4
+    device.stop()
+    assert image.read_bytes()[3 * 512 : 4 * 512] == b"written!" * 64
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (DriveOptions("/nowhere/disk.img"), "No such file"),
+        (DriveOptions("/proc"), "directory"),
+        (DriveOptions("/dev/null"), "neither a file nor a block device"),
+        (DriveOptions(None), "image= is missing"),
+    ],
+)
+def test_images_that_cannot_be_used(options: DriveOptions, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_drive(options, "d")
+
+
+# --- CD-ROM ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disc(tmp_path: Path) -> Path:
+    path = tmp_path / "disc.iso"
+    path.write_bytes(b"".join(struct.pack("<Q", block) * 256 for block in range(300)))
+    return path
+
+
+def test_an_iso_is_a_disc_in_a_drive(disc: Path) -> None:
+    unit = open_drive(DriveOptions(str(disc)), "cd")
+    assert isinstance(unit, CdRom)
+    with ScsiGuest(controller(unit)) as guest:
+        guest.negotiate()
+        inquiry = guest.command(struct.pack(">BBBHB", 0x12, 0, 0, 36, 0), read=36).data
+        assert inquiry[:2] == bytes((5, 0x80))
+        assert guest.command(bytes((0x25,)), read=8).data == struct.pack(">II", 299, 2048)
+        answer = guest.command(struct.pack(">BBIBHB", 0x28, 0, 7, 0, 2, 0), read=4096, offset=8)
+        assert answer.data == struct.pack("<Q", 7) * 256 + struct.pack("<Q", 8) * 256
+        assert guest.command(struct.pack(">BBIIBB", 0xA8, 0, 300, 1, 0, 0), read=2048).condition == (
+            5,
+            0x21,
+            0,
+        )
+        assert guest.write(0, bytes(2048)).condition == (5, 0x20, 0)
+
+
+def test_a_disc_can_be_taken_out_unless_that_is_prevented(disc: Path) -> None:
+    unit = open_drive(DriveOptions(str(disc)), "cd")
+    ready, eject, load = bytes(6), bytes((0x1B, 0, 0, 0, 2, 0)), bytes((0x1B, 0, 0, 0, 3, 0))
+    event = struct.pack(">BBBBBBBHB", 0x4A, 1, 0, 0, 0x10, 0, 0, 8, 0)
+    with ScsiGuest(controller(unit)) as guest:
+        guest.negotiate()
+        assert guest.command(bytes((0x1E, 0, 0, 0, 1, 0))).good
+        assert guest.command(eject).condition == (5, 0x53, 2)
+        assert guest.command(bytes((0x1E, 0, 0, 0, 0, 0))).good
+        assert guest.command(event, read=8).data == bytes((0, 6, 4, 0x10, 0, 2, 0, 0))
+        assert guest.command(eject).good
+        assert guest.command(ready).condition == (2, 0x3A, 0)
+        assert guest.command(event, read=8).data[5] == 0
+        assert guest.command(struct.pack(">BBIBHB", 0x28, 0, 7, 0, 2, 0), read=4096).condition == (2, 0x3A, 0)
+        assert guest.command(load).good
+        assert guest.command(ready).condition == (6, 0x28, 0)
+        assert guest.command(ready).good
+
+
+def test_what_a_drive_says_about_its_disc(disc: Path) -> None:
+    unit = open_drive(DriveOptions(str(disc)), "cd")
+    with ScsiGuest(controller(unit)) as guest:
+        guest.negotiate()
+
+        def toc(form: int, flags: int = 0, start: int = 0) -> bytes:
+            return struct.pack(">BBBBBBBHB", 0x43, flags, form, 0, 0, 0, start, 255, 0)
+
+        data = guest.command(toc(0), read=255).data
+        assert data == struct.pack(">HBB", 18, 1, 1) + bytes((0, 0x14, 1, 0)) + bytes(4) + bytes(
+            (0, 0x14, 0xAA, 0)
+        ) + struct.pack(">I", 300)
+        assert guest.command(toc(0, 2), read=255).data[8:12] == bytes((0, 0, 2, 0))
+        assert guest.command(toc(1), read=255).data[:4] == struct.pack(">HBB", 10, 1, 1)
+        assert guest.command(toc(0, 0, 0xAA), read=255).transferred == 12
+        assert guest.command(toc(5), read=255).condition == (5, 0x24, 0)
+        assert guest.command(toc(0, 0, 9), read=255).condition == (5, 0x24, 0)
+        features = guest.command(struct.pack(">BBBBBBBHB", 0x46, 0, 0, 0, 0, 0, 0, 255, 0), read=255).data
+        assert struct.unpack_from(">IHH", features) == (len(features) - 4, 0, 8)
+        page = guest.command(struct.pack(">BBBBBB", 0x1A, 0, 0x2A, 0, 255, 0), read=255).data
+        assert page[4:6] == bytes((0x2A, 18))
