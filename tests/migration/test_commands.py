@@ -1,0 +1,103 @@
+"""``vmbus migrate``, ``vmbus snapshot`` and ``vmbus run --incoming`` as a user types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.guest
+
+LIMIT = 120
+
+
+def vmbus(folder: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "emulator", *words],
+        env={**os.environ, "XDG_RUNTIME_DIR": str(folder)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def asked(folder: Path, *words: str, status: int = 0) -> str:
+    process = vmbus(folder, *words)
+    output, errors = process.communicate(timeout=LIMIT)
+    assert process.returncode == status, errors
+    return output if status == 0 else errors
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < end, f"no {what} within {LIMIT} s"
+        time.sleep(0.05)
+
+
+def beats(folder: Path, name: str) -> int:
+    process = vmbus(folder, "status", name, "--json")
+    output, _ = process.communicate(timeout=LIMIT)
+    if process.returncode:
+        return 0
+    channels = json.loads(output)["channels"]
+    return next((each["details"]["answers"] for each in channels if each["device"] == "heartbeat"), 0)
+
+
+def test_a_guest_moves_is_saved_and_leaves_for_another_process(tmp_path: Path) -> None:
+    options = ("--memory", "256M", "--device", "heartbeat,interval=0.1")
+    command = ("--", "sh", "-c", "for i in $(seq 1 120); do echo $i; sleep 0.2; done; exit 5")
+    source = vmbus(
+        tmp_path, "run", "--name", "a", "--snapshots", str(tmp_path / "s.qcow2"), *options, *command
+    )
+    target = None
+    try:
+        until(lambda: beats(tmp_path, "a") > 3, "heartbeats")
+        summary = json.loads(asked(tmp_path, "migrate", "a", "--save-buffer", "100", "--json"))
+        assert summary["statuses"][-1] == "completed"
+        assert summary["state_bytes"] > 0
+        statuses = {status for channel in summary["channels"] for status in channel["statuses"]}
+        assert statuses == {"STATUS_BUFFER_TOO_SMALL", "STATUS_BUFFER_OVERFLOW", "STATUS_SUCCESS"}
+        assert "the guest stood still for" in asked(tmp_path, "migrate")
+
+        assert "saved one" in asked(tmp_path, "snapshot", "save", "one")
+        listed = json.loads(asked(tmp_path, "snapshot", "list", "a", "--json"))
+        assert [each["tag"] for each in listed["snapshots"]] == ["one"]
+        assert "loaded one" in asked(tmp_path, "snapshot", "load", "a", "one")
+        assert "no snapshot two" in asked(tmp_path, "snapshot", "load", "two", status=1)
+        assert "deleted one" in asked(tmp_path, "snapshot", "delete", "one")
+        assert "goes on here" in asked(tmp_path, "migrate", "a", f"unix:{tmp_path}/nobody", status=1)
+
+        uri = f"unix:{tmp_path}/incoming.sock"
+        # A guest that is to be taken has the same machine; the image for snapshots belongs to it.
+        target = vmbus(
+            tmp_path,
+            *("run", "--name", "b", "--incoming", uri, "--snapshots", str(tmp_path / "t.qcow2")),
+            *(*options, *command),
+        )
+        until((tmp_path / "incoming.sock").exists, "listening target")
+        asked(tmp_path, "migrate", "a", uri)
+        output, errors = source.communicate(timeout=LIMIT)
+        assert source.returncode == 0, errors
+        assert "has moved" in errors
+        rest, errors = target.communicate(timeout=LIMIT)
+        assert target.returncode == 5, errors
+        numbers = [int(word) for word in output.split()]
+        # The load of the snapshot took it back a little; apart from that every number comes once, in order.
+        backwards = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
+        assert len(backwards) <= 1
+        whole = numbers[backwards[0] if backwards else 0 :] + [int(word) for word in rest.split()]
+        assert whole == list(range(whole[0], 121))
+        assert list((tmp_path / "vmbus").iterdir()) == []
+    finally:
+        for process in (source, target):
+            if process is not None and process.poll() is None:
+                process.terminate()
+                process.communicate(timeout=30)
