@@ -29,8 +29,10 @@ from emulator.ports import PAGE_SIZE
 from emulator.saving import (
     ChannelSaver,
     ChannelState,
+    MachineState,
     Restore,
     SavedState,
+    StateRefused,
     read_machine,
     save_machine,
 )
@@ -212,9 +214,33 @@ class HostState:
         """Be in a saved state, frozen. Raises :class:`~emulator.saving.StateRefused`, before anything changed
         unless a device refused.
         """
-        Restore(self._saver, self._known(), hypervisor=self._hypervisor, bus=self._bus).apply(
-            read_machine(data)
-        )
+        state = read_machine(data)
+        made = self._make_subchannels(state)
+        restore = Restore(self._saver, self._known(), hypervisor=self._hypervisor, bus=self._bus)
+        try:
+            restore.check(state)
+        except StateRefused:
+            for channel in made:
+                self._host.bus.revoke(channel)
+            raise
+        restore.apply(state)
+
+    def _make_subchannels(self, state: MachineState) -> list[Channel]:
+        """A device offers sub-channels when its guest asks; the guest of ``state`` did that elsewhere."""
+        there = {channel.identity: channel for channel in self._known()}
+        made = []
+        for saved in sorted(state.channels, key=lambda saved: saved.identity.subchannel_index):
+            identity = saved.identity
+            primary = there.get(dataclasses.replace(identity, subchannel_index=0))
+            if identity in there or primary is None:
+                continue  # if it is missing altogether, the check says so
+            io = ChannelIo(primary.io.device, self._host.environment.timers)
+            offer = dataclasses.replace(primary.channel.offer, subchannel_index=identity.subchannel_index)
+            channel = self._host.bus.offer(offer, io)
+            channel.stop()
+            primary.io.subchannels.append(io)
+            made.append(channel)
+        return made
 
     def forget(self) -> None:
         """Drop all that belongs to the guest, without touching its memory: another state is about to come."""
