@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from emulator.bus.channel import Channel
-from emulator.bus.channel_state import ChannelState
+from emulator.bus.channel_state import Busy, ChannelState
 from emulator.testing_bus import RecordingEndpoint, ScriptedGuest, an_offer
 from emulator.wire.gpadl import GpadlCreated, GpadlTorndown, GpaRange, split_gpadl
 from emulator.wire.header import STATUS_SUCCESS, STATUS_UNSUCCESSFUL, MessageType
@@ -122,7 +122,7 @@ class BusModel(RuleBasedStateMachine):
 
     def defers(self, relid: int) -> bool:
         channel = self.device(relid)
-        return channel is not None and channel.endpoint.defer_close  # type: ignore[attr-defined, no-any-return]
+        return channel is not None and bool(getattr(channel.endpoint, "defer_close", False))
 
     def live(self, relid: int) -> ModelChannel | None:
         return self.model.get(relid) if self.connected else None
@@ -270,6 +270,28 @@ class BusModel(RuleBasedStateMachine):
             wanted.append((MessageType.ALLOFFERS_DELIVERED, None))
         self.guest.post(b"\x03" + bytes(7))
         self.expect(wanted)
+
+    @precondition(lambda self: self.now_and_then(7))
+    @rule()
+    def save_and_restore(self) -> None:
+        """Nothing that the guest waits for is lost or repeated; devices that were leaving have left."""
+        old = [channel for channel in self.guest.bus.channels if not channel.revoking]
+        state = self.guest.save()
+        self.guest.bus = self.guest.another_bus()
+        self.guest.bus.import_state(state)
+        self.channels = []
+        for each in old:
+            endpoint = RecordingEndpoint()
+            endpoint.defer_close = each.endpoint.defer_close  # type: ignore[attr-defined]
+            if each.busy is not Busy.NO:
+                endpoint.calls.append("opened")
+            self.channels.append(self.guest.bus.offer(each.offer, endpoint))
+        self.guest.bus.resume()
+        wanted: list[Said] = []
+        for relid, model in self.model.items():
+            if model.revoking and model.state in ("closing", "reopen"):
+                wanted += self.rescind_now(relid, model)
+        self.expect(wanted + self.disconnected())
 
     # ---- GPADLs
 
