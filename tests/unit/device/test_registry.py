@@ -19,6 +19,7 @@ from device.echo import Echo
 from device.heartbeat import Heartbeat
 from device.options import Help, options_of
 from device.registry import GROUP, Registry, split_device
+from device.scsi import Scsi
 from device.shutdown import Shutdown
 from device.timesync import TimeSync
 from emulator.bus.device import Device
@@ -101,8 +102,8 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
 def test_devices_of_this_package_are_declared_and_load() -> None:
     declared = tomllib.loads(PYPROJECT.read_text())["project"]["entry-points"][GROUP]
     registry = Registry([EntryPoint(name, value, GROUP) for name, value in declared.items()])
-    assert registry.names == ["echo", "heartbeat", "shutdown", "timesync"]
-    assert [registry.load(name) for name in registry.names] == [Echo, Heartbeat, Shutdown, TimeSync]
+    assert registry.names == ["echo", "heartbeat", "scsi", "shutdown", "timesync"]
+    assert [registry.load(name) for name in registry.names] == [Echo, Heartbeat, Scsi, Shutdown, TimeSync]
     for name in registry.names:
         assert registry.create(name).name == name
 
