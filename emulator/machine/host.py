@@ -90,6 +90,9 @@ class HostEvents:
 
 _KEEP = 16
 
+#: Seconds in which QEMU's last QMP events must have come once another of its sockets broke.
+_LAST_WORDS = 5.0
+
 SETTLE_LIMIT = 10.0
 """Seconds that devices' work in threads may take to end before the host lets go of guest memory."""
 
@@ -159,6 +162,7 @@ class Host:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ended: asyncio.Future[Ending] = loop.create_future()
         self._shutdown_reason: str | None = None
+        self._lost_because: QemuError | None = None
         self.memory = MappedMemory.map_file(
             facts.ram_path, facts.ram_regions, code_pages=gateway.code_pages, through=qtest
         )
@@ -369,6 +373,14 @@ class Host:
                 self._end(Ending.QEMU_GONE, error)
             elif not self._ended.done():
                 self._ended.set_exception(error)
+
+    def _lost(self, error: QemuError) -> None:
+        """A socket of QEMU's broke. What that means (a power-off, a crash) is for the QMP events still to come."""
+        self._loop.remove_reader(self.gateway.fileno())
+        if self._lost_because is None:
+            _log.info("%s", error)
+            self._lost_because = error
+            self._loop.call_later(_LAST_WORDS, self._end, Ending.QEMU_GONE, error)
 
     def _end(self, ending: Ending, error: Exception | None) -> None:
         if error is not None:
