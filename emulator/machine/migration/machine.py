@@ -19,6 +19,7 @@ from emulator.bus.channel import Channel
 from emulator.bus.channel_io import ChannelIo
 from emulator.bus.channel_state import ChannelState as BusChannelState
 from emulator.bus.restoring import BusStateRefused, check_state
+from emulator.bus.state import BusState
 from emulator.errors import MalformedError
 from emulator.hypervisor.features import Features
 from emulator.hypervisor.reference_time import TscScaling
@@ -61,6 +62,13 @@ class HypervisorSection:
 
     def __init__(self, host: Host) -> None:
         self._host = host
+        self._last: tuple[bytes, SavedHypervisor] | None = None
+
+    def _parsed(self, section: SavedSection) -> SavedHypervisor:
+        """Parsing takes milliseconds, and the same section is checked and then applied."""
+        if self._last is None or self._last[0] != section.state:
+            self._last = (section.state, parse_record(SAVED_HYPERVISOR, section.state))
+        return self._last[1]
 
     def save(self) -> SavedSection:
         host = self._host
@@ -77,7 +85,7 @@ class HypervisorSection:
         if (section.name, section.version) != (self.name, self.version):
             return f"{section.name} of version {section.version}, this emulator reads version {self.version}"
         try:
-            saved = parse_record(SAVED_HYPERVISOR, section.state)
+            saved = self._parsed(section)
             self._host.partition.check_state(saved.partition)
         except MalformedError as error:
             return str(error)
@@ -89,7 +97,7 @@ class HypervisorSection:
 
     def apply_restore(self, section: SavedSection) -> None:
         host = self._host
-        saved = parse_record(SAVED_HYPERVISOR, section.state)
+        saved = self._parsed(section)
         time = saved.partition.time
         now = time.time
         if time.frequency and saved.tsc:  # what a guest that computes time itself has seen
@@ -111,6 +119,12 @@ class BusSection:
 
     def __init__(self, host: Host) -> None:
         self._host = host
+        self._last: tuple[bytes, BusState] | None = None
+
+    def _parsed(self, section: SavedSection) -> BusState:
+        if self._last is None or self._last[0] != section.state:
+            self._last = (section.state, parse_record(SAVED_BUS, section.state))
+        return self._last[1]
 
     def save(self) -> SavedSection:
         return SavedSection(self.name, self.version, SAVED_BUS.build(self._host.bus.export_state()))
@@ -120,7 +134,7 @@ class BusSection:
             return f"{section.name} of version {section.version}, this emulator reads version {self.version}"
         bus = self._host.bus
         try:
-            state = parse_record(SAVED_BUS, section.state)
+            state = self._parsed(section)
             check_state(state, bus.limits, bus.memory, bus.synic.vp_count)
         except (MalformedError, BusStateRefused) as error:
             return str(error)
@@ -135,7 +149,7 @@ class BusSection:
         return None
 
     def apply_restore(self, section: SavedSection) -> None:
-        self._host.bus.import_state(parse_record(SAVED_BUS, section.state))
+        self._host.bus.import_state(self._parsed(section))
 
 
 def offered(features: Features) -> tuple[str, ...]:
@@ -218,12 +232,12 @@ class HostState:
         made = self._make_subchannels(state)
         restore = Restore(self._saver, self._known(), hypervisor=self._hypervisor, bus=self._bus)
         try:
-            restore.check(state)
-        except StateRefused:
-            for channel in made:
-                self._host.bus.revoke(channel)
+            restore.apply(state)
+        except StateRefused as error:
+            if not error.changed:
+                for channel in made:
+                    self._host.bus.revoke(channel)
             raise
-        restore.apply(state)
 
     def _make_subchannels(self, state: MachineState) -> list[Channel]:
         """A device offers sub-channels when its guest asks; the guest of ``state`` did that elsewhere."""
