@@ -200,6 +200,25 @@ class Channel:
         if self.is_open:
             self.calls.call("signalled", self.endpoint.signalled, self)
 
+    def status(self) -> dict[str, object]:
+        """What a person wants to know, as JSON knows it."""
+        return {
+            "relid": self.relid,
+            "interface": str(self.offer.interface_id),
+            "instance": str(self.offer.instance_id),
+            "subchannel": self.offer.subchannel_index,
+            "device": self.offer.name,
+            "state": self.state.value,
+            "stopped": self.stopped,
+            "target_vp": self.target_vp,
+            "gpadls": len(self.gpadls),
+            "gpadl_pages": sum(gpadl.page_count for gpadl in self.gpadls.values()),
+            "opens": self.counters.opens,
+            "doorbells": self.counters.doorbells,
+            "interrupts": self.counters.interrupts,
+            "refusals": dict(self.refusals.counts),
+        }
+
     # ---- what a guest asks for
 
     def open(self, request: OpenRequest) -> None:

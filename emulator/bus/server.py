@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Iterable
 
 from emulator.bus.channel import Channel
-from emulator.bus.channel_state import ChannelState
 from emulator.bus.contact import (
     DEFAULT_FEATURES,
     HOME,
@@ -39,28 +39,18 @@ from emulator.bus.contact import (
 from emulator.bus.endpoint import Endpoint
 from emulator.bus.gpadl import GpadlTable
 from emulator.bus.monitor import MonitorScan, set_interrupt_bit, take_interrupt_bits
-from emulator.bus.offers import (
-    CONNECTION_ID_BASE,
-    MAX_RELID,
-    Offer,
-    OfferKey,
-    build_offer,
-    lowest_free,
-    sort_key,
-)
+from emulator.bus.offered import OfferedChannels
+from emulator.bus.offers import Offer
 from emulator.bus.outbox import Outbox, Outgoing, Target
 from emulator.bus.reception import PostResult, Reception
-from emulator.bus.restoring import ABSENT, BusStateRefused, adopt, check_state, thaw_assembly
+from emulator.bus.restoring import BusStateRefused, check_state, thaw_assembly
 from emulator.bus.sockets import NoSockets, SocketListener, SocketRequest
 from emulator.bus.state import (
     BusState,
-    ChannelRecord,
     ConnectionRecord,
     HeldMessage,
     assembly_record,
-    channel_record,
 )
-from emulator.errors import DeviceError, InternalError
 from emulator.ports import GuestMemory, Synic, Timers
 from emulator.refusals import Refusals
 from emulator.wire.header import STATUS_CONNECTION_REFUSED
@@ -77,7 +67,6 @@ from emulator.wire.messages import (
     ModifyConnectionResponse,
     TlConnectResult,
 )
-from emulator.wire.monitor import MONITOR_COUNT
 from emulator.wire.version import NO_FEATURES, Feature, Version
 
 logger = logging.getLogger(__name__)
@@ -110,15 +99,11 @@ class Bus:
         self.outbox = Outbox(synic)
         self.refusals = Refusals("bus", logger)
         self.paused = False
-        self._channels: list[Channel] = []
-        self._by_relid: dict[int, Channel] = {}
+        self.offered = OfferedChannels(self)
         self._inbox: deque[tuple[int, bytes, bool]] = deque()
         self._reception = Reception(self)
-        self._monitor = MonitorScan(memory, timers, self._monitor_page, lambda: self._by_relid.values())
-        self._waiting: list[Channel] = []
+        self._monitor = MonitorScan(memory, timers, self._monitor_page, self._with_ids)
         self._abandoning = False
-        self._restoring = False
-        self._given_up: set[OfferKey] = set()
         synic.connect_event_port(SHARED_EVENT_CONNECTION_ID, self._shared_doorbell)
         synic.connect_event_port(MONITOR_CONNECTION_ID, self._ignore_signal)
 
@@ -140,8 +125,7 @@ class Bus:
     def reset(self) -> None:
         """The machine was reset: nothing of the guest is left, all offers stay."""
         self._inbox.clear()
-        self._restoring = False
-        self._given_up.clear()
+        self.offered.forget_restoring()
         self.synic.discard_messages()
         self.outbox.clear()
         self.connection.target = HOME
@@ -152,7 +136,7 @@ class Bus:
     @property
     def channels(self) -> tuple[Channel, ...]:
         """All channels, in the order of their offers, with those that a guest has not released yet."""
-        return tuple(self._channels)
+        return tuple(self.offered.channels)
 
     @property
     def version(self) -> Version | None:
@@ -165,31 +149,11 @@ class Bus:
         Raises :class:`DeviceError`: a device with that interface and instance is offered already, another
         interface uses the instance, or a sub-channel has no primary.
         """
-        for absent in self._channels:
-            if absent.endpoint is ABSENT and absent.offer.key == offer.key and not absent.revoking:
-                absent.offer, absent.endpoint = offer, endpoint
-                return absent
-        self._check_offer(offer)
-        channel = Channel(self, offer, endpoint)
-        self._channels.append(channel)
-        predecessor = self._predecessor(channel)
-        if predecessor is None:
-            if self.connection.offers_sent and not self._restoring:
-                self._offer_now(channel)
-        elif predecessor.state is ChannelState.REVOKED:
-            self._take_over(channel, predecessor)
-        return channel
+        return self.offered.add(offer, endpoint)
 
     def revoke(self, channel: Channel) -> None:
         """Take a channel away from the guest, its sub-channels before it. No effect if it is gone already."""
-        if channel not in self._channels:
-            return
-        if channel.state is ChannelState.RELEASED:
-            self.leave_subchannels(channel)
-            channel.revoking = True
-            self._channels.remove(channel)
-        else:
-            channel.revoke()
+        self.offered.revoke(channel)
 
     def refuse_socket(self, request: SocketRequest) -> None:
         """Tell the guest that a socket request which a listener took came to nothing."""
@@ -213,8 +177,10 @@ class Bus:
         """
         if not self.paused:
             return
-        if self._restoring:
-            self._go_on()
+        if self.offered.restoring:
+            self.offered.go_on()
+            self._monitor.update()
+            self._finish_disconnect()
         self.paused = False
         self.outbox.release("bus")
         while self._inbox and not self.paused:
@@ -227,9 +193,7 @@ class Bus:
         """
         return BusState(
             connection=ConnectionRecord.of(self.connection),
-            channels=tuple(
-                channel_record(channel, waiting=channel in self._waiting) for channel in self._channels
-            ),
+            channels=self.offered.records(),
             assemblies=tuple(assembly_record(each) for each in self.gpadls.assemblies.values()),
             inbox=tuple(HeldMessage(*each) for each in self._inbox),
             outbox=self.outbox.held,
@@ -240,14 +204,12 @@ class Bus:
 
         Raises :class:`BusStateRefused`, and then has changed nothing.
         """
-        if self.connection.phase is not Phase.DISCONNECTED or self._by_relid or self._restoring:
+        if self.connection.phase is not Phase.DISCONNECTED or not self.offered.fresh:
             raise BusStateRefused("not-fresh", f"the bus is {self.connection.phase.value}")
         check_state(state, self.limits, self.memory, self.synic.vp_count)
         self.pause()
-        self._restoring = True
         self.connection = state.connection.thaw()
-        for record in state.channels:
-            self._restore_channel(record)
+        self.offered.restore(state.channels)
         for each in state.assemblies:
             self.gpadls.restore(thaw_assembly(each))
         self._inbox.extend((each.connection_id, each.payload, each.trusted) for each in state.inbox)
@@ -269,7 +231,7 @@ class Bus:
             "gpadls_in_progress": len(self.gpadls.assemblies),
             "messages_waiting": self.outbox.undelivered(connection.target),
             "refusals": dict(self.refusals.counts),
-            "channels": [_channel_status(channel) for channel in self._channels],
+            "channels": [channel.status() for channel in self.channels],
         }
 
     # ---- for reception: the connection
@@ -301,8 +263,7 @@ class Bus:
             self.refusals.refuse("offers-requested-twice")
             return
         self.connection.offers_sent = True
-        for channel in sorted(self._channels, key=lambda channel: sort_key(channel.offer)):
-            self._offer_now(channel)
+        self.offered.offer_all()
         self.send(ALLOFFERS_DELIVERED.build(HeaderOnly()))
 
     def modify_connection(self, parent_to_child: int, child_to_parent: int) -> None:
@@ -342,7 +303,7 @@ class Bus:
 
     def find(self, relid: int) -> Channel | None:
         """The channel with that id."""
-        return self._by_relid.get(relid)
+        return self.offered.by_relid.get(relid)
 
     # ---- for channels
 
@@ -355,40 +316,26 @@ class Bus:
 
     def connection_id_taken(self, connection_id: int) -> bool:
         """Whether a signal on that id reaches a channel."""
-        return any(channel.signal_port == connection_id for channel in self._channels)
+        return any(channel.signal_port == connection_id for channel in self.offered.channels)
 
     def leave_subchannels(self, channel: Channel) -> bool:
         """Rescind the sub-channels of ``channel``; whether the guest has been told about all."""
-        if channel.offer.subchannel_index:
-            return True
-        told = True
-        for sub in self._subchannels(channel):
-            self.revoke(sub)
-            told = told and sub.state in (ChannelState.REVOKED, ChannelState.RELEASED)
-        return told
+        return self.offered.leave_subchannels(channel)
 
     def rescinded(self, channel: Channel) -> None:
         """``channel`` is revoked now: tell the guest."""
         if channel.relid is not None:
             self.send(RESCIND_CHANNELOFFER.build(ChannelOnly(channel.relid)))
-        self._departed(channel)
+        self.offered.departed(channel)
 
     def left(self, channel: Channel) -> None:
         """``channel`` is released now: its id is free."""
-        if channel.relid is not None:
-            del self._by_relid[channel.relid]
-            self.synic.disconnect_event_port(CONNECTION_ID_BASE | channel.relid)
-        channel.relid = channel.monitor_id = None
-        if channel.revoking or channel.offer.transient or channel.endpoint is ABSENT:
-            channel.revoking = True
-            self._channels.remove(channel)
-        self._departed(channel)
-        self._offer_waiting()
+        self.offered.release(channel)
         self._finish_disconnect()
 
     def offer_again(self, channel: Channel) -> None:
         """The guest released the id of a revoked device that is here again."""
-        self._offer_now(channel)
+        self.offered.send_offer(channel)
 
     def shared_signal(self, relid: int) -> bool:
         """Signal through the interrupt page of versions below 2.4."""
@@ -417,10 +364,10 @@ class Bus:
             connection.offers_sent = connection.paused = False
             connection.interrupt_page = 0
             connection.monitor_pages = None
-            self._waiting.clear()
+            self.offered.waiting.clear()
             self.gpadls.abandon_all()
             self._abandoning = True
-            for channel in sorted(self._channels, key=lambda channel: channel.offer.subchannel_index == 0):
+            for channel in self.offered.subchannels_first():
                 if channel.reserved and not reserved_too:
                     channel.detach()
                 else:
@@ -434,10 +381,7 @@ class Bus:
         if self._abandoning:
             return
         if connection.phase is Phase.DISCONNECTING:
-            if any(
-                channel.state is not ChannelState.RELEASED and not channel.reserved
-                for channel in self._channels
-            ):
+            if not self.offered.all_let_go:
                 return
             connection.phase = Phase.DISCONNECTED
             connection.version = connection.client_id = None
@@ -474,134 +418,6 @@ class Bus:
         logger.info("connected: version %s, features %#x", outcome.version, outcome.features)
         self.send(answer_agreement(outcome))
 
-    # ---- restoring
-
-    def _restore_channel(self, record: ChannelRecord) -> None:
-        """Into the channel of its device if that is offered already, else into one that waits for it."""
-        if record.relid is None:
-            if not record.waiting:
-                self._given_up.add(record.key)
-            return
-        for channel in self._channels:
-            if channel.offer.key == record.key and channel.relid is None and not record.revoking:
-                break
-        else:
-            offer = Offer(*record.key[:2], subchannel_index=record.subchannel_index, name="absent")
-            channel = Channel(self, offer, ABSENT)
-            self._channels.append(channel)
-        adopt(channel, record, self.gpadls)
-        self._by_relid[record.relid] = channel
-        self.synic.connect_event_port(CONNECTION_ID_BASE | record.relid, channel.doorbell)
-
-    def _go_on(self) -> None:
-        """All devices that there will be are offered: take up what was under way."""
-        self._restoring = False
-        for channel in list(self._channels):
-            if channel.endpoint is ABSENT and not channel.revoking:
-                self.refusals.refuse("restored-without-device", f"{channel.relid}")
-                channel.revoking = True
-                if channel.state is ChannelState.REOFFERED:
-                    channel.state = ChannelState.REVOKED
-        for channel in list(self._channels):
-            if channel in self._channels:
-                channel.go_on()
-        if self.connection.offers_sent:
-            for channel in sorted(self._channels, key=lambda channel: sort_key(channel.offer)):
-                if channel.relid is None and channel.offer.key not in self._given_up:
-                    self._offer_now(channel)
-        self._given_up.clear()
-        self._monitor.update()
-        self._finish_disconnect()
-
-    # ---- offering
-
-    def _check_offer(self, offer: Offer) -> None:
-        present = [channel.offer for channel in self._channels if not channel.revoking]
-        primaries = [each for each in present if not each.subchannel_index]
-        if any(each.key == offer.key for each in present):
-            raise DeviceError(f"{offer.name!r} is offered already: {offer.instance_id}")
-        if offer.subchannel_index:
-            if not any(each.key == (offer.interface_id, offer.instance_id, 0) for each in primaries):
-                raise DeviceError(f"{offer.name!r}: sub-channel {offer.subchannel_index} has no primary")
-        elif any(each.instance_id == offer.instance_id for each in primaries):
-            raise DeviceError(f"{offer.name!r}: another interface uses instance {offer.instance_id}")
-
-    def _offer_now(self, channel: Channel) -> None:
-        """Send the offer, with an id if it has none yet; without a free one it waits."""
-        connection = self.connection
-        if self._predecessor(channel) is not None:
-            return
-        if channel.relid is None:
-            relid = lowest_free(self._by_relid, 1, MAX_RELID)
-            if relid is None:
-                self.refusals.refuse("no-channel-id", repr(channel))
-                self._waiting.append(channel)
-                return
-            self._give_id(channel, relid)
-            channel.state = ChannelState.CLOSED
-        if channel.relid is None or channel.connection_id is None:
-            raise InternalError(f"{channel!r} has no id")
-        channel.offered = True
-        payload = build_offer(
-            channel.offer,
-            channel.relid,
-            channel.connection_id,
-            channel.monitor_id,
-            connection.features,
-            trusted=connection.trusted,
-        )
-        self.send(payload)
-
-    def _give_id(self, channel: Channel, relid: int) -> None:
-        channel.relid = relid
-        self._by_relid[relid] = channel
-        if channel.offer.monitored:
-            taken = {each.monitor_id for each in self._channels}
-            channel.monitor_id = lowest_free(taken, 0, MONITOR_COUNT - 1)
-        self.synic.connect_event_port(CONNECTION_ID_BASE | relid, channel.doorbell)
-
-    def _offer_waiting(self) -> None:
-        if self._waiting and self.connection.offers_sent:
-            self._offer_now(self._waiting.pop(0))
-
-    def _take_over(self, channel: Channel, old: Channel) -> None:
-        """The device of a revoked channel is back before the guest released the id."""
-        relid = old.relid
-        if relid is None:
-            raise InternalError(f"{old!r} has no id")
-        self._channels.remove(old)
-        channel.pages.by_id, old.pages.by_id = old.pages.by_id, {}
-        channel.monitor_id, old.monitor_id = old.monitor_id, None
-        old.relid, old.state = None, ChannelState.RELEASED
-        channel.relid, channel.state, channel.offered = relid, ChannelState.REOFFERED, True
-        self._by_relid[relid] = channel
-        self.synic.connect_event_port(CONNECTION_ID_BASE | relid, channel.doorbell)
-
-    def _departed(self, channel: Channel) -> None:
-        """``channel`` was rescinded or released: go on with what waited for that."""
-        if channel.offer.subchannel_index:
-            for primary in self._channels:
-                if primary.offer.key == (*channel.offer.key[:2], 0):
-                    primary.leave_when_idle()
-        for successor in self._channels:
-            if successor is not channel and successor.offer.key == channel.offer.key:
-                if channel.state is ChannelState.REVOKED:
-                    self._take_over(successor, channel)
-                elif self.connection.offers_sent:
-                    self._offer_now(successor)
-                return
-
-    def _predecessor(self, channel: Channel) -> Channel | None:
-        """A channel of the same device that has not left yet."""
-        for each in self._channels:
-            if each is not channel and each.offer.key == channel.offer.key:
-                return each
-        return None
-
-    def _subchannels(self, primary: Channel) -> list[Channel]:
-        same = primary.offer.key[:2]
-        return [each for each in self._channels if each.offer.subchannel_index and each.offer.key[:2] == same]
-
     # ---- signals
 
     def _shared_doorbell(self) -> None:
@@ -612,34 +428,18 @@ class Bus:
         if connection.interrupt_page:
             relids = take_interrupt_bits(self.memory, connection.interrupt_page)
         else:
-            relids = set(self._by_relid)
+            relids = set(self.offered.by_relid)
         for relid in sorted(relids):
-            channel = self._by_relid.get(relid)
+            channel = self.offered.by_relid.get(relid)
             if channel is not None and channel.is_open:
                 channel.doorbell()
 
     def _ignore_signal(self) -> None:
         """HvSignalEvent on the hypervisor's own monitor port."""
 
+    def _with_ids(self) -> Iterable[Channel]:
+        return self.offered.by_relid.values()
+
     def _monitor_page(self) -> int:
         pages = self.connection.monitor_pages
         return pages.child_to_parent if pages is not None else 0
-
-
-def _channel_status(channel: Channel) -> dict[str, object]:
-    return {
-        "relid": channel.relid,
-        "interface": str(channel.offer.interface_id),
-        "instance": str(channel.offer.instance_id),
-        "subchannel": channel.offer.subchannel_index,
-        "device": channel.offer.name,
-        "state": channel.state.value,
-        "stopped": channel.stopped,
-        "target_vp": channel.target_vp,
-        "gpadls": len(channel.gpadls),
-        "gpadl_pages": sum(gpadl.page_count for gpadl in channel.gpadls.values()),
-        "opens": channel.counters.opens,
-        "doorbells": channel.counters.doorbells,
-        "interrupts": channel.counters.interrupts,
-        "refusals": dict(channel.refusals.counts),
-    }

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from emulator.bus import server as server_module
+from emulator.bus import offered as offered_module
 from emulator.bus.channel_state import ChannelState
 from emulator.bus.contact import DEFAULT_FEATURES
 from emulator.bus.offers import pipe_area, visible_flags
@@ -284,7 +284,7 @@ def test_rapid_offers_and_rescinds_keep_ids_unique(guest: ScriptedGuest) -> None
 
 
 def test_offer_without_a_free_id_waits_for_one(guest: ScriptedGuest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "MAX_RELID", 2)
+    monkeypatch.setattr(offered_module, "MAX_RELID", 2)
     channels = [guest.bus.offer(an_offer(f"d{number}"), RecordingEndpoint()) for number in range(3)]
     assert [offer.relid for offer in guest.connect()] == [1, 2]
     assert guest.bus.refusals.counts == {"no-channel-id": 1}
