@@ -54,6 +54,9 @@ PROLOGUE = f"""
     jb 77b
     .endm
 main:
+    mov $0xff, %al      /* what SeaBIOS left running may interrupt nobody */
+    out %al, $0x21
+    out %al, $0xa1
     write_msr 0x40000000, 0x81000000
     write_msr 0x40000001, {_HYPERCALL_PAGE + 1:#x}
     write_msr 0x40000083, {_MESSAGE_PAGE + 1:#x}

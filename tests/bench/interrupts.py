@@ -67,6 +67,8 @@ async def _run() -> Result:
         async with bare_guest(_PROGRAM.replace("IDLE", idle)) as host:
             samples = _Ping(host)
             await finished(host)
+            if host.events.resets:
+                result.notes.append(f"NOT AS PLANNED: the guest was reset {host.events.resets} times")
         for name, taken in samples.parts.items():
             result.add(f"{name}, guest {state}", taken)
     return result
