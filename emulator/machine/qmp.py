@@ -14,7 +14,15 @@ import struct
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError
+from qemu.qmp import (
+    ConnectError,
+    EventListener,
+    ExecInterruptedError,
+    ExecuteError,
+    Message,
+    QMPClient,
+    QMPError,
+)
 from qemu.qmp.protocol import Runstate, StateError
 
 from emulator.errors import QemuError, QemuGone, QemuUnsuitable
@@ -83,6 +91,7 @@ class Qmp:
     async def events(self) -> AsyncIterator[tuple[str, dict[str, Any]]]:
         """Every event as ``(name, data)``, until the connection ends."""
         ended = asyncio.ensure_future(self._wait_end())
+        event: asyncio.Task[Message] | None = None
         try:
             while True:
                 event = asyncio.ensure_future(self._listener.get())
@@ -97,6 +106,8 @@ class Qmp:
                 yield _event(message)
         finally:
             ended.cancel()
+            if event is not None:
+                event.cancel()
 
     async def _wait_end(self) -> None:
         while self._client.runstate is Runstate.RUNNING:
