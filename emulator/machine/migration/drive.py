@@ -126,7 +126,7 @@ async def receive(host: Host, uri: str) -> None:
 
 
 async def arrived(host: Host, limit: float | None = 600.0) -> None:
-    """Wait until the guest runs here; with no ``limit``, for ever.
+    """Wait until the guest is here: it runs, or is stopped as it was before; with no ``limit``, for ever.
 
     Raises :class:`MigrationFailed` if it did not come.
     """
@@ -138,5 +138,9 @@ async def arrived(host: Host, limit: float | None = 600.0) -> None:
                 raise MigrationFailed(
                     follower.load_refused or found.get("error-desc", "the migration failed")
                 )
+            if found.get("status") == "completed" and follower.phase is Phase.LOADED:
+                state = await host.qmp.execute("query-status")
+                if state["status"] == "paused":
+                    return
             with contextlib.suppress(TimeoutError):
                 await follower.until(lambda: follower.phase is Phase.IDLE, _ARRIVAL_POLL)

@@ -1,0 +1,89 @@
+"""Somebody else drives QEMU: the emulator follows, or says why not."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from emulator.machine.migration.drive import arrived
+from emulator.machine.migration.follower import Departure, Phase, Switchover
+from emulator.machine.qmp import Qmp
+from tests.migration.journey import journey
+from tests.migration.test_live import more_beats
+
+pytestmark = pytest.mark.guest
+
+
+def test_a_migration_that_another_program_drives_is_followed(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with journey(tmp_path) as guest:
+            await more_beats(guest)
+            other = await Qmp.connect(str(guest.here.guest.directory.user_qmp))
+            follower = guest.host.migration
+
+            # Post-copy cannot work: it is cancelled at once, with the reason in the log.
+            there = await guest.target()
+            await _set(other, "postcopy-ram", True)
+            await other.execute("migrate", {"uri": guest.uri(there)})
+            await follower.until(lambda: follower.departure.statuses[-1:] in (["cancelled"], ["failed"]), 30)
+            assert "postcopy-ram" in follower.departure.refusal
+            await _set(other, "postcopy-ram", False)
+            await more_beats(guest)
+            await guest.leave(there)
+
+            # Without the pause nothing is made ready: the target refuses, the guest goes on.
+            there = await guest.target()
+            await _set(other, "pause-before-switchover", False)
+            await _set(other, "return-path", True)
+            follower.departure = Departure()
+            await other.execute("migrate", {"uri": guest.uri(there)})
+            await follower.until(lambda: "failed" in follower.departure.statuses, 30)
+            assert "behind the emulator's back" in there.host.migration.load_refused
+            await _set(other, "pause-before-switchover", True)
+            await more_beats(guest)
+            await guest.leave(there)
+
+            # With it, and with that program's own migrate-continue.
+            there = await guest.target()
+            follower.switchover = Switchover.OBSERVE
+            await other.execute("migrate", {"uri": guest.uri(there)})
+            await follower.until(lambda: follower.phase is Phase.READY, 30)
+            await guest.here.until(lambda: follower.departure.prepared_in, "state made ready", 30)
+            await other.execute("migrate-continue", {"state": "pre-switchover"})
+            await follower.until(lambda: follower.phase is Phase.LEFT, 30)
+            await arrived(there.host, 30)
+            await other.close()
+            await guest.settle_at(there)
+            await more_beats(guest, 10)
+            assert guest.device("heartbeat").status()["odd_answers"] == 0
+
+    asyncio.run(story())
+
+
+def test_a_guest_that_was_stopped_before_is_stopped_after(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with journey(tmp_path) as guest:
+            await more_beats(guest)
+            await guest.host.qmp.execute("stop")
+            there = await guest.target()
+            before = guest.host
+            await before.qmp.execute("migrate", {"uri": guest.uri(there)})
+            await before.migration.until(lambda: before.migration.phase is Phase.LEFT, 30)
+            await arrived(there.host, 30)
+            await guest.settle_at(there)
+            assert guest.host.migration.phase is Phase.LOADED
+            assert (await guest.host.qmp.execute("query-status"))["status"] == "paused"
+            answered = guest.device("heartbeat").status()["answers"]
+            await guest.host.qmp.execute("cont")
+            await more_beats(guest, 10)
+            assert guest.device("heartbeat").status()["answers"] > answered
+
+    asyncio.run(story())
+
+
+async def _set(qmp: Qmp, capability: str, state: bool) -> None:
+    await qmp.execute(
+        "migrate-set-capabilities", {"capabilities": [{"capability": capability, "state": state}]}
+    )

@@ -1,0 +1,94 @@
+"""A guest that is stopped while a trap of its is under way: the trap is served once, wherever it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from emulator.machine.gateway import Trap
+from emulator.machine.migration.drive import MigrationFailed, migrate
+from emulator.machine.migration.follower import Phase, Switchover
+from tests.guest.harness import LOADED_MODULES
+from tests.migration.journey import Journey, journey
+
+pytestmark = pytest.mark.guest
+
+
+async def hold_traps(guest: Journey, monkeypatch: pytest.MonkeyPatch) -> list[Trap]:
+    """From now on traps are not answered, until the host is frozen for a migration; returns when there is one."""
+    host, held = guest.host, []
+    serve, hold = host._serve, host.migration.state.hold
+
+    def answer_late() -> None:
+        if host._serve != serve:
+            host._serve = serve
+            for trap in held:
+                serve(trap)
+        hold()
+
+    monkeypatch.setattr(host, "_serve", held.append)
+    monkeypatch.setattr(host.migration.state, "hold", answer_late)
+    await guest.here.until(lambda: held, "trap that nobody answers")
+    return held
+
+
+def test_an_answer_that_no_processor_fetched_goes_along(
+    tmp_path: Path, guest_program: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        async with journey(
+            tmp_path,
+            add=[(guest_program("clocks"), "/bin/clocks")],
+            load=(*LOADED_MODULES, "msr"),
+            command=["clocks"],
+        ) as guest:
+
+            def lines() -> list[bytes]:
+                return guest.here.output.splitlines(True)[:-1]
+
+            async def more() -> dict:
+                wanted = len(lines()) + 4
+                await guest.here.until(lambda: len(lines()) >= wanted, "four more lines")
+                return json.loads(lines()[-1])
+
+            await more()
+            # It comes back: the answer is fetched here.
+            held = await hold_traps(guest, monkeypatch)
+            there = await guest.target()
+            follower = guest.host.migration
+            follower.switchover = Switchover.OBSERVE
+            moving = asyncio.ensure_future(migrate(guest.host, guest.uri(there), limit=60))
+            await follower.until(lambda: follower.phase is Phase.READY, 30)
+            await guest.here.until(lambda: follower.departure.prepared_in, "state made ready")
+            await guest.host.qmp.execute("migrate_cancel")
+            with pytest.raises(MigrationFailed):
+                await moving
+            assert follower.departure.answers_carried == len(held) == 1
+            follower.switchover = Switchover.OWN
+            await more()
+            await guest.leave(there)
+
+            # It leaves: the answer is fetched there, and nobody is asked again.
+            held = await hold_traps(guest, monkeypatch)
+            there = await guest.target()
+            asked: list[tuple[int, ...]] = []
+            serve = there.host._serve
+
+            def note(trap: Trap) -> None:
+                asked.append(trap.identity)
+                serve(trap)
+
+            monkeypatch.setattr(there.host, "_serve", note)
+            outcome = await guest.move(there)
+            assert outcome.departure.answers_carried == len(held) == 1
+            found = await more()
+            assert found["back"] == 0
+            # The loop asks for the same with the same registers again and again; the first was not among them.
+            assert there.host.gateway._carried == {}
+            assert asked
+
+    asyncio.run(story())
