@@ -134,6 +134,22 @@ class Workers(Protocol):
         order, and those that end at about the same time are reported together.
         """
 
+    def transfer(
+        self,
+        fd: int,
+        offset: int,
+        views: Sequence[memoryview],
+        write: bool,
+        flags: int,
+        done: Callable[[int], None],
+        /,
+    ) -> bool:
+        """Read or write a file without a thread, if that is possible: otherwise False, and nothing happens.
+
+        ``done`` gets the bytes transferred, or minus an errno; ``flags`` are those of preadv2(2). The file stays
+        open and the views stay valid until then.
+        """
+
 
 class Synic(Protocol):
     """The host side of the guest's synthetic interrupt controllers, and of its connection ids."""

@@ -193,6 +193,18 @@ class FakeWorkers:
         if not self.holding:
             self.release()
 
+    def transfer(
+        self,
+        fd: int,
+        offset: int,
+        views: Sequence[memoryview],
+        write: bool,
+        flags: int,
+        done: Callable[[int], None],
+        /,
+    ) -> bool:
+        return False
+
     def release(self, count: int | None = None) -> None:
         """Do what waits, or the first ``count`` of it."""
         while self.waiting and (count is None or count > 0):

@@ -30,6 +30,10 @@ class Backend(ABC):
     write_cache: bool = False
     """Whether a write is safe only after a flush."""
     flush_needed: bool = True
+    fd: int = -1
+    """A file whose bytes at an offset are those of the disk, if there is one: it can do without a thread."""
+    through_flags: int = 0
+    """Flags of pwritev2(2) for a write that is safe on the medium afterwards."""
     """False: flushes are answered without doing anything (cache=unsafe, or nothing to flush)."""
     can_discard: bool = False
     discard_granularity: int = 0

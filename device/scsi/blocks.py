@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 import mmap
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -73,9 +74,7 @@ class BlockUnit(LogicalUnit):
 
     # --- work ----------------------------------------------------------------------------------------------
 
-    def _submit(
-        self, request: Request, work: Callable[[], None], done: Callable[[Exception | None], None]
-    ) -> None:
+    def _submit(self, work: Callable[[], None], done: Callable[[Exception | None], None]) -> None:
         """Have ``work`` done where it may block; ``done`` follows in the event loop's thread."""
         if self.backend.immediate or self.environment is None:
             error: Exception | None = None
@@ -86,6 +85,38 @@ class BlockUnit(LogicalUnit):
             done(error)
         else:
             self.environment.workers.run(work, done)
+
+    def _move(
+        self,
+        offset: int,
+        views: list[memoryview],
+        length: int,
+        write: bool,
+        through: bool,
+        done: Callable[[Exception | None], None],
+    ) -> None:
+        """Move the data of a command: without a thread where that is possible."""
+        backend = self.backend
+
+        def work() -> None:
+            if write:
+                backend.write(offset, views, through=through)
+            else:
+                backend.read(offset, views)
+
+        def transferred(result: int) -> None:
+            if result == length:
+                done(None)
+            elif result < 0 and result != -errno.EAGAIN:
+                done(OSError(-result, os.strerror(-result)))
+            elif self.environment is not None:
+                self.environment.workers.run(work, done)  # it came to a part only: all of it once more
+
+        if backend.fd >= 0 and self.environment is not None:
+            flags = backend.through_flags if through else 0
+            if self.environment.workers.transfer(backend.fd, offset, views, write, flags, transferred):
+                return
+        self._submit(work, done)
 
     def _later(self, request: Request, seconds: float, go_on: Callable[[], None]) -> None:
         """A fault holds the request up; it can be cancelled meanwhile."""
@@ -154,16 +185,12 @@ class BlockUnit(LogicalUnit):
             raise CheckCondition(Sense.READ_ERROR, bad)
         length = blocks * self.block_size
         offset = lba * self.block_size
-        backend = self.backend
         target = request.memory.writable(_first(runs, length))
         mask = self._mask
         bounce: memoryview | None = None
         if mask and any((gpa | step) & mask for gpa, step in runs):
             bounce = memoryview(mmap.mmap(-1, length or 1))[:length]
         views = target.views if bounce is None else [bounce]
-
-        def work() -> None:
-            backend.read(offset, views)
 
         def done(error: Exception | None) -> None:
             if bounce is not None and error is None:
@@ -180,7 +207,7 @@ class BlockUnit(LogicalUnit):
             else:
                 self.failed(request, error, write=False)
 
-        self._submit(request, work, done)
+        self._move(offset, views, length, False, False, done)
 
     def _read_capacity_10(self, request: Request) -> None:
         request.give(

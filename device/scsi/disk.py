@@ -171,7 +171,7 @@ class Disk(BlockUnit):
                 request.check(condition)
 
         request.input_runs(min(request.wanted, 8))
-        self._submit(request, work, done)
+        self._submit(work, done)
 
     # --- writing -------------------------------------------------------------------------------------------
 
@@ -212,7 +212,6 @@ class Disk(BlockUnit):
             raise CheckCondition(Sense.WRITE_ERROR, bad)
         length = blocks * self.block_size
         offset = lba * self.block_size
-        backend = self.backend
         mask = self._mask
         if mask and any((gpa | step) & mask for gpa, step in runs):
             buffer = memoryview(mmap.mmap(-1, max(length, 1)))[:length]
@@ -225,9 +224,6 @@ class Disk(BlockUnit):
         else:
             views = _clip(request.memory.readable(runs), length)
 
-        def work() -> None:
-            backend.write(offset, views, through=through)
-
         def done(error: Exception | None) -> None:
             views.clear()
             if error is None:
@@ -237,7 +233,7 @@ class Disk(BlockUnit):
             else:
                 self.failed(request, error, write=True)
 
-        self._submit(request, work, done)
+        self._move(offset, views, length, True, through, done)
 
     def _change(self, request: Request, work: Callable[[], None], transferred: int = 0) -> None:
         """Something that changes blocks without data of the guest's."""
@@ -248,7 +244,7 @@ class Disk(BlockUnit):
             else:
                 self.failed(request, error, write=True)
 
-        self._submit(request, work, done)
+        self._submit(work, done)
 
     def _synchronize(self, request: Request) -> None:
         self._range(request)
@@ -356,7 +352,7 @@ class Disk(BlockUnit):
             else:
                 request.succeed(len(wanted))
 
-        self._submit(request, work, done)
+        self._submit(work, done)
 
 
 def _clip(views: list[memoryview], length: int) -> list[memoryview]:

@@ -68,16 +68,17 @@ class FileBackend(Backend):
         self.direct = cache in (Cache.NONE, Cache.DIRECTSYNC)
         self.write_cache = cache in (Cache.NONE, Cache.WRITEBACK, Cache.UNSAFE)
         self.flush_needed = cache in (Cache.NONE, Cache.WRITEBACK)
-        self._fd = self._open()
+        self.through_flags = os.RWF_DSYNC if self.flush_needed else 0
+        self.fd = self._open()
         try:
-            self._block_device = stat.S_ISBLK(os.fstat(self._fd).st_mode)
+            self._block_device = stat.S_ISBLK(os.fstat(self.fd).st_mode)
             self.size = self._size()
         except BaseException:
-            os.close(self._fd)
+            os.close(self.fd)
             raise
         self.alignment = self._alignment() if self.direct else 1
         self.can_discard = can_discard and not read_only
-        self.discard_granularity = 0 if self._block_device else os.fstat(self._fd).st_blksize
+        self.discard_granularity = 0 if self._block_device else os.fstat(self.fd).st_blksize
 
     def _open(self) -> int:
         flags = os.O_CLOEXEC | (os.O_RDONLY if self.read_only else os.O_RDWR)
@@ -102,7 +103,7 @@ class FileBackend(Backend):
         somebody who has it still.
         """
         try:
-            fcntl.flock(self._fd, (fcntl.LOCK_SH if self.read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(self.fd, (fcntl.LOCK_SH if self.read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise DeviceError(
@@ -112,43 +113,43 @@ class FileBackend(Backend):
 
     def unlock(self) -> None:
         with contextlib.suppress(OSError):  # no locks here
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
 
     def _size(self) -> int:
         if self._block_device:
-            raw = fcntl.ioctl(self._fd, _BLKGETSIZE64, bytes(8))
+            raw = fcntl.ioctl(self.fd, _BLKGETSIZE64, bytes(8))
             return int(struct.unpack("Q", raw)[0])
-        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+        if not stat.S_ISREG(os.fstat(self.fd).st_mode):
             raise UserError(f"{self.path} is neither a file nor a block device")
-        return os.fstat(self._fd).st_size
+        return os.fstat(self.fd).st_size
 
     def _alignment(self) -> int:
         if self._block_device:
-            return max(SECTOR, int(struct.unpack("i", fcntl.ioctl(self._fd, _BLKSSZGET, bytes(4)))[0]))
-        return max(SECTOR, _direct_alignment(self._fd))
+            return max(SECTOR, int(struct.unpack("i", fcntl.ioctl(self.fd, _BLKSSZGET, bytes(4)))[0]))
+        return max(SECTOR, _direct_alignment(self.fd))
 
     def read(self, offset: int, views: Sequence[memoryview]) -> None:
         wanted = sum([len(view) for view in views])
-        done = os.preadv(self._fd, views, offset)
+        done = os.preadv(self.fd, views, offset)
         while done < wanted:
-            step = os.preadv(self._fd, _behind(views, done), offset + done)
+            step = os.preadv(self.fd, _behind(views, done), offset + done)
             if not step:
                 raise OSError(errno.EIO, f"{self.path} ends at {offset + done}")
             done += step
 
     def write(self, offset: int, views: Sequence[memoryview], *, through: bool = False) -> None:
         wanted = sum([len(view) for view in views])
-        flags = os.RWF_DSYNC if through and self.flush_needed else 0
-        done = os.pwritev(self._fd, views, offset, flags)
+        flags = self.through_flags if through else 0
+        done = os.pwritev(self.fd, views, offset, flags)
         while done < wanted:
-            step = os.pwritev(self._fd, _behind(views, done), offset + done, flags)
+            step = os.pwritev(self.fd, _behind(views, done), offset + done, flags)
             if not step:
                 raise OSError(errno.ENOSPC, f"{self.path} takes no more at {offset + done}")
             done += step
 
     def flush(self) -> None:
         if self.flush_needed and not self.read_only:
-            os.fdatasync(self._fd)
+            os.fdatasync(self.fd)
 
     def discard(self, offset: int, length: int) -> None:
         if not self.can_discard or not length:
@@ -161,25 +162,25 @@ class FileBackend(Backend):
 
     def _punch(self, offset: int, length: int) -> None:
         if self._block_device:
-            fcntl.ioctl(self._fd, _BLKDISCARD, struct.pack("QQ", offset, length))
+            fcntl.ioctl(self.fd, _BLKDISCARD, struct.pack("QQ", offset, length))
         else:
-            _fallocate(self._fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
+            _fallocate(self.fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         if not length:
             return
         try:
             if self._block_device:
-                fcntl.ioctl(self._fd, _BLKZEROOUT, struct.pack("QQ", offset, length))
+                fcntl.ioctl(self.fd, _BLKZEROOUT, struct.pack("QQ", offset, length))
             elif unmap:
                 self._punch(offset, length)
             else:
-                _fallocate(self._fd, _ZERO_RANGE | _KEEP_SIZE, offset, length)
+                _fallocate(self.fd, _ZERO_RANGE | _KEEP_SIZE, offset, length)
             return
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
-        fd = os.open(f"/proc/self/fd/{self._fd}", os.O_WRONLY | os.O_CLOEXEC)  # zeros lie where they lie
+        fd = os.open(f"/proc/self/fd/{self.fd}", os.O_WRONLY | os.O_CLOEXEC)  # zeros lie where they lie
         try:
             while length:
                 step = os.pwrite(fd, ZEROS[: min(length, len(ZEROS))], offset)
@@ -194,7 +195,7 @@ class FileBackend(Backend):
         try:
             while offset < end and len(found) < _MAX_EXTENTS:
                 try:
-                    data = min(os.lseek(self._fd, offset, os.SEEK_DATA), end)
+                    data = min(os.lseek(self.fd, offset, os.SEEK_DATA), end)
                 except OSError as error:
                     if error.errno != errno.ENXIO:
                         raise
@@ -203,7 +204,7 @@ class FileBackend(Backend):
                     found.append((offset, data - offset, False))
                     offset = data
                 elif offset < end:
-                    hole = min(os.lseek(self._fd, offset, os.SEEK_HOLE), end)
+                    hole = min(os.lseek(self.fd, offset, os.SEEK_HOLE), end)
                     found.append((offset, hole - offset, True))
                     offset = hole
         except OSError:  # a file system that does not tell
@@ -215,9 +216,9 @@ class FileBackend(Backend):
         return self.size
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def status(self) -> dict[str, Any]:
         return {

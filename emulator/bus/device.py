@@ -31,7 +31,7 @@ from __future__ import annotations
 
 # ruff: noqa: B027 - most hooks are empty on purpose
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -67,6 +67,18 @@ class InlineWorkers:
         except Exception as found:  # noqa: BLE001 - it is handed on
             error = found
         done(error)
+
+    def transfer(
+        self,
+        fd: int,
+        offset: int,
+        views: Sequence[memoryview],
+        write: bool,
+        flags: int,
+        done: Callable[[int], None],
+        /,
+    ) -> bool:
+        return False
 
 
 @dataclass(frozen=True, slots=True)

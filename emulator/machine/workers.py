@@ -14,7 +14,9 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+from emulator.machine.uring import Uring
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ class WorkerThreads:
         self._lock = threading.Lock()
         self._woken = False
         self._settled: asyncio.Event | None = None
+        self._uring: Uring | None = None
+        self._uring_tried = False
 
     @property
     def unfinished(self) -> int:
@@ -53,6 +57,39 @@ class WorkerThreads:
             )
             self._threads.append(thread)
             thread.start()
+
+    def transfer(
+        self,
+        fd: int,
+        offset: int,
+        views: Sequence[memoryview],
+        write: bool,
+        flags: int,
+        done: Callable[[int], None],
+        /,
+    ) -> bool:
+        if self._uring is None:
+            if self._uring_tried:
+                return False
+            self._uring_tried = True
+            self._uring = Uring.open(self._loop)
+            if self._uring is None:
+                return False
+        self._unfinished += 1
+
+        def ended(result: int) -> None:
+            self._unfinished -= 1
+            try:
+                done(result)
+            finally:
+                self._ended()
+
+        self._uring.transfer(fd, offset, views, write, flags, ended)
+        return True
+
+    def _ended(self) -> None:
+        if self._settled is not None and not self._unfinished:
+            self._settled.set()
 
     def _serve(self) -> None:
         get, finished, lock = self._queue.get, self._finished, self._lock
@@ -84,8 +121,7 @@ class WorkerThreads:
                 done(error)
             except Exception:  # noqa: BLE001 - it must not take the others along
                 _log.exception("the end of a piece of work failed")
-        if self._settled is not None and not self._unfinished:
-            self._settled.set()
+        self._ended()
 
     async def settle(self, limit: float) -> bool:
         """Wait until all work is done and reported, ``limit`` seconds at most; whether it is."""
@@ -101,3 +137,6 @@ class WorkerThreads:
         for _ in self._threads:
             self._queue.put(None)
         self._threads.clear()
+        if self._uring is not None:
+            self._uring.close()
+            self._uring = None

@@ -14,6 +14,7 @@ import pytest
 
 from device.scsi import Scsi
 from device.scsi.drive import DriveOptions, open_drive
+from emulator.machine.uring import Uring
 from tests.guest.harness import DEFAULT_DEVICES, LOADED_MODULES, Booted, boot
 from tests.guest.test_boot import KERNELS, complaints
 
@@ -89,7 +90,12 @@ def test_a_file_system_survives_a_reboot(tmp_path: Path, kernel: str) -> None:
     assert checked == "38\n" + written
 
 
-def test_direct_reads_and_writes_of_every_size_and_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", ["io_uring", "threads"])
+def test_direct_reads_and_writes_of_every_size_and_place(
+    tmp_path: Path, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by == "threads":
+        monkeypatch.setattr(Uring, "open", classmethod(lambda cls, loop: None))
     image = tmp_path / "disk.img"
     image.write_bytes(os.urandom(16 * MIB))
     before = hashlib.md5(image.read_bytes()).hexdigest()
