@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from emulator.machine import gateway_build
 from emulator.machine.acpi import vmbus_table
 from emulator.machine.arguments import EmulatorOptions, libvirt
 from emulator.machine.example import readconfig_file
+from emulator.machine.migration.vmstate import configure_daemon
 
 _EPILOG = """\
 examples:
@@ -40,6 +42,12 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--no-wait", action="store_true", help="let the guest boot without Hyper-V if no emulator is attached"
     )
+    parser.add_argument(
+        "--migratable",
+        action="store_true",
+        help="with the D-Bus daemon that carries the emulator's state in migrations and snapshots; "
+        "start it before QEMU (how is said on standard error)",
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--readconfig", action="store_true", help="as a -readconfig file")
     form.add_argument("--libvirt", action="store_true", help="as libvirt's <qemu:commandline>")
@@ -60,7 +68,12 @@ def main(arguments: argparse.Namespace) -> int:
         qmp_socket=directory / "emulator-qmp.sock",
         acpi_table=table,
         wait=not arguments.no_wait,
+        dbus_socket=directory / "dbus.sock" if arguments.migratable else None,
     )
+    if arguments.migratable:
+        configuration = directory / "dbus.conf"
+        configuration.write_text(configure_daemon(directory / "dbus.sock"))
+        print(f"start first: dbus-daemon --config-file={configuration} --nofork --nopidfile", file=sys.stderr)
     if arguments.readconfig:
         print(readconfig_file(options), end="")
     elif arguments.libvirt:

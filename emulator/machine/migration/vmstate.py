@@ -73,7 +73,7 @@ class DbusDaemon:
         """
         socket = directory / "dbus.sock"
         configuration = directory / "dbus.conf"
-        configuration.write_text(_CONFIGURATION.format(path=escape(_dbus_escape(socket))))
+        configuration.write_text(configure_daemon(socket))
         log = directory / "dbus.log"
         with log.open("wb") as output:
             process = subprocess.Popen(  # noqa: ASYNC220 - it takes no time, and must know its parent
@@ -112,6 +112,11 @@ class DbusDaemon:
             self.process.wait()
         self.socket.unlink(missing_ok=True)
         self._configuration.unlink(missing_ok=True)
+
+
+def configure_daemon(socket: Path) -> str:
+    """The configuration file of a daemon that listens on ``socket`` and carries states."""
+    return _CONFIGURATION.format(path=escape(_dbus_escape(socket)))
 
 
 def _dbus_escape(path: Path) -> str:
