@@ -145,6 +145,14 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
     return outcome.as_dict()
 
 
+async def move(host: Host, request: Mapping[str, Any]) -> object:
+    """The control socket's ``move``, of a guest whose QEMU somebody else started."""
+    raise MigrationFailed(
+        "this guest's QEMU was started by somebody else, so no second one can be: start one with -incoming defer, "
+        "attach an emulator to it, and say where it listens (vmbus migrate NAME URI)"
+    )
+
+
 async def progress(host: Host, request: Mapping[str, Any]) -> object:
     """The control socket's ``migration``: QEMU's account of the one under way, or of the last one."""
     found = await host.qmp.execute("query-migrate")

@@ -8,6 +8,7 @@ from emulator.machine.served import HostCommand
 CONTROL_COMMANDS: dict[str, HostCommand] = {
     **shutdown.CONTROL_COMMANDS,
     "migrate": migrate.answer,
+    "move": migrate.move,  # a guest that `vmbus run` started has its own
     "migration": migrate.progress,
     "snapshot": snapshot.answer,
 }
