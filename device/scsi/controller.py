@@ -527,9 +527,13 @@ class Scsi(Device):
 
     def resumed(self, io: ChannelIo) -> None:
         self._requests.setdefault(io, set())
-        if not io.subchannel_index:
-            self._primary = io
         index = io.subchannel_index
+        if not index:
+            self._primary = io
+        elif self.handshake.ready:
+            io.release()
+        else:
+            self._waiting_subchannels.append(io)
         mine = [packet for at, packet in self.pending if at == index]
         self.pending = [each for each in self.pending if each[0] != index]
         for packet in mine:

@@ -17,6 +17,7 @@ from device.scsi.drive import DriveOptions, open_drive
 from emulator.machine.uring import Uring
 from tests.guest.harness import DEFAULT_DEVICES, LOADED_MODULES, Booted, boot
 from tests.guest.test_boot import KERNELS, complaints
+from tests.migration.journey import journey
 
 pytestmark = pytest.mark.guest
 
@@ -265,5 +266,43 @@ def test_the_driver_can_be_reloaded_under_its_disks(tmp_path: Path) -> None:
             assert first == second
             assert guest.channel("scsi")["opens"] == 4
             calm(guest)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("smp", [1, 2])
+def test_a_guest_migrates_while_it_writes_and_reads(tmp_path: Path, smp: int) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(64 * MIB))
+    script = WAIT.format("sda") + (
+        "dd if=/dev/urandom of=/root/f bs=64k count=64 2>/dev/null; sum=$(md5sum </root/f); echo started; n=0; "
+        "while [ ! -e /root/stop ]; do "
+        "dd if=/root/f of=/dev/sda bs=64k seek=$((n % 15 * 64)) oflag=direct conv=notrunc 2>/dev/null "
+        "|| echo bad-write; "
+        '[ "$(dd if=/dev/sda bs=16k skip=$((n % 15 * 256)) count=256 iflag=direct 2>/dev/null | md5sum)" = "$sum" ] '
+        "|| echo bad-read; n=$((n + 1)); echo round-$n; done"
+    )
+
+    async def story() -> None:
+        async with journey(
+            tmp_path, smp=smp, devices=("heartbeat", f"scsi,image={image}"), load=MODULES, command=[script]
+        ) as guest:
+            await guest.here.says("round-2")
+
+            def rounds() -> int:
+                return guest.here.output.count(b"round-")
+
+            for _ in range(4):
+                before = rounds()
+                outcome = await guest.move()
+                assert outcome.departure.statuses[-1] == "completed"
+                await guest.here.until(lambda before=before: rounds() >= before + 2, "two more rounds")
+            assert b"bad" not in guest.here.output, guest.here.tail()
+            found = guest.here.channel("scsi")
+            assert found["details"]["stage"] == "ready"
+            assert found["details"]["subchannels"] == smp - 1
+            assert set(found["details"]["units"]["0:0"]["errors"]) <= ASKED_IN_VAIN
+            assert complaints(guest.here.console()) == []
+            assert not re.search(r"I/O error|Sense Key", guest.here.console())
 
     asyncio.run(story())
