@@ -102,6 +102,11 @@ class Channel:
         return self.pages.by_id
 
     @property
+    def leaving(self) -> bool:
+        """Whether it goes away as soon as the device holds nothing of the guest's."""
+        return self.abandoned or self.revoking or self.released_by_guest
+
+    @property
     def reserved(self) -> bool:
         """Whether it is opened as a reserved channel."""
         return self.request is not None and self.request.reserved is not None
@@ -225,7 +230,7 @@ class Channel:
         """OPENCHANNEL, OPEN_RESERVED_CHANNEL."""
         if self.state is ChannelState.CLOSED:
             self._begin_open(request)
-        elif self.state is ChannelState.CLOSING and not self.released_by_guest and not request.reserved:
+        elif self.state is ChannelState.CLOSING and not self.leaving and not request.reserved:
             self.reopen = request
             self.state = ChannelState.CLOSING_REOPEN
         else:
@@ -338,17 +343,16 @@ class Channel:
         What the device had been asked for and not answered it is asked for once more. One that cannot go on
         with an open channel loses it: the guest gets a RESCIND, and the same offer anew.
         """
-        leaving = self.abandoned or self.revoking
-        if self.state is ChannelState.OPENING and leaving:
+        if self.state is ChannelState.OPENING and self.leaving:
             self._forget_open()
             self._leave()
         elif self.state is ChannelState.OPENING and not self.stopped:
             self._tell_open()
         elif self.state is ChannelState.OPEN:
             self._go_on_open()
-        elif self.state in (ChannelState.CLOSING, ChannelState.CLOSING_REOPEN):
+        elif self.state in (ChannelState.CLOSING, ChannelState.CLOSING_REOPEN) and self.request is not None:
             self._tell_close()
-        elif leaving or self.released_by_guest:
+        elif self.leaving and self.state is not ChannelState.REVOKED:
             self._leave()
         self.pages.continue_teardowns()
 
@@ -485,7 +489,7 @@ class Channel:
         if self.busy is not Busy.NO or self.state in (ChannelState.RELEASED, ChannelState.REVOKED):
             return
         reopen, self.reopen = self.reopen, None
-        if self.abandoned or self.revoking or self.released_by_guest:
+        if self.leaving:
             self._leave()
         elif reopen is not None:
             self._begin_open(reopen)
@@ -495,6 +499,8 @@ class Channel:
     def _depart(self) -> None:
         """Begin to leave, from any state in which the guest has the channel."""
         self.reopen = None
+        if self.state is ChannelState.CLOSING_REOPEN:
+            self.state = ChannelState.CLOSING
         if self.busy is Busy.OPEN:
             self._close_device()
         elif self.busy is Busy.NO:
@@ -502,15 +508,15 @@ class Channel:
             self._leave()
 
     def _leave(self) -> None:
-        """The device has closed: take its GPADLs back, then go."""
+        """The device has closed: take its GPADLs back, then go. Nothing can be opened meanwhile."""
+        self.state = ChannelState.CLOSING
         self._host.leave_subchannels(self)
         self.pages.take_all_back()
         self.leave_when_idle()
 
     def leave_when_idle(self) -> None:
         """Go, if the channel is to leave and the device holds nothing of the guest's any more."""
-        leaving = self.abandoned or self.revoking or self.released_by_guest
-        if not leaving or self.state in (ChannelState.RELEASED, ChannelState.REVOKED):
+        if not self.leaving or self.state in (ChannelState.RELEASED, ChannelState.REVOKED):
             return
         if self.busy is not Busy.NO or not self.pages.all_back:
             return

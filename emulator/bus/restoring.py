@@ -205,10 +205,9 @@ def _check_channel(
     _consistent(not released or not channel.gpadls, f"{name} is released and has GPADLs")
     _consistent(channel.relid is None or 1 <= channel.relid <= MAX_RELID, name)
     _consistent(channel.monitor_id is None or 0 <= channel.monitor_id < MONITOR_COUNT, f"{name}: monitor id")
-    for request in (channel.request, channel.reopen):
-        if request is not None:
-            _check_request(request, name, limits, vp_count)
-    _consistent((channel.state in _WITH_REQUEST) == (channel.request is not None), f"{name}: open parameters")
+    if channel.request is not None:
+        _check_request(channel.request, name, limits, vp_count)
+    _consistent(_has_its_requests(channel), f"{name}: open parameters")
     for vp in (channel.target_vp, channel.pending_target):
         _consistent(vp is None or 0 <= vp < vp_count, f"{name}: VP {vp}")
     if channel.close_answer is not None:
@@ -223,6 +222,19 @@ def _check_channel(
             split_rings(channel.request, gpadls)
         except GuestError as error:
             raise BusStateRefused("inconsistent", f"{name}: {error}") from error
+
+
+def _has_its_requests(channel: ChannelRecord) -> bool:
+    """A channel that leaves stays ``closing`` when its device has closed, until it gave all GPADLs back."""
+    leaving = channel.abandoned or channel.revoking or channel.released_by_guest
+    if channel.state is ChannelState.CLOSING and leaving:
+        return channel.reopen is None
+    if channel.reopen is not None and channel.reopen.reserved is not None:
+        return False
+    reopens = channel.state is ChannelState.CLOSING_REOPEN
+    return (channel.state in _WITH_REQUEST) == (channel.request is not None) and reopens == (
+        channel.reopen is not None
+    )
 
 
 def _check_request(request: OpenRequest, name: str, limits: Limits, vp_count: int) -> None:

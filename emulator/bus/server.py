@@ -53,7 +53,7 @@ from emulator.bus.state import (
 )
 from emulator.ports import GuestMemory, Synic, Timers
 from emulator.refusals import Refusals
-from emulator.wire.header import STATUS_CONNECTION_REFUSED
+from emulator.wire.header import MAX_MESSAGE, STATUS_CONNECTION_REFUSED
 from emulator.wire.messages import (
     ALLOFFERS_DELIVERED,
     MODIFY_CONNECTION_RESPONSE,
@@ -117,6 +117,9 @@ class Bus:
         payload = bytes(payload)
         if not self.paused:
             return self._reception.receive(connection_id, payload, trusted)
+        if len(payload) > MAX_MESSAGE:
+            self.refusals.refuse("message-size", f"{len(payload)} bytes")
+            return PostResult.OK
         if len(self._inbox) >= MAX_INBOX:
             return PostResult.RETRY
         self._inbox.append((connection_id, payload, trusted))

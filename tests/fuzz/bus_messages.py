@@ -18,11 +18,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from emulator.bus.channel import Channel
 from emulator.bus.channel_state import ChannelState
 from emulator.bus.gpadl import MAX_ASSEMBLIES, MAX_CONNECTION_GPADLS, MAX_CONNECTION_PAGES
 from emulator.bus.reception import MAX_UNDELIVERED, PostResult
 from emulator.errors import DeviceError, GuestError, VmbusError
-from emulator.testing_bus import RecordingEndpoint, ScriptedGuest, an_offer
+from emulator.testing_bus import ForgetfulEndpoint, ScriptedGuest, an_offer
 from emulator.wire.gpadl import GpaRange, build_ranges
 from emulator.wire.header import MAX_MESSAGE, MessageType
 from emulator.wire.offer import OfferFlags
@@ -35,8 +36,8 @@ GUEST_MESSAGES = [3, 5, 7, 8, 9, 11, 13, 14, 16, 18, 19, 21, 22, 25, 27, 29]
 WEIGHTS = [0.5, 20, 8, 25, 12, 8, 4, 0.3, 0.1, 3, 4, 1, 4, 1, 0.3, 1]
 
 
-class FuzzEndpoint(RecordingEndpoint):
-    """Forgets its notes; fails and defers at random."""
+class ForgetfulFuzzEndpoint(ForgetfulEndpoint):
+    """Keeps no notes; fails and defers at random. It cannot be restored."""
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__()
@@ -53,6 +54,14 @@ class FuzzEndpoint(RecordingEndpoint):
             raise self.rng.choice([RuntimeError("bug"), DeviceError("device"), GuestError("guest")])
 
 
+class FuzzEndpoint(ForgetfulFuzzEndpoint):
+    """One that can be restored."""
+
+    def restored(self, channel: Channel) -> None:
+        self._note("restored")
+        channel.ring_pages()
+
+
 class Fuzzer:
     """One bus under fire."""
 
@@ -62,6 +71,7 @@ class Fuzzer:
         self.bus = self.guest.bus
         self.results: Counter[PostResult] = Counter()
         self.answers = 0
+        self.moves = 0
         self.peak = Counter[str]()
 
     # ---- messages
@@ -179,15 +189,38 @@ class Fuzzer:
                 gpadl = rng.choice(list(channel.gpadls.values()))
                 acts += [lambda: channel.finish_teardown(gpadl)] * 2
         if rng.random() < 0.01:
-            acts = [bus.reset, self.reconnect]
-        with contextlib.suppress(VmbusError):  # the devices of this fuzzer break their contract too
-            rng.choice(acts)()
+            acts = [bus.reset, self.reconnect, self.move]
+        elif rng.random() < 0.02:
+            acts = [self.move]
+        act = rng.choice(acts)
+        if act == self.move:
+            self.move()
+            bus = self.bus
+        else:
+            with contextlib.suppress(VmbusError):  # the devices of this fuzzer break their contract too
+                act()
         if rng.random() < 0.4:
             bus.resume()
         if rng.random() < 0.3:
             self.guest.timers.advance(0.2)
         ports = list(self.guest.synic.ports.values())
         rng.choice(ports)()
+
+    def move(self) -> None:
+        """Save the bus and go on with another: every state that is saved can be restored."""
+        state = self.guest.save()
+        old = [channel for channel in self.bus.channels if not channel.revoking]
+        refusals = self.bus.refusals.counts
+        self.bus = self.guest.bus = self.guest.another_bus(supported_flags=ALL_FEATURES)
+        self.bus.refusals.counts = refusals
+        self.bus.import_state(state)
+        for channel in old:
+            if self.rng.random() < 0.8:
+                endpoint = FuzzEndpoint if self.rng.random() < 0.8 else ForgetfulFuzzEndpoint
+                with contextlib.suppress(VmbusError):  # a sub-channel whose primary did not come
+                    self.bus.offer(channel.offer, endpoint(self.rng))
+        self.bus.resume()
+        self.moves += 1
 
     def let_go(self) -> None:
         """Every device finishes what it put off."""
@@ -310,7 +343,7 @@ def main() -> int:
     took = time.perf_counter() - begin
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"{options.count} messages in {took:.1f} s: {options.count / took:.0f} a second")
-    print(f"{fuzzer.answers} answers, {fuzzer.results[PostResult.RETRY]} posts put off")
+    print(f"{fuzzer.answers} answers, {fuzzer.results[PostResult.RETRY]} posts put off, {fuzzer.moves} moves")
     print(f"peak memory {after / 1024:.0f} MiB, grown by {(after - before) / 1024:.1f} MiB after the warm-up")
     print("most at a time: " + ", ".join(f"{value} {name}" for name, value in sorted(fuzzer.peak.items())))
     print(

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,6 +15,27 @@ from emulator.bus.channel_state import ChannelState
 from emulator.testing_bus import RecordingEndpoint, ScriptedGuest, an_offer
 from emulator.wire.messages import MESSAGES
 from emulator.wire.version import ALL_FEATURES, Version
+
+
+@pytest.fixture
+def fuzz() -> ModuleType:
+    """``tests/fuzz/bus_messages.py``, which is a program and in no package."""
+    path = Path(__file__).parents[2] / "fuzz" / "bus_messages.py"
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[path.stem] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_some_thousand_messages_with_devices_and_moves(fuzz: ModuleType, seed: int) -> None:
+    fuzzer = fuzz.Fuzzer(seed)
+    fuzzer.run(10_000)
+    assert fuzzer.answers > 1000
+    assert fuzzer.moves > 2
+
 
 numbered = st.builds(
     lambda number, body: number.to_bytes(4, "little") + bytes(4) + body,

@@ -46,6 +46,10 @@ def messages(guest: ScriptedGuest) -> list[object]:
     return [answer.message for answer in guest.take()]
 
 
+def numbers_of(guest: ScriptedGuest) -> list[MessageType]:
+    return [answer.number for answer in guest.take()]
+
+
 @pytest.mark.conformance(31)
 def test_open_answers_with_the_open_id(connected: ScriptedGuest, endpoint: RecordingEndpoint) -> None:
     ring = connected.share(1)
@@ -214,6 +218,24 @@ def test_release_while_closing_frees_the_id_afterwards(
     channel.finish_close()
     assert channel.state is ChannelState.RELEASED
     assert connected.bus.gpadls.gpadls == 0
+
+
+@pytest.mark.parametrize("why", ["released", "revoked"])
+def test_nothing_opens_while_the_channel_gives_its_gpadls_back(
+    connected: ScriptedGuest, endpoint: RecordingEndpoint, why: str
+) -> None:
+    endpoint.defer_teardown = True
+    channel = connected.bus.channels[0]
+    ring = connected.share(1)
+    if why == "released":
+        connected.release(1)
+    else:
+        connected.bus.revoke(channel)
+    assert connected.open(1, ring) == []
+    assert channel.state is ChannelState.CLOSING
+    channel.finish_teardown(channel.gpadls[ring])
+    assert numbers_of(connected) == ([] if why == "released" else [MessageType.RESCIND_CHANNELOFFER])
+    assert "opened" not in endpoint.calls
 
 
 @pytest.mark.conformance(32)

@@ -208,6 +208,24 @@ def test_teardown_under_way_is_torn_down_once_more(guest: ScriptedGuest, move: M
     assert guest.teardown(1, shared) == [], "no crash"
 
 
+def test_channel_that_was_giving_its_gpadls_back_leaves(guest: ScriptedGuest, move: Move) -> None:
+    slow = [RecordingEndpoint(), RecordingEndpoint()]
+    for each in slow:
+        each.defer_teardown = True
+    channel, _ = offer(guest, *slow)
+    guest.connect()
+    guest.open_channel(1)
+    guest.open_channel(2)
+    guest.bus.revoke(channel)
+    guest.close(2)
+    guest.release(2)
+    assert guest.take() == []
+    move(RecordingEndpoint(), RecordingEndpoint())
+    assert numbers(guest) == [MessageType.RESCIND_CHANNELOFFER]
+    assert [each.relid for each in guest.release(1)] == [1], "the device is here again"
+    assert guest.bus.gpadls.gpadls == 0
+
+
 @pytest.mark.conformance(48)
 def test_modification_that_waits_happens_after_the_restore(guest: ScriptedGuest, move: Move) -> None:
     (channel,) = offer(guest, RecordingEndpoint())
