@@ -346,7 +346,7 @@ class Host:
             elif name == "GUEST_PANICKED":
                 self.events.guest_panicked += 1
             self.migration.event(name, data)
-        self._end(Ending.POWERED_OFF if self._shutdown_reason else Ending.QEMU_GONE, None)
+        self._ended_by_itself(None)
 
     def reset(self) -> None:
         """The machine was reset: everything that the guest had set up is gone, the offers stay."""
@@ -380,7 +380,10 @@ class Host:
         if self._lost_because is None:
             _log.info("%s", error)
             self._lost_because = error
-            self._loop.call_later(_LAST_WORDS, self._end, Ending.QEMU_GONE, error)
+            self._loop.call_later(_LAST_WORDS, self._ended_by_itself, error)
+
+    def _ended_by_itself(self, error: QemuError | None) -> None:
+        self._end(Ending.POWERED_OFF if self._shutdown_reason else Ending.QEMU_GONE, error)
 
     def _end(self, ending: Ending, error: Exception | None) -> None:
         if error is not None:
