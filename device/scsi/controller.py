@@ -285,8 +285,13 @@ class Scsi(Device):
             unit.start(environment)
 
     def stop(self) -> None:
-        for unit in (*self.units.values(), *self._removed):
-            unit.close()
+        for io in tuple(self._requests):
+            self._cancel(io)
+        if self._reset_timer is not None:
+            self._reset_timer.cancel()
+        # A file must not be closed under a transfer: its number would soon be another file's.
+        self._removed += self.units.values()
+        self._close_removed()
 
     def opened(self, io: ChannelIo) -> None:
         if io.subchannel_index:

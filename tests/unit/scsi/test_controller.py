@@ -298,6 +298,26 @@ def test_a_disk_that_is_removed_is_closed_when_its_commands_have_ended() -> None
         assert [answer.good for answer in guest.answers()] == [True]
 
 
+def test_a_device_that_stops_closes_its_images_when_the_last_transfer_has_ended() -> None:
+    busy, idle = slow_disk(), memory_disk(serial="idle")
+    closed: list[str] = []
+    for disk in (busy, idle):
+        disk.backend.close = lambda serial=disk.identity.serial: closed.append(serial)  # type: ignore[misc]
+    device = controller(busy, idle)
+    guest = ScsiGuest(device)
+    guest.open()
+    guest.negotiate()
+    guest.workers.holding = True
+    guest.start(struct.pack(">BBIBHB", 0x28, 0, 0, 0, 8, 0), read=4096)
+    guest.close()
+    device.stop()
+    assert closed == ["idle"]
+    guest.workers.release()
+    guest.run()
+    assert closed == ["idle", "disk"]
+    assert not guest.channel.closing
+
+
 def test_targets_and_places() -> None:
     device = controller()
     device.attach(memory_disk(), 1, 63)
