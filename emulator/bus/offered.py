@@ -181,12 +181,17 @@ class OfferedChannels:
                 channel.revoking = True
                 if channel.state is ChannelState.REOFFERED:
                     channel.state = ChannelState.REVOKED
+        new = [
+            channel
+            for channel in self.in_offer_order()
+            if channel.relid is None and channel.offer.key not in self._given_up
+        ]
         for channel in list(self.channels):
             if channel in self.channels:
                 channel.go_on()
         if self._bus.connection.offers_sent:
-            for channel in self.in_offer_order():
-                if channel.relid is None and channel.offer.key not in self._given_up:
+            for channel in new:
+                if channel.relid is None and channel in self.channels:
                     self.send_offer(channel)
         self._given_up.clear()
 
