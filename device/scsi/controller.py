@@ -30,7 +30,7 @@ from device.scsi.file import Cache
 from device.scsi.handshake import Handshake
 from device.scsi.request import Request
 from device.scsi.saved import restore_controller, save_controller
-from device.scsi.sense import CheckCondition
+from device.scsi.sense import CheckCondition, ReservationConflict
 from device.scsi.unit import LogicalUnit
 from emulator.bus.device import Device, DeviceEnvironment
 from emulator.bus.offers import Offer
@@ -418,6 +418,8 @@ class Scsi(Device):
                 self._execute_without(request)
         except CheckCondition as condition:
             request.check(condition)
+        except ReservationConflict:
+            request.conflict()
         except GuestError as error:
             request.refuse(error)
 

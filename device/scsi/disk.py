@@ -9,6 +9,7 @@ from device.scsi.backend import Backend
 from device.scsi.blocks import BlockUnit
 from device.scsi.faults import FaultPlan
 from device.scsi.request import Request
+from device.scsi.reservations import Reservations
 from device.scsi.sense import CheckCondition
 from emulator.errors import MalformedError
 from emulator.wire.scsi import (
@@ -81,6 +82,7 @@ class Disk(BlockUnit):
         )
         self.physical_block_size = max(physical_block_size, block_size)
         self.rotation = rotation
+        self.reservations = Reservations()
         read_only = self.backend.read_only
         self._commands |= {
             Opcode.WRITE_6: self._write,
@@ -98,6 +100,8 @@ class Disk(BlockUnit):
             Opcode.WRITE_SAME_10: self._write_same,
             Opcode.WRITE_SAME_16: self._write_same,
             Opcode.SERVICE_ACTION_IN_16: self._service_action,
+            Opcode.PERSISTENT_RESERVE_IN: self._reserve_in,
+            Opcode.PERSISTENT_RESERVE_OUT: self._reserve_out,
         }
         #: Whether the guest is told that blocks can be unmapped.
         self.thin = backend.can_discard and not read_only
@@ -172,6 +176,14 @@ class Disk(BlockUnit):
 
         request.input_runs(min(request.wanted, 8))
         self._submit(work, done)
+
+    def _reserve_in(self, request: Request) -> None:
+        request.give(self.reservations.report(request.cdb[1] & 0x1F), cdb_allocation(request.cdb))
+
+    def _reserve_out(self, request: Request) -> None:
+        length = int.from_bytes(request.cdb[5:9], "big")
+        self.reservations.change(request.cdb[1] & 0x1F, request.cdb[2], request.output(length))
+        request.succeed(length)
 
     # --- writing -------------------------------------------------------------------------------------------
 

@@ -113,6 +113,10 @@ class Request:
         """CHECK CONDITION, with sense data."""
         self._finished(self, _CHECKED, ScsiStatus.CHECK_CONDITION, 0, condition.data())
 
+    def conflict(self) -> None:
+        """RESERVATION CONFLICT."""
+        self._finished(self, SrbStatus.ERROR, ScsiStatus.RESERVATION_CONFLICT, 0, b"")
+
     def finish(self, srb_status: int) -> None:
         """End without the unit's having a say: no such unit, aborted, malformed."""
         self._finished(self, srb_status, ScsiStatus.GOOD, 0, b"")

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import construct as c
 
 from device.scsi.cdrom import CdRom
+from device.scsi.disk import Disk
 from device.scsi.handshake import Stage
+from device.scsi.reservations import TYPES, Reservations
 from emulator.errors import DeviceError, InternalError
 from emulator.wire.packet import MAX_PFNS, MAX_RANGES, GpaRange, Packet, PacketType
 from emulator.wire.scsi import Sense
@@ -36,6 +38,9 @@ UNIT = c.Struct(
     "blocks" / c.Int64ul,
     "serial" / c.PascalString(c.Int8ul, "ascii"),
     "attentions" / c.PrefixedArray(c.Int8ul, c.Bytes(3)),
+    "reservation_key" / c.Int64ul,
+    "reservation_type" / c.Int8ul,
+    "reservation_generation" / c.Int64ul,
 )
 """``flags``: of a CD-ROM, 1 there is a disc, 2 it must stay. ``attentions``: key, code, qualifier each."""
 
@@ -81,6 +86,7 @@ class SavedUnit:
     blocks: int
     serial: str
     attentions: tuple[Sense, ...]
+    reservations: Reservations
 
 
 def save_controller(controller: Scsi) -> bytes:
@@ -96,8 +102,12 @@ def save_controller(controller: Scsi) -> bytes:
             "blocks": unit.blocks,
             "serial": unit.identity.serial,
             "attentions": [bytes(sense.value) for sense in unit.attentions],
+            "reservation_key": held.key,
+            "reservation_type": held.type,
+            "reservation_generation": held.generation,
         }
         for (target, lun), unit in sorted(controller.units.items())
+        for held in [unit.reservations if isinstance(unit, Disk) else Reservations()]
     ]
     state = {
         "version": VERSION,
@@ -157,6 +167,8 @@ def restore_controller(controller: Scsi, state: bytes) -> None:
         unit.attentions = list(each.attentions)
         if isinstance(unit, CdRom):
             unit.loaded, unit.locked = bool(each.flags & 1), bool(each.flags & 2)
+        if isinstance(unit, Disk):
+            unit.reservations = each.reservations
     handshake = controller.handshake = controller.new_handshake()
     handshake.stage, handshake.version = stage, protocol
     handshake.subchannels = None if saved.subchannels == _NOTHING else saved.subchannels
@@ -186,7 +198,14 @@ def _unit(saved: Any) -> SavedUnit:
         saved.blocks,
         saved.serial,
         tuple(_SENSES[each] for each in saved.attentions),
+        _reservations(saved),
     )
+
+
+def _reservations(saved: Any) -> Reservations:
+    if saved.reservation_type and (saved.reservation_type not in TYPES or not saved.reservation_key):
+        raise ValueError(f"a reservation of type {saved.reservation_type}")
+    return Reservations(saved.reservation_key, saved.reservation_type, saved.reservation_generation)
 
 
 def _packet(saved: Any) -> tuple[int, Packet]:

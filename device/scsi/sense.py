@@ -5,6 +5,10 @@ from __future__ import annotations
 from emulator.wire.scsi import Sense, sense_data
 
 
+class ReservationConflict(Exception):
+    """The command ends with the status RESERVATION CONFLICT, which has no sense data."""
+
+
 class CheckCondition(Exception):
     """The command is refused or has failed; the guest gets ``sense``. Raised by units, caught by the controller.
 

@@ -71,6 +71,7 @@ class ScsiStatus(enum.IntEnum):
 
     GOOD = 0x00
     CHECK_CONDITION = 0x02
+    RESERVATION_CONFLICT = 0x18
 
 
 class SenseKey(enum.IntEnum):
@@ -101,6 +102,7 @@ class Sense(enum.Enum):
     INVALID_FIELD_IN_CDB = (SenseKey.ILLEGAL_REQUEST, 0x24, 0x00)
     LUN_NOT_SUPPORTED = (SenseKey.ILLEGAL_REQUEST, 0x25, 0x00)
     INVALID_FIELD_IN_LIST = (SenseKey.ILLEGAL_REQUEST, 0x26, 0x00)
+    INVALID_RELEASE = (SenseKey.ILLEGAL_REQUEST, 0x26, 0x04)
     SAVING_NOT_SUPPORTED = (SenseKey.ILLEGAL_REQUEST, 0x39, 0x00)
     MEDIUM_REMOVAL_PREVENTED = (SenseKey.ILLEGAL_REQUEST, 0x53, 0x02)
     MEDIUM_CHANGED = (SenseKey.UNIT_ATTENTION, 0x28, 0x00)
@@ -421,6 +423,25 @@ class UnmapDescriptor:
 
 UNMAP_DESCRIPTOR = Record(UnmapDescriptor, "lba" / c.Int64ub, "blocks" / c.Int32ub, c.Padding(4))
 
+
+@dataclass(frozen=True, slots=True)
+class ReservationList:
+    """The parameter list of PERSISTENT RESERVE OUT; ``action_key`` is the one to register, or to preempt."""
+
+    key: int
+    action_key: int
+    flags: int
+
+
+RESERVATION_LIST = Record(
+    ReservationList,
+    "key" / c.Int64ub,
+    "action_key" / c.Int64ub,
+    c.Padding(4),
+    "flags" / c.Int8ub,
+    c.Padding(3),
+)
+
 LBA_MAPPED = 0
 LBA_DEALLOCATED = 1
 
@@ -445,6 +466,7 @@ def cdb_allocation(cdb: bytes) -> int:
         Opcode.GET_CONFIGURATION: (">H", 7),
         Opcode.GET_EVENT_STATUS: (">H", 7),
         Opcode.READ_DISC_INFORMATION: (">H", 7),
+        Opcode.PERSISTENT_RESERVE_IN: (">H", 7),
     }
     if opcode not in where:
         return 8  # READ CAPACITY(10)

@@ -435,6 +435,63 @@ def test_lba_status_tells_where_data_is() -> None:
     assert guest.command(beyond, read=56).condition == OUT_OF_RANGE
 
 
+def reserve(
+    guest: ScsiGuest, action: int, key: int, new: int = 0, *, kind: int = 0, flags: int = 0
+) -> Answer:
+    data = struct.pack(">QQ4xB3x", key, new, flags)
+    return guest.command(struct.pack(">BBBxxIB", 0x5F, action, kind, len(data), 0), write=data)
+
+
+def reserved(guest: ScsiGuest, action: int) -> bytes:
+    return guest.command(struct.pack(">BB5xHB", 0x5E, action, 255, 0), read=255).data
+
+
+@pytest.mark.conformance(68)
+def test_persistent_reservations_from_registering_to_clearing() -> None:
+    guest = ready(memory_disk())
+    assert reserved(guest, 0) == bytes(8)
+    assert reserve(guest, 1, 7, kind=1).scsi_status == 0x18, "not registered"
+    assert reserve(guest, 0, 9, 7).scsi_status == 0x18, "another key"
+    assert reserve(guest, 0, 0, 7).good
+    assert reserved(guest, 0) == struct.pack(">IIQ", 1, 8, 7)
+    assert reserve(guest, 1, 7, kind=5).good
+    assert reserve(guest, 1, 7, kind=5).good, "once more"
+    assert reserve(guest, 1, 7, kind=3).scsi_status == 0x18, "another type"
+    assert reserved(guest, 1) == struct.pack(">IIQ5xB2x", 1, 16, 7, 5)
+    assert guest.write(0, bytes(512)).good, "the holder may write"
+    assert reserve(guest, 2, 7, kind=3).condition == (5, 0x26, 4)
+    assert reserve(guest, 4, 7, 7, kind=8).good
+    assert reserved(guest, 1)[-3] == 8
+    assert reserve(guest, 4, 7, 6, kind=8).scsi_status == 0x18
+    state = guest.device.save()
+    there = controller(memory_disk())
+    there.restore(state)
+    assert there.units[0, 0].reservations == guest.device.units[0, 0].reservations
+    assert reserve(guest, 2, 7, kind=8).good
+    assert reserved(guest, 1) == struct.pack(">II", 2, 0)
+    assert reserve(guest, 6, 0, 11).good, "whatever the key was"
+    assert reserve(guest, 1, 11, kind=1).good
+    assert reserve(guest, 3, 11).good
+    assert reserved(guest, 0) == struct.pack(">II", 4, 0)
+    assert reserved(guest, 1) == struct.pack(">II", 4, 0)
+
+
+@pytest.mark.conformance(68)
+def test_persistent_reservations_that_are_malformed() -> None:
+    guest = ready(memory_disk())
+    assert reserve(guest, 0, 0, 7).good
+    for action, kind in ((1, 0), (1, 2), (1, 0x11), (2, 9), (7, 1), (31, 1)):
+        assert reserve(guest, action, 7, kind=kind).condition == INVALID_FIELD
+    for flags in (1, 8):
+        assert reserve(guest, 0, 7, 9, flags=flags).condition == (5, 0x26, 0)
+    for length in (0, 8, 23, 25):
+        cdb_out = struct.pack(">BBBxxIB", 0x5F, 0, 0, length, 0)
+        assert guest.command(cdb_out, write=bytes(length)).condition == (5, 0x1A, 0)
+    assert guest.command(struct.pack(">BB5xHB", 0x5E, 3, 255, 0), read=255).condition == INVALID_FIELD
+    assert reserved(guest, 2) == struct.pack(">HBBBB2x", 8, 0, 0x80, 0xEA, 0x01)
+    assert reserved(guest, 0) == struct.pack(">IIQ", 1, 8, 7)
+
+
 # --- faults ----------------------------------------------------------------------------------------------------
 
 
