@@ -270,6 +270,31 @@ def test_the_driver_can_be_reloaded_under_its_disks(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+def test_a_guest_that_is_reset_under_load_finds_its_disk_again(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(16 * MIB))
+    script = WAIT.format("sda") + (
+        "for i in 1 2 3 4; do (while :; do dd if=/dev/zero of=/dev/sda bs=64k count=200 oflag=direct; done) & done; "
+        "sleep 1; echo b >/proc/sysrq-trigger; sleep 60"
+    )
+
+    async def story() -> None:
+        async with boot(
+            tmp_path, smp=2, devices=(f"scsi,image={image}",), load=MODULES, command=[script]
+        ) as guest:
+            for count in (1, 2, 3):
+                await guest.until(lambda count=count: guest.host.events.resets > count, f"reset {count}")
+                written = units(guest)["0:0"]["bytes_written"]
+                await guest.until(
+                    lambda written=written: units(guest)["0:0"]["bytes_written"] > written + 4 * MIB,
+                    "writes after a reset",
+                )
+            assert set(units(guest)["0:0"]["errors"]) <= ASKED_IN_VAIN
+            assert guest.channel("scsi")["refusals"] == {}
+
+    asyncio.run(story())
+
+
 @pytest.mark.parametrize("smp", [1, 2])
 def test_a_guest_migrates_while_it_writes_and_reads(tmp_path: Path, smp: int) -> None:
     image = tmp_path / "disk.img"
