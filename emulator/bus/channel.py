@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 
+from emulator.bus.channel_signals import ChannelSignals
 from emulator.bus.channel_state import (
     Busy,
     ChannelCounters,
@@ -21,7 +22,6 @@ from emulator.bus.channel_state import (
     ChannelState,
     OpenRequest,
 )
-from emulator.bus.contact import MESSAGE_SINT
 from emulator.bus.endpoint import Endpoint, RestorableEndpoint
 from emulator.bus.endpoint_calls import EndpointCalls
 from emulator.bus.gpadl import Assembly, Gpadl, GpadlState
@@ -30,24 +30,18 @@ from emulator.bus.opening import check_open, split_rings
 from emulator.bus.outbox import Target
 from emulator.bus.shared_pages import SharedPages
 from emulator.errors import DeviceError, GuestError, ProtocolError
-from emulator.ports import GuestPages, TimerHandle
+from emulator.ports import GuestPages
 from emulator.refusals import Refusals
 from emulator.wire.gpadl import GPADL_CREATED, GpadlCreated
 from emulator.wire.header import STATUS_SUCCESS, STATUS_UNSUCCESSFUL
 from emulator.wire.messages import (
     CLOSE_RESERVED_RESPONSE,
-    MODIFYCHANNEL_RESPONSE,
     OPENCHANNEL_RESULT,
     ChannelOnly,
-    ModifyChannelResponse,
     OpenResult,
 )
-from emulator.wire.version import Version
 
 logger = logging.getLogger(__name__)
-
-UNSTICK_DELAY = 0.1
-"""Seconds after an open until the guest is signalled once, in case it missed what came first."""
 
 
 class Channel:
@@ -63,11 +57,10 @@ class Channel:
         """Whether the guest has the offer on this connection."""
         self.request: OpenRequest | None = None
         self.reopen: OpenRequest | None = None
-        self.target_vp: int | None = None
-        self.pending_target: int | None = None
         self.close_answer: Target | None = None
         """Where the client of a reserved channel waits for the end of its close."""
         self.pages = SharedPages(self, host)
+        self.signals = ChannelSignals(self, host)
         self.busy = Busy.NO
         self.stopped = False
         self.revoking = False
@@ -79,9 +72,6 @@ class Channel:
         self.refusals = Refusals(f"channel {offer.name or offer.interface_id}", logger)
         self.calls = EndpointCalls(self.refusals)
         self._host = host
-        self.signal_port: int | None = None
-        """The guest's own choice of connection id, while open."""
-        self._unstick: TimerHandle | None = None
 
     def __repr__(self) -> str:
         return f"<Channel {self.relid} {self.offer.name!r} {self.state.value}>"
@@ -100,6 +90,11 @@ class Channel:
     def gpadls(self) -> dict[int, Gpadl]:
         """The GPADLs of this channel by id, with those that are being torn down."""
         return self.pages.by_id
+
+    @property
+    def target_vp(self) -> int | None:
+        """Where the guest is interrupted; None for nowhere."""
+        return self.signals.target_vp
 
     @property
     def leaving(self) -> bool:
@@ -135,16 +130,7 @@ class Channel:
 
     def signal_guest(self) -> None:
         """Tell the guest to look at its ring; nothing happens if the channel is not open or wants no interrupts."""
-        if not self.is_open or self.target_vp is None or self.relid is None:
-            self.counters.interrupts_dropped += 1
-            return
-        self.counters.interrupts += 1
-        if not self._host.connection.at_least(Version.WIN8) and self._host.shared_signal(self.relid):
-            return
-        flag = self.relid
-        if self.request is not None and self.request.event_flag is not None:
-            flag = self.request.event_flag
-        self._host.synic.signal_event(self.target_vp, MESSAGE_SINT, flag)
+        self.signals.signal_guest()
 
     def doorbell(self) -> None:
         """The guest signalled: tell the device, if it is there."""
@@ -199,9 +185,7 @@ class Channel:
         self.stopped = False
         if self.state is ChannelState.OPENING and self.busy is Busy.NO:
             self._tell_open()
-        if self.pending_target is not None:
-            vp, self.pending_target = self.pending_target, None
-            self._retarget(vp)
+        self.signals.modify_pending()
         if self.is_open:
             self.calls.call("signalled", self.endpoint.signalled, self)
 
@@ -271,16 +255,7 @@ class Channel:
 
     def modify(self, vp: int) -> None:
         """MODIFYCHANNEL: interrupts to another virtual processor."""
-        error = self._modify_error(vp)
-        if error:
-            self.refusals.refuse("modify", error)
-            self._answer_modify(STATUS_UNSUCCESSFUL)
-        elif not self.stopped:
-            self._retarget(vp)
-        elif self.pending_target is not None and self._host.connection.at_least(Version.IRON):
-            self.refusals.refuse("modify-pending")
-        else:
-            self.pending_target = vp
+        self.signals.modify(vp)
 
     def gpadl_complete(self, assembly: Assembly) -> None:
         """The range data of a GPADL is all there: check it, tell the device, answer."""
@@ -360,17 +335,15 @@ class Channel:
         if not isinstance(self.endpoint, RestorableEndpoint):
             self._start_over()
             return
-        self.busy = Busy.OPENING
+        self._connect()
         error = self.calls.call("restored", self.endpoint.restored, self).error
         self.busy = Busy.NO if error is not None else Busy.OPEN
         if error is not None:
             self._start_over()
             return
-        self._connect_signal()
-        self._arm_unstick()
-        if self.pending_target is not None and not self.stopped:
-            vp, self.pending_target = self.pending_target, None
-            self._retarget(vp)
+        self.signals.arm_unstick()
+        if not self.stopped:
+            self.signals.modify_pending()
         self.calls.call("signalled", self.endpoint.signalled, self)
 
     def _start_over(self) -> None:
@@ -393,7 +366,7 @@ class Channel:
 
     def _begin_open(self, request: OpenRequest) -> None:
         self.request = request
-        self.target_vp = request.target_vp
+        self.signals.target_vp = request.target_vp
         self.state = ChannelState.OPENING
         try:
             check_open(request, self.gpadls, self.connection_id, self._host)
@@ -404,9 +377,13 @@ class Channel:
         if not self.stopped:
             self._tell_open()
 
-    def _tell_open(self) -> None:
+    def _connect(self) -> None:
         self.busy = Busy.OPENING
-        self._connect_signal()
+        if self.request is not None:
+            self.signals.connect(self.request)
+
+    def _tell_open(self) -> None:
+        self._connect()
         outcome = self.calls.call("opened", self.endpoint.opened, self)
         if not outcome.deferred:
             self._opened(outcome.error)
@@ -423,7 +400,7 @@ class Channel:
             return
         self.state = ChannelState.OPEN
         self._answer_open(STATUS_SUCCESS)
-        self._arm_unstick()
+        self.signals.arm_unstick()
         ring = self.gpadls.get(self.request.ring_gpadl_id) if self.request else None
         if ring is None or ring.state is GpadlState.TEARING_DOWN:
             self._close_device()
@@ -433,13 +410,6 @@ class Channel:
             self._answer_open(STATUS_UNSUCCESSFUL)
         self._forget_open()
         self._after_device()
-
-    def _arm_unstick(self) -> None:
-        self._unstick = self._host.timers.call_later(UNSTICK_DELAY, self._unstick_guest)
-
-    def _unstick_guest(self) -> None:
-        self._unstick = None
-        self.signal_guest()
 
     def _answer_open(self, status: int) -> None:
         request = self.request
@@ -453,7 +423,7 @@ class Channel:
     def _close_device(self) -> None:
         self.state = ChannelState.CLOSING
         self._host.leave_subchannels(self)
-        self._cancel_unstick()
+        self.signals.cancel_unstick()
         self._tell_close()
 
     def _tell_close(self) -> None:
@@ -465,9 +435,6 @@ class Channel:
         self.busy = Busy.NO
         answer, self.close_answer = self.close_answer, None
         was_reserved = self.reserved
-        if self.pending_target is not None:
-            self.pending_target = None
-            self._answer_modify(STATUS_UNSUCCESSFUL)
         self._forget_open()
         if answer is not None and self.relid is not None and not self.abandoned:
             self._host.send(CLOSE_RESERVED_RESPONSE.build(ChannelOnly(self.relid)), answer)
@@ -476,12 +443,8 @@ class Channel:
         self._after_device()
 
     def _forget_open(self) -> None:
-        self._cancel_unstick()
-        self._disconnect_signal()
+        self.signals.disconnect()
         self.request = None
-        self.target_vp = None
-        if self.monitor_id is not None:
-            self._host.monitor_changed()
 
     def _after_device(self) -> None:
         """The device has let the rings go: whatever waited for that goes on."""
@@ -533,42 +496,3 @@ class Channel:
         self.state = ChannelState.RELEASED
         self.offered = self.abandoned = self.released_by_guest = False
         self._host.left(self)
-
-    # ---- interrupts
-
-    def _modify_error(self, vp: int) -> str:
-        if self.state is not ChannelState.OPEN:
-            return f"channel is {self.state.value}"
-        if self.reserved or self.target_vp is None:
-            return "channel has no interrupts"
-        if vp >= self._host.synic.vp_count:
-            return f"virtual processor {vp:#x}"
-        return ""
-
-    def _retarget(self, vp: int) -> None:
-        self.target_vp = vp
-        self.calls.call("retargeted", self.endpoint.retargeted, self, vp)
-        self._answer_modify(STATUS_SUCCESS)
-        self.signal_guest()
-
-    def _answer_modify(self, status: int) -> None:
-        if self.relid is not None and not self.abandoned and self._host.connection.at_least(Version.IRON):
-            self._host.send(MODIFYCHANNEL_RESPONSE.build(ModifyChannelResponse(self.relid, status)))
-
-    def _connect_signal(self) -> None:
-        chosen = self.request.connection_id if self.request else None
-        if chosen is not None and chosen != self.connection_id:
-            self.signal_port = chosen
-            self._host.synic.connect_event_port(chosen, self.doorbell)
-        if self.monitor_id is not None:
-            self._host.monitor_changed()
-
-    def _disconnect_signal(self) -> None:
-        if self.signal_port is not None:
-            self._host.synic.disconnect_event_port(self.signal_port)
-            self.signal_port = None
-
-    def _cancel_unstick(self) -> None:
-        if self._unstick is not None:
-            self._unstick.cancel()
-            self._unstick = None

@@ -23,7 +23,7 @@ from emulator.bus.gpadl import (
     GpadlTable,
     check_ram,
 )
-from emulator.bus.offers import MAX_CONNECTION_ID, MAX_RELID
+from emulator.bus.offers import CONNECTION_ID_BASE, MAX_CONNECTION_ID, MAX_RELID
 from emulator.bus.opening import split_rings
 from emulator.bus.outbox import Target
 from emulator.bus.state import AssemblyRecord, BusState, ChannelRecord, ConnectionRecord, GpadlRecord
@@ -71,6 +71,7 @@ def check_state(state: BusState, limits: Limits, memory: GuestMemory, vp_count: 
     _unique("channel id", [each.relid for each in state.channels if each.relid is not None])
     _unique("monitor id", [each.monitor_id for each in state.channels if each.monitor_id is not None])
     _unique("device", [each.key for each in state.channels if not each.revoking])
+    _unique("connection id", _signal_ids(state))
     _unique("GPADL in progress", [each.gpadl_id for each in state.assemblies])
     for assembly in state.assemblies:
         _check_assembly(assembly, relids)
@@ -131,8 +132,8 @@ def adopt(channel: Channel, record: ChannelRecord, table: GpadlTable) -> None:
     channel.offered = record.offered
     channel.request = record.request
     channel.reopen = record.reopen
-    channel.target_vp = record.target_vp
-    channel.pending_target = record.pending_target
+    channel.signals.target_vp = record.target_vp
+    channel.signals.pending_target = record.pending_target
     channel.close_answer = record.close_answer
     channel.revoking = record.revoking
     channel.abandoned = record.abandoned
@@ -152,6 +153,18 @@ def _consistent(fine: bool, detail: str) -> None:
 def _unique(what: str, numbers: Iterable[Hashable]) -> None:
     listed = list(numbers)
     _consistent(len(set(listed)) == len(listed), f"a {what} twice")
+
+
+def _signal_ids(state: BusState) -> Iterable[int]:
+    """Every connection id on which a guest can signal a channel."""
+    for channel in state.channels:
+        if channel.relid is None:
+            continue
+        own = CONNECTION_ID_BASE | channel.relid
+        yield own
+        chosen = channel.request.connection_id if channel.request is not None else None
+        if chosen is not None and chosen != own:
+            yield chosen
 
 
 def _check_target(target: Target, vp_count: int) -> None:

@@ -319,7 +319,7 @@ class Bus:
 
     def connection_id_taken(self, connection_id: int) -> bool:
         """Whether a signal on that id reaches a channel."""
-        return any(channel.signal_port == connection_id for channel in self.offered.channels)
+        return any(channel.signals.port == connection_id for channel in self.offered.channels)
 
     def leave_subchannels(self, channel: Channel) -> bool:
         """Rescind the sub-channels of ``channel``; whether the guest has been told about all."""

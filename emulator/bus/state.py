@@ -159,7 +159,7 @@ def channel_record(channel: Channel, *, waiting: bool) -> ChannelRecord:
         request=channel.request,
         reopen=channel.reopen,
         target_vp=channel.target_vp,
-        pending_target=channel.pending_target,
+        pending_target=channel.signals.pending_target,
         close_answer=channel.close_answer,
         revoking=channel.revoking,
         abandoned=channel.abandoned,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from emulator.bus.channel import UNSTICK_DELAY
+from emulator.bus.channel_signals import UNSTICK_DELAY
 from emulator.bus.channel_state import ChannelState
 from emulator.bus.reception import MAX_UNDELIVERED, PostResult
 from emulator.bus.server import MAX_INBOX

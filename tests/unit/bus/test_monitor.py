@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from emulator.bus.channel import UNSTICK_DELAY
+from emulator.bus.channel_signals import UNSTICK_DELAY
 from emulator.ports import PAGE_SIZE
 from emulator.testing_bus import RecordingEndpoint, ScriptedGuest, an_offer
 from emulator.wire.messages import MODIFY_CONNECTION, ModifyConnection

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from emulator.bus.channel import UNSTICK_DELAY, Channel
+from emulator.bus.channel import Channel
+from emulator.bus.channel_signals import UNSTICK_DELAY
 from emulator.bus.channel_state import ChannelState
 from emulator.bus.contact import DEFAULT_FEATURES, MonitorPages, NextAction, Phase
 from emulator.bus.endpoint import Endpoint, RestorableEndpoint
