@@ -369,7 +369,9 @@ class Host:
     def _background_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            if isinstance(error, QemuError):
+            if isinstance(error, QemuGone):
+                self._lost(error)
+            elif isinstance(error, QemuError):
                 self._end(Ending.QEMU_GONE, error)
             elif not self._ended.done():
                 self._ended.set_exception(error)
@@ -377,7 +379,9 @@ class Host:
     def _lost(self, error: QemuError) -> None:
         """A socket of QEMU's broke. What that means (a power-off, a crash) is for the QMP events still to come."""
         self._loop.remove_reader(self.gateway.fileno())
-        if self._lost_because is None:
+        if self._shutdown_reason:
+            self._ended_by_itself(error)
+        elif self._lost_because is None:
             _log.info("%s", error)
             self._lost_because = error
             self._loop.call_later(_LAST_WORDS, self._ended_by_itself, error)

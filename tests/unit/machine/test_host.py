@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from emulator.errors import InternalError, QemuGone
 from emulator.hypervisor.faults import GeneralProtection, UndefinedOpcode
 from emulator.machine.gateway import Fault, Trap
-from emulator.machine.host import Host, LocalApics
+from emulator.machine.host import Ending, Host, LocalApics
 from emulator.wire.gateway import TrapKind
 from emulator.wire.hypercall import HvStatus
 
@@ -88,3 +89,24 @@ def test_an_interrupt_after_qemus_end_is_told_once_and_raises_nothing() -> None:
     apics = LocalApics(SimpleNamespace(interrupt=closed), [0], told.append)  # type: ignore[arg-type]
     apics.request(0, 0xF3)
     assert len(told) == 1
+
+
+def test_how_a_guest_ended_is_told_by_qmp_and_not_by_the_socket_that_broke_first() -> None:
+    async def ending(*, shut_down: bool) -> Ending:
+        loop = asyncio.get_running_loop()
+        host = Host.__new__(Host)
+        host._loop = loop
+        host._lost_because = None
+        host._shutdown_reason = "guest-shutdown" if shut_down else None
+        host._ended = loop.create_future()
+        host.gateway = SimpleNamespace(fileno=lambda: 0)  # type: ignore[assignment]
+        host._leave_gateway = lambda: None  # type: ignore[method-assign]
+        host._lost(QemuGone("broken pipe"))
+        host._lost(QemuGone("another"))
+        if not shut_down:
+            assert not host._ended.done(), "QMP may still say that the guest shut down"
+            host._ended_by_itself(None)
+        return await host.serve()
+
+    assert asyncio.run(ending(shut_down=True)) is Ending.POWERED_OFF
+    assert asyncio.run(ending(shut_down=False)) is Ending.QEMU_GONE
