@@ -10,6 +10,6 @@ drive        from options to a unit
 saved        what survives a migration
 """
 
-from device.scsi.controller import Scsi
+from device.scsi.device import Scsi
 
 __all__ = ["Scsi"]

@@ -19,14 +19,10 @@ fails with INVALID_LUN on path 0, and with INVALID_TARGET_ID on other paths: Lin
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from device.options import Help
-from device.scsi.drive import DriveOptions, Format, Media, open_drive
-from device.scsi.file import Cache
 from device.scsi.handshake import Handshake
 from device.scsi.request import Request
 from device.scsi.saved import restore_controller, save_controller
@@ -89,53 +85,31 @@ _NT_STATUS = {
 }
 
 
-class Scsi(Device):
-    """Disks and CD-ROMs behind a storage controller (hv_storvsc); one --device line for each of them."""
+class Controller(Device):
+    """A storage controller. ``max_transfer`` in bytes; ``clock`` in seconds.
 
-    name = "scsi"
+    Everything that is an option is in :class:`device.scsi.device.Scsi`.
+    """
+
     max_packet = 80  # what Linux has room for: a descriptor and 64 bytes
 
     def __init__(
         self,
         *,
-        image: Annotated[str | None, Help("file or block device; none: an empty controller")] = None,
-        format: Annotated[
-            Format, Help("of the data: a raw image, or none: null keeps nothing, memory forgets at the end")
-        ] = Format.RAW,
-        size: Annotated[str | None, Help("of a null or memory disk: 512M, 4G")] = None,
-        media: Annotated[
-            Media | None, Help("what the guest sees (default disk, cdrom for an image named .iso)")
-        ] = None,
-        target: Annotated[int, Help("SCSI target", least=0, most=MOST_TARGETS - 1)] = 0,
-        lun: Annotated[int | None, Help("LUN (default: the next free)", least=0, most=MOST_LUNS - 1)] = None,
-        controller: Annotated[str, Help("lines that name the same one share it")] = "scsi",
-        readonly: Annotated[bool, Help("refuse writes, share the image")] = False,
-        cache: Annotated[Cache, Help("as QEMU's")] = Cache.NONE,
-        discard: Annotated[bool, Help("let the guest give blocks back")] = True,
-        serial: Annotated[str | None, Help("serial number (default: from controller, target, LUN)")] = None,
-        block: Annotated[int, Help("bytes of a block: 512 or 4096")] = 512,
-        rotation: Annotated[int, Help("rounds a minute; 1: does not rotate", least=1, most=0xFFFE)] = 1,
-        fault: Annotated[str, Help("faults to have: error@8-15;delay:0.5@*;short:0.5@100-; see docs")] = "",
-        queues: Annotated[
-            int, Help("channels, as many as the guest has vCPUs", least=1, most=MOST_QUEUES)
-        ] = 8,
-        transfer: Annotated[int, Help("most KiB of one request", least=4, most=1024)] = 256,
-        version: Annotated[str, Help("newest protocol to agree to: 2.0, 4.2, 5.1, 6.0, 6.2")] = "6.2",
-        instance: Annotated[uuid.UUID | None, Help("instance GUID (default: from the name)")] = None,
-        clock: Callable[[], float] = time.monotonic,
+        controller: str,
+        instance: uuid.UUID | None,
+        queues: int,
+        max_transfer: int,
+        max_version: ProtocolVersion,
+        clock: Callable[[], float],
     ) -> None:
-        versions = {str(each): each for each in ProtocolVersion}
-        if version not in versions:
-            raise UsageError(f"version={version}: one of {', '.join(versions)} is wanted")
         self.controller = controller
         self.name = controller
         self.instance = instance or uuid.uuid5(NAMESPACE, controller)
-        self.max_version = versions[version]
-        self.max_transfer = transfer << 10
+        self.max_version = max_version
+        self.max_transfer = max_transfer
         self.queues = queues
         self.units: dict[tuple[int, int], LogicalUnit] = {}
-        self.lun_was_chosen = lun is not None
-        self.default_serial = serial is None
         self.clock = clock
         self.handshake = self.new_handshake()
         self._active = False
@@ -149,28 +123,6 @@ class Scsi(Device):
         self._reset_timer: TimerHandle | None = None
         self._removed: list[LogicalUnit] = []
         self.pending: list[tuple[int, Packet]] = []
-        if image is not None or format is not Format.RAW:
-            self.attach(
-                open_drive(
-                    DriveOptions(
-                        image=image,
-                        format=format,
-                        size=size,
-                        media=media,
-                        readonly=readonly,
-                        cache=cache,
-                        discard=discard,
-                        serial=serial,
-                        block=block,
-                        rotation=rotation,
-                        fault=fault,
-                        max_transfer=self.max_transfer,
-                    ),
-                    f"{controller}-{target}-{lun or 0}",
-                ),
-                target,
-                lun,
-            )
 
     def new_handshake(self) -> Handshake:
         """As when a guest opens the primary channel."""
@@ -190,30 +142,8 @@ class Scsi(Device):
 
     # --- units ---------------------------------------------------------------------------------------------
 
-    def join(self, other: Device) -> bool:
-        """Take over the units of ``other`` if it stands for the same controller (one --device line each)."""
-        if not isinstance(other, Scsi) or other.controller != self.controller:
-            return False
-        if (other.instance, other.max_version, other.queues, other.max_transfer) != (
-            self.instance,
-            self.max_version,
-            self.queues,
-            self.max_transfer,
-        ):
-            other.stop()
-            raise UsageError(
-                f"controller {self.controller}: instance=, queues=, transfer= and version= are the same on each line"
-            )
-        for (target, lun), unit in other.units.items():
-            if not other.lun_was_chosen:
-                lun = self._free_lun(target)
-            if other.default_serial:
-                unit.name(f"{self.controller}-{target}-{lun}")
-            self.attach(unit, target, lun)
-        other.units.clear()
-        return True
-
-    def _free_lun(self, target: int) -> int:
+    def free_lun(self, target: int) -> int:
+        """The first LUN without a unit. Raises :class:`~emulator.errors.UsageError`."""
         free = next((lun for lun in range(MOST_LUNS) if (target, lun) not in self.units), None)
         if free is None:
             raise UsageError(
@@ -226,7 +156,7 @@ class Scsi(Device):
 
         Raises :class:`~emulator.errors.UsageError` if the place is taken, and does not close the unit then.
         """
-        place = (target, self._free_lun(target) if lun is None else lun)
+        place = (target, self.free_lun(target) if lun is None else lun)
         if place in self.units:
             raise UsageError(f"controller {self.controller}: target {place[0]} LUN {place[1]} is taken")
         if self._environment is not None:

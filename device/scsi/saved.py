@@ -22,7 +22,7 @@ from emulator.wire.scsi import Sense
 from emulator.wire.storvsp import PACKET_SIZE, ProtocolVersion
 
 if TYPE_CHECKING:
-    from device.scsi.controller import Scsi
+    from device.scsi.controller import Controller
 
 VERSION = 1
 _NOTHING = 0xFFFF
@@ -89,7 +89,7 @@ class SavedUnit:
     reservations: Reservations
 
 
-def save_controller(controller: Scsi) -> bytes:
+def save_controller(controller: Controller) -> bytes:
     """``Device.save``. Images are free for the next one who wants them afterwards."""
     handshake = controller.handshake
     units = [
@@ -136,7 +136,7 @@ def _built(channel: int, packet: Packet) -> dict[str, Any]:
     }
 
 
-def restore_controller(controller: Scsi, state: bytes) -> None:
+def restore_controller(controller: Controller, state: bytes) -> None:
     """``Device.restore``: everything is checked before anything changes."""
     name = controller.name
     if len(state) < 2:
@@ -175,7 +175,7 @@ def restore_controller(controller: Scsi, state: bytes) -> None:
     controller.pending = packets
 
 
-def _check(controller: Scsi, saved: SavedUnit) -> None:
+def _check(controller: Controller, saved: SavedUnit) -> None:
     unit = controller.units.get(saved.place)
     where = f"{controller.name}: target {saved.place[0]} LUN {saved.place[1]}"
     if unit is None:

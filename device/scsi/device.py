@@ -1,0 +1,110 @@
+"""``--device scsi,...``: a line is a disk or a drive; lines that name one controller are one device."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from typing import Annotated
+
+from device.options import Help
+from device.scsi.controller import MOST_LUNS, MOST_QUEUES, MOST_TARGETS, Controller
+from device.scsi.drive import DriveOptions, Format, Media, open_drive
+from device.scsi.file import Cache
+from emulator.bus.device import Device
+from emulator.errors import UsageError
+from emulator.wire.storvsp import ProtocolVersion
+
+
+class Scsi(Controller):
+    """Disks and CD-ROMs behind a storage controller (hv_storvsc); one --device line for each of them."""
+
+    name = "scsi"
+
+    def __init__(
+        self,
+        *,
+        image: Annotated[str | None, Help("file or block device; none: an empty controller")] = None,
+        format: Annotated[
+            Format, Help("of the data: a raw image, or none: null keeps nothing, memory forgets at the end")
+        ] = Format.RAW,
+        size: Annotated[str | None, Help("of a null or memory disk: 512M, 4G")] = None,
+        media: Annotated[
+            Media | None, Help("what the guest sees (default disk, cdrom for an image named .iso)")
+        ] = None,
+        target: Annotated[int, Help("SCSI target", least=0, most=MOST_TARGETS - 1)] = 0,
+        lun: Annotated[int | None, Help("LUN (default: the next free)", least=0, most=MOST_LUNS - 1)] = None,
+        controller: Annotated[str, Help("lines that name the same one share it")] = "scsi",
+        readonly: Annotated[bool, Help("refuse writes, share the image")] = False,
+        cache: Annotated[Cache, Help("as QEMU's")] = Cache.NONE,
+        discard: Annotated[bool, Help("let the guest give blocks back")] = True,
+        serial: Annotated[str | None, Help("serial number (default: from controller, target, LUN)")] = None,
+        block: Annotated[int, Help("bytes of a block: 512 or 4096")] = 512,
+        rotation: Annotated[int, Help("rounds a minute; 1: does not rotate", least=1, most=0xFFFE)] = 1,
+        fault: Annotated[str, Help("faults to have: error@8-15;delay:0.5@*;short:0.5@100-; see docs")] = "",
+        queues: Annotated[
+            int, Help("channels, as many as the guest has vCPUs", least=1, most=MOST_QUEUES)
+        ] = 8,
+        transfer: Annotated[int, Help("most KiB of one request", least=4, most=1024)] = 256,
+        version: Annotated[str, Help("newest protocol to agree to: 2.0, 4.2, 5.1, 6.0, 6.2")] = "6.2",
+        instance: Annotated[uuid.UUID | None, Help("instance GUID (default: from the name)")] = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        versions = {str(each): each for each in ProtocolVersion}
+        if version not in versions:
+            raise UsageError(f"version={version}: one of {', '.join(versions)} is wanted")
+        super().__init__(
+            controller=controller,
+            instance=instance,
+            queues=queues,
+            max_transfer=transfer << 10,
+            max_version=versions[version],
+            clock=clock,
+        )
+        self.lun_was_chosen = lun is not None
+        self.default_serial = serial is None
+        if image is not None or format is not Format.RAW:
+            self.attach(
+                open_drive(
+                    DriveOptions(
+                        image=image,
+                        format=format,
+                        size=size,
+                        media=media,
+                        readonly=readonly,
+                        cache=cache,
+                        discard=discard,
+                        serial=serial,
+                        block=block,
+                        rotation=rotation,
+                        fault=fault,
+                        max_transfer=self.max_transfer,
+                    ),
+                    f"{controller}-{target}-{lun or 0}",
+                ),
+                target,
+                lun,
+            )
+
+    def join(self, other: Device) -> bool:
+        """Take over the units of ``other`` if it stands for the same controller (one --device line each)."""
+        if not isinstance(other, Scsi) or other.controller != self.controller:
+            return False
+        if (other.instance, other.max_version, other.queues, other.max_transfer) != (
+            self.instance,
+            self.max_version,
+            self.queues,
+            self.max_transfer,
+        ):
+            other.stop()
+            raise UsageError(
+                f"controller {self.controller}: instance=, queues=, transfer= and version= are the same on each line"
+            )
+        for (target, lun), unit in other.units.items():
+            if not other.lun_was_chosen:
+                lun = self.free_lun(target)
+            if other.default_serial:
+                unit.name(f"{self.controller}-{target}-{lun}")
+            self.attach(unit, target, lun)
+        other.units.clear()
+        return True
