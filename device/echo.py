@@ -133,7 +133,8 @@ class Echo(Device):
         *,
         instance: Annotated[uuid.UUID, Help("instance GUID, for more than one echo device")] = ECHO_INSTANCE,
         monitor: Annotated[
-            bool, Help("let the guest signal through its monitor page; uio_hv_generic of Linux 6.1 wants that")
+            bool,
+            Help("let the guest signal through its monitor page; uio_hv_generic of Linux 6.1 wants that"),
         ] = False,
     ) -> None:
         """A device for the registry: parameters with a ``Help`` are options of ``--device echo,...``."""

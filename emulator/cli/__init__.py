@@ -48,7 +48,19 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"vmbus {__version__}")
     top.add_argument("-v", "--verbose", action="count", default=0, help="more log lines; twice: all of them")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for module in (doctor, setup, run, attach, qemu_args, status, migrate, snapshot, shutdown, guest_info, demo):
+    for module in (
+        doctor,
+        setup,
+        run,
+        attach,
+        qemu_args,
+        status,
+        migrate,
+        snapshot,
+        shutdown,
+        guest_info,
+        demo,
+    ):
         module.add_parser(verbs)
     return top
 

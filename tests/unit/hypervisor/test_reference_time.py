@@ -22,7 +22,9 @@ def page_of(guest: ScriptedGuest) -> ReferenceTscPage:
 def read_as_guest(guest: ScriptedGuest) -> int:
     page = page_of(guest)
     assert page.sequence not in (0, 0xFFFFFFFF)
-    return ((guest.clock.guest_tsc() * page.scale >> 64) + page.offset) & 0xFFFFFFFFFFFFFFFF  # 64-bit sums wrap
+    return (
+        (guest.clock.guest_tsc() * page.scale >> 64) + page.offset
+    ) & 0xFFFFFFFFFFFFFFFF  # 64-bit sums wrap
 
 
 def enable(guest: ScriptedGuest) -> int:
