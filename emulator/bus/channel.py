@@ -448,10 +448,10 @@ class Channel:
 
     def _after_device(self) -> None:
         """The device has let the rings go: whatever waited for that goes on."""
+        reopen, self.reopen = self.reopen, None
         self.pages.continue_teardowns()
         if self.busy is not Busy.NO or self.state in (ChannelState.RELEASED, ChannelState.REVOKED):
             return
-        reopen, self.reopen = self.reopen, None
         if self.leaving:
             self._leave()
         elif reopen is not None:

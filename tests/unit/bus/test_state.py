@@ -682,3 +682,20 @@ def test_state_that_contradicts_itself_or_the_machine_changes_nothing(
     assert set(guest.synic.ports) == {2, 3}
     assert bus.connection.next_action is NextAction.NONE
     bus.import_state(rich)
+
+
+def test_reopen_of_a_channel_whose_device_is_gone_is_forgotten(guest: ScriptedGuest, move: Move) -> None:
+    slow = RecordingEndpoint()
+    slow.defer_close = True
+    offer(guest, slow)
+    guest.connect()
+    ring = guest.open_channel(1)
+    guest.close(1)
+    guest.open(1, ring)
+    guest.teardown(1, ring)
+    move()
+    assert messages(guest) == [GpadlTorndown(ring), ChannelOnly(1)]
+    (channel,) = guest.bus.channels
+    assert (channel.state, channel.reopen) == (ChannelState.REVOKED, None)
+    move()
+    assert guest.take() == []
