@@ -128,7 +128,7 @@ def plan(arguments: argparse.Namespace) -> Plan:
         )
     qemu = find_qemu()
     if arguments.snapshots is not None and not arguments.dry_run:
-        _make_image(qemu, arguments.snapshots)
+        make_image(qemu, arguments.snapshots)
     extra = shlex.split(arguments.qemu)
     if arguments.no_reboot or arguments.command:
         extra.append("-no-reboot")
@@ -158,7 +158,7 @@ def plan(arguments: argparse.Namespace) -> Plan:
     )
 
 
-def _make_image(qemu: QemuBinary, path: Path) -> None:
+def make_image(qemu: QemuBinary, path: Path) -> None:
     """An image that holds nothing but snapshots, if there is no file yet."""
     if path.exists():
         return

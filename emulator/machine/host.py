@@ -170,7 +170,7 @@ class Host:
         self.partition = Partition(
             vp_count=len(facts.apic_ids),
             memory=self.memory,
-            interrupts=LocalApics(qtest, facts.apic_ids, lambda error: self._end(Ending.QEMU_GONE, error)),
+            interrupts=LocalApics(qtest, facts.apic_ids, self._lost),
             clock=self.clock,
             timers=loop,
             features=options.features,
@@ -281,7 +281,7 @@ class Host:
             if not self._ended.done():
                 self._gateway_again = self._loop.call_soon(self._gateway_ready)
         except (GatewayError, QemuGone) as error:
-            self._end(Ending.QEMU_GONE, error)
+            self._lost(error)
 
     def _leave_gateway(self) -> None:
         self._loop.remove_reader(self.gateway.fileno())
@@ -378,7 +378,7 @@ class Host:
 
     def _lost(self, error: QemuError) -> None:
         """A socket of QEMU's broke. What that means (a power-off, a crash) is for the QMP events still to come."""
-        self._loop.remove_reader(self.gateway.fileno())
+        self._leave_gateway()
         if self._shutdown_reason:
             self._ended_by_itself(error)
         elif self._lost_because is None:
