@@ -14,18 +14,10 @@ import tempfile
 from pathlib import Path
 
 from emulator.errors import InternalError, MissingRequirement
+from emulator.provision.cache import cache_folder
 
 SOURCE = Path(__file__).parent.parent / "gateway"
 FLAGS = ("-std=c11", "-Wall", "-Wextra", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
-
-
-def default_cache() -> Path:
-    """``$VMBUS_CACHE``, else ``$XDG_CACHE_HOME/vmbus``, else ``~/.cache/vmbus``."""
-    if chosen := os.environ.get("VMBUS_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base).expanduser().absolute() / "vmbus"
-    return Path("~/.cache/vmbus").expanduser()
 
 
 def compiler() -> str:
@@ -44,7 +36,7 @@ def library_path(cache: Path | None = None) -> Path:
     digest = hashlib.sha256(" ".join(FLAGS).encode())
     for path in _sources():
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return (cache or default_cache()) / f"vmbus-gateway-{digest.hexdigest()[:16]}.so"
+    return (cache or cache_folder()) / f"vmbus-gateway-{digest.hexdigest()[:16]}.so"
 
 
 def build(cache: Path | None = None) -> Path:
