@@ -26,7 +26,7 @@ from emulator.wire.pfn_runs import MAX_PAGES, PFN_LIMIT, RawRuns, VarUint, expan
 T = TypeVar("T")
 
 
-class _Nested(c.Adapter):  # type: ignore[misc]
+class Nested(c.Adapter):  # type: ignore[misc]
     """A record within a record, as its dataclass."""
 
     def __init__(self, record: Record[Any]) -> None:
@@ -41,7 +41,7 @@ class _Nested(c.Adapter):  # type: ignore[misc]
         return {name: getattr(obj, name) for name in self._names}
 
 
-class _Maybe(c.Adapter):  # type: ignore[misc]
+class Maybe(c.Adapter):  # type: ignore[misc]
     """A field that may be ``None``: one byte says whether it is there."""
 
     def __init__(self, subcon: Any) -> None:
@@ -56,7 +56,7 @@ class _Maybe(c.Adapter):  # type: ignore[misc]
         return [] if obj is None else [obj]
 
 
-class _Members(c.Adapter):  # type: ignore[misc]
+class Members(c.Adapter):  # type: ignore[misc]
     """Any number of the same thing, as a tuple."""
 
     def __init__(self, subcon: Any) -> None:
@@ -69,8 +69,10 @@ class _Members(c.Adapter):  # type: ignore[misc]
         return list(obj)
 
 
-_Blob = c.Prefixed(VarUint, c.GreedyBytes)
-_Text = c.Prefixed(VarUint, c.GreedyString("utf8"))
+Blob = c.Prefixed(VarUint, c.GreedyBytes)
+"""Bytes with their number before them."""
+Text = c.Prefixed(VarUint, c.GreedyString("utf8"))
+"""Text, as its UTF-8."""
 
 
 class _Ranges(c.Adapter):  # type: ignore[misc]
@@ -170,10 +172,10 @@ SAVED_OPEN = Record(
     "ring_gpadl" / c.Int32ul,
     "target_vp" / c.Int32ul,
     "downstream_offset" / c.Int32ul,
-    "user_data" / _Blob,
+    "user_data" / Blob,
     "flags" / c.Int16ul,
-    "event_flag" / _Maybe(c.Int16ul),
-    "connection_id" / _Maybe(c.Int32ul),
+    "event_flag" / Maybe(c.Int16ul),
+    "connection_id" / Maybe(c.Int32ul),
 )
 
 
@@ -241,7 +243,7 @@ class _Axes(c.Adapter):  # type: ignore[misc]
 
 SAVED_CHANNEL = Record(
     SavedChannel,
-    "identity" / _Nested(CHANNEL_IDENTITY),
+    "identity" / Nested(CHANNEL_IDENTITY),
     "axes" / _Axes(c.Int8ul),
     "relid" / c.Int32ul,
     "connection_id" / c.Int32ul,
@@ -254,9 +256,9 @@ SAVED_CHANNEL = Record(
     "mmio_megabytes" / c.Int16ul,
     "mmio_megabytes_optional" / c.Int16ul,
     "next_transaction_id" / c.Int64ul,
-    "open" / _Maybe(_Nested(SAVED_OPEN)),
-    "gpadls" / _Members(_Nested(SAVED_GPADL)),
-    "failure" / _Text,
+    "open" / Maybe(Nested(SAVED_OPEN)),
+    "gpadls" / Members(Nested(SAVED_GPADL)),
+    "failure" / Text,
 )
 
 
@@ -277,9 +279,9 @@ SAVED_PACKET = Record(
     "kind" / c.Int16ul,
     "flags" / c.Int16ul,
     "transaction_id" / c.Int64ul,
-    "payload" / _Blob,
+    "payload" / Blob,
     "ranges" / _Ranges(),
-    "transfer_pages" / _Maybe(_TransferPages()),
+    "transfer_pages" / Maybe(_TransferPages()),
 )
 
 
@@ -294,7 +296,7 @@ class SavedOutgoing:
     device: bytes
 
 
-SAVED_OUTGOING = Record(SavedOutgoing, "library" / _Blob, "device" / _Blob)
+SAVED_OUTGOING = Record(SavedOutgoing, "library" / Blob, "device" / Blob)
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +307,7 @@ class SavedCompletion:
     payload: bytes
 
 
-SAVED_COMPLETION = Record(SavedCompletion, "transaction_id" / c.Int64ul, "payload" / _Blob)
+SAVED_COMPLETION = Record(SavedCompletion, "transaction_id" / c.Int64ul, "payload" / Blob)
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,7 +317,7 @@ class SavedDevice:
     state: bytes
 
 
-SAVED_DEVICE = Record(SavedDevice, "state" / _Blob)
+SAVED_DEVICE = Record(SavedDevice, "state" / Blob)
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,7 +327,7 @@ class SavedMachine:
     writer: str
 
 
-SAVED_MACHINE = Record(SavedMachine, "writer" / _Text)
+SAVED_MACHINE = Record(SavedMachine, "writer" / Text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,7 +339,7 @@ class SavedSection:
     state: bytes
 
 
-SAVED_SECTION = Record(SavedSection, "name" / _Text, "version" / c.Int16ul, "state" / _Blob)
+SAVED_SECTION = Record(SavedSection, "name" / Text, "version" / c.Int16ul, "state" / Blob)
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,7 +351,7 @@ class SavedChannelRecords:
 
 
 SAVED_CHANNEL_RECORDS = Record(
-    SavedChannelRecords, "identity" / _Nested(CHANNEL_IDENTITY), "records" / _Members(_Blob)
+    SavedChannelRecords, "identity" / Nested(CHANNEL_IDENTITY), "records" / Members(Blob)
 )
 
 
@@ -361,7 +363,7 @@ class SavedRefusal:
     detail: str
 
 
-SAVED_REFUSAL = Record(SavedRefusal, "reason" / _Text, "detail" / _Text)
+SAVED_REFUSAL = Record(SavedRefusal, "reason" / Text, "detail" / Text)
 
 
 @dataclass(frozen=True, slots=True)

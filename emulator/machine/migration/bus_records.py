@@ -25,10 +25,7 @@ from emulator.bus.state import (
 )
 from emulator.wire.codec import Guid, Record
 from emulator.wire.pfn_runs import VarUint
-from emulator.wire.saved import _Blob as Blob
-from emulator.wire.saved import _Maybe as Maybe
-from emulator.wire.saved import _Members as Members
-from emulator.wire.saved import _Nested as Nested
+from emulator.wire.saved import Blob, Maybe, Members, Nested
 from emulator.wire.version import ALL_FEATURES, Feature, Version
 
 _PHASES = (Phase.DISCONNECTED, Phase.CONNECTED, Phase.DISCONNECTING)

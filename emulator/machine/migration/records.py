@@ -19,11 +19,7 @@ from emulator.hypervisor.state import (
 )
 from emulator.wire.codec import Record
 from emulator.wire.msr import SINT_COUNT, STIMER_COUNT
-from emulator.wire.saved import _Blob as Blob
-from emulator.wire.saved import _Maybe as Maybe
-from emulator.wire.saved import _Members as Members
-from emulator.wire.saved import _Nested as Nested
-from emulator.wire.saved import _Text as Text
+from emulator.wire.saved import Blob, Maybe, Members, Nested, Text
 
 _TIMER = Record(TimerState, "config" / c.Int64ul, "count" / c.Int64ul, "expiration" / Maybe(c.Int64ul))
 _PAGE = Record(PageState, "value" / c.Int64ul, "last_gpn" / Maybe(c.Int64ul))

@@ -1,0 +1,67 @@
+"""Imports point one way, and nobody imports a name that another module keeps for itself."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+GROUND = {"errors", "ports", "refusals", "wire"}
+STATE_MACHINES = GROUND | {"hypervisor", "bus", "saving"}
+MAY_IMPORT = {
+    "wire": {"errors"},
+    "provision": {"errors"},
+    "hypervisor": GROUND,
+    "bus": GROUND,
+    "saving": GROUND | {"bus", "version"},
+    "device": GROUND | {"bus"},
+    "machine": STATE_MACHINES | {"provision", "version"},
+}
+"""A part of the house → the others that it knows. Only ``cli`` and the test doubles know more."""
+
+
+def imported(path: Path) -> Iterator[tuple[str, str]]:
+    """(module, name) of every ``import`` and ``from ... import`` in ``path``, of this project's."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found = [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found = [(node.module or "", alias.name) for alias in node.names]
+        else:
+            continue
+        yield from (pair for pair in found if pair[0].partition(".")[0] in ("emulator", "device", "tests"))
+
+
+def part_of(module: str, name: str) -> str:
+    top, *rest = module.split(".")
+    if top != "emulator":
+        return top
+    if rest:
+        return rest[0]
+    return name if name and name != "__version__" else "version"
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_imports_point_one_way(part: str) -> None:
+    folder = ROOT / "device" if part == "device" else ROOT / "emulator" / part
+    wrong = [
+        f"{path.relative_to(ROOT)}: {module}"
+        for path in folder.rglob("*.py")
+        for module, name in imported(path)
+        if part_of(module, name) not in MAY_IMPORT[part] | {part}
+    ]
+    assert not wrong
+
+
+def test_private_names_stay_in_their_module() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}: {module}.{name}"
+        for folder in ("emulator", "device", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+        for module, name in imported(path)
+        if name.startswith("_") and not name.startswith("__")
+    ]
+    assert not wrong
