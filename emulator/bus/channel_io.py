@@ -1,6 +1,6 @@
 """The host's end of a device's channel: drains one ring, hands packets to the device, fills the other.
 
-Source: spec/vmbus.md 7.5-7.8; design.md "Facts about the data path".
+Source: spec/vmbus.md 7.5-7.8.
 
     CLOSED --opened--> RUNNING --pause--> PAUSED --resume--> RUNNING
                           |                 |

@@ -1,6 +1,6 @@
 """A device's channel on the bus, as what can be saved: ``Channel`` and its ``ChannelIo`` together.
 
-Source: design 4; :mod:`emulator.bus.channel_io`. What is whose:
+Source: docs/saved-state.md; :mod:`emulator.bus.channel_io`. What is whose:
 
     | state                                              | saved by                                        |
     | offer, relid, open request, GPADLs, target VP      | the bus; here as a cross-check                  |

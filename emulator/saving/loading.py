@@ -1,6 +1,6 @@
 """Reading a machine's state: everything is checked before anything is applied.
 
-Source: design 4, 5; the layout is in :mod:`emulator.saving.stream`.
+Source: docs/saved-state.md; the layout is in :mod:`emulator.saving.stream`.
 
     bytes ──read_machine──▶ MachineState ──Restore(...).check──▶ every part agrees ──apply──▶ restored
 

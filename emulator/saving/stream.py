@@ -1,6 +1,6 @@
 """A whole machine's state as one string of bytes, for whatever carries it (QEMU's stream, a file).
 
-Source: design 4, 5; docs/saved-state.md. The chunks, in this order, all with one save id:
+Source: docs/saved-state.md. The chunks, in this order, all with one save id:
 
     MACHINE           who wrote it
     HYPERVISOR, BUS   at most one each, opaque here, with a form and a version of their own

@@ -1,4 +1,4 @@
-"""A whole machine's state: writing, reading, restoring. Design 4, 5."""
+"""A whole machine's state: writing, reading, restoring."""
 
 from __future__ import annotations
 
