@@ -198,10 +198,12 @@ class ScriptedGuest:
     # ---- what every message needs
 
     def post(self, payload: bytes, *, connection_id: int | None = None, **more: Any) -> PostResult:
-        """Post a message, and take nothing."""
-        return self.bus.message(
-            0, self.connection_id if connection_id is None else connection_id, payload, **more
-        )
+        """Post a message as the machine does (a promise where the bus gives one), and take nothing."""
+        connection = self.connection_id if connection_id is None else connection_id
+        if not more and self.bus.promises(payload):
+            self.bus.keep_promise(connection, payload)
+            return PostResult.OK
+        return self.bus.message(0, connection, payload, **more)
 
     def take(self) -> list[Answer]:
         """What the host has said since the last time."""

@@ -52,6 +52,21 @@ MAX_UNDELIVERED = 256
 """Messages waiting for the guest's slot beyond which the guest must take some before it may post more."""
 
 
+PROMISED = frozenset(
+    {
+        int(MessageType.REQUESTOFFERS),
+        int(MessageType.GPADL_HEADER),
+        int(MessageType.GPADL_BODY),
+        int(MessageType.GPADL_TEARDOWN),
+        int(MessageType.OPENCHANNEL),
+        int(MessageType.CLOSECHANNEL),
+        int(MessageType.RELID_RELEASED),
+        int(MessageType.MODIFYCHANNEL),
+    }
+)
+"""Messages that are answered, if at all, where the connection's answers go."""
+
+
 class PostResult(enum.Enum):
     """What HvPostMessage tells the guest. ``RETRY``: nothing happened, post it again (status 0x13)."""
 

@@ -42,7 +42,7 @@ from emulator.bus.monitor import MonitorScan, set_interrupt_bit, take_interrupt_
 from emulator.bus.offered import OfferedChannels
 from emulator.bus.offers import Offer
 from emulator.bus.outbox import Outbox, Outgoing, Target
-from emulator.bus.reception import PostResult, Reception
+from emulator.bus.reception import MAX_UNDELIVERED, PROMISED, PostResult, Reception
 from emulator.bus.restoring import BusStateRefused, check_state, thaw_assembly
 from emulator.bus.sockets import NoSockets, SocketListener, SocketRequest
 from emulator.bus.state import (
@@ -124,6 +124,22 @@ class Bus:
             return PostResult.RETRY
         self._inbox.append((connection_id, payload, trusted))
         return PostResult.OK
+
+    def promises(self, payload: bytes) -> bool:
+        """Whether the guest can be told now that this message is taken, and :meth:`keep_promise` acts on it next.
+
+        So its processor need not wait for what the message causes. Not for messages that may have to be put off:
+        those to a guest that does not take its answers, or whose answers go elsewhere than the connection's.
+        """
+        return (
+            not self.paused
+            and int.from_bytes(payload[:4], "little") in PROMISED
+            and self.outbox.undelivered(self.connection.target) < MAX_UNDELIVERED
+        )
+
+    def keep_promise(self, connection_id: int, payload: bytes) -> None:
+        """Act on a message that was promised; nothing else may have come between."""
+        self._reception.receive(connection_id, payload, False, promised=True)
 
     def reset(self) -> None:
         """The machine was reset: nothing of the guest is left, all offers stay."""

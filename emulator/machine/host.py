@@ -194,6 +194,7 @@ class Host:
         )
         self.devices: list[AttachedDevice] = []
         self.migration = Follower(self)
+        self._promised: tuple[int, bytes] | None = None
         self._tsc_page_waits = False
         self._gateway_again: asyncio.Handle | None = None
         self.gateway_traps = 0
@@ -262,6 +263,9 @@ class Host:
         self.background(self._follow_life())
 
     def _message(self, vp: int, connection_id: int, payload: bytes) -> int:
+        if self.bus.promises(payload):  # acted on when the vCPU has its answer and goes on
+            self._promised = (connection_id, payload)
+            return HvStatus.SUCCESS
         result = self.bus.message(vp, connection_id, payload)
         return HvStatus.SUCCESS if result is PostResult.OK else HvStatus.INSUFFICIENT_BUFFERS
 
@@ -327,6 +331,17 @@ class Host:
                 self.gateway.answer_fault(trap, Fault.GP)
         else:
             self.gateway.answer(trap, value)
+            if self._promised is not None:
+                promised, self._promised = self._promised, None
+                self._keep_promise(*promised)
+
+    def _keep_promise(self, connection_id: int, payload: bytes) -> None:
+        try:
+            self.bus.keep_promise(connection_id, payload)
+        except (GatewayError, QemuGone):
+            raise
+        except Exception:  # noqa: BLE001  our bug: it must cost the guest an answer, not its life
+            _log.exception("a message of the guest could not be acted on; please report this")
 
     # --- the guest's life --------------------------------------------------------------------------------
 

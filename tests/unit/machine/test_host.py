@@ -41,6 +41,7 @@ def serve(kind: TrapKind, outcome: int | Exception) -> list[object]:
     host = Host.__new__(Host)
     recorder = Recorder()
     host.gateway_traps = 0
+    host._promised = None
     host.gateway = recorder  # type: ignore[assignment]
     host.partition = SimpleNamespace(read_msr=act, write_msr=act, hypercall=act)  # type: ignore[assignment]
     host._serve(Trap(0, 0, 1, kind, True, *[0] * 10))
@@ -110,3 +111,33 @@ def test_how_a_guest_ended_is_told_by_qmp_and_not_by_the_socket_that_broke_first
 
     assert asyncio.run(ending(shut_down=True)) is Ending.POWERED_OFF
     assert asyncio.run(ending(shut_down=False)) is Ending.QEMU_GONE
+
+
+class SlowBus:
+    """A bus that promises everything, and may break when it acts."""
+
+    def __init__(self, order: list[object], bug: Exception | None) -> None:
+        self.order = order
+        self.bug = bug
+
+    def promises(self, payload: bytes) -> bool:
+        return True
+
+    def keep_promise(self, connection_id: int, payload: bytes) -> None:
+        self.order.append((connection_id, payload))
+        if self.bug is not None:
+            raise self.bug
+
+
+@pytest.mark.parametrize("bug", [None, KeyError("x")])
+def test_a_promised_message_is_answered_first_and_acted_on_next(bug: Exception | None) -> None:
+    host = Host.__new__(Host)
+    recorder = Recorder()
+    host.gateway_traps = 0
+    host._promised = None
+    host.gateway = recorder  # type: ignore[assignment]
+    host.bus = SlowBus(recorder.answers, bug)  # type: ignore[assignment]
+    host.partition = SimpleNamespace(hypercall=lambda *_: host._message(0, 1, b"message"))  # type: ignore[assignment]
+    for _ in range(2):
+        host._serve(Trap(0, 0, 1, TrapKind.VMCALL, True, *[0] * 10))
+    assert recorder.answers == [HvStatus.SUCCESS, (1, b"message")] * 2
