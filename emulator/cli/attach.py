@@ -46,9 +46,6 @@ def add_parser(verbs: Any) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    if "help" in arguments.device:
-        print(Registry().help())
-        return 0
     return asyncio.run(_attach(arguments))
 
 

@@ -1,4 +1,4 @@
-"""``vmbus demo``: the whole story in half a minute, in front of the user."""
+"""``vmbus demo``: the whole story in less than a minute, in front of the user."""
 
 from __future__ import annotations
 
@@ -53,12 +53,14 @@ _DeviceKind = TypeVar("_DeviceKind", bound=Device)
 def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "demo",
-        help="the whole story in a minute: boot, bus, devices, shutdown",
+        help="the whole story: boot, bus, devices, live migration, snapshot, shutdown",
         description="Boots a guest and shows what its Hyper-V host does for it.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--guest", choices=sorted(GUESTS), default=DEFAULT_GUEST)
+    parser.add_argument(
+        "--guest", choices=sorted(GUESTS), default=DEFAULT_GUEST, help=f"default: {DEFAULT_GUEST}"
+    )
     parser.add_argument("--smp", type=int, default=2, metavar="N", help="vCPUs (default: 2)")
     parser.add_argument("--json", action="store_true", help="the results as one JSON object, nothing else")
     parser.set_defaults(action=main)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
+from device.registry import Registry
+from emulator.errors import VmbusError
+from emulator.hypervisor.features import Features
 from emulator.machine.host import HostOptions
 from emulator.wire.version import Version
 
@@ -35,13 +39,25 @@ def version(text: str) -> Version:
     raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(str(known) for known in Version)}")
 
 
-def added_file(text: str) -> tuple[Path, str]:
-    """``FILE[:PATH]``: a file and where it goes in the guest (``/bin/NAME`` if not said)."""
-    source, _, target = text.partition(":")
-    path = Path(source)
-    if not path.is_file():
-        raise argparse.ArgumentTypeError(f"{source} is no file")
-    return path, target or f"/bin/{path.name}"
+class DeviceOption(argparse.Action):
+    """Collects ``--device`` texts; ``help`` and ``NAME,help`` print what there is and end, as ``--help`` does."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        text = str(values)
+        name, *pairs = text.replace(",,", "\0").split(",")
+        if text == "help" or "help" in pairs:
+            try:
+                print(Registry().help(name if pairs else None))
+            except VmbusError as error:
+                parser.error(str(error))
+            parser.exit()
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), text])
 
 
 def add_host_options(parser: argparse.ArgumentParser) -> None:
@@ -49,10 +65,10 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the Hyper-V host")
     group.add_argument(
         "--device",
-        action="append",
+        action=DeviceOption,
         default=[],
         metavar="NAME[,KEY=VALUE...]",
-        help="offer a device; may be repeated. `--device help` lists them and their options",
+        help="offer a device; may be repeated. `--device help` lists them, `--device NAME,help` the options of one",
     )
     group.add_argument(
         "--no-default-devices",
@@ -81,8 +97,6 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
 
 def host_options(arguments: argparse.Namespace) -> HostOptions:
     """The options above as the host takes them."""
-    from emulator.hypervisor.features import Features
-
     return HostOptions(
         features=Features(
             stimer=arguments.stimer != "off",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emulator.cli.options import size
+from emulator.errors import UsageError
 from emulator.machine import gateway_build
 from emulator.machine.acpi import vmbus_table
 from emulator.machine.arguments import EmulatorOptions, libvirt
@@ -56,7 +57,9 @@ def add_parser(verbs: Any) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    directory = arguments.dir.resolve(strict=True)
+    directory = arguments.dir.resolve()
+    if not directory.is_dir():
+        raise UsageError(f"--dir {arguments.dir}: there is no such directory; make it with mkdir -m 700")
     table = directory / "vmbus.aml"
     table.write_bytes(vmbus_table())
     options = EmulatorOptions(

@@ -129,7 +129,10 @@ def plan(arguments: argparse.Namespace) -> Plan:
     qemu = find_qemu()
     if arguments.snapshots is not None and not arguments.dry_run:
         make_image(qemu, arguments.snapshots)
-    extra = shlex.split(arguments.qemu)
+    try:
+        extra = shlex.split(arguments.qemu)
+    except ValueError as error:
+        raise UsageError(f"--qemu {arguments.qemu}: {error}; quote it as for a shell") from error
     if arguments.no_reboot or arguments.command:
         extra.append("-no-reboot")
     return Plan(
@@ -189,9 +192,6 @@ def guest_modules(
 
 
 def main(arguments: argparse.Namespace) -> int:
-    if "help" in arguments.device:
-        print(Registry().help())
-        return 0
     if arguments.smp < 1:
         raise UsageError(f"--smp {arguments.smp}: a guest has at least one vCPU")
     decided = plan(arguments)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from emulator.cli.table import table
-from emulator.errors import UserError
+from emulator.errors import UsageError, UserError
 from emulator.machine import rundir
 from emulator.machine.control import ask
 from emulator.machine.host import Host
@@ -52,7 +52,7 @@ def main(arguments: argparse.Namespace) -> int:
     words = list(arguments.words)
     tag = words.pop() if arguments.what != "list" and words else ""
     if len(words) > 1 or (arguments.what != "list" and not tag):
-        raise UserError(f"vmbus snapshot {arguments.what} takes [NAME]{'' if not tag else ' TAG'}")
+        raise UsageError(f"{arguments.what} takes {'[NAME]' if arguments.what == 'list' else '[NAME] TAG'}")
     control = rundir.find(words[0] if words else None) / "control.sock"
     found = ask(
         control,
