@@ -7,18 +7,25 @@ STAMP := $(VENV)/.installed
 GUESTS := debian-6.1 debian-6.12 debian-backports
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: all demo test unit guest-test setup check bench fuzz clean
+.PHONY: help all demo test unit setup check bench fuzz clean
 
+## Style, types, and all tests; what `make` alone does.
 all: check test
+
+## What can be made.
+help:
+	@awk '/^## / {text = substr($$0, 4)} \
+		/^[a-z]+:/ && text {sub(/:.*/, "", $$1); printf "make %-6s  %s\n", $$1, text; text = ""}' Makefile
 
 $(STAMP): pyproject.toml emulator/provision/bootstrap.sh
 	@sh emulator/provision/bootstrap.sh $(VENV)
 	@touch $@
 
+## Only install: Python packages, a private QEMU, the default guest kernel.
 setup: $(STAMP)
 	@$(BIN)/vmbus setup
 
-## Boot a guest, show its VMBus, shut it down.
+## Boot a guest and show what its host does for it: bus, devices, live migration, snapshot, shutdown.
 demo: setup
 	@$(BIN)/vmbus demo
 
@@ -48,5 +55,6 @@ fuzz: $(STAMP)
 bench: setup
 	@$(BIN)/python -m tests.bench $(BENCH) $(if $(JSON),--json)
 
+## Remove what was made here; what was fetched stays in ~/.cache/vmbus.
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
