@@ -93,8 +93,8 @@ def ask(path: Path, command: str, *, limit: float = 30.0, **arguments: object) -
                 line = stream.readline()
         except OSError as error:
             raise UserError(f"the emulator at {path} does not answer: {error}") from error
-    if not line:
-        raise UserError(f"the emulator at {path} ended before it answered")
+    if not line.endswith(b"\n"):
+        raise UserError(f"the emulator at {path} ended before it answered; is it still there? (vmbus status)")
     answer = json.loads(line)
     if "error" in answer:
         raise UserError(str(answer["error"]))
