@@ -89,6 +89,14 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
         help="offer synthetic timers, which Linux then uses as its clock event source (default: off)",
     )
     group.add_argument(
+        "--hold-limit",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="if this emulator goes away, the guest waits that long for the next one, then its messages are told "
+        "to try again (default: it waits for ever)",
+    )
+    group.add_argument(
         "--auto-eoi",
         action="store_true",
         help="do not advise against auto-EOI, so that guests use it (works in xAPIC mode: -cpu ...,-x2apic)",
@@ -105,6 +113,7 @@ def host_options(arguments: argparse.Namespace) -> HostOptions:
         ),
         max_version=arguments.max_version,
         take_over=getattr(arguments, "take_over", False),
+        hold_limit=arguments.hold_limit,
     )
 
 

@@ -46,7 +46,7 @@ from emulator.machine.qmp import Qmp
 from emulator.machine.qtest import Qtest
 from emulator.machine.workers import WorkerThreads
 from emulator.wire.gateway import DoorbellRule, TrapKind
-from emulator.wire.hypercall import HvStatus
+from emulator.wire.hypercall import CallCode, HvStatus
 from emulator.wire.version import Version
 
 _log = logging.getLogger(__name__)
@@ -68,6 +68,9 @@ class HostOptions:
     features: Features = field(default_factory=Features)
     max_version: Version = Version.COPPER
     take_over: bool = False
+    hold_limit: float = 0.0
+    """Seconds that a guest waits for an emulator that has gone before its messages are refused with the status on
+    which guests try again; 0: it waits for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +258,9 @@ class Host:
     def _activate(self, options: HostOptions) -> None:
         self.gateway.set_cpuid(cpuid_table(options.features, len(self.facts.apic_ids)))
         self.gateway.set_doorbells([EVENT_DOORBELLS])
+        self.gateway.set_hold_limit(
+            options.hold_limit, {CallCode.POST_MESSAGE: HvStatus.INSUFFICIENT_BUFFERS}
+        )
         if len(os.sched_getaffinity(0)) > 1:  # with one processor a vCPU that looks keeps the answer away
             self.gateway.set_spin(SPIN_NS)
         self.gateway.activate()
