@@ -264,13 +264,19 @@ class Gateway:
             reply, descriptors = _converse(connection, wire.Message(wire.MessageType.HELLO, flags=flags))
             _check(path, reply)
             if len(descriptors) != 2:
-                raise GatewayError(f"{path} sent {len(descriptors)} descriptors, expected 2")
+                raise GatewayError(
+                    f"{path} sent {len(descriptors)} descriptors, expected 2: "
+                    "restart QEMU with this emulator's own gateway"
+                )
             memory, event = descriptors
             region = mmap.mmap(memory, reply.argument, mmap.MAP_SHARED)
             magic, version = struct.unpack_from("<QI", region)
             if magic != wire.MAGIC or version != wire.VERSION:
                 region.close()
-                raise GatewayError(f"{path}: shared memory of version {version}, expected {wire.VERSION}")
+                raise GatewayError(
+                    f"{path}: shared memory of version {version}, expected {wire.VERSION}: "
+                    "restart QEMU with this emulator's own gateway"
+                )
             os.close(memory)
             descriptors = []
             return cls(connection, region, event)
@@ -611,7 +617,8 @@ def _check(path: Path | str, reply: wire.Reply) -> None:
         return
     if reply.status == wire.Status.BUSY:
         raise GatewayError(
-            f"an emulator (process {reply.argument}) is attached to {path}: end it, or take over from it"
+            f"an emulator (process {reply.argument}) is attached to {path}: end it, or send it away with "
+            "vmbus attach --take-over"
         )
     if reply.status == wire.Status.VERSION:
         raise GatewayError(

@@ -54,7 +54,7 @@ class QemuBinary:
     """The private copy's folder."""
 
     def tool(self, name: str) -> tuple[str, ...]:
-        """The argv prefix of ``qemu-img``, ``qemu-nbd``, ``qemu-storage-daemon``, ``dbus-daemon``.
+        """The argv prefix of ``qemu-img``, ``qemu-nbd``, ``dbus-daemon``.
 
         Of this copy if it has it, else from PATH. Raises :class:`MissingRequirement`.
         """
@@ -70,9 +70,6 @@ class QemuBinary:
 
     def qemu_nbd(self) -> tuple[str, ...]:
         return self.tool("qemu-nbd")
-
-    def qemu_storage_daemon(self) -> tuple[str, ...]:
-        return self.tool("qemu-storage-daemon")
 
     def dbus_daemon(self) -> tuple[str, ...]:
         """The argv prefix of a ``dbus-daemon``, the machine's own if it has one."""

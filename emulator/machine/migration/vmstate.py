@@ -34,9 +34,6 @@ _log = logging.getLogger(__name__)
 HELPER_ID = "vmbus-emulator"
 """Under which QEMU knows the emulator's state; ``id-list`` of the ``dbus-vmstate`` object."""
 
-STATE_LIMIT = 1 << 20
-"""Bytes that QEMU takes of one helper."""
-
 _INTERFACE = "org.qemu.VMState1"
 _PATH = "/org/qemu/VMState1"
 _PROPERTIES = "org.freedesktop.DBus.Properties"
@@ -164,7 +161,8 @@ class VmStateHelper:
             bus.disconnect()
             raise QemuUnsuitable(
                 f"no D-Bus daemon answers at {address} ({error}), which QEMU's dbus-vmstate object names: "
-                "without it the guest cannot be migrated"
+                "without it the guest cannot be migrated. Start it before QEMU; "
+                "`vmbus qemu-args --migratable` says how"
             ) from error
         return helper
 

@@ -53,7 +53,7 @@ def test_wrong_arguments_are_refused(harness_program: Path, tmp_path: Path, argu
 
 def test_a_second_emulator_is_refused_with_the_first_s_process_id(harness: Harness) -> None:
     first = harness.active()
-    with pytest.raises(GatewayError, match=r"process \d+.*take over"):
+    with pytest.raises(GatewayError, match=r"process \d+.*--take-over"):
         Gateway.attach(harness.socket)
     assert not first.closed
     assert first.traps() == []
