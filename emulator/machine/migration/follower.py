@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 CAPABILITIES = ("events", "pause-before-switchover")
-"""Set when the emulator attaches; see design 5."""
+"""Set when the emulator attaches: docs/migration.md says what for."""
 
 IMPOSSIBLE = {
     "postcopy-ram": "the guest would run before its memory is there, and the emulator reads that memory",
