@@ -101,7 +101,7 @@ class Booted:
 
 
 def nothing_lost(guest: Booted) -> bool:
-    """Every heartbeat but the one under way was answered, once. (A late answer is no loss: the machine may be slow.)"""
+    """Every heartbeat but the one under way was answered, once. A late answer is no loss."""
     beat = guest.channel("heartbeat")["details"]
     return beat["sequence"] - beat["answers"] in (0, 1) and not beat["odd_answers"]
 
