@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from emulator.errors import QemuError, UserError
-from emulator.machine.migration.follower import Departure, Phase
+from emulator.machine.migration.follower import Departure, Follower, Phase
 
 if TYPE_CHECKING:
     from emulator.machine.host import Host
 
 _POLL = 0.05
 _ARRIVAL_POLL = 0.25
+_EVENT_LIMIT = 1.0
 _SOCKETS = ("tcp:", "unix:", "vsock:")
 
 
@@ -107,9 +108,10 @@ async def _ended(host: Host, progress: Progress | None) -> dict[str, Any]:
         status = found.get("status")
         if progress is not None:
             progress(found)
-        if status == "completed":
-            return found
-        if status in ("failed", "cancelled"):
+        if status in ("completed", "failed", "cancelled"):
+            # The answer may overtake the event, and only that ends the follower's part.
+            with contextlib.suppress(TimeoutError):
+                await follower.until(_last(follower, status), _EVENT_LIMIT)
             return found
         with contextlib.suppress(TimeoutError):
             await follower.until(_told(follower.departure.statuses), _POLL)
@@ -118,6 +120,10 @@ async def _ended(host: Host, progress: Progress | None) -> dict[str, Any]:
 def _told(statuses: list[str]) -> Callable[[], bool]:
     before = len(statuses)
     return lambda: len(statuses) > before
+
+
+def _last(follower: Follower, status: str) -> Callable[[], bool]:
+    return lambda: follower.departure.statuses[-1:] == [status]
 
 
 async def receive(host: Host, uri: str) -> None:

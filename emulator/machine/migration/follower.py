@@ -45,6 +45,7 @@ IMPOSSIBLE = {
     "release-ram": "pages would be taken from the memory file that the emulator maps",
     "x-colo": "the emulator's state cannot be checkpointed",
     "background-snapshot": "QEMU cannot hold back the emulator's writes while it saves",
+    "x-ignore-shared": "guest memory would stay behind, and nobody checks that the target has the same file",
 }
 """Capabilities with which no migration is let through."""
 
@@ -197,14 +198,17 @@ class Follower:
         self.phase = Phase.IDLE
         self.state.thaw()
 
-    async def _check_capabilities(self) -> None:
-        qmp = self._host.qmp
-        found = await qmp.execute("query-migrate-capabilities")
+    async def impossible(self) -> str:
+        """Which capability that is set lets nothing through, and why; empty if there is none."""
+        found = await self._host.qmp.execute("query-migrate-capabilities")
         bad = [each["capability"] for each in found if each["state"] and each["capability"] in IMPOSSIBLE]
-        if bad:
-            _log.error("migration cancelled: with %s, %s", bad[0], IMPOSSIBLE[bad[0]])
-            self.departure.refusal = f"{bad[0]}: {IMPOSSIBLE[bad[0]]}"
-            await qmp.execute("migrate_cancel")
+        return f"{bad[0]}: {IMPOSSIBLE[bad[0]]}" if bad else ""
+
+    async def _check_capabilities(self) -> None:
+        if why := await self.impossible():
+            _log.error("migration cancelled: %s", why)
+            self.departure.refusal = why
+            await self._host.qmp.execute("migrate_cancel")
 
     async def _switch_over(self) -> None:
         begun = time.monotonic()

@@ -41,6 +41,7 @@ async def save(host: Host, tag: str, *, limit: float = 600.0) -> Departure:
     nodes = await _nodes(host)
     if tag in [each.tag for each in await listed(host)]:
         raise SnapshotFailed(f"there is a snapshot {tag} already; delete it first, or choose another name")
+    await _check_capabilities(host)
     ran = await _stop(host)
     follower = host.migration
     try:
@@ -60,6 +61,7 @@ async def load(host: Host, tag: str, *, limit: float = 600.0) -> None:
     nodes = await _nodes(host, Phase.IDLE, Phase.LOST)
     if tag not in [each.tag for each in await listed(host)]:
         raise SnapshotFailed(f"there is no snapshot {tag}; `vmbus snapshot list` shows what there is")
+    await _check_capabilities(host)
     ran = await _stop(host)
     follower = host.migration
     follower.state.hold()
@@ -120,6 +122,12 @@ async def _nodes(host: Host, *phases: Phase) -> list[str]:
             "QEMU has no writable qcow2 image to put a snapshot into: start the guest with --snapshots FILE"
         )
     return sorted(found, key=lambda name: name != SNAPSHOT_NODE)
+
+
+async def _check_capabilities(host: Host) -> None:
+    """What is set for migrations holds for snapshots too: with ``x-ignore-shared`` one would have no memory."""
+    if why := await host.migration.impossible():
+        raise SnapshotFailed(f"not with what is set for migrations: {why}; nothing was changed")
 
 
 async def _stop(host: Host) -> bool:
