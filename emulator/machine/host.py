@@ -45,7 +45,7 @@ from emulator.machine.migration.follower import Follower
 from emulator.machine.qmp import Qmp
 from emulator.machine.qtest import Qtest
 from emulator.machine.workers import WorkerThreads
-from emulator.wire.gateway import DoorbellRule, TrapKind
+from emulator.wire.gateway import TrapKind
 from emulator.wire.hypercall import CallCode, HvStatus
 from emulator.wire.version import Version
 
@@ -102,8 +102,8 @@ SETTLE_LIMIT = 10.0
 #: Connection ids of channels (``Channel.connection_id``): 0x2000 + relid.
 EVENT_CONNECTIONS = 0x2000
 
-#: HvSignalEvent in its fast form on one of those: posted, no vCPU waits for it.
-EVENT_DOORBELLS = DoorbellRule(control=0x1005D, base=EVENT_CONNECTIONS, count=2048, first=0, result=0)
+#: How many relids there are; 0 is none of them.
+RELIDS = 2048
 
 
 #: How long a vCPU looks for its answer before it sleeps: a message takes 30 to 60 us here, and being woken from
@@ -257,7 +257,7 @@ class Host:
 
     def _activate(self, options: HostOptions) -> None:
         self.gateway.set_cpuid(cpuid_table(options.features, len(self.facts.apic_ids)))
-        self.gateway.set_doorbells([EVENT_DOORBELLS])
+        self.gateway.set_doorbells(self.partition.doorbell_rules(EVENT_CONNECTIONS, RELIDS))
         self.gateway.set_hold_limit(
             options.hold_limit, {CallCode.POST_MESSAGE: HvStatus.INSUFFICIENT_BUFFERS}
         )

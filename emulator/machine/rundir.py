@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,8 +170,6 @@ def _memory_path(path: Path, size: int, name: str) -> Path:
 
 def is_served(path: Path) -> bool:
     """Whether an emulator listens on the control socket of this run directory."""
-    import socket
-
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(str(path / "control.sock"))
