@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from emulator.cli.table import table
-from emulator.errors import UserError
+from emulator.errors import UsageError, UserError
 from emulator.machine import rundir
 from emulator.machine.control import ask
 from emulator.machine.host import Ending, Host
@@ -24,6 +24,9 @@ examples:
   vmbus migrate web --json                  the same, with all figures
   vmbus run --incoming tcp:0:4444 ...       on the target: the same options as the guest was started with
   vmbus migrate web tcp:target:4444         and then this, on the source
+  vmbus migrate web --share-memory          into a new QEMU that maps the same memory: nothing of it is copied
+  vmbus migrate web unix:main.sock --cpr unix:cpr.sock
+                                            the same with QEMU's cpr-transfer, into a QEMU of your own
 
 The guest is never lost: if anything fails before the target has all of it, it goes on where it is.
 Exit status 0 when it runs at the target, 1 when it stayed.
@@ -51,6 +54,16 @@ def add_parser(verbs: Any) -> None:
         help="size of the buffer that each channel is saved into, chunk by chunk (default: 65536)",
     )
     parser.add_argument(
+        "--share-memory",
+        action="store_true",
+        help="copy no guest memory: the new QEMU, on this host, maps the same file",
+    )
+    parser.add_argument(
+        "--cpr",
+        metavar="ADDRESS",
+        help="hand QEMU's descriptors over there first (mode cpr-transfer); nothing is copied",
+    )
+    parser.add_argument(
         "--timeout", type=float, default=600.0, metavar="SECONDS", help="give up then (default: 600)"
     )
     parser.add_argument("--json", action="store_true", help="the summary, as one JSON object")
@@ -61,10 +74,21 @@ def main(arguments: argparse.Namespace) -> int:
     name, uri = arguments.name, arguments.uri
     if uri is None and name is not None and ":" in name:  # no guest's name has a colon
         name, uri = None, name
+    if uri is not None and arguments.share_memory:
+        raise UsageError(
+            "--share-memory is for a guest that moves into a new QEMU here; to a URI, set x-ignore-shared on both "
+            "sides, and start the target with the same mem-path"
+        )
+    if uri is None and arguments.cpr is not None:
+        raise UsageError("--cpr goes with a URI: where the same QEMU waits for the rest")
     control = rundir.find(name) / "control.sock"
     request: dict[str, object] = {"timeout": arguments.timeout}
     if uri is not None:
         request["uri"] = uri
+    if arguments.share_memory:
+        request["share_memory"] = True
+    if arguments.cpr is not None:
+        request["cpr"] = arguments.cpr
     if arguments.save_buffer is not None:
         request["save_buffer"] = arguments.save_buffer
     found = _ask_with_progress(control, "migrate" if uri else "move", request, arguments.timeout + 30)
@@ -138,7 +162,12 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
     if "save_buffer" in request:
         host.migration.buffer_size = int(request["save_buffer"])
     try:
-        outcome = await migrate(host, str(request["uri"]), limit=float(request.get("timeout", 600)))
+        outcome = await migrate(
+            host,
+            str(request["uri"]),
+            cpr=str(request["cpr"]) if "cpr" in request else None,
+            limit=float(request.get("timeout", 600)),
+        )
     except (KeyError, ValueError) as error:
         raise MigrationFailed(f"not a request to migrate: {error}") from error
     asyncio.get_running_loop().call_later(_LEAVE, host.stop, Ending.MIGRATED)

@@ -99,16 +99,16 @@ class TcgClock:
         self._stopped = False
         self.stopped_at = None
 
-    def restore(self, frequency: int, tsc: int, now: int, told: int) -> bool:
+    def restore(self, frequency: int, tsc: int, now: int, told: int, *, same_host: bool = False) -> bool:
         """The guest comes from another QEMU or another time. It knows its TSC's ``frequency`` (Hz, 0: none);
         reference time was ``now`` when its TSC was ``tsc`` (0: not known), and was ``told`` it last. Whether the
         TSC runs here as it did there.
 
         QEMU lets a guest's TSC go on where it stood. Two measurements of one TSC differ a little, and the guest
-        must see one: up to :data:`SAME_TSC` the guest's counts.
+        must see one: up to :data:`SAME_TSC` the guest's counts; on the ``same_host``, in any case.
         """
         own = self.tsc_frequency
-        same = abs(own - frequency) <= frequency * SAME_TSC
+        same = same_host or abs(own - frequency) <= frequency * SAME_TSC
         if same:
             self._frequency = frequency
         self._last = self._free_time = told

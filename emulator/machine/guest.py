@@ -26,6 +26,7 @@ from emulator.machine.host import Host, HostOptions
 from emulator.machine.launch import GuestOptions, QemuProcess, command_line
 from emulator.machine.migration.drive import MigrationFailed, Outcome, Progress, arrived, migrate, receive
 from emulator.machine.migration.follower import Phase
+from emulator.machine.migration.modes import leave_memory
 from emulator.machine.migration.vmstate import DbusDaemon
 from emulator.machine.rundir import RunDirectory
 from emulator.machine.served import HostCommand, Served
@@ -184,12 +185,14 @@ class Guest:
         host_options: HostOptions | None = None,
         commands: Mapping[str, HostCommand] | None = None,
         new_devices: Callable[[], Sequence[Device]] | None = None,
+        memory_of: Path | None = None,
     ) -> AsyncIterator[Guest]:
         """Start QEMU with the guest held at its first look for a hypervisor, attach, let it go.
 
-        ``new_devices`` makes the same devices again, for a guest that may :meth:`move`.
+        ``new_devices`` makes the same devices again, for a guest that may :meth:`move`. ``memory_of``: the memory
+        file of a guest that will come here and find its memory in it.
         """
-        directory = rundir.create(name, memory_size)
+        directory = rundir.create(name, memory_size, memory_of=memory_of)
         setup = Setup(qemu, gateway_library, memory_size, options, host_options)
         guest: Guest | None = None
         try:
@@ -205,8 +208,12 @@ class Guest:
                 await guest._station.close()
             directory.remove()
 
-    async def move(self, *, progress: Progress | None = None, limit: float = 600.0) -> Outcome:
+    async def move(
+        self, *, share_memory: bool = False, progress: Progress | None = None, limit: float = 600.0
+    ) -> Outcome:
         """Live-migrate into a new QEMU, served by a new host; the old ones are ended.
+
+        ``share_memory``: guest memory stays in its file, which the new QEMU maps too; nothing of it is copied.
 
         Raises :class:`~emulator.machine.migration.drive.MigrationFailed`: then the guest goes on where it is.
         """
@@ -214,16 +221,21 @@ class Guest:
             raise MigrationFailed("this guest is moving already")
         self._moving = True
         try:
-            return await self._move(progress, limit)
+            return await self._move(share_memory, progress, limit)
         finally:
             self._moving = False
 
-    async def _move(self, progress: Progress | None, limit: float) -> Outcome:
+    async def _move(self, share_memory: bool, progress: Progress | None, limit: float) -> Outcome:
         if self._new_devices is None:
             raise MigrationFailed("this guest's devices cannot be made a second time")
         old = self._station
         self._moves += 1
-        directory = rundir.within(self.directory, f"move-{self._moves}", self._setup.memory_size)
+        directory = rundir.within(
+            self.directory,
+            f"move-{self._moves}",
+            self._setup.memory_size,
+            memory_of=old.directory.memory if share_memory else None,
+        )
         options = self._setup.options
         options = replace(options, incoming=True, serial=options.serial or self.directory.console)
         setup = replace(self._setup, options=options)
@@ -231,16 +243,23 @@ class Guest:
         new = await Station.open(directory, self.directory.name, setup, self._new_devices())
         try:
             uri = f"unix:{directory.path}/migration.sock"
+            if share_memory:
+                await leave_memory(self.host.qmp, True)
+                await leave_memory(new.serving.qmp, True)
             await receive(new.serving, uri)
             outcome = await migrate(self.host, uri, progress=progress, limit=limit)
             await arrived(new.serving, limit)
         except BaseException as error:
             await new.close()
+            if share_memory:
+                await leave_memory(self.host.qmp, False)
             if self.host.migration.phase is Phase.LEFT:  # it is nowhere else: what it left is still all there
                 await self.host.qmp.execute("cont")
             if (why := new.serving.migration.load_refused) and isinstance(error, MigrationFailed):
                 raise MigrationFailed(f"{why}; the guest goes on here") from error
             raise
+        if share_memory:
+            await leave_memory(new.serving.qmp, False)
         new.serving.migration.buffer_size = buffer_size
         self._station = new
         self.served.replace(new.serving)
@@ -251,4 +270,5 @@ class Guest:
     async def _asked_to_move(self, host: Host, request: Mapping[str, Any]) -> object:
         if "save_buffer" in request:
             host.migration.buffer_size = int(request["save_buffer"])
-        return (await self.move(limit=float(request.get("timeout", 600)))).as_dict()
+        share = request.get("share_memory") is True
+        return (await self.move(share_memory=share, limit=float(request.get("timeout", 600)))).as_dict()

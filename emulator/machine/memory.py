@@ -46,6 +46,15 @@ class WriteThrough(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class RamFile:
+    """The file that guest RAM is: its device and inode number on this host, its ``size`` in bytes."""
+
+    device: int
+    inode: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class RamRegion:
     """``size`` bytes of RAM at guest physical address ``gpa``, found at ``offset`` in the backing file."""
 
@@ -162,6 +171,8 @@ class MappedMemory:
         self._through = through
         self._fence = threading.Lock()
         self._mapping: mmap.mmap | None = None
+        #: What is mapped; ``None`` for memory that is no file.
+        self.file: RamFile | None = None
         #: A byte a page of the file: 1 where this process wrote since the last ``take_dirty``.
         self.dirty = bytearray(len(ram) // PAGE_SIZE)
 
@@ -183,7 +194,8 @@ class MappedMemory:
                 "the emulator must run as the user that QEMU runs as, and see the same files"
             ) from error
         try:
-            size = os.fstat(descriptor).st_size
+            found = os.fstat(descriptor)
+            size = found.st_size
             needed = max(region.offset + region.size for region in regions)
             if size < needed:
                 raise QemuUnsuitable(f"{path} has {size} bytes, the guest's RAM layout needs {needed}")
@@ -192,6 +204,7 @@ class MappedMemory:
             os.close(descriptor)
         memory = cls(memoryview(mapping), regions, code_pages=code_pages, through=through)
         memory._mapping = mapping
+        memory.file = RamFile(found.st_dev, found.st_ino, size)
         return memory
 
     def close(self) -> None:
@@ -288,6 +301,14 @@ class MappedMemory:
             return self._gpa_of(page * PAGE_SIZE)
         except GuestAddressError:
             return None
+
+    def page_of_gpa(self, gpa: int) -> int:
+        """The page of the file that ``gpa`` is in. Raises :class:`~emulator.errors.GuestAddressError`."""
+        return self._pieces(gpa, 1)[0][0] // PAGE_SIZE
+
+    def read_page(self, page: int) -> memoryview:
+        """A page of the file, whether the guest sees it or not. The view must not be kept."""
+        return self._ram[page * PAGE_SIZE : (page + 1) * PAGE_SIZE].toreadonly()
 
     def _gpa_of(self, offset: int) -> int:
         for region in self.regions:

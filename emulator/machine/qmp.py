@@ -84,6 +84,11 @@ class Qmp:
         except QMPError as error:
             raise QemuError(f"{command}: {error}") from error
 
+    async def hand_over(self, descriptor: int, name: str) -> None:
+        """Give QEMU a descriptor of this process (which keeps it), for ``fd:NAME`` in a later command here."""
+        self._client.send_fd_scm(descriptor)
+        await self.execute("getfd", {"fdname": name})
+
     async def monitor(self, line: str) -> str:
         """One command of the human monitor."""
         return str(await self.execute("human-monitor-command", {"command-line": line}))

@@ -6,11 +6,13 @@ there is room for it: in the run directory if that file system has it, else in `
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 import socket
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,8 +121,10 @@ def check_name(name: str) -> str:
     return name
 
 
-def create(name: str | None, memory_size: int) -> RunDirectory:
+def create(name: str | None, memory_size: int, *, memory_of: Path | None = None) -> RunDirectory:
     """A new, empty run directory; ``None`` for a name chooses ``guest-N``.
+
+    ``memory_of``: the memory file of a guest that will come here without its memory being copied.
 
     Raises :class:`~emulator.errors.UserError` when a guest of that name runs, and
     :class:`~emulator.errors.MissingRequirement` when no memory file system has ``memory_size`` bytes.
@@ -144,19 +148,24 @@ def create(name: str | None, memory_size: int) -> RunDirectory:
                 raise UserError(f"a guest named {name} runs already ({path}); choose another --name")
             shutil.rmtree(path)  # left by a process that was killed
         path.mkdir(mode=0o700)
-    return RunDirectory(path, _memory_path(path, memory_size, path.name))
+    return RunDirectory(path, _memory_path(path, memory_size, path.name, memory_of))
 
 
-def within(guest: RunDirectory, name: str, memory_size: int) -> RunDirectory:
-    """A directory inside of a guest's, for another QEMU that the guest moves to. Raises as :func:`create`."""
+def within(
+    guest: RunDirectory, name: str, memory_size: int, *, memory_of: Path | None = None
+) -> RunDirectory:
+    """A directory inside of a guest's, for another QEMU that the guest moves to. As :func:`create`."""
     path = guest.path / name
     path.mkdir(mode=0o700)
-    return RunDirectory(path, _memory_path(path, memory_size, f"{guest.name}-{name}"))
+    return RunDirectory(path, _memory_path(path, memory_size, f"{guest.name}-{name}", memory_of))
 
 
-def _memory_path(path: Path, size: int, name: str) -> Path:
+def _memory_path(path: Path, size: int, name: str, memory_of: Path | None) -> Path:
     shm = Path("/dev/shm")
-    for candidate in (path / "memory", shm / f"vmbus-{os.getuid()}-{name}.memory"):
+    candidates = (path / "memory", shm / f"vmbus-{os.getuid()}-{name}.memory")
+    if memory_of is not None:
+        return _second_name(memory_of, candidates)
+    for candidate in candidates:
         room = os.statvfs(candidate.parent)
         # The file is sparse: the guest's working set has to fit, and some head room.
         if room.f_bavail * room.f_frsize >= min(size, 1 << 30):
@@ -166,6 +175,20 @@ def _memory_path(path: Path, size: int, name: str) -> Path:
         f"neither {path} nor {shm} has room for {size >> 20} MiB of guest memory; give the guest less (--memory), "
         "free some space there, or set XDG_RUNTIME_DIR to a directory with room"
     )
+
+
+def _second_name(memory: Path, candidates: Sequence[Path]) -> Path:
+    """One more name of a memory file: each QEMU that has it open removes its own."""
+    for candidate in candidates:
+        candidate.unlink(missing_ok=True)
+        try:
+            candidate.hardlink_to(memory)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise UserError(f"cannot share the memory file {memory}: {error.strerror}") from error
+        else:
+            return candidate
+    raise UserError(f"the memory file {memory} is on another file system than {candidates[0].parent}")
 
 
 def is_served(path: Path) -> bool:

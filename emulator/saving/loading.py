@@ -21,7 +21,7 @@ from emulator.saving.refusal import Reason, StateRefused
 from emulator.saving.state import Assembly, ChannelState, SavableChannel
 from emulator.saving.status import NtStatus
 from emulator.wire.chunk import HEADER_SIZE, ChunkKind
-from emulator.wire.saved import SAVED_END, ChannelIdentity, SavedEnd, SavedSection
+from emulator.wire.saved import SAVED_END, ChannelIdentity, SavedEnd, SavedMemory, SavedSection
 
 MAX_CHANNELS = 2048
 """Channel ids are event flag numbers: there are not more."""
@@ -47,6 +47,8 @@ class MachineState:
     hypervisor: SavedSection | None
     bus: SavedSection | None
     channels: tuple[SavedChannelState, ...]
+    memory: SavedMemory | None = None
+    """Guest memory was not copied: what the target maps has to be this."""
 
 
 class SectionTarget(Protocol):
@@ -80,11 +82,15 @@ def read_machine(data: bytes) -> MachineState:
     _check_end(data, chunks[-1], position.index)
     sections: dict[ChunkKind, SavedSection] = {}
     channels: dict[ChannelIdentity, SavedChannelState] = {}
+    memory: SavedMemory | None = None
     for chunk in chunks[1:-1]:
         if chunk.kind in (ChunkKind.HYPERVISOR, ChunkKind.BUS) and not channels:
-            if chunk.kind in sections or (chunk.kind == ChunkKind.HYPERVISOR and sections):
+            late = memory is not None or (chunk.kind == ChunkKind.HYPERVISOR and sections)
+            if chunk.kind in sections or late:
                 raise StateRefused(Reason.INCONSISTENT, f"chunk {chunk.index}: {chunk.kind.name} comes late")
             sections[chunk.kind] = chunk.record
+        elif chunk.kind == ChunkKind.MEMORY and memory is None and not channels:
+            memory = chunk.record
         elif chunk.kind == ChunkKind.CHANNEL_RECORDS:
             channel = _read_channel(chunk.record.identity, chunk.record.records)
             if channel.identity in channels or len(channels) == MAX_CHANNELS:
@@ -97,6 +103,7 @@ def read_machine(data: bytes) -> MachineState:
         sections.get(ChunkKind.HYPERVISOR),
         sections.get(ChunkKind.BUS),
         tuple(channels.values()),
+        memory,
     )
 
 

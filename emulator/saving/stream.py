@@ -4,6 +4,7 @@ Source: docs/saved-state.md. The chunks, in this order, all with one save id:
 
     MACHINE           who wrote it
     HYPERVISOR, BUS   at most one each, opaque here, with a form and a version of their own
+    MEMORY            if guest memory is not copied: which file it is
     CHANNEL_RECORDS   for each channel, what SaveContinue filled
     END               the last chunk: how many chunks and bytes came before
 
@@ -32,6 +33,7 @@ from emulator.wire.saved import (
     SavedChannelRecords,
     SavedEnd,
     SavedMachine,
+    SavedMemory,
     SavedRefusal,
     SavedSection,
 )
@@ -67,6 +69,7 @@ def save_machine(
     *,
     hypervisor: SavedSection | None = None,
     bus: SavedSection | None = None,
+    memory: SavedMemory | None = None,
     buffer_size: int = BUFFER_SIZE,
     limit: int = STREAM_LIMIT,
     save_id: int | None = None,
@@ -94,6 +97,7 @@ def save_machine(
             [
                 *([(ChunkKind.HYPERVISOR, hypervisor)] if hypervisor is not None else []),
                 *([(ChunkKind.BUS, bus)] if bus is not None else []),
+                *([(ChunkKind.MEMORY, memory)] if memory is not None else []),
                 *((ChunkKind.CHANNEL_RECORDS, each) for each in records),
             ],
             save_id,

@@ -42,6 +42,7 @@ class ChunkKind(enum.IntEnum):
     HYPERVISOR = 0x101
     BUS = 0x102
     CHANNEL_RECORDS = 0x103
+    MEMORY = 0x104
     REFUSAL = 0x1FE
     END = 0x1FF
 

@@ -21,7 +21,7 @@ from emulator.errors import MalformedError
 from emulator.wire.chunk import ChunkKind
 from emulator.wire.codec import Guid, Record
 from emulator.wire.packet import GpaRange, TransferPages, TransferRange
-from emulator.wire.pfn_runs import MAX_PAGES, PFN_LIMIT, RawRuns, VarUint, expand, steps
+from emulator.wire.pfn_runs import MAX_PAGES, PFN_LIMIT, PfnRuns, RawRuns, VarUint, expand, steps
 
 T = TypeVar("T")
 
@@ -356,6 +356,37 @@ SAVED_CHANNEL_RECORDS = Record(
 
 
 @dataclass(frozen=True, slots=True)
+class SavedMemory:
+    """Guest memory that is not copied: by what the target knows that the file it maps is the same, and unchanged.
+
+    ``boot`` is the host's boot id, and ``device`` and ``inode`` are the file's there; ``size`` is in bytes.
+    ``digest`` is BLAKE2b of ``pages`` (page numbers within the file), then of pages ``first``, ``first + step`` …
+    """
+
+    boot: UUID
+    device: int
+    inode: int
+    size: int
+    pages: tuple[int, ...]
+    first: int
+    step: int
+    digest: bytes
+
+
+SAVED_MEMORY = Record(
+    SavedMemory,
+    "boot" / Guid,
+    "device" / c.Int64ul,
+    "inode" / c.Int64ul,
+    "size" / c.Int64ul,
+    "pages" / PfnRuns,
+    "first" / VarUint,
+    "step" / VarUint,
+    "digest" / Blob,
+)
+
+
+@dataclass(frozen=True, slots=True)
 class SavedRefusal:
     """In place of a state: why there is none. ``reason`` is a stable name."""
 
@@ -387,6 +418,7 @@ RECORDS: dict[ChunkKind, dict[int, Record[Any]]] = {
     ChunkKind.HYPERVISOR: {1: SAVED_SECTION},
     ChunkKind.BUS: {1: SAVED_SECTION},
     ChunkKind.CHANNEL_RECORDS: {1: SAVED_CHANNEL_RECORDS},
+    ChunkKind.MEMORY: {1: SAVED_MEMORY},
     ChunkKind.REFUSAL: {1: SAVED_REFUSAL},
     ChunkKind.END: {1: SAVED_END},
 }

@@ -36,8 +36,14 @@ class Journey:
     stations: list[contextlib.AsyncExitStack] = field(default_factory=list)
     moves: int = 0
 
-    async def begin(self, options: GuestOptions, *, devices: Sequence[str] | None = None) -> Booted:
-        """A new QEMU and emulator."""
+    async def begin(
+        self,
+        options: GuestOptions,
+        *,
+        devices: Sequence[str] | None = None,
+        memory_of: Booted | None = None,
+    ) -> Booted:
+        """A new QEMU and emulator; with the memory file ``memory_of`` another place, if it is to be shared."""
         number = len(self.stations)
         console = self.folder / f"console-{number}.log"
         stack = contextlib.AsyncExitStack()
@@ -51,6 +57,7 @@ class Journey:
                 options=replace(options, serial=console),
                 devices=[Registry().create(line) for line in (devices or self.devices)],
                 host_options=self.host_options,
+                memory_of=memory_of.guest.directory.memory if memory_of else None,
             )
         )
         station = Booted(guest, console)

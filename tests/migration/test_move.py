@@ -23,9 +23,10 @@ def test_name_output_and_status_of_a_command_survive_moves(tmp_path: Path) -> No
         ) as guest:
             await guest.says("10\n")
             pids = {guest.guest.process.pid}
-            for _ in range(3):
+            for share in (False, True, True):
                 answers = guest.device("heartbeat").status()["answers"]
-                await guest.guest.move(limit=60)
+                outcome = await guest.guest.move(share_memory=share, limit=60)
+                assert (outcome.memory_bytes < 4 << 20) == share
                 pids.add(guest.guest.process.pid)
                 await guest.until(
                     lambda before=answers: guest.device("heartbeat").status()["answers"] > before,
@@ -46,8 +47,9 @@ def test_a_guest_that_cannot_move_stays(tmp_path: Path) -> None:
             await guest.until(lambda: guest.device("heartbeat").status()["answers"] > 3, "heartbeats")
             before = sorted(path.name for path in guest.guest.directory.path.iterdir())
             guest.guest._new_devices = list
-            with pytest.raises(MigrationFailed, match="not-there"):
-                await guest.guest.move(limit=60)
+            for share in (False, True):
+                with pytest.raises(MigrationFailed, match="not-there"):
+                    await guest.guest.move(share_memory=share, limit=60)
             answers = guest.device("heartbeat").status()["answers"]
             await guest.until(
                 lambda: guest.device("heartbeat").status()["answers"] > answers + 3, "heartbeats after that"

@@ -3,114 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from emulator.machine.host import Host
-from emulator.machine.migration import snapshots
-from emulator.machine.migration.drive import MigrationFailed, Outcome, arrived, migrate, receive
-from emulator.machine.migration.snapshots import SnapshotFailed
-from emulator.saving import NtStatus
-from tests.guest.harness import LOADED_MODULES, Booted
-from tests.guest.test_boot import complaints
-from tests.migration.journey import Journey, journey
-from tests.migration.test_live import more_beats
+from emulator.machine.migration.drive import MigrationFailed, arrived, migrate, receive
+from tests.migration.load import LIMIT, Program, goes_on, place, put, tcp_uri, under_load, went_well
 
 pytestmark = pytest.mark.guest
-
-LIMIT = 60
-ECHOING = "echo started; while echo_client --count 10000 --generate 5000 --fill 20; do :; done; echo failed"
-
-Program = Callable[[str], Path]
-
-
-@contextlib.asynccontextmanager
-async def under_load(
-    folder: Path,
-    program: Program,
-    *,
-    kernel: str = "debian-6.12",
-    beside: str = "",
-    extra: Sequence[str] = (),
-    image: bool = False,
-) -> AsyncIterator[Journey]:
-    """A guest whose echo client checks every byte; ``beside`` is a command that runs next to it."""
-    # uio_hv_generic of 6.1 refuses a channel that is signalled by hypercall.
-    echo = f"echo,monitor={'on' if kernel == 'debian-6.1' else 'off'}"
-    async with journey(
-        folder,
-        kernel=kernel,
-        devices=("heartbeat,interval=0.05", "shutdown", echo),
-        add=[(program("echo_client"), "/bin/echo_client")],
-        load=(*LOADED_MODULES, "uio_hv_generic"),
-        command=[f"{beside} {ECHOING}"],
-        extra=extra,
-        snapshots=image,
-    ) as guest:
-        await guest.here.says("started")
-        await more_beats(guest)
-        yield guest
-
-
-async def goes_on(guest: Journey) -> None:
-    """The load is still there, and nothing was lost, changed or refused on the way."""
-    await more_beats(guest)
-    requests = guest.device("echo").status()["requests"]
-    reports = guest.here.output.count(b"{")
-    await guest.here.until(lambda: guest.here.output.count(b"{") > reports + 1, "two more reports")
-    assert guest.device("echo").status()["requests"] > requests
-    text = guest.here.output.decode()
-    assert "failed" not in text, text
-    for line in text.splitlines()[1:-1]:  # the last may not be complete
-        json.loads(line)
-    assert guest.device("heartbeat").status()["odd_answers"] == 0
-    found = guest.here.status()
-    assert all(channel["refusals"] == {} for channel in found["channels"])
-    assert all(channel["io"]["refusals"] == {} for channel in found["channels"])
-    assert found["bus"]["refusals"] == {}
-    assert complaints(guest.here.console()) == []
-
-
-def went_well(outcome: Outcome) -> None:
-    assert outcome.departure.statuses[-1] == "completed"
-    assert len(outcome.departure.channels) == 3
-    for channel in outcome.departure.channels:
-        assert channel.statuses == (NtStatus.STATUS_SUCCESS,)
-
-
-async def put(
-    host: Host, capabilities: Mapping[str, bool], parameters: Mapping[str, Any] | None = None
-) -> None:
-    if capabilities:
-        wanted = [{"capability": name, "state": state} for name, state in capabilities.items()]
-        await host.qmp.execute("migrate-set-capabilities", {"capabilities": wanted})
-    if parameters:
-        await host.qmp.execute("migrate-set-parameters", dict(parameters))
-
-
-async def place(
-    guest: Journey, capabilities: Mapping[str, bool], parameters: Mapping[str, Any] | None = None
-) -> Booted:
-    """Somewhere to go to, not listening yet; the same is set there and here."""
-    there = await guest.begin(replace(guest.options, incoming=True))
-    for station in (guest.here, there):
-        await put(station.host, capabilities, parameters)
-    return there
-
-
-async def tcp_uri(there: Booted) -> str:
-    """Have it listen on a port that is free."""
-    await receive(there.host, "tcp:127.0.0.1:0")
-    address = (await there.host.qmp.execute("query-migrate"))["socket-address"][0]
-    return f"tcp:{address['host']}:{address['port']}"
-
 
 MULTIFD = {"multifd": True}, {"multifd-channels": 4}
 
@@ -259,26 +162,6 @@ def test_a_place_with_another_uuid_is_refused(tmp_path: Path, guest_program: Pro
             went_well(await migrate(guest.host, await tcp_uri(there), limit=LIMIT))
             await arrived(there.host, limit=LIMIT)
             await guest.settle_at(there)
-            await goes_on(guest)
-
-    asyncio.run(story())
-
-
-def test_memory_that_stays_behind_is_refused(tmp_path: Path, guest_program: Program) -> None:
-    async def story() -> None:
-        async with under_load(tmp_path, guest_program, image=True) as guest:
-            there = await place(guest, {"x-ignore-shared": True})
-            uri = await tcp_uri(there)
-            with pytest.raises(MigrationFailed, match="x-ignore-shared: guest memory"):
-                await migrate(guest.host, uri, limit=LIMIT)
-            with pytest.raises(SnapshotFailed, match="x-ignore-shared"):
-                await snapshots.save(guest.host, "empty")
-            assert await snapshots.listed(guest.host) == []
-            await goes_on(guest)
-            await guest.leave(there)
-
-            await put(guest.host, {"x-ignore-shared": False})
-            went_well(await guest.move())
             await goes_on(guest)
 
     asyncio.run(story())

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from emulator.errors import QemuError, UserError
+from emulator.machine.migration.addresses import handed_over, structured, two_way
 from emulator.machine.migration.follower import Departure, Follower, Phase
+from emulator.machine.migration.modes import cpr_transfer
 
 if TYPE_CHECKING:
     from emulator.machine.host import Host
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 _POLL = 0.05
 _ARRIVAL_POLL = 0.25
 _EVENT_LIMIT = 1.0
-_SOCKETS = ("tcp:", "unix:", "vsock:")
 
 
 class MigrationFailed(UserError):
@@ -53,8 +54,19 @@ Progress = Callable[[dict[str, Any]], object]
 """Called with QEMU's ``query-migrate`` now and then."""
 
 
-async def migrate(host: Host, uri: str, *, progress: Progress | None = None, limit: float = 600.0) -> Outcome:
+async def migrate(
+    host: Host,
+    uri: str,
+    *,
+    cpr: str | None = None,
+    descriptor: int | None = None,
+    progress: Progress | None = None,
+    limit: float = 600.0,
+) -> Outcome:
     """Send the guest of ``host`` to ``uri``; returns when the target has it.
+
+    ``cpr``: where a QEMU waits for the descriptors of guest memory and more (``unix:PATH``, its ``-incoming`` of
+    channel type ``cpr``); then nothing is copied. ``descriptor``: what ``fd:`` names, of this process.
 
     Raises :class:`MigrationFailed` when it stays here: refused, failed, cancelled, or not done in ``limit``
     seconds.
@@ -68,25 +80,29 @@ async def migrate(host: Host, uri: str, *, progress: Progress | None = None, lim
     if follower.phase is not Phase.IDLE:
         raise MigrationFailed(f"the guest cannot be migrated now: it is {follower.phase.value}")
     qmp = host.qmp
-    return_path = uri.startswith(_SOCKETS)
     await qmp.execute(
         "migrate-set-capabilities",
-        {"capabilities": [{"capability": "return-path", "state": return_path}]},
+        {"capabilities": [{"capability": "return-path", "state": two_way(uri, descriptor)}]},
     )
     host.memory.take_dirty()  # QEMU begins with all of memory
     follower.departure = Departure()
-    try:
-        await qmp.execute("migrate", {"uri": uri})
-    except QemuError as error:
-        raise MigrationFailed(str(error)) from error
-    try:
-        async with asyncio.timeout(limit):
-            found = await _ended(host, progress)
-    except TimeoutError:
-        with contextlib.suppress(QemuError):
-            await qmp.execute("migrate_cancel")
-        await _ended(host, None)
-        raise MigrationFailed(f"not done within {limit:g} s; the guest goes on here") from None
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            address = await stack.enter_async_context(handed_over(qmp, uri, descriptor))
+            if cpr is not None:
+                await stack.enter_async_context(cpr_transfer(qmp))
+                channels = [("main", address), ("cpr", cpr)]
+                arguments: dict[str, Any] = {
+                    "channels": [
+                        {"channel-type": kind, "addr": structured(where)} for kind, where in channels
+                    ]
+                }
+            else:
+                arguments = {"uri": address}
+            await qmp.execute("migrate", arguments)
+        except QemuError as error:
+            raise MigrationFailed(str(error)) from error
+        found = await _followed(host, progress, limit)
     if found["status"] != "completed":
         why = follower.departure.refusal or found.get("error-desc") or found["status"]
         raise MigrationFailed(f"{why}; the guest goes on here")
@@ -98,6 +114,18 @@ async def migrate(host: Host, uri: str, *, progress: Progress | None = None, lim
         passes=ram.get("dirty-sync-count", 0),
         departure=follower.departure,
     )
+
+
+async def _followed(host: Host, progress: Progress | None, limit: float) -> dict[str, Any]:
+    """QEMU's account of the migration that has begun, once it has ended; after ``limit`` seconds it is cancelled."""
+    try:
+        async with asyncio.timeout(limit):
+            return await _ended(host, progress)
+    except TimeoutError:
+        with contextlib.suppress(QemuError):
+            await host.qmp.execute("migrate_cancel")
+        await _ended(host, None)
+        raise MigrationFailed(f"not done within {limit:g} s; the guest goes on here") from None
 
 
 async def _ended(host: Host, progress: Progress | None) -> dict[str, Any]:
@@ -126,9 +154,13 @@ def _last(follower: Follower, status: str) -> Callable[[], bool]:
     return lambda: follower.departure.statuses[-1:] == [status]
 
 
-async def receive(host: Host, uri: str) -> None:
-    """Listen on ``uri`` for the guest; returns when QEMU listens. See :func:`arrived`."""
-    await host.qmp.execute("migrate-incoming", {"uri": uri, "exit-on-error": False})
+async def receive(host: Host, uri: str, *, descriptor: int | None = None) -> None:
+    """Listen on ``uri`` for the guest; returns when QEMU listens. See :func:`arrived`.
+
+    ``descriptor``: what ``fd:`` names, of this process.
+    """
+    async with handed_over(host.qmp, uri, descriptor) as address:
+        await host.qmp.execute("migrate-incoming", {"uri": address, "exit-on-error": False})
 
 
 async def arrived(host: Host, limit: float | None = 600.0) -> None:

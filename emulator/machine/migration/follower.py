@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from emulator.errors import QemuError, VmbusError
 from emulator.machine.migration.machine import HostState
+from emulator.machine.migration.modes import CAPABILITIES, Manner, manner
 from emulator.machine.migration.vmstate import VmStateHelper
 from emulator.saving import Reason, StateRefused, refusal_stream
 from emulator.saving.stream import BUFFER_SIZE, ChannelStatistics
@@ -36,18 +37,6 @@ if TYPE_CHECKING:
     from emulator.machine.host import Host
 
 _log = logging.getLogger(__name__)
-
-CAPABILITIES = ("events", "pause-before-switchover")
-"""Set when the emulator attaches: docs/migration.md says what for."""
-
-IMPOSSIBLE = {
-    "postcopy-ram": "the guest would run before its memory is there, and the emulator reads that memory",
-    "release-ram": "pages would be taken from the memory file that the emulator maps",
-    "x-colo": "the emulator's state cannot be checkpointed",
-    "background-snapshot": "QEMU cannot hold back the emulator's writes while it saves",
-    "x-ignore-shared": "guest memory would stay behind, and nobody checks that the target has the same file",
-}
-"""Capabilities with which no migration is let through."""
 
 SETTLE_LIMIT = 10.0
 """Seconds that devices have to end their work (reads of files, mostly) once the guest is stopped."""
@@ -130,6 +119,7 @@ class Follower:
         self._helper: VmStateHelper | None = None
         self._data: bytes | None = None
         self._good = False
+        self._manner: Manner | None = None
         self._watchers: set[Callable[[], None]] = set()
 
     async def start(self) -> None:
@@ -177,7 +167,8 @@ class Follower:
         if status == "setup":
             self.departure = Departure()
             self.phase = Phase.MIGRATING
-            self._host.background(self._check_capabilities())
+            self._manner = None
+            self._host.background(self._look_at_manner())
         self.departure.statuses.append(status)
         if status == "pre-switchover":
             self._host.background(self._switch_over())
@@ -198,25 +189,23 @@ class Follower:
         self.phase = Phase.IDLE
         self.state.thaw()
 
-    async def impossible(self) -> str:
-        """Which capability that is set lets nothing through, and why; empty if there is none."""
-        found = await self._host.qmp.execute("query-migrate-capabilities")
-        bad = [each["capability"] for each in found if each["state"] and each["capability"] in IMPOSSIBLE]
-        return f"{bad[0]}: {IMPOSSIBLE[bad[0]]}" if bad else ""
-
-    async def _check_capabilities(self) -> None:
-        if why := await self.impossible():
+    async def _look_at_manner(self) -> None:
+        self._manner = await manner(self._host.qmp)
+        if why := self._manner.refusal:
             _log.error("migration cancelled: %s", why)
             self.departure.refusal = why
             await self._host.qmp.execute("migrate_cancel")
 
     async def _switch_over(self) -> None:
         begun = time.monotonic()
-        await self._prepare(Phase.READY)
+        how = self._manner or await manner(self._host.qmp)
+        await self._prepare(Phase.READY, memory_stays=how.memory_stays)
         departure = self.departure
-        departure.pages_marked = await self.state.mark_dirty(
-            lambda: self.phase is Phase.READY and departure.statuses[-1:] == ["pre-switchover"]
-        )
+        departure.refusal = departure.refusal or how.refusal
+        if not how.memory_stays:
+            departure.pages_marked = await self.state.mark_dirty(
+                lambda: self.phase is Phase.READY and departure.statuses[-1:] == ["pre-switchover"]
+            )
         if not await self._still_waits():
             return
         self._good = True
@@ -244,7 +233,7 @@ class Follower:
         await self._prepare(Phase.SNAPSHOT)
         self._good = True
 
-    async def _prepare(self, phase: Phase) -> None:
+    async def _prepare(self, phase: Phase, *, memory_stays: bool = False) -> None:
         """Freeze and save; the guest is stopped. What went wrong is in ``departure.refusal``."""
         self.phase = phase
         self._good = False
@@ -257,7 +246,7 @@ class Follower:
         try:
             if not settled:
                 raise StateRefused(Reason.WRONG_STATE, "a device's work did not end in time")
-            saved = self.state.save(self.buffer_size)
+            saved = self.state.save(self.buffer_size, memory_stays=memory_stays)
         except StateRefused as error:
             _log.error("the guest cannot be saved: %s", error)
             self.departure.refusal = str(error)

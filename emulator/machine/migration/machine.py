@@ -24,6 +24,7 @@ from emulator.errors import MalformedError
 from emulator.hypervisor.features import Features
 from emulator.hypervisor.reference_time import TscScaling
 from emulator.machine.gateway import Unclaimed
+from emulator.machine.migration import shared_memory
 from emulator.machine.migration.bus_records import SAVED_BUS
 from emulator.machine.migration.records import SAVED_HYPERVISOR, SavedAnswer, SavedHypervisor
 from emulator.ports import PAGE_SIZE
@@ -63,6 +64,8 @@ class HypervisorSection:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._last: tuple[bytes, SavedHypervisor] | None = None
+        #: The state comes from this host: the TSC is the same one, whatever its frequency was measured to be.
+        self.same_host = False
 
     def _parsed(self, section: SavedSection) -> SavedHypervisor:
         """Parsing takes milliseconds, and the same section is checked and then applied."""
@@ -102,7 +105,7 @@ class HypervisorSection:
         now = time.time
         if time.frequency and saved.tsc:  # what a guest that computes time itself has seen
             now = max(now, TscScaling(time.frequency, time.scale, time.offset).time(saved.tsc))
-        same = host.clock.restore(saved.tsc_frequency, saved.tsc, now, time.time)
+        same = host.clock.restore(saved.tsc_frequency, saved.tsc, now, time.time, same_host=self.same_host)
         host.partition.import_state(saved.partition)
         if not same:  # the guest asks for the time until its TSC is known here
             host.partition.publish_reference_tsc()
@@ -214,13 +217,18 @@ class HostState:
         for channel in self._known():
             self._saver.start(channel)
 
-    def save(self, buffer_size: int = BUFFER_SIZE) -> SavedState:
-        """The state of a frozen host. Raises :class:`~emulator.saving.StateRefused`."""
+    def save(self, buffer_size: int = BUFFER_SIZE, *, memory_stays: bool = False) -> SavedState:
+        """The state of a frozen host; ``memory_stays``: the target maps the same memory.
+
+        Raises :class:`~emulator.saving.StateRefused`.
+        """
+        memory = shared_memory.describe(self._host.memory, self._host.bus.channels) if memory_stays else None
         return save_machine(
             self._saver,
             self._known(),
             hypervisor=self._hypervisor.save(),
             bus=self._bus.save(),
+            memory=memory,
             buffer_size=buffer_size,
         )
 
@@ -229,6 +237,9 @@ class HostState:
         unless a device refused.
         """
         state = read_machine(data)
+        if state.memory is not None:
+            shared_memory.check(state.memory, self._host.memory)
+        self._hypervisor.same_host = state.memory is not None and state.memory.boot == shared_memory.boot_id()
         made = self._make_subchannels(state)
         restore = Restore(self._saver, self._known(), hypervisor=self._hypervisor, bus=self._bus)
         try:

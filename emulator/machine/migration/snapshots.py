@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from emulator.errors import QemuError, UserError
 from emulator.machine.launch import SNAPSHOT_NODE
 from emulator.machine.migration.follower import SETTLE_LIMIT, Departure, Phase
+from emulator.machine.migration.modes import manner
 
 if TYPE_CHECKING:
     from emulator.machine.host import Host
@@ -126,7 +127,7 @@ async def _nodes(host: Host, *phases: Phase) -> list[str]:
 
 async def _check_capabilities(host: Host) -> None:
     """What is set for migrations holds for snapshots too: with ``x-ignore-shared`` one would have no memory."""
-    if why := await host.migration.impossible():
+    if why := (await manner(host.qmp)).snapshot_refusal:
         raise SnapshotFailed(f"not with what is set for migrations: {why}; nothing was changed")
 
 

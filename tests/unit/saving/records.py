@@ -20,6 +20,7 @@ from emulator.wire.saved import (
     SavedEnd,
     SavedGpadl,
     SavedMachine,
+    SavedMemory,
     SavedOpen,
     SavedOutgoing,
     SavedPacket,
@@ -90,6 +91,15 @@ RECORD_STRATEGIES: dict[ChunkKind, st.SearchStrategy[Any]] = {
     ChunkKind.HYPERVISOR: sections,
     ChunkKind.BUS: sections,
     ChunkKind.CHANNEL_RECORDS: st.builds(SavedChannelRecords, identities, members(blob)),
+    ChunkKind.MEMORY: st.builds(
+        SavedMemory,
+        st.uuids(),
+        *(u64,) * 3,
+        members(st.integers(0, PFN_LIMIT - 1)),
+        u64,
+        u64,
+        blob,
+    ),
     ChunkKind.REFUSAL: st.builds(SavedRefusal, text, text),
     ChunkKind.END: st.builds(SavedEnd, u32, u32),
 }

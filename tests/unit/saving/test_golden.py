@@ -31,6 +31,7 @@ from emulator.wire.saved import (
     SavedChannel,
     SavedCompletion,
     SavedGpadl,
+    SavedMemory,
     SavedOpen,
     SavedPacket,
     SavedSection,
@@ -192,6 +193,37 @@ def test_written_files_are_the_ones_that_were_released() -> None:
     # If this fails, the writer above was changed: put it back. A new layout is a new version.
     assert hashlib.sha256(b"".join(channel_v1())).hexdigest() == CHANNEL_V1
     assert hashlib.sha256(machine_v1()).hexdigest() == MACHINE_V1
+
+
+MEMORY = SavedMemory(IDENTITY[1], 0x10302, 77, 1 << 28, (5, 6, 7, 900), 3, 64, bytes(range(32)))
+
+
+def memory_record() -> bytes:
+    places = struct.pack("<QQQ", 0x10302, 77, 1 << 28) + pages((5, 3), (892, 1))
+    return IDENTITY[1].bytes_le + places + varint(3) + varint(64) + blob(bytes(range(32)))
+
+
+def test_memory_of_version_1_is_read_and_written_again_byte_for_byte() -> None:
+    parts = [(0x100, blob(b"w")), (0x104, memory_record())]
+    data = b"".join(chunk(kind, index, record, save_id=1) for index, (kind, record) in enumerate(parts))
+    data += chunk(0x1FF, 2, struct.pack("<II", 2, len(data)), save_id=1, last=True)
+    assert read_machine(data).memory == MEMORY
+    saver = ChannelSaver()
+    again = encode(ChunkKind.MEMORY, MEMORY, save_id=1, index=1, last=False)
+    assert again == chunk(0x104, 1, memory_record(), save_id=1)
+    assert read_machine(save_machine(saver, [], memory=MEMORY).data).memory == MEMORY
+    assert read_machine(machine_v1()).memory is None
+
+
+@pytest.mark.parametrize("kinds", [(0x104, 0x104), (0x104, 0x102), (0x104, 0x101)])
+def test_memory_comes_once_and_after_the_other_parts(kinds: tuple[int, int]) -> None:
+    section = blob(b"bus") + struct.pack("<H", 2) + blob(b"")
+    data = chunk(0x100, 0, blob(b"w"), save_id=1)
+    for index, kind in enumerate(kinds, 1):
+        data += chunk(kind, index, memory_record() if kind == 0x104 else section, save_id=1)
+    data += chunk(0x1FF, 3, struct.pack("<II", 3, len(data)), save_id=1, last=True)
+    with pytest.raises(StateRefused, match="inconsistent"):
+        read_machine(data)
 
 
 def test_refusal_of_version_1_is_read() -> None:

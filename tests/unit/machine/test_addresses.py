@@ -1,0 +1,49 @@
+"""Addresses of migrations, as a user names them."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+from emulator.errors import UsageError
+from emulator.machine.migration.addresses import descriptor_number, structured, two_way
+
+
+def test_addresses_as_qemu_takes_them_in_channels() -> None:
+    assert structured("unix:/a/b:c") == {"transport": "socket", "type": "unix", "path": "/a/b:c"}
+    assert structured("tcp:host:44") == {
+        "transport": "socket",
+        "type": "inet",
+        "host": "host",
+        "port": "44",
+    }
+    assert structured("tcp:[::1]:44")["host"] == "::1"
+    assert structured("vsock:3:44") == {"transport": "socket", "type": "vsock", "cid": "3", "port": "44"}
+    assert structured("fd:name") == {"transport": "socket", "type": "fd", "str": "name"}
+
+
+@pytest.mark.parametrize("uri", ["", "unix:", "tcp:host", "tcp:host:http", "exec:cat", "somewhere"])
+def test_what_is_no_address_of_a_channel(uri: str) -> None:
+    with pytest.raises(UsageError, match="no address of a migration channel"):
+        structured(uri)
+
+
+def test_descriptors_are_named_by_number() -> None:
+    assert descriptor_number("fd:7") == 7
+    assert descriptor_number("file:7") is None
+    with pytest.raises(UsageError, match="by its number"):
+        descriptor_number("fd:name")
+
+
+def test_only_over_a_socket_can_a_target_answer() -> None:
+    assert two_way("tcp:host:1")
+    assert two_way("unix:/a")
+    assert not two_way("exec:cat")
+    assert not two_way("file:/a")
+    one, other = socket.socketpair()
+    reading, writing = os.pipe()
+    with one, other, os.fdopen(reading), os.fdopen(writing, "wb"):
+        assert two_way("fd:7", one.fileno())
+        assert not two_way("fd:7", writing)
