@@ -24,7 +24,9 @@ examples:
 
 The QEMU must have been started with the options that `vmbus qemu-args` prints; all the rest (guest memory and its
 layout, gateway, qtest, vCPUs) is found through QMP and the QEMU process. Ctrl-C detaches: QEMU goes on, and its
-guest waits for the next emulator where it needs one.
+guest waits where it needs its host. The next emulator can serve it if it has not set up anything yet; if it has, it
+can only be reset (--reset), since that was known to the emulator that went away. To keep it, take a snapshot, or
+migrate it.
 """
 
 
@@ -40,6 +42,11 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--name", help="the name under which `vmbus status` finds it (default: guest-N)")
     parser.add_argument(
         "--take-over", action="store_true", help="replace an emulator that is attached (it will end)"
+    )
+    parser.add_argument(
+        "--reset",
+        action="store_true",
+        help="reset a guest that used its Hyper-V host already when its emulator went away, which knew it alone",
     )
     add_host_options(parser)
     parser.set_defaults(action=main)

@@ -66,6 +66,12 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--timeout", type=float, default=600.0, metavar="SECONDS", help="give up then (default: 600)"
     )
+    parser.add_argument(
+        "--take-back",
+        action="store_true",
+        help="the guest was sent away by somebody else's command, and the target is known to have failed: let it go "
+        "on here",
+    )
     parser.add_argument("--json", action="store_true", help="the summary, as one JSON object")
     parser.set_defaults(action=main)
 
@@ -82,6 +88,12 @@ def main(arguments: argparse.Namespace) -> int:
     if uri is None and arguments.cpr is not None:
         raise UsageError("--cpr goes with a URI: where the same QEMU waits for the rest")
     control = rundir.find(name) / "control.sock"
+    if arguments.take_back:
+        if uri is not None:
+            raise UsageError("--take-back is about the guest that is here: it goes with no URI")
+        ask(control, "take-back")
+        print("the guest goes on here")
+        return 0
     request: dict[str, object] = {"timeout": arguments.timeout}
     if uri is not None:
         request["uri"] = uri
@@ -180,6 +192,12 @@ async def move(host: Host, request: Mapping[str, Any]) -> object:
         "this guest's QEMU was started by somebody else, so no second one can be: start one with -incoming defer, "
         "attach an emulator to it, and say where it listens (vmbus migrate NAME URI)"
     )
+
+
+async def take_back(host: Host, request: Mapping[str, Any]) -> object:
+    """The control socket's ``take-back``."""
+    await host.migration.take_back()
+    return {}
 
 
 async def progress(host: Host, request: Mapping[str, Any]) -> object:

@@ -113,6 +113,7 @@ def host_options(arguments: argparse.Namespace) -> HostOptions:
         ),
         max_version=arguments.max_version,
         take_over=getattr(arguments, "take_over", False),
+        reset=getattr(arguments, "reset", False),
         hold_limit=arguments.hold_limit,
     )
 

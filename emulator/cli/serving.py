@@ -9,6 +9,7 @@ CONTROL_COMMANDS: dict[str, HostCommand] = {
     **shutdown.CONTROL_COMMANDS,
     "migrate": migrate.answer,
     "move": migrate.move,  # a guest that `vmbus run` started has its own
+    "take-back": migrate.take_back,
     "migration": migrate.progress,
     "snapshot": snapshot.answer,
 }

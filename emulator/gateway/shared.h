@@ -30,6 +30,9 @@ enum gateway_verdict {
 
 enum gateway_emulator { EMULATOR_NONE = 0, EMULATOR_ATTACHED = 1, EMULATOR_ACTIVE = 2 };
 
+/* The gateway does nothing with it: it keeps the word for an emulator's successor. */
+enum gateway_guest { GUEST_FREE = 0, GUEST_ENGAGED = 1, GUEST_LEFT = 2 };
+
 #define SLOT_LONG_MODE 1u
 
 /* A trap that waits for an answer. G; stable from the store of its sequence number on. */
@@ -133,7 +136,8 @@ struct gateway_control {
     _Atomic uint32_t arm;           /* another value asks for new TSC samples */
     _Atomic uint32_t hold_limit_ms; /* 0: for ever */
     _Atomic uint32_t spin_ns;       /* how long a vCPU spins for an answer before it sleeps */
-    uint32_t reserved3[13];
+    uint32_t guest;                 /* enum gateway_guest */
+    uint32_t reserved3[12];
     /* E, under table_sequence (odd: being written) */
     _Atomic uint32_t table_sequence;
     uint32_t cpuid_count;

@@ -42,7 +42,7 @@ from typing import NamedTuple
 from emulator.errors import GatewayError, InternalError, MalformedError
 from emulator.wire import gateway as wire
 from emulator.wire.cpuid import CpuidLeaf
-from emulator.wire.gateway import DoorbellRule, TrapKind, Verdict, offset_of
+from emulator.wire.gateway import DoorbellRule, GuestState, TrapKind, Verdict, offset_of
 
 _TIMEOUT = 10.0
 _SYS_FUTEX = 202
@@ -58,6 +58,7 @@ _CONTROL = {
         "clock_sequence",
         "waiting",
         "arm",
+        "guest",
         "hold_limit_ms",
         "spin_ns",
         "table_sequence",
@@ -374,6 +375,15 @@ class Gateway:
     def set_spin(self, nanoseconds: int) -> None:
         """How long a vCPU looks for its answer before it sleeps (less than a millisecond)."""
         self._words[_CONTROL["spin_ns"]] = nanoseconds
+
+    @property
+    def guest(self) -> GuestState:
+        """What the emulators so far have left; outlives all of them, as long as QEMU."""
+        return GuestState(self._words[_CONTROL["guest"]])
+
+    @guest.setter
+    def guest(self, state: GuestState) -> None:
+        self._words[_CONTROL["guest"]] = state
 
     def set_auto_eoi(self, vcpu: int, vectors: Iterable[int]) -> None:
         """The interrupt vectors of ``vcpu`` that are ended for the guest as soon as they are delivered."""

@@ -254,7 +254,7 @@ class Guest:
             if share_memory:
                 await leave_memory(self.host.qmp, False)
             if self.host.migration.phase is Phase.LEFT:  # it is nowhere else: what it left is still all there
-                await self.host.qmp.execute("cont")
+                await self.host.migration.take_back()
             if (why := new.serving.migration.load_refused) and isinstance(error, MigrationFailed):
                 raise MigrationFailed(f"{why}; the guest goes on here") from error
             raise

@@ -37,6 +37,7 @@ from emulator.hypervisor.faults import GeneralProtection, UndefinedOpcode
 from emulator.hypervisor.features import Features
 from emulator.hypervisor.hypercalls import HypercallRegisters
 from emulator.hypervisor.partition import Partition
+from emulator.machine import succession
 from emulator.machine.clock import TcgClock
 from emulator.machine.discovery import QemuFacts, discover
 from emulator.machine.gateway import Fault, Gateway, Trap
@@ -45,7 +46,7 @@ from emulator.machine.migration.follower import Follower
 from emulator.machine.qmp import Qmp
 from emulator.machine.qtest import Qtest
 from emulator.machine.workers import WorkerThreads
-from emulator.wire.gateway import TrapKind
+from emulator.wire.gateway import GuestState, TrapKind
 from emulator.wire.hypercall import CallCode, HvStatus
 from emulator.wire.version import Version
 
@@ -68,6 +69,8 @@ class HostOptions:
     features: Features = field(default_factory=Features)
     max_version: Version = Version.COPPER
     take_over: bool = False
+    reset: bool = False
+    """Reset a guest whose emulator is gone, and with it what it knew (see ``succession``)."""
     hold_limit: float = 0.0
     """Seconds that a guest waits for an emulator that has gone before its messages are refused with the status on
     which guests try again; 0: it waits for ever."""
@@ -142,6 +145,7 @@ class Host:
             self._host._crashed(report)
 
         def guest_os_changed(self, os_id: int) -> None:
+            self._host.gateway.guest = GuestState.ENGAGED if os_id else GuestState.FREE
             # A guest enables its reference TSC page before it names itself; the TSC may become known later.
             self._host._tsc_page_waits = bool(os_id)
 
@@ -209,8 +213,9 @@ class Host:
     ) -> Host:
         """Attach to the QEMU behind a QMP socket and offer ``devices``.
 
-        Raises :class:`~emulator.errors.QemuUnsuitable` naming what is missing, and
-        :class:`~emulator.errors.GatewayError` when another emulator is attached.
+        Raises :class:`~emulator.errors.QemuUnsuitable` naming what is missing,
+        :class:`~emulator.errors.GatewayError` when another emulator is attached, and
+        :class:`~emulator.machine.succession.GuestLost` for a guest whose emulator is gone with what it knew.
         """
         options = options or HostOptions()
         qmp = qmp_socket if isinstance(qmp_socket, Qmp) else await Qmp.connect(str(qmp_socket))
@@ -220,6 +225,10 @@ class Host:
             facts = await discover(qmp)
             qtest = Qtest.connect(facts.qtest_socket)
             gateway = Gateway.attach(facts.gateway_socket, take_over=options.take_over)
+            if await succession.end_migration(qmp):
+                facts = await discover(qmp)
+            await succession.check_guest(qmp, gateway, reset=options.reset)
+            let_go = options.reset and await succession.reset_guest(qmp, gateway)
             host = cls(facts, qmp, qtest, gateway, options)
         except BaseException:
             if gateway is not None:
@@ -236,6 +245,8 @@ class Host:
                 host.clock.stop()
             await host.migration.start()
             host._activate(options)
+            if let_go:
+                await qmp.execute("cont")
         except BaseException:
             await host.close()
             raise
@@ -265,7 +276,7 @@ class Host:
             self.gateway.set_spin(SPIN_NS)
         self.gateway.activate()
         self._loop.add_reader(self.gateway.fileno(), self._gateway_ready)
-        self._gateway_again = self._loop.call_soon(self._gateway_ready)
+        self.look_at_gateway()
         self.background(self._follow_life())
 
     def _message(self, vp: int, connection_id: int, payload: bytes) -> int:
@@ -281,6 +292,8 @@ class Host:
         gateway = self.gateway
         try:
             gateway.awake()
+            if self.migration.fenced:
+                return
             for _ in range(GATEWAY_ROUNDS):
                 self.serve_gateway()
                 if self._tsc_page_waits and self.clock.tsc_known:
@@ -289,9 +302,13 @@ class Host:
                 if not gateway.sleep_prepare():
                     return
             if not self._ended.done():
-                self._gateway_again = self._loop.call_soon(self._gateway_ready)
+                self.look_at_gateway()
         except (GatewayError, QemuGone) as error:
             self._lost(error)
+
+    def look_at_gateway(self) -> None:
+        """There may be traps and doorbells that nobody was woken for."""
+        self._gateway_again = self._loop.call_soon(self._gateway_ready)
 
     def _leave_gateway(self) -> None:
         self._loop.remove_reader(self.gateway.fileno())

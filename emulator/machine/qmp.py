@@ -11,7 +11,7 @@ import contextlib
 import logging
 import socket
 import struct
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from qemu.qmp import (
@@ -93,7 +93,7 @@ class Qmp:
         """One command of the human monitor."""
         return str(await self.execute("human-monitor-command", {"command-line": line}))
 
-    async def events(self) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    async def events(self) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
         """Every event as ``(name, data)``, until the connection ends."""
         ended = asyncio.ensure_future(self._wait_end())
         event: asyncio.Task[Message] | None = None

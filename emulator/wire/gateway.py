@@ -51,6 +51,17 @@ class EmulatorState(IntEnum):
     ACTIVE = 2
 
 
+class GuestState(IntEnum):
+    """What an emulator leaves to its successor; the gateway only keeps it."""
+
+    FREE = 0
+    """Nothing but memory: a guest that has not found its host yet, or was reset."""
+    ENGAGED = 1
+    """It has set up its Hyper-V host: what it set up only its emulator knows."""
+    LEFT = 2
+    """It was migrated away, and the target has it."""
+
+
 SLOT_LONG_MODE = 1
 
 SLOT = c.Struct(
@@ -163,7 +174,8 @@ CONTROL = c.Struct(
     "arm" / c.Int32ul,
     "hold_limit_ms" / c.Int32ul,
     "spin_ns" / c.Int32ul,
-    "reserved3" / c.Padding(52),
+    "guest" / c.Int32ul,
+    "reserved3" / c.Padding(48),
     "table_sequence" / c.Int32ul,
     "cpuid_count" / c.Int32ul,
     "rule_count" / c.Int32ul,

@@ -104,6 +104,36 @@ class Journey:
         return self.here.device(name)
 
 
+def machine(
+    folder: Path,
+    *,
+    kernel: str = "debian-6.12",
+    command: Sequence[str] | None = None,
+    smp: int = 1,
+    add: Sequence[tuple[Path, str]] = (),
+    load: Sequence[str] = LOADED_MODULES,
+    append: str = "",
+    snapshots: bool = False,
+    extra: Sequence[str] = (),
+) -> GuestOptions:
+    """A guest that can travel, as every QEMU of its journey is started with it."""
+    found = find_kernel(kernel)
+    image = folder / "snapshots.qcow2"
+    if snapshots:
+        subprocess.run(
+            [*find_qemu().qemu_img(), "create", "-q", "-f", "qcow2", str(image), "64K"], check=True
+        )
+    return GuestOptions(
+        kernel=found.vmlinuz,
+        initrd=build_initramfs(found, modules=load, available=AVAILABLE_MODULES, add=add, command=command),
+        append=" ".join([*KERNEL_ARGUMENTS, append]),
+        smp=smp,
+        command_port=command is not None,
+        snapshots=image if snapshots else None,
+        extra=tuple(extra),
+    )
+
+
 @contextlib.asynccontextmanager
 async def journey(
     folder: Path,
@@ -121,20 +151,16 @@ async def journey(
     extra: Sequence[str] = (),
 ) -> AsyncIterator[Journey]:
     """Boot a guest (memory in MiB) that can travel."""
-    found = find_kernel(kernel)
-    image = folder / "snapshots.qcow2"
-    if snapshots:
-        subprocess.run(  # noqa: ASYNC221 - done in a moment
-            [*find_qemu().qemu_img(), "create", "-q", "-f", "qcow2", str(image), "64K"], check=True
-        )
-    options = GuestOptions(
-        kernel=found.vmlinuz,
-        initrd=build_initramfs(found, modules=load, available=AVAILABLE_MODULES, add=add, command=command),
-        append=" ".join([*KERNEL_ARGUMENTS, append]),
+    options = machine(
+        folder,
+        kernel=kernel,
+        command=command,
         smp=smp,
-        command_port=command is not None,
-        snapshots=image if snapshots else None,
-        extra=tuple(extra),
+        add=add,
+        load=load,
+        append=append,
+        snapshots=snapshots,
+        extra=extra,
     )
     made = Journey(folder, options, memory << 20, devices, host_options)
     try:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from emulator.machine.migration.departure import Departure
 from emulator.machine.migration.drive import arrived
-from emulator.machine.migration.follower import Departure, Phase, Switchover
+from emulator.machine.migration.follower import Phase, Switchover
 from emulator.machine.qmp import Qmp
 from tests.migration.journey import journey
 from tests.migration.test_live import more_beats

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from emulator.errors import QemuError, UserError
 from emulator.machine.migration.addresses import handed_over, structured, two_way
-from emulator.machine.migration.follower import Departure, Follower, Phase
+from emulator.machine.migration.departure import Departure
+from emulator.machine.migration.follower import Follower, Phase
 from emulator.machine.migration.modes import cpr_transfer
 
 if TYPE_CHECKING:

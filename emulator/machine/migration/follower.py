@@ -2,7 +2,7 @@
 
     source  idle ──MIGRATION setup──▶ migrating ──pre-switchover──▶ ready ──completed──▶ left
               ▲                           │                           │                    │
-              └────── failed, cancelled ──┴───────────── RESUME ──────┴────────────────────┘
+              └────── failed, cancelled ──┴───────────── RESUME ──────┘      take_back() ──┘
     target  incoming ──Load()──▶ loaded ──RESUME──▶ idle          (also of a snapshot that is loaded)
               └──── refused ────▶ lost ──reset or another snapshot──▶ idle
     snapshot  idle ──▶ in a snapshot ──▶ idle                     (driven by ``snapshots``)
@@ -12,6 +12,11 @@ was written through the mapping is marked, and only when QEMU is seen to wait st
 taken. In ``Save()`` and ``Load()`` nothing is asked of QEMU. A ``Save()`` for which nothing was made ready
 (``savevm`` behind the emulator's back, a migration without the pause) gets a refusal in place of a state: QEMU
 cannot fail a save for that, but whoever loads it fails, with the reason.
+
+A guest that has left must not live twice. Where the target answers (``return-path``), ``completed`` says that it
+has everything: from then on the source is fenced. If somebody lets it go on all the same, it is stopped again,
+unless :meth:`Follower.take_back` was told that the target is no more. Without an answer (``file:``, ``exec:``) only
+who drives QEMU knows who has it, and a guest that goes on is served.
 """
 
 from __future__ import annotations
@@ -21,17 +26,17 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from emulator.errors import QemuError, VmbusError
+from emulator.errors import QemuError, UserError, VmbusError
+from emulator.machine.migration.departure import Departure
 from emulator.machine.migration.machine import HostState
 from emulator.machine.migration.modes import CAPABILITIES, Manner, manner
 from emulator.machine.migration.vmstate import VmStateHelper
 from emulator.saving import Reason, StateRefused, refusal_stream
-from emulator.saving.stream import BUFFER_SIZE, ChannelStatistics
-from emulator.wire.saved import ChannelIdentity
+from emulator.saving.stream import BUFFER_SIZE
+from emulator.wire.gateway import GuestState
 
 if TYPE_CHECKING:
     from emulator.machine.host import Host
@@ -62,42 +67,6 @@ class Switchover(Enum):
     OBSERVE = "observe"
 
 
-@dataclass(slots=True)
-class Departure:
-    """What the emulator did for the last migration (or snapshot) of its guest. Times in seconds."""
-
-    state_bytes: int = 0
-    channels: tuple[ChannelStatistics, ...] = ()
-    names: dict[ChannelIdentity, str] = field(default_factory=dict)
-    pages_marked: int = 0
-    answers_carried: int = 0
-    prepared_in: float = 0.0
-    """How long the stopped guest stood because of the emulator."""
-    refusal: str = ""
-    statuses: list[str] = field(default_factory=list)
-    """QEMU's migration statuses, in order."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON knows it."""
-        return {
-            "state_bytes": self.state_bytes,
-            "prepared_in": self.prepared_in,
-            "pages_marked": self.pages_marked,
-            "answers_carried": self.answers_carried,
-            "statuses": list(self.statuses),
-            "channels": [
-                {
-                    "name": self.names.get(channel.identity, ""),
-                    "identity": str(channel.identity),
-                    "chunks": channel.chunks,
-                    "bytes": channel.size,
-                    "statuses": [str(status) for status in channel.statuses],
-                }
-                for channel in self.channels
-            ],
-        }
-
-
 class Follower:
     """The emulator's part in migrations and snapshots of one guest. Made by :meth:`start`."""
 
@@ -120,6 +89,8 @@ class Follower:
         self._data: bytes | None = None
         self._good = False
         self._manner: Manner | None = None
+        #: Whether the guest is known to be elsewhere: nothing is served, and it may not go on here.
+        self.fenced = False
         self._watchers: set[Callable[[], None]] = set()
 
     async def start(self) -> None:
@@ -173,7 +144,7 @@ class Follower:
         if status == "pre-switchover":
             self._host.background(self._switch_over())
         elif status == "completed" and self.phase is Phase.READY:
-            self.phase = Phase.LEFT
+            self._left()
         elif status in ("failed", "cancelled"):
             # With a guest that ran before, RESUME thaws. One that was stopped before stays so, and frozen.
             self._data = None
@@ -181,7 +152,22 @@ class Follower:
             if self.phase is Phase.MIGRATING:
                 self.phase = Phase.IDLE
 
+    def _left(self) -> None:
+        self.phase = Phase.LEFT
+        self.fenced = self._manner is not None and self._manner.answered
+        if self.fenced:
+            self._host.gateway.guest = GuestState.LEFT
+
     def _resumed(self) -> None:
+        if self.fenced:
+            _log.error(
+                "somebody let the guest go on here, but it has left, and the target has it: it is stopped again. If "
+                "the target is no more, `vmbus migrate NAME --take-back` lets it go on"
+            )
+            self._host.background(self._stop())
+            return
+        if self.phase is Phase.LEFT:
+            _log.warning("the guest goes on here after it was sent away; nobody else may let it run now")
         if self.phase is Phase.LOST:
             _log.error("the guest goes on %s: until it is reset, its devices are gone", self.phase.value)
         self._data = None
@@ -189,9 +175,33 @@ class Follower:
         self.phase = Phase.IDLE
         self.state.thaw()
 
+    async def _stop(self) -> None:
+        await self._host.qmp.execute("stop")
+
+    async def take_back(self) -> None:
+        """The guest has left, but the target is known to have failed: it goes on here.
+
+        Raises :class:`~emulator.errors.UserError` for a guest that has not left, and for one that went on at the
+        target in the very memory that is here.
+        """
+        if self.phase is not Phase.LEFT:
+            raise UserError(
+                f"the guest has not left, there is nothing to take back: it is {self.phase.value}"
+            )
+        if self._manner is not None and self._manner.memory_stays and self._data is not None:
+            try:
+                self.state.check_memory(self._data)
+            except StateRefused as error:
+                raise UserError(f"the guest went on at the target, in the memory that is here: {error}") from error
+        if self.fenced:
+            self.fenced = False
+            self._host.gateway.guest = GuestState.ENGAGED
+            self._host.look_at_gateway()
+        await self._host.qmp.execute("cont")
+
     async def _look_at_manner(self) -> None:
         self._manner = await manner(self._host.qmp)
-        if why := self._manner.refusal:
+        if why := "the guest has left already" if self.fenced else self._manner.refusal:
             _log.error("migration cancelled: %s", why)
             self.departure.refusal = why
             await self._host.qmp.execute("migrate_cancel")

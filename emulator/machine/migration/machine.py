@@ -250,6 +250,12 @@ class HostState:
                     self._host.bus.revoke(channel)
             raise
 
+    def check_memory(self, data: bytes) -> None:
+        """Raises :class:`~emulator.saving.StateRefused` if memory that was not copied changed since the save."""
+        saved = read_machine(data).memory
+        if saved is not None:
+            shared_memory.check(saved, self._host.memory)
+
     def _make_subchannels(self, state: MachineState) -> list[Channel]:
         """A device offers sub-channels when its guest asks; the guest of ``state`` did that elsewhere."""
         there = {channel.identity: channel for channel in self._known()}

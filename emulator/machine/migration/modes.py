@@ -40,6 +40,8 @@ class Manner:
 
     mode: str
     memory_stays: bool
+    answered: bool
+    """The target says when it has everything: QEMU's ``completed`` waits for that."""
     refusal: str
 
     @property
@@ -63,6 +65,7 @@ async def manner(qmp: Qmp) -> Manner:
     return Manner(
         mode=mode,
         memory_stays="x-ignore-shared" in on or mode in _WITHOUT_MEMORY,
+        answered="return-path" in on,
         refusal=_refusal(on, mode),
     )
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from emulator.errors import QemuError, UserError
 from emulator.machine.launch import SNAPSHOT_NODE
-from emulator.machine.migration.follower import SETTLE_LIMIT, Departure, Phase
+from emulator.machine.migration.departure import Departure
+from emulator.machine.migration.follower import SETTLE_LIMIT, Phase
 from emulator.machine.migration.modes import manner
 
 if TYPE_CHECKING:

@@ -34,6 +34,7 @@ def busy_host(gateway: BusyGateway) -> Host:
     host._tsc_page_waits = False
     host._gateway_again = None
     host.gateway_doorbells = 0
+    host.migration = SimpleNamespace(fenced=False)  # type: ignore[assignment]
     host.gateway = gateway  # type: ignore[assignment]
     host.partition = SimpleNamespace(  # type: ignore[assignment]
         synic=SimpleNamespace(ring_event_port=lambda connection: None)

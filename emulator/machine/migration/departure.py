@@ -1,0 +1,45 @@
+"""What an emulator did for a migration or a snapshot of its guest, and what it took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from emulator.saving.stream import ChannelStatistics
+from emulator.wire.saved import ChannelIdentity
+
+
+@dataclass(slots=True)
+class Departure:
+    """What the emulator did for the last migration (or snapshot) of its guest. Times in seconds."""
+
+    state_bytes: int = 0
+    channels: tuple[ChannelStatistics, ...] = ()
+    names: dict[ChannelIdentity, str] = field(default_factory=dict)
+    pages_marked: int = 0
+    answers_carried: int = 0
+    prepared_in: float = 0.0
+    """How long the stopped guest stood because of the emulator."""
+    refusal: str = ""
+    statuses: list[str] = field(default_factory=list)
+    """QEMU's migration statuses, in order."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON knows it."""
+        return {
+            "state_bytes": self.state_bytes,
+            "prepared_in": self.prepared_in,
+            "pages_marked": self.pages_marked,
+            "answers_carried": self.answers_carried,
+            "statuses": list(self.statuses),
+            "channels": [
+                {
+                    "name": self.names.get(channel.identity, ""),
+                    "identity": str(channel.identity),
+                    "chunks": channel.chunks,
+                    "bytes": channel.size,
+                    "statuses": [str(status) for status in channel.statuses],
+                }
+                for channel in self.channels
+            ],
+        }

@@ -1,0 +1,75 @@
+"""``vmbus`` that kills itself at a moment of a migration: ``python -m tests.migration.mortal MOMENT VERB ...``.
+
+======================================  ===========================================================================
+moment                                  dies
+======================================  ===========================================================================
+a status of QEMU's (setup, active, ...)  when QEMU tells of it, before anything is done about it
+ready                                   with everything prepared, in place of letting QEMU go on
+saving, saved                           before, or just after it answers Save()
+loading, loaded                         before, or just after it answers Load()
+running                                 when QEMU tells that the guest runs (again)
+======================================  ===========================================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from emulator.cli import main
+from emulator.machine.migration.follower import Follower
+from emulator.machine.qmp import Qmp
+
+_JUST_AFTER = 0.01
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _before(owner: type, name: str, applies: Callable[..., bool] = lambda *_: True) -> None:
+    plain = getattr(owner, name)
+
+    def mortal(self: Any, *arguments: Any) -> Any:
+        if applies(*arguments):
+            die()
+        return plain(self, *arguments)
+
+    setattr(owner, name, mortal)
+
+
+def _after(owner: type, name: str) -> None:
+    plain = getattr(owner, name)
+
+    def mortal(self: Any, *arguments: Any) -> Any:
+        answer = plain(self, *arguments)
+        asyncio.get_running_loop().call_later(_JUST_AFTER, die)
+        return answer
+
+    setattr(owner, name, mortal)
+
+
+def prepare(moment: str) -> None:
+    if moment == "ready":
+        _before(Qmp, "execute", lambda command, *_: command == "migrate-continue")
+    elif moment == "saving":
+        _before(Follower, "save")
+    elif moment == "saved":
+        _after(Follower, "save")
+    elif moment == "loading":
+        _before(Follower, "load")
+    elif moment == "loaded":
+        _after(Follower, "load")
+    elif moment == "running":
+        _before(Follower, "_resumed")
+    else:
+        _before(Follower, "_migration", lambda status: status == moment)
+
+
+if __name__ == "__main__":
+    prepare(sys.argv[1])
+    sys.exit(main(sys.argv[2:]))
