@@ -192,7 +192,9 @@ class Follower:
             try:
                 self.state.check_memory(self._data)
             except StateRefused as error:
-                raise UserError(f"the guest went on at the target, in the memory that is here: {error}") from error
+                raise UserError(
+                    f"the guest went on at the target, in the memory that is here: {error}"
+                ) from error
         if self.fenced:
             self.fenced = False
             self._host.gateway.guest = GuestState.ENGAGED
