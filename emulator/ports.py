@@ -150,6 +150,14 @@ class Workers(Protocol):
         open and the views stay valid until then.
         """
 
+    def expect(
+        self, done: Callable[[Exception | None], None], /
+    ) -> Callable[[Exception | None], None] | None:
+        """Work is done elsewhere, in threads of the device's own: what to call when it has ended, from any thread.
+
+        ``done`` follows in the event loop's. ``None`` where there is no event loop: the work is to be waited for.
+        """
+
 
 class Synic(Protocol):
     """The host side of the guest's synthetic interrupt controllers, and of its connection ids."""

@@ -205,6 +205,11 @@ class FakeWorkers:
     ) -> bool:
         return False
 
+    def expect(
+        self, done: Callable[[Exception | None], None], /
+    ) -> Callable[[Exception | None], None] | None:
+        return None
+
     def release(self, count: int | None = None) -> None:
         """Do what waits, or the first ``count`` of it."""
         while self.waiting and (count is None or count > 0):

@@ -7,13 +7,15 @@ and lengths are bytes, multiples of the unit's block size, inside ``size``: whoe
     | null     | leaves memory alone  | nothing    | nothing  | nothing           |
     | memory   | from a private array |            | nothing  | zeros             |
     | file     | preadv               | pwritev    | fdatasync| punches a hole    |
+    | nbd      | asks the server      |            |          |                   |
 """
 
 from __future__ import annotations
 
 # ruff: noqa: B027 - a back end without files has nothing to flush, or to close
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from typing import Any
 
 
@@ -35,6 +37,12 @@ class Backend(ABC):
     through_flags: int = 0
     """Flags of pwritev2(2) for a write that is safe on the medium afterwards."""
     """False: flushes are answered without doing anything (cache=unsafe, or nothing to flush)."""
+    starts: bool = False
+    """:meth:`start` does reads and writes without a thread that waits for each."""
+    threads: Executor | None = None
+    """Its own threads, if what it does may take as long as somebody else likes: others' work is not held up."""
+    block_minimum: int = 1
+    """Offsets and lengths have to be multiples of this."""
     can_discard: bool = False
     discard_granularity: int = 0
     """Bytes; 0 where nothing is known."""
@@ -46,6 +54,18 @@ class Backend(ABC):
     @abstractmethod
     def write(self, offset: int, views: Sequence[memoryview], *, through: bool = False) -> None:
         """Store ``views`` at ``offset``; ``through``: it is safe on the medium afterwards (FUA)."""
+
+    def start(
+        self,
+        offset: int,
+        views: list[memoryview],
+        length: int,
+        write: bool,
+        through: bool,
+        ended: Callable[[Exception | None], None],
+    ) -> None:
+        """Begin a read or a write; never blocks. ``ended`` is called once, in any thread. See :attr:`starts`."""
+        raise NotImplementedError
 
     def flush(self) -> None:
         """All that was written is safe on the medium."""
@@ -73,7 +93,14 @@ class Backend(ABC):
         """Another guest may use it."""
 
     def close(self) -> None:
-        """Let go of what is open."""
+        """Let go of what is open. Does not wait."""
+
+    def abandon(self) -> None:
+        """Requests are under way, and nobody waits for them any more: let them fail, if they might take long."""
+
+    def join(self, limit: float) -> bool:
+        """Wait ``limit`` seconds for what :meth:`close` began; whether it is done."""
+        return True
 
     def status(self) -> dict[str, Any]:
         """For reports."""

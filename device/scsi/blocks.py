@@ -83,6 +83,10 @@ class BlockUnit(LogicalUnit):
             except OSError as found:
                 error = found
             done(error)
+        elif (threads := self.backend.threads) is not None and (
+            ended := self.environment.workers.expect(done)
+        ) is not None:
+            threads.submit(_do, work, ended)
         else:
             self.environment.workers.run(work, done)
 
@@ -116,6 +120,13 @@ class BlockUnit(LogicalUnit):
             flags = backend.through_flags if through else 0
             if self.environment.workers.transfer(backend.fd, offset, views, write, flags, transferred):
                 return
+        elif (
+            backend.starts
+            and self.environment is not None
+            and (ended := self.environment.workers.expect(done)) is not None
+        ):
+            backend.start(offset, views, length, write, through, ended)
+            return
         self._submit(work, done)
 
     def _later(self, request: Request, seconds: float, go_on: Callable[[], None]) -> None:
@@ -232,6 +243,15 @@ class BlockUnit(LogicalUnit):
         if self.faults.faults or any(self.faults.met.values()):
             report["faults_met"] = dict(self.faults.met)
         return report
+
+
+def _do(work: Callable[[], None], ended: Callable[[Exception | None], None]) -> None:
+    error: Exception | None = None
+    try:
+        work()
+    except Exception as found:  # noqa: BLE001 - it is handed on
+        error = found
+    ended(error)
 
 
 def _first(runs: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:

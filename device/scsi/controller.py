@@ -19,6 +19,7 @@ fails with INVALID_LUN on path 0, and with INVALID_TARGET_ID on other paths: Lin
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -55,12 +56,16 @@ from emulator.wire.storvsp import (
 if TYPE_CHECKING:
     from emulator.bus.channel_io import ChannelIo
 
+_log = logging.getLogger(__name__)
+
 NAMESPACE = uuid.UUID("5f5f8f0e-0d3c-4b57-b0a6-3f2f7a9c6a41")
 """Instance GUIDs of controllers are derived from their names, so that they stay the same."""
 
 MOST_QUEUES = 8
 MOST_TARGETS = 2
 MOST_LUNS = 64
+STOP_LIMIT = 10.0
+"""Seconds that an image may take to be closed."""
 RESET_LIMIT = 4.0
 """Seconds after which a reset is answered although commands are left: Linux waits five."""
 
@@ -222,6 +227,11 @@ class Controller(Device):
         # A file must not be closed under a transfer: its number would soon be another file's.
         self._removed += self.units.values()
         self._close_removed()
+        for unit in self._removed:  # somebody else's server may take its time
+            unit.backend.abandon()
+        for unit in self.units.values():
+            if not unit.backend.join(STOP_LIMIT):
+                _log.warning("%s: the image of %s is not let go of yet", self.name, unit.identity.serial)
 
     def opened(self, io: ChannelIo) -> None:
         if io.subchannel_index:

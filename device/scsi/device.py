@@ -24,7 +24,7 @@ class Scsi(Controller):
     def __init__(
         self,
         *,
-        image: Annotated[str | None, Help("file or block device; none: an empty controller")] = None,
+        image: Annotated[str | None, Help("file, block device or NBD URI; none: an empty controller")] = None,
         format: Annotated[
             Format, Help("of the data: a raw image, or none: null keeps nothing, memory forgets at the end")
         ] = Format.RAW,
@@ -38,6 +38,10 @@ class Scsi(Controller):
         readonly: Annotated[bool, Help("refuse writes, share the image")] = False,
         cache: Annotated[Cache, Help("as QEMU's")] = Cache.NONE,
         discard: Annotated[bool, Help("let the guest give blocks back")] = True,
+        reconnect: Annotated[
+            float, Help("seconds that requests wait for an NBD server that has gone", least=0, most=86400)
+        ] = 5.0,
+        connections: Annotated[int, Help("to an NBD server that allows several", least=1, most=16)] = 4,
         serial: Annotated[str | None, Help("serial number (default: from controller, target, LUN)")] = None,
         block: Annotated[int, Help("bytes of a block: 512 or 4096")] = 512,
         rotation: Annotated[int, Help("rounds a minute; 1: does not rotate", least=1, most=0xFFFE)] = 1,
@@ -74,6 +78,8 @@ class Scsi(Controller):
                         readonly=readonly,
                         cache=cache,
                         discard=discard,
+                        reconnect=reconnect,
+                        connections=connections,
                         serial=serial,
                         block=block,
                         rotation=rotation,

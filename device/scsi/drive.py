@@ -7,13 +7,17 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from device.nbd.client import AddressConnector, Client
+from device.nbd.uri import is_uri, parse_uri
+from device.nbd.wire import ExportFlag
 from device.scsi.backend import Backend, MemoryBackend, NullBackend
 from device.scsi.blocks import BlockUnit
 from device.scsi.cdrom import CdRom
 from device.scsi.disk import Disk
 from device.scsi.faults import FaultPlan, parse_faults
 from device.scsi.file import Cache, FileBackend
-from emulator.errors import UsageError
+from device.scsi.nbd import LEAST_MAXIMUM, NbdBackend
+from emulator.errors import DeviceError, UsageError, UserError
 
 _SIZE = re.compile(r"(\d+)([KMGT]?)", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -48,6 +52,8 @@ class DriveOptions:
     cache: Cache = Cache.NONE
     discard: bool = True
     serial: str | None = None
+    reconnect: float = 5.0
+    connections: int = 4
     block: int = 512
     rotation: int = 1
     fault: str = ""
@@ -80,6 +86,11 @@ def open_drive(options: DriveOptions, default_serial: str) -> BlockUnit:
                 f"{options.image}: direct I/O wants blocks of {backend.alignment} bytes: block={backend.alignment}, "
                 "or cache=writeback"
             )
+        if backend.block_minimum > options.block:
+            raise UsageError(
+                f"{options.image}: the server wants blocks of {backend.block_minimum} bytes: "
+                f"block={backend.block_minimum}"
+            )
         if backend.size < options.block:
             raise UsageError(f"{options.image or options.format.value} is smaller than a block")
         return Disk(
@@ -99,12 +110,34 @@ def _media(image: str | None) -> Media:
     return Media.CDROM if image is not None and image.lower().endswith(".iso") else Media.DISK
 
 
+def _nbd(options: DriveOptions, uri: str, *, read_only: bool) -> Backend:
+    address = parse_uri(uri)
+    client = Client(
+        AddressConnector(address), uri, connections=options.connections, reconnect=options.reconnect
+    )
+    try:
+        export = client.open()
+    except DeviceError as error:
+        raise UserError(str(error)) from error
+    try:
+        if export.flags & ExportFlag.READ_ONLY and not read_only:
+            raise UserError(f"{uri}: the server lets nobody write to it; say readonly=on")
+        if export.maximum < LEAST_MAXIMUM:
+            raise UserError(f"{uri}: the server takes no more than {export.maximum} bytes in a request")
+    except BaseException:
+        client.close()
+        raise
+    return NbdBackend(client, export, read_only=read_only, cache=options.cache, can_discard=options.discard)
+
+
 def _backend(options: DriveOptions, *, read_only: bool) -> Backend:
     if options.format is Format.RAW:
         if options.image is None:
             raise UsageError("image= is missing")
         if options.size is not None:
             raise UsageError("size= is of null and memory disks; a raw image has a size")
+        if is_uri(options.image):
+            return _nbd(options, options.image, read_only=read_only)
         return FileBackend(
             Path(options.image), read_only=read_only, cache=options.cache, can_discard=options.discard
         )

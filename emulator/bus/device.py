@@ -80,6 +80,11 @@ class InlineWorkers:
     ) -> bool:
         return False
 
+    def expect(
+        self, done: Callable[[Exception | None], None], /
+    ) -> Callable[[Exception | None], None] | None:
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceEnvironment:

@@ -15,6 +15,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from emulator.machine.uring import Uring
 
@@ -87,12 +88,16 @@ class WorkerThreads:
         self._uring.transfer(fd, offset, views, write, flags, ended)
         return True
 
+    def expect(self, done: Done, /) -> Done:
+        self._unfinished += 1
+        return partial(self._finish, done)
+
     def _ended(self) -> None:
         if self._settled is not None and not self._unfinished:
             self._settled.set()
 
     def _serve(self) -> None:
-        get, finished, lock = self._queue.get, self._finished, self._lock
+        get = self._queue.get
         while (job := get()) is not None:
             work, done = job
             error: Exception | None = None
@@ -100,15 +105,16 @@ class WorkerThreads:
                 work()
             except Exception as found:  # noqa: BLE001 - it is handed on
                 error = found
-            finished.append((done, error))
+            self._finish(done, error)
             job = work = done = error = None  # type: ignore[assignment]  # nothing of it is kept while waiting
-            with lock:
-                wake, self._woken = not self._woken, True
-            if wake:
-                try:
-                    self._loop.call_soon_threadsafe(self._report)
-                except RuntimeError:
-                    return  # the loop is closed: nobody waits any more
+
+    def _finish(self, done: Done, error: Exception | None) -> None:
+        self._finished.append((done, error))
+        with self._lock:
+            wake, self._woken = not self._woken, True
+        if wake:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._report)
 
     def _report(self) -> None:
         with self._lock:

@@ -56,3 +56,23 @@ def test_settling_gives_up_after_its_limit() -> None:
         workers.close()
 
     asyncio.run(story())
+
+
+def test_work_that_is_done_elsewhere_is_waited_for_and_reported_in_the_loop() -> None:
+    async def story() -> None:
+        workers = WorkerThreads(asyncio.get_running_loop(), 2)
+        reports: list[tuple[str, bool]] = []
+        loop_thread = threading.get_ident()
+
+        def done(error: Exception | None) -> None:
+            reports.append((repr(error), threading.get_ident() == loop_thread))
+
+        ended = workers.expect(done)
+        assert workers.unfinished == 1
+        assert not await workers.settle(0.001)
+        threading.Thread(target=ended, args=(OSError("no"),)).start()
+        assert await workers.settle(20)
+        assert reports == [("OSError('no')", True)]
+        workers.close()
+
+    asyncio.run(story())
