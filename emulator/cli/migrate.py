@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from emulator.errors import UsageError, UserError
 from emulator.machine import rundir
 from emulator.machine.control import ask
 from emulator.machine.host import Ending, Host
+from emulator.machine.migration.addresses import descriptor_number
 from emulator.machine.migration.drive import MigrationFailed, migrate
 
 _EPILOG = """\
@@ -27,6 +29,10 @@ examples:
   vmbus migrate web --share-memory          into a new QEMU that maps the same memory: nothing of it is copied
   vmbus migrate web unix:main.sock --cpr unix:cpr.sock
                                             the same with QEMU's cpr-transfer, into a QEMU of your own
+
+  vmbus migrate web fd:3 3<>/dev/tcp/target/4444
+                                            over a descriptor of the shell's (a socket, a pipe)
+  vmbus migrate web --wait-ready            somebody else drives, and sends migrate-continue after this
 
 The guest is never lost: if anything fails before the target has all of it, it goes on where it is.
 Exit status 0 when it runs at the target, 1 when it stayed.
@@ -64,6 +70,12 @@ def add_parser(verbs: Any) -> None:
         help="hand QEMU's descriptors over there first (mode cpr-transfer); nothing is copied",
     )
     parser.add_argument(
+        "--wait-ready",
+        action="store_true",
+        help="start nothing: wait until the emulator's part of a migration that somebody else drives is ready, so "
+        "that migrate-continue may be sent (see --switchover of `vmbus run`); status 1 if it ends before that",
+    )
+    parser.add_argument(
         "--timeout", type=float, default=600.0, metavar="SECONDS", help="give up then (default: 600)"
     )
     parser.add_argument(
@@ -94,6 +106,8 @@ def main(arguments: argparse.Namespace) -> int:
         ask(control, "take-back")
         print("the guest goes on here")
         return 0
+    if arguments.wait_ready:
+        return _wait_ready(control, uri, arguments)
     request: dict[str, object] = {"timeout": arguments.timeout}
     if uri is not None:
         request["uri"] = uri
@@ -103,7 +117,12 @@ def main(arguments: argparse.Namespace) -> int:
         request["cpr"] = arguments.cpr
     if arguments.save_buffer is not None:
         request["save_buffer"] = arguments.save_buffer
-    found = _ask_with_progress(control, "migrate" if uri else "move", request, arguments.timeout + 30)
+    descriptors: list[int] = []
+    if uri is not None and (number := descriptor_number(uri)) is not None:
+        descriptors.append(own_descriptor(number))
+    found = _ask_with_progress(
+        control, "migrate" if uri else "move", request, arguments.timeout + 30, descriptors
+    )
     if arguments.json:
         json.dump(found, sys.stdout, indent=2)
         print()
@@ -112,13 +131,39 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _ask_with_progress(control: Path, command: str, request: Mapping[str, object], limit: float) -> Any:
+def _wait_ready(control: Path, uri: str | None, arguments: argparse.Namespace) -> int:
+    if uri is not None or arguments.share_memory or arguments.cpr is not None:
+        raise UsageError("--wait-ready starts no migration: leave the URI, --share-memory and --cpr away")
+    limit = arguments.timeout
+    found = ask(control, "wait-ready", limit=limit + 30, timeout=limit)
+    if arguments.json:
+        json.dump(found, sys.stdout, indent=2)
+        print()
+    else:
+        print(f"ready: {found['state_bytes']} bytes of state; QEMU waits for migrate-continue")
+    return 0
+
+
+def own_descriptor(number: int) -> int:
+    """``number``, if it is an open descriptor of this process. Raises :class:`~emulator.errors.UsageError`."""
+    try:
+        os.fstat(number)
+    except OSError as error:
+        raise UsageError(
+            f"fd:{number}: {error.strerror}; open it for this command, as in {number}>FILE"
+        ) from error
+    return number
+
+
+def _ask_with_progress(
+    control: Path, command: str, request: Mapping[str, Any], limit: float, descriptors: Sequence[int]
+) -> Any:
     """Ask, and meanwhile show on a terminal how far QEMU is."""
     result: list[Any] = []
 
     def wait() -> None:
         try:
-            result.append(ask(control, command, limit=limit, **request))
+            result.append(ask(control, command, limit=limit, descriptors=descriptors, **request))
         except UserError as error:
             result.append(error)
 
@@ -174,12 +219,14 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
     if "save_buffer" in request:
         host.migration.buffer_size = int(request["save_buffer"])
     try:
-        outcome = await migrate(
-            host,
-            str(request["uri"]),
-            cpr=str(request["cpr"]) if "cpr" in request else None,
-            limit=float(request.get("timeout", 600)),
-        )
+        with host.migration.driven_here():
+            outcome = await migrate(
+                host,
+                str(request["uri"]),
+                cpr=str(request["cpr"]) if "cpr" in request else None,
+                descriptor=next(iter(request["descriptors"]), None),
+                limit=float(request.get("timeout", 600)),
+            )
     except (KeyError, ValueError) as error:
         raise MigrationFailed(f"not a request to migrate: {error}") from error
     asyncio.get_running_loop().call_later(_LEAVE, host.stop, Ending.MIGRATED)
@@ -198,6 +245,22 @@ async def take_back(host: Host, request: Mapping[str, Any]) -> object:
     """The control socket's ``take-back``."""
     await host.migration.take_back()
     return {}
+
+
+async def wait_ready(host: Host, request: Mapping[str, Any]) -> object:
+    """The control socket's ``wait-ready``: answered when QEMU may be told to go on."""
+    follower = host.migration
+    limit = float(request.get("timeout", 600))
+    try:
+        ready = await follower.until_ready(limit)
+    except TimeoutError:
+        raise MigrationFailed(f"no migration was ready within {limit:g} s") from None
+    if not ready:
+        departure = follower.departure
+        raise MigrationFailed(
+            f"the migration ended before that: {departure.refusal or departure.statuses[-1]}"
+        )
+    return follower.departure.as_dict()
 
 
 async def progress(host: Host, request: Mapping[str, Any]) -> object:

@@ -11,6 +11,7 @@ from device.registry import Registry
 from emulator.errors import VmbusError
 from emulator.hypervisor.features import Features
 from emulator.machine.host import HostOptions
+from emulator.machine.migration.follower import Switchover
 from emulator.wire.version import Version
 
 DEFAULT_GUEST = "debian-6.12"
@@ -97,6 +98,15 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
         "to try again (default: it waits for ever)",
     )
     group.add_argument(
+        "--switchover",
+        type=Switchover,
+        choices=list(Switchover),
+        default=Switchover.OWN,
+        metavar="{own,observe}",
+        help="who sends migrate-continue in migrations that pause before the switch-over: the emulator, as soon as "
+        "its state is ready, or whoever drives, after `vmbus migrate --wait-ready` (default: own)",
+    )
+    group.add_argument(
         "--auto-eoi",
         action="store_true",
         help="do not advise against auto-EOI, so that guests use it (works in xAPIC mode: -cpu ...,-x2apic)",
@@ -115,6 +125,7 @@ def host_options(arguments: argparse.Namespace) -> HostOptions:
         take_over=getattr(arguments, "take_over", False),
         reset=getattr(arguments, "reset", False),
         hold_limit=arguments.hold_limit,
+        switchover=arguments.switchover,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import shlex
 import subprocess
 import sys
@@ -15,13 +16,15 @@ from typing import Any
 
 from device.registry import Registry
 from emulator.bus.device import Device
+from emulator.cli.migrate import own_descriptor
 from emulator.cli.options import DEFAULT_GUEST, add_host_options, device_lines, host_options, size
 from emulator.cli.serving import CONTROL_COMMANDS
 from emulator.errors import UsageError, UserError
 from emulator.machine import gateway_build, rundir
 from emulator.machine.guest import Guest, emulator_options
-from emulator.machine.host import Ending, HostOptions
+from emulator.machine.host import Ending, Host, HostOptions
 from emulator.machine.launch import GuestOptions, command_line
+from emulator.machine.migration.addresses import descriptor_number
 from emulator.machine.migration.drive import arrived, receive
 from emulator.provision.command_output import CommandOutput
 from emulator.provision.drivers import modules_for, present
@@ -77,7 +80,9 @@ def add_parser(verbs: Any) -> None:
     guest.add_argument("--serial", type=Path, metavar="FILE", help="the kernel's console goes to this file")
     guest.add_argument("--qemu", default="", metavar="OPTIONS", help="more options for QEMU, as one word")
     guest.add_argument(
-        "--incoming", metavar="URI", help="wait there for a guest that is migrated, instead of booting one"
+        "--incoming",
+        metavar="URI",
+        help="wait there for a guest that is migrated, instead of booting one; fd:N is descriptor N of this command",
     )
     guest.add_argument(
         "--snapshots", type=Path, metavar="FILE", help="a qcow2 image for snapshots, made if it is not there"
@@ -157,8 +162,14 @@ def plan(arguments: argparse.Namespace) -> Plan:
         devices=devices,
         host=host_options(arguments),
         new_devices=lambda: Registry().create_all(device_lines(arguments)),
-        incoming=arguments.incoming,
+        incoming=_incoming(arguments.incoming),
     )
+
+
+def _incoming(uri: str | None) -> str | None:
+    if uri is not None and (number := descriptor_number(uri)) is not None:
+        own_descriptor(number)
+    return uri
 
 
 def make_image(qemu: QemuBinary, path: Path) -> None:
@@ -233,7 +244,7 @@ async def run_guest(decided: Plan, output: Callable[[bytes], object] | None) -> 
         new_devices=decided.new_devices,
     ) as guest:
         if decided.incoming is not None:
-            await receive(guest.host, decided.incoming)
+            await _receive(guest.host, decided.incoming)
             await arrived(guest.host, None)
         if output is None or guest.command is None:
             if sys.stderr.isatty():
@@ -247,6 +258,13 @@ async def run_guest(decided: Plan, output: Callable[[bytes], object] | None) -> 
                 raise UserError(f"QEMU ended unexpectedly:\n{guest.process.messages()}")
             return 0
         return await _command(guest, output, under_way=decided.incoming is not None)
+
+
+async def _receive(host: Host, uri: str) -> None:
+    number = descriptor_number(uri)
+    await receive(host, uri, descriptor=number)
+    if number is not None:
+        os.close(number)  # QEMU has it: whoever is at the other end sees when that closes it
 
 
 async def _command(guest: Guest, output: Callable[[bytes], object], *, under_way: bool) -> int:

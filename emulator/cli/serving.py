@@ -11,5 +11,6 @@ CONTROL_COMMANDS: dict[str, HostCommand] = {
     "move": migrate.move,  # a guest that `vmbus run` started has its own
     "take-back": migrate.take_back,
     "migration": migrate.progress,
+    "wait-ready": migrate.wait_ready,
     "snapshot": snapshot.answer,
 }

@@ -271,4 +271,6 @@ class Guest:
         if "save_buffer" in request:
             host.migration.buffer_size = int(request["save_buffer"])
         share = request.get("share_memory") is True
-        return (await self.move(share_memory=share, limit=float(request.get("timeout", 600)))).as_dict()
+        with host.migration.driven_here():
+            outcome = await self.move(share_memory=share, limit=float(request.get("timeout", 600)))
+        return outcome.as_dict()

@@ -42,7 +42,7 @@ from emulator.machine.clock import TcgClock
 from emulator.machine.discovery import QemuFacts, discover
 from emulator.machine.gateway import Fault, Gateway, Trap
 from emulator.machine.memory import MappedMemory
-from emulator.machine.migration.follower import Follower
+from emulator.machine.migration.follower import Follower, Phase, Switchover
 from emulator.machine.qmp import Qmp
 from emulator.machine.qtest import Qtest
 from emulator.machine.workers import WorkerThreads
@@ -74,6 +74,8 @@ class HostOptions:
     hold_limit: float = 0.0
     """Seconds that a guest waits for an emulator that has gone before its messages are refused with the status on
     which guests try again; 0: it waits for ever."""
+    switchover: Switchover = Switchover.OWN
+    """Who sends ``migrate-continue`` in a migration that somebody else began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +202,7 @@ class Host:
             workers=self.workers,
         )
         self.devices: list[AttachedDevice] = []
-        self.migration = Follower(self)
+        self.migration = Follower(self, switchover=options.switchover)
         self._promised: tuple[int, bytes] | None = None
         self._tsc_page_waits = False
         self._gateway_again: asyncio.Handle | None = None
@@ -425,7 +427,10 @@ class Host:
             self._loop.call_later(_LAST_WORDS, self._ended_by_itself, error)
 
     def _ended_by_itself(self, error: QemuError | None) -> None:
-        self._end(Ending.POWERED_OFF if self._shutdown_reason else Ending.QEMU_GONE, error)
+        if self.migration.phase is Phase.LEFT:  # QEMU is ended when nobody needs it any more
+            self._end(Ending.MIGRATED, error)
+        else:
+            self._end(Ending.POWERED_OFF if self._shutdown_reason else Ending.QEMU_GONE, error)
 
     def _end(self, ending: Ending, error: Exception | None) -> None:
         if error is not None:

@@ -110,6 +110,13 @@ def status(host: Host, name: str) -> dict[str, Any]:
         "interrupts": host.qtest.interrupts,
         "resets": host.events.resets,
         "crashes": [str(report) for report in host.events.crashes],
+        "migration": {
+            "phase": host.migration.phase.value,
+            "ready": host.migration.ready,
+            "switchover": host.migration.switchover.value,
+            "refusal": host.migration.departure.refusal,
+            "load_refused": host.migration.load_refused,
+        },
         "partition": host.partition.status(),
         "bus": bus,
         "channels": channels,

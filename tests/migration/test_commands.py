@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+
+from emulator.machine.qmp import Qmp
 
 pytestmark = pytest.mark.guest
 
 LIMIT = 120
 
 
-def vmbus(folder: Path, *words: str) -> subprocess.Popen[str]:
+def vmbus(folder: Path, *words: str, descriptors: Sequence[int] = ()) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "emulator", *words],
+        pass_fds=descriptors,
         env={**os.environ, "XDG_RUNTIME_DIR": str(folder)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -28,8 +33,8 @@ def vmbus(folder: Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def asked(folder: Path, *words: str, status: int = 0) -> str:
-    process = vmbus(folder, *words)
+def asked(folder: Path, *words: str, status: int = 0, descriptors: Sequence[int] = ()) -> str:
+    process = vmbus(folder, *words, descriptors=descriptors)
     output, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == status, errors
     return output if status == 0 else errors
@@ -99,5 +104,73 @@ def test_a_guest_moves_is_saved_and_leaves_for_another_process(tmp_path: Path) -
     finally:
         for process in (source, target):
             if process is not None and process.poll() is None:
+                process.terminate()
+                process.communicate(timeout=30)
+
+
+def test_somebody_else_drives_over_descriptors_and_asks_when_to_go_on(tmp_path: Path) -> None:
+    options = ("--memory", "256M", "--device", "heartbeat,interval=0.1", "--switchover", "observe")
+    command = ("--", "sh", "-c", "for i in $(seq 1 100); do echo $i; sleep 0.2; done; exit 6")
+
+    async def drive(here: socket.socket) -> None:
+        """What libvirt does: a monitor of its own, a socket that is connected already."""
+        qmp = await Qmp.connect(str(tmp_path / "vmbus" / "a" / "qmp.sock"))
+        await qmp.hand_over(here.fileno(), "there")
+        here.close()
+        await qmp.execute("migrate", {"uri": "fd:there"})
+        found = json.loads(await asyncio.to_thread(asked, tmp_path, "migrate", "a", "--wait-ready", "--json"))
+        assert found["state_bytes"] > 0
+        status = json.loads(await asyncio.to_thread(asked, tmp_path, "status", "a", "--json"))
+        assert status["migration"]["phase"] == "ready"
+        assert status["migration"]["ready"]
+        assert (await qmp.execute("query-migrate"))["status"] == "pre-switchover"
+        await qmp.execute("migrate-continue", {"state": "pre-switchover"})
+        async for _, data in qmp.events():
+            if data.get("status") == "completed":
+                break
+        await qmp.execute("quit")
+        await qmp.close()
+
+    started: list[subprocess.Popen[str]] = []
+
+    def run(name: str, *words: str, descriptors: Sequence[int] = ()) -> subprocess.Popen[str]:
+        process = vmbus(tmp_path, "run", "--name", name, *words, *options, *command, descriptors=descriptors)
+        started.append(process)
+        return process
+
+    try:
+        source = run("a")
+        until(lambda: beats(tmp_path, "a") > 3, "heartbeats")
+        here, there = socket.socketpair()
+        with here, there:
+            number = there.fileno()
+            second = run("b", "--incoming", f"fd:{number}", descriptors=[number])
+            there.close()
+            until((tmp_path / "vmbus" / "b" / "control.sock").exists, "target")
+            asyncio.run(drive(here))
+        output, errors = source.communicate(timeout=LIMIT)
+        assert source.returncode == 0, errors
+        assert "has moved" in errors
+        until(lambda: beats(tmp_path, "b") > 3, "heartbeats there")
+
+        # Through a pipe, and driven by vmbus itself: nobody has to send anything.
+        assert "by its number" in asked(tmp_path, "migrate", "b", "fd:there", status=2)
+        assert "Bad file descriptor" in asked(tmp_path, "migrate", "b", "fd:77", status=2)
+        reading, writing = os.pipe()
+        with os.fdopen(reading, "rb") as reader, os.fdopen(writing, "wb") as writer:
+            third = run("c", "--incoming", f"fd:{reading}", descriptors=[reading])
+            reader.close()
+            until((tmp_path / "vmbus" / "c" / "control.sock").exists, "target")
+            asked(tmp_path, "migrate", "b", f"fd:{writing}", descriptors=[writing])
+            writer.close()
+        middle, errors = second.communicate(timeout=LIMIT)
+        assert second.returncode == 0, errors
+        rest, errors = third.communicate(timeout=LIMIT)
+        assert third.returncode == 6, errors
+        numbers = [int(word) for word in (output + middle + rest).split()]
+        assert numbers == list(range(1, 101))
+    finally:
+        for process in started:
+            if process.poll() is None:
                 process.terminate()
                 process.communicate(timeout=30)

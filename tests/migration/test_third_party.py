@@ -12,6 +12,7 @@ from emulator.machine.migration.drive import arrived
 from emulator.machine.migration.follower import Phase, Switchover
 from emulator.machine.qmp import Qmp
 from tests.migration.journey import journey
+from tests.migration.load import LIMIT, Program, goes_on, under_load
 from tests.migration.test_live import more_beats
 
 pytestmark = pytest.mark.guest
@@ -29,7 +30,7 @@ def test_a_migration_that_another_program_drives_is_followed(tmp_path: Path) -> 
             await _set(other, "postcopy-ram", True)
             await other.execute("migrate", {"uri": guest.uri(there)})
             await follower.until(lambda: follower.departure.statuses[-1:] in (["cancelled"], ["failed"]), 30)
-            assert "postcopy-ram" in follower.departure.refusal
+            await guest.here.until(lambda: "postcopy-ram" in follower.departure.refusal, "reason", 30)
             await _set(other, "postcopy-ram", False)
             await more_beats(guest)
             await guest.leave(there)
@@ -59,6 +60,54 @@ def test_a_migration_that_another_program_drives_is_followed(tmp_path: Path) -> 
             await guest.settle_at(there)
             await more_beats(guest, 10)
             assert guest.device("heartbeat").status()["odd_answers"] == 0
+
+    asyncio.run(story())
+
+
+def test_a_driver_that_does_not_wait_for_the_emulator_cannot_lose_the_guest(
+    tmp_path: Path, guest_program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        async with under_load(tmp_path, guest_program) as guest:
+            other = await Qmp.connect(str(guest.here.guest.directory.user_qmp))
+            follower = guest.host.migration
+            follower.switchover = Switchover.OBSERVE
+            settle = guest.host.workers.settle
+            done = asyncio.Event()
+
+            async def late(limit: float) -> bool:
+                await done.wait()
+                return await settle(limit)
+
+            for way_back in (True, False):
+                monkeypatch.setattr(guest.host.workers, "settle", late)  # a device has much to do
+                done.clear()
+                there = await guest.target()
+                await _set(other, "return-path", way_back)
+                waiting = asyncio.ensure_future(follower.until_ready(LIMIT))
+                await other.execute("migrate", {"uri": guest.uri(there)})
+                await follower.until(lambda: follower.departure.statuses[-1:] == ["pre-switchover"], LIMIT)
+                assert not follower.ready
+                await other.execute("migrate-continue", {"state": "pre-switchover"})
+                assert not await waiting
+                # Without a way back QEMU takes it for completed.
+                assert follower.departure.statuses[-1] == ("failed" if way_back else "completed")
+                done.set()
+                monkeypatch.undo()
+                await follower.until(lambda: follower.phase is Phase.IDLE, LIMIT)
+                await goes_on(guest)
+                assert "behind the emulator's back" in there.host.migration.load_refused
+                await guest.leave(there)
+
+            there = await guest.target()
+            waiting = asyncio.ensure_future(follower.until_ready(LIMIT))
+            await other.execute("migrate", {"uri": guest.uri(there)})
+            assert await waiting
+            await other.execute("migrate-continue", {"state": "pre-switchover"})
+            await arrived(there.host, LIMIT)
+            await other.close()
+            await guest.settle_at(there)
+            await goes_on(guest)
 
     asyncio.run(story())
 

@@ -16,7 +16,7 @@ from emulator.errors import QemuError, UserError
 from emulator.machine.migration.addresses import handed_over, structured, two_way
 from emulator.machine.migration.departure import Departure
 from emulator.machine.migration.follower import Follower, Phase
-from emulator.machine.migration.modes import cpr_transfer
+from emulator.machine.migration.modes import CAPABILITIES, cpr_transfer
 
 if TYPE_CHECKING:
     from emulator.machine.host import Host
@@ -81,9 +81,10 @@ async def migrate(
     if follower.phase is not Phase.IDLE:
         raise MigrationFailed(f"the guest cannot be migrated now: it is {follower.phase.value}")
     qmp = host.qmp
+    wanted = {**dict.fromkeys(CAPABILITIES, True), "return-path": two_way(uri, descriptor)}
     await qmp.execute(
         "migrate-set-capabilities",
-        {"capabilities": [{"capability": "return-path", "state": two_way(uri, descriptor)}]},
+        {"capabilities": [{"capability": name, "state": state} for name, state in wanted.items()]},
     )
     host.memory.take_dirty()  # QEMU begins with all of memory
     follower.departure = Departure()

@@ -25,7 +25,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +91,8 @@ class Follower:
         self._manner: Manner | None = None
         #: Whether the guest is known to be elsewhere: nothing is served, and it may not go on here.
         self.fenced = False
+        self._refused_to_save = False
+        self._stopped = False
         self._watchers: set[Callable[[], None]] = set()
 
     async def start(self) -> None:
@@ -124,10 +126,15 @@ class Follower:
         """A QMP event, in order."""
         if name == "RESUME":
             self._resumed()
+        elif name == "STOP":
+            self._stopped = self.phase is Phase.MIGRATING
         elif name == "MIGRATION":
             self._migration(str(data.get("status")))
         else:
             return
+        self._changed()
+
+    def _changed(self) -> None:
         for watcher in tuple(self._watchers):
             watcher()
 
@@ -139,10 +146,13 @@ class Follower:
             self.departure = Departure()
             self.phase = Phase.MIGRATING
             self._manner = None
+            self._refused_to_save = self._stopped = False
             self._host.background(self._look_at_manner())
         self.departure.statuses.append(status)
         if status == "pre-switchover":
             self._host.background(self._switch_over())
+        elif status == "completed" and self._refused_to_save:
+            self._host.background(self._stay())
         elif status == "completed" and self.phase is Phase.READY:
             self._left()
         elif status in ("failed", "cancelled"):
@@ -222,12 +232,21 @@ class Follower:
             return
         self._good = True
         self.departure.prepared_in = time.monotonic() - begun
+        self._changed()
         if self.departure.refusal:
             # Nothing that QEMU could send would be taken: the guest goes on here, at once.
             await self._cancel()
         elif self.switchover is Switchover.OWN:
             with contextlib.suppress(QemuError):  # it was cancelled in this moment: an event tells
                 await self._host.qmp.execute("migrate-continue", {"state": "pre-switchover"})
+
+    async def _stay(self) -> None:
+        """QEMU takes the guest for gone, and no target can have it: what was sent had no state in it."""
+        _log.error("the migration completed without the emulator's state: the guest goes on here")
+        if self._stopped:
+            await self._host.qmp.execute("cont")
+        else:
+            self.phase = Phase.IDLE
 
     async def _still_waits(self) -> bool:
         found = await self._host.qmp.execute("query-migrate")
@@ -270,6 +289,15 @@ class Follower:
             self.departure.names = self.state.names()
             self.departure.answers_carried = len(self._host.gateway.unclaimed())
 
+    @contextlib.contextmanager
+    def driven_here(self) -> Iterator[None]:
+        """Meanwhile migrations are this process's own: nobody else sends ``migrate-continue``."""
+        before, self.switchover = self.switchover, Switchover.OWN
+        try:
+            yield
+        finally:
+            self.switchover = before
+
     def expect(self) -> None:
         """A state will be loaded before the guest runs (again)."""
         self.phase = Phase.INCOMING
@@ -292,6 +320,7 @@ class Follower:
             "snapshot`, or a migration with pause-before-switchover",
         )
         _log.error("%s", error)
+        self._refused_to_save = True
         return refusal_stream(error)
 
     def load(self, state: bytes) -> None:
@@ -309,6 +338,25 @@ class Follower:
         self.phase = Phase.LOADED
 
     # --- waiting -------------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Whether the state is made and good: QEMU may be told to go on after ``pre-switchover``."""
+        return self.phase is Phase.READY and self._good and not self.departure.refusal
+
+    async def until_ready(self, limit: float) -> bool:
+        """Wait until :attr:`ready`, of the migration under way or the next one; ``False`` if it ends before that.
+
+        Raises ``TimeoutError`` after ``limit`` seconds.
+        """
+        before = self.departure if self.phase is Phase.IDLE else None
+
+        def ended() -> bool:
+            last = self.departure.statuses[-1:]
+            return self.departure is not before and last in (["failed"], ["cancelled"], ["completed"])
+
+        await self.until(lambda: self.ready or ended(), limit)
+        return self.ready
 
     async def until(self, condition: Callable[[], bool], limit: float) -> None:
         """Wait until ``condition()`` holds, looked at after each event. Raises ``TimeoutError``."""

@@ -13,6 +13,7 @@ from emulator.errors import InternalError, QemuGone
 from emulator.hypervisor.faults import GeneralProtection, UndefinedOpcode
 from emulator.machine.gateway import Fault, Trap
 from emulator.machine.host import Ending, Host, LocalApics
+from emulator.machine.migration.follower import Phase
 from emulator.wire.gateway import TrapKind
 from emulator.wire.hypercall import HvStatus
 
@@ -100,6 +101,7 @@ def test_how_a_guest_ended_is_told_by_qmp_and_not_by_the_socket_that_broke_first
         host._lost_because = None
         host._shutdown_reason = "guest-shutdown" if shut_down else None
         host._ended = loop.create_future()
+        host.migration = SimpleNamespace(phase=Phase.IDLE)  # type: ignore[assignment]
         host.gateway = SimpleNamespace(fileno=lambda: 0)  # type: ignore[assignment]
         host._leave_gateway = lambda: None  # type: ignore[method-assign]
         host._lost(QemuGone("broken pipe"))

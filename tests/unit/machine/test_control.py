@@ -1,0 +1,133 @@
+"""The control socket: lines, descriptors that come along, and what a bad client costs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emulator.errors import UserError
+from emulator.machine.control import ControlServer, ask
+
+
+def serve(tmp_path: Path, handlers: Mapping[str, Any], story: Callable[[Path], Awaitable[None]]) -> None:
+    async def run() -> None:
+        path = tmp_path / "control.sock"
+        server = ControlServer(path, handlers)
+        await server.start()
+        try:
+            await story(path)
+        finally:
+            await server.stop()
+        assert not path.exists()
+
+    asyncio.run(run())
+
+
+async def echo(request: Mapping[str, Any]) -> object:
+    return {key: value for key, value in request.items() if key != "descriptors"}
+
+
+async def refuse(request: Mapping[str, Any]) -> object:
+    raise UserError("not today")
+
+
+def test_requests_are_answered_in_their_order(tmp_path: Path) -> None:
+    async def story(path: Path) -> None:
+        reader, writer = await asyncio.open_unix_connection(str(path))
+        writer.write(
+            b'{"command": "echo", "n": 1}\n{"command": "refuse"}\n{"command": "x"}\nnonsense\n{"comm'
+        )
+        assert b'"n": 1' in await reader.readline()
+        assert await reader.readline() == b'{"error": "not today"}\n'
+        assert b"unknown command 'x'; known: echo, refuse" in await reader.readline()
+        assert b"a request is a line such as" in await reader.readline()
+        writer.write(b'and": "echo"}\n')
+        assert await reader.readline() == b'{"return": {"command": "echo"}}\n'
+        writer.close()
+
+    serve(tmp_path, {"echo": echo, "refuse": refuse}, story)
+
+
+def test_descriptors_come_with_a_request_and_are_closed_with_its_answer(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    async def write(request: Mapping[str, Any]) -> object:
+        (number,) = request["descriptors"]
+        assert not os.get_inheritable(number)
+        os.write(number, b"written there")
+        seen.append(number)
+        return {}
+
+    async def story(path: Path) -> None:
+        reading, writing = os.pipe()
+        await asyncio.to_thread(ask, path, "write", descriptors=[writing])
+        os.close(writing)
+        assert os.read(reading, 100) == b"written there"
+        assert os.read(reading, 100) == b""  # nobody has the other end any more
+        os.close(reading)
+        with pytest.raises(OSError, match="Bad file"):
+            os.fstat(seen[0])
+
+    serve(tmp_path, {"write": write}, story)
+
+
+def test_descriptors_are_not_taken_from_the_text_of_a_request(tmp_path: Path) -> None:
+    async def count(request: Mapping[str, Any]) -> object:
+        return len(request["descriptors"])
+
+    async def story(path: Path) -> None:
+        reader, writer = await asyncio.open_unix_connection(str(path))
+        writer.write(b'{"command": "count", "descriptors": [0, 1, 2]}\n')
+        assert await reader.readline() == b'{"return": 0}\n'
+        writer.close()
+
+    serve(tmp_path, {"count": count}, story)
+
+
+def test_a_line_without_end_costs_its_connection_only(tmp_path: Path) -> None:
+    async def story(path: Path) -> None:
+        reader, writer = await asyncio.open_unix_connection(str(path))
+        with pytest.raises(OSError):
+            while True:
+                writer.write(b"x" * (1 << 16))
+                await writer.drain()
+        assert await asyncio.to_thread(ask, path, "echo") == {"command": "echo"}
+        del reader
+
+    serve(tmp_path, {"echo": echo}, story)
+
+
+def test_who_asks_hears_of_an_emulator_that_ends(tmp_path: Path) -> None:
+    asked = asyncio.Event()
+
+    async def wait(request: Mapping[str, Any]) -> object:
+        asked.set()
+        await asyncio.Event().wait()
+        return None
+
+    async def run() -> None:
+        path = tmp_path / "control.sock"
+        server = ControlServer(path, {"wait": wait})
+        await server.start()
+        asking = asyncio.ensure_future(asyncio.to_thread(ask, path, "wait"))
+        await asked.wait()
+        await server.stop()
+        with pytest.raises(UserError, match="ended before it answered"):
+            await asking
+
+    asyncio.run(run())
+
+
+def test_a_listener_is_not_blocked_by_who_says_nothing(tmp_path: Path) -> None:
+    async def story(path: Path) -> None:
+        with socket.socket(socket.AF_UNIX) as silent:
+            silent.connect(str(path))
+            assert await asyncio.to_thread(ask, path, "echo", n=2) == {"command": "echo", "n": 2}
+
+    serve(tmp_path, {"echo": echo}, story)
