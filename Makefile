@@ -32,6 +32,7 @@ demo: setup
 ## Everything: state machines, a real QEMU, real kernels.
 test: $(STAMP)
 	@$(BIN)/vmbus setup $(foreach guest,$(GUESTS),--guest $(guest))
+	-@$(BIN)/vmbus setup --system # where it cannot be made, the tests that need it say so
 	$(PYTEST) tests $(TESTFLAGS)
 
 ## Only what needs no QEMU.

@@ -28,7 +28,7 @@ from emulator.machine.migration.addresses import descriptor_number
 from emulator.machine.migration.drive import arrived, receive
 from emulator.provision.command_output import CommandOutput
 from emulator.provision.drivers import modules_for, present
-from emulator.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs, parse_add
+from emulator.provision.initramfs import KERNEL_ARGUMENTS, ROOT_MODULES, build_initramfs, parse_add
 from emulator.provision.kernel import GUESTS, GuestKernel, find_kernel, own_kernel
 from emulator.provision.modules import ModuleTree
 from emulator.provision.qemu import QemuBinary, find_qemu
@@ -39,6 +39,8 @@ examples:
   vmbus run -- cat /proc/version                     run a command; its output is here, exit with its status
   vmbus run --guest debian-6.1 --smp 2 --device echo --add ./prog -- prog --flag
   vmbus run --kernel bzImage --modules ./lib/modules --append "debug" --serial console.txt
+  vmbus run --root /dev/sda1 --device scsi,image=debian.img          boot the system on that disk
+  vmbus run --root /dev/sda1 --device scsi,image=debian.img -- gcc --version    or only run a command in it
   vmbus run --dry-run                                print the QEMU command line
 
 The kernel's console goes to --serial FILE, or to console.log in the guest's run directory
@@ -66,6 +68,12 @@ def add_parser(verbs: Any) -> None:
     guest.add_argument("--kernel", type=Path, help="a kernel image of your own")
     guest.add_argument("--modules", type=Path, metavar="DIR", help="its modules, for the embedded initramfs")
     guest.add_argument("--initrd", type=Path, help="an initramfs of your own in place of the embedded one")
+    guest.add_argument(
+        "--root",
+        metavar="DEVICE",
+        help="go on in this file system of a disk (/dev/sda1, LABEL=x, UUID=x): its init takes over, or the command "
+        "after -- runs in it",
+    )
     guest.add_argument("--append", default="", help="more for the kernel's command line")
     guest.add_argument("--smp", type=int, default=1, metavar="N", help="vCPUs (default: 1)")
     guest.add_argument("--memory", type=size, default=512 << 20, metavar="SIZE", help="RAM (default: 512M)")
@@ -124,13 +132,16 @@ def plan(arguments: argparse.Namespace) -> Plan:
             raise UsageError("--add and a command after -- need the embedded initramfs: leave --initrd away")
         initrd = arguments.initrd
     else:
+        more = [*(present(kernel, ROOT_MODULES) if arguments.root else ()), *arguments.load]
         initrd = build_initramfs(
             kernel,
-            modules=guest_modules(kernel, devices, arguments.load),
+            modules=guest_modules(kernel, devices, more),
             available=present(kernel, AVAILABLE_MODULES),
             add=[parse_add(line) for line in arguments.add],
             command=arguments.command or None,
+            in_root=arguments.root is not None,
         )
+    root = [f"root={arguments.root}"] if arguments.root else []
     qemu = find_qemu()
     if arguments.snapshots is not None and not arguments.dry_run:
         make_image(qemu, arguments.snapshots)
@@ -148,7 +159,7 @@ def plan(arguments: argparse.Namespace) -> Plan:
         guest=GuestOptions(
             kernel=kernel.vmlinuz,
             initrd=initrd,
-            append=" ".join([*KERNEL_ARGUMENTS, arguments.append]).strip(),
+            append=" ".join([*KERNEL_ARGUMENTS, *root, arguments.append]).strip(),
             machine=arguments.machine,
             # The gateway ends interrupts through the local APIC's memory page, which x2APIC mode has not.
             cpu=f"{arguments.cpu},-x2apic" if arguments.auto_eoi else arguments.cpu,

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from emulator.cli.options import DEFAULT_GUEST
@@ -15,11 +16,14 @@ from emulator.provision.kernel import GUESTS, find_busybox, find_kernel
 from emulator.provision.progress import for_stream
 from emulator.provision.qemu import find_qemu
 from emulator.provision.setup import Setup
+from emulator.provision.system_disk import copy_system, find_system
 
 _EPILOG = """\
 examples:
   vmbus setup                                what `vmbus run` and `vmbus demo` need
   vmbus setup --guest debian-6.1 --guest debian-backports
+  vmbus setup --system debian.img            make a disk with a Debian system, and boot it:
+  vmbus run --root /dev/sda1 --device scsi,image=debian.img
   vmbus setup --dry-run                      say what would be fetched and built
 
 A second run finds everything there. What was interrupted goes on where it stopped.
@@ -41,6 +45,14 @@ def add_parser(verbs: Any) -> None:
         choices=sorted(GUESTS),
         help=f"a guest kernel to fetch; may be repeated (default: {DEFAULT_GUEST})",
     )
+    parser.add_argument(
+        "--system",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        metavar="FILE",
+        help="make a disk with a Debian system too (systemd, apt, gcc; some 45 seconds); FILE is to be a copy of it",
+    )
     parser.add_argument("--update", action="store_true", help="fetch newer versions of what is there")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
     parser.add_argument("--json", action="store_true", help="the result as one JSON object")
@@ -50,15 +62,23 @@ def add_parser(verbs: Any) -> None:
 def main(arguments: argparse.Namespace) -> int:
     guests = arguments.guest or [DEFAULT_GUEST]
     if arguments.dry_run:
-        return _dry_run(guests)
-    found = Setup(progress=for_stream()).run(guests, update=arguments.update)
+        return _dry_run(guests, arguments.system)
+    setup = Setup(progress=for_stream())
+    found = setup.run(guests, update=arguments.update)
     gateway = gateway_build.build()
+    system = None
+    if arguments.system is not None:
+        system = setup.system(update=arguments.update)
+        if arguments.system.name:
+            copy_system(system, arguments.system)
+            system = arguments.system
     version = ".".join(map(str, found.qemu.version))
     if arguments.json:
         result = {
             "qemu": {"version": version, "origin": found.qemu.origin, "command": found.qemu.argv_prefix},
             "guests": [{"name": kernel.name, "release": kernel.release} for kernel in found.kernels],
             "gateway": str(gateway),
+            "system": str(system) if system is not None else None,
         }
         json.dump(result, sys.stdout)
         print()
@@ -67,20 +87,24 @@ def main(arguments: argparse.Namespace) -> int:
     for kernel in found.kernels:
         print(f"guest {kernel.name}: Linux {kernel.release}")
     print(f"gateway {gateway}")
+    if system is not None:
+        print(f"Debian system {system}")
     return 0
 
 
-def _dry_run(guests: list[str]) -> int:
+def _dry_run(guests: list[str], system: Path | None) -> int:
     checks: list[tuple[str, Callable[[], object]]] = [
         ("QEMU", find_qemu),
         ("busybox for the guest", find_busybox),
     ]
+    if system is not None:
+        checks.append(("Debian system", find_system))
     for name, check in checks:
         try:
             check()
             print(f"{name}: there")
         except MissingRequirement as missing:
-            print(f"{name}: to be fetched ({missing})")
+            print(f"{name}: to be fetched or made ({missing})")
     for guest in guests:
         try:
             print(f"guest {guest}: there (Linux {find_kernel(guest).release})")

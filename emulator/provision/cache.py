@@ -5,6 +5,7 @@
     CACHE/busybox/VERSION/       the guest's userspace
     CACHE/kernels/GUEST/RELEASE/ guest kernels
     CACHE/initramfs/HASH.cpio    built initramfs images
+    CACHE/systems/HASH/          a disk with a Debian system
     CACHE/modules/HASH.json      what was read from a kernel's modules
     CACHE/lock                   held while something is set up
 

@@ -28,6 +28,12 @@ KERNEL_ARGUMENTS = ("console=ttyS0", "panic=-1", "random.trust_cpu=on", "cryptom
 ``panic=-1`` reboots at once (see ``-no-reboot``); without the crypto self-tests it boots about 0.4 s sooner.
 """
 
+ROOT_MODULES = ("crc32c_generic", "ext4")
+"""What is loaded for a root file system on a disk, where the kernel has it as a module."""
+
+ROOT_VIEW = "/run/initramfs"
+"""Where a command in a root file system finds the files of the initramfs."""
+
 _FORMAT = 1
 _KEPT_IMAGES = 16
 _SYSTEM_FILES = {
@@ -58,16 +64,20 @@ def parse_add(argument: str) -> tuple[Path, str]:
     return path, place
 
 
-def command_script(command: Sequence[str], add: Sequence[tuple[Path, str]] = ()) -> str:
+def command_script(
+    command: Sequence[str], add: Sequence[tuple[Path, str]] = (), *, in_root: bool = False
+) -> str:
     """The shell script that runs ``command``: its words as they are, or one word with blanks as a shell line.
 
     A program in ``add`` goes before a busybox applet of its name (the shell by itself would take the applet).
+    ``in_root``: it runs in a root file system, which has the initramfs at :data:`ROOT_VIEW`.
     """
     if not command:
         raise UsageError("the command to run in the guest is empty")
     if len(command) == 1 and any(character.isspace() for character in command[0]):
         return command[0] + "\n"
-    places = {posixpath.basename(place): place for path, place in add if programs.is_program(path)}
+    view = ROOT_VIEW if in_root else ""
+    places = {posixpath.basename(place): view + place for path, place in add if programs.is_program(path)}
     return f"exec {shlex.join([places.get(command[0], command[0]), *command[1:]])}\n"
 
 
@@ -81,6 +91,7 @@ def build_initramfs(
     stdin: bytes | None = None,
     terminal: bool = False,
     shell: bool = False,
+    in_root: bool = False,
     folder: Path | None = None,
 ) -> Path:
     """The initramfs image for ``kernel``, from the cache ``folder`` if it was built before.
@@ -89,7 +100,7 @@ def build_initramfs(
     ``add`` are (file here, path there); what a dynamically linked program needs comes along. ``command`` is run, with
     ``stdin`` as its input, and its status reported (:mod:`emulator.provision.command_output`); with ``terminal`` the
     second serial port is its terminal. Without a command the guest waits to be shut down. ``shell``: one on the
-    console.
+    console. ``in_root``: the kernel's command line has a ``root=``, and the command runs there.
 
     Raises :class:`UsageError`, :class:`MissingRequirement`, :class:`~emulator.provision.modules.ModuleError`.
     """
@@ -109,6 +120,7 @@ def build_initramfs(
         hashlib.sha256(stdin).hexdigest() if stdin is not None else None,
         terminal,
         shell,
+        in_root,
     )
     image = folder / "initramfs" / f"{key}.cpio"
     if image.is_file():
@@ -124,7 +136,7 @@ def build_initramfs(
     _base_system(writer, busybox)
     _write_modules(writer, kernel.release, loaded, present)
     if command is not None:
-        writer.file("/etc/vmbus-command", command_script(command, add).encode())
+        writer.file("/etc/vmbus-command", command_script(command, add, in_root=in_root).encode())
     if stdin is not None:
         writer.file("/etc/vmbus-input", stdin)
     if terminal:

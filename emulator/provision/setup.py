@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emulator.errors import MissingRequirement
-from emulator.provision import cache, kernel, qemu, system_packages
+from emulator.provision import cache, kernel, qemu, system_disk, system_packages
 from emulator.provision.apt import Archive
 from emulator.provision.mirror import Mirror, find_mirror
 from emulator.provision.progress import Progress, for_stream
@@ -43,6 +43,33 @@ class Setup:
         # Last, so that what a person has to install does not hold up what needs no installation.
         system_packages.ensure(system_packages.BUILD_PACKAGES)
         return found
+
+    def system(self, *, update: bool = False) -> Path:
+        """The image of a disk with a Debian system; it is made if it is not there, or if ``update``.
+
+        Raises as :meth:`run`. What makes it is installed where that is allowed (:mod:`.system_packages`).
+        """
+        if not update:
+            try:
+                return system_disk.find_system(self.folder)
+            except MissingRequirement:
+                pass  # made below
+        self.run()
+        system_packages.ensure(system_packages.SYSTEM_PACKAGES)
+        with cache.locked(self.folder, lambda: self._progress.step("waiting for another setup to end")):
+            cache.sweep(self.folder / "systems")
+            try:
+                return self._system(update)
+            finally:
+                self._progress.finish()
+
+    def _system(self, update: bool) -> Path:
+        if not update:
+            try:
+                return system_disk.find_system(self.folder)  # another setup made it meanwhile
+            except MissingRequirement:
+                pass
+        return system_disk.make_system(self.folder, self._mirror or find_mirror(), self._progress)
 
     def _fetch(self, guests: Sequence[str], update: bool) -> Provisions:
         if not update and (there := self._there(guests)) is not None:

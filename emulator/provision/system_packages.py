@@ -56,6 +56,11 @@ FETCH_PACKAGES = (
         ),
     ),
 )
+SYSTEM_PACKAGES = (
+    SystemPackage("mmdebstrap", "installs a Debian system into a folder", _program("mmdebstrap")),
+    SystemPackage("e2fsprogs", "makes its file system", _file("/usr/sbin/mke2fs", "/sbin/mke2fs")),
+    SystemPackage("fdisk", "makes its partition", _file("/usr/sbin/sfdisk", "/sbin/sfdisk")),
+)
 
 
 def missing_packages(packages: Iterable[SystemPackage] = BUILD_PACKAGES) -> tuple[SystemPackage, ...]:

@@ -18,11 +18,13 @@ from emulator.machine.host import Ending, HostOptions
 from emulator.machine.launch import GuestOptions
 from emulator.machine.served import status
 from emulator.provision.command_output import CommandOutput
-from emulator.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
+from emulator.provision.drivers import present
+from emulator.provision.initramfs import KERNEL_ARGUMENTS, ROOT_MODULES, build_initramfs
 from emulator.provision.kernel import find_kernel
 from emulator.provision.qemu import find_qemu
 
 LOADED_MODULES = ("hv_vmbus", "hv_utils")
+STORAGE_MODULES = ("hv_storvsc", "sd_mod")
 DEFAULT_DEVICES = ("heartbeat,interval=0.2", "shutdown", "timesync")
 
 #: Seconds in which any guest must have got anywhere; these machines are slow and shared.
@@ -117,17 +119,31 @@ async def boot(
     memory: int = 512,
     machine: str = "q35",
     append: str = "",
+    root: str | None = None,
     add: Sequence[tuple[Path, str]] = (),
     load: Sequence[str] = LOADED_MODULES,
     host_options: HostOptions | None = None,
     extra: Sequence[str] = (),
 ) -> AsyncIterator[Booted]:
-    """Start a guest (memory in MiB) and serve it; it is ended on the way out whatever happens."""
+    """Start a guest (memory in MiB) and serve it; it is ended on the way out whatever happens.
+
+    ``root``: the disk's file system to go on in, as ``vmbus run --root``.
+    """
     found = find_kernel(kernel)
+    if root is not None:
+        append = f"root={root} {append}"
+        load = (*load, *STORAGE_MODULES, *present(found, ROOT_MODULES))
     console = directory / "console.log"
     options = GuestOptions(
         kernel=found.vmlinuz,
-        initrd=build_initramfs(found, modules=load, available=AVAILABLE_MODULES, add=add, command=command),
+        initrd=build_initramfs(
+            found,
+            modules=load,
+            available=AVAILABLE_MODULES,
+            add=add,
+            command=command,
+            in_root=root is not None,
+        ),
         append=" ".join([*KERNEL_ARGUMENTS, append]),
         machine=machine,
         smp=smp,

@@ -17,10 +17,11 @@ from emulator.machine.host import Host, HostOptions
 from emulator.machine.launch import GuestOptions
 from emulator.machine.migration.drive import Outcome, arrived, migrate, receive
 from emulator.provision.command_output import CommandOutput
-from emulator.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
+from emulator.provision.drivers import present
+from emulator.provision.initramfs import KERNEL_ARGUMENTS, ROOT_MODULES, build_initramfs
 from emulator.provision.kernel import find_kernel
 from emulator.provision.qemu import find_qemu
-from tests.guest.harness import LOADED_MODULES, Booted
+from tests.guest.harness import LOADED_MODULES, STORAGE_MODULES, Booted
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Journey:
                 gateway_library=gateway_build.build(),
                 memory_size=self.memory,
                 options=replace(options, serial=console),
-                devices=[Registry().create(line) for line in (devices or self.devices)],
+                devices=Registry().create_all(devices or self.devices),
                 host_options=self.host_options,
                 memory_of=memory_of.guest.directory.memory if memory_of else None,
             )
@@ -113,11 +114,15 @@ def machine(
     add: Sequence[tuple[Path, str]] = (),
     load: Sequence[str] = LOADED_MODULES,
     append: str = "",
+    root: str | None = None,
     snapshots: bool = False,
     extra: Sequence[str] = (),
 ) -> GuestOptions:
-    """A guest that can travel, as every QEMU of its journey is started with it."""
+    """A guest that can travel, as every QEMU of its journey is started with it. ``root``: as ``vmbus run --root``."""
     found = find_kernel(kernel)
+    if root is not None:
+        append = f"root={root} {append}"
+        load = (*load, *STORAGE_MODULES, *present(found, ROOT_MODULES))
     image = folder / "snapshots.qcow2"
     if snapshots:
         subprocess.run(
@@ -125,7 +130,14 @@ def machine(
         )
     return GuestOptions(
         kernel=found.vmlinuz,
-        initrd=build_initramfs(found, modules=load, available=AVAILABLE_MODULES, add=add, command=command),
+        initrd=build_initramfs(
+            found,
+            modules=load,
+            available=AVAILABLE_MODULES,
+            add=add,
+            command=command,
+            in_root=root is not None,
+        ),
         append=" ".join([*KERNEL_ARGUMENTS, append]),
         smp=smp,
         command_port=command is not None,
@@ -146,6 +158,7 @@ async def journey(
     add: Sequence[tuple[Path, str]] = (),
     load: Sequence[str] = LOADED_MODULES,
     append: str = "",
+    root: str | None = None,
     host_options: HostOptions | None = None,
     snapshots: bool = False,
     extra: Sequence[str] = (),
@@ -159,6 +172,7 @@ async def journey(
         add=add,
         load=load,
         append=append,
+        root=root,
         snapshots=snapshots,
         extra=extra,
     )

@@ -53,6 +53,18 @@ def test_the_base_system_boots_by_itself(kernel: GuestKernel, folder: Path) -> N
     assert "etc/vmbus-command" not in found
 
 
+def test_a_command_in_a_root_file_system_finds_what_was_added(
+    kernel: GuestKernel, folder: Path, tmp_path: Path
+) -> None:
+    added = write_program(tmp_path / "prog", "true")
+    command = ["prog", "-x"]
+    add = [(added, "/bin/prog")]
+    found = contents(build_initramfs(kernel, add=add, command=command, in_root=True, folder=folder))
+    assert found["etc/vmbus-command"].data == b"exec /run/initramfs/bin/prog -x\n"
+    found = contents(build_initramfs(kernel, add=add, command=command, folder=folder))
+    assert found["etc/vmbus-command"].data == b"exec /bin/prog -x\n"
+
+
 def test_modules_are_listed_in_the_order_of_loading(
     kernel: GuestKernel, modules: KernelFolder, folder: Path
 ) -> None:
