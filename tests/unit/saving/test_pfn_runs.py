@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import construct as c
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from emulator.errors import InternalError, MalformedError
 from emulator.wire.codec import Record
 from emulator.wire.packet import GpaRange
-from emulator.wire.pfn_runs import MAX_PAGES, PFN_LIMIT, PfnRuns, runs
+from emulator.wire.pfn_runs import MAX_PAGES, PFN_LIMIT, PfnRuns, RawRuns, Run, VarUint, runs
 from emulator.wire.saved import SAVED_PACKET, SavedPacket, parse_record
 from tests.unit.saving.records import Pages
 
@@ -40,6 +41,30 @@ def test_runs_are_as_long_as_they_can_be(pfns: tuple[int, ...]) -> None:
     found = list(runs(pfns))
     assert [number for first, count in found for number in range(first, first + count)] == list(pfns)
     assert all(a[0] + a[1] != b[0] for a, b in pairwise(found))
+
+
+DECLARED = c.PrefixedArray(VarUint, c.Struct("step" / VarUint, "more" / VarUint))
+number = st.integers(0, (1 << 64) - 1)
+
+
+@settings(deadline=None)
+@given(st.lists(st.builds(Run, number, number), max_size=20))
+def test_runs_are_built_as_they_are_declared(raw: list[Run]) -> None:
+    data = RawRuns.build(raw)
+    assert data == DECLARED.build([each._asdict() for each in raw])
+    assert RawRuns.parse(data) == raw
+
+
+@settings(deadline=None)
+@given(st.one_of(st.binary(max_size=60), st.lists(st.integers(0x7E, 0x82), max_size=60).map(bytes)))
+def test_runs_are_parsed_as_they_are_declared(data: bytes) -> None:
+    try:
+        declared = [Run(each.step, each.more) for each in DECLARED.parse(data)]
+    except c.ConstructError:
+        with pytest.raises(c.ConstructError):
+            RawRuns.parse(data)
+    else:
+        assert RawRuns.parse(data) == declared
 
 
 @settings(deadline=None)
