@@ -451,6 +451,9 @@ class Host:
         """Let go of QEMU and of guest memory."""
         self._leave_gateway()
         self.partition.pause()  # no timer of it fires any more
+        for channel in self.bus.channels:  # and no turn of a channel finds guest memory unmapped
+            if isinstance(channel.endpoint, ChannelIo):
+                channel.endpoint.pause()
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
