@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 GUESTS := debian-6.1 debian-6.12 debian-backports
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help all demo test unit setup check bench fuzz clean
+.PHONY: help all demo test soak unit setup check bench fuzz clean
 
 ## Style, types, and all tests; what `make` alone does.
 all: check test
@@ -34,6 +34,12 @@ test: $(STAMP)
 	@$(BIN)/vmbus setup $(foreach guest,$(GUESTS),--guest $(guest))
 	-@$(BIN)/vmbus setup --system # where it cannot be made, the tests that need it say so
 	$(PYTEST) tests $(TESTFLAGS)
+
+## A hundred migrations of each kernel under load, with 1 and 2 vCPUs: some twenty minutes. SOAK=N: N of each.
+SOAK ?= 100
+soak: $(STAMP)
+	@$(BIN)/vmbus setup $(foreach guest,$(GUESTS),--guest $(guest))
+	SOAK=$(SOAK) $(PYTEST) -s tests/migration/test_soak.py $(TESTFLAGS)
 
 ## Only what needs no QEMU.
 unit: $(STAMP)

@@ -29,6 +29,7 @@ async def under_load(
     program: Program,
     *,
     kernel: str = "debian-6.12",
+    smp: int = 1,
     beside: str = "",
     extra: Sequence[str] = (),
     image: bool = False,
@@ -39,6 +40,7 @@ async def under_load(
     async with journey(
         folder,
         kernel=kernel,
+        smp=smp,
         devices=("heartbeat,interval=0.05", "shutdown", echo),
         add=[(program("echo_client"), "/bin/echo_client")],
         load=(*LOADED_MODULES, "uio_hv_generic"),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,14 +11,9 @@ from device.heartbeat import Heartbeat
 from emulator.errors import DeviceError
 from emulator.machine.migration.drive import MigrationFailed, arrived, migrate
 from emulator.machine.migration.follower import Phase, Switchover
-from emulator.saving import NtStatus
-from tests.guest.harness import LOADED_MODULES
-from tests.guest.test_boot import complaints
 from tests.migration.journey import Journey, journey
 
 pytestmark = pytest.mark.guest
-
-ECHO = ("heartbeat,interval=0.05", "shutdown", "echo")
 
 
 def beats(guest: Journey) -> int:
@@ -30,47 +23,6 @@ def beats(guest: Journey) -> int:
 async def more_beats(guest: Journey, count: int = 5) -> None:
     wanted = beats(guest) + count
     await guest.here.until(lambda: beats(guest) >= wanted, f"{count} more heartbeats")
-
-
-@pytest.mark.parametrize("smp", [1, 2])
-def test_echoes_and_heartbeats_go_on_over_many_migrations(
-    tmp_path: Path, guest_program: Callable[[str], Path], smp: int
-) -> None:
-    async def story() -> None:
-        async with journey(
-            tmp_path,
-            smp=smp,
-            devices=ECHO,
-            add=[(guest_program("echo_client"), "/bin/echo_client")],
-            load=(*LOADED_MODULES, "uio_hv_generic"),
-            command=[
-                "echo started; while echo_client --count 20000 --generate 5000 --fill 20; do :; done; echo failed"
-            ],
-        ) as guest:
-            await guest.here.says("started")
-            await more_beats(guest)
-            for _ in range(6):
-                requests = guest.device("echo").status()["requests"]
-                outcome = await guest.move()
-                assert guest.device("echo").status()["requests"] >= requests
-                assert outcome.departure.statuses[-1] == "completed"
-                for channel in outcome.departure.channels:
-                    assert channel.statuses == (NtStatus.STATUS_SUCCESS,)
-                await more_beats(guest)
-            reports = guest.here.output.count(b"{")
-            await guest.here.until(lambda: guest.here.output.count(b"{") > reports + 1, "two more reports")
-            text = guest.here.output.decode()
-            assert "failed" not in text, text
-            for line in text.splitlines()[1:-1]:  # the last may not be complete
-                json.loads(line)
-            assert guest.device("heartbeat").status()["odd_answers"] == 0
-            found = guest.here.status()
-            assert all(channel["refusals"] == {} for channel in found["channels"])
-            assert all(channel["io"]["refusals"] == {} for channel in found["channels"])
-            assert found["bus"]["refusals"] == {}
-            assert complaints(guest.here.console()) == []
-
-    asyncio.run(story())
 
 
 class Unsavable(Heartbeat):

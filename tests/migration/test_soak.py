@@ -1,0 +1,51 @@
+"""To and fro under load: no message lost, doubled, reordered or damaged.
+
+Guest and host check every packet: the echo client holds each answer against what it sent, in order, and the device
+checks each request's checksum. ``make soak`` does a hundred migrations of each guest here, ``make soak SOAK=N`` N; an
+ordinary run does a hundred in all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+from pathlib import Path
+
+import pytest
+
+from tests.guest.test_boot import KERNELS
+from tests.migration.load import Program, goes_on, under_load, went_well
+
+pytestmark = pytest.mark.guest
+
+MOVES = int(os.environ.get("SOAK", "17"))
+LOOK_EVERY = 10
+"""Moves after which the load's own reports are waited for."""
+
+
+@pytest.mark.parametrize("smp", [1, 2])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_to_and_fro_under_load(tmp_path: Path, guest_program: Program, kernel: str, smp: int) -> None:
+    async def story() -> None:
+        async with under_load(tmp_path, guest_program, kernel=kernel, smp=smp) as guest:
+            downtimes, prepared = [], []
+            for move in range(1, MOVES + 1):
+                requests = guest.device("echo").status()["requests"]
+                outcome = await guest.move()
+                went_well(outcome)
+                downtimes.append(outcome.downtime * 1e3)
+                prepared.append(outcome.departure.prepared_in * 1e3)
+                await guest.here.until(
+                    lambda before=requests: guest.device("echo").status()["requests"] > before, "more echoes"
+                )
+                if move % LOOK_EVERY == 0:
+                    await goes_on(guest)
+            await goes_on(guest)
+            print(
+                f"\n{kernel}, {smp} vCPUs: {MOVES} migrations, {guest.device('echo').status()['requests']} requests; "
+                f"stood still for {statistics.median(downtimes):.0f} ms (median), {max(downtimes):.0f} (most), the "
+                f"emulator's part {statistics.median(prepared):.1f} and {max(prepared):.1f} ms"
+            )
+
+    asyncio.run(story())
