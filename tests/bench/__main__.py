@@ -14,7 +14,7 @@ from typing import Any
 from emulator.errors import VmbusError
 from tests.bench.report import Result
 
-NAMES = ("traps", "interrupts", "doorbell", "heartbeat", "echo", "idle", "boot")
+NAMES = ("traps", "interrupts", "doorbell", "heartbeat", "echo", "idle", "boot", "migration")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

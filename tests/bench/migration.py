@@ -1,0 +1,253 @@
+"""What the emulator adds to a live migration, against the same guest in the same QEMU alone.
+
+Both guests run side by side and are migrated in turn, each into a new QEMU: the same kernel, initramfs and memory.
+Once they are idle, and once both write memory all the time while the one with the emulator also answers heartbeats,
+one after another. With the emulator there are 16 open channels. Downtimes are QEMU's own account.
+
+Then, without any guest: what saving costs (bytes and microseconds a channel), and what the log of written pages costs
+on the way of a packet.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextlib
+import inspect
+import statistics
+import textwrap
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from device.heartbeat import Heartbeat
+from device.registry import Registry
+from emulator.bus.device import Device
+from emulator.cli.run import AVAILABLE_MODULES
+from emulator.errors import UserError
+from emulator.machine import gateway_build, memory, rundir
+from emulator.machine.guest import Guest
+from emulator.machine.launch import GuestOptions, QemuProcess, command_line
+from emulator.machine.memory import MappedMemory, MappedPages
+from emulator.machine.qmp import Qmp
+from emulator.machine.rundir import RunDirectory
+from emulator.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
+from emulator.provision.kernel import find_kernel
+from emulator.provision.qemu import find_qemu
+from tests.bench.linux import KERNEL
+from tests.bench.report import Result
+from tests.bench.ring import SHAPES, bench_channel
+from tests.bench.saving import add_saving
+from tests.guest.harness import LOADED_MODULES
+
+ROUNDS = 8
+MEMORY = 256 << 20
+LIMIT = 120.0
+CHANNELS = 16
+WRITING = (
+    "dd if=/dev/urandom of=/from bs=1M count=4 2>/dev/null; while :; do cp /from /to; usleep 20000; done"
+)
+LOADS = {"idle": ("sleep 100000", 1000.0), "under load": (WRITING, 0.0)}
+"""What the guest runs, and the pause between its heartbeats in seconds."""
+AIMS = {"idle": "< 2 ms", "under load": "< 10 ms"}
+
+WRITERS = ((MappedPages, "store_u32"), (MappedMemory, "_stored"))
+SHAPES_OF_LOG = ("in band, 64 bytes", "storage read, 4 KiB")
+LOG_PACKETS = 20_000
+LOG_ROUNDS = 20
+
+
+class OneOfMany(Heartbeat):
+    """A heartbeat channel beside others."""
+
+    def __init__(self, interval: float, number: int) -> None:
+        super().__init__(interval=interval)
+        self.instance_id = uuid.UUID(int=Heartbeat.instance_id.int + number)  # type: ignore[misc]
+
+
+def run() -> Result:
+    """See above."""
+    result = Result(f"Migration: {MEMORY >> 20} MiB, one vCPU, 6.12, {CHANNELS} open channels; in turn")
+    for name, (command, interval) in LOADS.items():
+        asyncio.run(_compare(result, name, command, interval))
+    add_saving(result)
+    add_log(result)
+    return result
+
+
+async def _compare(result: Result, name: str, command: str, interval: float) -> None:
+    kernel = find_kernel(KERNEL)
+    options = GuestOptions(
+        kernel=kernel.vmlinuz,
+        initrd=build_initramfs(
+            kernel,
+            modules=LOADED_MODULES,
+            available=AVAILABLE_MODULES,
+            command=["sh", "-c", f"echo up; {command}"],
+        ),
+        append=" ".join(KERNEL_ARGUMENTS),
+        command_port=True,
+    )
+    own, alone, prepared = [], [], []
+    async with _with_emulator(options, interval) as guest, _alone(options) as bare:
+        for turn in range(ROUNDS):
+            for with_emulator in (turn % 2 == 0, turn % 2 == 1):
+                if with_emulator:
+                    outcome = await guest.move(limit=LIMIT)
+                    own.append(outcome.downtime * 1e3)
+                    prepared.append(outcome.departure.prepared_in * 1e3)
+                else:
+                    alone.append(await bare.move() * 1e3)
+        size = outcome.departure.state_bytes
+    result.figure(f"{name}: downtime with the emulator, median", statistics.median(own), "ms")
+    result.figure(f"{name}: downtime in QEMU alone, median", statistics.median(alone), "ms")
+    added = [a - b for a, b in zip(own, alone, strict=True)]
+    result.figure(f"{name}: added, median of {ROUNDS} pairs", statistics.median(added), "ms", AIMS[name])
+    result.figure(f"{name}: ratio of medians", statistics.median(own) / statistics.median(alone))
+    result.figure(f"{name}: of that before migrate-continue, median", statistics.median(prepared), "ms")
+    result.figure(f"{name}: state", size, "bytes")
+
+
+# --- with the emulator ---------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def _with_emulator(options: GuestOptions, interval: float) -> AsyncIterator[Guest]:
+    def devices() -> Sequence[Device]:
+        plain = [Registry().create(line) for line in ("shutdown", "timesync")]
+        first: list[Device] = [OneOfMany(interval, 0)]
+        return plain + first + [OneOfMany(1000.0, n) for n in range(1, CHANNELS - len(plain))]
+
+    async with Guest.start(
+        name=None,
+        qemu=find_qemu(),
+        gateway_library=gateway_build.build(),
+        memory_size=MEMORY,
+        options=options,
+        devices=devices(),
+        new_devices=devices,
+    ) as guest:
+        serving = asyncio.ensure_future(guest.served.serve())
+        end = time.monotonic() + LIMIT
+        while sum(each.io.state.value == "running" for each in guest.host.devices) < CHANNELS:
+            if time.monotonic() > end:
+                raise UserError(f"not {CHANNELS} channels open within {LIMIT:g} s")
+            await asyncio.sleep(0.05)
+        yield guest
+        guest.host.stop()
+        await serving
+
+
+# --- QEMU alone ----------------------------------------------------------------------------------------------
+
+
+class Bare:
+    """A guest in a QEMU that knows of no emulator."""
+
+    def __init__(self, options: GuestOptions) -> None:
+        self._options = options
+        self._stack = contextlib.AsyncExitStack()
+        self._qmp: Qmp | None = None
+        self._directory: RunDirectory | None = None
+
+    async def start(self, *, incoming: bool) -> contextlib.AsyncExitStack:
+        """A QEMU; it is this guest's from now on."""
+        stack = contextlib.AsyncExitStack()
+        qemu, directory = find_qemu(), rundir.create(None, MEMORY)
+        stack.callback(directory.remove)
+        size = f"{MEMORY >> 20}M"
+        backend = f"memory-backend-file,id=ram,mem-path={directory.memory},share=on,size={size}"
+        plain = ["-accel", "tcg", "-m", f"size={size}", "-object", backend, "-machine", "memory-backend=ram"]
+        options = replace(self._options, incoming=incoming)
+        line = [*command_line(qemu.argv_prefix, directory, None, options), *plain]
+        process = QemuProcess.start(line, directory.qemu_log, qemu.environment)
+        stack.push_async_callback(asyncio.to_thread, process.stop)
+        self._qmp = await process.connect_qmp(directory.user_qmp)
+        stack.push_async_callback(self._qmp.close)
+        self._directory = directory
+        return stack
+
+    async def boot(self) -> None:
+        """Until its command runs."""
+        self._stack = await self.start(incoming=False)
+        assert self._directory is not None
+        reader, writer = await asyncio.open_unix_connection(str(self._directory.command))
+        async with asyncio.timeout(LIMIT):
+            await reader.readuntil(b"up")
+        writer.close()
+
+    async def move(self) -> float:
+        """Into a new QEMU; its downtime in seconds."""
+        before, source = self._stack, self._qmp
+        there = await self.start(incoming=True)
+        assert source is not None and self._qmp is not None and self._directory is not None
+        uri = f"unix:{self._directory.path}/migration.sock"
+        await self._qmp.execute("migrate-incoming", {"uri": uri})
+        wanted = {"capabilities": [{"capability": "return-path", "state": True}]}
+        await source.execute("migrate-set-capabilities", wanted)
+        await source.execute("migrate", {"uri": uri})
+        async with asyncio.timeout(LIMIT):
+            found: dict[str, Any] = {}
+            while found.get("status") != "completed":
+                await asyncio.sleep(0.05)
+                found = await source.execute("query-migrate")
+        await before.aclose()
+        self._stack = there
+        return float(found["downtime"]) / 1000
+
+    async def close(self) -> None:
+        await self._stack.aclose()
+
+
+@contextlib.asynccontextmanager
+async def _alone(options: GuestOptions) -> AsyncIterator[Bare]:
+    bare = Bare(options)
+    try:
+        await bare.boot()
+        yield bare
+    finally:
+        await bare.close()
+
+
+# --- the log of written pages --------------------------------------------------------------------------------
+
+
+class _NoLog(ast.NodeTransformer):
+    """Takes out every store into ``dirty``."""
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST:
+        into = [each.value for each in node.targets if isinstance(each, ast.Subscript)]
+        names = {each.attr if isinstance(each, ast.Attribute) else getattr(each, "id", "") for each in into}
+        return ast.copy_location(ast.Pass(), node) if "dirty" in names else node
+
+
+@contextlib.contextmanager
+def _without_log() -> Iterator[None]:
+    """The methods that write guest memory, as they are less the log."""
+    plain = {(owner, name): getattr(owner, name) for owner, name in WRITERS}
+    for owner, name in WRITERS:
+        tree = _NoLog().visit(ast.parse(textwrap.dedent(inspect.getsource(plain[owner, name]))))
+        found: dict[str, Any] = {}
+        exec(compile(ast.fix_missing_locations(tree), "<without log>", "exec"), vars(memory), found)
+        setattr(owner, name, found[name])
+    try:
+        yield
+    finally:
+        for (owner, name), method in plain.items():
+            setattr(owner, name, method)
+
+
+def add_log(result: Result) -> None:
+    """What remembering written pages costs where every packet passes: the channel benchmark of ``ring``, in turn."""
+    for shape in SHAPES_OF_LOG:
+        ratios = []
+        for turn in range(LOG_ROUNDS):
+            seconds = {}
+            for logged in (turn % 2 == 0, turn % 2 == 1):
+                with contextlib.nullcontext() if logged else _without_log():
+                    seconds[logged] = bench_channel(SHAPES[shape], 32, LOG_PACKETS)
+            ratios.append(seconds[True] / seconds[False])
+        name = f"log of written pages, {shape}: with / without"
+        result.figure(f"{name}, median of {LOG_ROUNDS}", statistics.median(ratios), "", "< 1.02")
