@@ -45,12 +45,12 @@ soak: $(STAMP)
 unit: $(STAMP)
 	$(PYTEST) tests/unit $(TESTFLAGS)
 
-## Style, types, and the static analyser on the gateway.
+## Style, types, and the static analyser on all C.
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	sh emulator/gateway/analyse.sh
+	$(BIN)/python -m tests.analyse
 
 ## A million messages and a million ring images; FUZZ_SEED=N for others.
 FUZZ_SEED ?= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 STEPS_PER_OCTAVE = 4
 """Buckets between a duration and its double: the median is off by at most a tenth."""
@@ -25,6 +26,14 @@ class Histogram:
         self.count += 1
         bucket = math.floor(math.log2(seconds) * STEPS_PER_OCTAVE)
         self._buckets[bucket] = self._buckets.get(bucket, 0) + 1
+
+    def merge(self, buckets: Mapping[int, int], least: float, greatest: float) -> None:
+        """Count what was counted elsewhere, in the same buckets: ``floor(log2(seconds) * STEPS_PER_OCTAVE)``."""
+        self.least = min(self.least, least) if self.count else least
+        self.greatest = max(self.greatest, greatest)
+        for bucket, count in buckets.items():
+            self._buckets[bucket] = self._buckets.get(bucket, 0) + count
+            self.count += count
 
     @property
     def median(self) -> float:

@@ -7,7 +7,9 @@ event loop's), none of them blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 PAGE_SIZE = 4096
@@ -157,6 +159,101 @@ class Workers(Protocol):
 
         ``done`` follows in the event loop's. ``None`` where there is no event loop: the work is to be waited for.
         """
+
+    def submit(self) -> None:
+        """Begin the transfers that were asked for; without it they begin in the next turn of the event loop."""
+
+
+@dataclass(slots=True)
+class FastUnit:
+    """A disk whose plain reads and writes compiled code may do: those that are in no way special."""
+
+    fd: int
+    """Of a file whose bytes at an offset are those of the disk; -1: no data moves (measurements)."""
+    block_size: int
+    blocks: int
+    max_transfer: int
+    """Bytes of one request."""
+    alignment: int
+    """Of memory, in bytes."""
+    through_flags: int
+    """Of pwritev2(2), for a write with FUA."""
+    readable: bool = False
+    writable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FastCounts:
+    """What compiled code did for a unit since it was last asked. Latencies in seconds."""
+
+    reads: int
+    writes: int
+    bytes_read: int
+    bytes_written: int
+    most_depth: int
+    least: float
+    greatest: float
+    latencies: Mapping[int, int]
+    """Bucket of :class:`device.histogram.Histogram` → how many."""
+
+
+class FastOwner(Protocol):
+    """Who gets what comes out of a :class:`FastChannel`."""
+
+    def fast_answers(self, channel: FastChannel, packets: list[bytes]) -> None:
+        """Completion packets for the guest, whole but for their trailers; that many requests have ended."""
+
+    def fast_returned(self, channel: FastChannel, packet: bytes) -> None:
+        """A packet without trailer that was taken, and has to be done in the ordinary way after all."""
+
+
+class FastChannel(Protocol):
+    """Plain reads and writes of one open channel, done by compiled code."""
+
+    @property
+    def in_flight(self) -> int:
+        """Requests taken that have not ended."""
+
+    def take(self, buffer: bytes, at: int, known: int, limit: int) -> tuple[int, int]:
+        """Take packets from ``buffer[at:]``, of which ``known`` bytes are committed: as many as are plain.
+
+        ``buffer`` is a private copy of a ring's bytes. Returns how many, and their bytes with trailers. What is not
+        plain, or damaged, stays for who parses it in the ordinary way.
+        """
+
+    def submit(self) -> None:
+        """Begin what was taken, and hand over what has ended."""
+
+    def wait(self) -> bool:
+        """Look for something that ends, for a moment and only where that is likely; whether it did."""
+
+    def sleeps(self) -> bool:
+        """Nobody looks from now on: be told by the event loop. True: something has ended already."""
+
+    def close(self) -> None:
+        """Nothing more is taken; what is under way is handed over still."""
+
+
+class FastPath(Protocol):
+    """Compiled code between rings and files, where there is one (:mod:`emulator.machine.fastpath`)."""
+
+    def add_unit(self, unit: FastUnit) -> int | None:
+        """A number for a unit; ``None`` when there are no more."""
+
+    def change_unit(self, number: int, unit: FastUnit) -> None:
+        """It is different now; what was taken goes on as it was."""
+
+    def remove_unit(self, number: int) -> None:
+        """Its number may be given to another one. None of its requests may be under way."""
+
+    def depth(self, number: int) -> int:
+        """Requests of a unit that are under way."""
+
+    def counts(self, number: int) -> FastCounts:
+        """What was done since this was last asked."""
+
+    def open_channel(self, owner: FastOwner, units: array[int]) -> FastChannel:
+        """For a channel that opened. ``units``: target * 64 + LUN → number or -1, 128 signed 16-bit integers."""
 
 
 class Synic(Protocol):

@@ -210,6 +210,9 @@ class FakeWorkers:
     ) -> Callable[[Exception | None], None] | None:
         return None
 
+    def submit(self) -> None:
+        """There are no transfers."""
+
     def release(self, count: int | None = None) -> None:
         """Do what waits, or the first ``count`` of it."""
         while self.waiting and (count is None or count > 0):

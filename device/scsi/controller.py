@@ -24,6 +24,7 @@ import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from device.scsi.fast_units import FastUnits
 from device.scsi.handshake import Handshake
 from device.scsi.request import Request
 from device.scsi.saved import restore_controller, save_controller
@@ -97,6 +98,9 @@ class Controller(Device):
     """
 
     max_packet = 80  # what Linux has room for: a descriptor and 64 bytes
+    look_window = (
+        300e-6  # one request after the other: so long until the guest has taken the last, and sends the next
+    )
 
     def __init__(
         self,
@@ -128,6 +132,7 @@ class Controller(Device):
         self._reset_timer: TimerHandle | None = None
         self._removed: list[LogicalUnit] = []
         self.pending: list[tuple[int, Packet]] = []
+        self._fast_units: FastUnits | None = None
 
     def new_handshake(self) -> Handshake:
         """As when a guest opens the primary channel."""
@@ -180,6 +185,8 @@ class Controller(Device):
         if unit is None:
             raise UsageError(f"controller {self.controller}: there is no target {target} LUN {lun}")
         self._removed.append(unit)
+        if self._fast_units is not None:
+            self._fast_units.leave((target, lun))
         self._close_removed()
         self._enumerate()
 
@@ -205,6 +212,8 @@ class Controller(Device):
         for unit in tuple(self._removed):
             if not unit.statistics.depth:
                 self._removed.remove(unit)
+                if self._fast_units is not None:
+                    self._fast_units.forget(unit)
                 unit.close()
 
     # --- what the bus tells ----------------------------------------------------------------------------------
@@ -216,6 +225,8 @@ class Controller(Device):
 
     def start(self, environment: DeviceEnvironment) -> None:
         super().start(environment)
+        if environment.fast_path is not None:
+            self._fast_units = FastUnits(environment.fast_path)
         for unit in self.units.values():
             unit.start(environment)
 
@@ -239,6 +250,7 @@ class Controller(Device):
                 io.hold()
                 self._waiting_subchannels.append(io)
             self._requests[io] = set()
+            self._open_fast(io)
             return
         self._activate()
         self._primary = io
@@ -246,6 +258,25 @@ class Controller(Device):
         self.handshake = self.new_handshake()
         for unit in self.units.values():
             unit.reset()
+        self._open_fast(io)
+
+    def _open_fast(self, io: ChannelIo) -> None:
+        fast = self.environment.fast_path
+        if fast is not None and self._fast_units is not None:
+            io.fast = fast.open_channel(io, self._fast_units.table)
+
+    def fast_ready(self, io: ChannelIo) -> bool:
+        if not self._active or not self.handshake.ready or self._fast_units is None:
+            return False
+        self._fast_units.refresh(self.units)
+        return True
+
+    def fast_ended(self, io: ChannelIo) -> None:
+        self._ended(io)
+
+    def _busy(self, io: ChannelIo) -> bool:
+        """Whether commands of a channel have not ended."""
+        return bool(self._requests.get(io)) or io.fast_in_flight > 0
 
     def closed(self, io: ChannelIo) -> None:
         if io is self._primary:
@@ -255,7 +286,7 @@ class Controller(Device):
             self._waiting_subchannels.remove(io)
         self._waiting_resets = [each for each in self._waiting_resets if each[0] is not io]
         self._cancel(io)
-        if self._requests.get(io):
+        if self._busy(io):
             self._closing.add(io)
             io.channel.defer_close()
         else:
@@ -297,6 +328,11 @@ class Controller(Device):
             self._answer(io, packet, state)
         else:
             raise ProtocolError("storvsp-unknown-operation", f"{operation:#x}")
+
+    def batch_ended(self, io: ChannelIo) -> None:
+        self.environment.workers.submit()
+        if io.fast is not None:
+            io.fast.submit()
 
     def refused(self, io: ChannelIo, packet: Packet, error: GuestError) -> None:
         """Ranges that are malformed. Whatever it was, it is an I/O that cannot be done."""
@@ -403,9 +439,13 @@ class Controller(Device):
                     answer_size(len(packet.payload)),
                 ),
             )
-        elif not requests:
+        self._ended(io)
+
+    def _ended(self, io: ChannelIo) -> None:
+        """Commands of a channel have ended: see who waits for that."""
+        if io in self._closing and not self._busy(io):
             self._closing.discard(io)
-            del self._requests[io]
+            self._requests.pop(io, None)
             io.channel.finish_close()
         if self._removed:
             self._close_removed()
@@ -430,7 +470,7 @@ class Controller(Device):
         self._answer_resets(anyway=True)
 
     def _answer_resets(self, *, anyway: bool = False) -> None:
-        if any(self._requests.values()) and not anyway:
+        if any(map(self._busy, self._requests)) and not anyway:
             return
         waiting, self._waiting_resets = self._waiting_resets, []
         if self._reset_timer is not None:
@@ -447,7 +487,7 @@ class Controller(Device):
             "stage": handshake.stage.name.lower(),
             "version": str(handshake.version) if handshake.version else None,
             "subchannels": handshake.subchannels or 0,
-            "in_flight": sum(len(each) for each in self._requests.values()),
+            "in_flight": sum(len(each) + io.fast_in_flight for io, each in self._requests.items()),
             "resets": self.resets,
             "enumerations": self.enumerations,
             "units": {f"{target}:{lun}": unit.status() for (target, lun), unit in sorted(self.units.items())},
@@ -474,6 +514,7 @@ class Controller(Device):
 
     def resumed(self, io: ChannelIo) -> None:
         self._requests.setdefault(io, set())
+        self._open_fast(io)
         index = io.subchannel_index
         if not index:
             self._primary = io

@@ -5,13 +5,14 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Mapping
 
-from device.scsi.backend import Backend
+from device.scsi.backend import Backend, NullBackend
 from device.scsi.blocks import BlockUnit
 from device.scsi.faults import FaultPlan
 from device.scsi.request import Request
 from device.scsi.reservations import Reservations
 from device.scsi.sense import CheckCondition
 from emulator.errors import MalformedError
+from emulator.ports import FastUnit
 from emulator.wire.scsi import (
     BLOCK_CHARACTERISTICS,
     BLOCK_LIMITS,
@@ -107,6 +108,26 @@ class Disk(BlockUnit):
         self.thin = backend.can_discard and not read_only
         if self.thin:
             self._commands[Opcode.UNMAP] = self._unmap
+
+    @property
+    def plain(self) -> bool:
+        return not self.attentions and not self.faults.faults
+
+    def fast_unit(self) -> FastUnit | None:
+        backend = self.backend
+        if backend.fd < 0 and not isinstance(backend, NullBackend):
+            return None
+        plain = self.plain
+        return FastUnit(
+            fd=backend.fd,
+            block_size=self.block_size,
+            blocks=self.blocks,
+            max_transfer=self.max_transfer,
+            alignment=backend.alignment,
+            through_flags=backend.through_flags,
+            readable=plain,
+            writable=plain and not self.read_only,
+        )
 
     # --- what it is ----------------------------------------------------------------------------------------
 

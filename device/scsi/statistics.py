@@ -6,15 +6,17 @@ from collections import Counter
 from typing import Any
 
 from device.histogram import Histogram
+from emulator.ports import FastPath
 
 
 class UnitStatistics:
     """Counters of a unit. Bytes are of READ and WRITE only; latency is from packet to completion."""
 
     __slots__ = (
+        "_depth",
+        "_fast",
         "bytes_read",
         "bytes_written",
-        "depth",
         "errors",
         "flushes",
         "latency",
@@ -28,20 +30,50 @@ class UnitStatistics:
         self.requests = 0
         self.reads = self.writes = self.flushes = 0
         self.bytes_read = self.bytes_written = 0
-        self.depth = self.most_depth = 0
+        self._depth = self.most_depth = 0
+        self._fast: tuple[FastPath, int] | None = None
         self.errors: Counter[str] = Counter()
         self.latency = Histogram()
 
     def began(self) -> None:
         """A request came."""
         self.requests += 1
-        self.depth += 1
-        if self.depth > self.most_depth:
-            self.most_depth = self.depth
+        self._depth += 1
+        if self._depth > self.most_depth:
+            self.most_depth = self._depth
+
+    @property
+    def depth(self) -> int:
+        """Requests that have not ended."""
+        return self._depth + (self._fast[0].depth(self._fast[1]) if self._fast else 0)
+
+    def follow(self, fast: FastPath, number: int) -> None:
+        """Compiled code does some of the unit's requests, and counts them."""
+        self._fast = (fast, number)
+
+    def unfollow(self) -> None:
+        """It does no more."""
+        self.absorb()
+        self._fast = None
+
+    def absorb(self) -> None:
+        """Add what compiled code counted since it was last asked."""
+        if self._fast is None:
+            return
+        fast, number = self._fast
+        counts = fast.counts(number)
+        self.requests += counts.reads + counts.writes
+        self.reads += counts.reads
+        self.writes += counts.writes
+        self.bytes_read += counts.bytes_read
+        self.bytes_written += counts.bytes_written
+        self.most_depth = max(self.most_depth, counts.most_depth)
+        if counts.latencies:
+            self.latency.merge(counts.latencies, counts.least, counts.greatest)
 
     def ended(self, seconds: float) -> None:
         """It was answered, ``seconds`` later."""
-        self.depth -= 1
+        self._depth -= 1
         self.latency.add(seconds)
 
     def error(self, srb_status: int, sense: bytes) -> None:
@@ -51,6 +83,7 @@ class UnitStatistics:
 
     def status(self) -> dict[str, Any]:
         """Names and plain values; microseconds."""
+        self.absorb()
         latency: dict[str, Any] = dict(self.latency.status())
         latency |= {
             f"p{percent}_us": round(self.latency.quantile(percent / 100) * 1e6, 1) for percent in (90, 99)

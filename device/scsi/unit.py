@@ -21,6 +21,7 @@ from device.scsi.request import Request
 from device.scsi.sense import CheckCondition
 from device.scsi.statistics import UnitStatistics
 from emulator.bus.device import DeviceEnvironment
+from emulator.ports import FastUnit
 from emulator.wire.scsi import (
     INQUIRY,
     DeviceType,
@@ -107,6 +108,15 @@ class LogicalUnit(ABC):
     def resized(self) -> bool:
         """Look at the size again; whether it changed."""
         return False
+
+    @property
+    def plain(self) -> bool:
+        """Whether a read or write now is like any other: nothing to tell, no fault to have."""
+        return False
+
+    def fast_unit(self) -> FastUnit | None:
+        """What compiled code needs to know for reads and writes; ``None`` if it cannot do them."""
+        return None
 
     def attention(self, sense: Sense) -> None:
         """Tell the guest with its next command."""

@@ -36,16 +36,19 @@ from emulator.bus.look import Look
 from emulator.bus.output import Output, Transactions
 from emulator.bus.ring import IncomingRing, OutgoingRing
 from emulator.errors import DeviceError, GuestError, InternalError, ProtocolError, RingError
-from emulator.ports import GuestMemory, TimerHandle, Timers
+from emulator.ports import FastChannel, GuestMemory, TimerHandle, Timers
 from emulator.refusals import Refusals
 from emulator.wire.packet import (
     COMPLETION_REQUESTED,
     DESCRIPTOR_SIZE,
+    TRAILER_SIZE,
     Packet,
     PacketType,
     TransferRange,
     build_packet,
+    build_trailer,
     build_transfer_pages,
+    parse_packet,
 )
 from emulator.wire.ring import RESERVED_BYTES
 
@@ -57,8 +60,8 @@ _log = logging.getLogger(__name__)
 
 TURN_PACKETS = 64
 """Packets taken in one turn."""
-BATCH_PACKETS = 32
-"""Packets whose room is given back to the guest at once."""
+BATCH_PACKETS = 8
+"""Packets that are taken, and answered, at once: the guest works on one batch while the host works on the next."""
 OWED_LIMIT = 8192
 """Completions that a device may owe before no more packets are taken."""
 OUTPUT_PACKETS = 4096
@@ -67,8 +70,6 @@ OUTPUT_BYTES = 4 << 20
 """The same in bytes."""
 AWAITED_LIMIT = 8192
 """Packets of the host's whose completion the guest may owe."""
-LOOK_WINDOW = 100e-6
-"""Longest time, in seconds, for which an empty ring is looked at before sleeping."""
 
 _COMPLETION = PacketType.COMPLETION
 _RUNNING = IoState.RUNNING  # class attributes of an Enum are slow to look up
@@ -86,7 +87,7 @@ class ChannelIo:
         timers: Timers,
         *,
         clock: Callable[[], float] = time.monotonic,
-        look_window: float = LOOK_WINDOW,
+        look_window: float | None = None,
     ) -> None:
         self.device = device
         self.timers = timers
@@ -96,8 +97,11 @@ class ChannelIo:
         self.counters = IoCounters()
         self.refusals = Refusals(device.name, _log)
         self.subchannels: list[ChannelIo] = []
+        #: Compiled code that takes plain packets, if the device has any; its requests are not among the owed.
+        self.fast: FastChannel | None = None
+        self._fast_before: FastChannel | None = None
         self._clock = clock
-        self._look = Look(look_window, clock)
+        self._look = Look(device.look_window if look_window is None else look_window, clock)
         self._channel: OpenChannel | None = None
         self._incoming: IncomingRing | None = None
         self._outgoing: OutgoingRing | None = None
@@ -106,6 +110,10 @@ class ChannelIo:
 
     def _forget(self) -> None:
         """What belongs to one opening of the channel."""
+        if self.fast is not None:
+            self.fast.close()
+            self._fast_before = self.fast
+            self.fast = None
         self._opening += 1
         self._due_when_resumed: list[_IoTimer] = []
         self._output = Output()
@@ -151,6 +159,11 @@ class ChannelIo:
     def owes(self, transaction_id: int) -> bool:
         """Whether the guest waits for a completion with this id."""
         return transaction_id in self._owed
+
+    @property
+    def fast_in_flight(self) -> int:
+        """Requests that compiled code has under way, those of an opening that is over included."""
+        return sum([each.in_flight for each in (self.fast, self._fast_before) if each is not None])
 
     # --- what a device may do ----------------------------------------------------------------------------
 
@@ -282,6 +295,27 @@ class ChannelIo:
             self.subchannels.append(io)
             io._channel = offers.offer(replace(self.channel.offer, subchannel_index=index), io)
 
+    # --- what compiled code did: a FastOwner -----------------------------------------------------------------
+
+    def fast_answers(self, channel: FastChannel, packets: list[bytes]) -> None:
+        if channel is self.fast and (self.state is _RUNNING or self.state is IoState.PAUSED):
+            output = self._output
+            output.packets += packets
+            output.bytes += sum(map(len, packets))
+            self.flush()
+        else:
+            self.counters.dropped += len(packets)
+        self.device.fast_ended(self)
+
+    def fast_returned(self, channel: FastChannel, packet: bytes) -> None:
+        if channel is self.fast and (self.state is _RUNNING or self.state is IoState.PAUSED):
+            again = parse_packet(packet + build_trailer(0, 0), 0, len(packet) + TRAILER_SIZE)
+            if again is not None:
+                self._hand_over(again)
+                if not self._in_turn:
+                    self._schedule()
+        self.device.fast_ended(self)
+
     # --- saving --------------------------------------------------------------------------------------------
 
     def pause(self) -> None:
@@ -411,6 +445,24 @@ class ChannelIo:
             and self._owed.total < OWED_LIMIT
         )
 
+    def _take(self, incoming: IncomingRing, limit: int) -> tuple[int, bool]:
+        """Take a batch and hand it over; how many packets, and whether the ring is this opening's still."""
+        fast = self.fast
+        if fast is not None and self.device.fast_ready(self):
+            if taken := incoming.take_with(fast.take, limit):
+                self.counters.packets_in += taken
+                return taken, True
+            limit = 1  # what is not plain; behind it there may be more that is
+        batch = incoming.read_batch(limit)
+        if not batch:
+            return 0, True
+        done = self._deliver(batch)
+        if self._incoming is not incoming:
+            return done, False  # the device had its own channel taken away
+        if done < len(batch):
+            incoming.untake(batch[done:])
+        return len(batch), True
+
     def _turn(self) -> None:
         if not self._scheduled:
             return  # asked for before the channel was opened anew
@@ -425,6 +477,9 @@ class ChannelIo:
         except GuestError as error:
             self._fail(error.reason, error.detail)
         finally:
+            if self.fast is not None and self.fast.sleeps():
+                self.fast.submit()
+                self._schedule()
             self._in_turn = False
 
     def _work(self, incoming: IncomingRing) -> None:
@@ -432,21 +487,24 @@ class ChannelIo:
         signal = False
         empty = False
         left = TURN_PACKETS
+        device = self.device
         try:
             signal = self._write_out()
             while left and self._may_take():
-                batch = incoming.read_batch(min(left, BATCH_PACKETS))
-                if not batch:
+                taken, ours = self._take(incoming, min(left, BATCH_PACKETS))
+                if not ours:
+                    return
+                if not taken and not self._fast_waits():
                     empty = True
                     break
-                left -= len(batch)
-                done = self._deliver(batch)
-                if self._incoming is not incoming:
-                    return  # the device had its own channel taken away
-                if done < len(batch):
-                    incoming.untake(batch[done:])
+                left -= taken or 1
+                device.batch_ended(self)
                 signal = incoming.commit() or signal
-            signal = self._write_out() or signal
+                if self._output.packets:
+                    signal = self._write_out() or signal
+                if signal:
+                    signal = False
+                    self._signal()
             if self._room_wanted and not self._output.packets and self.state is _RUNNING:
                 self._room_wanted = False
                 self._contain(self.device.writable)
@@ -464,37 +522,44 @@ class ChannelIo:
             else:
                 self._look.sleeps()
 
+    def _fast_waits(self) -> bool:
+        """The ring is empty: look for what compiled code has under way, if that takes but a moment."""
+        return self.fast is not None and self.fast.in_flight > 0 and self.fast.wait()
+
     def _deliver(self, batch: list[Packet]) -> int:
         """Hand packets to the device; returns how many, fewer if it held, paused or failed in between."""
-        device = self.device
         counters = self.counters
         done = 0
         for packet in batch:
             done += 1
             counters.bytes_in += packet.size
-            try:
-                try:
-                    if packet.kind is _COMPLETION:
-                        self._completed(packet)
-                    else:
-                        if packet.flags:
-                            self._owed.add(packet.transaction_id)
-                        if packet.error is not None:
-                            raise packet.error
-                        device.packet(self, packet)
-                except (RingError, ProtocolError):
-                    raise
-                except GuestError as error:
-                    self.refusals.refuse(error.reason, error.detail)
-                    device.refused(self, packet, error)
-            except GuestError as error:
-                self._fail(error.reason, error.detail)
-            except Exception as error:  # noqa: BLE001 - a device must not take the process along
-                self._device_failed(error)
+            self._hand_over(packet)
             if self.state is not _RUNNING or self._held:
                 break
         counters.packets_in += done
         return done
+
+    def _hand_over(self, packet: Packet) -> None:
+        device = self.device
+        try:
+            try:
+                if packet.kind is _COMPLETION:
+                    self._completed(packet)
+                else:
+                    if packet.flags:
+                        self._owed.add(packet.transaction_id)
+                    if packet.error is not None:
+                        raise packet.error
+                    device.packet(self, packet)
+            except (RingError, ProtocolError):
+                raise
+            except GuestError as error:
+                self.refusals.refuse(error.reason, error.detail)
+                device.refused(self, packet, error)
+        except GuestError as error:
+            self._fail(error.reason, error.detail)
+        except Exception as error:  # noqa: BLE001 - a device must not take the process along
+            self._device_failed(error)
 
     def _completed(self, packet: Packet) -> None:
         if self._awaited.remove(packet.transaction_id):

@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from emulator.errors import DeviceError, GuestError
-from emulator.ports import GuestMemory, Timers, Workers
+from emulator.ports import FastPath, GuestMemory, Timers, Workers
 from emulator.wire.packet import Packet
 
 if TYPE_CHECKING:
@@ -85,6 +85,9 @@ class InlineWorkers:
     ) -> Callable[[Exception | None], None] | None:
         return None
 
+    def submit(self) -> None:
+        """There are no transfers."""
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceEnvironment:
@@ -98,6 +101,8 @@ class DeviceEnvironment:
     """``None`` where no sub-channels can be offered."""
     workers: Workers = field(default_factory=InlineWorkers)
     """Threads for what blocks."""
+    fast_path: FastPath | None = None
+    """Compiled code for plain reads and writes, where there is one."""
 
 
 class Device(ABC):
@@ -110,6 +115,12 @@ class Device(ABC):
     """Longest packet, in bytes without trailer, that the guest's driver takes (spec/devices.md 0.3).
 
     A guest that is sent a longer one loses its place in the ring for good, so sending one is an error.
+    """
+
+    look_window: ClassVar[float] = 100e-6
+    """Longest time, in seconds, for which an empty ring is looked at before the host sleeps.
+
+    See :mod:`emulator.bus.look`. Worth setting where a guest usually takes longer to come back.
     """
 
     _environment: DeviceEnvironment | None = None
@@ -144,6 +155,19 @@ class Device(ABC):
 
         If ``packet.completion_requested``, complete it once: now, or later with ``io.complete``.
         """
+
+    def batch_ended(self, io: ChannelIo) -> None:
+        """The packets that were taken together are handed over; more may follow at once.
+
+        What several of them started can be handed on here, all together. Raises nothing.
+        """
+
+    def fast_ready(self, io: ChannelIo) -> bool:
+        """Before packets are taken by ``io.fast``: whether it may take any; what it knows has to be true now."""
+        return False
+
+    def fast_ended(self, io: ChannelIo) -> None:
+        """Requests that ``io.fast`` had taken have ended; their answers are on their way."""
 
     def completed(self, io: ChannelIo, packet: Packet) -> None:
         """The guest completes a packet that was sent with ``completion_requested``."""

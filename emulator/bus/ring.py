@@ -28,7 +28,7 @@ Everything that a guest may do wrong raises :class:`~emulator.errors.RingError`;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from emulator.errors import InternalError, RingError
 from emulator.ports import GuestMemory, GuestPages
@@ -154,6 +154,20 @@ class IncomingRing(_Ring):
                 raise
         self._buffer, self._at, self._known, self._taken = buffer, at, known, taken % self.size
         return packets
+
+    def take_with(self, take: Callable[[bytes, int, int, int], tuple[int, int]], limit: int) -> int:
+        """Let ``take(private copy, place, committed bytes, limit)`` take packets; how many it took.
+
+        It returns how many, and their bytes. What it leaves is for :meth:`read_batch`. Raises ``RingError``.
+        """
+        if not self._known and not self._fetch(BULK):
+            return 0
+        count, size = take(self._buffer, self._at, self._known, limit)
+        if count:
+            self._at += size
+            self._known -= size
+            self._taken = (self._taken + size) % self.size
+        return count
 
     def _read_long(self) -> Packet:
         """The next packet, of which the private copy does not hold all; the copy is made anew.

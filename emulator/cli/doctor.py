@@ -8,7 +8,8 @@ from typing import Any
 
 from emulator.cli.table import table
 from emulator.errors import VmbusError
-from emulator.machine import gateway_build
+from emulator.machine import fastpath_build, gateway_build, native
+from emulator.machine.native import NativeLibrary
 from emulator.provision.doctor import Check, State, examine, healthy
 
 _EPILOG = """\
@@ -33,7 +34,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    checks = examine(more=[_gateway()])
+    checks = examine(more=[_compiled(each) for each in (gateway_build.LIBRARY, fastpath_build.LIBRARY)])
     if arguments.json:
         print(json.dumps([check.as_json() for check in checks], indent=2))
     else:
@@ -45,14 +46,13 @@ def main(arguments: argparse.Namespace) -> int:
     return 0 if healthy(checks) else 1
 
 
-def _gateway() -> Check:
-    built = gateway_build.library_path()
+def _compiled(library: NativeLibrary) -> Check:
+    name = library.what.removeprefix("the ")
+    built = library.path()
     if built.is_file():
-        return Check("trap gateway", State.OK, f"built: {built}")
+        return Check(name, State.OK, f"built: {built}")
     try:
-        compiler = gateway_build.compiler()
+        compiler = native.compiler()
     except VmbusError as error:
-        return Check("trap gateway", State.MISSING, "not built, and no C compiler", str(error))
-    return Check(
-        "trap gateway", State.OPTIONAL, f"not built yet ({compiler} is there)", "`vmbus setup` builds it"
-    )
+        return Check(name, State.MISSING, "not built, and no C compiler", str(error))
+    return Check(name, State.OPTIONAL, f"not built yet ({compiler} is there)", "`vmbus setup` builds it")

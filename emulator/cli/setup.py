@@ -1,4 +1,4 @@
-"""``vmbus setup``: fetch the private QEMU and guest kernels, build the gateway."""
+"""``vmbus setup``: fetch the private QEMU and guest kernels, compile what is C."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from emulator.cli.options import DEFAULT_GUEST
 from emulator.errors import MissingRequirement
-from emulator.machine import gateway_build
+from emulator.machine import fastpath_build, gateway_build
 from emulator.provision.kernel import GUESTS, find_busybox, find_kernel
 from emulator.provision.progress import for_stream
 from emulator.provision.qemu import find_qemu
@@ -72,6 +72,8 @@ def main(arguments: argparse.Namespace) -> int:
         if arguments.system.name:
             copy_system(system, arguments.system)
             system = arguments.system
+
+    fast_path = fastpath_build.LIBRARY.build()
     version = ".".join(map(str, found.qemu.version))
     if arguments.json:
         result = {
@@ -79,6 +81,7 @@ def main(arguments: argparse.Namespace) -> int:
             "guests": [{"name": kernel.name, "release": kernel.release} for kernel in found.kernels],
             "gateway": str(gateway),
             "system": str(system) if system is not None else None,
+            "fast_path": str(fast_path),
         }
         json.dump(result, sys.stdout)
         print()
@@ -89,6 +92,8 @@ def main(arguments: argparse.Namespace) -> int:
     print(f"gateway {gateway}")
     if system is not None:
         print(f"Debian system {system}")
+
+    print(f"fast path {fast_path}")
     return 0
 
 
@@ -110,5 +115,5 @@ def _dry_run(guests: list[str], system: Path | None) -> int:
             print(f"guest {guest}: there (Linux {find_kernel(guest).release})")
         except MissingRequirement:
             print(f"guest {guest}: to be fetched")
-    print("gateway: built from source where it is not there yet")
+    print("gateway and fast path: built from source where they are not there yet")
     return 0

@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from emulator.errors import GatewayError, InternalError, MalformedError
+from emulator.machine.addresses import address_of
 from emulator.wire import gateway as wire
 from emulator.wire.cpuid import CpuidLeaf
 from emulator.wire.gateway import DoorbellRule, GuestState, TrapKind, Verdict, offset_of
@@ -155,6 +156,10 @@ class CodePages:
             found.append(first_pfn + at)
             at = notes.find(1, at + 1)
         return found
+
+    def native(self) -> tuple[int, int]:
+        """Address of the notes in this process, and of how many pages they are."""
+        return address_of(self._region) + self._offset, self._pages
 
 
 class Clock:

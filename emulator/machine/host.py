@@ -40,6 +40,7 @@ from emulator.hypervisor.partition import Partition
 from emulator.machine import succession
 from emulator.machine.clock import TcgClock
 from emulator.machine.discovery import QemuFacts, discover
+from emulator.machine.fastpath import CompiledFastPath
 from emulator.machine.gateway import Fault, Gateway, Trap
 from emulator.machine.memory import MappedMemory
 from emulator.machine.migration.follower import Follower, Phase, Switchover
@@ -194,12 +195,14 @@ class Host:
         for connection in (1, 4):
             self.partition.connect_message_port(connection, self._message)
         self.workers = WorkerThreads(loop)
+        self.workers.fast_path = CompiledFastPath.open(loop, self.memory, self.workers.ended)
         self.environment = DeviceEnvironment(
             memory=self.memory,
             timers=loop,
             reference_time=self.partition.reference_time.now,
             offers=self.bus,
             workers=self.workers,
+            fast_path=self.workers.fast_path,
         )
         self.devices: list[AttachedDevice] = []
         self.migration = Follower(self, switchover=options.switchover)

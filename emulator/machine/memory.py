@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Protocol
 
 from emulator.errors import GuestAddressError, QemuUnsuitable
+from emulator.machine.addresses import address_of
 from emulator.ports import PAGE_SIZE
 
 Buffer = bytes | bytearray | memoryview
@@ -36,6 +37,9 @@ class CodePages(Protocol):
 
     def test_and_clear(self, first_pfn: int, count: int) -> list[int]:
         """Of the pages ``first_pfn .. first_pfn + count - 1`` those that were noted; their notes are cleared."""
+
+    def native(self) -> tuple[int, int]:
+        """Address of the notes in this process, a byte a page from page 0 on, and how many pages have one."""
 
 
 class WriteThrough(Protocol):
@@ -65,6 +69,19 @@ class RamRegion:
     @property
     def end(self) -> int:
         return self.gpa + self.size
+
+
+@dataclass(frozen=True, slots=True)
+class NativeMemory:
+    """The same memory for compiled code: addresses in this process, 0 for what is not there."""
+
+    address: int
+    size: int
+    dirty: int
+    """A byte a page of the file."""
+    notes: int
+    """Of the gateway, a byte a guest page."""
+    note_pages: int
 
 
 class MappedPages:
@@ -316,6 +333,16 @@ class MappedMemory:
                 return region.gpa + offset - region.offset
         raise GuestAddressError(offset)
 
+    def native(self) -> NativeMemory:
+        """For compiled code, which answers for its stores as everything here does."""
+        notes, note_pages = (0, 0) if self._code_pages is None else self._code_pages.native()
+        return NativeMemory(address_of(self._ram), len(self._ram), address_of(self.dirty), notes, note_pages)
+
+    def write_through(self, gpa: int, length: int) -> None:
+        """Have QEMU see what was stored in ``[gpa, gpa + length)``, where a note was found and cleared."""
+        if self._through is not None:
+            self._through.write_memory(gpa, self.read(gpa, length))
+
     def _store(self, offset: int, data: Buffer) -> None:
         """Store at ``offset`` of the file (bounds already checked), then see to code and dirty pages."""
         length = len(data)
@@ -343,8 +370,6 @@ class MappedMemory:
             noted = self._code_pages.test_and_clear(
                 first_pfn, (gpa + length - 1) // PAGE_SIZE + 1 - first_pfn
             )
-            if noted and self._through is not None:
-                for pfn in noted:
-                    start = max(pfn * PAGE_SIZE, gpa)
-                    end = min((pfn + 1) * PAGE_SIZE, gpa + length)
-                    self._through.write_memory(start, self.read(start, end - start))
+            for pfn in noted:
+                start = max(pfn * PAGE_SIZE, gpa)
+                self.write_through(start, min((pfn + 1) * PAGE_SIZE, gpa + length) - start)

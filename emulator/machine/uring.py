@@ -22,6 +22,8 @@ import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from emulator.machine.addresses import address_of
+
 _log = logging.getLogger(__name__)
 
 ENTRIES = 256
@@ -40,39 +42,6 @@ _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
 
 Done = Callable[[int], None]
-
-
-class _PyBuffer(ctypes.Structure):
-    _fields_ = [
-        ("buf", ctypes.c_void_p),
-        ("obj", ctypes.py_object),
-        ("len", ctypes.c_ssize_t),
-        ("itemsize", ctypes.c_ssize_t),
-        ("readonly", ctypes.c_int),
-        ("ndim", ctypes.c_int),
-        ("format", ctypes.c_char_p),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("suboffsets", ctypes.c_void_p),
-        ("internal", ctypes.c_void_p),
-    ]
-
-
-_get_buffer = ctypes.pythonapi.PyObject_GetBuffer
-_get_buffer.argtypes = (ctypes.py_object, ctypes.c_void_p, ctypes.c_int)
-_release_buffer = ctypes.pythonapi.PyBuffer_Release
-_release_buffer.argtypes = (ctypes.c_void_p,)
-_release_buffer.restype = None
-
-
-def _address(view: memoryview) -> int:
-    """Where ``view`` lies; good for as long as it is kept."""
-    buffer = _PyBuffer()
-    place = ctypes.addressof(buffer)
-    _get_buffer(view, place, 0)
-    found = int(buffer.buf or 0)
-    _release_buffer(place)
-    return found
 
 
 def _call(number: int, *arguments: int) -> int:
@@ -147,14 +116,14 @@ class Uring:
             self._waiting.append((fd, offset, views, write, flags, done))
             return
         if len(views) == 1:
-            address, length, kept = _address(views[0]), len(views[0]), b""
+            address, length, kept = address_of(views[0]), len(views[0]), b""
             opcode = _WRITE if write else _READ
         else:
             numbers: list[int] = []
             for view in views:
-                numbers += (_address(view), len(view))
+                numbers += (address_of(view), len(view))
             kept = struct.pack(f"<{len(numbers)}Q", *numbers)
-            address, length = _address(memoryview(kept)), len(views)
+            address, length = address_of(memoryview(kept)), len(views)
             opcode = _WRITEV if write else _READV
         number = self._next
         self._next = number + 1
@@ -167,10 +136,14 @@ class Uring:
         self._unsubmitted += 1
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._submit)
+            self._loop.call_soon(self._submit_later)
 
-    def _submit(self) -> None:
+    def _submit_later(self) -> None:
         self._scheduled = False
+        self.submit()
+
+    def submit(self) -> None:
+        """Hand what was asked for to the kernel."""
         if not self._unsubmitted or self._fd < 0:
             return
         self._sq_words[self._sq_tail_at] = self._sq_tail
@@ -179,9 +152,9 @@ class Uring:
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EBUSY, errno.EINTR):
                 raise
-        if self._unsubmitted:
+        if self._unsubmitted and not self._scheduled:
             self._scheduled = True
-            self._loop.call_later(0.001, self._submit)
+            self._loop.call_later(0.001, self._submit_later)
         self._refill()
 
     def _refill(self) -> None:

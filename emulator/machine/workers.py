@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from emulator.machine.fastpath import CompiledFastPath
 from emulator.machine.uring import Uring
 
 _log = logging.getLogger(__name__)
@@ -43,11 +44,13 @@ class WorkerThreads:
         self._settled: asyncio.Event | None = None
         self._uring: Uring | None = None
         self._uring_tried = False
+        #: Compiled code whose transfers are work too.
+        self.fast_path: CompiledFastPath | None = None
 
     @property
     def unfinished(self) -> int:
         """Pieces of work whose ``done`` was not called yet."""
-        return self._unfinished
+        return self._unfinished + (self.fast_path.in_flight if self.fast_path else 0)
 
     def run(self, work: Work, done: Done, /) -> None:
         self._unfinished += 1
@@ -83,7 +86,7 @@ class WorkerThreads:
             try:
                 done(result)
             finally:
-                self._ended()
+                self.ended()
 
         self._uring.transfer(fd, offset, views, write, flags, ended)
         return True
@@ -92,8 +95,13 @@ class WorkerThreads:
         self._unfinished += 1
         return partial(self._finish, done)
 
-    def _ended(self) -> None:
-        if self._settled is not None and not self._unfinished:
+    def submit(self) -> None:
+        if self._uring is not None:
+            self._uring.submit()
+
+    def ended(self) -> None:
+        """Something has ended: see whether all has that is waited for."""
+        if self._settled is not None and not self.unfinished:
             self._settled.set()
 
     def _serve(self) -> None:
@@ -127,16 +135,16 @@ class WorkerThreads:
                 done(error)
             except Exception:  # noqa: BLE001 - it must not take the others along
                 _log.exception("the end of a piece of work failed")
-        self._ended()
+        self.ended()
 
     async def settle(self, limit: float) -> bool:
         """Wait until all work is done and reported, ``limit`` seconds at most; whether it is."""
-        if self._unfinished:
+        if self.unfinished:
             self._settled = asyncio.Event()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._settled.wait(), limit)
             self._settled = None
-        return not self._unfinished
+        return not self.unfinished
 
     def close(self) -> None:
         """Let the threads end when they have done what waits. Nothing may be asked for any more."""
@@ -146,3 +154,6 @@ class WorkerThreads:
         if self._uring is not None:
             self._uring.close()
             self._uring = None
+        if self.fast_path is not None:
+            self.fast_path.close()
+            self.fast_path = None

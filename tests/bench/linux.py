@@ -26,7 +26,7 @@ async def linux_guest(
 ) -> AsyncIterator[Booted]:
     """A guest that runs ``command``; ``program``: a C file of ours that is compiled and put into its ``/bin``."""
     with tempfile.TemporaryDirectory(prefix="vmbus-bench-") as folder:
-        add = [(_compile(program, Path(folder)), f"/bin/{program}")] if program else []
+        add = [(compile_program(program, Path(folder)), f"/bin/{program}")] if program else []
         load = (*LOADED_MODULES, "uio_hv_generic") if program else LOADED_MODULES
         async with boot(
             Path(folder), kernel=KERNEL, command=command, devices=devices, add=add, load=load
@@ -36,7 +36,7 @@ async def linux_guest(
             yield guest
 
 
-def _compile(name: str, folder: Path) -> Path:
+def compile_program(name: str, folder: Path) -> Path:
     source = next(path for path in (_PROGRAMS / f"{name}.c", _GUEST_PROGRAMS / f"{name}.c") if path.exists())
     target = folder / name
     flags = ["-static", "-O2", "-Wall", "-Wextra", "-Wno-unused-function", "-I", str(_GUEST_PROGRAMS)]

@@ -1,9 +1,10 @@
 /*
  * Load on a disk, without the page cache: random or sequential, a fixed number of requests in flight.
  *
- *   disk_load --device /dev/sda [--block 4096] [--depth 32] [--seconds 5] [--write] [--sequential]
+ *   disk_load --device /dev/sda [--block 4096] [--depth 32] [--seconds 5] [--jobs 1] [--write] [--sequential]
  *
- * Linux's native asynchronous I/O through raw system calls, so that no library is needed. Prints one line of JSON.
+ * Linux's native asynchronous I/O through raw system calls, so that no library is needed. With several jobs each is a
+ * process on a processor of its own, with its own requests in flight. Prints one line of JSON for all of them.
  */
 
 #define _GNU_SOURCE
@@ -11,16 +12,31 @@
 #include <fcntl.h>
 #include <linux/aio_abi.h>
 #include <linux/fs.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { MOST_DEPTH = 256 };
+enum { MOST_DEPTH = 256, MOST_JOBS = 16 };
+
+struct load {
+    const char *device;
+    size_t block;
+    long depth;
+    double seconds;
+    int writing, sequential;
+};
+
+struct result {
+    uint64_t requests, failed;
+    double seconds;
+};
 
 static double now(void)
 {
@@ -46,53 +62,28 @@ static uint64_t next_random(void)
     return random_state;
 }
 
-int main(int argc, char **argv)
+/* One job's part: the whole disk at random, or a stretch of its own one after another. */
+static struct result run(const struct load *load, long job, long jobs)
 {
-    const char *device = "/dev/sda";
-    size_t block = 4096;
-    long depth = 32;
-    double seconds = 5;
-    int writing = 0, sequential = 0;
-
-    for (int i = 1; i < argc; i++) {
-        if (!strcmp(argv[i], "--write"))
-            writing = 1;
-        else if (!strcmp(argv[i], "--sequential"))
-            sequential = 1;
-        else if (i + 1 == argc)
-            return 2;
-        else if (!strcmp(argv[i], "--device"))
-            device = argv[++i];
-        else if (!strcmp(argv[i], "--block"))
-            block = strtoul(argv[++i], NULL, 0);
-        else if (!strcmp(argv[i], "--depth"))
-            depth = strtol(argv[++i], NULL, 0);
-        else if (!strcmp(argv[i], "--seconds"))
-            seconds = strtod(argv[++i], NULL);
-        else
-            return 2;
-    }
-    if (depth < 1 || depth > MOST_DEPTH || block < 512)
-        return 2;
-
-    int disk = open(device, (writing ? O_RDWR : O_RDONLY) | O_DIRECT);
+    size_t block = load->block;
+    int disk = open(load->device, (load->writing ? O_RDWR : O_RDONLY) | O_DIRECT);
     uint64_t size = 0;
     if (disk < 0 || ioctl(disk, BLKGETSIZE64, &size) < 0)
-        die(device);
-    uint64_t blocks = size / block, at = 0;
+        die(load->device);
+    uint64_t blocks = size / block, at = blocks / jobs * job;
     aio_context_t context = 0;
-    if (syscall(SYS_io_setup, depth, &context) < 0)
+    if (syscall(SYS_io_setup, load->depth, &context) < 0)
         die("io_setup");
 
     struct iocb requests[MOST_DEPTH], *pointers[MOST_DEPTH];
     struct io_event events[MOST_DEPTH];
     memset(requests, 0, sizeof(requests));
-    for (long i = 0; i < depth; i++) {
+    for (long i = 0; i < load->depth; i++) {
         void *buffer;
         if (posix_memalign(&buffer, 4096, block))
             die("memory");
         memset(buffer, (int)i, block);
-        requests[i].aio_lio_opcode = writing ? IOCB_CMD_PWRITE : IOCB_CMD_PREAD;
+        requests[i].aio_lio_opcode = load->writing ? IOCB_CMD_PWRITE : IOCB_CMD_PREAD;
         requests[i].aio_fildes = disk;
         requests[i].aio_buf = (uintptr_t)buffer;
         requests[i].aio_nbytes = block;
@@ -100,12 +91,12 @@ int main(int argc, char **argv)
         pointers[i] = &requests[i];
     }
 
-    double begun = now(), end = begun + seconds;
-    uint64_t done = 0, failed = 0;
-    long ready = depth, flying = 0;
+    double begun = now(), end = begun + load->seconds;
+    struct result result = {0};
+    long ready = load->depth, flying = 0;
     while (ready || flying) {
         for (long i = 0; i < ready; i++)
-            pointers[i]->aio_offset = (sequential ? at++ % blocks : next_random() % blocks) * block;
+            pointers[i]->aio_offset = (load->sequential ? at++ % blocks : next_random() % blocks) * block;
         for (long sent = 0; sent < ready;) {
             long count = syscall(SYS_io_submit, context, ready - sent, pointers + sent);
             if (count < 0)
@@ -120,14 +111,85 @@ int main(int argc, char **argv)
         flying -= count;
         int more = now() < end;
         for (long i = 0; i < count; i++) {
-            done++;
-            failed += events[i].res != (int64_t)block;
+            result.requests++;
+            result.failed += events[i].res != (int64_t)block;
             if (more)
                 pointers[ready++] = &requests[events[i].data];
         }
     }
-    double spent = now() - begun;
+    result.seconds = now() - begun;
+    return result;
+}
+
+int main(int argc, char **argv)
+{
+    struct load load = {.device = "/dev/sda", .block = 4096, .depth = 32, .seconds = 5};
+    long jobs = 1;
+
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--write"))
+            load.writing = 1;
+        else if (!strcmp(argv[i], "--sequential"))
+            load.sequential = 1;
+        else if (i + 1 == argc)
+            return 2;
+        else if (!strcmp(argv[i], "--device"))
+            load.device = argv[++i];
+        else if (!strcmp(argv[i], "--block"))
+            load.block = strtoul(argv[++i], NULL, 0);
+        else if (!strcmp(argv[i], "--depth"))
+            load.depth = strtol(argv[++i], NULL, 0);
+        else if (!strcmp(argv[i], "--seconds"))
+            load.seconds = strtod(argv[++i], NULL);
+        else if (!strcmp(argv[i], "--jobs"))
+            jobs = strtol(argv[++i], NULL, 0);
+        else
+            return 2;
+    }
+    if (load.depth < 1 || load.depth > MOST_DEPTH || load.block < 512 || jobs < 1 || jobs > MOST_JOBS)
+        return 2;
+
+    struct result all = {0};
+    if (jobs == 1) {
+        all = run(&load, 0, 1);
+    } else {
+        int pipes[2];
+        if (pipe(pipes) < 0)
+            die("pipe");
+        for (long job = 0; job < jobs; job++) {
+            pid_t child = fork();
+            if (child < 0)
+                die("fork");
+            if (child == 0) {
+                cpu_set_t set;
+                CPU_ZERO(&set);
+                CPU_SET(job, &set);
+                if (sched_setaffinity(0, sizeof(set), &set) < 0)
+                    die("sched_setaffinity");
+                random_state += job * 7919;
+                struct result mine = run(&load, job, jobs);
+                if (write(pipes[1], &mine, sizeof(mine)) != sizeof(mine))
+                    die("pipe");
+                exit(0);
+            }
+        }
+        close(pipes[1]);
+        struct result mine;
+        long reports = 0;
+        while (read(pipes[0], &mine, sizeof(mine)) == sizeof(mine)) {
+            reports++;
+            all.requests += mine.requests;
+            all.failed += mine.failed;
+            if (mine.seconds > all.seconds)
+                all.seconds = mine.seconds;
+        }
+        while (wait(NULL) > 0)
+            ;
+        if (reports != jobs)
+            return 1;
+    }
     printf("{\"requests\": %llu, \"failed\": %llu, \"seconds\": %.3f, \"iops\": %.0f, \"mb_s\": %.1f}\n",
-           (unsigned long long)done, (unsigned long long)failed, spent, done / spent, done * block / spent / 1e6);
-    return failed != 0;
+           (unsigned long long)all.requests, (unsigned long long)all.failed, all.seconds,
+           all.requests / all.seconds, all.requests * load.block / all.seconds / 1e6);
+    return all.failed != 0;
 }

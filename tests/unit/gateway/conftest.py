@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from emulator.errors import MissingRequirement
-from emulator.machine import gateway_build
+from emulator.machine import gateway_build, native
 from tests.unit.gateway.gateway_harness import Harness
 
 HERE = Path(__file__).parent
@@ -20,7 +20,7 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g",
 def compile_c(target: Path, *files: Path) -> Path:
     """Compile a program together with the gateway's headers; warnings are errors."""
     try:
-        command = gateway_build.compiler()
+        command = native.compiler()
     except MissingRequirement as error:
         pytest.skip(str(error))
     flags = ("-std=c11", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{gateway_build.SOURCE}", f"-I{HERE}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from emulator.errors import MissingRequirement
-from emulator.machine import gateway_build
+from emulator.machine import gateway_build, native
 
 
 def test_the_library_is_built_once_and_shows_only_the_entry_points(tmp_path: Path) -> None:
@@ -44,8 +44,8 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("source", sorted(gateway_build.SOURCE.glob("*.c")), ids=lambda path: path.name)
 def test_the_source_compiles_without_a_warning(source: Path, tmp_path: Path) -> None:
     command = [
-        gateway_build.compiler(),
-        *gateway_build.FLAGS,
+        native.compiler(),
+        *native.FLAGS,
         "-Werror",
         "-c",
         "-o",

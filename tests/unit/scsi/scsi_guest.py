@@ -14,7 +14,7 @@ from emulator.bus.channel_io import ChannelIo
 from emulator.bus.device import DeviceEnvironment
 from emulator.bus.offers import Offer
 from emulator.loopback import COMPLETION, FakeChannel, GuestPacket, LoopbackGuest, RingReader, RingWriter
-from emulator.ports import PAGE_SIZE
+from emulator.ports import PAGE_SIZE, FastPath
 from emulator.testing import FakeMemory
 
 BEGIN, END, VERSION, PROPERTIES, ENUMERATE, CREATE = 7, 8, 9, 10, 11, 13
@@ -88,8 +88,16 @@ def memory_disk(blocks: int = 4096, serial: str = "disk", **options: Any) -> Dis
 class ScsiGuest(LoopbackGuest):
     """Opens the controller; ``negotiate`` makes it ready."""
 
-    def __init__(self, device: Scsi, *, offers: bool = False, **options: Any) -> None:
-        super().__init__(device, ring_pages=8, memory=FakeMemory(8 << 20), start=False, **options)
+    def __init__(
+        self,
+        device: Scsi,
+        *,
+        offers: bool = False,
+        memory: Any = None,
+        fast_path: FastPath | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(device, ring_pages=8, memory=memory or FakeMemory(8 << 20), start=False, **options)
         self.offers = Offers()
         device.clock = lambda: self.timers.seconds
         device.start(
@@ -99,6 +107,7 @@ class ScsiGuest(LoopbackGuest):
                 self.timers.now,
                 self.offers if offers else None,
                 self.workers,
+                fast_path,
             )
         )
         self.next_id = 1

@@ -1,0 +1,231 @@
+/* SPDX-License-Identifier: MIT */
+/* From packets to transfers: what is checked here, and in which order, is what Python checks for the same packet. */
+#include <string.h>
+
+#include "fastpath.h"
+
+#define EXPORT __attribute__((visibility("default")))
+
+static uint16_t get16(const uint8_t *at)
+{
+    uint16_t value;
+
+    memcpy(&value, at, sizeof(value));
+    return value;
+}
+
+static uint32_t get32(const uint8_t *at)
+{
+    uint32_t value;
+
+    memcpy(&value, at, sizeof(value));
+    return value;
+}
+
+static uint64_t get64(const uint8_t *at)
+{
+    uint64_t value;
+
+    memcpy(&value, at, sizeof(value));
+    return value;
+}
+
+static uint64_t big(const uint8_t *at, int bytes)
+{
+    uint64_t value = 0;
+
+    while (bytes--)
+        value = value << 8 | *at++;
+    return value;
+}
+
+struct command {
+    int is_write, through;
+    uint64_t lba, blocks;
+};
+
+/* A READ or WRITE without protection information; 0 for anything else. */
+static int parse_command(const uint8_t *cdb, struct command *command)
+{
+    uint8_t flags = 0;
+
+    switch (cdb[0]) {
+    case 0x08:
+    case 0x0a:
+        command->lba = big(cdb + 1, 3) & 0x1fffff;
+        command->blocks = cdb[4] ? cdb[4] : 256;
+        break;
+    case 0x28:
+    case 0x2a:
+        flags = cdb[1];
+        command->lba = big(cdb + 2, 4);
+        command->blocks = big(cdb + 7, 2);
+        break;
+    case 0xa8:
+    case 0xaa:
+        flags = cdb[1];
+        command->lba = big(cdb + 2, 4);
+        command->blocks = big(cdb + 6, 4);
+        break;
+    case 0x88:
+    case 0x8a:
+        flags = cdb[1];
+        command->lba = big(cdb + 2, 8);
+        command->blocks = big(cdb + 10, 4);
+        break;
+    default:
+        return 0;
+    }
+    command->is_write = (cdb[0] & 2) != 0;
+    command->through = (flags & CDB_FUA) != 0;
+    return !(flags & CDB_PROTECT) && command->blocks != 0;
+}
+
+/* Where guest page ``pfn`` lies in the file of guest RAM; 0 if it is no RAM. */
+static int locate(const struct fastpath *path, uint64_t pfn, uint64_t *offset)
+{
+    if (pfn >> (64 - PAGE_SHIFT))
+        return 0;
+    uint64_t gpa = pfn << PAGE_SHIFT;
+    for (uint32_t i = 0; i < path->region_count; i++) {
+        const struct region *region = &path->region[i];
+        if (gpa >= region->start && gpa < region->end && region->end - gpa >= PAGE) {
+            *offset = gpa + (uint64_t)region->delta;
+            return *offset + PAGE <= path->ram_size;
+        }
+    }
+    return 0;
+}
+
+/* The first slot->length bytes of the range, as runs of the file of guest RAM. */
+static int gather(const struct fastpath *path, struct slot *slot, const uint8_t *pfns, uint32_t inside,
+                  uint32_t mask)
+{
+    uint64_t left = slot->length;
+    uint32_t count = 0;
+
+    for (uint32_t i = 0; left; i++) {
+        uint64_t offset, step = PAGE - inside < left ? PAGE - inside : left;
+        if (!locate(path, get64(pfns + 8 * (uint64_t)i), &offset))
+            return 0;
+        offset += inside;
+        struct piece *last = count ? &slot->piece[count - 1] : NULL;
+        if (last && last->offset + last->length == offset)
+            last->length += step;
+        else
+            slot->piece[count++] = (struct piece){offset, step};
+        left -= step;
+        inside = 0;
+    }
+    slot->pieces = count;
+    for (uint32_t i = 0; i < count; i++) {
+        const struct piece *piece = &slot->piece[i];
+        if ((piece->offset | piece->length) & mask)
+            return 0;
+        slot->iov[i] = (struct iovec){path->ram + piece->offset, piece->length};
+    }
+    return 1;
+}
+
+/* One packet of ``size`` bytes without trailer; 1 if it is under way. */
+static int take_one(struct fastpath *path, uint32_t channel, const int16_t *units, const uint8_t *packet,
+                    uint32_t size)
+{
+    uint32_t data = get16(packet + DESCRIPTOR_DATA_OFFSET8) * 8u;
+    if (get16(packet + DESCRIPTOR_FLAGS) != 1 || data < DESCRIPTOR_SIZE + GPA_DIRECT_HEADER_SIZE || data > size)
+        return 0;
+    uint32_t payload_size = size - data;
+    if (payload_size < SHORTEST_REQUEST || payload_size > 128)
+        return 0;
+    const uint8_t *header = packet + DESCRIPTOR_SIZE, *range = header + GPA_DIRECT_HEADER_SIZE;
+    if (get32(header + GPA_DIRECT_RANGE_COUNT) != 1 ||
+        data < DESCRIPTOR_SIZE + GPA_DIRECT_HEADER_SIZE + GPA_RANGE_HEADER_SIZE)
+        return 0;
+    uint64_t byte_count = get32(range + GPA_RANGE_BYTE_COUNT);
+    uint32_t byte_offset = get32(range + GPA_RANGE_BYTE_OFFSET);
+    uint64_t pages = (byte_offset + byte_count + PAGE - 1) >> PAGE_SHIFT;
+    if (!byte_count || byte_offset >= PAGE || pages > MOST_PAGES ||
+        DESCRIPTOR_SIZE + GPA_DIRECT_HEADER_SIZE + GPA_RANGE_HEADER_SIZE + pages * 8 > data)
+        return 0;
+
+    const uint8_t *request = packet + data;
+    if (get32(request + REQUEST_OPERATION) != OPERATION_EXECUTE_SRB || request[REQUEST_PATH] ||
+        request[REQUEST_TARGET] >= MOST_TARGETS || request[REQUEST_LUN] >= MOST_LUNS ||
+        request[REQUEST_CDB_LENGTH] > CDB_SIZE)
+        return 0;
+    int16_t number = units[request[REQUEST_TARGET] * MOST_LUNS + request[REQUEST_LUN]];
+    if (number < 0 || number >= MOST_UNITS)
+        return 0;
+    struct unit *unit = &path->unit[number];
+    struct command command;
+    if (!parse_command(request + REQUEST_CDB, &command) ||
+        !(unit->flags & (command.is_write ? UNIT_WRITES : UNIT_READS)) ||
+        request[REQUEST_DIRECTION] != (command.is_write ? DIRECTION_OUT : DIRECTION_IN))
+        return 0;
+    if (command.blocks > unit->blocks || command.lba > unit->blocks - command.blocks ||
+        command.blocks > unit->max_transfer >> unit->block_shift)
+        return 0;
+    uint64_t length = command.blocks << unit->block_shift;
+    if (length > get32(request + REQUEST_TRANSFER_LENGTH) || length > byte_count)
+        return 0;
+
+    uint32_t place = path->first_free;
+    if (place >= MOST_SLOTS)
+        return 0;
+    struct slot *slot = &path->slot[place];
+    slot->length = (uint32_t)length;
+    if (!gather(path, slot, range + GPA_RANGE_HEADER_SIZE, byte_offset, unit->alignment_mask))
+        return 0;
+    slot->channel = channel;
+    slot->unit = (uint16_t)number;
+    slot->is_write = (uint8_t)command.is_write;
+    slot->packet_size = size;
+    slot->answer_size = payload_size < LONGEST_ANSWER ? payload_size : LONGEST_ANSWER;
+    slot->begun_ns = now_ns();
+    memcpy(slot->packet, packet, size);
+    memset(slot->request, 0, sizeof(slot->request));
+    memcpy(slot->request, request, slot->answer_size);
+    if (unit->flags & UNIT_NULL) {
+        if (path->waiting_count >= MOST_EVENTS)
+            return 0;
+        path->waiting[path->waiting_count++] = place;
+    } else if (!uring_put(&path->uring, slot, place, unit, command.lba << unit->block_shift,
+                          command.is_write && command.through ? unit->through_flags : 0)) {
+        return 0;
+    }
+    path->first_free = slot->next_free;
+    slot->in_use = 1;
+    path->in_flight++;
+    if (++unit->depth > unit->most_depth)
+        unit->most_depth = unit->depth;
+    return 1;
+}
+
+/*
+ * Take packets from ``at`` of a private copy of ``length`` bytes, of which the guest has committed ``known`` from there
+ * on, ``limit`` at most and only until the first that is not plain. ``units``: target * MOST_LUNS + LUN to a unit's
+ * number, or -1. How many; ``consumed``: their bytes, trailers included.
+ */
+EXPORT uint32_t fastpath_take(struct fastpath *path, uint32_t channel, const int16_t *units, const uint8_t *buffer,
+                              uint64_t length, uint64_t at, uint64_t known, uint32_t limit, uint64_t *consumed)
+{
+    uint32_t count = 0;
+    uint64_t begun = at;
+
+    if (at > length)
+        return 0;
+    while (count < limit && known >= DESCRIPTOR_SIZE && length - at >= DESCRIPTOR_SIZE) {
+        const uint8_t *packet = buffer + at;
+        uint32_t size = get16(packet + DESCRIPTOR_LENGTH8) * 8u;
+        uint64_t total = (uint64_t)size + TRAILER_SIZE;
+        if (get16(packet + DESCRIPTOR_TYPE) != TYPE_GPA_DIRECT || total > known || total > length - at ||
+            size < DESCRIPTOR_SIZE || size > sizeof(path->slot[0].packet) ||
+            !take_one(path, channel, units, packet, size))
+            break;
+        at += total;
+        known -= total;
+        count++;
+    }
+    *consumed = at - begun;
+    return count;
+}

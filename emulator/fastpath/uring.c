@@ -1,0 +1,131 @@
+/* SPDX-License-Identifier: MIT */
+/* An io_uring of our own (io_uring(7)), without a library. */
+#include <errno.h>
+#include <linux/io_uring.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "fastpath.h"
+
+#define EXPORT __attribute__((visibility("default")))
+
+int uring_open(struct uring *ring)
+{
+    struct io_uring_params params;
+
+    memset(&params, 0, sizeof(params));
+    memset(ring, 0, sizeof(*ring));
+    ring->event_fd = -1;
+    /* Completions wait until they are looked for, instead of interrupting this thread one by one (Linux 6.1). */
+    params.flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG;
+    ring->fd = (int)syscall(SYS_io_uring_setup, MOST_SLOTS, &params);
+    if (ring->fd < 0) {
+        memset(&params, 0, sizeof(params));
+        ring->fd = (int)syscall(SYS_io_uring_setup, MOST_SLOTS, &params);
+    }
+    if (ring->fd < 0)
+        return -1;
+    ring->deferred = (params.flags & IORING_SETUP_DEFER_TASKRUN) != 0;
+    ring->sq_size = params.sq_off.array + params.sq_entries * sizeof(uint32_t);
+    ring->cq_size = params.cq_off.cqes + params.cq_entries * sizeof(struct io_uring_cqe);
+    ring->sqe_size = params.sq_entries * sizeof(struct io_uring_sqe);
+    int both = PROT_READ | PROT_WRITE;
+    ring->sq_map = mmap(NULL, ring->sq_size, both, MAP_SHARED | MAP_POPULATE, ring->fd, IORING_OFF_SQ_RING);
+    ring->cq_map = mmap(NULL, ring->cq_size, both, MAP_SHARED | MAP_POPULATE, ring->fd, IORING_OFF_CQ_RING);
+    ring->sqe_map = mmap(NULL, ring->sqe_size, both, MAP_SHARED | MAP_POPULATE, ring->fd, IORING_OFF_SQES);
+    if (ring->sq_map == MAP_FAILED || ring->cq_map == MAP_FAILED || ring->sqe_map == MAP_FAILED)
+        goto failed;
+    uint8_t *sq = ring->sq_map, *cq = ring->cq_map;
+    ring->sq_tail = (uint32_t *)(sq + params.sq_off.tail);
+    ring->sq_flags = (uint32_t *)(sq + params.sq_off.flags);
+    ring->sq_mask = *(uint32_t *)(sq + params.sq_off.ring_mask);
+    ring->cq_head = (uint32_t *)(cq + params.cq_off.head);
+    ring->cq_tail = (uint32_t *)(cq + params.cq_off.tail);
+    ring->cq_flags = (uint32_t *)(cq + params.cq_off.flags);
+    ring->cq_mask = *(uint32_t *)(cq + params.cq_off.ring_mask);
+    ring->cqes = cq + params.cq_off.cqes;
+    ring->sq_entries = params.sq_entries;
+    uint32_t *array = (uint32_t *)(sq + params.sq_off.array);
+    for (uint32_t i = 0; i < params.sq_entries; i++)
+        array[i] = i;
+    ring->tail = *ring->sq_tail;
+    ring->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (ring->event_fd < 0 ||
+        syscall(SYS_io_uring_register, ring->fd, IORING_REGISTER_EVENTFD, &ring->event_fd, 1) < 0)
+        goto failed;
+    return 0;
+failed:
+    uring_close(ring);
+    return -1;
+}
+
+void uring_close(struct uring *ring)
+{
+    if (ring->sq_map && ring->sq_map != MAP_FAILED)
+        munmap(ring->sq_map, ring->sq_size);
+    if (ring->cq_map && ring->cq_map != MAP_FAILED)
+        munmap(ring->cq_map, ring->cq_size);
+    if (ring->sqe_map && ring->sqe_map != MAP_FAILED)
+        munmap(ring->sqe_map, ring->sqe_size);
+    if (ring->event_fd >= 0)
+        close(ring->event_fd);
+    close(ring->fd);
+}
+
+/* Put a transfer in line; 0 if there is no room. */
+int uring_put(struct uring *ring, const struct slot *slot, uint32_t number, const struct unit *unit, uint64_t offset,
+              uint32_t flags)
+{
+    if (ring->unsubmitted >= ring->sq_entries)
+        return 0;
+    struct io_uring_sqe *entry = (struct io_uring_sqe *)ring->sqe_map + (ring->tail & ring->sq_mask);
+    memset(entry, 0, sizeof(*entry));
+    if (slot->pieces == 1) {
+        entry->opcode = slot->is_write ? IORING_OP_WRITE : IORING_OP_READ;
+        entry->addr = (uint64_t)(uintptr_t)slot->iov[0].iov_base;
+        entry->len = (uint32_t)slot->iov[0].iov_len;
+    } else {
+        entry->opcode = slot->is_write ? IORING_OP_WRITEV : IORING_OP_READV;
+        entry->addr = (uint64_t)(uintptr_t)slot->iov;
+        entry->len = slot->pieces;
+    }
+    entry->fd = unit->fd;
+    entry->off = offset;
+    entry->rw_flags = (int)flags;
+    entry->user_data = number;
+    ring->tail++;
+    ring->unsubmitted++;
+    return 1;
+}
+
+/* Whether completions can be had: they are in the ring, or would be if the kernel was asked. */
+int uring_ready(const struct uring *ring)
+{
+    return *ring->cq_head != __atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE) ||
+           (__atomic_load_n(ring->sq_flags, __ATOMIC_RELAXED) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW));
+}
+
+/* Have completions that wait put into the ring. */
+void uring_collect(const struct uring *ring)
+{
+    if (__atomic_load_n(ring->sq_flags, __ATOMIC_RELAXED) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW))
+        syscall(SYS_io_uring_enter, ring->fd, 0, 0, IORING_ENTER_GETEVENTS, NULL, 0);
+}
+
+/* Hand what is in line to the kernel. What it did not take, or minus an errno that is not "try again". */
+EXPORT int fastpath_submit(struct fastpath *path)
+{
+    struct uring *ring = &path->uring;
+
+    if (!ring->unsubmitted)
+        return 0;
+    __atomic_store_n(ring->sq_tail, ring->tail, __ATOMIC_RELEASE);
+    long taken = syscall(SYS_io_uring_enter, ring->fd, ring->unsubmitted, 0, 0, NULL, 0);
+    if (taken < 0)
+        return errno == EAGAIN || errno == EBUSY || errno == EINTR ? (int)ring->unsubmitted : -errno;
+    ring->unsubmitted -= (uint32_t)taken;
+    return (int)ring->unsubmitted;
+}

@@ -1,0 +1,35 @@
+"""``python -m tests.analyse``: the compiler's static analyser over everything that is C, every warning an error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from emulator.machine import fastpath_build, gateway_build
+
+FLAGS = ("-Wall", "-Wextra", "-Wshadow", "-Werror", "-O2", "-fPIC", "-fanalyzer", "-c", "-o", os.devnull)
+
+
+def main() -> int:
+    """1 if anything was found."""
+    compiler = os.environ.get("CC", "gcc")
+    files = found = 0
+    for library in (gateway_build.LIBRARY, fastpath_build.LIBRARY):
+        standard = [flag for flag in library.flags if flag.startswith(("-std", "-D"))]
+        with tempfile.TemporaryDirectory() as scratch:
+            for name, text in library.generated.items():
+                (Path(scratch) / name).write_text(text)
+            for source in sorted(library.source.glob("*.c")):
+                line = [compiler, *standard, *FLAGS, "-I", scratch, str(source)]
+                found += subprocess.run(line, check=False).returncode != 0
+                files += 1
+    if not found:
+        print(f"{compiler} -fanalyzer: nothing found in {files} files")
+    return int(found > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

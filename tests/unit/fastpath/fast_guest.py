@@ -1,0 +1,114 @@
+"""A storage driver whose host has the compiled fast path: real memory, a real io_uring, no event loop of its own."""
+
+from __future__ import annotations
+
+import mmap
+import select
+from collections.abc import Callable
+from typing import Any, Self
+
+import pytest
+
+from device.scsi import Scsi
+from emulator.machine.addresses import address_of
+from emulator.machine.fastpath import CompiledFastPath
+from emulator.machine.memory import MappedMemory, RamRegion
+from tests.unit.scsi.scsi_guest import ScsiGuest
+
+RAM = 8 << 20
+HOLE = 6 << 20
+"""The guest's RAM is 0 to 6 MiB and 16 to 18 MiB, as if there was a hole."""
+HIGH = 16 << 20
+
+LIMIT = 20.0
+
+
+class Loop:
+    """As much of an event loop as the fast path asks of one."""
+
+    def __init__(self) -> None:
+        self.readers: dict[int, Callable[[], None]] = {}
+        self.soon: list[Callable[[], None]] = []
+
+    def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
+        self.readers[fd] = callback
+
+    def remove_reader(self, fd: int) -> None:
+        del self.readers[fd]
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self.soon.append(callback)
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> None:
+        self.soon.append(callback)
+
+    def run(self, limit: float) -> bool:
+        """Wait for a file descriptor, and call who waits for it; False when none came."""
+        while self.soon:
+            self.soon.pop(0)()
+        ready = select.select(list(self.readers), [], [], limit)[0]
+        for fd in ready:
+            self.readers[fd]()
+        return bool(ready)
+
+
+class Notes:
+    """Code pages, as the gateway notes them."""
+
+    def __init__(self, pages: int) -> None:
+        self.bytes = bytearray(pages)
+
+    def test_and_clear(self, first_pfn: int, count: int) -> list[int]:
+        found = [pfn for pfn in range(first_pfn, first_pfn + count) if self.bytes[pfn]]
+        for pfn in found:
+            self.bytes[pfn] = 0
+        return found
+
+    def native(self) -> tuple[int, int]:
+        return address_of(self.bytes), len(self.bytes)
+
+
+class Through:
+    """Writes through QEMU."""
+
+    def __init__(self) -> None:
+        self.writes: list[tuple[int, bytes]] = []
+
+    def write_memory(self, gpa: int, data: Any) -> None:
+        self.writes.append((gpa, bytes(data)))
+
+
+class FastGuest(ScsiGuest):
+    """A :class:`ScsiGuest` that is negotiated with; :meth:`settle` waits for the kernel."""
+
+    def __init__(self, device: Scsi, **options: Any) -> None:
+        self.loop = Loop()
+        self.notes = Notes((HIGH + RAM - HOLE) >> 12)
+        self.through = Through()
+        regions = (RamRegion(0, HOLE, 0), RamRegion(HIGH, RAM - HOLE, HOLE))
+        memory = MappedMemory(
+            memoryview(mmap.mmap(-1, RAM)), regions, code_pages=self.notes, through=self.through
+        )
+        path = CompiledFastPath.open(self.loop, memory, lambda: None)  # type: ignore[arg-type]
+        if path is None:
+            pytest.skip("no compiler, or no io_uring for us")
+        self.path = path
+        super().__init__(device, memory=memory, fast_path=path, **options)
+        self.open()
+        self.negotiate()
+
+    def settle(self) -> None:
+        """Until nothing is under way."""
+        while self.path.in_flight:
+            assert self.loop.run(LIMIT), "a transfer did not end"
+        self.run()
+
+    def __enter__(self) -> Self:
+        return self  # it is open already
+
+    def __exit__(self, *_: object) -> None:
+        self.settle()
+        super().__exit__()
+        self.settle()
+        self.device.stop()
+        self.path.close()
