@@ -11,8 +11,9 @@ is a :class:`~emulator.errors.DeviceError`.
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
 
@@ -58,7 +59,11 @@ def split_device(text: str) -> tuple[str, dict[str, str]]:
 class Registry:
     """The devices of all installed packages; ``found`` instead, for tests."""
 
-    def __init__(self, found: Iterable[EntryPoint] | None = None) -> None:
+    def __init__(
+        self, found: Iterable[EntryPoint] | None = None, *, services: Mapping[str, Any] | None = None
+    ) -> None:
+        """``services``: given to every device whose ``__init__`` has a parameter of that name."""
+        self._services = dict(services or {})
         self._entries: dict[str, list[EntryPoint]] = {}
         for entry in entry_points(group=GROUP) if found is None else found:
             others = self._entries.setdefault(entry.name, [])
@@ -110,6 +115,8 @@ class Registry:
         missing = [key for key, option in options.items() if option.required and key not in arguments]
         if missing:
             raise UsageError(f"--device {text}: {missing[0]}= is missing.\n{_listing(name, options)}")
+        parameters = inspect.signature(cls).parameters
+        arguments |= {key: each for key, each in self._services.items() if key in parameters}
         try:
             device = cls(**arguments)
         except UsageError as error:

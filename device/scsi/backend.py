@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
+from emulator.errors import UserError
+
 
 class Backend(ABC):
     """The blocks of one disk."""
@@ -85,6 +87,16 @@ class Backend(ABC):
     def refresh(self) -> int:
         """Look at the size again; returns it."""
         return self.size
+
+    def grow(self, size: int) -> None:
+        """Make it ``size`` bytes large; it is seen by :meth:`refresh`. May block.
+
+        Raises :class:`~emulator.errors.UserError` where that cannot be done from here.
+        """
+        raise UserError("this disk cannot be resized")
+
+    def look_again(self) -> None:
+        """Somebody else may have resized it: have :meth:`refresh` see that. May block."""
 
     def lock(self) -> None:
         """A guest begins to use it. Raises :class:`~emulator.errors.DeviceError` if another one does."""

@@ -11,6 +11,7 @@ from device.options import Help
 from device.scsi.controller import MOST_LUNS, MOST_QUEUES, MOST_TARGETS, Controller
 from device.scsi.drive import DriveOptions, Format, Media, open_drive
 from device.scsi.file import Cache
+from device.scsi.image import DetectZeroes, ImageServers
 from emulator.bus.device import Device
 from emulator.errors import UsageError
 from emulator.wire.storvsp import ProtocolVersion
@@ -26,7 +27,11 @@ class Scsi(Controller):
         *,
         image: Annotated[str | None, Help("file, block device or NBD URI; none: an empty controller")] = None,
         format: Annotated[
-            Format, Help("of the data: a raw image, or none: null keeps nothing, memory forgets at the end")
+            Format,
+            Help(
+                "of the image; auto: qcow2 if it looks like it, else raw. "
+                "Without image: null keeps nothing, memory forgets at the end"
+            ),
         ] = Format.RAW,
         size: Annotated[str | None, Help("of a null or memory disk: 512M, 4G")] = None,
         media: Annotated[
@@ -38,6 +43,10 @@ class Scsi(Controller):
         readonly: Annotated[bool, Help("refuse writes, share the image")] = False,
         cache: Annotated[Cache, Help("as QEMU's")] = Cache.NONE,
         discard: Annotated[bool, Help("let the guest give blocks back")] = True,
+        detect_zeroes: Annotated[
+            DetectZeroes,
+            Help("zeros that are written take no room in a qcow2 (on), nor stay where they had (unmap)"),
+        ] = DetectZeroes.OFF,
         reconnect: Annotated[
             float, Help("seconds that requests wait for an NBD server that has gone", least=0, most=86400)
         ] = 5.0,
@@ -52,6 +61,7 @@ class Scsi(Controller):
         transfer: Annotated[int, Help("most KiB of one request", least=4, most=1024)] = 256,
         version: Annotated[str, Help("newest protocol to agree to: 2.0, 4.2, 5.1, 6.0, 6.2")] = "6.2",
         instance: Annotated[uuid.UUID | None, Help("instance GUID (default: from the name)")] = None,
+        images: ImageServers | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         versions = {str(each): each for each in ProtocolVersion}
@@ -78,6 +88,7 @@ class Scsi(Controller):
                         readonly=readonly,
                         cache=cache,
                         discard=discard,
+                        detect_zeroes=detect_zeroes,
                         reconnect=reconnect,
                         connections=connections,
                         serial=serial,
@@ -87,6 +98,7 @@ class Scsi(Controller):
                         max_transfer=self.max_transfer,
                     ),
                     f"{controller}-{target}-{lun or 0}",
+                    images,
                 ),
                 target,
                 lun,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from device.nbd.client import AddressConnector, Client
@@ -16,6 +16,7 @@ from device.scsi.cdrom import CdRom
 from device.scsi.disk import Disk
 from device.scsi.faults import FaultPlan, parse_faults
 from device.scsi.file import Cache, FileBackend
+from device.scsi.image import DetectZeroes, ImageBackend, ImageFile, ImageServers, probe
 from device.scsi.nbd import LEAST_MAXIMUM, NbdBackend
 from emulator.errors import DeviceError, UsageError, UserError
 
@@ -23,12 +24,23 @@ _SIZE = re.compile(r"(\d+)([KMGT]?)", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SERIAL = re.compile(r"[!-~]{1,64}")
 BLOCK_SIZES = (512, 4096)
+_TO_AN_IMAGE = 2
+"""Connections to the server of an image: each takes sixteen requests at a time."""
 
 
 class Format(enum.Enum):
     """What the data is."""
 
     RAW = "raw"
+    AUTO = "auto"
+    QCOW2 = "qcow2"
+    QCOW = "qcow"
+    QED = "qed"
+    VMDK = "vmdk"
+    VDI = "vdi"
+    VHDX = "vhdx"
+    VPC = "vpc"
+    PARALLELS = "parallels"
     NULL = "null"
     MEMORY = "memory"
 
@@ -52,6 +64,7 @@ class DriveOptions:
     cache: Cache = Cache.NONE
     discard: bool = True
     serial: str | None = None
+    detect_zeroes: DetectZeroes = DetectZeroes.OFF
     reconnect: float = 5.0
     connections: int = 4
     block: int = 512
@@ -68,8 +81,11 @@ def parse_size(text: str) -> int:
     return int(found[1]) * _UNITS[found[2].upper()]
 
 
-def open_drive(options: DriveOptions, default_serial: str) -> BlockUnit:
-    """The unit. Raises :class:`~emulator.errors.UserError` for an image that cannot be opened, or such options."""
+def open_drive(options: DriveOptions, default_serial: str, images: ImageServers | None = None) -> BlockUnit:
+    """The unit; ``images`` opens those that are not raw.
+
+    Raises :class:`~emulator.errors.UserError` for an image that cannot be opened, or such options.
+    """
     if options.block not in BLOCK_SIZES:
         raise UsageError(f"block={options.block}: 512 or 4096 is wanted")
     serial = options.serial or default_serial
@@ -77,7 +93,7 @@ def open_drive(options: DriveOptions, default_serial: str) -> BlockUnit:
         raise UsageError(f"serial={serial}: 1 to 64 printable characters of ASCII, no blanks")
     cdrom = (options.media or _media(options.image)) is Media.CDROM
     faults = FaultPlan(parse_faults(options.fault))
-    backend = _backend(options, read_only=options.readonly or cdrom)
+    backend = _backend(options, images, read_only=options.readonly or cdrom)
     try:
         if cdrom:
             return CdRom(backend, serial, max_transfer=options.max_transfer, faults=faults)
@@ -130,7 +146,37 @@ def _nbd(options: DriveOptions, uri: str, *, read_only: bool) -> Backend:
     return NbdBackend(client, export, read_only=read_only, cache=options.cache, can_discard=options.discard)
 
 
-def _backend(options: DriveOptions, *, read_only: bool) -> Backend:
+def _image(options: DriveOptions, images: ImageServers | None, *, read_only: bool) -> Backend:
+    if options.image is None:
+        raise UsageError("image= is missing")
+    if is_uri(options.image):
+        raise UsageError(f"format={options.format.value}: an NBD server gives raw data; leave format= away")
+    if options.size is not None:
+        raise UsageError("size= is of null and memory disks; an image has a size")
+    if images is None:
+        raise UsageError(f"format={options.format.value}: nobody here opens images that are not raw")
+    image = ImageFile(
+        Path(options.image),
+        options.format.value,
+        read_only=read_only,
+        cache=options.cache,
+        discard=options.discard,
+        detect_zeroes=options.detect_zeroes,
+    )
+    return ImageBackend(
+        images, image, connections=min(options.connections, _TO_AN_IMAGE), reconnect=options.reconnect
+    )
+
+
+def _backend(options: DriveOptions, images: ImageServers | None, *, read_only: bool) -> Backend:
+    if options.format is Format.AUTO and options.image is not None and not is_uri(options.image):
+        options = replace(options, format=Format(probe(Path(options.image))))
+    elif options.format is Format.AUTO:
+        options = replace(options, format=Format.RAW)
+    if options.format not in (Format.RAW, Format.NULL, Format.MEMORY):
+        return _image(options, images, read_only=read_only)
+    if options.detect_zeroes is not DetectZeroes.OFF:
+        raise UsageError("detect_zeroes= is of images that are not raw")
     if options.format is Format.RAW:
         if options.image is None:
             raise UsageError("image= is missing")

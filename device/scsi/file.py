@@ -211,6 +211,16 @@ class FileBackend(Backend):
             return [*found, (offset, end - offset, True)]
         return found
 
+    def grow(self, size: int) -> None:
+        if self._block_device:
+            raise UserError(
+                f"{self.path} is a block device: resize it where it comes from, then leave the size away"
+            )
+        try:
+            os.truncate(self.fd, size)
+        except OSError as error:
+            raise UserError(f"cannot resize {self.path}: {error.strerror}") from error
+
     def refresh(self) -> int:
         self.size = self._size()
         return self.size

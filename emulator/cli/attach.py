@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from device.registry import Registry
+from emulator.cli.devices import registry
 from emulator.cli.options import add_host_options, device_lines, host_options
 from emulator.cli.serving import CONTROL_COMMANDS
 from emulator.machine import rundir
@@ -57,7 +57,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 async def _attach(arguments: argparse.Namespace) -> int:
-    devices = Registry().create_all(device_lines(arguments))
+    devices = registry().create_all(device_lines(arguments))
     directory = rundir.create(arguments.name, 0)
     try:
         host = await Host.attach(arguments.qmp, devices, host_options(arguments))

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from device.registry import Registry
 from emulator.bus.device import Device
+from emulator.cli.devices import registry
 from emulator.cli.migrate import own_descriptor
 from emulator.cli.options import DEFAULT_GUEST, add_host_options, device_lines, host_options, size
 from emulator.cli.serving import CONTROL_COMMANDS
@@ -125,7 +125,7 @@ class Plan:
 
 def plan(arguments: argparse.Namespace) -> Plan:
     """Turn the command line into a plan; builds what has to be built."""
-    devices = tuple(Registry().create_all(device_lines(arguments)))
+    devices = tuple(registry().create_all(device_lines(arguments)))
     kernel = _kernel(arguments)
     if arguments.initrd is not None:
         if arguments.command or arguments.add:
@@ -172,7 +172,7 @@ def plan(arguments: argparse.Namespace) -> Plan:
         ),
         devices=devices,
         host=host_options(arguments),
-        new_devices=lambda: Registry().create_all(device_lines(arguments)),
+        new_devices=lambda: registry().create_all(device_lines(arguments)),
         incoming=_incoming(arguments.incoming),
     )
 

@@ -228,6 +228,7 @@ class Guest:
     async def _move(self, share_memory: bool, progress: Progress | None, limit: float) -> Outcome:
         if self._new_devices is None:
             raise MigrationFailed("this guest's devices cannot be made a second time")
+        devices = await asyncio.to_thread(self._new_devices)  # images are opened: that may take its time
         old = self._station
         self._moves += 1
         directory = rundir.within(
@@ -240,7 +241,7 @@ class Guest:
         options = replace(options, incoming=True, serial=options.serial or self.directory.console)
         setup = replace(self._setup, options=options)
         buffer_size = self.host.migration.buffer_size
-        new = await Station.open(directory, self.directory.name, setup, self._new_devices())
+        new = await Station.open(directory, self.directory.name, setup, devices)
         try:
             uri = f"unix:{directory.path}/migration.sock"
             if share_memory:

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from device.registry import Registry
 from emulator.bus.device import Device
+from emulator.cli.devices import registry
 from emulator.cli.run import AVAILABLE_MODULES
 from emulator.machine import gateway_build
 from emulator.machine.guest import Guest
@@ -153,7 +153,7 @@ async def boot(
     )
 
     def made() -> list[Device]:
-        return Registry().create_all(devices)
+        return registry().create_all(devices)
 
     async with Guest.start(
         name=None,

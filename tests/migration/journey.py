@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from device.registry import Registry
 from emulator.bus.device import Device
+from emulator.cli.devices import registry
 from emulator.cli.run import AVAILABLE_MODULES
 from emulator.machine import gateway_build
 from emulator.machine.guest import Guest
@@ -56,7 +56,7 @@ class Journey:
                 gateway_library=gateway_build.build(),
                 memory_size=self.memory,
                 options=replace(options, serial=console),
-                devices=Registry().create_all(devices or self.devices),
+                devices=registry().create_all(devices or self.devices),
                 host_options=self.host_options,
                 memory_of=memory_of.guest.directory.memory if memory_of else None,
             )

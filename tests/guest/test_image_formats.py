@@ -1,0 +1,88 @@
+"""A qcow2 overlay under a guest: a file system on it, discards, migrations there and back under load."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from emulator.machine.migration.drive import MigrationFailed
+from emulator.provision.qemu import find_qemu
+from tests.guest.harness import LOADED_MODULES, boot
+from tests.guest.test_boot import complaints
+from tests.guest.test_scsi import WAIT, e2fs, units
+
+pytestmark = pytest.mark.guest
+
+MODULES = (*LOADED_MODULES, "hv_storvsc", "sd_mod", "ext4")
+MIB = 1 << 20
+
+SCRIPT = WAIT.format("sda") + (
+    "mkdir -p /mnt; mount -t ext4 -o discard /dev/sda /mnt || exit 1; cat /mnt/base; "
+    "dd if=/dev/urandom of=/mnt/big bs=64k count=256 2>/dev/null; sync; echo written; "
+    "rm /mnt/big; sync; echo removed; n=0; while :; do "
+    "dd if=/dev/urandom of=/mnt/f$((n % 4)) bs=16k count=32 2>/dev/null || echo bad-write; sync; "
+    "md5sum </mnt/f$((n % 4)) >/root/sum; echo 3 >/proc/sys/vm/drop_caches; "
+    "md5sum </mnt/f$((n % 4)) | cmp -s - /root/sum || echo bad-read; n=$((n + 1)); echo round-$n; done"
+)
+
+
+def qemu_img(*words: object) -> str:
+    line = [*find_qemu().qemu_img(), *map(str, words)]
+    return subprocess.run(line, check=True, capture_output=True, text=True).stdout
+
+
+def test_a_guest_moves_with_its_overlay_under_load(tmp_path: Path) -> None:
+    mke2fs, e2fsck = e2fs("mke2fs"), e2fs("e2fsck")
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "base").write_text("from-below\n")
+    base, overlay = tmp_path / "base.img", tmp_path / "overlay.qcow2"
+    subprocess.run([mke2fs, "-q", "-t", "ext4", "-d", files, base, "64M"], check=True)
+    before = base.read_bytes()
+    qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", overlay)
+
+    async def story() -> None:
+        async with boot(
+            tmp_path,
+            smp=2,
+            memory=256,
+            devices=("heartbeat,interval=0.2", f"scsi,image={overlay},format=qcow2"),
+            load=MODULES,
+            command=[SCRIPT],
+        ) as guest:
+            await guest.says("written")
+            await guest.says("removed")
+            await guest.until(lambda: overlay.stat().st_blocks * 512 < 8 * MIB, "room given back")
+            assert units(guest)["0:0"]["bytes_written"] > 16 * MIB
+
+            async def goes_on() -> None:
+                rounds = guest.output.count(b"round-")
+                await guest.until(lambda: guest.output.count(b"round-") >= rounds + 2, "two more rounds")
+
+            await goes_on()
+            for _ in range(2):
+                await guest.guest.move(limit=60)
+                await goes_on()
+            new_devices, guest.guest._new_devices = guest.guest._new_devices, list
+            with pytest.raises(MigrationFailed):
+                await guest.guest.move(limit=60)
+            guest.guest._new_devices = new_devices
+            await goes_on()
+            await guest.guest.move(limit=60)
+            await goes_on()
+            found = units(guest)["0:0"]
+            assert (found["backend"], found["format"]) == ("image", "qcow2")
+            assert set(found["errors"]) <= {"5/24/00", "5/20/00"}
+            assert b"bad" not in guest.output, guest.tail()
+            assert guest.output.startswith(b"from-below")
+            assert complaints(guest.console()) == []
+
+    asyncio.run(story())
+    assert base.read_bytes() == before
+    assert "No errors" in qemu_img("check", "-f", "qcow2", overlay)
+    qemu_img("convert", "-O", "raw", overlay, tmp_path / "all.img")
+    # The guest was cut off in the middle of its work: the journal is played back, and all is well.
+    assert subprocess.run([e2fsck, "-fy", tmp_path / "all.img"], capture_output=True).returncode in (0, 1)
