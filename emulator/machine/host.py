@@ -26,6 +26,7 @@ from typing import Any
 
 from emulator.bus.channel import Channel
 from emulator.bus.channel_io import ChannelIo
+from emulator.bus.contact import MESSAGE_SINT
 from emulator.bus.device import Device, DeviceEnvironment
 from emulator.bus.reception import PostResult
 from emulator.bus.server import Bus
@@ -151,6 +152,13 @@ class Host:
             self._host.gateway.guest = GuestState.ENGAGED if os_id else GuestState.FREE
             # A guest enables its reference TSC page before it names itself; the TSC may become known later.
             self._host._tsc_page_waits = bool(os_id)
+
+        def synic_changed(self, vp: int) -> None:
+            # Signals while a processor cannot take them are dropped. One that slept (S3) would wait for ever.
+            if self._host.partition.synic.vps[vp].can_signal(MESSAGE_SINT):
+                for channel in self._host.bus.channels:
+                    if channel.target_vp == vp:
+                        channel.signal_guest()
 
         def reset_requested(self) -> None:
             self._host.background(self._host.qmp.execute("system_reset"))

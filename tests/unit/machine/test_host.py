@@ -143,3 +143,18 @@ def test_a_promised_message_is_answered_first_and_acted_on_next(bug: Exception |
     for _ in range(2):
         host._serve(Trap(0, 0, 1, TrapKind.VMCALL, True, *[0] * 10))
     assert recorder.answers == [HvStatus.SUCCESS, (1, b"message")] * 2
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_a_processor_that_can_take_signals_again_is_signalled_for_every_channel_of_its(able: bool) -> None:
+    signalled: list[int] = []
+
+    def channel(number: int, vp: int | None) -> SimpleNamespace:
+        return SimpleNamespace(target_vp=vp, signal_guest=lambda: signalled.append(number))
+
+    host = Host.__new__(Host)
+    vps = [SimpleNamespace(can_signal=lambda sint: able and sint == 2)] * 2
+    host.partition = SimpleNamespace(synic=SimpleNamespace(vps=vps))  # type: ignore[assignment]
+    host.bus = SimpleNamespace(channels=[channel(1, 1), channel(2, 0), channel(3, None), channel(4, 1)])  # type: ignore[assignment]
+    Host._Events(host).synic_changed(1)
+    assert signalled == ([1, 4] if able else [])
