@@ -29,6 +29,7 @@ from emulator.wire.scsi import (
     PROVISIONING,
     PROVISIONING_ENABLED,
     READ_CAPACITY_16,
+    RESERVATION_LIST,
     SAME_ANCHOR,
     SAME_NO_DATA,
     SAME_UNMAP,
@@ -203,6 +204,8 @@ class Disk(BlockUnit):
 
     def _reserve_out(self, request: Request) -> None:
         length = int.from_bytes(request.cdb[5:9], "big")
+        if length != RESERVATION_LIST.size:
+            raise CheckCondition(Sense.PARAMETER_LIST_LENGTH)
         self.reservations.change(request.cdb[1] & 0x1F, request.cdb[2], request.output(length))
         request.succeed(length)
 

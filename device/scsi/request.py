@@ -114,8 +114,12 @@ class Request:
         self._finished(self, _CHECKED, ScsiStatus.CHECK_CONDITION, 0, condition.data())
 
     def conflict(self) -> None:
-        """RESERVATION CONFLICT."""
-        self._finished(self, SrbStatus.ERROR, ScsiStatus.RESERVATION_CONFLICT, 0, b"")
+        """RESERVATION CONFLICT.
+
+        There is no sense data with it; but where it is not marked as valid, Linux looks at no SCSI status either,
+        and takes the failure for one of the host (storvsc_handle_error).
+        """
+        self._finished(self, _CHECKED, ScsiStatus.RESERVATION_CONFLICT, 0, b"")
 
     def finish(self, srb_status: int) -> None:
         """End without the unit's having a say: no such unit, aborted, malformed."""

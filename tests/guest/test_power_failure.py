@@ -1,0 +1,138 @@
+"""The machine is killed while a guest writes: what the disk acknowledged is there, and the file system is whole.
+
+A program in the guest says which records are safe (fsync has returned); emulator and QEMU are killed at a moment
+that the seed chooses. On the host the file system's journal is replayed, then every record is looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(600)]
+
+MIB = 1 << 20
+SLOTS = 256
+SIZE = 4096
+KILLS = 3
+LIMIT = 180.0
+SEED = int(os.environ.get("POWER_SEED", "1"))
+
+
+def record(number: int) -> bytes:
+    """As durable_writer.c makes it."""
+    words = [(number * 0x9E3779B97F4A7C15 + at) & (1 << 64) - 1 for at in range(SIZE // 8)]
+    words[0] = number
+    return struct.pack(f"<{SIZE // 8}Q", *words)
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    if found is None:
+        pytest.skip(f"{name} (package e2fsprogs) is not installed")
+    return found
+
+
+def write_and_kill(
+    image: Path, folder: Path, program: Path, options: str, first: int, records: int, who: str
+) -> int:
+    """Boot, write from record ``first`` on, kill ``who`` after ``records`` of them; the last that is safe."""
+    runtime = tempfile.mkdtemp(prefix="vmbus-")  # sockets want short names
+    command = [
+        *(sys.executable, "-m", "emulator", "run", "--name", "durable", "--memory", "256M"),
+        *("--serial", str(folder / "console.log"), "--load", "ext4", "--no-default-devices"),
+        *("--device", f"scsi,image={image},{options}", "--add", f"{program}:/bin/durable_writer", "--"),
+        "until [ -b /dev/sda ]; do usleep 20000; done; mount -t ext4 /dev/sda /mnt || exit 3; "
+        f"exec durable_writer /mnt {first}",
+    ]
+    environment = {**os.environ, "XDG_RUNTIME_DIR": runtime}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        port = process.stdout.fileno()
+        heard = b""
+        killed = False
+        try:
+            while True:
+                ready, _, _ = select.select([port], [], [], LIMIT)
+                assert ready, (heard[-200:], (folder / "console.log").read_text()[-2000:])
+                if not (data := os.read(port, 65536)):
+                    break
+                heard += data
+                assert b"failed" not in heard, heard
+                if not killed and heard.count(b"\n") >= records:
+                    os.kill(process.pid if who == "emulator" else qemu_of(process.pid), signal.SIGKILL)
+                    killed = True
+        finally:
+            process.kill()
+            shutil.rmtree(runtime)
+    assert killed, heard
+    numbers = [int(line) for line in heard.split(b"\n")[:-1]]
+    assert numbers == list(range(first, first + len(numbers)))
+    return numbers[-1]
+
+
+def qemu_of(emulator: int) -> int:
+    """The process id of its QEMU."""
+    for line in Path(f"/proc/{emulator}/task/{emulator}/children").read_text().split():
+        if b"-plugin" in Path(f"/proc/{line}/cmdline").read_bytes().split(b"\0"):
+            return int(line)
+    raise AssertionError(f"process {emulator} has no QEMU")
+
+
+def what_is_there(image: Path, folder: Path) -> Callable[[str], bytes]:
+    """Replays the journal, checks the file system, and gives a way to read its files."""
+    replayed = subprocess.run([tool("e2fsck"), "-p", image], capture_output=True, text=True)
+    assert replayed.returncode in (0, 1), replayed.stdout + replayed.stderr
+    checked = subprocess.run([tool("e2fsck"), "-fn", image], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    found = folder / "found"
+    shutil.rmtree(found, ignore_errors=True)
+    found.mkdir()
+    subprocess.run([tool("debugfs"), "-R", f"rdump / {found}", image], check=True, capture_output=True)
+    return lambda name: (found / name).read_bytes()
+
+
+@pytest.mark.parametrize("cache", ["none", "writeback", "directsync"])
+def test_what_was_acknowledged_is_there_after_a_kill(
+    tmp_path: Path, guest_program: Callable[[str], Path], cache: str
+) -> None:
+    rng = random.Random(f"{SEED} {cache}")
+    image = tmp_path / "disk.img"
+    image.touch()
+    os.truncate(image, 96 * MIB)
+    subprocess.run([tool("mke2fs"), "-q", "-t", "ext4", image], check=True)
+    first = 1
+    safe: dict[int, int] = {}
+    files: list[int] = []
+    for attempt in range(KILLS):
+        who = rng.choice(["emulator", "QEMU"]) if attempt > 1 else ["emulator", "QEMU"][attempt]
+        records = rng.randrange(1, 500)
+        last = write_and_kill(
+            image, tmp_path, guest_program("durable_writer"), f"cache={cache}", first, records, who
+        )
+        read = what_is_there(image, tmp_path)
+        slots = read("slots")
+        found = [int.from_bytes(slots[at : at + 8], "little") for at in range(0, len(slots), SIZE)]
+        safe |= {number % SLOTS: number for number in range(first, last + 1)}
+        for slot, number in safe.items():
+            if found[slot] > number:  # one that was written after it, and not acknowledged
+                continue
+            assert slots[slot * SIZE :][:SIZE] == record(number), (
+                f"record {number} is lost or damaged ({who})"
+            )
+        files += [number for number in range(first, last + 1) if number % 8 == 0]
+        for number in files:
+            assert read(f"file-{number}") == record(number), f"file {number} is lost or damaged ({who})"
+        # numbers of files that were made and not acknowledged are not used again
+        first = (max([last, *found]) // 8 + 2) * 8
