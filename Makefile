@@ -52,11 +52,12 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m tests.analyse
 
-## A million messages and a million ring images; FUZZ_SEED=N for others.
+## A million messages, a million ring images, 300 000 requests to a disk; FUZZ_SEED=N for others.
 FUZZ_SEED ?= 1
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz.bus_messages --count 1000000 --seed $(FUZZ_SEED)
 	$(BIN)/python -m tests.fuzz.ring_images --count 1000000 --seed $(FUZZ_SEED)
+	$(BIN)/python -m tests.fuzz.storvsc_requests --count 300000 --seed $(FUZZ_SEED)
 
 ## Speed and size, in a few minutes. BENCH="traps boot": only these; JSON=1: all figures as JSON on the last line.
 bench: setup

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
         ("bus_messages", 350_000, 2026),
         ("ring_images", 150_000, 1),
         ("ring_images", 150_000, 2026),
+        ("storvsc_requests", 40_000, 1),
     ],
 )
 def test_random_input_is_refused_and_nothing_else(module: str, count: int, seed: int) -> None:
