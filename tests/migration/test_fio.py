@@ -1,0 +1,191 @@
+"""fio writes, reads and verifies while the guest moves and goes back to snapshots: not one block is wrong.
+
+fio is Debian's own, in the root file system of the system disk, which source and target share; the blocks that it
+checks are on another disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from emulator.machine.migration import snapshots
+from tests.guest.debian import system_image
+from tests.guest.test_boot import complaints
+from tests.guest.test_scsi import ASKED_IN_VAIN
+from tests.migration.journey import Journey, journey
+
+pytestmark = pytest.mark.guest
+
+MIB = 1 << 20
+SIZE = 112 * MIB
+MOVES = 20
+
+JOBS = """
+[global]
+filename=$disk
+direct=1
+verify=crc32c
+verify_fatal=1
+verify_dump=0
+randrepeat=0
+group_reporting=1
+
+[sequential-1m]
+offset=0
+size=32m
+rw=write
+bs=1m
+ioengine=libaio
+iodepth=4
+
+[sequential-64k]
+offset=32m
+size=16m
+rw=write
+bs=64k
+ioengine=psync
+
+[random-4k]
+offset=48m
+size=8m
+rw=randwrite
+bs=4k
+ioengine=io_uring
+iodepth=64
+
+[random-mixed]
+offset=56m
+size=24m
+rw=randrw
+bsrange=4k-256k
+bs_unaligned=0
+ioengine=libaio
+iodepth=16
+
+[two-at-once]
+offset=80m
+size=16m
+offset_increment=16m
+numjobs=2
+rw=randwrite
+bs=16k
+ioengine=io_uring
+iodepth=8
+verify_backlog=32
+"""
+SCRIPT = f"""
+for each in /sys/block/sd?; do
+  [ "$(cat $each/size)" = {SIZE // 512} ] && disk=/dev/${{each##*/}}
+done
+cat >/tmp/jobs <<END
+{JOBS}
+END
+round=0
+while :; do
+  round=$((round + 1))
+  fio --minimal /tmp/jobs >/tmp/out 2>&1 || {{ echo "failed: round $round"; tail -n 30 /tmp/out; exit 1; }}
+  echo "round $round."
+done
+"""
+
+
+def rounds(guest: Journey) -> int:
+    return guest.here.output.count(b"round")
+
+
+async def more_rounds(guest: Journey, count: int) -> None:
+    wanted = rounds(guest) + count
+    output = guest.here.output
+    await guest.here.until(
+        lambda: output.count(b"round") >= wanted or b"failed" in output, f"{count} more rounds of fio", 240
+    )
+    assert b"failed" not in output, output.decode(errors="replace")
+
+
+async def more_requests(guest: Journey, count: int = 200) -> None:
+    """So that each station has something to do."""
+
+    def done() -> int:
+        return sum(unit["requests"] for unit in guest.here.channel("scsi")["details"]["units"].values())
+
+    wanted = done() + count
+    output = guest.here.output
+    await guest.here.until(lambda: done() >= wanted or b"failed" in output, f"{count} more requests")
+
+
+async def back_and_forth(guest: Journey, image: Path, tag: str) -> None:
+    """Save the guest and its disk, let it go on, and put both back."""
+    host = guest.host
+    await host.qmp.execute("stop")
+    await snapshots.save(host, tag)
+    kept = image.read_bytes()
+    await host.qmp.execute("cont")
+    await more_requests(guest, 500)
+    await host.qmp.execute("stop")
+    await snapshots.load(host, tag)
+    with image.open("r+b") as file:
+        file.write(kept)
+        os.fsync(file.fileno())
+    await host.qmp.execute("cont")
+
+
+@pytest.mark.timeout(600)
+def test_not_one_block_is_wrong_over_migrations_and_snapshots(tmp_path: Path) -> None:
+    system = system_image()
+    image = tmp_path / "data.img"
+    image.touch()
+    os.truncate(image, SIZE)
+
+    async def story() -> None:
+        async with journey(
+            tmp_path,
+            smp=2,
+            devices=(
+                "heartbeat,interval=0.1",
+                "shutdown",
+                f"scsi,image={system},readonly=on",
+                f"scsi,image={image}",
+            ),
+            root="LABEL=debian",
+            command=[SCRIPT],
+            snapshots=True,
+        ) as guest:
+            await more_requests(guest, 1000)
+            for number in range(3):
+                await back_and_forth(guest, image, f"snapshot-{number}")
+                await more_requests(guest)
+            for _ in range(MOVES):
+                outcome = await guest.move()
+                assert outcome.departure.statuses[-1] == "completed"
+                await more_requests(guest)
+            await more_rounds(guest, 2)
+            assert guest.moves == MOVES
+            found = guest.here.status()
+            disks = [channel for channel in found["channels"] if channel["device"] == "scsi"]
+            assert [channel["subchannel"] for channel in disks] == [0, 1]
+            assert all(channel["refusals"] == {} for channel in found["channels"])
+            for unit in disks[0]["details"]["units"].values():
+                assert set(unit["errors"]) <= ASKED_IN_VAIN
+            assert complaints(guest.here.console()) == []
+            assert not re.search(r"I/O error|Sense Key|hung_task", guest.here.console())
+
+            output = guest.here.output
+            rng = random.Random(1)
+
+            def spoiled() -> bool:
+                """Another block is not what was written: fio finds that."""
+                with image.open("r+b") as file:
+                    file.seek(rng.randrange(SIZE // 4096) * 4096)
+                    file.write(rng.randbytes(4096))
+                return b"failed" in output
+
+            await guest.here.until(spoiled, "fio to find a wrong block")
+            assert b"verify" in output
+
+    asyncio.run(story())
