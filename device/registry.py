@@ -56,6 +56,11 @@ def split_device(text: str) -> tuple[str, dict[str, str]]:
     return name, values
 
 
+def join_device(name: str, values: Mapping[str, str]) -> str:
+    """The text that :func:`split_device` takes apart."""
+    return ",".join([name, *(f"{key}={value}".replace(",", ",,") for key, value in values.items())])
+
+
 class Registry:
     """The devices of all installed packages; ``found`` instead, for tests."""
 
@@ -125,6 +130,7 @@ class Registry:
             raise DeviceError(f"device {name!r} cannot be made: {error}") from error
         if own_name is not None:
             device.name = own_name
+        device.line = text
         return device
 
     def create_all(self, texts: Iterable[str]) -> list[Device]:

@@ -9,6 +9,7 @@ A back end that never blocks is called at once, in the event loop's thread. Wher
 
 from __future__ import annotations
 
+import enum
 import errno
 import logging
 import mmap
@@ -34,6 +35,22 @@ from emulator.wire.scsi import (
 
 _log = logging.getLogger(__name__)
 
+
+class WriteErrors(enum.Enum):
+    """What is done about writes that fail: tell the guest, stop it, or stop it only where there is no room."""
+
+    REPORT = "report"
+    STOP = "stop"
+    NO_SPACE = "enospc"
+
+
+class ReadErrors(enum.Enum):
+    """What is done about reads that fail."""
+
+    REPORT = "report"
+    STOP = "stop"
+
+
 _WRITE_PROTECTED = (errno.EROFS, errno.EPERM, errno.EACCES, errno.EBADF)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -49,6 +66,8 @@ class BlockUnit(LogicalUnit):
         self.max_transfer = max_transfer
         self.faults = faults
         self.blocks = backend.size // block_size
+        self.write_errors = WriteErrors.REPORT
+        self.read_errors = ReadErrors.REPORT
         self._mask = backend.alignment - 1
         self._commands |= {
             Opcode.READ_CAPACITY_10: self._read_capacity_10,
@@ -159,7 +178,11 @@ class BlockUnit(LogicalUnit):
         return flags, lba, blocks
 
     def failed(self, request: Request, error: Exception, *, write: bool) -> None:
-        """End ``request`` with the sense data for what the back end raised."""
+        """End ``request`` with the sense data for what the back end raised, or keep it and stop the guest."""
+        if isinstance(error, OSError) and self._stops_for(error, write=write):
+            what = "a write" if write else "a read"
+            self.keep(request, f"{what} failed: {error.strerror or error}")
+            return
         sense = Sense.WRITE_ERROR if write else Sense.READ_ERROR
         if not isinstance(error, OSError):
             _log.error("%s: the back end failed", self.identity.serial, exc_info=error)
@@ -169,6 +192,16 @@ class BlockUnit(LogicalUnit):
         elif write and error.errno in _WRITE_PROTECTED:
             sense = Sense.WRITE_PROTECTED
         request.check(CheckCondition(sense))
+
+    def _stops_for(self, error: OSError, *, write: bool) -> bool:
+        environment = self.environment
+        if environment is None or environment.stop_guest is None:
+            return False
+        if not write:
+            return self.read_errors is ReadErrors.STOP
+        if self.write_errors is WriteErrors.NO_SPACE:
+            return error.errno in _FULL
+        return self.write_errors is WriteErrors.STOP
 
     # --- reading -------------------------------------------------------------------------------------------
 
@@ -240,6 +273,8 @@ class BlockUnit(LogicalUnit):
         }
         report |= self.backend.status()
         report |= self.statistics.status()
+        if self.kept:
+            report["kept"] = {"requests": len(self.kept), "because": self.kept_because}
         if self.faults.faults or any(self.faults.met.values()):
             report["faults_met"] = dict(self.faults.met)
         return report

@@ -19,7 +19,6 @@ fails with INVALID_LUN on path 0, and with INVALID_TARGET_ID on other paths: Lin
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -57,16 +56,12 @@ from emulator.wire.storvsp import (
 if TYPE_CHECKING:
     from emulator.bus.channel_io import ChannelIo
 
-_log = logging.getLogger(__name__)
-
 NAMESPACE = uuid.UUID("5f5f8f0e-0d3c-4b57-b0a6-3f2f7a9c6a41")
 """Instance GUIDs of controllers are derived from their names, so that they stay the same."""
 
 MOST_QUEUES = 8
 MOST_TARGETS = 2
 MOST_LUNS = 64
-STOP_LIMIT = 10.0
-"""Seconds that an image may take to be closed."""
 RESET_LIMIT = 4.0
 """Seconds after which a reset is answered although commands are left: Linux waits five."""
 
@@ -161,6 +156,10 @@ class Controller(Device):
             )
         return free
 
+    def line_of(self, place: tuple[int, int]) -> str:
+        """What to say after ``--device`` for the unit at that place; empty if code has made it."""
+        return ""
+
     def attach(self, unit: LogicalUnit, target: int = 0, lun: int | None = None) -> int:
         """Add a unit, at the next free LUN if none is given; returns the LUN. A running guest is told to look.
 
@@ -187,6 +186,8 @@ class Controller(Device):
         self._removed.append(unit)
         if self._fast_units is not None:
             self._fast_units.leave((target, lun))
+        for request in unit.take_kept():
+            request.finish(SrbStatus.ABORTED)
         self._close_removed()
         self._enumerate()
 
@@ -240,9 +241,16 @@ class Controller(Device):
         self._close_removed()
         for unit in self._removed:  # somebody else's server may take its time
             unit.backend.abandon()
-        for unit in self.units.values():
-            if not unit.backend.join(STOP_LIMIT):
-                _log.warning("%s: the image of %s is not let go of yet", self.name, unit.identity.serial)
+
+    def let_go(self, limit: float) -> bool:
+        return not [unit for unit in tuple(self.units.values()) if not unit.backend.join(limit)]
+
+    def goes_on(self) -> None:
+        for unit in tuple(self.units.values()):
+            for request in unit.take_kept():
+                if not self._active:
+                    self._activate()
+                self._do(request, unit)
 
     def opened(self, io: ChannelIo) -> None:
         if io.subchannel_index:
@@ -382,16 +390,22 @@ class Controller(Device):
         srb = parse_request(packet.payload)
         request = Request(io, packet, srb, self.clock(), self._finished)
         self._requests[io].add(request)
+        unit = None if srb.path else self.units.get((srb.target, srb.lun))
+        if unit is not None and srb.cdb[0] != Opcode.REPORT_LUNS:
+            request.unit = unit
+            unit.statistics.began()
+            self._do(request, unit)
+        else:
+            self._do(request, None)
+
+    def _do(self, request: Request, unit: LogicalUnit | None) -> None:
         try:
-            unit = None if srb.path else self.units.get((srb.target, srb.lun))
-            if unit is not None and srb.cdb[0] != Opcode.REPORT_LUNS:
-                request.unit = unit
-                unit.statistics.began()
-                if srb.cdb_length > CDB_SIZE:
-                    raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
-                unit.execute(request)
-            else:
+            if unit is None:
                 self._execute_without(request)
+            elif request.srb.cdb_length > CDB_SIZE:
+                raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
+            else:
+                unit.execute(request)
         except CheckCondition as condition:
             request.check(condition)
         except ReservationConflict:

@@ -8,13 +8,18 @@ from collections.abc import Callable
 from typing import Annotated
 
 from device.options import Help
+from device.registry import join_device, split_device
+from device.scsi.blocks import ReadErrors, WriteErrors
 from device.scsi.controller import MOST_LUNS, MOST_QUEUES, MOST_TARGETS, Controller
 from device.scsi.drive import DriveOptions, Format, Media, open_drive
 from device.scsi.file import Cache
 from device.scsi.image import DetectZeroes, ImageServers
+from device.scsi.unit import LogicalUnit
 from emulator.bus.device import Device
 from emulator.errors import UsageError
 from emulator.wire.storvsp import ProtocolVersion
+
+_OF_THE_CONTROLLER = ("controller", "instance", "queues", "transfer", "version")
 
 
 class Scsi(Controller):
@@ -54,6 +59,12 @@ class Scsi(Controller):
         serial: Annotated[str | None, Help("serial number (default: from controller, target, LUN)")] = None,
         block: Annotated[int, Help("bytes of a block: 512 or 4096")] = 512,
         rotation: Annotated[int, Help("rounds a minute; 1: does not rotate", least=1, most=0xFFFE)] = 1,
+        werror: Annotated[
+            WriteErrors, Help("a write that fails: tell the guest, stop it, or stop it if there is no room")
+        ] = WriteErrors.REPORT,
+        rerror: Annotated[
+            ReadErrors, Help("a read that fails: tell the guest, or stop it")
+        ] = ReadErrors.REPORT,
         fault: Annotated[str, Help("faults to have: error@8-15;delay:0.5@*;short:0.5@100-; see docs")] = "",
         queues: Annotated[
             int, Help("channels, as many as the guest has vCPUs", least=1, most=MOST_QUEUES)
@@ -75,6 +86,8 @@ class Scsi(Controller):
             max_version=versions[version],
             clock=clock,
         )
+        #: Lines of units that came with another one.
+        self._joined: dict[LogicalUnit, str] = {}
         self.lun_was_chosen = lun is not None
         self.default_serial = serial is None
         if image is not None or format is not Format.RAW:
@@ -95,6 +108,8 @@ class Scsi(Controller):
                         block=block,
                         rotation=rotation,
                         fault=fault,
+                        write_errors=werror,
+                        read_errors=rerror,
                         max_transfer=self.max_transfer,
                     ),
                     f"{controller}-{target}-{lun or 0}",
@@ -124,5 +139,28 @@ class Scsi(Controller):
             if other.default_serial:
                 unit.name(f"{self.controller}-{target}-{lun}")
             self.attach(unit, target, lun)
+            self._joined[unit] = other.line
         other.units.clear()
         return True
+
+    def line_of(self, place: tuple[int, int]) -> str:
+        unit = self.units[place]
+        line = self._joined.get(unit, self.line)
+        if not line:
+            return ""
+        name, values = split_device(line)
+        values |= {"target": str(place[0]), "lun": str(place[1]), "serial": unit.identity.serial}
+        return join_device(name, self._named(values))
+
+    def lines(self) -> list[str]:
+        if not self.line:
+            return []
+        if self.units:
+            return [self.line_of(place) for place in sorted(self.units)]
+        name, values = split_device(self.line)
+        return [
+            join_device(name, self._named({key: values[key] for key in _OF_THE_CONTROLLER if key in values}))
+        ]
+
+    def _named(self, values: dict[str, str]) -> dict[str, str]:
+        return values | ({"id": self.name} if self.name != self.controller else {})

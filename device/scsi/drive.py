@@ -11,7 +11,7 @@ from device.nbd.client import AddressConnector, Client
 from device.nbd.uri import is_uri, parse_uri
 from device.nbd.wire import ExportFlag
 from device.scsi.backend import Backend, MemoryBackend, NullBackend
-from device.scsi.blocks import BlockUnit
+from device.scsi.blocks import BlockUnit, ReadErrors, WriteErrors
 from device.scsi.cdrom import CdRom
 from device.scsi.disk import Disk
 from device.scsi.faults import FaultPlan, parse_faults
@@ -70,6 +70,8 @@ class DriveOptions:
     block: int = 512
     rotation: int = 1
     fault: str = ""
+    write_errors: WriteErrors = WriteErrors.REPORT
+    read_errors: ReadErrors = ReadErrors.REPORT
     max_transfer: int = 256 << 10
 
 
@@ -93,6 +95,14 @@ def open_drive(options: DriveOptions, default_serial: str, images: ImageServers 
         raise UsageError(f"serial={serial}: 1 to 64 printable characters of ASCII, no blanks")
     cdrom = (options.media or _media(options.image)) is Media.CDROM
     faults = FaultPlan(parse_faults(options.fault))
+    unit = _unit(options, images, serial, faults, cdrom=cdrom)
+    unit.write_errors, unit.read_errors = options.write_errors, options.read_errors
+    return unit
+
+
+def _unit(
+    options: DriveOptions, images: ImageServers | None, serial: str, faults: FaultPlan, *, cdrom: bool
+) -> BlockUnit:
     backend = _backend(options, images, read_only=options.readonly or cdrom)
     try:
         if cdrom:

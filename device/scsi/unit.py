@@ -21,6 +21,7 @@ from device.scsi.request import Request
 from device.scsi.sense import CheckCondition
 from device.scsi.statistics import UnitStatistics
 from emulator.bus.device import DeviceEnvironment
+from emulator.errors import InternalError
 from emulator.ports import FastUnit
 from emulator.wire.scsi import (
     INQUIRY,
@@ -79,6 +80,10 @@ class LogicalUnit(ABC):
         self.name(serial)
         self.statistics = UnitStatistics()
         self.attentions: list[Sense] = []
+        #: Commands that failed and are done again when the guest, which was stopped for that, goes on.
+        self.kept: list[Request] = []
+        #: Why they failed.
+        self.kept_because = ""
         self.environment: DeviceEnvironment | None = None
         self._commands: dict[int, Command] = {
             Opcode.TEST_UNIT_READY: self._test_unit_ready,
@@ -122,6 +127,23 @@ class LogicalUnit(ABC):
         """Tell the guest with its next command."""
         if sense not in self.attentions and len(self.attentions) < MOST_ATTENTIONS:
             self.attentions.append(sense)
+
+    def keep(self, request: Request, why: str) -> None:
+        """Stop the guest; ``request`` is done again when it goes on. Only where the guest can be stopped."""
+        environment = self.environment
+        if environment is None or environment.stop_guest is None:
+            raise InternalError("a guest that cannot be stopped")
+        self.kept.append(request)
+        self.kept_because = why
+        request.cancel = lambda: self.kept.remove(request)
+        environment.stop_guest(f"disk {self.identity.serial}: {why}")
+
+    def take_kept(self) -> list[Request]:
+        """What was kept, to be done again."""
+        kept, self.kept = self.kept, []
+        for request in kept:
+            request.cancel = None
+        return kept
 
     def execute(self, request: Request) -> None:
         """Do the command. Raises :class:`CheckCondition`, or a GuestError for a buffer that is not RAM."""

@@ -103,6 +103,9 @@ class DeviceEnvironment:
     """Threads for what blocks."""
     fast_path: FastPath | None = None
     """Compiled code for plain reads and writes, where there is one."""
+    stop_guest: Callable[[str], None] | None = None
+    """Stop the guest's processors, for the reason given, until somebody lets it go on (:meth:`Device.goes_on`).
+    ``None`` where that cannot be done."""
 
 
 class Device(ABC):
@@ -123,6 +126,9 @@ class Device(ABC):
     See :mod:`emulator.bus.look`. Worth setting where a guest usually takes longer to come back.
     """
 
+    line: str = ""
+    """What stood after ``--device``; empty for a device that code has made."""
+
     _environment: DeviceEnvironment | None = None
 
     @property
@@ -131,6 +137,10 @@ class Device(ABC):
         if self._environment is None:
             raise DeviceError(f"{self.name} is not started (a start() of its own must call super().start())")
         return self._environment
+
+    def lines(self) -> list[str]:
+        """What to say after ``--device`` for another one that can go on for this one, as it is now."""
+        return [self.line] if self.line else []
 
     @abstractmethod
     def offer(self) -> Offer:
@@ -141,7 +151,11 @@ class Device(ABC):
         self._environment = environment
 
     def stop(self) -> None:
-        """The machine goes; every channel is closed already. Cancel timers, close files."""
+        """The machine goes; every channel is closed already. Cancel timers, close files. Must not block."""
+
+    def let_go(self, limit: float) -> bool:
+        """After :meth:`stop`, in another thread: wait ``limit`` seconds for what it began; whether that is done."""
+        return True
 
     def opened(self, io: ChannelIo) -> None:
         """The guest opened a channel (``io.subchannel_index``, 0 for the primary one); sending is possible.
@@ -189,6 +203,9 @@ class Device(ABC):
 
         While work on guest memory is under way call ``io.channel.defer_close()``, and ``finish_close()`` later.
         """
+
+    def goes_on(self) -> None:
+        """The guest was stopped and runs again, here."""
 
     def gpadl_created(self, io: ChannelIo, gpadl: Gpadl) -> None:
         """The guest shares pages over this channel (also those of its rings). Raise to refuse."""

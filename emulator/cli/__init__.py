@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from emulator import __version__
 from emulator.cli import (
     attach,
+    cont,
     demo,
+    device,
     doctor,
     guest_info,
     migrate,
@@ -57,6 +59,8 @@ def parser() -> argparse.ArgumentParser:
         status,
         migrate,
         snapshot,
+        device,
+        cont,
         shutdown,
         guest_info,
         demo,

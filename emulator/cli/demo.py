@@ -150,7 +150,7 @@ class Demo:
             memory_size=512 << 20,
             options=options,
             devices=devices,
-            new_devices=_devices,
+            new_devices=lambda lines: _devices(),
         ) as guest:
             self.guest = guest
             self.serving = asyncio.ensure_future(guest.served.serve())

@@ -118,8 +118,8 @@ class Plan:
     guest: GuestOptions
     devices: tuple[Device, ...]
     host: HostOptions
-    new_devices: Callable[[], Sequence[Device]]
-    """The same devices again, for a guest that moves."""
+    new_devices: Callable[[Sequence[str]], Sequence[Device]]
+    """Devices from their lines, for a guest that moves."""
     incoming: str | None = None
 
 
@@ -172,7 +172,7 @@ def plan(arguments: argparse.Namespace) -> Plan:
         ),
         devices=devices,
         host=host_options(arguments),
-        new_devices=lambda: registry().create_all(device_lines(arguments)),
+        new_devices=registry().create_all,
         incoming=_incoming(arguments.incoming),
     )
 

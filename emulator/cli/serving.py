@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from emulator.cli import migrate, shutdown, snapshot
+from emulator.cli import cont, device, migrate, shutdown, snapshot
 from emulator.machine.served import HostCommand
 
 CONTROL_COMMANDS: dict[str, HostCommand] = {
     **shutdown.CONTROL_COMMANDS,
+    **device.CONTROL_COMMANDS,
+    **cont.CONTROL_COMMANDS,
     "migrate": migrate.answer,
     "move": migrate.move,  # a guest that `vmbus run` started has its own
     "take-back": migrate.take_back,

@@ -136,7 +136,7 @@ class Guest:
         setup: Setup,
         station: Station,
         served: Served,
-        new_devices: Callable[[], Sequence[Device]] | None,
+        new_devices: Callable[[Sequence[str]], Sequence[Device]] | None,
     ) -> None:
         self.directory = directory
         self.served = served
@@ -184,12 +184,12 @@ class Guest:
         devices: Sequence[Device],
         host_options: HostOptions | None = None,
         commands: Mapping[str, HostCommand] | None = None,
-        new_devices: Callable[[], Sequence[Device]] | None = None,
+        new_devices: Callable[[Sequence[str]], Sequence[Device]] | None = None,
         memory_of: Path | None = None,
     ) -> AsyncIterator[Guest]:
         """Start QEMU with the guest held at its first look for a hypervisor, attach, let it go.
 
-        ``new_devices`` makes the same devices again, for a guest that may :meth:`move`. ``memory_of``: the memory
+        ``new_devices`` makes devices from their lines, for a guest that may :meth:`move`. ``memory_of``: the memory
         file of a guest that will come here and find its memory in it.
         """
         directory = rundir.create(name, memory_size, memory_of=memory_of)
@@ -228,7 +228,10 @@ class Guest:
     async def _move(self, share_memory: bool, progress: Progress | None, limit: float) -> Outcome:
         if self._new_devices is None:
             raise MigrationFailed("this guest's devices cannot be made a second time")
-        devices = await asyncio.to_thread(self._new_devices)  # images are opened: that may take its time
+        lines = [line for attached in self.host.devices for line in attached.device.lines()]
+        devices = await asyncio.to_thread(
+            self._new_devices, lines
+        )  # images are opened: that may take its time
         old = self._station
         self._moves += 1
         directory = rundir.within(

@@ -211,7 +211,10 @@ class Host:
             offers=self.bus,
             workers=self.workers,
             fast_path=self.workers.fast_path,
+            stop_guest=self.stop_guest,
         )
+        #: Why devices stopped the guest, until it goes on.
+        self.stopped_because: list[str] = []
         self.devices: list[AttachedDevice] = []
         self.migration = Follower(self, switchover=options.switchover)
         self._promised: tuple[int, bytes] | None = None
@@ -397,7 +400,28 @@ class Host:
             elif name == "GUEST_PANICKED":
                 self.events.guest_panicked += 1
             self.migration.event(name, data)
+            if name == "RESUME":
+                self._goes_on()
         self._ended_by_itself(None)
+
+    def stop_guest(self, reason: str) -> None:
+        """A device cannot go on as things are: stop the guest until somebody has mended that (``cont``)."""
+        if not self.stopped_because:
+            self.background(self._stop_guest())
+        if reason not in self.stopped_because and len(self.stopped_because) < _KEEP:
+            _log.warning("the guest is stopped: %s", reason)
+            self.stopped_because.append(reason)
+
+    async def _stop_guest(self) -> None:
+        await self.qmp.execute("stop")
+
+    def _goes_on(self) -> None:
+        self.stopped_because.clear()
+        for attached in tuple(self.devices):
+            try:
+                attached.device.goes_on()
+            except Exception:  # noqa: BLE001  it must not take the others along
+                _log.exception("%s does not go on; please report this", attached.device.name)
 
     def reset(self) -> None:
         """The machine was reset: everything that the guest had set up is gone, the offers stay."""
@@ -475,6 +499,9 @@ class Host:
             )
         for attached in self.devices:
             attached.device.stop()
+        for attached in self.devices:
+            if not await asyncio.to_thread(attached.device.let_go, SETTLE_LIMIT):
+                _log.warning("%s has not let go of all it has", attached.device.name)
         self.workers.close()
         self.gateway.close()
         self.qtest.close()

@@ -108,6 +108,7 @@ def status(host: Host, name: str) -> dict[str, Any]:
         "traps": host.gateway_traps,
         "doorbells": host.gateway_doorbells,
         "interrupts": host.qtest.interrupts,
+        "stopped_because": list(host.stopped_because),
         "resets": host.events.resets,
         "crashes": [str(report) for report in host.events.crashes],
         "migration": {

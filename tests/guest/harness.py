@@ -12,6 +12,7 @@ from pathlib import Path
 from emulator.bus.device import Device
 from emulator.cli.devices import registry
 from emulator.cli.run import AVAILABLE_MODULES
+from emulator.cli.serving import CONTROL_COMMANDS
 from emulator.machine import gateway_build
 from emulator.machine.guest import Guest
 from emulator.machine.host import Ending, HostOptions
@@ -152,18 +153,16 @@ async def boot(
         extra=tuple(extra),
     )
 
-    def made() -> list[Device]:
-        return registry().create_all(devices)
-
     async with Guest.start(
         name=None,
         qemu=find_qemu(),
         gateway_library=gateway_build.build(),
         memory_size=memory << 20,
         options=options,
-        devices=made(),
+        devices=registry().create_all(devices),
         host_options=host_options,
-        new_devices=made,
+        new_devices=registry().create_all,
+        commands=CONTROL_COMMANDS,
     ) as guest:
         booted = Booted(guest, console)
         booted.start_following()

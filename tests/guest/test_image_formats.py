@@ -66,7 +66,7 @@ def test_a_guest_moves_with_its_overlay_under_load(tmp_path: Path) -> None:
             for _ in range(2):
                 await guest.guest.move(limit=60)
                 await goes_on()
-            new_devices, guest.guest._new_devices = guest.guest._new_devices, list
+            new_devices, guest.guest._new_devices = guest.guest._new_devices, lambda lines: []
             with pytest.raises(MigrationFailed):
                 await guest.guest.move(limit=60)
             guest.guest._new_devices = new_devices

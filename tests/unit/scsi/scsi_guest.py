@@ -99,6 +99,7 @@ class ScsiGuest(LoopbackGuest):
     ) -> None:
         super().__init__(device, ring_pages=8, memory=memory or FakeMemory(8 << 20), start=False, **options)
         self.offers = Offers()
+        self.stops: list[str] = []
         device.clock = lambda: self.timers.seconds
         device.start(
             DeviceEnvironment(
@@ -108,6 +109,7 @@ class ScsiGuest(LoopbackGuest):
                 self.offers if offers else None,
                 self.workers,
                 fast_path,
+                self.stops.append,
             )
         )
         self.next_id = 1
