@@ -20,7 +20,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -167,6 +167,8 @@ class MappedViews:
             stored.append((offset, min(step, length)))
             length -= step
         self._memory._stored(stored)
+        if stored and self._memory.filled is not None:
+            self._memory.filled(stored)
 
 
 class MappedMemory:
@@ -190,6 +192,8 @@ class MappedMemory:
         self._mapping: mmap.mmap | None = None
         #: What is mapped; ``None`` for memory that is no file.
         self.file: RamFile | None = None
+        #: Told of buffers that were filled, as (offset in the file, length), before the guest is.
+        self.filled: Callable[[Sequence[tuple[int, int]]], None] | None = None
         #: A byte a page of the file: 1 where this process wrote since the last ``take_dirty``.
         self.dirty = bytearray(len(ram) // PAGE_SIZE)
 

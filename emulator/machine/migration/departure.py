@@ -17,6 +17,9 @@ class Departure:
     channels: tuple[ChannelStatistics, ...] = ()
     names: dict[ChannelIdentity, str] = field(default_factory=dict)
     pages_marked: int = 0
+    """In the pause, while the guest stood still."""
+    pages_marked_early: int = 0
+    """Before it."""
     answers_carried: int = 0
     prepared_in: float = 0.0
     """How long the stopped guest stood because of the emulator."""
@@ -30,6 +33,7 @@ class Departure:
             "state_bytes": self.state_bytes,
             "prepared_in": self.prepared_in,
             "pages_marked": self.pages_marked,
+            "pages_marked_early": self.pages_marked_early,
             "answers_carried": self.answers_carried,
             "statuses": list(self.statuses),
             "channels": [

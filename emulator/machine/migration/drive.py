@@ -87,6 +87,7 @@ async def migrate(
         {"capabilities": [{"capability": name, "state": state} for name, state in wanted.items()]},
     )
     host.memory.take_dirty()  # QEMU begins with all of memory
+    follower.early.begin()
     follower.departure = Departure()
     async with contextlib.AsyncExitStack() as stack:
         try:
@@ -103,6 +104,7 @@ async def migrate(
                 arguments = {"uri": address}
             await qmp.execute("migrate", arguments)
         except QemuError as error:
+            follower.early.end()
             raise MigrationFailed(str(error)) from error
         found = await _followed(host, progress, limit)
     if found["status"] != "completed":

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from emulator.errors import QemuError, UserError, VmbusError
 from emulator.machine.migration.departure import Departure
 from emulator.machine.migration.machine import HostState
+from emulator.machine.migration.marking import EarlyMarks, mark_dirty, remember
 from emulator.machine.migration.modes import CAPABILITIES, Manner, manner
 from emulator.machine.migration.vmstate import VmStateHelper
 from emulator.saving import Reason, StateRefused, refusal_stream
@@ -78,6 +79,7 @@ class Follower:
         buffer_size: int = BUFFER_SIZE,
     ) -> None:
         self.state = HostState(host)
+        self.early = EarlyMarks(host.memory, host.qtest)
         self.phase = Phase.IDLE
         self.departure = Departure()
         self.switchover = switchover
@@ -145,6 +147,7 @@ class Follower:
         if status == "setup":
             self.departure = Departure()
             self.phase = Phase.MIGRATING
+            self.early.begin()
             self._manner = None
             self._refused_to_save = self._stopped = False
             self._host.background(self._look_at_manner())
@@ -159,6 +162,7 @@ class Follower:
             # With a guest that ran before, RESUME thaws. One that was stopped before stays so, and frozen.
             self._data = None
             self._good = False
+            self.early.end()
             if self.phase is Phase.MIGRATING:
                 self.phase = Phase.IDLE
 
@@ -213,10 +217,20 @@ class Follower:
 
     async def _look_at_manner(self) -> None:
         self._manner = await manner(self._host.qmp)
+        if self._manner.memory_stays:
+            self.early.end()
+        else:
+            await self._forget_written()
         if why := "the guest has left already" if self.fenced else self._manner.refusal:
             _log.error("migration cancelled: %s", why)
             self.departure.refusal = why
             await self._host.qmp.execute("migrate_cancel")
+
+    async def _forget_written(self) -> None:
+        """QEMU reads all of memory after ``setup``: what was written until then need not be marked."""
+        pages = self._host.memory.take_dirty()
+        if (await self._host.qmp.execute("query-migrate")).get("status") != "setup":
+            remember(self._host.memory, pages)
 
     async def _switch_over(self) -> None:
         begun = time.monotonic()
@@ -225,8 +239,10 @@ class Follower:
         departure = self.departure
         departure.refusal = departure.refusal or how.refusal
         if not how.memory_stays:
-            departure.pages_marked = await self.state.mark_dirty(
-                lambda: self.phase is Phase.READY and departure.statuses[-1:] == ["pre-switchover"]
+            departure.pages_marked_early = self.early.pages
+            departure.pages_marked = await mark_dirty(
+                self._host,
+                lambda: self.phase is Phase.READY and departure.statuses[-1:] == ["pre-switchover"],
             )
         if not await self._still_waits():
             return
@@ -271,6 +287,7 @@ class Follower:
         self._host.clock.stop()
         self.state.hold()
         settled = await self._host.workers.settle(SETTLE_LIMIT)
+        self.early.end()
         if self.phase is not phase:
             return  # it goes on already
         self.state.freeze()

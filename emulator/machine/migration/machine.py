@@ -9,10 +9,9 @@ directions of every channel once.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from emulator.bus.channel import Channel
@@ -27,7 +26,6 @@ from emulator.machine.gateway import Unclaimed
 from emulator.machine.migration import shared_memory
 from emulator.machine.migration.bus_records import SAVED_BUS
 from emulator.machine.migration.records import SAVED_HYPERVISOR, SavedAnswer, SavedHypervisor
-from emulator.ports import PAGE_SIZE
 from emulator.saving import (
     ChannelSaver,
     ChannelState,
@@ -46,13 +44,6 @@ if TYPE_CHECKING:
     from emulator.machine.host import Host
 
 _log = logging.getLogger(__name__)
-
-_VIDEO_MEMORY = range(0xA0000 // PAGE_SIZE, 0x100000 // PAGE_SIZE)
-"""Pages below 1 MiB that are not RAM where a guest sees them."""
-
-
-_MARKED_AT_ONCE = 256
-"""Pages, a few milliseconds."""
 
 
 class HypervisorSection:
@@ -279,23 +270,3 @@ class HostState:
         host.reset()
         for channel in self._known():
             self._saver.disable(channel)
-
-    async def mark_dirty(self, stopped: Callable[[], bool]) -> int:
-        """Make QEMU send every page that was written through the mapping. How many were marked.
-
-        ``stopped``: whether the guest is known to stand still. It is asked before every few pages: what a running
-        guest writes while its byte is read and written back would be lost.
-        """
-        memory = self._host.memory
-        pages = memory.take_dirty()
-        for start in range(0, len(pages), _MARKED_AT_ONCE):
-            await asyncio.sleep(0)  # events come in
-            if not stopped():
-                return start
-            marks = []
-            for page in pages[start : start + _MARKED_AT_ONCE]:
-                gpa = memory.gpa_of_page(page)
-                if gpa is not None and gpa // PAGE_SIZE not in _VIDEO_MEMORY:
-                    marks.append((gpa, memory.read(gpa, 1)[0]))
-            self._host.qtest.mark(marks)
-        return len(pages)

@@ -1,0 +1,120 @@
+"""Which bytes of which pages are written back through QEMU."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+from types import SimpleNamespace
+
+import pytest
+
+from emulator.bus.contact import MonitorPages
+from emulator.bus.gpadl import GpadlState
+from emulator.machine.memory import MappedMemory, RamRegion
+from emulator.machine.migration.marking import EarlyMarks, mark_dirty
+from emulator.wire.msr import SINT
+
+SIZE = 4 << 20
+RINGS = range(16, 32)
+DOWNSTREAM = 8
+
+
+class Marks:
+    """A qtest socket that remembers."""
+
+    def __init__(self) -> None:
+        self.bytes: list[tuple[int, int]] = []
+
+    def mark(self, bytes_there: list[tuple[int, int]]) -> None:
+        self.bytes += bytes_there
+
+
+@pytest.fixture
+def memory() -> MappedMemory:
+    return MappedMemory(memoryview(mmap.mmap(-1, SIZE)), [RamRegion(0, SIZE, 0)])
+
+
+def overlay(gpn: int) -> SimpleNamespace:
+    return SimpleNamespace(pages=object(), value=gpn << 12 | 1)
+
+
+def host_of(memory: MappedMemory, *, is_open: bool = True) -> SimpleNamespace:
+    gpadl = SimpleNamespace(state=GpadlState.ACCEPTED, aligned_pfns=lambda: list(RINGS))
+    channel = SimpleNamespace(
+        is_open=is_open,
+        request=SimpleNamespace(ring_gpadl_id=1, downstream_offset=DOWNSTREAM),
+        gpadls={1: gpadl},
+    )
+    sints = [SINT.parse(0x10000 if number != 2 else 0x30) for number in range(16)]
+    vp = SimpleNamespace(simp=overlay(40), siefp=overlay(41), sints=sints)
+    return SimpleNamespace(
+        memory=memory,
+        qtest=Marks(),
+        bus=SimpleNamespace(
+            connection=SimpleNamespace(monitor_pages=MonitorPages(0x32000, 0x33000)), channels=[channel]
+        ),
+        partition=SimpleNamespace(synic=SimpleNamespace(vps=[vp]), reference_tsc=overlay(42)),
+    )
+
+
+def marked(host: SimpleNamespace, pages: list[int]) -> list[int]:
+    """The addresses that are marked after a write to each of the pages."""
+    for page in pages:
+        host.memory.write(page * 4096 + 2048, b"x")
+    count = asyncio.run(mark_dirty(host, lambda: True))
+    assert count == len(host.qtest.bytes)
+    return [gpa for gpa, _ in host.qtest.bytes]
+
+
+def test_of_shared_pages_a_byte_of_the_hosts_is_written(memory: MappedMemory) -> None:
+    first_in, first_out = RINGS[0], RINGS[DOWNSTREAM]
+    assert marked(host_of(memory), [first_in, first_out, first_out + 1, 40, 41, 42, 0x33]) == [
+        first_in * 4096 + 4,
+        first_out * 4096,
+        (first_out + 1) * 4096,
+        40 * 4096 + 6,
+        41 * 4096 + 15 * 256,
+        42 * 4096,
+        0x33 * 4096 + 4095,
+    ]
+
+
+def test_what_is_not_the_hosts_comes_last_and_only_while_the_guest_stands_still(memory: MappedMemory) -> None:
+    host = host_of(memory)
+    guests = list(range(100, 140))
+    assert marked(host, [*guests, 42])[0] == 42 * 4096
+    looks = iter([True, True, False])
+    host.qtest.bytes.clear()
+    for page in (*guests, 42):
+        memory.write(page * 4096, b"x")
+    assert asyncio.run(mark_dirty(host, lambda: next(looks))) == 1 + 16
+
+
+def test_rings_of_a_closed_channel_are_the_guests_again(memory: MappedMemory) -> None:
+    page = RINGS[DOWNSTREAM] + 1
+    memory.write(page * 4096, b"a")
+    host = host_of(memory, is_open=False)
+    looks = iter([False])
+    assert asyncio.run(mark_dirty(host, lambda: next(looks))) == 0
+
+
+def test_video_memory_is_not_marked(memory: MappedMemory) -> None:
+    assert marked(host_of(memory), [0xA0, 0xFF]) == []
+
+
+def test_a_buffer_is_marked_inside_of_what_was_stored(memory: MappedMemory) -> None:
+    marks = Marks()
+    early = EarlyMarks(memory, marks)  # type: ignore[arg-type]
+    early.begin()
+    views = memory.writable([(0x64000 + 100, 8000), (0x70000, 4096)])
+    for view in views.views:
+        view[:] = b"d" * len(view)
+    views.finish(8000 + 100)
+    assert marks.bytes == [(0x64000 + 100, 0x64), (0x65000, 0x64), (0x70000, 0x64)]
+    assert early.pages == 3
+    assert memory.take_dirty() == []
+
+    early.end()
+    memory.writable([(0x64000, 4096)]).finish(4096)
+    assert len(marks.bytes) == 3
+    assert memory.take_dirty() == [0x64]
