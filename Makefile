@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 GUESTS := debian-6.1 debian-6.12 debian-backports
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help all demo test soak unit setup check bench fuzz clean
+.PHONY: help all demo test soak unit setup check bench bench-storage fuzz clean
 
 ## Style, types, and all tests; what `make` alone does.
 all: check test
@@ -15,7 +15,7 @@ all: check test
 ## What can be made.
 help:
 	@awk '/^## / {text = substr($$0, 4)} \
-		/^[a-z]+:/ && text {sub(/:.*/, "", $$1); printf "make %-6s  %s\n", $$1, text; text = ""}' Makefile
+		/^[a-z-]+:/ && text {sub(/:.*/, "", $$1); printf "make %-13s  %s\n", $$1, text; text = ""}' Makefile
 
 $(STAMP): pyproject.toml emulator/provision/bootstrap.sh
 	@sh emulator/provision/bootstrap.sh $(VENV)
@@ -62,6 +62,10 @@ fuzz: $(STAMP)
 ## Speed and size, in a few minutes. BENCH="traps boot": only these; JSON=1: all figures as JSON on the last line.
 bench: setup
 	@$(BIN)/python -m tests.bench $(BENCH) $(if $(JSON),--json)
+
+## This disk against QEMU's own. FOLDER=DIR: where the image is made; JSON=1: as above.
+bench-storage: setup
+	@$(BIN)/python -m tests.bench.storage $(if $(FOLDER),--folder $(FOLDER)) $(if $(JSON),--json)
 
 ## Remove what was made here; what was fetched stays in ~/.cache/vmbus.
 clean:

@@ -14,7 +14,7 @@ from typing import Any
 from emulator.errors import VmbusError
 from tests.bench.report import Result
 
-NAMES = ("traps", "interrupts", "doorbell", "heartbeat", "echo", "idle", "boot", "migration")
+NAMES = ("traps", "interrupts", "doorbell", "heartbeat", "echo", "idle", "boot", "migration", "storage")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +56,8 @@ class Result:
     aims: dict[str, str] = field(default_factory=dict)
     """Name of a row → what it should be."""
     notes: list[str] = field(default_factory=list)
+    ratios: dict[str, list[float]] = field(default_factory=dict)
+    """Name → a ratio of each round; whoever adds them shows them in a note."""
 
     def add(self, name: str, samples: Iterable[float], aim: str = "") -> None:
         """A row of durations in microseconds."""
@@ -67,8 +70,20 @@ class Result:
         if aim:
             self.aims[name] = aim
 
+    def ratio(self, name: str, rounds: Sequence[float]) -> None:
+        """Two things in turn."""
+        self.ratios[name] = list(rounds)
+
+    def _ratios(self) -> dict[str, Any]:
+        if not self.ratios:
+            return {}
+        medians = {name: round(statistics.median(found), 3) for name, found in self.ratios.items()}
+        spread = {name: [round(min(found), 3), round(max(found), 3)] for name, found in self.ratios.items()}
+        return {"ratios": medians, "spread": spread}
+
     def json(self) -> dict[str, Any]:
         return {
+            **self._ratios(),
             **{name: found.json() for name, found in self.distributions.items()},
             **{
                 name: {"value": round(value, 4), "unit": unit} for name, (value, unit) in self.figures.items()

@@ -9,15 +9,20 @@ All five are in the guest at the same time and lead to the same file. A round me
 one after another, in an order that turns; a ratio is that of two devices of one round, so that what the machine does
 meanwhile is in both. The second guest has two vCPUs and two queues a device, and a job on each vCPU.
 
-A cell's ratio is ours over the best of QEMU's in that round.
+A cell's ratio is ours over the best of QEMU's in that round: 1 is as fast, more is faster. Beside it stands where the
+time of a request goes: processor time of the guest's vCPUs, of QEMU's main loop and iothreads, and of the emulator.
+
+    python -m tests.bench.storage [--rounds N] [--seconds S] [--cell NAME ...] [--folder DIR] [--json]
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,35 +30,39 @@ from pathlib import Path
 
 from tests.bench.linux import KERNEL, compile_program
 from tests.bench.report import Result
-from tests.guest.harness import LOADED_MODULES, boot
+from tests.bench.threads import ThreadTimes
+from tests.guest.harness import LOADED_MODULES, Booted, boot
 
 ROUNDS = 5
-SECONDS = 1.0
+SECONDS = 0.8
 """Of each measurement."""
 IMAGE_SIZE = 1 << 30
 
 OWN = "ours"
-LIMIT_SET = "null"
+NULL = "null"
 QEMUS = ("virtio-blk", "virtio-scsi", "ahci")
-DEVICES = (OWN, LIMIT_SET, *QEMUS)
+DEVICES = (OWN, NULL, *QEMUS)
+TRANSFER = 1024
+"""KiB of one request: as much as QEMU's disks take."""
 
 BOOT_LIMIT = 300.0
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A load: block size in bytes, requests in flight."""
+    """A load: block size in bytes, requests in flight for each job, a job on each vCPU."""
 
     name: str
     block: int
     depth: int
     write: bool = False
     sequential: bool = False
+    vcpus: int = 1
     aim: float = 1.0
 
-    def arguments(self, seconds: float, jobs: int) -> str:
+    def arguments(self, seconds: float) -> str:
         """For ``disk_load``."""
-        flags = f"--block {self.block} --depth {self.depth} --seconds {seconds} --jobs {jobs}"
+        flags = f"--block {self.block} --depth {self.depth} --seconds {seconds} --jobs {self.vcpus}"
         return flags + (" --write" if self.write else "") + (" --sequential" if self.sequential else "")
 
 
@@ -66,11 +75,24 @@ CELLS = (
     Cell("write 128k depth 4", 128 << 10, 4, write=True, sequential=True),
     Cell("read 1m depth 4", 1 << 20, 4, sequential=True),
     Cell("write 1m depth 4", 1 << 20, 4, write=True, sequential=True),
+    Cell("read 4k depth 32, 2 queues", 4096, 32, vcpus=2, aim=1.25),
+    Cell("write 4k depth 32, 2 queues", 4096, 32, write=True, vcpus=2, aim=1.25),
 )
-TWO_QUEUES = (
-    Cell("read 4k depth 32", 4096, 32, aim=1.25),
-    Cell("write 4k depth 32", 4096, 32, write=True, aim=1.25),
-)
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One device in one cell, once. Times are processor time, in microseconds a request."""
+
+    requests: float
+    """A second."""
+    guest: float
+    qemu: float
+    """Its main loop and iothreads."""
+    emulator: float
+
+
+Round = dict[str, Measurement]
 
 _FIND = r"""
 for disk in /sys/block/sd*; do
@@ -80,13 +102,14 @@ for disk in /sys/block/sd*; do
         */virtio*) virtio_scsi=${disk##*/};;
         *) case $place in *:0) ours=${disk##*/};; *) null=${disk##*/};; esac;;
     esac
-    [ -e $disk/queue/scheduler ] && echo none >$disk/queue/scheduler
 done
+for queue in /sys/block/[sv]d*/queue; do echo none >$queue/scheduler; done
+echo '{"ready": 1}'
 """
 
 _VARIABLES = {
     OWN: "$ours",
-    LIMIT_SET: "$null",
+    NULL: "$null",
     "virtio-blk": "vda",
     "virtio-scsi": "$virtio_scsi",
     "ahci": "$ahci",
@@ -108,55 +131,70 @@ def qemu_disks(image: Path, queues: int) -> list[str]:
     return line
 
 
-def orders(devices: Sequence[str], rounds: int) -> Iterator[list[str]]:
+def orders(rounds: int) -> Iterator[list[str]]:
     """The order of devices in each round."""
     for turn in range(rounds):
-        first = turn % len(devices)
-        order = [*devices[first:], *devices[:first]]
+        first = turn % len(DEVICES)
+        order = [*DEVICES[first:], *DEVICES[:first]]
         yield order[::-1] if turn % 2 else order
 
 
 async def measure(
-    cells: Sequence[Cell],
-    *,
-    smp: int = 1,
-    rounds: int = ROUNDS,
-    seconds: float = SECONDS,
-    devices: Sequence[str] = DEVICES,
-) -> dict[str, list[dict[str, float]]]:
-    """Cell → of each round, device → requests a second."""
+    cells: Sequence[Cell], *, rounds: int = ROUNDS, seconds: float = SECONDS, folder: Path | None = None
+) -> dict[str, list[Round]]:
+    """Cell → its rounds, for cells of equal ``vcpus``. The image is made in ``folder``, or where temporary files go."""
+    [vcpus] = {cell.vcpus for cell in cells}
+    plan = [(cell, order) for cell in cells for order in orders(rounds)]
+    steps = [(cell, device) for cell, order in plan for device in order]
     script = [_FIND]
-    for cell in cells:
-        for order in orders(devices, rounds):
-            for device in order:
-                where = _VARIABLES[device]
-                script.append(f"disk_load --device /dev/{where} {cell.arguments(seconds, smp)}")
-    script.append("echo measured")
-    plan = [(cell, order) for cell in cells for order in orders(devices, rounds)]
-    with tempfile.TemporaryDirectory(prefix="vmbus-bench-") as folder:
-        image = Path(folder) / "disk.img"
+    script += [
+        f"disk_load --device /dev/{_VARIABLES[device]} {cell.arguments(seconds)}" for cell, device in steps
+    ]
+    with tempfile.TemporaryDirectory(prefix="vmbus-bench-", dir=folder) as scratch:
+        image = Path(scratch) / "disk.img"
         fill(image, IMAGE_SIZE)
+        options = f"queues={vcpus},transfer={TRANSFER}"
         async with boot(
-            Path(folder),
+            Path(scratch),
             kernel=KERNEL,
-            smp=smp,
-            command=["\n".join(script)],
+            smp=vcpus,
+            command=["\n".join([*script, "sleep 600"])],
             devices=(
-                f"scsi,image={image},lun=0,queues={smp}",
-                f"scsi,format=null,size={IMAGE_SIZE >> 20}M,lun=1,queues={smp}",
+                f"scsi,image={image},lun=0,{options}",
+                f"scsi,format=null,size={IMAGE_SIZE >> 20}M,lun=1,{options}",
             ),
-            add=[(compile_program("disk_load", Path(folder)), "/bin/disk_load")],
+            add=[(compile_program("disk_load", Path(scratch)), "/bin/disk_load")],
             load=(*LOADED_MODULES, "hv_storvsc", "sd_mod", "virtio_blk", "virtio_scsi", "ahci"),
-            extra=qemu_disks(image, smp),
+            extra=qemu_disks(image, vcpus),
         ) as guest:
-            limit = BOOT_LIMIT + 3 * seconds * len(plan) * len(devices)
-            await guest.says("measured", limit)
-            lines = [json.loads(line) for line in guest.output.decode().splitlines() if line.startswith("{")]
-    found: dict[str, list[dict[str, float]]] = {cell.name: [] for cell in cells}
-    answers = iter(lines)
+            await guest.until(lambda: len(reports(guest)) > 0, "the guest's disks", BOOT_LIMIT)
+            taken = []
+            for number in range(1, len(steps) + 1):
+                before = ThreadTimes.now(guest.guest.process.pid)
+                await guest.until(
+                    lambda n=number: len(reports(guest)) > n, f"{steps[number - 1]}", 60 + 5 * seconds
+                )
+                report = reports(guest)[number]
+                if report["failed"]:
+                    raise AssertionError(f"{steps[number - 1]}: {report}")
+                spent = ThreadTimes.now(guest.guest.process.pid) - before
+                share = 1e6 / report["requests"]
+                taken.append(
+                    Measurement(
+                        report["iops"], spent.vcpus * share, spent.qemu * share, spent.emulator * share
+                    )
+                )
+    found: dict[str, list[Round]] = {cell.name: [] for cell in cells}
+    answers = iter(taken)
     for cell, order in plan:
-        found[cell.name].append({device: next(answers)["iops"] for device in order})
+        found[cell.name].append({device: next(answers) for device in order})
     return found
+
+
+def reports(guest: Booted) -> list[dict[str, float]]:
+    """What the guest has printed so far: whole lines of JSON."""
+    lines = guest.output.decode().split("\n")[:-1]
+    return [json.loads(line) for line in lines if line.startswith("{")]
 
 
 def fill(image: Path, size: int) -> None:
@@ -170,37 +208,83 @@ def fill(image: Path, size: int) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what is cached is in direct I/O's way
 
 
-def run() -> Result:
-    """See above."""
-    return asyncio.run(_run())
+async def measure_all(
+    cells: Sequence[Cell], rounds: int, seconds: float, folder: Path | None
+) -> dict[str, list[Round]]:
+    """Each guest in turn."""
+    found: dict[str, list[Round]] = {}
+    for vcpus in sorted({cell.vcpus for cell in cells}):
+        chosen = [cell for cell in cells if cell.vcpus == vcpus]
+        found |= await measure(chosen, rounds=rounds, seconds=seconds, folder=folder)
+    return found
 
 
-async def _run() -> Result:
-    result = Result(
-        "Storage: requests a second over the best of QEMU's own disks, same guest, same file, by turns"
-    )
-    found = await measure(CELLS)
-    found |= {f"{name}, 2 queues": rounds for name, rounds in (await measure(TWO_QUEUES, smp=2)).items()}
+def over_the_best(round_: Round) -> float:
+    """Ours over the best of QEMU's."""
+    return round_[OWN].requests / max(round_[device].requests for device in QEMUS)
+
+
+def report(found: dict[str, list[Round]]) -> Result:
+    """The tables."""
+    result = Result("Storage: ours over QEMU's disks, same guest, same file, by turns (more is faster)")
     aims = {cell.name: cell.aim for cell in CELLS}
-    aims |= {f"{cell.name}, 2 queues": cell.aim for cell in TWO_QUEUES}
-    names = [*QEMUS, LIMIT_SET]
-    columns = " ".join(f"{f'/ {name}':>14}" for name in names)
-    result.notes.append(f"{'ours':27} {'iops':>7} {'/ best of QEMU':>24} {columns}")
+    others = (*QEMUS, NULL)
+    head = " ".join(f"{device:>11}" for device in others)
+    result.notes.append(f"{'':28} {'a second':>8} {'/ best of QEMU':>18} {head}   aim")
     for name, rounds in found.items():
-        best = [each[OWN] / max(each[device] for device in QEMUS) for each in rounds]
+        best = [over_the_best(each) for each in rounds]
         result.ratio(name, best)
-        ratios = [statistics.median(each[OWN] / each[device] for each in rounds) for device in names]
-        own = statistics.median(each[OWN] for each in rounds)
-        columns = " ".join(f"{ratio:14.2f}" for ratio in ratios)
         spread = f"{statistics.median(best):.2f} ({min(best):.2f}-{max(best):.2f})"
-        missed = "" if statistics.median(best) >= aims[name] else f"   (aim: {aims[name]})"
-        result.notes.append(f"{name:27} {own:7.0f} {spread:>24} {columns}{missed}")
+        ratios = " ".join(
+            f"{statistics.median(each[OWN].requests / each[device].requests for each in rounds):11.2f}"
+            for device in others
+        )
+        own = statistics.median(each[OWN].requests for each in rounds)
+        result.notes.append(f"{name:28} {own:8.0f} {spread:>18} {ratios}   {aims[name]:.2f}")
+    result.notes.append("")
+    result.notes.append(f"{'processor time, us a request':28} {'guest':>8} {'QEMU':>8} {'emulator':>9}")
+    for name, rounds in found.items():
+        for device in (OWN, NULL, QEMUS[0]):
+            means = [
+                statistics.median(getattr(each[device], part) for each in rounds)
+                for part in ("guest", "qemu", "emulator")
+            ]
+            result.notes.append(f"{name + ', ' + device:40} " + " ".join(f"{mean:8.1f}" for mean in means))
     return result
 
 
-def main() -> None:
-    """For tuning: ``python -m tests.bench.storage CELL ROUNDS DEVICE ...``."""
+def run() -> Result:
+    """All cells, for ``make bench``."""
+    return report(asyncio.run(measure_all(CELLS, ROUNDS, SECONDS, None)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; with ``--json`` the last line is one object."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.storage", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help=f"of each measurement (default: {SECONDS})"
+    )
+    parser.add_argument("--cell", action="append", default=[], help="only cells whose name begins so")
+    parser.add_argument(
+        "--folder", type=Path, help="where the image is made (default: where temporary files go)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="all figures as one JSON object, on the last line"
+    )
+    options = parser.parse_args(arguments)
+    cells = [cell for cell in CELLS if not options.cell or any(map(cell.name.startswith, options.cell))]
+    if not cells:
+        parser.error(f"no cell is called so; there are {', '.join(cell.name for cell in CELLS)}")
+    found = asyncio.run(measure_all(cells, options.rounds, options.seconds, options.folder))
+    result = report(found)
+    print(result.text(), flush=True)
+    if options.json:
+        print(json.dumps(result.json()))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
