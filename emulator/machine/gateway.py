@@ -35,17 +35,17 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
 
-from emulator.errors import GatewayError, InternalError, MalformedError
-from emulator.machine.addresses import address_of
+from emulator.errors import GatewayError, InternalError
+from emulator.machine.code_pages import CodePages
+from emulator.machine.gateway_clock import GatewayClock
+from emulator.machine.gateway_socket import TIMEOUT, check_reply, converse
+from emulator.machine.traps import Fault, Trap, Unclaimed
 from emulator.wire import gateway as wire
 from emulator.wire.cpuid import CpuidLeaf
 from emulator.wire.gateway import DoorbellRule, GuestState, TrapKind, Verdict, offset_of
 
-_TIMEOUT = 10.0
 _SYS_FUTEX = 202
 _FUTEX_WAKE = 1
 _KINDS = {int(kind): kind for kind in TrapKind}
@@ -56,9 +56,7 @@ _CONTROL = {
         "vcpus",
         "emulator",
         "owner",
-        "clock_sequence",
         "waiting",
-        "arm",
         "guest",
         "hold_limit_ms",
         "spin_ns",
@@ -68,138 +66,7 @@ _CONTROL = {
         "gone_count",
     )
 }
-_CLOCK_AT = offset_of(wire.CONTROL, "tsc_known")
-
-
-class Fault(Enum):
-    """How a trap faults in the guest. The instruction decides: #GP for MSRs, #UD for VMCALL."""
-
-    GP = "general protection"
-    UD = "undefined opcode"
-
-
-class Trap(NamedTuple):
-    """One instruction that waits for an answer; registers as they were before it.
-
-    In code that is not 64-bit the upper halves and ``r8`` are 0. ``tsc``: the host's TSC at the first trap.
-    """
-
-    vcpu: int
-    slot: int
-    sequence: int
-    kind: TrapKind
-    long_mode: bool
-    tsc: int
-    pc: int
-    rax: int
-    rbx: int
-    rcx: int
-    rdx: int
-    rsi: int
-    rdi: int
-    r8: int
-    rsp: int
-
-    @property
-    def msr(self) -> int:
-        """Number of the MSR (RDMSR, WRMSR)."""
-        return self.rcx & 0xFFFFFFFF
-
-    @property
-    def msr_value(self) -> int:
-        """What WRMSR writes."""
-        return (self.rdx & 0xFFFFFFFF) << 32 | self.rax & 0xFFFFFFFF
-
-    @property
-    def identity(self) -> tuple[int, ...]:
-        """Equal for a trap and for its repetition in another QEMU after a migration."""
-        return (self.vcpu, int(self.kind), *self[6:])
-
-
-class Unclaimed(NamedTuple):
-    """An answer that its vCPU has not fetched, to be carried over a migration."""
-
-    identity: tuple[int, ...]
-    verdict: int
-    value: int
-
-
-class CodePages:
-    """Guest pages that code was translated from: one byte a page, set by the gateway, cleared here."""
-
-    def __init__(self, region: mmap.mmap, offset: int, pages: int) -> None:
-        self._region = region
-        self._offset = offset
-        self._pages = pages
-
-    def test_and_clear(self, first_pfn: int, count: int) -> list[int]:
-        """Of ``count`` pages from ``first_pfn`` those that were noted; their notes are cleared.
-
-        Pages beyond what the gateway notes (its ``ram-limit``) are always returned.
-        """
-        region = self._region
-        start = self._offset + first_pfn
-        if first_pfn + count > self._pages:
-            inside = max(0, self._pages - first_pfn)
-            noted = self.test_and_clear(first_pfn, inside) if inside else []
-            return noted + list(range(first_pfn + inside, first_pfn + count))
-        if count == 1:
-            if not region[start]:
-                return []
-            region[start] = 0
-            return [first_pfn]
-        notes = region[start : start + count]
-        at = notes.find(1)
-        found: list[int] = []
-        while at >= 0:
-            region[start + at] = 0
-            found.append(first_pfn + at)
-            at = notes.find(1, at + 1)
-        return found
-
-    def native(self) -> tuple[int, int]:
-        """Address of the notes in this process, and of how many pages they are."""
-        return address_of(self._region) + self._offset, self._pages
-
-
-class Clock:
-    """The guest's TSC, from samples that the gateway takes (a :class:`~emulator.machine.clock.TscSource`)."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
-
-    @property
-    def tsc_frequency(self) -> int | None:
-        """Ticks a second of the host's and the guest's TSC; ``None`` where the host has none."""
-        known, _, _, _, _, _, frequency = self._gateway._clock_fields()
-        return frequency if known and frequency else None
-
-    @property
-    def samples(self) -> int:
-        """Samples taken since :meth:`arm`, at most 64."""
-        known, arm_seen, samples, *_ = self._gateway._clock_fields()
-        return samples if known and arm_seen == self._gateway._words[_CONTROL["arm"]] else 0
-
-    def guest_tsc_now(self) -> int | None:
-        """The guest's TSC now; ``None`` until the guest has read it once since :meth:`arm`."""
-        known, arm_seen, samples, offset, pair_tsc, pair_ns, frequency = self._gateway._clock_fields()
-        if not known or not samples or not frequency or arm_seen != self._gateway._words[_CONTROL["arm"]]:
-            return None
-        elapsed = _monotonic_ns() - pair_ns
-        return (pair_tsc + elapsed * frequency // 1_000_000_000 - offset) & _MASK64
-
-    def arm(self) -> None:
-        """Sample anew: to be called whenever the machine was continued (the offset has changed)."""
-        words = self._gateway._words
-        words[_CONTROL["arm"]] = (words[_CONTROL["arm"]] + 1) & 0xFFFFFFFF or 1
-
-
 _MASK64 = (1 << 64) - 1
-_ClockFields = tuple[int, int, int, int, int, int, int]
-
-
-def _monotonic_ns() -> int:
-    return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
 
 
 class Gateway:
@@ -222,7 +89,7 @@ class Gateway:
         #: Pages that code was translated from.
         self.code_pages = CodePages(region, header.code_offset, header.code_pages)
         #: The guest's TSC.
-        self.clock = Clock(self)
+        self.clock = GatewayClock(region, self._words)
 
         slots = self._vcpus_max * wire.SLOTS
         first = header.request_offset // 8
@@ -258,7 +125,7 @@ class Gateway:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         descriptors: list[int] = []
         try:
-            connection.settimeout(_TIMEOUT)
+            connection.settimeout(TIMEOUT)
             try:
                 connection.connect(str(path))
             except OSError as error:
@@ -267,8 +134,8 @@ class Gateway:
                     f"-plugin vmbus-gateway.so,socket={path}, as the same user"
                 ) from error
             flags = wire.HELLO_TAKE_OVER if take_over else 0
-            reply, descriptors = _converse(connection, wire.Message(wire.MessageType.HELLO, flags=flags))
-            _check(path, reply)
+            reply, descriptors = converse(connection, wire.Message(wire.MessageType.HELLO, flags=flags))
+            check_reply(path, reply)
             if len(descriptors) != 2:
                 raise GatewayError(
                     f"{path} sent {len(descriptors)} descriptors, expected 2: "
@@ -298,11 +165,11 @@ class Gateway:
         The first 20 ms of QEMU's life are too short to measure the TSC's frequency: then this waits.
         """
         self.clock.arm()
-        known, *_, frequency = self._clock_fields()
+        known, *_, frequency = self.clock.fields()
         while known and not frequency:
             time.sleep(0.01)
             self.refresh_clock()
-            *_, frequency = self._clock_fields()
+            *_, frequency = self.clock.fields()
         self._request(wire.MessageType.ACTIVATE)
 
     def refresh_clock(self) -> None:
@@ -310,7 +177,7 @@ class Gateway:
         self._request(wire.MessageType.CLOCK)
 
     def _request(self, kind: wire.MessageType) -> None:
-        reply, _ = _converse(self._connection, wire.Message(kind))
+        reply, _ = converse(self._connection, wire.Message(kind))
         if reply.status != wire.Status.OK:
             raise GatewayError(f"the trap gateway refused {kind.name} with status {reply.status}")
 
@@ -580,66 +447,3 @@ class Gateway:
                 dict(zip(wire.COUNTERS, self._quads[at : at + len(wire.COUNTERS)].tolist(), strict=True))
             )
         return found
-
-    def _clock_fields(self) -> _ClockFields:
-        """A consistent copy of the clock's fields."""
-        words = self._words
-        sequence_at = _CONTROL["clock_sequence"]
-        for _ in range(1000):
-            sequence = words[sequence_at]
-            fields: _ClockFields = wire.CLOCK_STRUCT.unpack_from(self._region, _CLOCK_AT)
-            if not sequence & 1 and words[sequence_at] == sequence:
-                return fields
-        raise GatewayError("the trap gateway died while it published its clock")
-
-
-def _converse(connection: socket.socket, message: wire.Message) -> tuple[wire.Reply, list[int]]:
-    """Send a request, receive its reply and the descriptors that come with it."""
-    descriptors: list[int] = []
-    connection.settimeout(_TIMEOUT)
-    try:
-        connection.sendall(wire.MESSAGE.build(message))
-        data = b""
-        while len(data) < wire.REPLY.size:
-            part, received, _, _ = socket.recv_fds(
-                connection, wire.REPLY.size - len(data), 2, socket.MSG_CMSG_CLOEXEC
-            )
-            descriptors += received
-            if not part:
-                raise GatewayError("the trap gateway closed the connection: QEMU ended, or another took over")
-            data += part
-        reply = wire.REPLY.parse(data)
-        if reply.magic != wire.MESSAGE_MAGIC:
-            raise GatewayError("what listens there is no trap gateway")
-    except OSError as error:
-        _close_all(descriptors)
-        raise GatewayError(f"the trap gateway does not answer: {error}") from error
-    except (GatewayError, MalformedError):
-        _close_all(descriptors)
-        raise
-    finally:
-        connection.setblocking(False)  # a time-out would make Gateway.closed wait
-    return reply, descriptors
-
-
-def _close_all(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
-
-
-def _check(path: Path | str, reply: wire.Reply) -> None:
-    if reply.status == wire.Status.OK:
-        return
-    if reply.status == wire.Status.BUSY:
-        raise GatewayError(
-            f"an emulator (process {reply.argument}) is attached to {path}: end it, or send it away with "
-            "vmbus attach --take-over"
-        )
-    if reply.status == wire.Status.VERSION:
-        raise GatewayError(
-            f"the gateway on {path} speaks version {reply.version}, this emulator {wire.VERSION}: "
-            "restart QEMU with this emulator's own gateway"
-        )
-    if reply.status == wire.Status.REFUSED:
-        raise GatewayError(f"the gateway on {path} belongs to another user: run the emulator as QEMU's user")
-    raise GatewayError(f"the gateway on {path} refused with status {reply.status}")

@@ -42,11 +42,12 @@ from emulator.machine import succession
 from emulator.machine.clock import TcgClock
 from emulator.machine.discovery import QemuFacts, discover
 from emulator.machine.fastpath import CompiledFastPath
-from emulator.machine.gateway import Fault, Gateway, Trap
+from emulator.machine.gateway import Gateway
 from emulator.machine.memory import MappedMemory
 from emulator.machine.migration.follower import Follower, Phase, Switchover
 from emulator.machine.qmp import Qmp
 from emulator.machine.qtest import Qtest
+from emulator.machine.traps import Fault, Trap
 from emulator.machine.workers import WorkerThreads
 from emulator.wire.gateway import GuestState, TrapKind
 from emulator.wire.hypercall import CallCode, HvStatus

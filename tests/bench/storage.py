@@ -142,7 +142,7 @@ def orders(rounds: int) -> Iterator[list[str]]:
 async def measure(
     cells: Sequence[Cell], *, rounds: int = ROUNDS, seconds: float = SECONDS, folder: Path | None = None
 ) -> dict[str, list[Round]]:
-    """Cell → its rounds, for cells of equal ``vcpus``. The image is made in ``folder``, or where temporary files go."""
+    """Cell → its rounds, for cells of equal ``vcpus``; ``folder``: of the image, by default of temporary files."""
     [vcpus] = {cell.vcpus for cell in cells}
     plan = [(cell, order) for cell in cells for order in orders(rounds)]
     steps = [(cell, device) for cell, order in plan for device in order]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from emulator.machine.gateway import Trap
 from emulator.machine.migration.drive import MigrationFailed, migrate
 from emulator.machine.migration.follower import Phase, Switchover
+from emulator.machine.traps import Trap
 from tests.guest.harness import LOADED_MODULES
 from tests.migration.journey import Journey, journey
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from emulator.errors import GatewayError
-from emulator.machine.gateway import Gateway, Trap
+from emulator.machine.gateway import Gateway
+from emulator.machine.traps import Trap
 
 LIMIT = 30.0
 

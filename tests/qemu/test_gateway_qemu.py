@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from emulator.errors import GatewayError
-from emulator.machine.gateway import Fault, Gateway, Trap
+from emulator.machine.gateway import Gateway
+from emulator.machine.traps import Fault, Trap
 from emulator.wire.cpuid import CpuidLeaf
 from emulator.wire.gateway import DoorbellRule, TrapKind
 from tests.qemu.bare_guest import long_mode_guest, protected_mode_guest

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from emulator.errors import GatewayError
-from emulator.machine.gateway import Gateway, Trap
+from emulator.machine.gateway import Gateway
+from emulator.machine.traps import Trap
 
 LIMIT = 30.0
 CPUID, RDMSR, WRMSR, VMCALL, VMMCALL = "0fa2", "0f32", "0f30", "0f01c1", "0f01d9"

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from emulator.errors import GatewayError, InternalError
-from emulator.machine.gateway import Fault, Gateway, Trap
+from emulator.machine.gateway import Gateway
+from emulator.machine.traps import Fault, Trap
 from emulator.wire import gateway as wire
 from emulator.wire.cpuid import CpuidLeaf
 from emulator.wire.gateway import DoorbellRule

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from emulator.machine.gateway import Fault
+from emulator.machine.traps import Fault
 from emulator.wire.cpuid import CpuidLeaf
 from emulator.wire.gateway import DoorbellRule, TrapKind
 from tests.unit.gateway.gateway_harness import (

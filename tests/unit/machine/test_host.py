@@ -11,9 +11,9 @@ import pytest
 
 from emulator.errors import InternalError, QemuGone
 from emulator.hypervisor.faults import GeneralProtection, UndefinedOpcode
-from emulator.machine.gateway import Fault, Trap
 from emulator.machine.host import Ending, Host, LocalApics
 from emulator.machine.migration.follower import Phase
+from emulator.machine.traps import Fault, Trap
 from emulator.wire.gateway import TrapKind
 from emulator.wire.hypercall import HvStatus
 
