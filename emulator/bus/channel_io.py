@@ -32,9 +32,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from emulator.bus.device import Device
 from emulator.bus.io_state import ChannelIoState, IoCounters, IoState, OpenChannel
+from emulator.bus.io_timer import IoTimer
 from emulator.bus.look import Look
 from emulator.bus.output import Output, Transactions
-from emulator.bus.ring import IncomingRing, OutgoingRing
+from emulator.bus.ring import IncomingRing, OutgoingRing, ring_status
 from emulator.errors import DeviceError, GuestError, InternalError, ProtocolError, RingError
 from emulator.ports import FastChannel, GuestMemory, TimerHandle, Timers
 from emulator.refusals import Refusals
@@ -50,7 +51,6 @@ from emulator.wire.packet import (
     build_transfer_pages,
     parse_packet,
 )
-from emulator.wire.ring import RESERVED_BYTES
 
 if TYPE_CHECKING:
     from emulator.bus.channel import Channel
@@ -115,7 +115,7 @@ class ChannelIo:
             self._fast_before = self.fast
             self.fast = None
         self._opening += 1
-        self._due_when_resumed: list[_IoTimer] = []
+        self._due_when_resumed: list[IoTimer] = []
         self._output = Output()
         self._owed = Transactions()
         self._awaited = Transactions()
@@ -273,9 +273,15 @@ class ChannelIo:
 
         What it raises fails the channel only. While the channel is paused it waits for :meth:`resume`.
         """
-        timer = _IoTimer(self, callback, self._opening)
-        timer.handle = self.timers.call_later(delay, timer.due)
-        return timer
+        return IoTimer(self.timers, delay, self._timer_due, callback, self._opening)
+
+    def _timer_due(self, timer: IoTimer) -> None:
+        if timer.opening != self._opening:
+            return
+        if self.state is IoState.PAUSED:
+            self._due_when_resumed.append(timer)
+        elif self.state is _RUNNING:
+            self._contain(lambda _: timer.callback())
 
     def fail(self, reason: str, detail: str = "") -> None:
         """Stop this channel until the guest opens it anew. ``reason``: a short name that never changes."""
@@ -332,7 +338,7 @@ class ChannelIo:
             self.state = IoState.RUNNING
             due, self._due_when_resumed = self._due_when_resumed, []
             for timer in due:
-                timer.due()
+                timer.fire()
             self._schedule()
 
     def snapshot(self) -> ChannelIoState:
@@ -615,46 +621,5 @@ class ChannelIo:
         report["backlog"] = self._output.bytes
         report["refusals"] = dict(self.refusals.counts)
         if self._incoming is not None and self._outgoing is not None:
-            report["rings"] = _ring_status(self._incoming, self._outgoing)
+            report["rings"] = ring_status(self._incoming, self._outgoing)
         return report
-
-
-class _IoTimer:
-    """A timer of one opening of a channel."""
-
-    __slots__ = ("_callback", "_cancelled", "_io", "_opening", "handle")
-
-    def __init__(self, io: ChannelIo, callback: Callable[[], None], opening: int) -> None:
-        self._io = io
-        self._callback = callback
-        self._opening = opening
-        self._cancelled = False
-        self.handle: TimerHandle | None = None
-
-    def cancel(self) -> None:
-        self._cancelled = True
-        if self.handle is not None:
-            self.handle.cancel()
-
-    def due(self) -> None:
-        io = self._io
-        if self._cancelled or self._opening != io._opening:
-            return
-        if io.state is IoState.PAUSED:
-            io._due_when_resumed.append(self)
-        elif io.state is _RUNNING:
-            io._contain(lambda _: self._callback())
-
-
-def _ring_status(incoming: IncomingRing, outgoing: OutgoingRing) -> dict[str, dict[str, int | None]]:
-    """Bytes of data area, and how many of them are filled; ``None`` while the guest's indices make no sense."""
-    report: dict[str, dict[str, int | None]] = {}
-    for name, ring in (("incoming", incoming), ("outgoing", outgoing)):
-        try:
-            fill = (
-                ring.available if isinstance(ring, IncomingRing) else ring.size - RESERVED_BYTES - ring.free
-            )
-        except RingError:
-            fill = None
-        report[name] = {"size": ring.size, "fill": fill}
-    return report

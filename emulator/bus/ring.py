@@ -330,3 +330,17 @@ class OutgoingRing(_Ring):
         self._waiting = True
         self._memory.fence()
         return self.free >= total
+
+
+def ring_status(incoming: IncomingRing, outgoing: OutgoingRing) -> dict[str, dict[str, int | None]]:
+    """Bytes of data area, and how many are filled; ``None`` while the guest's indices make no sense. For reports."""
+    report: dict[str, dict[str, int | None]] = {}
+    for name, ring in (("incoming", incoming), ("outgoing", outgoing)):
+        try:
+            fill = (
+                ring.available if isinstance(ring, IncomingRing) else ring.size - RESERVED_BYTES - ring.free
+            )
+        except RingError:
+            fill = None
+        report[name] = {"size": ring.size, "fill": fill}
+    return report
