@@ -25,9 +25,7 @@ from emulator.hypervisor.reference_time import TscScaling
 from emulator.machine.migration import shared_memory
 from emulator.machine.migration.bus_records import SAVED_BUS
 from emulator.machine.migration.records import SAVED_HYPERVISOR, SavedAnswer, SavedHypervisor
-
 from emulator.machine.traps import Unclaimed
-from emulator.ports import PAGE_SIZE
 from emulator.saving import (
     ChannelSaver,
     ChannelState,
