@@ -15,6 +15,7 @@ from emulator.cli.options import add_host_options, device_lines, host_options
 from emulator.cli.serving import CONTROL_COMMANDS
 from emulator.machine import rundir
 from emulator.machine.host import Ending, Host
+from emulator.machine.migration.carrier import CarrierAddress
 from emulator.machine.served import Served
 
 _EPILOG = """\
@@ -48,6 +49,11 @@ def add_parser(verbs: Any) -> None:
         action="store_true",
         help="reset a guest that used its Hyper-V host already when its emulator went away, which knew it alone",
     )
+    parser.add_argument(
+        "--carrier",
+        metavar="unix:PATH|file:PATH",
+        help="QEMU waits for a guest that is migrated, and the emulator's state comes there, if not in QEMU's stream",
+    )
     add_host_options(parser)
     parser.set_defaults(action=main)
 
@@ -64,6 +70,8 @@ async def _attach(arguments: argparse.Namespace) -> int:
         served = Served(host, directory.path, CONTROL_COMMANDS)
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(served.close)
+            if arguments.carrier is not None:
+                await host.migration.listen(CarrierAddress.parse(arguments.carrier))
             await served.start()
             print(
                 f"attached to QEMU {host.facts.version} (process {host.facts.pid}) as {directory.name}",

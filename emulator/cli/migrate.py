@@ -18,6 +18,7 @@ from emulator.machine import rundir
 from emulator.machine.control import ask
 from emulator.machine.host import Ending, Host
 from emulator.machine.migration.addresses import descriptor_number
+from emulator.machine.migration.carrier import CarrierAddress
 from emulator.machine.migration.drive import MigrationFailed, migrate
 
 _EPILOG = """\
@@ -26,6 +27,7 @@ examples:
   vmbus migrate web --json                  the same, with all figures
   vmbus run --incoming tcp:0:4444 ...       on the target: the same options as the guest was started with
   vmbus migrate web tcp:target:4444         and then this, on the source
+  vmbus migrate web unix:m --carrier unix:c the state goes from emulator to emulator (QEMU without D-Bus)
   vmbus migrate web --share-memory          into a new QEMU that maps the same memory: nothing of it is copied
   vmbus migrate web unix:main.sock --cpr unix:cpr.sock
                                             the same with QEMU's cpr-transfer, into a QEMU of your own
@@ -70,6 +72,12 @@ def add_parser(verbs: Any) -> None:
         help="hand QEMU's descriptors over there first (mode cpr-transfer); nothing is copied",
     )
     parser.add_argument(
+        "--carrier",
+        metavar="unix:PATH|file:PATH",
+        help="the emulator's state goes to the other emulator over a socket, or through a file, and not in QEMU's "
+        "stream: for a QEMU without dbus-vmstate, and for more than 1 MiB of state; the target has the same option",
+    )
+    parser.add_argument(
         "--wait-ready",
         action="store_true",
         help="start nothing: wait until the emulator's part of a migration that somebody else drives is ready, so "
@@ -99,6 +107,10 @@ def main(arguments: argparse.Namespace) -> int:
         )
     if uri is None and arguments.cpr is not None:
         raise UsageError("--cpr goes with a URI: where the same QEMU waits for the rest")
+    if arguments.carrier is not None:
+        if uri is None:
+            raise UsageError("--carrier goes with a URI; a guest that moves here finds its own way")
+        arguments.carrier = str(CarrierAddress.parse(arguments.carrier))
     control = rundir.find(name) / "control.sock"
     if arguments.take_back:
         if uri is not None:
@@ -115,6 +127,8 @@ def main(arguments: argparse.Namespace) -> int:
         request["share_memory"] = True
     if arguments.cpr is not None:
         request["cpr"] = arguments.cpr
+    if arguments.carrier is not None:
+        request["carrier"] = arguments.carrier
     if arguments.save_buffer is not None:
         request["save_buffer"] = arguments.save_buffer
     descriptors: list[int] = []
@@ -226,6 +240,7 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
                 str(request["uri"]),
                 cpr=str(request["cpr"]) if "cpr" in request else None,
                 descriptor=next(iter(request["descriptors"]), None),
+                carrier=CarrierAddress.parse(str(request["carrier"])) if "carrier" in request else None,
                 limit=float(request.get("timeout", 600)),
             )
     except (KeyError, ValueError) as error:

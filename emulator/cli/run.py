@@ -25,6 +25,7 @@ from emulator.machine.guest import Guest, emulator_options
 from emulator.machine.host import Ending, Host, HostOptions
 from emulator.machine.launch import GuestOptions, command_line
 from emulator.machine.migration.addresses import descriptor_number
+from emulator.machine.migration.carrier import CarrierAddress
 from emulator.machine.migration.drive import arrived, receive
 from emulator.provision.command_output import CommandOutput
 from emulator.provision.drivers import modules_for, present
@@ -93,6 +94,11 @@ def add_parser(verbs: Any) -> None:
         help="wait there for a guest that is migrated, instead of booting one; fd:N is descriptor N of this command",
     )
     guest.add_argument(
+        "--carrier",
+        metavar="unix:PATH|file:PATH",
+        help="with --incoming: how the emulator's state comes, if not in QEMU's stream; as `vmbus migrate --carrier`",
+    )
+    guest.add_argument(
         "--snapshots", type=Path, metavar="FILE", help="a qcow2 image for snapshots, made if it is not there"
     )
     guest.add_argument("--no-reboot", action="store_true", help="end where the guest would reboot")
@@ -121,6 +127,8 @@ class Plan:
     new_devices: Callable[[Sequence[str]], Sequence[Device]]
     """Devices from their lines, for a guest that moves."""
     incoming: str | None = None
+    carrier: CarrierAddress | None = None
+    """With ``incoming``: how the emulator's state comes, if not in QEMU's stream."""
 
 
 def plan(arguments: argparse.Namespace) -> Plan:
@@ -174,7 +182,16 @@ def plan(arguments: argparse.Namespace) -> Plan:
         host=host_options(arguments),
         new_devices=registry().create_all,
         incoming=_incoming(arguments.incoming),
+        carrier=_carrier(arguments),
     )
+
+
+def _carrier(arguments: argparse.Namespace) -> CarrierAddress | None:
+    if arguments.carrier is None:
+        return None
+    if arguments.incoming is None:
+        raise UsageError("--carrier goes with --incoming")
+    return CarrierAddress.parse(arguments.carrier)
 
 
 def _incoming(uri: str | None) -> str | None:
@@ -255,7 +272,7 @@ async def run_guest(decided: Plan, output: Callable[[bytes], object] | None) -> 
         new_devices=decided.new_devices,
     ) as guest:
         if decided.incoming is not None:
-            await _receive(guest.host, decided.incoming)
+            await _receive(guest.host, decided.incoming, decided.carrier)
             await arrived(guest.host, None)
         if output is None or guest.command is None:
             if sys.stderr.isatty():
@@ -271,9 +288,9 @@ async def run_guest(decided: Plan, output: Callable[[bytes], object] | None) -> 
         return await _command(guest, output, under_way=decided.incoming is not None)
 
 
-async def _receive(host: Host, uri: str) -> None:
+async def _receive(host: Host, uri: str, carrier: CarrierAddress | None) -> None:
     number = descriptor_number(uri)
-    await receive(host, uri, descriptor=number)
+    await receive(host, uri, descriptor=number, carrier=carrier)
     if number is not None:
         os.close(number)  # QEMU has it: whoever is at the other end sees when that closes it
 

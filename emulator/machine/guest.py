@@ -24,6 +24,7 @@ from emulator.machine.acpi import vmbus_table
 from emulator.machine.arguments import EmulatorOptions
 from emulator.machine.host import Host, HostOptions
 from emulator.machine.launch import GuestOptions, QemuProcess, command_line
+from emulator.machine.migration.carrier import CarrierAddress
 from emulator.machine.migration.drive import MigrationFailed, Outcome, Progress, arrived, migrate, receive
 from emulator.machine.migration.follower import Phase
 from emulator.machine.migration.modes import leave_memory
@@ -250,8 +251,11 @@ class Guest:
             if share_memory:
                 await leave_memory(self.host.qmp, True)
                 await leave_memory(new.serving.qmp, True)
-            await receive(new.serving, uri)
-            outcome = await migrate(self.host, uri, progress=progress, limit=limit)
+            carrier = None
+            if self.host.facts.dbus_address is None:
+                carrier = CarrierAddress("unix", directory.path / "carrier.sock")
+            await receive(new.serving, uri, carrier=carrier)
+            outcome = await migrate(self.host, uri, carrier=carrier, progress=progress, limit=limit)
             await arrived(new.serving, limit)
         except BaseException as error:
             await new.close()

@@ -20,7 +20,7 @@ from emulator.provision.command_output import CommandOutput
 from emulator.provision.drivers import present
 from emulator.provision.initramfs import KERNEL_ARGUMENTS, ROOT_MODULES, build_initramfs
 from emulator.provision.kernel import find_kernel
-from emulator.provision.qemu import find_qemu
+from emulator.provision.qemu import QemuBinary, find_qemu
 from tests.guest.harness import LOADED_MODULES, STORAGE_MODULES, Booted
 
 
@@ -33,6 +33,7 @@ class Journey:
     memory: int
     devices: Sequence[str]
     host_options: HostOptions | None
+    qemu: QemuBinary = field(default_factory=find_qemu)
     here: Booted = field(init=False)
     stations: list[contextlib.AsyncExitStack] = field(default_factory=list)
     moves: int = 0
@@ -52,7 +53,7 @@ class Journey:
         guest = await stack.enter_async_context(
             Guest.start(
                 name=None,
-                qemu=find_qemu(),
+                qemu=self.qemu,
                 gateway_library=gateway_build.build(),
                 memory_size=self.memory,
                 options=replace(options, serial=console),
@@ -162,8 +163,9 @@ async def journey(
     host_options: HostOptions | None = None,
     snapshots: bool = False,
     extra: Sequence[str] = (),
+    dbus: bool = True,
 ) -> AsyncIterator[Journey]:
-    """Boot a guest (memory in MiB) that can travel."""
+    """Boot a guest (memory in MiB) that can travel; without ``dbus`` its QEMUs carry no state of the emulator's."""
     options = machine(
         folder,
         kernel=kernel,
@@ -176,7 +178,8 @@ async def journey(
         snapshots=snapshots,
         extra=extra,
     )
-    made = Journey(folder, options, memory << 20, devices, host_options)
+    qemu = replace(find_qemu(), dbus_vmstate=dbus)
+    made = Journey(folder, options, memory << 20, devices, host_options, qemu)
     try:
         made.here = await made.begin(options)
         made.here.received, made.here.output = CommandOutput(), bytearray()

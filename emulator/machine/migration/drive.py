@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from emulator.errors import QemuError, UserError
 from emulator.machine.migration.addresses import handed_over, structured, two_way
+from emulator.machine.migration.carrier import CarrierAddress
 from emulator.machine.migration.departure import Departure
 from emulator.machine.migration.follower import Follower, Phase
 from emulator.machine.migration.modes import CAPABILITIES, cpr_transfer
@@ -61,6 +62,7 @@ async def migrate(
     *,
     cpr: str | None = None,
     descriptor: int | None = None,
+    carrier: CarrierAddress | None = None,
     progress: Progress | None = None,
     limit: float = 600.0,
 ) -> Outcome:
@@ -69,14 +71,16 @@ async def migrate(
     ``cpr``: where a QEMU waits for the descriptors of guest memory and more (``unix:PATH``, its ``-incoming`` of
     channel type ``cpr``); then nothing is copied. ``descriptor``: what ``fd:`` names, of this process.
 
+    ``carrier``: how the emulator's state goes, if not in QEMU's stream.
+
     Raises :class:`MigrationFailed` when it stays here: refused, failed, cancelled, or not done in ``limit``
     seconds.
     """
     follower = host.migration
-    if host.facts.dbus_address is None:
+    if host.facts.dbus_address is None and carrier is None:
         raise MigrationFailed(
             "this QEMU runs without -object dbus-vmstate, which carries the emulator's state: "
-            "`vmbus qemu-args --migratable` prints the options"
+            "`vmbus qemu-args --migratable` prints the options; or let the emulators do it, with --carrier"
         )
     if follower.phase is not Phase.IDLE:
         raise MigrationFailed(f"the guest cannot be migrated now: it is {follower.phase.value}")
@@ -86,11 +90,11 @@ async def migrate(
         "migrate-set-capabilities",
         {"capabilities": [{"capability": name, "state": state} for name, state in wanted.items()]},
     )
-    host.memory.take_dirty()  # QEMU begins with all of memory
-    follower.early.begin()
     follower.departure = Departure()
     async with contextlib.AsyncExitStack() as stack:
         try:
+            if carrier is not None:
+                await stack.enter_async_context(follower.beside.carrying(carrier))
             address = await stack.enter_async_context(handed_over(qmp, uri, descriptor))
             if cpr is not None:
                 await stack.enter_async_context(cpr_transfer(qmp))
@@ -102,6 +106,8 @@ async def migrate(
                 }
             else:
                 arguments = {"uri": address}
+            host.memory.take_dirty()  # QEMU begins with all of memory
+            follower.early.begin()
             await qmp.execute("migrate", arguments)
         except QemuError as error:
             follower.early.end()
@@ -158,11 +164,16 @@ def _last(follower: Follower, status: str) -> Callable[[], bool]:
     return lambda: follower.departure.statuses[-1:] == [status]
 
 
-async def receive(host: Host, uri: str, *, descriptor: int | None = None) -> None:
+async def receive(
+    host: Host, uri: str, *, descriptor: int | None = None, carrier: CarrierAddress | None = None
+) -> None:
     """Listen on ``uri`` for the guest; returns when QEMU listens. See :func:`arrived`.
 
-    ``descriptor``: what ``fd:`` names, of this process.
+    ``descriptor``: what ``fd:`` names, of this process. ``carrier``: how the emulator's state comes, if not in QEMU's
+    stream.
     """
+    if carrier is not None:
+        await host.migration.listen(carrier)
     async with handed_over(host.qmp, uri, descriptor) as address:
         await host.qmp.execute("migrate-incoming", {"uri": address, "exit-on-error": False})
 
@@ -186,3 +197,5 @@ async def arrived(host: Host, limit: float | None = 600.0) -> None:
                     return
             with contextlib.suppress(TimeoutError):
                 await follower.until(lambda: follower.phase is Phase.IDLE, _ARRIVAL_POLL)
+    if follower.phase is Phase.LOST:
+        raise MigrationFailed(follower.load_refused)

@@ -30,13 +30,15 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from emulator.errors import QemuError, UserError, VmbusError
+from emulator.machine.migration.carrier import CARRIED_LIMIT, CarrierAddress, SecondCarrier
 from emulator.machine.migration.departure import Departure
 from emulator.machine.migration.machine import HostState
 from emulator.machine.migration.marking import EarlyMarks, mark_dirty, remember
 from emulator.machine.migration.modes import CAPABILITIES, Manner, manner
 from emulator.machine.migration.vmstate import VmStateHelper
 from emulator.saving import Reason, StateRefused, refusal_stream
-from emulator.saving.stream import BUFFER_SIZE
+from emulator.saving.stream import BUFFER_SIZE, STREAM_LIMIT
+from emulator.wire.frame import REFERENCE, REFERENCE_MAGIC
 from emulator.wire.gateway import GuestState
 
 if TYPE_CHECKING:
@@ -95,6 +97,8 @@ class Follower:
         self.fenced = False
         self._refused_to_save = False
         self._stopped = False
+        #: What takes the state if QEMU's stream does not.
+        self.beside = SecondCarrier(host.qmp)
         self._watchers: set[Callable[[], None]] = set()
 
     async def start(self) -> None:
@@ -105,12 +109,17 @@ class Follower:
         status = await self._host.qmp.execute("query-status")
         if status["status"] == "inmigrate":
             self.expect()
+            if (
+                self._host.facts.dbus_address is None
+            ):  # QEMU must not let the guest go before it has its state
+                await self._host.qmp.execute("stop")
         await self._set_capabilities()
         if self._host.facts.dbus_address is not None:
             self._helper = await VmStateHelper.connect(self._host.facts.dbus_address, self)
 
     async def close(self) -> None:
         """Leave the carrier."""
+        await self.beside.close()
         if self._helper is not None:
             await self._helper.close()
 
@@ -143,6 +152,8 @@ class Follower:
     def _migration(self, status: str) -> None:
         _log.info("migration: %s", status)
         if self.phase in (Phase.SNAPSHOT, Phase.INCOMING, Phase.LOADED):
+            if self.phase is Phase.INCOMING and status == "completed":  # and no Load() has come
+                self._host.background(self._take())
             return
         if status == "setup":
             self.departure = Departure()
@@ -184,7 +195,7 @@ class Follower:
             _log.warning("the guest goes on here after it was sent away; nobody else may let it run now")
         if self.phase is Phase.LOST:
             _log.error("the guest goes on %s: until it is reset, its devices are gone", self.phase.value)
-        self._data = None
+        self._data = self.beside.reference = None
         self._good = False
         self.phase = Phase.IDLE
         self.state.thaw()
@@ -244,6 +255,14 @@ class Follower:
                 self._host,
                 lambda: self.phase is Phase.READY and departure.statuses[-1:] == ["pre-switchover"],
             )
+        if self.beside.used:
+            if self._data is not None and not departure.refusal:
+                await self._deliver(self._data)
+        elif self._helper is None:
+            departure.refusal = departure.refusal or (
+                "nothing carries the emulator's state: QEMU runs without dbus-vmstate, so use "
+                "`vmbus migrate --carrier`"
+            )
         if not await self._still_waits():
             return
         self._good = True
@@ -255,6 +274,39 @@ class Follower:
         elif self.switchover is Switchover.OWN:
             with contextlib.suppress(QemuError):  # it was cancelled in this moment: an event tells
                 await self._host.qmp.execute("migrate-continue", {"state": "pre-switchover"})
+
+    async def _deliver(self, state: bytes) -> None:
+        """Over the second carrier; the target has it afterwards, or ``departure.refusal`` says why not."""
+        try:
+            await self.beside.deliver(state, ran=self._stopped)
+        except StateRefused as error:
+            _log.error("the state was not delivered: %s", error)
+            self.departure.refusal = str(error)
+
+    async def listen(self, address: CarrierAddress) -> None:
+        """Expect the state over the second carrier. Raises :class:`~emulator.errors.UserError`."""
+        if self.phase is not Phase.INCOMING:
+            raise UserError(
+                f"--carrier {address} is for a QEMU that waits for a guest: this one is {self.phase.value}"
+            )
+        await self.beside.listen(address, self.state.check)
+
+    async def _take(self) -> None:
+        """QEMU has taken the guest, and knows of no state of the emulator's."""
+        if self.phase is not Phase.INCOMING:
+            return
+        try:
+            frame = self.beside.frame()
+            self.state.restore(frame.state)
+        except VmbusError as error:
+            _log.error("the guest came without its state, and stays stopped: %s", error)
+            self.load_refused = str(error)
+            self.abandon()
+        else:
+            self.phase = Phase.LOADED
+            if frame.ran:
+                await self._host.qmp.execute("cont")
+        self._changed()
 
     async def _stay(self) -> None:
         """QEMU takes the guest for gone, and no target can have it: what was sent had no state in it."""
@@ -294,7 +346,8 @@ class Follower:
         try:
             if not settled:
                 raise StateRefused(Reason.WRONG_STATE, "a device's work did not end in time")
-            saved = self.state.save(self.buffer_size, memory_stays=memory_stays)
+            limit = CARRIED_LIMIT if self.beside.used and phase is Phase.READY else STREAM_LIMIT
+            saved = self.state.save(self.buffer_size, memory_stays=memory_stays, limit=limit)
         except StateRefused as error:
             _log.error("the guest cannot be saved: %s", error)
             self.departure.refusal = str(error)
@@ -330,7 +383,7 @@ class Follower:
     def save(self) -> bytes:
         """``Save()``."""
         if self._good and self._data is not None:
-            return self._data
+            return self.beside.reference or self._data
         error = StateRefused(
             Reason.WRONG_STATE,
             "the machine was saved behind the emulator's back, while guest memory was being written; use `vmbus "
@@ -348,6 +401,8 @@ class Follower:
                     Reason.WRONG_STATE,
                     "guest memory was replaced behind the emulator's back; use `vmbus snapshot load`",
                 )
+            if state.startswith(REFERENCE_MAGIC):
+                state = self.beside.frame(REFERENCE.parse(state).digest).state
             self.state.restore(state)
         except VmbusError as error:
             self.load_refused = str(error)

@@ -37,7 +37,7 @@ from emulator.saving import (
     save_machine,
 )
 from emulator.saving.device_channel import DeviceChannel
-from emulator.saving.stream import BUFFER_SIZE
+from emulator.saving.stream import BUFFER_SIZE, STREAM_LIMIT
 from emulator.wire.saved import ChannelIdentity, SavedSection, parse_record
 
 if TYPE_CHECKING:
@@ -208,8 +208,10 @@ class HostState:
         for channel in self._known():
             self._saver.start(channel)
 
-    def save(self, buffer_size: int = BUFFER_SIZE, *, memory_stays: bool = False) -> SavedState:
-        """The state of a frozen host; ``memory_stays``: the target maps the same memory.
+    def save(
+        self, buffer_size: int = BUFFER_SIZE, *, memory_stays: bool = False, limit: int = STREAM_LIMIT
+    ) -> SavedState:
+        """The state of a frozen host, of at most ``limit`` bytes; ``memory_stays``: the target maps the same memory.
 
         Raises :class:`~emulator.saving.StateRefused`.
         """
@@ -221,6 +223,7 @@ class HostState:
             bus=self._bus.save(),
             memory=memory,
             buffer_size=buffer_size,
+            limit=limit,
         )
 
     def restore(self, data: bytes) -> None:
@@ -240,6 +243,18 @@ class HostState:
                 for channel in made:
                     self._host.bus.revoke(channel)
             raise
+
+    def check(self, data: bytes) -> None:
+        """Whether ``data`` could be restored, once guest memory is here. Raises
+        :class:`~emulator.saving.StateRefused`.
+        """
+        state = read_machine(data)
+        made = self._make_subchannels(state)
+        try:
+            Restore(self._saver, self._known(), hypervisor=self._hypervisor, bus=self._bus).check(state)
+        finally:
+            for channel in made:
+                self._host.bus.revoke(channel)
 
     def check_memory(self, data: bytes) -> None:
         """Raises :class:`~emulator.saving.StateRefused` if memory that was not copied changed since the save."""

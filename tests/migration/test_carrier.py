@@ -1,0 +1,217 @@
+"""The second carrier: a state that goes from emulator to emulator, beside QEMU's stream."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from emulator.errors import UserError
+from emulator.machine.migration.carrier import CarrierAddress
+from emulator.machine.migration.drive import MigrationFailed, arrived, migrate, receive
+from emulator.machine.migration.follower import Follower, Phase, Switchover
+from tests.guest.harness import Booted
+from tests.migration.journey import Journey, journey
+from tests.migration.own_qemu import Emulator, until
+from tests.migration.test_live import Unsavable, more_beats
+
+pytestmark = pytest.mark.guest
+
+LIMIT = 60
+UUID = "11111111-2222-4333-8444-555555555555"
+
+
+async def listening(guest: Journey, carrier: CarrierAddress, *, uuid: str = UUID) -> Booted:
+    extra = ("-uuid", uuid)
+    there = await guest.begin(replace(guest.options, incoming=True, extra=extra))
+    await receive(there.host, guest.uri(there), carrier=carrier)
+    return there
+
+
+async def moved(guest: Journey, carrier: CarrierAddress) -> None:
+    there = await listening(guest, carrier)
+    await migrate(guest.host, guest.uri(there), carrier=carrier, limit=LIMIT)
+    await arrived(there.host, limit=LIMIT)
+    await guest.settle_at(there)
+    await more_beats(guest)
+
+
+def dying(there: Booted, gone: bool) -> Callable[[bytes], None]:
+    def check(state: bytes) -> None:
+        there.guest.process.process.kill()
+        if gone:
+            raise ConnectionResetError
+
+    return check
+
+
+def test_a_qemu_without_dbus(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with journey(tmp_path, dbus=False, extra=("-uuid", UUID)) as guest:
+            await more_beats(guest)
+            assert guest.host.facts.dbus_address is None
+            socket = CarrierAddress("unix", tmp_path / "c.sock")
+            for _ in range(2):  # who came that way leaves that way
+                await moved(guest, socket)
+            await moved(guest, CarrierAddress("file", tmp_path / "state"))
+
+            # Nothing to carry it, nobody there, another machine: it does not even begin.
+            with pytest.raises(MigrationFailed, match="with --carrier"):
+                await migrate(guest.host, f"unix:{tmp_path}/nobody", limit=LIMIT)
+            with pytest.raises(UserError, match="no emulator takes a state"):
+                await migrate(guest.host, f"unix:{tmp_path}/nobody", carrier=socket, limit=LIMIT)
+            there = await listening(guest, socket, uuid=UUID.replace("1", "6"))
+            with pytest.raises(UserError, match="waits for machine 66666666"):
+                await migrate(guest.host, guest.uri(there), carrier=socket, limit=LIMIT)
+            await guest.leave(there)
+            await more_beats(guest)
+
+            # Somebody else drives, and nothing carries the state: the guest stays.
+            there = await listening(guest, socket)
+            follower = guest.host.migration
+            await guest.host.qmp.execute("migrate", {"uri": guest.uri(there)})
+            await follower.until(
+                lambda: follower.departure.statuses[-1:] in (["cancelled"], ["failed"]), LIMIT
+            )
+            assert "nothing carries" in follower.departure.refusal
+            await guest.leave(there)
+            await more_beats(guest)
+
+            # The target has other devices: it says so before QEMU may go on.
+            there = await guest.begin(replace(guest.options, incoming=True), devices=("shutdown",))
+            await receive(there.host, guest.uri(there), carrier=socket)
+            with pytest.raises(MigrationFailed, match=r"not-there.*goes on here"):
+                await migrate(guest.host, guest.uri(there), carrier=socket, limit=LIMIT)
+            await guest.leave(there)
+            await more_beats(guest)
+
+            # The target's QEMU dies, and then its emulator's end of the socket, before there is an answer.
+            for gone in (False, True):
+                there = await listening(guest, socket)
+                incoming = there.host.migration.beside._incoming
+                assert incoming is not None
+                incoming._check = dying(there, gone)
+                with pytest.raises(MigrationFailed, match="goes on here"):
+                    await migrate(guest.host, guest.uri(there), carrier=socket, limit=LIMIT)
+                await guest.leave(there)
+                await more_beats(guest)
+
+            await moved(guest, socket)
+            assert guest.device("heartbeat").status()["odd_answers"] == 0
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("harm", ["truncated", "damaged", "from another migration", "missing"])
+def test_a_file_that_is_not_the_guests_is_refused_and_the_guest_taken_back(tmp_path: Path, harm: str) -> None:
+    path = tmp_path / "state"
+    carrier = CarrierAddress("file", path)
+
+    async def story() -> None:
+        dbus = harm == "from another migration"  # QEMU's stream says which frame is meant
+        async with journey(tmp_path, dbus=dbus, extra=("-uuid", UUID)) as guest:
+            await more_beats(guest)
+            if dbus:
+                await moved(guest, carrier)
+            old = path.read_bytes() if path.exists() else b""
+            there = await listening(guest, carrier)
+            follower = guest.host.migration
+            with guest_waits(follower):
+                moving = asyncio.ensure_future(
+                    migrate(guest.host, guest.uri(there), carrier=carrier, limit=LIMIT)
+                )
+                await follower.until(lambda: follower.ready, LIMIT)
+                data = path.read_bytes()
+                if harm == "truncated":
+                    path.write_bytes(data[:-1])
+                elif harm == "damaged":
+                    path.write_bytes(data[:100] + bytes((data[100] ^ 1,)) + data[101:])
+                elif harm == "missing":
+                    path.unlink()
+                else:
+                    path.write_bytes(old)
+                await guest.host.qmp.execute("migrate-continue", {"state": "pre-switchover"})
+                if dbus:
+                    with pytest.raises(MigrationFailed, match="goes on here"):
+                        await moving
+                else:
+                    await moving
+            with pytest.raises(MigrationFailed):
+                await arrived(there.host, limit=LIMIT)
+            assert (await there.host.qmp.execute("query-status"))["status"] != "running"
+            await guest.leave(there)
+            if not dbus:
+                assert follower.phase is Phase.LEFT
+                await follower.take_back()
+            await more_beats(guest)
+
+    asyncio.run(story())
+
+
+@contextlib.contextmanager
+def guest_waits(follower: Follower) -> Iterator[None]:
+    follower.switchover = Switchover.OBSERVE
+    yield
+    follower.switchover = Switchover.OWN
+
+
+def test_more_state_than_qemu_carries(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with journey(tmp_path, extra=("-uuid", UUID)) as guest:
+            await more_beats(guest)
+            device = guest.device("heartbeat")
+            device.__class__ = Large
+            carrier = CarrierAddress("unix", tmp_path / "c.sock")
+            there = await listening(guest, carrier)
+            there.device("heartbeat").__class__ = Large
+            outcome = await migrate(guest.host, guest.uri(there), carrier=carrier, limit=LIMIT)
+            assert outcome.departure.state_bytes > 2 << 20
+            await arrived(there.host, limit=LIMIT)
+            await guest.settle_at(there)
+            await more_beats(guest)
+
+    asyncio.run(story())
+
+
+class Large(Unsavable):
+    """A heartbeat with two MiB to save."""
+
+    def save(self) -> bytes:
+        return super().save() + bytes(2 << 20)
+
+    def restore(self, state: bytes) -> None:
+        super().restore(state[: -(2 << 20)])
+
+
+def test_as_a_user_types_it(tmp_path: Path) -> None:
+    async def story() -> None:
+        options = ("--memory", "256M", "--device", "heartbeat,interval=0.05")
+        uri, carrier = f"unix:{tmp_path}/m.sock", f"unix:{tmp_path}/c.sock"
+        source = Emulator.start(tmp_path, "run", "--name", "a", *options)
+        target = None
+        try:
+            await source.more_beats("a")
+            target = Emulator.start(
+                tmp_path, "run", "--name", "b", "--incoming", uri, "--carrier", carrier, *options
+            )
+            await until(lambda: there(tmp_path / "m.sock"), "listening target")
+            moving = Emulator.start(tmp_path, "migrate", "a", uri, "--carrier", carrier)
+            status, said = await moving.ended()
+            assert status == 0, said
+            await target.more_beats("b")
+            status, said = await source.ended()
+            assert status == 0, said
+        finally:
+            for emulator in (source, target):
+                if emulator is not None:
+                    await emulator.stop()
+
+    asyncio.run(story())
+
+
+async def there(path: Path) -> bool:
+    return path.exists()
