@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Any
 from device.scsi.fast_units import FastUnits
 from device.scsi.handshake import Handshake
 from device.scsi.request import Request
+from device.scsi.resets import Resets
 from device.scsi.saved import restore_controller, save_controller
 from device.scsi.sense import CheckCondition, ReservationConflict
 from device.scsi.unit import LogicalUnit
 from emulator.bus.device import Device, DeviceEnvironment
 from emulator.bus.offers import Offer
 from emulator.errors import GuestError, ProtocolError, UsageError
-from emulator.ports import TimerHandle
 from emulator.wire.offer import OfferFlags
 from emulator.wire.packet import Packet
 from emulator.wire.scsi import NO_DEVICE, Opcode, ScsiStatus, Sense, cdb_allocation, lun_list
@@ -62,8 +62,6 @@ NAMESPACE = uuid.UUID("5f5f8f0e-0d3c-4b57-b0a6-3f2f7a9c6a41")
 MOST_QUEUES = 8
 MOST_TARGETS = 2
 MOST_LUNS = 64
-RESET_LIMIT = 4.0
-"""Seconds after which a reset is answered although commands are left: Linux waits five."""
 
 _EXECUTE = int(Operation.EXECUTE_SRB)
 _RESETS = (Operation.RESET_LUN, Operation.RESET_ADAPTER, Operation.RESET_BUS)
@@ -93,9 +91,7 @@ class Controller(Device):
     """
 
     max_packet = 80  # what Linux has room for: a descriptor and 64 bytes
-    look_window = (
-        300e-6  # one request after the other: so long until the guest has taken the last, and sends the next
-    )
+    look_window = 300e-6  # so long until a guest has taken one answer, and sends the next request
 
     def __init__(
         self,
@@ -118,13 +114,11 @@ class Controller(Device):
         self.handshake = self.new_handshake()
         self._active = False
         self.enumerations = 0
-        self.resets = 0
+        self.resets = Resets(lambda io, packet: self._answer(io, packet, Status.SUCCESS))
         self._requests: dict[ChannelIo, set[Request]] = {}
         self._closing: set[ChannelIo] = set()
         self._primary: ChannelIo | None = None
         self._waiting_subchannels: list[ChannelIo] = []
-        self._waiting_resets: list[tuple[ChannelIo, Packet]] = []
-        self._reset_timer: TimerHandle | None = None
         self._removed: list[LogicalUnit] = []
         self.pending: list[tuple[int, Packet]] = []
         self._fast_units: FastUnits | None = None
@@ -234,8 +228,7 @@ class Controller(Device):
     def stop(self) -> None:
         for io in tuple(self._requests):
             self._cancel(io)
-        if self._reset_timer is not None:
-            self._reset_timer.cancel()
+        self.resets.stop()
         # A file must not be closed under a transfer: its number would soon be another file's.
         self._removed += self.units.values()
         self._close_removed()
@@ -286,13 +279,16 @@ class Controller(Device):
         """Whether commands of a channel have not ended."""
         return bool(self._requests.get(io)) or io.fast_in_flight > 0
 
+    def _any_busy(self) -> bool:
+        return any(map(self._busy, self._requests))
+
     def closed(self, io: ChannelIo) -> None:
         if io is self._primary:
             self._primary = None
             self.handshake = self.new_handshake()
         if io in self._waiting_subchannels:
             self._waiting_subchannels.remove(io)
-        self._waiting_resets = [each for each in self._waiting_resets if each[0] is not io]
+        self.resets.forget(io)
         self._cancel(io)
         if self._busy(io):
             self._closing.add(io)
@@ -463,35 +459,17 @@ class Controller(Device):
             io.channel.finish_close()
         if self._removed:
             self._close_removed()
-        if self._waiting_resets:
-            self._answer_resets()
-
-    # --- resets ----------------------------------------------------------------------------------------------
+        if self.resets.waiting and not self._any_busy():
+            self.resets.settled()
 
     def _reset(self, io: ChannelIo, packet: Packet) -> None:
-        self.resets += 1
         for unit in self.units.values():
             unit.reset()
-        self._waiting_resets.append((io, packet))
+        self.resets.ask(io, packet, self.environment.timers)
         for each in tuple(self._requests):
             self._cancel(each)
-        self._answer_resets()
-        if self._waiting_resets and self._reset_timer is None:
-            self._reset_timer = self.environment.timers.call_later(RESET_LIMIT, self._resets_are_due)
-
-    def _resets_are_due(self) -> None:
-        self._reset_timer = None
-        self._answer_resets(anyway=True)
-
-    def _answer_resets(self, *, anyway: bool = False) -> None:
-        if any(map(self._busy, self._requests)) and not anyway:
-            return
-        waiting, self._waiting_resets = self._waiting_resets, []
-        if self._reset_timer is not None:
-            self._reset_timer.cancel()
-            self._reset_timer = None
-        for io, packet in waiting:
-            self._answer(io, packet, Status.SUCCESS)
+        if not self._any_busy():
+            self.resets.settled()
 
     # --- reports and saving ----------------------------------------------------------------------------------
 
@@ -502,7 +480,7 @@ class Controller(Device):
             "version": str(handshake.version) if handshake.version else None,
             "subchannels": handshake.subchannels or 0,
             "in_flight": sum(len(each) + io.fast_in_flight for io, each in self._requests.items()),
-            "resets": self.resets,
+            "resets": self.resets.count,
             "enumerations": self.enumerations,
             "units": {f"{target}:{lun}": unit.status() for (target, lun), unit in sorted(self.units.items())},
         }
@@ -523,7 +501,7 @@ class Controller(Device):
             for requests in self._requests.values()
             for request in sorted(requests, key=lambda request: request.begun)
         ]
-        found += [(io.subchannel_index, packet) for io, packet in self._waiting_resets]
+        found += [(io.subchannel_index, packet) for io, packet in self.resets.waiting]
         return found
 
     def resumed(self, io: ChannelIo) -> None:
