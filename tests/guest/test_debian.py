@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.guest.debian import boot_debian, check_file_system, system_copy
+from emulator.provision.qemu import find_qemu
+from tests.guest.debian import boot_debian, check_file_system, system_copy, system_image
 from tests.guest.harness import nothing_lost
 from tests.guest.test_boot import complaints
 from tests.guest.test_scsi import ASKED_IN_VAIN, units
@@ -24,12 +26,25 @@ int main(void) { struct utsname name; uname(&name); printf("%s %d\n", name.relea
 """
 
 
+def qemu_img(*words: str) -> None:
+    subprocess.run([*find_qemu().qemu_img(), *words], check=True)
+
+
+def overlay(folder: Path) -> Path:
+    """A qcow2 image on top of the one in the cache, which stays as it is."""
+    image = folder / "overlay.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", str(system_image()), "-F", "raw", str(image))
+    return image
+
+
 @pytest.mark.timeout(900)
-def test_debian_lives_on_the_disk(tmp_path: Path) -> None:
-    image = system_copy(tmp_path)
+@pytest.mark.parametrize("disk", ["raw", "overlay"])
+def test_debian_lives_on_the_disk(tmp_path: Path, disk: str) -> None:
+    image = system_copy(tmp_path) if disk == "raw" else overlay(tmp_path)
 
     async def story() -> None:
-        async with boot_debian(tmp_path, f"image={image}") as (guest, shell):
+        options = "" if disk == "raw" else ",format=qcow2"
+        async with boot_debian(tmp_path, f"image={image}{options}") as (guest, shell):
             assert await shell.does("systemctl is-system-running --wait") == "running", await shell.run(
                 "systemctl --failed"
             )
@@ -62,9 +77,9 @@ def test_debian_lives_on_the_disk(tmp_path: Path) -> None:
             _, verified = await shell.run("dpkg --verify jq libjq1 libonig5 libc6 gcc-14")
             assert [line for line in verified.splitlines() if not line.startswith("missing ")] == []
 
-            disk = units(guest)["0:0"]
-            assert set(disk["errors"]) <= ASKED_IN_VAIN
-            assert disk["flushes"] > 0
+            unit = units(guest)["0:0"]
+            assert set(unit["errors"]) <= ASKED_IN_VAIN
+            assert unit["flushes"] > 0
             assert complaints(guest.console()) == []
             assert nothing_lost(guest)
             assert all(channel["refusals"] == {} for channel in guest.status()["channels"])
@@ -72,4 +87,9 @@ def test_debian_lives_on_the_disk(tmp_path: Path) -> None:
             await guest.finish()
 
     asyncio.run(story())
+    if disk == "overlay":
+        qemu_img("check", "-q", str(image))
+        whole = tmp_path / "whole.img"
+        qemu_img("convert", "-O", "raw", str(image), str(whole))
+        image = whole
     check_file_system(image)

@@ -183,9 +183,9 @@ def test_not_one_block_is_wrong_over_migrations_and_snapshots(tmp_path: Path) ->
                 with image.open("r+b") as file:
                     file.seek(rng.randrange(SIZE // 4096) * 4096)
                     file.write(rng.randbytes(4096))
-                return b"failed" in output
+                return b"verify: bad" in output
 
             await guest.here.until(spoiled, "fio to find a wrong block")
-            assert b"verify" in output
+            assert b"failed: round" in output
 
     asyncio.run(story())

@@ -223,7 +223,7 @@ static void link_open_device(struct link *link, const char *interface_guid, int 
 }
 
 /* `description`: FILE,RING_BYTES,FD: both rings, then BUFFER_PAGES pages; guest physical = offset in FILE. */
-static void link_open_loopback(struct link *link, const char *description)
+__attribute__((unused)) static void link_open_loopback(struct link *link, const char *description)
 {
 	char path[512];
 	int file;
@@ -308,7 +308,7 @@ static void link_wait(struct link *link)
 	ring_store(&link->rx, RING_MASK, 1);
 }
 
-static uint64_t now_ns(void)
+__attribute__((unused)) static uint64_t now_ns(void)
 {
 	struct timespec time;
 
