@@ -163,6 +163,8 @@ class CompiledFastPath:
         shared.ram, shared.ram_size = native.address, native.size
         shared.dirty = native.dirty
         shared.notes, shared.note_pages = native.notes or None, native.note_pages
+        self._note_pages = native.note_pages
+        self._tells_ranges = False
         shared.spin_ns = SPIN_NS if len(os.sched_getaffinity(0)) > 1 else 0
         shared.region_count = len(memory.regions)
         for index, region in enumerate(memory.regions):
@@ -209,6 +211,12 @@ class CompiledFastPath:
     def in_flight(self) -> int:
         """Requests that have not ended, of all channels."""
         return int(self._shared.in_flight)
+
+    def tell_ranges(self, on: bool) -> None:
+        """Whether memory is told of every range that the kernel stored, before its guest is."""
+        self._tells_ranges = on
+        # No page is known to be without code, so each one is noted.
+        self._shared.note_pages = 0 if on else self._note_pages
 
     # --- units -----------------------------------------------------------------------------------------------
 
@@ -332,8 +340,12 @@ class CompiledFastPath:
     def _hand_over(self, count: int) -> None:
         shared = self._shared
         if noted := shared.noted_ranges:
-            for each in shared.noted[:noted]:
-                self._memory.write_through(each.gpa, each.length)
+            ranges = [(each.gpa, each.length) for each in shared.noted[:noted]]
+            if self._tells_ranges:
+                self._memory.filled_by_kernel(ranges)
+            else:
+                for gpa, length in ranges:
+                    self._memory.write_through(gpa, length)
         answers: dict[int, list[bytes]] = {}
         returned: list[tuple[int, bytes]] = []
         output = self._output

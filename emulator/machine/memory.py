@@ -342,6 +342,15 @@ class MappedMemory:
         notes, note_pages = (0, 0) if self._code_pages is None else self._code_pages.native()
         return NativeMemory(address_of(self._ram), len(self._ram), address_of(self.dirty), notes, note_pages)
 
+    def filled_by_kernel(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """``(gpa, length)``, each within a page, were stored and logged: see to code, and tell ``filled``."""
+        self.fence()
+        for gpa, length in ranges:
+            if self._code_pages is not None and self._code_pages.test_and_clear(gpa // PAGE_SIZE, 1):
+                self.write_through(gpa, length)
+        if self.filled is not None:
+            self.filled([piece for gpa, length in ranges for piece in self._pieces(gpa, length)])
+
     def write_through(self, gpa: int, length: int) -> None:
         """Have QEMU see what was stored in ``[gpa, gpa + length)``, where a note was found and cleared."""
         if self._through is not None:

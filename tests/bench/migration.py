@@ -4,8 +4,8 @@ Both guests run side by side and are migrated in turn, each into a new QEMU: the
 Once they are idle, and once both write memory all the time while the one with the emulator also answers heartbeats,
 one after another. With the emulator there are 16 open channels. Downtimes are QEMU's own account.
 
-Then, without any guest: what saving costs (bytes and microseconds a channel), and what the log of written pages costs
-on the way of a packet.
+Then a guest that reads a disk, with and without early marks (``reading``); and without any guest what saving costs
+(``saving``), and what the log of written pages costs on the way of a packet.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from emulator.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
 from emulator.provision.kernel import find_kernel
 from emulator.provision.qemu import find_qemu
 from tests.bench.linux import KERNEL
+from tests.bench.reading import add_reading
 from tests.bench.report import Result
 from tests.bench.ring import SHAPES, bench_channel
 from tests.bench.saving import add_saving
@@ -72,6 +73,7 @@ def run() -> Result:
     result = Result(f"Migration: {MEMORY >> 20} MiB, one vCPU, 6.12, {CHANNELS} open channels; in turn")
     for name, (command, interval) in LOADS.items():
         asyncio.run(_compare(result, name, command, interval))
+    add_reading(result)
     add_saving(result)
     add_log(result)
     return result

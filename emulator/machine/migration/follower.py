@@ -81,7 +81,7 @@ class Follower:
         buffer_size: int = BUFFER_SIZE,
     ) -> None:
         self.state = HostState(host)
-        self.early = EarlyMarks(host.memory, host.qtest)
+        self.early = EarlyMarks(host.memory, host.qtest, host.workers)
         self.phase = Phase.IDLE
         self.departure = Departure()
         self.switchover = switchover

@@ -30,6 +30,7 @@ from emulator.bus.opening import split_rings
 from emulator.errors import ProtocolError
 from emulator.machine.memory import MappedMemory
 from emulator.machine.qtest import Qtest
+from emulator.machine.workers import WorkerThreads
 from emulator.ports import PAGE_SIZE
 from emulator.wire.msr import PAGE_REGISTER
 from emulator.wire.ring import READ_INDEX, WRITE_INDEX
@@ -52,9 +53,10 @@ _GUESTS_AT_ONCE = 16
 class EarlyMarks:
     """Marks the buffers of transfers before the guest is told of their completion, while a migration is under way."""
 
-    def __init__(self, memory: MappedMemory, qtest: Qtest) -> None:
+    def __init__(self, memory: MappedMemory, qtest: Qtest, workers: WorkerThreads) -> None:
         self._memory = memory
         self._qtest = qtest
+        self._workers = workers
         self.pages = 0
         """Marked since :meth:`begin`."""
 
@@ -63,10 +65,17 @@ class EarlyMarks:
         if self._memory.filled is None:
             self.pages = 0
             self._memory.filled = self._filled
+            self._tell(True)
 
     def end(self) -> None:
         """It has come to its pause, or to its end."""
-        self._memory.filled = None
+        if self._memory.filled is not None:
+            self._memory.filled = None
+            self._tell(False)
+
+    def _tell(self, on: bool) -> None:
+        if self._workers.fast_path is not None:
+            self._workers.fast_path.tell_ranges(on)
 
     def _filled(self, stored: Sequence[tuple[int, int]]) -> None:
         memory = self._memory

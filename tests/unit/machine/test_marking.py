@@ -104,7 +104,7 @@ def test_video_memory_is_not_marked(memory: MappedMemory) -> None:
 
 def test_a_buffer_is_marked_inside_of_what_was_stored(memory: MappedMemory) -> None:
     marks = Marks()
-    early = EarlyMarks(memory, marks)  # type: ignore[arg-type]
+    early = EarlyMarks(memory, marks, SimpleNamespace(fast_path=None))  # type: ignore[arg-type]
     early.begin()
     views = memory.writable([(0x64000 + 100, 8000), (0x70000, 4096)])
     for view in views.views:
@@ -118,3 +118,46 @@ def test_a_buffer_is_marked_inside_of_what_was_stored(memory: MappedMemory) -> N
     memory.writable([(0x64000, 4096)]).finish(4096)
     assert len(marks.bytes) == 3
     assert memory.take_dirty() == [0x64]
+
+
+class CodePages:
+    """Notes of pages that code was translated from."""
+
+    def __init__(self, *pfns: int) -> None:
+        self.noted = set(pfns)
+
+    def test_and_clear(self, first_pfn: int, count: int) -> list[int]:
+        found = sorted(self.noted & set(range(first_pfn, first_pfn + count)))
+        self.noted -= set(found)
+        return found
+
+
+class Through:
+    """Writes through QEMU."""
+
+    def __init__(self) -> None:
+        self.writes: list[tuple[int, int]] = []
+
+    def write_memory(self, gpa: int, data: bytes) -> None:
+        self.writes.append((gpa, len(data)))
+
+
+def test_what_the_kernel_stored_is_marked_too_and_its_code_dropped() -> None:
+    through = Through()
+    memory = MappedMemory(
+        memoryview(mmap.mmap(-1, SIZE)), [RamRegion(0, SIZE, 0)], code_pages=CodePages(0x65), through=through
+    )
+    marks = Marks()
+    told: list[bool] = []
+    fast_path = SimpleNamespace(tell_ranges=told.append)
+    early = EarlyMarks(memory, marks, SimpleNamespace(fast_path=fast_path))  # type: ignore[arg-type]
+    early.begin()
+    early.begin()
+    memory.dirty[0x64] = memory.dirty[0x65] = 1
+    memory.filled_by_kernel([(0x64200, 512), (0x65000, 4096)])
+    assert [gpa for gpa, _ in marks.bytes] == [0x64200, 0x65000]
+    assert through.writes == [(0x65000, 4096)]
+    assert memory.take_dirty() == []
+    early.end()
+    early.end()
+    assert told == [True, False]
