@@ -39,6 +39,9 @@ the guest moves (`vmbus migrate NAME`); for a target of your own give `vmbus run
 """
 
 _DISK = re.compile(r"(.+)/(?:(\d+):)?(\d+)")
+QUIET = 0.5
+"""Seconds without a request after which a guest is done with a controller that has no disks any more."""
+WITHDRAW_LIMIT = 10.0
 LIMIT = 120.0
 """Seconds that opening or resizing an image may take."""
 
@@ -121,7 +124,7 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
     if action == "add":
         return await _add(host, str(request.get("line", "")))
     if action == "remove":
-        return _remove(host, str(request.get("device", "")))
+        return await _remove(host, str(request.get("device", "")))
     if action == "resize":
         size = request.get("size")
         return await _resize(host, str(request.get("device", "")), None if size is None else int(size))
@@ -198,13 +201,34 @@ def _find(host: Host, name: str) -> tuple[AttachedDevice, tuple[int, int] | None
     raise UserError(f"there is no device {name}; there are {', '.join(known)}")
 
 
-def _remove(host: Host, name: str) -> dict[str, Any]:
+async def _remove(host: Host, name: str) -> dict[str, Any]:
     attached, place = _find(host, name)
-    if place is None:
-        host.remove_device(attached)
-    elif isinstance(attached.device, Controller):
-        attached.device.detach(*place)
+    device = attached.device
+    if place is not None and isinstance(device, Controller):
+        device.detach(*place)
+    else:
+        if isinstance(device, Controller):
+            await _withdraw_disks(attached, device)
+        if attached in host.devices:
+            host.remove_device(attached)
     return {"name": name, "done": f"{name} is taken away"}
+
+
+async def _withdraw_disks(attached: AttachedDevice, controller: Controller) -> None:
+    """Take the disks away first, and wait until the guest has understood that.
+
+    Linux never ends a request that was in a ring when its channel went.
+    """
+    for place in tuple(controller.units):
+        controller.detach(*place)
+    channels = (attached.io, *attached.io.subchannels)
+    end = asyncio.get_running_loop().time() + WITHDRAW_LIMIT
+    seen = -1
+    while asyncio.get_running_loop().time() < end:
+        before, seen = seen, sum(each.status()["packets_in"] for each in channels)
+        if seen == before and not controller.status()["in_flight"]:
+            return
+        await asyncio.sleep(QUIET)
 
 
 async def _resize(host: Host, name: str, size: int | None) -> dict[str, Any]:

@@ -18,6 +18,8 @@ pytestmark = pytest.mark.guest
 MODULES = (*LOADED_MODULES, "hv_storvsc", "sd_mod")
 MIB = 1 << 20
 WATCH = (
+    "(until [ -e /dev/sdc ]; do usleep 100000; done; "
+    "while dd if=/dev/sdc of=/dev/null bs=64k iflag=direct 2>/dev/null; do :; done; echo sdc-failed) & "
     "while :; do echo disks $(awk '/sd/ {print $4 \":\" $3}' /proc/partitions | sort); usleep 100000; done"
 )
 
@@ -77,7 +79,9 @@ def test_devices_come_go_grow_and_move(tmp_path: Path, capsys: pytest.CaptureFix
             assert "second,,.qcow2" in table
             assert await vmbus("resize", "scsi/0:1", "64M") == f"scsi/0:1 has {64 * MIB} bytes\n"
             await sees("sdb:65536 sdc:4096")
-            assert await vmbus("remove", "other") == "other is taken away\n"
+            assert b"sdc-failed" not in guest.output
+            assert await vmbus("remove", "other") == "other is taken away\n"  # under load
+            await guest.says("sdc-failed")
             assert await vmbus("remove", "scsi/0:1") == "scsi/0:1 is taken away\n"
             await sees("")
             assert "is never made smaller" not in await vmbus("list")
