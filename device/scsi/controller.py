@@ -12,9 +12,6 @@ agree (:mod:`device.scsi.handshake`), and sub-channels. Commands come over any o
 
 What comes over a sub-channel before the primary one is READY stays in its ring until then. A channel that is closed
 while its commands are being worked on is given back to the guest when the last of them has ended.
-
-A LUN that is not there (spec/devices.md 3.6): INQUIRY says so with valid data, REPORT LUNS always answers, the rest
-fails with INVALID_LUN on path 0, and with INVALID_TARGET_ID on other paths: Linux takes INVALID_LUN for path 0.
 """
 
 from __future__ import annotations
@@ -23,8 +20,9 @@ import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from device.scsi.absent import execute_without
 from device.scsi.fast_units import FastUnits
-from device.scsi.handshake import Handshake
+from device.scsi.handshake import OPERATIONS, Handshake
 from device.scsi.request import Request
 from device.scsi.resets import Resets
 from device.scsi.saved import restore_controller, save_controller
@@ -35,7 +33,7 @@ from emulator.bus.offers import Offer
 from emulator.errors import GuestError, ProtocolError, UsageError
 from emulator.wire.offer import OfferFlags
 from emulator.wire.packet import Packet
-from emulator.wire.scsi import NO_DEVICE, Opcode, ScsiStatus, Sense, cdb_allocation, lun_list
+from emulator.wire.scsi import Opcode, ScsiStatus, Sense
 from emulator.wire.storvsp import (
     CDB_SIZE,
     HEADER_SIZE,
@@ -49,6 +47,7 @@ from emulator.wire.storvsp import (
     answer_size,
     build_answer,
     build_packet,
+    nt_status,
     parse_operation,
     parse_request,
 )
@@ -65,23 +64,7 @@ MOST_LUNS = 64
 
 _EXECUTE = int(Operation.EXECUTE_SRB)
 _RESETS = (Operation.RESET_LUN, Operation.RESET_ADAPTER, Operation.RESET_BUS)
-_INITIALISATION = (
-    Operation.BEGIN_INITIALIZATION,
-    Operation.END_INITIALIZATION,
-    Operation.QUERY_PROTOCOL_VERSION,
-    Operation.QUERY_PROPERTIES,
-    Operation.CREATE_SUB_CHANNELS,
-)
 _SUCCESS = int(SrbStatus.SUCCESS)
-
-_NT_STATUS = {
-    SrbStatus.SUCCESS: Status.SUCCESS,
-    SrbStatus.ABORTED: Status.CANCELLED,
-    SrbStatus.DATA_OVERRUN: Status.BUFFER_OVERFLOW,
-    SrbStatus.NO_DEVICE: Status.DEVICE_DOES_NOT_EXIST,
-    SrbStatus.INVALID_LUN: Status.DEVICE_DOES_NOT_EXIST,
-    SrbStatus.INVALID_TARGET_ID: Status.DEVICE_DOES_NOT_EXIST,
-}
 
 
 class Controller(Device):
@@ -320,7 +303,7 @@ class Controller(Device):
                 raise ProtocolError("storvsp-short-request", f"{len(payload)} bytes")
             else:
                 self._execute(io, packet)
-        elif operation in _INITIALISATION:
+        elif operation in OPERATIONS:
             self._initialise(io, packet, operation)
         elif operation in _RESETS:
             if self.handshake.ready:
@@ -397,7 +380,7 @@ class Controller(Device):
     def _do(self, request: Request, unit: LogicalUnit | None) -> None:
         try:
             if unit is None:
-                self._execute_without(request)
+                execute_without(request, self.units)
             elif request.srb.cdb_length > CDB_SIZE:
                 raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
             else:
@@ -408,18 +391,6 @@ class Controller(Device):
             request.conflict()
         except GuestError as error:
             request.refuse(error)
-
-    def _execute_without(self, request: Request) -> None:
-        """REPORT LUNS, and everything for a unit that is not there."""
-        srb, cdb = request.srb, request.cdb
-        if cdb[0] == Opcode.REPORT_LUNS:
-            luns = [] if srb.path else sorted(lun for target, lun in self.units if target == srb.target)
-            request.give(lun_list(luns), cdb_allocation(cdb))
-        elif cdb[0] == Opcode.INQUIRY and not cdb[1] & 1:
-            # The additional length is there, since Linux warns of an answer shorter than 36 bytes.
-            request.give(bytes((NO_DEVICE, 0, 0, 0, 31)) + bytes(31), cdb_allocation(cdb))
-        else:
-            request.finish(SrbStatus.INVALID_TARGET_ID if srb.path else SrbStatus.INVALID_LUN)
 
     def _finished(
         self, request: Request, srb_status: int, scsi_status: int, transferred: int, sense: bytes
@@ -434,7 +405,7 @@ class Controller(Device):
                 unit.statistics.error(srb_status, sense)
         status = Status.SUCCESS
         if srb_status != _SUCCESS:
-            status = _NT_STATUS.get(SrbStatus(srb_status & 0x3F), Status.IO_DEVICE_ERROR)
+            status = nt_status(srb_status)
         packet = request.packet
         if io not in self._closing:
             io.complete(

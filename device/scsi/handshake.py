@@ -32,6 +32,15 @@ from emulator.wire.storvsp import (
     VersionQuery,
 )
 
+OPERATIONS = (
+    Operation.BEGIN_INITIALIZATION,
+    Operation.END_INITIALIZATION,
+    Operation.QUERY_PROTOCOL_VERSION,
+    Operation.QUERY_PROPERTIES,
+    Operation.CREATE_SUB_CHANNELS,
+)
+"""The packets of the table."""
+
 
 class Stage(enum.Enum):
     """What the guest has to send next."""

@@ -104,6 +104,21 @@ class SrbStatus(enum.IntEnum):
 AUTOSENSE_VALID = 0x80
 
 
+_NT_STATUS = {
+    SrbStatus.SUCCESS: Status.SUCCESS,
+    SrbStatus.ABORTED: Status.CANCELLED,
+    SrbStatus.DATA_OVERRUN: Status.BUFFER_OVERFLOW,
+    SrbStatus.NO_DEVICE: Status.DEVICE_DOES_NOT_EXIST,
+    SrbStatus.INVALID_LUN: Status.DEVICE_DOES_NOT_EXIST,
+    SrbStatus.INVALID_TARGET_ID: Status.DEVICE_DOES_NOT_EXIST,
+}
+
+
+def nt_status(srb_status: int) -> Status:
+    """The status of the packet that answers a request which ended like that."""
+    return _NT_STATUS.get(SrbStatus(srb_status & 0x3F), Status.IO_DEVICE_ERROR)
+
+
 class Direction(enum.IntEnum):
     """Where the data of a request goes, from the guest's point of view."""
 
