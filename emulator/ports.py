@@ -38,6 +38,9 @@ class GuestPages(Protocol):
     def store_u32(self, offset: int, value: int) -> None:
         """One aligned 32-bit store."""
 
+    def address_u32(self, offset: int) -> int:
+        """Where that word lies in this process, for compiled code to look at; 0 if it cannot."""
+
 
 class WritableMemory(Protocol):
     """Guest RAM that input is stored into, by any thread, through ``views``; then :meth:`finish` is called.
@@ -224,8 +227,11 @@ class FastChannel(Protocol):
     def submit(self) -> None:
         """Begin what was taken, and hand over what has ended."""
 
-    def wait(self) -> bool:
-        """Look for something that ends, for a moment and only where that is likely; whether it did."""
+    def wait(self, watched: tuple[int, int]) -> bool:
+        """Look for a moment, and only where that is likely to help, for something that ends; whether it did.
+
+        ``watched``: address in this process and value of a 32-bit word; when it changes that is an end, too. 0: none.
+        """
 
     def sleeps(self) -> bool:
         """Nobody looks from now on: be told by the event loop. True: something has ended already."""

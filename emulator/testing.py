@@ -56,6 +56,9 @@ class FakePages:
             raise IndexError(f"offset {offset} is not aligned")
         self.write(offset, value.to_bytes(4, "little"))
 
+    def address_u32(self, offset: int) -> int:
+        return 0
+
 
 class FakeViews:
     """:class:`~emulator.ports.WritableMemory` of a :class:`FakeMemory`."""

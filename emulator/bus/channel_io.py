@@ -493,19 +493,23 @@ class ChannelIo:
         signal = False
         empty = False
         left = TURN_PACKETS
-        device = self.device
+        looked = False
         try:
             signal = self._write_out()
             while left and self._may_take():
                 taken, ours = self._take(incoming, min(left, BATCH_PACKETS))
                 if not ours:
                     return
-                if not taken and not self._fast_waits():
+                if taken:
+                    left -= taken
+                    self.device.batch_ended(self)
+                    signal = incoming.commit() or signal
+                elif self._fast_looks(incoming, looked):
+                    left -= 1
+                    looked = True
+                else:
                     empty = True
                     break
-                left -= taken or 1
-                device.batch_ended(self)
-                signal = incoming.commit() or signal
                 if self._output.packets:
                     signal = self._write_out() or signal
                 if signal:
@@ -528,9 +532,15 @@ class ChannelIo:
             else:
                 self._look.sleeps()
 
-    def _fast_waits(self) -> bool:
-        """The ring is empty: look for what compiled code has under way, if that takes but a moment."""
-        return self.fast is not None and self.fast.in_flight > 0 and self.fast.wait()
+    def _fast_looks(self, incoming: IncomingRing, looked: bool) -> bool:
+        """The ring is empty: look for what compiled code has under way, or once a turn for the guest to come back.
+
+        Whether there is anything new.
+        """
+        fast = self.fast
+        if fast is None or not (fast.in_flight or (self._look.looking and not looked)):
+            return False
+        return fast.wait(incoming.watched()) or incoming.available > 0
 
     def _deliver(self, batch: list[Packet]) -> int:
         """Hand packets to the device; returns how many, fewer if it held, paused or failed in between."""

@@ -34,6 +34,11 @@ class Look:
         self._last_packet = 0.0
         self._looks = 0
 
+    @property
+    def looking(self) -> bool:
+        """Whether the guest usually comes back before the window is over."""
+        return self.window > 0
+
     def doorbell(self) -> None:
         """The guest signalled."""
         if self._slept_at is None:

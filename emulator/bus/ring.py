@@ -169,6 +169,10 @@ class IncomingRing(_Ring):
             self._taken = (self._taken + size) % self.size
         return count
 
+    def watched(self) -> tuple[int, int]:
+        """Of an empty ring: where its write index lies in this process, and what it is until something comes."""
+        return self._pages.address_u32(WRITE_INDEX), self._taken
+
     def _read_long(self) -> Packet:
         """The next packet, of which the private copy does not hold all; the copy is made anew.
 

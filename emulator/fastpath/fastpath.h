@@ -20,7 +20,7 @@
 
 #include "layout.h"
 
-#define FASTPATH_VERSION 1
+#define FASTPATH_VERSION 2
 #define MOST_REGIONS 8
 #define MOST_UNITS 256
 #define MOST_SLOTS 512
@@ -113,7 +113,8 @@ struct fastpath {
     uint8_t *dirty; /* a byte a page of the file */
     uint8_t *notes; /* a byte a guest page; NULL: code is not watched */
     uint64_t note_pages;
-    uint64_t spin_ns; /* longest look for a completion */
+    uint64_t spin_ns;      /* longest look for a completion */
+    uint64_t idle_spin_ns; /* and for a packet, with no transfer under way */
     struct region region[MOST_REGIONS];
     struct unit unit[MOST_UNITS];
     struct event event[MOST_EVENTS];
@@ -150,7 +151,7 @@ int fastpath_submit(struct fastpath *path);
 /* reap.c */
 const uint8_t *fastpath_packet(const struct fastpath *path, uint32_t number);
 uint32_t fastpath_reap(struct fastpath *path);
-uint32_t fastpath_wait(struct fastpath *path);
+uint32_t fastpath_wait(struct fastpath *path, const uint32_t *word, uint32_t value);
 uint32_t fastpath_arm(struct fastpath *path, uint32_t on);
 
 #endif

@@ -163,14 +163,19 @@ EXPORT uint32_t fastpath_reap(struct fastpath *path)
     return path->events;
 }
 
-/* reap(), but if nothing is done yet look for a while, where it usually does not take long. */
-EXPORT uint32_t fastpath_wait(struct fastpath *path)
+/*
+ * reap(), but look for a while if nothing is done yet: for transfers where they usually do not take long, and where none
+ * is under way for ``word``, the write index of a guest's ring, to be another than ``value`` (and with transfers for that
+ * too).
+ */
+EXPORT uint32_t fastpath_wait(struct fastpath *path, const uint32_t *word, uint32_t value)
 {
-    struct uring *ring = &path->uring;
+    uint64_t spin = !path->in_flight ? path->idle_spin_ns : path->usual_ns < path->spin_ns ? path->spin_ns : 0;
 
-    if (path->in_flight && !path->waiting_count && path->usual_ns < path->spin_ns) {
-        uint64_t end = now_ns() + path->spin_ns;
-        while (!uring_ready(ring) && now_ns() < end)
+    if (!path->waiting_count && spin) {
+        uint64_t end = now_ns() + spin;
+        while (!uring_ready(&path->uring) && (!word || __atomic_load_n(word, __ATOMIC_RELAXED) == value) &&
+               now_ns() < end)
             __builtin_ia32_pause();
     }
     return fastpath_reap(path);

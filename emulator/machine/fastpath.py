@@ -30,7 +30,7 @@ from emulator.ports import FastCounts, FastOwner, FastUnit
 
 _log = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 _MOST_REGIONS = 8
 _MOST_UNITS = 256
 _MOST_EVENTS = 512
@@ -43,6 +43,8 @@ _ANSWER = 0
 
 SPIN_NS = 150_000
 """Longest look, in ns, for a transfer that usually ends within that time, before the host sleeps."""
+IDLE_SPIN_NS = 30_000
+"""The same for a guest's next packet; then everybody else has a turn."""
 
 _EVENT = struct.Struct("<4I")
 
@@ -92,6 +94,7 @@ class _Shared(ctypes.Structure):
         ("notes", ctypes.c_void_p),
         ("note_pages", ctypes.c_uint64),
         ("spin_ns", ctypes.c_uint64),
+        ("idle_spin_ns", ctypes.c_uint64),
         ("region", _Region * _MOST_REGIONS),
         ("unit", _Unit * _MOST_UNITS),
         ("event", ctypes.c_uint8 * (_EVENT.size * _MOST_EVENTS)),
@@ -128,18 +131,18 @@ class _Library:
         self.packet = library.fastpath_packet
         self.packet.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
         self.packet.restype = ctypes.c_void_p
-        for name in ("submit", "reap", "wait"):
-            function = getattr(library, f"fastpath_{name}")
-            function.argtypes = (ctypes.c_void_p,)
-            function.restype = ctypes.c_int if name == "submit" else ctypes.c_uint32
-            setattr(self, name, function)
+        self.submit = library.fastpath_submit
+        self.submit.argtypes = (ctypes.c_void_p,)
+        self.submit.restype = ctypes.c_int
+        self.reap = library.fastpath_reap
+        self.reap.argtypes = (ctypes.c_void_p,)
+        self.reap.restype = ctypes.c_uint32
+        self.wait = library.fastpath_wait
+        self.wait.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32)
+        self.wait.restype = ctypes.c_uint32
         self.arm = library.fastpath_arm
         self.arm.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
         self.arm.restype = ctypes.c_uint32
-
-    submit: Callable[[int], int]
-    reap: Callable[[int], int]
-    wait: Callable[[int], int]
 
 
 class CompiledFastPath:
@@ -165,7 +168,8 @@ class CompiledFastPath:
         shared.notes, shared.note_pages = native.notes or None, native.note_pages
         self._note_pages = native.note_pages
         self._tells_ranges = False
-        shared.spin_ns = SPIN_NS if len(os.sched_getaffinity(0)) > 1 else 0
+        if len(os.sched_getaffinity(0)) > 1:  # with one processor who looks keeps away what is looked for
+            shared.spin_ns, shared.idle_spin_ns = SPIN_NS, IDLE_SPIN_NS
         shared.region_count = len(memory.regions)
         for index, region in enumerate(memory.regions):
             shared.region[index] = _Region(region.gpa, region.end, region.offset - region.gpa)
@@ -299,13 +303,16 @@ class CompiledFastPath:
         if self._place:
             self.submit()
 
-    def look(self, *, wait: bool = False) -> int:
-        """Hand over what has ended; how many requests that were."""
+    def look(self, watched: tuple[int, int] | None = None) -> int:
+        """Hand over what has ended; how many requests that were.
+
+        ``watched``: look for a while, also for a 32-bit word at that address to be another than that value.
+        """
         if self._armed:
             self._armed = False
             self._library.arm(self._place, 0)
         library, place = self._library, self._place
-        count = library.wait(place) if wait else library.reap(place)
+        count = library.reap(place) if watched is None else library.wait(place, *watched)
         total = count
         while count:
             self._hand_over(count)
@@ -313,7 +320,7 @@ class CompiledFastPath:
                 break
             count = library.reap(place)
             total += count
-        return total
+        return int(total)
 
     def sleeps(self) -> bool:
         """The event loop is told of what ends from now on. True: something has ended already."""
@@ -422,8 +429,8 @@ class CompiledFastChannel:
         self._path.submit()
         self._path.look()
 
-    def wait(self) -> bool:
-        return bool(self._path.look(wait=True))
+    def wait(self, watched: tuple[int, int]) -> bool:
+        return bool(self._path.look(watched))
 
     def sleeps(self) -> bool:
         return self._path.sleeps()

@@ -145,6 +145,10 @@ class MappedPages:
         self._words[word] = value
         self._memory.dirty[word >> 10] = 1
 
+    def address_u32(self, offset: int) -> int:
+        page, inside = divmod(offset, PAGE_SIZE)
+        return self._memory.address + (self._starts[page] << 2) + inside
+
 
 class MappedViews:
     """:class:`~emulator.ports.WritableMemory`: runs of :class:`MappedMemory`, by their place in the file."""
@@ -190,6 +194,8 @@ class MappedMemory:
         self._through = through
         self._fence = threading.Lock()
         self._mapping: mmap.mmap | None = None
+        #: Where the first byte of the file is in this process.
+        self.address = address_of(ram)
         #: What is mapped; ``None`` for memory that is no file.
         self.file: RamFile | None = None
         #: Told of buffers that were filled, as (offset in the file, length), before the guest is.
@@ -340,7 +346,7 @@ class MappedMemory:
     def native(self) -> NativeMemory:
         """For compiled code, which answers for its stores as everything here does."""
         notes, note_pages = (0, 0) if self._code_pages is None else self._code_pages.native()
-        return NativeMemory(address_of(self._ram), len(self._ram), address_of(self.dirty), notes, note_pages)
+        return NativeMemory(self.address, len(self._ram), address_of(self.dirty), notes, note_pages)
 
     def filled_by_kernel(self, ranges: Sequence[tuple[int, int]]) -> None:
         """``(gpa, length)``, each within a page, were stored and logged: see to code, and tell ``filled``."""

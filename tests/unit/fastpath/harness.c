@@ -60,7 +60,7 @@ static uint32_t packet(uint8_t *at, uint64_t transaction)
 
 static uint32_t reap(struct fastpath *path, uint64_t *answers, uint64_t *returned)
 {
-    uint32_t count = fastpath_wait(path);
+    uint32_t count = fastpath_wait(path, NULL, 0);
 
     for (uint32_t i = 0; i < count; i++) {
         if (path->event[i].kind == EVENT_ANSWER)
