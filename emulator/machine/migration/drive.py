@@ -17,7 +17,7 @@ from emulator.machine.migration.addresses import handed_over, structured, two_wa
 from emulator.machine.migration.carrier import CarrierAddress
 from emulator.machine.migration.departure import Departure
 from emulator.machine.migration.follower import Follower, Phase
-from emulator.machine.migration.modes import CAPABILITIES, cpr_transfer
+from emulator.machine.migration.modes import CAPABILITIES, cpr_transfer, manner
 
 if TYPE_CHECKING:
     from emulator.machine.host import Host
@@ -85,6 +85,8 @@ async def migrate(
     if follower.phase is not Phase.IDLE:
         raise MigrationFailed(f"the guest cannot be migrated now: it is {follower.phase.value}")
     qmp = host.qmp
+    if refusal := (await manner(qmp)).refusal:
+        raise MigrationFailed(f"{refusal}; the guest goes on here")
     wanted = {**dict.fromkeys(CAPABILITIES, True), "return-path": two_way(uri, descriptor)}
     await qmp.execute(
         "migrate-set-capabilities",

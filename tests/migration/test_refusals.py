@@ -1,0 +1,233 @@
+"""Migrations that are cancelled, wrongly asked for, or impossible: the guest goes on as if nobody had asked."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emulator.errors import QemuError
+from emulator.machine.migration.addresses import structured
+from emulator.machine.migration.drive import MigrationFailed, arrived, migrate, receive
+from emulator.machine.migration.follower import Follower, Phase, Switchover
+from emulator.machine.qmp import Qmp
+from tests.migration.journey import Journey
+from tests.migration.load import LIMIT, Program, goes_on, put, under_load, went_well
+
+pytestmark = pytest.mark.guest
+
+
+@contextlib.asynccontextmanager
+async def somebody(guest: Journey) -> AsyncIterator[Qmp]:
+    """Another program, with a monitor of its own."""
+    monitor = await Qmp.connect(str(guest.here.guest.directory.user_qmp))
+    try:
+        yield monitor
+    finally:
+        await monitor.close()
+
+
+def told(follower: Follower, *statuses: str) -> Any:
+    return follower.until(lambda: follower.departure.statuses[-1:] in [[each] for each in statuses], LIMIT)
+
+
+async def status(guest: Journey) -> str:
+    return str((await guest.host.qmp.execute("query-migrate")).get("status", "none"))
+
+
+@contextlib.contextmanager
+def deaf_listener() -> Any:
+    """The address of a listener that lets nobody in: who connects waits."""
+    with socket.socket() as listener, contextlib.ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        yield f"tcp:127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_a_migration_may_be_cancelled_at_every_status(tmp_path: Path, guest_program: Program) -> None:
+    async def story() -> None:
+        async with under_load(tmp_path, guest_program) as guest, somebody(guest) as other:
+            follower = guest.host.migration
+
+            async def cancel() -> None:
+                await other.execute("migrate_cancel")
+
+            assert await status(guest) == "none"
+            await cancel()
+            await goes_on(guest)
+
+            with deaf_listener() as uri:
+                await other.execute("migrate", {"uri": uri})
+                await told(follower, "setup")
+                assert await status(guest) == "setup"
+                await cancel()
+                await told(follower, "cancelling")  # until the connection is made or refused
+            await told(follower, "cancelled")
+            await goes_on(guest)
+
+            # While it is cancelled, and when it is.
+            there = await guest.target()
+            await put(guest.host, {}, {"max-bandwidth": 1 << 20})
+            await other.execute("migrate", {"uri": guest.uri(there)})
+            await told(follower, "active")
+            await asyncio.gather(*(guest.host.qmp.execute("migrate_cancel") for _ in range(3)), cancel())
+            await told(follower, "cancelled")
+            assert "cancelling" in follower.departure.statuses
+            await cancel()
+            assert await status(guest) == "cancelled"
+            await put(guest.host, {}, {"max-bandwidth": 1 << 30})
+            await goes_on(guest)
+            await guest.leave(there)
+
+            there = await guest.target()
+            follower.switchover = Switchover.OBSERVE
+            await other.execute("migrate", {"uri": guest.uri(there)})
+            assert await follower.until_ready(LIMIT)
+            await cancel()
+            await told(follower, "cancelled")
+            follower.switchover = Switchover.OWN
+            await goes_on(guest)
+            await guest.leave(there)
+
+            await other.execute("migrate", {"uri": f"unix:{tmp_path}/nobody"})
+            await told(follower, "failed")
+            await cancel()
+            assert await status(guest) == "failed"
+            await goes_on(guest)
+
+            there = await guest.target()
+            went_well(await migrate(guest.host, guest.uri(there), limit=LIMIT))
+            await cancel()
+            assert await status(guest) == "completed"
+            assert follower.phase is Phase.LEFT
+            await arrived(there.host, limit=LIMIT)
+            await guest.settle_at(there)
+            await goes_on(guest)
+
+    asyncio.run(story())
+
+
+async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Takes all that comes, and says nothing."""
+    while await reader.read(1 << 20):
+        pass
+    writer.close()
+
+
+IMPOSSIBLE: list[tuple[str, Mapping[str, bool]]] = [
+    ("postcopy-ram", {"postcopy-ram": True}),
+    ("postcopy-ram", {"postcopy-ram": True, "postcopy-preempt": True}),
+    ("postcopy-ram", {"postcopy-ram": True, "multifd": True}),
+    ("release-ram", {"release-ram": True}),
+    ("x-colo", {"x-colo": True}),
+    ("background-snapshot", {"background-snapshot": True}),
+]
+
+
+def test_what_cannot_work_is_refused_before_it_begins_and_cancelled_if_somebody_began_it(
+    tmp_path: Path, guest_program: Program
+) -> None:
+    async def story() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            guest = await stack.enter_async_context(under_load(tmp_path, guest_program))
+            other = await stack.enter_async_context(somebody(guest))
+            follower = guest.host.migration
+            known = {each["capability"] for each in await other.execute("query-migrate-capabilities")}
+            refused = []
+            sink = tmp_path / "sink"
+            await stack.enter_async_context(await asyncio.start_unix_server(swallow, str(sink)))
+            for name, capabilities in IMPOSSIBLE:
+                if not known.issuperset(capabilities):
+                    continue
+                # QEMU lets nobody have both.
+                await put(guest.host, {"pause-before-switchover": name != "background-snapshot"})
+                await put(guest.host, {"return-path": name == "x-colo"})
+                try:
+                    await put(guest.host, capabilities)
+                except QemuError:  # not on this host, or not with this machine
+                    continue
+                with pytest.raises(MigrationFailed, match=f"^{name}: .*; the guest goes on here"):
+                    await migrate(guest.host, f"file:{tmp_path}/guest", limit=LIMIT)
+                before = follower.departure
+                # Where the target answers, QEMU waits for that after a cancel: test_third_party has a real one.
+                if name in ("release-ram", "background-snapshot"):
+                    await other.execute("migrate", {"uri": f"unix:{sink}"})
+                    await follower.until(lambda before=before: follower.departure is not before, LIMIT)
+                    await told(follower, "cancelled", "failed")
+                    await guest.here.until(
+                        lambda name=name: follower.departure.refusal.startswith(name), "reason"
+                    )
+                await put(guest.host, dict.fromkeys(capabilities, False))
+                await put(guest.host, {"pause-before-switchover": True})
+                await goes_on(guest)
+                refused.append(name)
+            assert {"postcopy-ram", "release-ram"} <= set(refused), refused
+            went_well(await guest.move())
+            await goes_on(guest)
+
+    asyncio.run(story())
+
+
+def test_channels_descriptor_sets_and_addresses_that_make_no_sense(
+    tmp_path: Path, guest_program: Program
+) -> None:
+    async def story() -> None:
+        async with under_load(tmp_path, guest_program) as guest:
+            follower = guest.host.migration
+            async with somebody(guest) as other:
+                main = {"channel-type": "main", "addr": structured(f"unix:{tmp_path}/nobody")}
+                for wrong in (
+                    {"uri": f"unix:{tmp_path}/nobody", "channels": [main]},
+                    {},
+                    {"channels": []},
+                    {"channels": [main, main]},
+                    {"uri": "nonsense"},
+                    {"uri": "unix:"},
+                ):
+                    with pytest.raises(QemuError):
+                        await other.execute("migrate", wrong)
+                assert follower.departure.statuses == []
+                await goes_on(guest)
+
+                # As channels.
+                there = await guest.target()
+                main["addr"] = structured(guest.uri(there))
+                await other.execute("migrate", {"channels": [main]})
+                await told(follower, "completed")
+            await arrived(there.host, limit=LIMIT)
+            await guest.settle_at(there)
+            await goes_on(guest)
+
+            # Into a set of descriptors that somebody gave QEMU, and out of one.
+            file = tmp_path / "guest"
+            file.write_bytes(b"header".ljust(4096, b"."))
+            uri = "file:/dev/fdset/7,offset=0x1000"
+            async with somebody(guest) as other:
+                await give(other, file, "ab")
+                went_well(await migrate(guest.host, uri, limit=LIMIT))
+            assert file.read_bytes()[:4096].rstrip(b".") == b"header"
+            there = await guest.begin(replace(guest.options, incoming=True))
+            await give(there.host.qmp, file, "rb")
+            await receive(there.host, uri)
+            await arrived(there.host, limit=LIMIT)
+            await guest.settle_at(there)
+            await goes_on(guest)
+
+    asyncio.run(story())
+
+
+async def give(qmp: Qmp, file: Path, mode: str) -> None:
+    """Let QEMU have ``file``, opened in ``mode``, as its descriptor set 7."""
+    with file.open(mode) as opened:
+        qmp._client.send_fd_scm(opened.fileno())
+        await qmp.execute("add-fd", {"fdset-id": 7})
