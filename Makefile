@@ -58,6 +58,7 @@ fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz.bus_messages --count 1000000 --seed $(FUZZ_SEED)
 	$(BIN)/python -m tests.fuzz.ring_images --count 1000000 --seed $(FUZZ_SEED)
 	$(BIN)/python -m tests.fuzz.storvsc_requests --count 300000 --seed $(FUZZ_SEED)
+	$(BIN)/python -m tests.fuzz.compiled_requests --count 50000 --seed $(FUZZ_SEED)
 
 ## Speed and size, in a few minutes. BENCH="traps boot": only these; JSON=1: all figures as JSON on the last line.
 bench: setup

@@ -11,7 +11,7 @@ from device.scsi.faults import FaultPlan
 from device.scsi.request import Request
 from device.scsi.reservations import Reservations
 from device.scsi.sense import CheckCondition
-from emulator.errors import MalformedError
+from emulator.errors import GuestError, MalformedError
 from emulator.ports import FastUnit
 from emulator.wire.scsi import (
     BLOCK_CHARACTERISTICS,
@@ -195,6 +195,8 @@ class Disk(BlockUnit):
                 )
             except CheckCondition as condition:
                 request.check(condition)
+            except GuestError as refusal:  # nobody else is there to refuse it
+                request.refuse(refusal)
 
         request.input_runs(min(request.wanted, 8))
         self._submit(work, done)

@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from emulator.errors import UserError
-from emulator.provision import cache, kernel, qemu, system_packages
+from emulator.provision import cache, kernel, qemu, system_disk, system_packages
 
 PYTHON_PACKAGES = {
     "construct": "construct",
@@ -60,6 +60,7 @@ def examine(folder: Path | None = None, more: Sequence[Check] = ()) -> list[Chec
         *_packages(),
         *(_kernel(name, folder) for name in kernel.GUESTS),
         _busybox(folder),
+        _system(folder),
         _disk(folder),
         _memory(),
         _shared_memory(),
@@ -148,6 +149,14 @@ def _busybox(folder: Path) -> Check:
         return Check("guest userspace", State.OK, kernel.find_busybox(folder).name)
     except UserError:
         return Check("guest userspace", State.MISSING, "busybox is not fetched", "vmbus setup")
+
+
+def _system(folder: Path) -> Check:
+    title = "Debian system disk"
+    try:
+        return Check(title, State.OK, str(system_disk.find_system(folder)))
+    except UserError:
+        return Check(title, State.OPTIONAL, "not made", "vmbus setup --system")
 
 
 def _disk(folder: Path) -> Check:

@@ -158,6 +158,7 @@ def _pack(archive: Path, image: Path) -> None:
         image.parent.chmod(0o777)
         words = ["mmdebstrap", "--unshare-helper", *words]
     _run(words)
+    image.chmod(0o644)
     _run(["sfdisk", "--quiet", str(image)], f"label: dos\nstart={_START // 512}, type=83, bootable\n")
 
 

@@ -22,7 +22,7 @@ import struct
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from device.scsi import Scsi
 from device.scsi.backend import Backend, MemoryBackend, NullBackend
@@ -117,10 +117,19 @@ class Fuzzer:
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
-        self.memory = WatchedMemory()
         self.device = Scsi()
         for target, lun, unit in units():
             self.device.attach(unit, target, lun)
+        self.make_guest()
+        self.next_id = 0
+        #: Transaction id -> where it allows stores: page runs, and how many bytes.
+        self.open: dict[int, tuple[list[tuple[int, int]], int]] = {}
+        self.results: Counter[str] = Counter()
+        self.behind = self.digest()
+
+    def make_guest(self) -> None:
+        """The guest, and what its memory is."""
+        self.watched = self.memory = WatchedMemory()
         self.guest = LoopbackGuest(self.device, ring_pages=64, memory=self.memory, start=False)
         self.device.clock = lambda: self.guest.timers.seconds
         self.device.start(
@@ -128,15 +137,23 @@ class Fuzzer:
                 self.memory, self.guest.timers, self.guest.timers.now, workers=self.guest.workers
             )
         )
-        self.next_id = 0
-        #: Transaction id -> where it allows stores: page runs, and how many bytes.
-        self.open: dict[int, tuple[list[tuple[int, int]], int]] = {}
-        self.results: Counter[str] = Counter()
-        self.behind = self.digest()
 
     def digest(self) -> bytes:
         """Of the memory that nobody may store to."""
-        return hashlib.sha256(memoryview(self.memory.ram)[DATA_PAGES.stop * PAGE_SIZE :]).digest()
+        return hashlib.sha256(memoryview(self.watched.ram)[DATA_PAGES.stop * PAGE_SIZE :]).digest()
+
+    def look(self) -> None:
+        """Nothing was stored where no request allows it."""
+        touched = self.watched.touched
+        allowed = merged(run for runs, _ in self.open.values() for run in runs) if touched else []
+        for gpa, length in touched:
+            if length and not any(at <= gpa and gpa + length <= end for at, end in allowed):
+                raise AssertionError(f"{length} bytes were stored at {gpa:#x}, where no request allowed it")
+        touched.clear()
+
+    def forget_stores(self) -> None:
+        """What was stored until now is of no interest."""
+        self.watched.touched.clear()
 
     # --- the guest
 
@@ -157,6 +174,7 @@ class Fuzzer:
             completion_requested=True,
             ranges=ranges,
         )
+        self.wait()
         found = [each for each in self.guest.receive() if each.transaction_id == self.next_id]
         if len(found) != 1:
             raise AssertionError(f"{len(found)} answers to {payload.hex()}: {self.guest.io.status()}")
@@ -196,15 +214,31 @@ class Fuzzer:
                 cdb = struct.pack(">BBIBHB", opcode, flags, self.lba(32), 0, blocks & 0xFFFF, 0)
         return cdb.ljust(16, b"\0"), blocks
 
-    def buffer(self, blocks: int) -> tuple[bytes, list[tuple[int, int]], int]:
+    def plain_cdb(self) -> tuple[bytes, int]:
+        """A read or write as a driver sends it, perhaps over the end."""
+        rng = self.rng
+        blocks = rng.choice((1, 8, rng.randrange(1, 65)))
+        write = 2 * rng.randrange(2)
+        flags = rng.choice((0, 0, 0, 8, 0x10))
+        lba = rng.randrange(4100)
+        if rng.random() < 0.5:
+            cdb = struct.pack(">BBIBHB", 0x28 + write, flags, lba, 0, blocks, 0)
+        else:
+            cdb = struct.pack(">BBQIBB", 0x88 + write, flags, lba, blocks, 0, 0)
+        return cdb.ljust(16, b"\0"), blocks
+
+    def buffer(self, blocks: int, *, plain: bool = False) -> tuple[bytes, list[tuple[int, int]], int]:
         """The extension of a packet, the runs that it names, and their bytes."""
         rng = self.rng
         ranges = []
-        for _ in range(rng.choice((1, 1, 1, 1, 1, 2, 3))):
+        shifted = False
+        for _ in range(1 if plain else rng.choice((1, 1, 1, 1, 1, 2, 3))):
             count = rng.choice((0, 1, 8, 24, 36, 513, 4096, 65536, 262144, rng.randrange(300000)))
             if blocks <= 512 and rng.random() < 0.7:
                 count = min(blocks * rng.choice((512, 512, 2048, 4096)), 300000)
             offset = rng.choice((0, 0, 0, 512, 100, 4095, self.number(32) if rng.random() < 0.1 else 0))
+            if plain:
+                count, offset = blocks * 512, rng.choice((0, 0, 512, 3584, 4))
             pages = -(-((offset & 0xFFF) + count) // PAGE_SIZE)
             first = rng.choice(DATA_PAGES)
             pfns = [DATA_PAGES[(first + step) % len(DATA_PAGES)] for step in range(pages)]
@@ -212,6 +246,7 @@ class Fuzzer:
                 pfns[rng.randrange(len(pfns))] = rng.choice(OUTSIDE)
             if rng.random() < 0.05:
                 pfns = pfns[: rng.randrange(len(pfns) + 1)]
+                shifted = True  # what follows is taken for page numbers
             ranges.append((count, offset, pfns))
         runs = []
         for count, offset, pfns in ranges:
@@ -223,10 +258,12 @@ class Fuzzer:
                     runs.append((pfn * PAGE_SIZE + start, step))
                     left -= step
         extension = gpa_direct_extension(ranges)
+        if shifted:
+            return extension, self.everything(), RAM
         if rng.random() < 0.03:
             damaged = bytearray(extension)
             damaged[rng.randrange(min(len(damaged), 16))] ^= 1 << rng.randrange(8)
-            return bytes(damaged), [(gpa, step) for gpa, step in self.everything()], RAM
+            return bytes(damaged), self.everything(), RAM
         return extension, runs, sum(count for count, _, _ in ranges)
 
     def everything(self) -> list[tuple[int, int]]:
@@ -238,13 +275,14 @@ class Fuzzer:
         path, target, lun = rng.choice(PLACES)
         if rng.random() < 0.05:
             path, target, lun = rng.choice((0, 1, 255)), rng.choice((0, 1, 2, 255)), rng.randrange(256)
-        cdb, blocks = self.cdb()
+        plain = rng.random() < 0.3
+        cdb, blocks = self.plain_cdb() if plain else self.cdb()
         extension, runs, total = b"", [], 0
-        if rng.random() < 0.8:
-            extension, runs, total = self.buffer(blocks)
+        if plain or rng.random() < 0.8:
+            extension, runs, total = self.buffer(blocks, plain=plain)
         direction = rng.choice((OUT, IN, IN, NONE)) if rng.random() < 0.98 else rng.randrange(256)
-        if cdb[0] in WRITES and rng.random() < 0.8:
-            direction = OUT
+        if plain or (cdb[0] in WRITES and rng.random() < 0.8):
+            direction = OUT if cdb[0] in WRITES else IN
         wanted = total if rng.random() < 0.9 else self.number(32)
         cdb_length = rng.choice((16, 16, 6, 10, 12, 0, 17, 255)) if rng.random() < 0.2 else 16
         payload = struct.pack(
@@ -267,7 +305,7 @@ class Fuzzer:
             completion_requested=asked,
             extension=extension,
         )
-        self.memory.touched.clear()
+        self.forget_stores()
         if self.guest.put(packet):
             self.settle()
             if not asked:
@@ -279,13 +317,13 @@ class Fuzzer:
 
     # --- checks
 
+    def wait(self) -> None:
+        """Until what is done beside the event loop is done."""
+
     def settle(self) -> None:
         """Take answers, and look at what was stored."""
-        allowed = merged(run for runs, _ in self.open.values() for run in runs) if self.memory.touched else []
-        for gpa, length in self.memory.touched:
-            if length and not any(at <= gpa and gpa + length <= end for at, end in allowed):
-                raise AssertionError(f"{length} bytes were stored at {gpa:#x}, where no request allowed it")
-        self.memory.touched.clear()
+        self.wait()
+        self.look()
         for answer in self.guest.receive():
             if answer.kind != COMPLETION:
                 raise AssertionError(f"a packet of kind {answer.kind}")
@@ -330,6 +368,7 @@ class Fuzzer:
 
     def restart(self) -> None:
         self.guest.close()
+        self.wait()
         self.guest.advance(10)
         self.open.clear()
         self.begin()
@@ -337,7 +376,7 @@ class Fuzzer:
     def check(self) -> None:
         """Everything is answered in the end, and data is kept."""
         self.guest.advance(10)
-        self.memory.touched.clear()
+        self.forget_stores()
         self.settle()
         if self.open:
             raise AssertionError(f"{len(self.open)} requests are not answered: {self.device.status()}")
@@ -347,7 +386,7 @@ class Fuzzer:
         pages = list(DATA_PAGES[:4])
         for opcode, direction, pfn in ((0x2A, OUT, pages[0]), (0x28, IN, pages[2])):
             if direction == OUT:
-                self.memory.ram[pfn * PAGE_SIZE : pfn * PAGE_SIZE + len(data)] = data
+                self.memory.write(pfn * PAGE_SIZE, data)
             cdb = struct.pack(">BBIBHB", opcode, 0, 1000, 0, 8, 0).ljust(16, b"\0")
             srb = struct.pack(
                 "<HBBBBBBBBBBI16s4x", *(0x34, 0, 0, 0, 0, 0, 0, 10, 20, direction, 0, len(data), cdb)
@@ -358,10 +397,12 @@ class Fuzzer:
                     break
             if answer[14] != 1:
                 raise AssertionError(f"a sound request is answered {answer.hex()}")
-        found = bytes(self.memory.ram[pages[2] * PAGE_SIZE : pages[2] * PAGE_SIZE + len(data)])
-        if found != data:
+        if self.memory.read(pages[2] * PAGE_SIZE, len(data)) != data:
             raise AssertionError("what was read is not what was written")
-        self.memory.touched.clear()
+        self.forget_stores()
+
+    def finish(self) -> None:
+        """After the last request."""
 
     def run(self, count: int) -> None:
         """Send ``count`` requests."""
@@ -390,8 +431,8 @@ def merged(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
-def main() -> int:
-    """Run from the command line."""
+def main(make: Callable[[int], Fuzzer] = Fuzzer) -> int:
+    """Run from the command line, with the fuzzer that ``make`` makes of a seed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -400,9 +441,10 @@ def main() -> int:
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     begin = time.perf_counter()
-    fuzzer = Fuzzer(options.seed)
+    fuzzer = make(options.seed)
     fuzzer.begin()
     fuzzer.run(options.count)
+    fuzzer.finish()
     took = time.perf_counter() - begin
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{options.count} requests in {took:.1f} s: {options.count / took:.0f} a second, {peak:.0f} MiB")

@@ -19,9 +19,18 @@ ROOT = Path(__file__).parents[2]
         ("ring_images", 150_000, 1),
         ("ring_images", 150_000, 2026),
         ("storvsc_requests", 40_000, 1),
+        ("compiled_requests", 8_000, 1),
     ],
 )
 def test_random_input_is_refused_and_nothing_else(module: str, count: int, seed: int) -> None:
-    words = [sys.executable, "-m", f"tests.fuzz.{module}", "--count", str(count), "--seed", str(seed)]
+    words = [
+        sys.executable,
+        "-m",
+        *f"tests.fuzz.{module}".split(),
+        "--count",
+        str(count),
+        "--seed",
+        str(seed),
+    ]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, f"{' '.join(words[1:])}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

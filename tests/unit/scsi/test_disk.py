@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from device.scsi.backend import MemoryBackend
 from device.scsi.disk import Disk
 from device.scsi.faults import FaultPlan, parse_faults
-from tests.unit.scsi.scsi_guest import IN, OUT, Answer, ScsiGuest, controller, memory_disk
+from tests.unit.scsi.scsi_guest import BUFFER_PFN, IN, OUT, Answer, ScsiGuest, controller, memory_disk
 
 INVALID_OPCODE = (5, 0x20, 0)
 OUT_OF_RANGE = (5, 0x21, 0)
@@ -433,6 +433,21 @@ def test_lba_status_tells_where_data_is() -> None:
     ]
     beyond = bytes((0x9E, 0x12)) + struct.pack(">QI", 1 << 40, 56) + bytes(2)
     assert guest.command(beyond, read=56).condition == OUT_OF_RANGE
+
+
+def test_block_status_for_a_buffer_that_is_not_ram_is_refused_also_when_it_comes_from_a_thread() -> None:
+    disk = memory_disk()
+    disk.backend.immediate = False
+    guest = ready(disk)
+    number = guest.next_id = 77
+    srb = guest.srb(bytes((0x9E, 0x12)) + struct.pack(">QI", 0, 24) + bytes(2), length=24, direction=IN)
+    assert guest.send(
+        srb, transaction_id=number, completion_requested=True, ranges=[(24, 4092, [BUFFER_PFN, 1 << 40])]
+    )
+    [answer] = guest.answers()
+    assert (answer.transaction_id, answer.srb_status) == (number, 0x06)
+    assert guest.io.refusals.counts == {"not-ram": 1}
+    assert guest.read(0, 1).good
 
 
 def reserve(
