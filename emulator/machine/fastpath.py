@@ -155,6 +155,7 @@ class CompiledFastPath:
         library: _Library,
         place: int,
         ended: Callable[[], None],
+        spins: bool,
     ) -> None:
         self._loop = loop
         self._memory = memory
@@ -168,7 +169,7 @@ class CompiledFastPath:
         shared.notes, shared.note_pages = native.notes or None, native.note_pages
         self._note_pages = native.note_pages
         self._tells_ranges = False
-        if len(os.sched_getaffinity(0)) > 1:  # with one processor who looks keeps away what is looked for
+        if spins:
             shared.spin_ns, shared.idle_spin_ns = SPIN_NS, IDLE_SPIN_NS
         shared.region_count = len(memory.regions)
         for index, region in enumerate(memory.regions):
@@ -186,9 +187,17 @@ class CompiledFastPath:
 
     @classmethod
     def open(
-        cls, loop: asyncio.AbstractEventLoop, memory: MappedMemory, ended: Callable[[], None]
+        cls,
+        loop: asyncio.AbstractEventLoop,
+        memory: MappedMemory,
+        ended: Callable[[], None],
+        *,
+        spins: bool = True,
     ) -> CompiledFastPath | None:
-        """``None`` where there cannot be one. ``ended``: called when requests have ended."""
+        """``None`` where there cannot be one. ``ended``: called when requests have ended.
+
+        ``spins``: there is a processor to spare for looking at what is about to end.
+        """
         if os.environ.get("VMBUS_FASTPATH") == "off":
             return None
         if len(memory.regions) > _MOST_REGIONS:
@@ -209,7 +218,7 @@ class CompiledFastPath:
                 f"the fast path has version {shared.version} and {library.size()} shared bytes; "
                 f"{_VERSION} and {ctypes.sizeof(_Shared)} were expected"
             )
-        return cls(loop, memory, library, place, ended)
+        return cls(loop, memory, library, place, ended, spins)
 
     @property
     def in_flight(self) -> int:

@@ -203,8 +203,12 @@ class Host:
         )
         for connection in (1, 4):
             self.partition.connect_message_port(connection, self._message)
+        # Whoever looks instead of sleeping takes a processor, and with none to spare a vCPU's.
+        self._spare = len(os.sched_getaffinity(0)) > len(facts.apic_ids)
         self.workers = WorkerThreads(loop)
-        self.workers.fast_path = CompiledFastPath.open(loop, self.memory, self.workers.ended)
+        self.workers.fast_path = CompiledFastPath.open(
+            loop, self.memory, self.workers.ended, spins=self._spare
+        )
         self.environment = DeviceEnvironment(
             memory=self.memory,
             timers=loop,
@@ -269,9 +273,13 @@ class Host:
             raise
         return host
 
+    def channel_end(self, device: Device) -> ChannelIo:
+        """The host's end of a channel of ``device`` that is about to be offered."""
+        return ChannelIo(device, self._loop, look_window=None if self._spare else 0.0)
+
     def add_device(self, device: Device) -> AttachedDevice:
         """Offer one more device; the guest sees it at once if it has asked for offers."""
-        io = ChannelIo(device, self._loop)
+        io = self.channel_end(device)
         device.start(self.environment)
         attached = AttachedDevice(device, io, self.bus.offer(device.offer(), io))
         self.devices.append(attached)

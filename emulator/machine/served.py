@@ -88,13 +88,17 @@ def status(host: Host, name: str) -> dict[str, Any]:
     bus = host.bus.status()
     channels = cast(list[dict[str, Any]], bus.pop("channels"))
     channels.sort(key=lambda channel: channel["relid"] or 0)
-    attached = {(str(a.channel.offer.instance_id), 0): a for a in host.devices}
+    attached = {str(a.channel.offer.instance_id): a for a in host.devices}
     for channel in channels:
-        found = attached.get((str(channel["instance"]), channel["subchannel"]))
-        if found is not None:
+        found = attached.get(str(channel["instance"]))
+        if found is None:
+            continue
+        ends = (found.io, *found.io.subchannels)
+        index = channel["subchannel"]
+        if index < len(ends):
             channel["device"] = found.device.name
-            channel["io"] = found.io.status()
-            channel["details"] = found.device.status()
+            channel["io"] = ends[index].status()
+            channel["details"] = found.device.status() if not index else {}
     return {
         "name": name,
         "emulator": {"version": __version__, **process_figures(), "uptime": time.monotonic() - host.started},

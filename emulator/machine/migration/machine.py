@@ -271,7 +271,7 @@ class HostState:
             primary = there.get(dataclasses.replace(identity, subchannel_index=0))
             if identity in there or primary is None:
                 continue  # if it is missing altogether, the check says so
-            io = ChannelIo(primary.io.device, self._host.environment.timers)
+            io = self._host.channel_end(primary.io.device)
             offer = dataclasses.replace(primary.channel.offer, subchannel_index=identity.subchannel_index)
             channel = self._host.bus.offer(offer, io)
             channel.stop()
