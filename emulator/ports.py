@@ -155,6 +155,13 @@ class Workers(Protocol):
         open and the views stay valid until then.
         """
 
+    def watch(self, fd: int, readable: Callable[[], None], /) -> Callable[[], None] | None:
+        """Call ``readable`` in the event loop's thread whenever a socket has something to read.
+
+        What to call to end that, before the socket is closed; both from any thread. ``None`` where there is no event
+        loop.
+        """
+
     def expect(
         self, done: Callable[[Exception | None], None], /
     ) -> Callable[[Exception | None], None] | None:

@@ -208,6 +208,9 @@ class FakeWorkers:
     ) -> bool:
         return False
 
+    def watch(self, fd: int, readable: Callable[[], None], /) -> Callable[[], None] | None:
+        return None
+
     def expect(
         self, done: Callable[[Exception | None], None], /
     ) -> Callable[[Exception | None], None] | None:

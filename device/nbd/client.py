@@ -9,7 +9,8 @@
 Requests that got no answer are sent again over the next connections: all of NBD's commands may be done twice. While
 the server is away for longer than ``reconnect``, requests fail at once, and connecting is tried all the same.
 
-A thread of the client's makes connections and clears up behind them; each connection has one that takes its replies.
+A thread of the client's makes connections and clears up behind them. Replies are taken in the event loop's thread
+once :meth:`Client.use` has told of it, before that by a thread for each connection.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from device.nbd.handshake import Export, NbdError, negotiate
 from device.nbd.uri import Address
 from device.nbd.wire import Command, ExportFlag
 from emulator.errors import DeviceError
+from emulator.ports import Workers
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +40,10 @@ OPEN_LIMIT = 60.0
 STALL_LIMIT = 120.0
 """Seconds without any answer after which connections are taken for broken."""
 INTERLUDE_LIMIT = 600.0
+
+
+def _nothing() -> None:
+    """An interlude of which only the interruption is wanted."""
 
 
 class Connector(Protocol):
@@ -89,6 +95,7 @@ class Client:
         self._away_since: float | None = None
         self._waiting: deque[Request] = deque()
         self._interlude: Callable[[], None] | None = None
+        self._workers: Workers | None = None
         self._thread = threading.Thread(target=self._run, name=f"nbd {name}", daemon=True)
         self._thread.start()
 
@@ -111,6 +118,14 @@ class Client:
             self._wanted = True
             self._away_since = None
             self._changed.notify_all()
+
+    def use(self, workers: Workers) -> None:
+        """Take replies in an event loop from now on: connections are made anew. Does not wait."""
+        with self._changed:
+            self._workers = workers
+            if not self._closing and self._interlude is None:
+                self._interlude = _nothing
+                self._changed.notify_all()
 
     def deactivate(self) -> None:
         """Disconnect. Does not wait; no request is under way."""
@@ -285,12 +300,6 @@ class Client:
 
     def _serve(self, session: list[Connection]) -> None:
         """Be up until a connection breaks, or something else is wanted."""
-        receivers = [
-            threading.Thread(
-                target=self._receive, args=(each,), name=f"nbd-receiver {self.name}", daemon=True
-            )
-            for each in session
-        ]
         with self._changed:
             if self.trouble:
                 _log.warning("%s: connected", self.name)
@@ -304,8 +313,15 @@ class Client:
                 session[index % len(session)].send(request)
             self._waiting.clear()
             self._changed.notify_all()
-        for thread in receivers:
-            thread.start()
+        receivers = []
+        for connection in session:
+            if self._workers is None or not connection.watch(self._workers, self._lost):
+                receivers.append(
+                    threading.Thread(
+                        target=self._receive, args=(connection,), name="nbd-receiver", daemon=True
+                    )
+                )
+                receivers[-1].start()
         self._watch(session)
         with self._changed:
             self._session = []
@@ -341,6 +357,9 @@ class Client:
             error = connection.serve()
         except Exception:  # noqa: BLE001 - it must cost no more than this connection
             _log.exception("%s: please report this", self.name)
+        self._lost(connection, error)
+
+    def _lost(self, connection: Connection, error: Exception) -> None:
         with self._changed:
             if connection in self._session and self._broken is None:
                 self._broken = error

@@ -1,7 +1,8 @@
 """One connection to an NBD server: any number of requests under way, data straight between socket and guest pages.
 
-    send()   any thread    header and views → socket; what it does not take at once is left to a sender thread
-    serve()  one thread    reply → its request's views → request.done()
+    send()    any thread         header and views → socket; what it does not take at once is left to a sender thread
+    watch()   the event loop's   whenever there is something: reply → its request's views → request.done()
+    serve()   one thread         the same, where there is no event loop
 
 Whatever a server does wrong (an unknown cookie, a chunk outside of its request) ends the connection: after that,
 nothing in the stream can be trusted.
@@ -11,15 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import socket
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from device.nbd.handshake import Export, NbdError, receive, receive_into
+from device.nbd.handshake import Export, NbdError, behind, receive_into
 from device.nbd.wire import (
     ALLOCATION_HOLE,
     CHUNK_DONE,
@@ -37,6 +39,12 @@ from device.nbd.wire import (
     ChunkType,
     Command,
 )
+from emulator.ports import Workers
+
+_log = logging.getLogger(__name__)
+
+_AT_ONCE = 256
+"""Pieces of replies that are taken before the event loop's other work has a turn."""
 
 _KNOWN_ERRORS = {
     errno.EPERM,
@@ -95,6 +103,11 @@ class Connection:
         self._outgoing: deque[list[memoryview | bytes]] = deque()
         self._sender: threading.Thread | None = None
         self._head = memoryview(bytearray(SIMPLE_REPLY_STRUCT.size))
+        self._parser = self._replies()
+        #: What is to be filled next.
+        self._wanted: list[memoryview] = []
+        self._stop_watching: Callable[[], None] | None = None
+        self._error: Exception | None = None
         stream.settimeout(None)
         with contextlib.suppress(OSError):
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
@@ -169,7 +182,9 @@ class Connection:
         self._shut()
 
     def close(self) -> list[Request]:
-        """After :meth:`serve` returned: let go of the socket. The requests that got no answer, in order."""
+        """After :meth:`end`, and after :meth:`serve` returned: the requests that got no answer, in order."""
+        if self._stop_watching is not None:
+            self._stop_watching()
         if self._sender is not None:
             self._sender.join()
         self._stream.close()
@@ -182,15 +197,57 @@ class Connection:
     def serve(self) -> Exception:
         """Take replies until the connection ends; why it did."""
         try:
-            while True:
-                self._reply()
+            for views in self._parser:
+                receive_into(self._stream, views)
         except (OSError, NbdError) as error:
             return error
         finally:
-            with self._changed:
-                self._ended = True
-                self._changed.notify_all()
-            self._shut()
+            self._stop_taking()
+        raise AssertionError("replies have no end")
+
+    def watch(self, workers: Workers, broken: Callable[[Connection, Exception], None]) -> bool:
+        """Take replies in the event loop's thread; ``broken`` is told there. False where there is no event loop."""
+
+        def readable() -> None:
+            error = self._error or self._take()
+            if error is not None:
+                self._error = error
+                if self._stop_watching is not None:
+                    self._stop_watching()
+                self._stop_taking()
+                broken(self, error)
+
+        self._stop_watching = workers.watch(self._stream.fileno(), readable)
+        return self._stop_watching is not None
+
+    def _take(self) -> Exception | None:
+        """What has come so far, some replies at most; why there will be no more."""
+        receive = self._stream.recvmsg_into
+        try:
+            for _ in range(_AT_ONCE):
+                wanted = self._wanted
+                left = sum([len(view) for view in wanted])
+                done = receive(wanted, 0, socket.MSG_DONTWAIT)[0] if left else 0
+                if done < left:
+                    if not done:
+                        raise ConnectionResetError("the server closed the connection")
+                    self._wanted = behind(wanted, done)
+                else:
+                    self._wanted = next(self._parser)
+        except BlockingIOError:
+            return None
+        except (OSError, NbdError) as error:
+            return error
+        except Exception as error:  # noqa: BLE001 - our bug: it must cost no more than this connection
+            _log.exception("a reply could not be taken; please report this")
+            return error
+        return None
+
+    def _stop_taking(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+        self._shut()
 
     def _request(self, cookie: int) -> Request:
         request = self.requests.get(cookie)
@@ -202,37 +259,44 @@ class Connection:
         request = self.requests.pop(cookie)
         request.done(error)
 
-    def _reply(self) -> None:
+    def _replies(self) -> Iterator[list[memoryview]]:
+        """Replies, one after another: yields what the next bytes go to, and goes on when they are there."""
         head = self._head
-        receive_into(self._stream, [head])
-        self.replies += 1
-        magic, error, cookie = SIMPLE_REPLY_STRUCT.unpack(head)
-        if magic == CHUNK_MAGIC and self.export.structured:
-            _, flags, kind, cookie = CHUNK_STRUCT.unpack(head)
-            self._chunk(flags, kind, cookie)
-            return
-        if magic != SIMPLE_REPLY_MAGIC:
-            raise NbdError(f"the server breaks the NBD protocol: a reply begins with {magic:#x}")
-        request = self._request(cookie)
-        if error:
-            self._finish(cookie, _failure(error))
-            return
-        if request.command is Command.READ:
-            receive_into(self._stream, request.views)
-        elif request.command is Command.BLOCK_STATUS:
-            raise NbdError("the server breaks the NBD protocol: a simple reply to BLOCK_STATUS")
-        self._finish(cookie, None)
+        while True:
+            yield [head]
+            self.replies += 1
+            magic, error, cookie = SIMPLE_REPLY_STRUCT.unpack(head)
+            if magic == CHUNK_MAGIC and self.export.structured:
+                _, flags, kind, cookie = CHUNK_STRUCT.unpack(head)
+                yield from self._chunk(flags, kind, cookie)
+                continue
+            if magic != SIMPLE_REPLY_MAGIC:
+                raise NbdError(f"the server breaks the NBD protocol: a reply begins with {magic:#x}")
+            request = self._request(cookie)
+            if error:
+                self._finish(cookie, _failure(error))
+                continue
+            if request.command is Command.READ:
+                yield request.views
+            elif request.command is Command.BLOCK_STATUS:
+                raise NbdError("the server breaks the NBD protocol: a simple reply to BLOCK_STATUS")
+            self._finish(cookie, None)
 
-    def _chunk(self, flags: int, kind: int, cookie: int) -> None:
+    def _chunk(self, flags: int, kind: int, cookie: int) -> Iterator[list[memoryview]]:
         request = self._request(cookie)
-        (length,) = _LENGTH.unpack(receive(self._stream, 4))
+        number = bytearray(_LENGTH.size)
+        yield [memoryview(number)]
+        (length,) = _LENGTH.unpack(number)
         if kind == ChunkType.OFFSET_DATA and length > _OFFSET.size:
-            (offset,) = _OFFSET.unpack(receive(self._stream, _OFFSET.size))
-            receive_into(self._stream, self._part(request, offset, length - _OFFSET.size))
+            place = bytearray(_OFFSET.size)
+            yield [memoryview(place)]
+            yield self._part(request, _OFFSET.unpack(place)[0], length - _OFFSET.size)
         else:
             if length > _MOST_STATUS:
                 raise NbdError(f"the server breaks the NBD protocol: a chunk {kind} of {length} bytes")
-            self._small_chunk(request, kind, receive(self._stream, length))
+            data = bytearray(length)
+            yield [memoryview(data)]
+            self._small_chunk(request, kind, bytes(data))
         if flags & CHUNK_DONE:
             if request.command is Command.READ and not request.error and request.received != request.length:
                 raise NbdError(

@@ -78,10 +78,11 @@ def receive_into(connection: socket.socket, views: list[memoryview]) -> None:
             raise ConnectionResetError("the server closed the connection")
         left -= done
         if left:
-            views = _behind(views, done)
+            views = behind(views, done)
 
 
-def _behind(views: list[memoryview], done: int) -> list[memoryview]:
+def behind(views: list[memoryview], done: int) -> list[memoryview]:
+    """What is left of ``views`` after ``done`` bytes."""
     left = []
     for view in views:
         if done >= len(view):

@@ -19,6 +19,7 @@ from concurrent.futures import Executor
 from typing import Any
 
 from emulator.errors import UserError
+from emulator.ports import Workers
 
 
 class Backend(ABC):
@@ -56,6 +57,9 @@ class Backend(ABC):
     @abstractmethod
     def write(self, offset: int, views: Sequence[memoryview], *, through: bool = False) -> None:
         """Store ``views`` at ``offset``; ``through``: it is safe on the medium afterwards (FUA)."""
+
+    def use(self, workers: Workers) -> None:
+        """Before the first request: where its work can be done."""
 
     def start(
         self,

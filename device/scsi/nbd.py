@@ -1,7 +1,7 @@
 """A disk on an NBD server.
 
-Data goes from the socket into guest pages and out of them, in the threads of :mod:`device.nbd`; the event loop only
-hands requests over. What a server cannot do is done another way, or not offered to the guest:
+Data goes from the socket into guest pages and out of them, without a copy and without a thread that waits.
+What a server cannot do is done another way, or not offered to the guest:
 
     | the server lacks  | instead                                     |
     | FUA               | a flush after the write                     |
@@ -23,6 +23,7 @@ from device.nbd.handshake import Export
 from device.nbd.wire import Command, CommandFlag, ExportFlag
 from device.scsi.backend import Backend
 from device.scsi.file import Cache
+from emulator.ports import Workers
 
 _THREADS = 4
 """Flushes, discards and the like that wait side by side."""
@@ -65,6 +66,9 @@ class NbdBackend(Backend):
         self.flush_needed = self.write_cache and cache is not Cache.UNSAFE
         self.can_discard = can_discard and not read_only and bool(flags & ExportFlag.TRIM)
         self.discard_granularity = export.preferred if self.can_discard else 0
+
+    def use(self, workers: Workers) -> None:
+        self.client.use(workers)
 
     # --- without waiting ---------------------------------------------------------------------------------------
 

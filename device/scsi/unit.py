@@ -102,6 +102,7 @@ class LogicalUnit(ABC):
     def start(self, environment: DeviceEnvironment) -> None:
         """Before the first command."""
         self.environment = environment
+        self.backend.use(environment.workers)
 
     def close(self) -> None:
         """The unit is gone, and all its commands have ended."""

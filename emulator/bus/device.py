@@ -80,6 +80,9 @@ class InlineWorkers:
     ) -> bool:
         return False
 
+    def watch(self, fd: int, readable: Callable[[], None], /) -> Callable[[], None] | None:
+        return None
+
     def expect(
         self, done: Callable[[Exception | None], None], /
     ) -> Callable[[Exception | None], None] | None:

@@ -25,6 +25,8 @@ _log = logging.getLogger(__name__)
 Work = Callable[[], None]
 Done = Callable[[Exception | None], None]
 
+STOP_LIMIT = 5.0
+"""Seconds in which an event loop that still runs has stopped to watch a socket."""
 THREADS = 16
 """Pieces of work that are done side by side."""
 
@@ -34,6 +36,7 @@ class WorkerThreads:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, threads: int = THREADS) -> None:
         self._loop = loop
+        self._loop_thread = threading.get_ident()
         self._limit = threads
         self._queue: queue.SimpleQueue[tuple[Work, Done] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -90,6 +93,27 @@ class WorkerThreads:
 
         self._uring.transfer(fd, offset, views, write, flags, ended)
         return True
+
+    def watch(self, fd: int, readable: Callable[[], None], /) -> Callable[[], None]:
+        loop = self._loop
+
+        def stop() -> None:
+            if threading.get_ident() == self._loop_thread:
+                loop.remove_reader(fd)
+                return
+            stopped = threading.Event()
+
+            def remove() -> None:
+                loop.remove_reader(fd)
+                stopped.set()
+
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nothing is called any more
+                loop.call_soon_threadsafe(remove)
+                stopped.wait(STOP_LIMIT)
+
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(loop.add_reader, fd, readable)
+        return stop
 
     def expect(self, done: Done, /) -> Done:
         self._unfinished += 1
