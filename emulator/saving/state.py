@@ -15,6 +15,7 @@ It never contains bytes or indices of a ring: those are guest memory.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -185,6 +186,9 @@ class Assembly:
 
     def take(self, buffer: bytes | bytearray | memoryview) -> Assembly:
         """With all chunks of ``buffer``, in whole chunks. Raises :class:`StateRefused`."""
+        return _first(bytes(buffer)) if self == Assembly() else self._take(buffer)
+
+    def _take(self, buffer: bytes | bytearray | memoryview) -> Assembly:
         found, position = read_chunks(buffer, self.position)
         chunks = self.chunks + tuple(found)
         rank = 0
@@ -237,6 +241,17 @@ class Assembly:
         state = ChannelState(header, tuple(outstanding), tuple(queue), tuple(taken), device)
         _check(state)
         return state
+
+
+@functools.lru_cache(maxsize=2048)
+def _first(buffer: bytes) -> Assembly:
+    """A machine's state is read, then checked, then restored, while its guest stands still: it is parsed once."""
+    return Assembly()._take(buffer)
+
+
+def forget_parsed() -> None:
+    """Nobody needs the parsed buffers any more."""
+    _first.cache_clear()
 
 
 def _outgoing(chunk: Chunk) -> OutgoingPacket:

@@ -117,7 +117,7 @@ async def _compare(result: Result, name: str, command: str, interval: float) -> 
 
 @contextlib.asynccontextmanager
 async def _with_emulator(options: GuestOptions, interval: float) -> AsyncIterator[Guest]:
-    def devices() -> Sequence[Device]:
+    def devices(_: Sequence[str] = ()) -> Sequence[Device]:
         plain = [Registry().create(line) for line in ("shutdown", "timesync")]
         first: list[Device] = [OneOfMany(interval, 0)]
         return plain + first + [OneOfMany(1000.0, n) for n in range(1, CHANNELS - len(plain))]

@@ -37,6 +37,7 @@ from emulator.saving import (
     save_machine,
 )
 from emulator.saving.device_channel import DeviceChannel
+from emulator.saving.state import forget_parsed
 from emulator.saving.stream import BUFFER_SIZE, STREAM_LIMIT
 from emulator.wire.saved import ChannelIdentity, SavedSection, parse_record
 
@@ -243,6 +244,8 @@ class HostState:
                 for channel in made:
                     self._host.bus.revoke(channel)
             raise
+        finally:
+            forget_parsed()
 
     def check(self, data: bytes) -> None:
         """Whether ``data`` could be restored, once guest memory is here. Raises
