@@ -244,12 +244,11 @@ def _without_log() -> Iterator[None]:
 def add_log(result: Result) -> None:
     """What remembering written pages costs where every packet passes: the channel benchmark of ``ring``, in turn."""
     for shape in SHAPES_OF_LOG:
-        ratios = []
+        seconds: dict[bool, list[float]] = {True: [], False: []}
         for turn in range(LOG_ROUNDS):
-            seconds = {}
             for logged in (turn % 2 == 0, turn % 2 == 1):
                 with contextlib.nullcontext() if logged else _without_log():
-                    seconds[logged] = bench_channel(SHAPES[shape], 32, LOG_PACKETS)
-            ratios.append(seconds[True] / seconds[False])
+                    seconds[logged].append(bench_channel(SHAPES[shape], 32, LOG_PACKETS))
         name = f"log of written pages, {shape}: with / without"
-        result.figure(f"{name}, median of {LOG_ROUNDS}", statistics.median(ratios), "", "< 1.02")
+        ratio = min(seconds[True]) / min(seconds[False])  # others on the machine only ever add
+        result.figure(f"{name}, least of {LOG_ROUNDS}", ratio, "", "< 1.02")
