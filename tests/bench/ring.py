@@ -3,8 +3,8 @@
     python -m tests.bench.ring [--packets 200000]
 
 The guest's side is prepared outside of the measured time, which is the thread's time on a processor. Figures are
-thousands of packets a second of one core, and microseconds a packet. ``ring`` is read_batch + commit, and a completion each through OutgoingRing.write;
-``channel`` is all of it: doorbell, turn, device, completion, signal.
+thousands of packets a second of one core, and microseconds a packet. ``ring`` is read_batch + commit, and a
+completion each through OutgoingRing.write; ``channel`` is all of it: doorbell, turn, device, completion, signal.
 """
 
 from __future__ import annotations
