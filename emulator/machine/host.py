@@ -17,7 +17,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import Enum
@@ -43,6 +43,7 @@ from emulator.machine.clock import TcgClock
 from emulator.machine.discovery import QemuFacts, discover
 from emulator.machine.fastpath import CompiledFastPath
 from emulator.machine.gateway import Gateway
+from emulator.machine.local_apics import LocalApics
 from emulator.machine.memory import MappedMemory
 from emulator.machine.migration.follower import Follower, Phase, Switchover
 from emulator.machine.qmp import Qmp
@@ -120,23 +121,6 @@ SPIN_NS = 100_000
 
 #: Times that a busy guest is looked at again before everybody else has a turn.
 GATEWAY_ROUNDS = 64
-
-
-class LocalApics:
-    """:class:`~emulator.ports.Interrupts`: an MSI through qtest."""
-
-    def __init__(self, qtest: Qtest, apic_ids: Sequence[int], gone: Callable[[QemuGone], None]) -> None:
-        """``gone``: told when QEMU closed its socket; requests after that have no effect."""
-        self._qtest = qtest
-        self._apic_ids = tuple(apic_ids)
-        self._gone = gone
-
-    def request(self, vp: int, vector: int, *, auto_eoi: bool = False) -> None:
-        # The gateway ends auto-EOI interrupts by itself: see Host._Events.auto_eoi_changed.
-        try:
-            self._qtest.interrupt(self._apic_ids[vp], vector)
-        except QemuGone as error:  # a device in the middle of its work cannot mend that
-            self._gone(error)
 
 
 class Host:

@@ -11,7 +11,8 @@ import pytest
 
 from emulator.errors import InternalError, QemuGone
 from emulator.hypervisor.faults import GeneralProtection, UndefinedOpcode
-from emulator.machine.host import Ending, Host, LocalApics
+from emulator.machine.host import Ending, Host
+from emulator.machine.local_apics import LocalApics
 from emulator.machine.migration.follower import Phase
 from emulator.machine.traps import Fault, Trap
 from emulator.wire.gateway import TrapKind
