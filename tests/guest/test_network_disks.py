@@ -85,15 +85,19 @@ def test_a_server_that_is_killed_under_load_and_comes_back(tmp_path: Path) -> No
     image.write_bytes(os.urandom(8 * MIB))
     before = hashlib.md5(image.read_bytes()).hexdigest()
     script = (
-        WAIT.format("sdb")
-        + "md5sum </dev/sda; blkdiscard -o 4194304 -l 4194304 /dev/sda && echo discarded; "
-        + "(until ! dd if=/dev/sdb of=/dev/null bs=64k count=4 iflag=direct 2>/dev/null; do :; done; "
-        + "echo sdb-failed; "
-        + "until dd if=/dev/sdb of=/dev/null bs=64k count=4 iflag=direct 2>/dev/null; do usleep 50000; done; "
-        + "echo sdb-back) & dd if=/dev/urandom of=/root/f bs=64k count=16 2>/dev/null; sum=$(md5sum </root/f); n=0; "
-        + "while :; do dd if=/root/f of=/dev/sda bs=64k seek=$((n % 4 * 16)) oflag=direct conv=notrunc 2>/dev/null "
+        WAIT.format("sda")
+        + WAIT.format("sdb")
+        # Which of the two is found first, and so called sda, is chance.
+        + "disk() { ls /sys/class/scsi_disk/*:0:0:$1/device/block; }; "
+        + "a=/dev/$(disk 0) b=/dev/$(disk 1); "
+        + "md5sum <$a; blkdiscard -o 4194304 -l 4194304 $a && echo discarded; "
+        + "(until ! dd if=$b of=/dev/null bs=64k count=4 iflag=direct 2>/dev/null; do :; done; "
+        + "echo b-failed; "
+        + "until dd if=$b of=/dev/null bs=64k count=4 iflag=direct 2>/dev/null; do usleep 50000; done; "
+        + "echo b-back) & dd if=/dev/urandom of=/root/f bs=64k count=16 2>/dev/null; sum=$(md5sum </root/f); n=0; "
+        + "while :; do dd if=/root/f of=$a bs=64k seek=$((n % 4 * 16)) oflag=direct conv=notrunc 2>/dev/null "
         + "|| echo bad-write; [ "
-        + '"$(dd if=/dev/sda bs=16k skip=$((n % 4 * 64)) count=64 iflag=direct 2>/dev/null | md5sum)" = "$sum" ] '
+        + '"$(dd if=$a bs=16k skip=$((n % 4 * 64)) count=64 iflag=direct 2>/dev/null | md5sum)" = "$sum" ] '
         + "|| echo bad-read; n=$((n + 1)); echo round-$n; done"
     )
 
@@ -111,12 +115,12 @@ def test_a_server_that_is_killed_under_load_and_comes_back(tmp_path: Path) -> No
             await guest.says("round-2")
             sessions = units(guest)["0:0"]["sessions"]
             server.kill()
-            await guest.says("sdb-failed")
+            await guest.says("b-failed")
             assert "3/11/00" in units(guest)["0:1"]["errors"]
             await guest.until(lambda: "trouble" in units(guest)["0:0"], "the loss to be noticed")
             rounds = guest.output.count(b"round-")
             server.start()
-            await guest.says("sdb-back")
+            await guest.says("b-back")
             await guest.until(lambda: guest.output.count(b"round-") > rounds + 2, "rounds after it came back")
             assert b"bad" not in guest.output, guest.tail()
             found = units(guest)["0:0"]
