@@ -34,7 +34,30 @@ from emulator.errors import InternalError, MalformedError
 T = TypeVar("T")
 
 
-class _GuidAdapter(c.Adapter):  # type: ignore[misc]
+class PlainAdapter(c.Adapter):  # type: ignore[misc]
+    """An adapter that looks at nothing but the value itself: not at the context, and so at no other field."""
+
+
+class Counted(c.Subconstruct):  # type: ignore[misc]
+    """construct's ``PrefixedArray``, for plain fields: the number of elements, then the elements."""
+
+    def __init__(self, countfield: Any, subcon: Any) -> None:
+        super().__init__(subcon)
+        self.countfield = countfield
+
+    def _parse(self, stream: Any, context: Any, path: str) -> list[Any]:
+        count = self.countfield._parse(stream, context, path)
+        parse = self.subcon._parse
+        return [parse(stream, context, path) for _ in range(count)]
+
+    def _build(self, obj: Any, stream: Any, context: Any, path: str) -> Any:
+        self.countfield._build(len(obj), stream, context, path)
+        for each in obj:
+            self.subcon._build(each, stream, context, path)
+        return obj
+
+
+class _GuidAdapter(PlainAdapter):
     """A GUID in its wire form: the first three groups little-endian."""
 
     def _decode(self, obj: bytes, context: Any, path: str) -> uuid.UUID:
@@ -63,7 +86,7 @@ class Record(Generic[T]):
 
     def __init__(self, cls: type[T], *fields: Any) -> None:
         self.cls = cls
-        self.struct = c.Struct(*fields)
+        self.struct = grouped(*fields)
         self._names = tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
         declared = {s.name for s in self.struct.subcons if s.name and not s.name.startswith("_")}
         if declared != set(self._names):
@@ -98,6 +121,75 @@ class Record(Generic[T]):
             return bytes(self.struct.build({name: getattr(value, name) for name in self._names}))
         except (c.ConstructError, struct.error, OverflowError) as error:
             raise InternalError(f"{value!r} does not fit its declaration: {error}") from error
+
+
+class _GroupedStruct(c.Struct):  # type: ignore[misc]
+    """A struct of plain fields: neighbouring integers are read and written at once, and no context is kept."""
+
+    def __init__(self, *subcons: Any) -> None:
+        super().__init__(*subcons)
+        self._plan: list[tuple[tuple[str, ...], struct.Struct | None, Any]] = []
+        names: list[str] = []
+        code = ""
+        for subcon in self.subcons:
+            if isinstance(_unwrapped(subcon), c.FormatField):
+                names.append(subcon.name)
+                code += _struct_code(subcon)
+                continue
+            if names:
+                self._plan.append((tuple(names), struct.Struct("<" + code), None))
+                names, code = [], ""
+            self._plan.append(((subcon.name,), None, subcon.subcon))
+        if names:
+            self._plan.append((tuple(names), struct.Struct("<" + code), None))
+
+    def _parse(self, stream: Any, context: Any, path: str) -> Any:
+        found: dict[str, Any] = {}
+        for names, integers, subcon in self._plan:
+            if integers is not None:
+                data = c.stream_read(stream, integers.size, path)
+                found.update(zip(names, integers.unpack(data), strict=True))
+            else:
+                found[names[0]] = subcon._parsereport(stream, context, path)
+        return found
+
+    def _build(self, obj: Any, stream: Any, context: Any, path: str) -> Any:
+        for names, integers, subcon in self._plan:
+            if integers is not None:
+                c.stream_write(stream, integers.pack(*[obj[name] for name in names]), integers.size, path)
+            else:
+                subcon._build(obj[names[0]], stream, context, path)
+        return obj
+
+
+def grouped(*fields: Any) -> c.Struct:
+    """The struct of ``fields``, the quick form of it if they are plain: saved records are, and have many fields."""
+    declared = c.Struct(*fields)
+    if all(isinstance(each, c.Renamed) and _plain(each) for each in declared.subcons):
+        return _GroupedStruct(*fields)
+    return declared
+
+
+def _plain(subcon: Any) -> bool:
+    if isinstance(subcon, c.Renamed):
+        return _plain(subcon.subcon)
+    if isinstance(subcon, c.FormatField):
+        return any(getattr(c, name).fmtstr == subcon.fmtstr for name in _STRUCT_CODES)
+    if isinstance(subcon, c.Bytes | c.BytesInteger):
+        return isinstance(subcon.length, int)
+    if isinstance(subcon, _GroupedStruct) or getattr(subcon, "plain", False) or subcon is c.GreedyBytes:
+        return True
+    if isinstance(subcon, Counted):
+        return _plain(subcon.countfield) and _plain(subcon.subcon)
+    if isinstance(subcon, c.Prefixed):
+        return _plain(subcon.lengthfield) and _plain(subcon.subcon)
+    if isinstance(subcon, c.StringEncoded | PlainAdapter):
+        return _plain(subcon.subcon)
+    if isinstance(subcon, c.Array):
+        return isinstance(subcon.count, int) and _plain(subcon.subcon)
+    if isinstance(subcon, c.Struct):
+        return all(isinstance(each, c.Renamed) and _plain(each) for each in subcon.subcons)
+    return False
 
 
 def derive_struct(declaration: c.Struct) -> struct.Struct:

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import construct as c
 
+from emulator.wire.codec import PlainAdapter
+
 PFN_LIMIT = 1 << 52
 """Page frame numbers of a 64-bit address space are less."""
 
@@ -28,6 +30,8 @@ _VARINT_BYTES = 10
 
 class _VarUint(c.Construct):  # type: ignore[misc]
     """An unsigned number below 2**64, least significant 7 bits first; bit 7 says that more follow."""
+
+    plain = True
 
     def _parse(self, stream: Any, context: Any, path: str) -> int:
         value: int = 0
@@ -97,6 +101,8 @@ class _RawRuns(c.Construct):  # type: ignore[misc]
     declaration takes 30 us for each.
     """
 
+    plain = True
+
     def _parse(self, stream: Any, context: Any, path: str) -> list[Run]:
         count = VarUint._parse(stream, context, path)
         start = c.stream_tell(stream, path)
@@ -154,7 +160,7 @@ def expand(raw: Sequence[Run], path: str, room: int = MAX_PAGES) -> tuple[int, .
     return tuple(pfns)
 
 
-class _PfnRuns(c.Adapter):  # type: ignore[misc]
+class _PfnRuns(PlainAdapter):
     """A tuple of page frame numbers."""
 
     def _decode(self, obj: Any, context: Any, path: str) -> tuple[int, ...]:

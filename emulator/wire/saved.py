@@ -19,14 +19,14 @@ import construct as c
 
 from emulator.errors import MalformedError
 from emulator.wire.chunk import ChunkKind
-from emulator.wire.codec import Guid, Record
+from emulator.wire.codec import Counted, Guid, PlainAdapter, Record
 from emulator.wire.packet import GpaRange, TransferPages, TransferRange
 from emulator.wire.pfn_runs import MAX_PAGES, PFN_LIMIT, PfnRuns, RawRuns, VarUint, expand, steps
 
 T = TypeVar("T")
 
 
-class Nested(c.Adapter):  # type: ignore[misc]
+class Nested(PlainAdapter):
     """A record within a record, as its dataclass."""
 
     def __init__(self, record: Record[Any]) -> None:
@@ -41,11 +41,11 @@ class Nested(c.Adapter):  # type: ignore[misc]
         return {name: getattr(obj, name) for name in self._names}
 
 
-class Maybe(c.Adapter):  # type: ignore[misc]
+class Maybe(PlainAdapter):
     """A field that may be ``None``: one byte says whether it is there."""
 
     def __init__(self, subcon: Any) -> None:
-        super().__init__(c.PrefixedArray(c.Int8ul, subcon))
+        super().__init__(Counted(c.Int8ul, subcon))
 
     def _decode(self, obj: Any, context: Any, path: str) -> Any:
         if len(obj) > 1:
@@ -56,11 +56,11 @@ class Maybe(c.Adapter):  # type: ignore[misc]
         return [] if obj is None else [obj]
 
 
-class Members(c.Adapter):  # type: ignore[misc]
+class Members(PlainAdapter):
     """Any number of the same thing, as a tuple."""
 
     def __init__(self, subcon: Any) -> None:
-        super().__init__(c.PrefixedArray(VarUint, subcon))
+        super().__init__(Counted(VarUint, subcon))
 
     def _decode(self, obj: Any, context: Any, path: str) -> tuple[Any, ...]:
         return tuple(obj)
@@ -75,12 +75,12 @@ Text = c.Prefixed(VarUint, c.GreedyString("utf8"))
 """Text, as its UTF-8."""
 
 
-class _Ranges(c.Adapter):  # type: ignore[misc]
+class _Ranges(PlainAdapter):
     """The ranges of a GPA-direct packet; all of them together name at most ``MAX_PAGES`` pages."""
 
     def __init__(self) -> None:
         one = c.Struct("byte_count" / c.Int32ul, "byte_offset" / c.Int16ul, "runs" / RawRuns)
-        super().__init__(c.PrefixedArray(VarUint, one))
+        super().__init__(Counted(VarUint, one))
 
     def _decode(self, obj: Any, context: Any, path: str) -> tuple[GpaRange, ...]:
         found, room = [], MAX_PAGES
@@ -108,12 +108,12 @@ class _Ranges(c.Adapter):  # type: ignore[misc]
         ]
 
 
-class _TransferPages(c.Adapter):  # type: ignore[misc]
+class _TransferPages(PlainAdapter):
     """The extension of a transfer-page packet."""
 
     def __init__(self) -> None:
         one = c.Struct("byte_count" / c.Int32ul, "byte_offset" / c.Int32ul)
-        super().__init__(c.Struct("set_id" / c.Int16ul, "ranges" / c.PrefixedArray(VarUint, one)))
+        super().__init__(c.Struct("set_id" / c.Int16ul, "ranges" / Counted(VarUint, one)))
 
     def _decode(self, obj: Any, context: Any, path: str) -> TransferPages:
         return TransferPages(
@@ -229,7 +229,7 @@ class SavedChannel:
     failure: str = ""
 
 
-class _Axes(c.Adapter):  # type: ignore[misc]
+class _Axes(PlainAdapter):
     """The axes as flags; a bit that has no name is malformed."""
 
     def _decode(self, obj: int, context: Any, path: str) -> ChannelAxes:

@@ -23,7 +23,7 @@ from emulator.bus.state import (
     HeldMessage,
     RangeRecord,
 )
-from emulator.wire.codec import Guid, Record
+from emulator.wire.codec import Guid, PlainAdapter, Record
 from emulator.wire.pfn_runs import VarUint
 from emulator.wire.saved import Blob, Maybe, Members, Nested
 from emulator.wire.version import ALL_FEATURES, Feature, Version
@@ -42,7 +42,7 @@ _STATES = (
 )
 
 
-class _Choice(c.Adapter):  # type: ignore[misc]
+class _Choice(PlainAdapter):
     """A member of an enumeration, as its place in a list."""
 
     def __init__(self, members: Sequence[Enum]) -> None:
@@ -58,7 +58,7 @@ class _Choice(c.Adapter):  # type: ignore[misc]
         return self._members.index(obj)
 
 
-class _Bool(c.Adapter):  # type: ignore[misc]
+class _Bool(PlainAdapter):
     def _decode(self, obj: int, context: Any, path: str) -> bool:
         if obj > 1:
             raise c.ValidationError(f"{obj} is neither 0 nor 1", path)
@@ -68,7 +68,7 @@ class _Bool(c.Adapter):  # type: ignore[misc]
         return int(obj)
 
 
-class _Version(c.Adapter):  # type: ignore[misc]
+class _Version(PlainAdapter):
     def _decode(self, obj: int, context: Any, path: str) -> Version:
         if obj not in Version.__members__.values():
             raise c.ValidationError(f"version {obj:#x}", path)
@@ -78,7 +78,7 @@ class _Version(c.Adapter):  # type: ignore[misc]
         return int(obj)
 
 
-class _Features(c.Adapter):  # type: ignore[misc]
+class _Features(PlainAdapter):
     def __init__(self, *, known: bool = True) -> None:
         super().__init__(c.Int32ul)
         self._known = known
@@ -92,7 +92,7 @@ class _Features(c.Adapter):  # type: ignore[misc]
         return int(obj)
 
 
-class _Pair(c.Adapter):  # type: ignore[misc]
+class _Pair(PlainAdapter):
     def _decode(self, obj: list[int], context: Any, path: str) -> tuple[int, ...]:
         return tuple(obj)
 

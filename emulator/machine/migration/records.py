@@ -17,7 +17,7 @@ from emulator.hypervisor.state import (
     TimerState,
     VpState,
 )
-from emulator.wire.codec import Record
+from emulator.wire.codec import PlainAdapter, Record
 from emulator.wire.msr import SINT_COUNT, STIMER_COUNT
 from emulator.wire.saved import Blob, Maybe, Members, Nested, Text
 
@@ -33,7 +33,7 @@ _MESSAGE = Record(
 )
 
 
-class _Pair(c.Adapter):  # type: ignore[misc]
+class _Pair(PlainAdapter):
     def _decode(self, obj: list[int], context: object, path: str) -> tuple[int, ...]:
         return tuple(obj)
 

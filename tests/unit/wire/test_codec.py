@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import emulator.wire
 from emulator.errors import InternalError, MalformedError
 from emulator.wire.codec import Guid, Record
+from emulator.wire.saved import Blob, Maybe, Members, Nested, Text
 
 
 def all_records() -> list[tuple[str, Record[Any]]]:
@@ -111,3 +112,97 @@ def test_what_has_no_fixed_shape_is_left_to_construct() -> None:
     record = Record(Listed, "items" / c.PrefixedArray(c.Int8ul, c.Int8ul))
     assert record._derived is None
     assert record.parse(b"\2\5\6").items == [5, 6]
+
+
+# --- saved records: many small fields ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Inner:
+    first: int
+    second: int
+
+
+INNER = Record(Inner, "first" / c.Int16ul, "second" / c.Int64sl)
+
+
+@dataclass(frozen=True, slots=True)
+class Outer:
+    head: int
+    flag: int
+    inner: Inner
+    perhaps: int | None
+    names: tuple[str, ...]
+    blob: bytes
+    tail: int
+    guid: uuid.UUID
+    wide: int
+
+
+def outer_fields() -> list[Any]:
+    return [
+        "head" / c.Int32ul,
+        "flag" / c.Int8ul,
+        "inner" / Nested(INNER),
+        "perhaps" / Maybe(c.Int16ul),
+        "names" / Members(Text),
+        "blob" / Blob,
+        "tail" / c.Int64ul,
+        "guid" / Guid,
+        "wide" / c.BytesInteger(16, signed=True, swapped=True),
+    ]
+
+
+OUTER = Record(Outer, *outer_fields())
+DECLARED = c.Struct(*outer_fields())
+"""The same, as construct itself does it."""
+
+outers = st.builds(
+    Outer,
+    head=st.integers(0, (1 << 32) - 1),
+    flag=st.integers(0, 255),
+    inner=st.builds(Inner, st.integers(0, 65535), st.integers(-(1 << 63), (1 << 63) - 1)),
+    perhaps=st.none() | st.integers(0, 65535),
+    names=st.lists(st.text(max_size=8), max_size=4).map(tuple),
+    blob=st.binary(max_size=300),
+    tail=st.integers(0, (1 << 64) - 1),
+    guid=st.uuids(),
+    wide=st.integers(-(1 << 127), (1 << 127) - 1),
+)
+
+
+@given(outers)
+def test_grouped_fields_are_written_and_read_as_their_declaration_says(value: Outer) -> None:
+    assert type(OUTER.struct) is not c.Struct
+    data = OUTER.build(value)
+    assert data == DECLARED.build({name: getattr(value, name) for name in Outer.__slots__})
+    assert OUTER.parse(data) == value
+    found = DECLARED.parse(data)
+    assert Outer(**{name: found[name] for name in Outer.__slots__}) == value
+
+
+@given(outers, st.data())
+def test_grouped_fields_that_end_early_are_malformed(value: Outer, draw: st.DataObject) -> None:
+    data = OUTER.build(value)
+    cut = data[: draw.draw(st.integers(0, len(data) - 1))]
+    with pytest.raises(MalformedError):
+        OUTER.parse(cut)
+    with pytest.raises(c.ConstructError):
+        DECLARED.parse(cut)
+
+
+def test_grouped_fields_that_do_not_fit_are_our_own_mistake() -> None:
+    value = Outer(1 << 32, 0, Inner(0, 0), None, (), b"", 0, uuid.UUID(int=0), 0)
+    with pytest.raises(InternalError):
+        OUTER.build(value)
+
+
+def test_fields_that_look_at_others_are_left_to_construct() -> None:
+    @dataclass(frozen=True, slots=True)
+    class Sized:
+        size: int
+        data: bytes
+
+    record = Record(Sized, "size" / c.Int8ul, "data" / c.Bytes(c.this.size))
+    assert type(record.struct) is c.Struct
+    assert record.parse(b"\x02ab") == Sized(2, b"ab")
