@@ -187,7 +187,7 @@ class Host:
         )
         for connection in (1, 4):
             self.partition.connect_message_port(connection, self._message)
-        # Whoever looks instead of sleeping takes a processor, and with none to spare a vCPU's.
+        # Whoever looks for long instead of sleeping takes a processor, and with none to spare a vCPU's.
         self._spare = len(os.sched_getaffinity(0)) > len(facts.apic_ids)
         self.workers = WorkerThreads(loop)
         self.workers.fast_path = CompiledFastPath.open(
@@ -259,7 +259,8 @@ class Host:
 
     def channel_end(self, device: Device) -> ChannelIo:
         """The host's end of a channel of ``device`` that is about to be offered."""
-        return ChannelIo(device, self._loop, look_window=None if self._spare else 0.0)
+        longest = device.look_window if self._spare else min(device.look_window, Device.look_window)
+        return ChannelIo(device, self._loop, look_window=longest)
 
     def add_device(self, device: Device) -> AttachedDevice:
         """Offer one more device; the guest sees it at once if it has asked for offers."""
