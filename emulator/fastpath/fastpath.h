@@ -92,7 +92,7 @@ struct slot {
 };
 
 struct uring {
-    int fd, event_fd, deferred;
+    int fd, event_fd;
     void *sq_map, *cq_map, *sqe_map;
     uint64_t sq_size, cq_size, sqe_size;
     uint32_t *sq_tail, *sq_flags, *cq_head, *cq_tail, *cq_flags;

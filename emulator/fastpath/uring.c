@@ -28,7 +28,6 @@ int uring_open(struct uring *ring)
     }
     if (ring->fd < 0)
         return -1;
-    ring->deferred = (params.flags & IORING_SETUP_DEFER_TASKRUN) != 0;
     ring->sq_size = params.sq_off.array + params.sq_entries * sizeof(uint32_t);
     ring->cq_size = params.cq_off.cqes + params.cq_entries * sizeof(struct io_uring_cqe);
     ring->sqe_size = params.sq_entries * sizeof(struct io_uring_sqe);
