@@ -39,7 +39,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 async def answer(host: Host, request: Mapping[str, Any]) -> object:
     """The control socket's ``cont``."""
-    await host.qmp.execute("cont")
+    await host.qmp.cont()
     return {}
 
 

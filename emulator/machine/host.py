@@ -251,7 +251,7 @@ class Host:
             await host.migration.start()
             host._activate(options)
             if let_go:
-                await qmp.execute("cont")
+                await qmp.cont()
         except BaseException:
             await host.close()
             raise

@@ -27,6 +27,9 @@ from qemu.qmp.protocol import Runstate, StateError
 
 from emulator.errors import QemuError, QemuGone, QemuUnsuitable
 
+_WINDING_UP = 0.005
+"""Seconds between looks at a migration that QEMU tells no event about."""
+
 
 def _event(message: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return str(message["event"]), dict(message.get("data", {}))
@@ -88,6 +91,19 @@ class Qmp:
         """Give QEMU a descriptor of this process (which keeps it), for ``fd:NAME`` in a later command here."""
         self._client.send_fd_scm(descriptor)
         await self.execute("getfd", {"fdname": name})
+
+    async def cont(self, limit: float = 10.0) -> None:
+        """Let the guest run.
+
+        A migration that has ended is still being wound up for a moment, and QEMU refuses this until it is. Raises
+        :class:`QemuError` when QEMU refuses it, or when that moment is longer than ``limit`` seconds.
+        """
+        end = asyncio.get_running_loop().time() + limit
+        while (await self.execute("query-status"))["status"] == "finish-migrate":
+            if asyncio.get_running_loop().time() > end:
+                break  # QEMU's own words are the best
+            await asyncio.sleep(_WINDING_UP)
+        await self.execute("cont")
 
     async def monitor(self, line: str) -> str:
         """One command of the human monitor."""

@@ -224,7 +224,7 @@ class Follower:
             self.fenced = False
             self._host.gateway.guest = GuestState.ENGAGED
             self._host.look_at_gateway()
-        await self._host.qmp.execute("cont")
+        await self._host.qmp.cont()
 
     async def _look_at_manner(self) -> None:
         self._manner = await manner(self._host.qmp)
@@ -305,14 +305,14 @@ class Follower:
         else:
             self.phase = Phase.LOADED
             if frame.ran:
-                await self._host.qmp.execute("cont")
+                await self._host.qmp.cont()
         self._changed()
 
     async def _stay(self) -> None:
         """QEMU takes the guest for gone, and no target can have it: what was sent had no state in it."""
         _log.error("the migration completed without the emulator's state: the guest goes on here")
         if self._stopped:
-            await self._host.qmp.execute("cont")
+            await self._host.qmp.cont()
         else:
             self.phase = Phase.IDLE
 

@@ -55,7 +55,7 @@ async def save(host: Host, tag: str, *, limit: float = 600.0) -> Departure:
     finally:
         follower.phase = Phase.IDLE
         if ran:
-            await host.qmp.execute("cont")
+            await host.qmp.cont()
 
 
 async def load(host: Host, tag: str, *, limit: float = 600.0) -> None:
@@ -69,7 +69,7 @@ async def load(host: Host, tag: str, *, limit: float = 600.0) -> None:
     follower.state.hold()
     if not await host.workers.settle(SETTLE_LIMIT):
         if ran:
-            await host.qmp.execute("cont")
+            await host.qmp.cont()
         raise SnapshotFailed("a device's work did not end in time, nothing was changed; try again")
     follower.state.forget()
     follower.expect()
@@ -83,7 +83,7 @@ async def load(host: Host, tag: str, *, limit: float = 600.0) -> None:
         follower.abandon()
         raise SnapshotFailed(f"{tag} was made without the emulator's state; the guest stays stopped")
     if ran:
-        await host.qmp.execute("cont")
+        await host.qmp.cont()
 
 
 async def delete(host: Host, tag: str, *, limit: float = 600.0) -> None:
