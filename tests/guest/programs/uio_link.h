@@ -79,25 +79,36 @@ static bool write_line(const char *path, const char *line)
 	return ok;
 }
 
-/* The sysfs name (the instance GUID) of the `nth` device with this interface GUID. */
-static void find_device(const char *interface_guid, int nth, char *name, size_t size)
+/* The sysfs name (the instance GUID) of the `nth` device with this interface GUID, if it is there. */
+static bool look_for_device(const char *interface_guid, int nth, char *name, size_t size)
 {
 	char path[512], line[128], wanted[64];
 	DIR *folder = opendir(VMBUS "devices");
 	struct dirent *entry;
+	bool found = false;
 
 	if (!folder)
 		fail("no " VMBUS "devices: this guest has no VMBus");
 	snprintf(wanted, sizeof wanted, "{%s}", interface_guid);
-	while ((entry = readdir(folder))) {
+	while (!found && (entry = readdir(folder))) {
 		snprintf(path, sizeof path, VMBUS "devices/%.200s/class_id", entry->d_name);
 		if (entry->d_name[0] == '.' || !read_line(path, line, sizeof line) || strcmp(line, wanted) != 0)
 			continue;
-		if (nth-- > 0)
-			continue;
-		snprintf(name, size, "%s", entry->d_name);
-		closedir(folder);
-		return;
+		found = nth-- == 0;
+		if (found)
+			snprintf(name, size, "%s", entry->d_name);
+	}
+	closedir(folder);
+	return found;
+}
+
+/* The same; it may still be on its way, as Linux works on offers after the bus driver has been loaded. */
+static void find_device(const char *interface_guid, int nth, char *name, size_t size)
+{
+	for (int attempt = 0; attempt < 200; attempt++) {
+		if (look_for_device(interface_guid, nth, name, size))
+			return;
+		usleep(50000);
 	}
 	fail("no device of interface %s is offered", interface_guid);
 }
