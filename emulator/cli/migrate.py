@@ -34,6 +34,8 @@ examples:
 
   vmbus migrate web fd:3 3<>/dev/tcp/target/4444
                                             over a descriptor of the shell's (a socket, a pipe)
+  vmbus migrate web exec:'ssh t start' --keep
+  vmbus migrate web --take-back             ... and it was refused there: the guest goes on here
   vmbus migrate web --wait-ready            somebody else drives, and sends migrate-continue after this
 
 The guest is never lost: if anything fails before the target has all of it, it goes on where it is.
@@ -87,10 +89,16 @@ def add_parser(verbs: Any) -> None:
         "--timeout", type=float, default=600.0, metavar="SECONDS", help="give up then (default: 600)"
     )
     parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="once the guest has gone, keep what was sent of it, stopped, and end only when told to: where a target "
+        "cannot say that it refuses (file:, exec:, a pipe, or --carrier file:), for --take-back",
+    )
+    parser.add_argument(
         "--take-back",
         action="store_true",
-        help="the guest was sent away by somebody else's command, and the target is known to have failed: let it go "
-        "on here",
+        help="the guest was sent away, with --keep or by somebody else's command, and the target is known to have "
+        "failed: let it go on here",
     )
     parser.add_argument("--json", action="store_true", help="the summary, as one JSON object")
     parser.set_defaults(action=main)
@@ -105,6 +113,8 @@ def main(arguments: argparse.Namespace) -> int:
             "--share-memory is for a guest that moves into a new QEMU here; to a URI, set x-ignore-shared on both "
             "sides, and start the target with the same mem-path"
         )
+    if uri is None and arguments.keep:
+        raise UsageError("--keep goes with a URI; a guest that moves here is kept until its new QEMU has it")
     if uri is None and arguments.cpr is not None:
         raise UsageError("--cpr goes with a URI: where the same QEMU waits for the rest")
     if arguments.carrier is not None:
@@ -113,8 +123,11 @@ def main(arguments: argparse.Namespace) -> int:
         arguments.carrier = str(CarrierAddress.parse(arguments.carrier))
     control = rundir.find(name) / "control.sock"
     if arguments.take_back:
-        if uri is not None:
-            raise UsageError("--take-back is about the guest that is here: it goes with no URI")
+        if uri is not None or arguments.share_memory or arguments.wait_ready:
+            raise UsageError(
+                "--take-back starts no migration, it is about the guest that was here: it goes with no URI, no "
+                "--share-memory, no --wait-ready"
+            )
         ask(control, "take-back")
         print("the guest goes on here")
         return 0
@@ -129,6 +142,8 @@ def main(arguments: argparse.Namespace) -> int:
         request["cpr"] = arguments.cpr
     if arguments.carrier is not None:
         request["carrier"] = arguments.carrier
+    if arguments.keep:
+        request["keep"] = True
     if arguments.save_buffer is not None:
         request["save_buffer"] = arguments.save_buffer
     descriptors: list[int] = []
@@ -142,6 +157,8 @@ def main(arguments: argparse.Namespace) -> int:
         print()
     else:
         print(render(found))
+        if arguments.keep:
+            print("what was sent is kept here, stopped: if the target refused it, --take-back lets it go on")
     return 0
 
 
@@ -230,7 +247,7 @@ def render(found: Mapping[str, Any]) -> str:
 
 
 async def answer(host: Host, request: Mapping[str, Any]) -> object:
-    """The control socket's ``migrate``: to a URI. The emulator then ends, its guest is elsewhere."""
+    """The control socket's ``migrate``: to a URI. The emulator then ends, unless it is to ``keep`` the guest."""
     if "save_buffer" in request:
         host.migration.buffer_size = int(request["save_buffer"])
     try:
@@ -245,7 +262,8 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
             )
     except (KeyError, ValueError) as error:
         raise MigrationFailed(f"not a request to migrate: {error}") from error
-    asyncio.get_running_loop().call_later(_LEAVE, host.stop, Ending.MIGRATED)
+    if not request.get("keep"):
+        asyncio.get_running_loop().call_later(_LEAVE, host.stop, Ending.MIGRATED)
     return outcome.as_dict()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -14,8 +13,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from emulator.errors import UserError
 from emulator.machine import gateway_build
 from emulator.machine.acpi import vmbus_table
+from emulator.machine.control import ask
 from emulator.machine.guest import emulator_options
 from emulator.machine.launch import GuestOptions, QemuProcess, command_line
 from emulator.machine.migration.vmstate import DbusDaemon
@@ -69,11 +70,11 @@ class Emulator:
 
     async def beats(self, name: str) -> int:
         """Heartbeats answered by the guest of that name; 0 while it is not served."""
-        asked = Emulator.start(self.folder, "status", name, "--json")
-        output, _ = await asyncio.to_thread(asked.process.communicate, timeout=LIMIT)
-        if asked.process.returncode:
+        control = self.folder / "vmbus" / name / "control.sock"
+        try:
+            channels = (await asyncio.to_thread(ask, control, "status"))["channels"]
+        except UserError:
             return 0
-        channels = json.loads(output)["channels"]
         return next((each["details"]["answers"] for each in channels if each["device"] == "heartbeat"), 0)
 
     async def more_beats(self, name: str) -> None:
@@ -84,6 +85,7 @@ class Emulator:
             if self.process.poll() is not None:
                 raise AssertionError((await self.ended())[1])
             assert time.monotonic() < end, f"no heartbeats of {name} within {LIMIT} s"
+            await asyncio.sleep(0.02)
 
     async def stop(self) -> None:
         if self.process.poll() is None:

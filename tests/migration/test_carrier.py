@@ -16,7 +16,6 @@ from emulator.machine.migration.drive import MigrationFailed, arrived, migrate, 
 from emulator.machine.migration.follower import Follower, Phase, Switchover
 from tests.guest.harness import Booted
 from tests.migration.journey import Journey, journey
-from tests.migration.own_qemu import Emulator, until
 from tests.migration.test_live import Unsavable, more_beats
 
 pytestmark = pytest.mark.guest
@@ -185,33 +184,3 @@ class Large(Unsavable):
 
     def restore(self, state: bytes) -> None:
         super().restore(state[: -(2 << 20)])
-
-
-def test_as_a_user_types_it(tmp_path: Path) -> None:
-    async def story() -> None:
-        options = ("--memory", "256M", "--device", "heartbeat,interval=0.05")
-        uri, carrier = f"unix:{tmp_path}/m.sock", f"unix:{tmp_path}/c.sock"
-        source = Emulator.start(tmp_path, "run", "--name", "a", *options)
-        target = None
-        try:
-            await source.more_beats("a")
-            target = Emulator.start(
-                tmp_path, "run", "--name", "b", "--incoming", uri, "--carrier", carrier, *options
-            )
-            await until(lambda: there(tmp_path / "m.sock"), "listening target")
-            moving = Emulator.start(tmp_path, "migrate", "a", uri, "--carrier", carrier)
-            status, said = await moving.ended()
-            assert status == 0, said
-            await target.more_beats("b")
-            status, said = await source.ended()
-            assert status == 0, said
-        finally:
-            for emulator in (source, target):
-                if emulator is not None:
-                    await emulator.stop()
-
-    asyncio.run(story())
-
-
-async def there(path: Path) -> bool:
-    return path.exists()

@@ -1,4 +1,4 @@
-"""``vmbus migrate``, ``vmbus snapshot`` and ``vmbus run --incoming`` as a user types them."""
+"""``vmbus migrate``, ``snapshot``, ``run --incoming`` and ``attach --carrier`` as a user types them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 
 from emulator.machine.qmp import Qmp
+from tests.migration.journey import machine
+from tests.migration.own_qemu import Emulator, own_qemu, travellers
+from tests.migration.own_qemu import until as holds
 
 pytestmark = pytest.mark.guest
 
@@ -174,3 +177,104 @@ def test_somebody_else_drives_over_descriptors_and_asks_when_to_go_on(tmp_path: 
             if process.poll() is None:
                 process.terminate()
                 process.communicate(timeout=30)
+
+
+def test_a_guest_is_taken_back_and_then_leaves_beside_qemus_stream(tmp_path: Path) -> None:
+    options = ("--memory", "256M", "--device", "heartbeat,interval=0.05")
+    count = ["i=0; while i=$((i+1)); do echo $i; usleep 50000; done"]
+    command = ("--", "sh", "-c", *count)
+    void, main, carrier = (f"unix:{tmp_path}/{name}" for name in ("void", "main", "carrier"))
+    started: list[Emulator] = []
+
+    def run(name: str, *words: str) -> Emulator:
+        started.append(Emulator.start(tmp_path, "run", "--name", name, *words, *options, *command))
+        return started[-1]
+
+    async def says(*words: str, status: int = 0) -> str:
+        return await asyncio.to_thread(asked, tmp_path, *words, status=status)
+
+    async def story() -> None:
+        source = run("a")
+        await source.more_beats("a")
+        assert "nothing to take back: it is idle" in await says("migrate", "a", "--take-back", status=1)
+        assert "goes with no URI" in await says("migrate", "a", void, "--take-back", status=2)
+
+        # Somebody else sends it away, to a target that dies when it has everything.
+        target = run("void", "--incoming", void)
+        await holds(lambda: is_there(tmp_path / "void"), "listening target")
+        driver = await Qmp.connect(str(tmp_path / "vmbus" / "a" / "qmp.sock"))
+        await driver.execute("migrate-set-capabilities", {"capabilities": [WAY_BACK]})
+        await driver.execute("migrate", {"uri": void})
+        await event(driver, "MIGRATION", "completed")
+        await target.more_beats("void")
+        target.process.kill()
+        await target.ended()
+
+        # It must not go on by itself.
+        answered = await source.beats("a")
+        await driver.execute("cont")
+        await event(driver, "STOP")
+        assert await source.beats("a") == answered
+        assert "it is left" in await says("migrate", "a", void, status=1)
+        assert await says("migrate", "a", "--take-back") == "the guest goes on here\n"
+        await source.more_beats("a")
+        assert "nothing to take back: it is idle" in await says("migrate", "a", "--take-back", status=1)
+        await driver.close()
+
+        # It goes where nobody can say that it was refused: it is kept, and taken back.
+        file = f"file:{tmp_path}/guest"
+        assert "goes with a URI" in await says("migrate", "a", "--keep", status=2)
+        assert "--take-back lets it go on" in await says("migrate", "a", file, "--keep")
+        answered = await source.beats("a")
+        assert "it is left" in await says("migrate", "a", file, status=1)
+        assert await source.beats("a") == answered
+        await says("migrate", "a", "--take-back")
+        await source.more_beats("a")
+
+        # And on it goes, into another emulator's QEMU, and into one that no emulator started.
+        target = run("b", "--incoming", main, "--carrier", carrier)
+        await holds(lambda: is_there(tmp_path / "main"), "listening target")
+        await says("migrate", "a", main, "--carrier", carrier)
+        first, errors = await asyncio.to_thread(source.process.communicate, timeout=LIMIT)
+        assert source.process.returncode == 0, errors
+        await target.more_beats("b")
+        async with own_qemu(tmp_path / "c", travellers(machine(tmp_path, command=count))[1]) as last:
+            last.attach("--carrier", carrier)
+            await last.attached()
+            await last.receive(main)
+            assert "no emulator takes a state" in await says(
+                *("migrate", "b", main, "--carrier", f"{carrier}2"), status=1
+            )
+            answered = await target.beats("b")
+            await says("migrate", "b", main, "--carrier", carrier)
+            assert await last.emulators[-1].beats("c") >= answered
+            await last.emulators[-1].more_beats("c")
+            second, errors = await asyncio.to_thread(target.process.communicate, timeout=LIMIT)
+            assert target.process.returncode == 0, errors
+        numbers = [int(word) for word in (first + second).split()]
+        assert numbers == list(range(1, len(numbers) + 1))  # what it said in the void came again
+
+    async def whole() -> None:
+        try:
+            await story()
+        finally:
+            for emulator in started:
+                await emulator.stop()
+
+    asyncio.run(whole())
+
+
+WAY_BACK = {"capability": "return-path", "state": True}
+
+
+async def event(qmp: Qmp, wanted: str, status: str = "") -> None:
+    """Wait for an event, with that status if one is given."""
+    async with asyncio.timeout(LIMIT):
+        async for name, data in qmp.events():
+            if name == wanted and (not status or data["status"] == status):
+                return
+    raise AssertionError(f"QEMU ended before {wanted} {status}")
+
+
+async def is_there(path: Path) -> bool:
+    return path.exists()
