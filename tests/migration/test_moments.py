@@ -1,5 +1,5 @@
 """Migrations at awkward moments: while a guest boots, while it opens, closes, loads modules, shares much memory, and
-with a ring that is full.
+with rings that are full.
 
 A moment that a guest is in only for milliseconds is caught by stopping it there. A guest that was stopped before its
 migration arrives stopped, and goes on from that very moment.
@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from device.echo import Echo
+from emulator.bus.channel_io import ChannelIo
+from emulator.wire.packet import Packet
+from emulator.wire.ring import RESERVED_BYTES
 from tests.guest.harness import LIMIT, LOADED_MODULES
 from tests.guest.test_boot import complaints
 from tests.migration.journey import Journey, journey
@@ -176,6 +180,95 @@ def test_with_a_ring_that_is_full(tmp_path: Path, guest_program: Program) -> Non
                 await guest.move()
                 await guest.host.qmp.execute("cont")
                 await more_beats(guest)
+            await goes_on(guest)
+
+    asyncio.run(story())
+
+
+class Slow(Echo):
+    """Takes requests, and answers none of them until :meth:`catch_up`."""
+
+    kept: list[Packet]
+
+    def packet(self, io: ChannelIo, packet: Packet) -> None:
+        self.kept.append(packet)
+
+    def catch_up(self, io: ChannelIo) -> None:
+        self.__class__ = Echo  # type: ignore[assignment]
+        for packet in self.kept:
+            self.packet(io, packet)
+
+
+def echo_io(guest: Journey) -> ChannelIo:
+    return next(each.io for each in guest.host.devices if each.device.name == "echo")
+
+
+def waits_for_room(io: ChannelIo) -> bool:
+    """The guest has filled its ring, and wants a signal when there is room again."""
+    ring = io._incoming
+    if ring is None:
+        return False
+    wanted = ring.control().pending_send_size
+    return wanted > 0 and ring.size - RESERVED_BYTES - ring.available < wanted
+
+
+def waits_for_each_other(io: ChannelIo) -> bool:
+    """Both rings are full."""
+    ring = io._outgoing
+    return ring is not None and waits_for_room(io) and io.backlog > 0 and ring.free < PACKET
+
+
+PACKET = 4000
+"""Bytes of data in a request, and in its answer."""
+BURST = 1200
+"""Requests that the guest sends before it wants an answer: more than both rings hold."""
+
+
+def test_with_a_ring_that_the_guest_has_filled(tmp_path: Path, guest_program: Program) -> None:
+    """The guest sends faster than the host takes: it waits for room, and is told when there is some."""
+
+    async def story() -> None:
+        async with journey(
+            tmp_path,
+            devices=ECHO,
+            load=UIO,
+            add=[(guest_program("echo_client"), "/bin/echo_client")],
+            command=[
+                f"echo started; while echo_client --count {50 * BURST} --burst {BURST} --size {PACKET} "
+                "--answers completion; do :; done; echo failed"
+            ],
+        ) as guest:
+            await guest.here.says("started")
+            for _ in range(2):
+                # Both rings are full: the guest waits for the host, and the host for the guest.
+                io = echo_io(guest)
+                await caught(guest, lambda io=io: waits_for_each_other(io))
+                went_well(await guest.move())
+                await guest.host.qmp.execute("cont")
+                requests = guest.device("echo").status()["requests"]
+                await guest.here.until(
+                    lambda before=requests: guest.device("echo").status()["requests"] > before + 2 * BURST,
+                    "echoes after that",
+                )
+
+                # The host takes nothing, there or here: only room that comes later can wake the guest.
+                echo_io(guest).hold()
+                await guest.here.until(lambda: waits_for_room(echo_io(guest)), "a ring that is full")
+                went_well(await guest.move())
+                io, device = echo_io(guest), guest.device("echo")
+                await more_beats(guest)  # whatever it was told when it arrived, it knows now
+                assert waits_for_room(io)
+                assert io.counters.packets_in == io.counters.packets_out == 0
+                device.__class__, device.kept = Slow, []
+                io.release()
+                await guest.here.until(
+                    lambda io=io: io.counters.packets_in >= BURST, "more than the ring held"
+                )
+                assert io.counters.packets_out == 0
+                device.catch_up(io)
+                await guest.here.until(
+                    lambda io=io: io.counters.packets_out > 3 * BURST, "echoes after those that were late"
+                )
             await goes_on(guest)
 
     asyncio.run(story())
