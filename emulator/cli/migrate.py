@@ -240,6 +240,7 @@ def render(found: Mapping[str, Any]) -> str:
             f"the guest stood still for {1000 * found['downtime']:.0f} ms",
             f"of that {1000 * found['prepared_in']:.1f} ms for the emulator: {found['state_bytes']} bytes of state, "
             f"{found['pages_marked']} pages marked ({found['pages_marked_early']} more before), "
+            f"{found['pages_carried']} pages carried along, "
             f"{found['answers_carried']} answers carried over",
             table(["channel", "chunks", "bytes", "SaveContinue returned"], rows),
         ]

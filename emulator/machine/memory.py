@@ -20,7 +20,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -279,6 +279,15 @@ class MappedMemory:
             self._store(offset, data[done : done + step] if step != len(data) else data)
             done += step
 
+    def put_page(self, pfn: int, content: Buffer) -> None:
+        """Store a page that comes with a saved state, all of it, before the guest runs.
+
+        QEMU has no code of that guest yet, or drops all of it when it loads a snapshot, and is not asked: it waits.
+        """
+        page = self.page_of_gpa(pfn * PAGE_SIZE)
+        self._ram[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = content
+        self.dirty[page] = 1
+
     def readable(self, runs: Sequence[tuple[int, int]]) -> list[memoryview]:
         ram = self._ram
         return [
@@ -315,12 +324,17 @@ class MappedMemory:
     def take_dirty(self) -> list[int]:
         """Pages of the file (numbers) written since the last call; they count as clean from now on."""
         found = []
+        for page in self.written():
+            self.dirty[page] = 0
+            found.append(page)
+        return found
+
+    def written(self) -> Iterator[int]:
+        """Pages of the file (numbers) written since the last :meth:`take_dirty`, in ascending order."""
         at = self.dirty.find(1)
         while at >= 0:
-            self.dirty[at] = 0
-            found.append(at)
+            yield at
             at = self.dirty.find(1, at + 1)
-        return found
 
     def gpa_of_page(self, page: int) -> int | None:
         """The guest physical address of a page of the file; ``None`` for one that the guest does not see."""

@@ -17,11 +17,12 @@ from typing import Protocol
 
 from emulator.saving.channel import ChannelSaver
 from emulator.saving.chunks import Chunk, Position, read_chunks
+from emulator.saving.pages import PagesTarget, check_order
 from emulator.saving.refusal import Reason, StateRefused
 from emulator.saving.state import Assembly, ChannelState, SavableChannel
 from emulator.saving.status import NtStatus
 from emulator.wire.chunk import HEADER_SIZE, ChunkKind
-from emulator.wire.saved import SAVED_END, ChannelIdentity, SavedEnd, SavedMemory, SavedSection
+from emulator.wire.saved import SAVED_END, ChannelIdentity, SavedEnd, SavedMemory, SavedPages, SavedSection
 
 MAX_CHANNELS = 2048
 """Channel ids are event flag numbers: there are not more."""
@@ -49,6 +50,8 @@ class MachineState:
     channels: tuple[SavedChannelState, ...]
     memory: SavedMemory | None = None
     """Guest memory was not copied: what the target maps has to be this."""
+    pages: tuple[SavedPages, ...] = ()
+    """Guest memory that comes with the state, and is newer than what came otherwise."""
 
 
 class SectionTarget(Protocol):
@@ -83,27 +86,32 @@ def read_machine(data: bytes) -> MachineState:
     sections: dict[ChunkKind, SavedSection] = {}
     channels: dict[ChannelIdentity, SavedChannelState] = {}
     memory: SavedMemory | None = None
+    pages: list[SavedPages] = []
     for chunk in chunks[1:-1]:
-        if chunk.kind in (ChunkKind.HYPERVISOR, ChunkKind.BUS) and not channels:
+        if chunk.kind in (ChunkKind.HYPERVISOR, ChunkKind.BUS) and not (channels or pages):
             late = memory is not None or (chunk.kind == ChunkKind.HYPERVISOR and sections)
             if chunk.kind in sections or late:
                 raise StateRefused(Reason.INCONSISTENT, f"chunk {chunk.index}: {chunk.kind.name} comes late")
             sections[chunk.kind] = chunk.record
-        elif chunk.kind == ChunkKind.MEMORY and memory is None and not channels:
+        elif chunk.kind == ChunkKind.MEMORY and memory is None and not (channels or pages):
             memory = chunk.record
-        elif chunk.kind == ChunkKind.CHANNEL_RECORDS:
+        elif chunk.kind == ChunkKind.PAGES and memory is None:
+            pages.append(chunk.record)
+        elif chunk.kind == ChunkKind.CHANNEL_RECORDS and not pages:
             channel = _read_channel(chunk.record.identity, chunk.record.records)
             if channel.identity in channels or len(channels) == MAX_CHANNELS:
                 raise StateRefused(Reason.INCONSISTENT, f"channel {channel.identity} is one too many")
             channels[channel.identity] = channel
         else:
             raise StateRefused(Reason.INCONSISTENT, f"chunk {chunk.index} has no place in a machine's state")
+    check_order(pages)
     return MachineState(
         chunks[0].record.writer,
         sections.get(ChunkKind.HYPERVISOR),
         sections.get(ChunkKind.BUS),
         tuple(channels.values()),
         memory,
+        tuple(pages),
     )
 
 
@@ -115,6 +123,7 @@ class Restore:
     channels: Sequence[SavableChannel]
     hypervisor: SectionTarget | None = None
     bus: SectionTarget | None = None
+    memory: PagesTarget | None = None
 
     def check(self, state: MachineState) -> None:
         """Whether all of ``state`` has its place here. Raises :class:`StateRefused`; changes nothing.
@@ -139,13 +148,22 @@ class Restore:
             why = target.check_restore(section, states)
             if why is not None:
                 raise StateRefused(Reason.NOT_ACCEPTED, f"{name}: {why}")
+        if state.pages:
+            if self.memory is None:
+                raise StateRefused(Reason.NOT_THERE, "nothing here takes pages of guest memory")
+            why = self.memory.check_pages(state.pages)
+            if why is not None:
+                raise StateRefused(Reason.NOT_ACCEPTED, f"guest memory: {why}")
 
     def apply(self, state: MachineState) -> None:
-        """Check, then restore: hypervisor part, bus, channels. They stay paused until ``saver.start``.
+        """Check, then restore: pages of guest memory, hypervisor part, bus, channels, which stay paused until
+        ``saver.start``.
 
         Raises :class:`StateRefused`; ``changed`` tells whether anything was applied before.
         """
         self.check(state)
+        if self.memory is not None:
+            self.memory.apply_pages(state.pages)
         for _, section, target in self._sections(state):
             if target is not None:
                 target.apply_restore(section)

@@ -6,6 +6,7 @@ Source: docs/saved-state.md. The chunks, in this order, all with one save id:
     HYPERVISOR, BUS   at most one each, opaque here, with a form and a version of their own
     MEMORY            if guest memory is not copied: which file it is
     CHANNEL_RECORDS   for each channel, what SaveContinue filled
+    PAGES             pages of guest memory that nobody else carries, any number of chunks that still fit
     END               the last chunk: how many chunks and bytes came before
 
 A source that cannot save sends MACHINE, REFUSAL, END instead: what carries the state may have no way to fail on
@@ -27,19 +28,24 @@ from emulator.saving.chunks import encode
 from emulator.saving.refusal import Reason, StateRefused
 from emulator.saving.state import SavableChannel
 from emulator.saving.status import NtStatus
-from emulator.wire.chunk import ChunkKind
+from emulator.wire.chunk import HEADER_SIZE, ChunkKind
 from emulator.wire.saved import (
+    SAVED_END,
     ChannelIdentity,
     SavedChannelRecords,
     SavedEnd,
     SavedMachine,
     SavedMemory,
+    SavedPages,
     SavedRefusal,
     SavedSection,
 )
 
 STREAM_LIMIT = 1 << 20
 """What ``dbus-vmstate`` carries for one helper: 1 MiB."""
+
+END_SIZE = HEADER_SIZE + SAVED_END.size
+"""Bytes of the last chunk."""
 
 BUFFER_SIZE = 64 * 1024
 """First size of the buffer that channels are saved into; it grows when a chunk needs more."""
@@ -61,6 +67,8 @@ class SavedState:
 
     data: bytes
     channels: tuple[ChannelStatistics, ...]
+    pages: tuple[int, ...] = ()
+    """Frame numbers of the pages that it carries."""
 
 
 def save_machine(
@@ -70,6 +78,7 @@ def save_machine(
     hypervisor: SavedSection | None = None,
     bus: SavedSection | None = None,
     memory: SavedMemory | None = None,
+    pages: Sequence[SavedPages] = (),
     buffer_size: int = BUFFER_SIZE,
     limit: int = STREAM_LIMIT,
     save_id: int | None = None,
@@ -77,8 +86,9 @@ def save_machine(
     """Save all ``channels``, which are paused or not open, and the parts that are given.
 
     The buffer that they are saved into has ``buffer_size`` bytes and grows to what a chunk needs. All channels
-    are frozen before the first one is saved, and stay so until ``saver.start``. Raises :class:`StateRefused` when
-    one cannot be saved, or when the state has more than ``limit`` bytes; then every channel is as it was.
+    are frozen before the first one is saved, and stay so until ``saver.start``. Of ``pages`` (in ascending order, see
+    :mod:`emulator.saving.pages`) as many go along as fit into ``limit`` bytes. Raises :class:`StateRefused` when a
+    channel cannot be saved, or when the rest alone has more than ``limit`` bytes; then every channel is as it was.
     """
     saved_from = list(channels)
     begun: list[SavableChannel] = []
@@ -93,7 +103,7 @@ def save_machine(
             found, facts = _save_channel(saver, channel, buffer_size)
             records.append(found)
             statistics.append(facts)
-        data = _stream(
+        data, carried = _stream(
             [
                 *([(ChunkKind.HYPERVISOR, hypervisor)] if hypervisor is not None else []),
                 *([(ChunkKind.BUS, bus)] if bus is not None else []),
@@ -101,6 +111,8 @@ def save_machine(
                 *((ChunkKind.CHANNEL_RECORDS, each) for each in records),
             ],
             save_id,
+            pages,
+            limit,
         )
         if len(data) > limit:
             raise StateRefused(
@@ -114,13 +126,13 @@ def save_machine(
         raise
     for channel in saved_from:
         saver.save_end(channel)
-    return SavedState(data, tuple(statistics))
+    return SavedState(data, tuple(statistics), carried)
 
 
 def refusal_stream(error: StateRefused, *, save_id: int | None = None) -> bytes:
     """What to send instead of a state: who reads it fails with :attr:`Reason.REFUSED_AT_SOURCE` and this reason."""
     refusal = SavedRefusal(str(error.reason), error.detail)
-    return _stream([(ChunkKind.REFUSAL, refusal)], save_id)
+    return _stream([(ChunkKind.REFUSAL, refusal)], save_id)[0]
 
 
 def _save_channel(
@@ -154,12 +166,27 @@ def _failed(saver: ChannelSaver, channel: SavableChannel, status: NtStatus, func
     return StateRefused(why.reason, f"{detail}: {why.detail}", status)
 
 
-def _stream(parts: Sequence[tuple[ChunkKind, Any]], save_id: int | None) -> bytes:
+def _stream(
+    parts: Sequence[tuple[ChunkKind, Any]],
+    save_id: int | None,
+    pages: Sequence[SavedPages] = (),
+    limit: int = 0,
+) -> tuple[bytes, tuple[int, ...]]:
+    """All ``parts``, of ``pages`` what fits into ``limit`` bytes, and the frame numbers of those."""
     identifier = secrets.randbits(64) if save_id is None else save_id
     data = bytearray()
     first = (ChunkKind.MACHINE, SavedMachine(f"vmbus-emulator {emulator.__version__}"))
     for index, (kind, record) in enumerate([first, *parts]):
         data += encode(kind, record, save_id=identifier, index=index, last=False)
     count = len(parts) + 1
+    carried: list[int] = []
+    for each in pages:
+        chunk = encode(ChunkKind.PAGES, each, save_id=identifier, index=count, last=False)
+        if len(data) + len(chunk) + END_SIZE > limit:
+            break
+        data += chunk
+        count += 1
+        carried += each.pfns
     end = SavedEnd(count, len(data))
-    return bytes(data) + encode(ChunkKind.END, end, save_id=identifier, index=count, last=True)
+    data += encode(ChunkKind.END, end, save_id=identifier, index=count, last=True)
+    return bytes(data), tuple(carried)

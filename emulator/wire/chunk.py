@@ -43,6 +43,7 @@ class ChunkKind(enum.IntEnum):
     BUS = 0x102
     CHANNEL_RECORDS = 0x103
     MEMORY = 0x104
+    PAGES = 0x105
     REFUSAL = 0x1FE
     END = 0x1FF
 

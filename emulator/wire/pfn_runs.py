@@ -160,17 +160,21 @@ def expand(raw: Sequence[Run], path: str, room: int = MAX_PAGES) -> tuple[int, .
     return tuple(pfns)
 
 
-class _PfnRuns(PlainAdapter):
-    """A tuple of page frame numbers."""
+class PfnList(PlainAdapter):
+    """A tuple of page frame numbers, ``most`` at most."""
+
+    def __init__(self, most: int = MAX_PAGES) -> None:
+        super().__init__(RawRuns)
+        self._most = most
 
     def _decode(self, obj: Any, context: Any, path: str) -> tuple[int, ...]:
-        return expand(obj, path)
+        return expand(obj, path, self._most)
 
     def _encode(self, obj: Sequence[int], context: Any, path: str) -> list[Run]:
-        if len(obj) > MAX_PAGES or not all(0 <= pfn < PFN_LIMIT for pfn in obj):
+        if len(obj) > self._most or not all(0 <= pfn < PFN_LIMIT for pfn in obj):
             raise c.ValidationError(f"{len(obj)} pages, or page frame numbers of more than 52 bits", path)
         return steps(obj)
 
 
-PfnRuns = _PfnRuns(RawRuns)
+PfnRuns = PfnList()
 """The declaration of a list of pages, for any record that has one."""

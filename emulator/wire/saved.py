@@ -21,7 +21,7 @@ from emulator.errors import MalformedError
 from emulator.wire.chunk import ChunkKind
 from emulator.wire.codec import Counted, Guid, PlainAdapter, Record
 from emulator.wire.packet import GpaRange, TransferPages, TransferRange
-from emulator.wire.pfn_runs import MAX_PAGES, PFN_LIMIT, PfnRuns, RawRuns, VarUint, expand, steps
+from emulator.wire.pfn_runs import MAX_PAGES, PFN_LIMIT, PfnList, PfnRuns, RawRuns, VarUint, expand, steps
 
 T = TypeVar("T")
 
@@ -386,6 +386,44 @@ SAVED_MEMORY = Record(
 )
 
 
+SAVED_PAGE_SIZE = 4096
+"""Bytes of a page of guest memory."""
+
+
+PAGES_IN_RECORD = 64
+"""Pages that one record has at most."""
+
+
+class _PageContent(PlainAdapter):
+    """What is in a page, without the zeros at its end."""
+
+    def __init__(self) -> None:
+        super().__init__(Blob)
+
+    def _decode(self, obj: bytes, context: Any, path: str) -> bytes:
+        if len(obj) > SAVED_PAGE_SIZE or obj.endswith(b"\0"):
+            raise c.ValidationError(f"{len(obj)} bytes are no page without the zeros at its end", path)
+        return obj
+
+    def _encode(self, obj: bytes, context: Any, path: str) -> bytes:
+        return self._decode(obj, context, path)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedPages:
+    """Pages of guest memory that were changed without QEMU's knowledge, and that the state carries instead of it.
+
+    ``pfns`` are guest page frame numbers, each greater than the one before; ``contents`` is as long, and has what is
+    in each page, without the zeros at its end.
+    """
+
+    pfns: tuple[int, ...]
+    contents: tuple[bytes, ...]
+
+
+SAVED_PAGES = Record(SavedPages, "pfns" / PfnList(PAGES_IN_RECORD), "contents" / Members(_PageContent()))
+
+
 @dataclass(frozen=True, slots=True)
 class SavedRefusal:
     """In place of a state: why there is none. ``reason`` is a stable name."""
@@ -419,6 +457,7 @@ RECORDS: dict[ChunkKind, dict[int, Record[Any]]] = {
     ChunkKind.BUS: {1: SAVED_SECTION},
     ChunkKind.CHANNEL_RECORDS: {1: SAVED_CHANNEL_RECORDS},
     ChunkKind.MEMORY: {1: SAVED_MEMORY},
+    ChunkKind.PAGES: {1: SAVED_PAGES},
     ChunkKind.REFUSAL: {1: SAVED_REFUSAL},
     ChunkKind.END: {1: SAVED_END},
 }

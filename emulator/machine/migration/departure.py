@@ -20,6 +20,8 @@ class Departure:
     """In the pause, while the guest stood still."""
     pages_marked_early: int = 0
     """Before it."""
+    pages_carried: int = 0
+    """Not marked: they are in the state."""
     answers_carried: int = 0
     prepared_in: float = 0.0
     """How long the stopped guest stood because of the emulator."""
@@ -34,6 +36,7 @@ class Departure:
             "prepared_in": self.prepared_in,
             "pages_marked": self.pages_marked,
             "pages_marked_early": self.pages_marked_early,
+            "pages_carried": self.pages_carried,
             "answers_carried": self.answers_carried,
             "statuses": list(self.statuses),
             "channels": [

@@ -8,8 +8,8 @@
     snapshot  idle ──▶ in a snapshot ──▶ idle                     (driven by ``snapshots``)
 
 At ``pre-switchover`` QEMU has stopped the guest and waits: the host is frozen, its state saved, every page that
-was written through the mapping is marked, and only when QEMU is seen to wait still is the state good to be
-taken. In ``Save()`` and ``Load()`` nothing is asked of QEMU. A ``Save()`` for which nothing was made ready
+was written through the mapping is in that state or marked, and only when QEMU is seen to wait still is the state
+good to be taken. In ``Save()`` and ``Load()`` nothing is asked of QEMU. A ``Save()`` for which nothing was made ready
 (``savevm`` behind the emulator's back, a migration without the pause) gets a refusal in place of a state: QEMU
 cannot fail a save for that, but whoever loads it fails, with the reason.
 
@@ -33,7 +33,7 @@ from emulator.errors import QemuError, UserError, VmbusError
 from emulator.machine.migration.carrier import CARRIED_LIMIT, CarrierAddress, SecondCarrier
 from emulator.machine.migration.departure import Departure
 from emulator.machine.migration.machine import HostState
-from emulator.machine.migration.marking import EarlyMarks, mark_dirty, remember
+from emulator.machine.migration.marking import EarlyMarks, WrittenPages, remember
 from emulator.machine.migration.modes import CAPABILITIES, Manner, manner
 from emulator.machine.migration.vmstate import VmStateHelper
 from emulator.saving import Reason, StateRefused, refusal_stream
@@ -246,12 +246,13 @@ class Follower:
     async def _switch_over(self) -> None:
         begun = time.monotonic()
         how = self._manner or await manner(self._host.qmp)
-        await self._prepare(Phase.READY, memory_stays=how.memory_stays)
+        written = await self._prepare(Phase.READY, memory_stays=how.memory_stays)
         departure = self.departure
         departure.refusal = departure.refusal or how.refusal
         if not how.memory_stays:
             departure.pages_marked_early = self.early.pages
-            departure.pages_marked = await mark_dirty(
+        if written is not None:
+            departure.pages_marked = await written.mark(
                 self._host,
                 lambda: self.phase is Phase.READY and departure.statuses[-1:] == ["pre-switchover"],
             )
@@ -332,8 +333,11 @@ class Follower:
         await self._prepare(Phase.SNAPSHOT)
         self._good = True
 
-    async def _prepare(self, phase: Phase, *, memory_stays: bool = False) -> None:
-        """Freeze and save; the guest is stopped. What went wrong is in ``departure.refusal``."""
+    async def _prepare(self, phase: Phase, *, memory_stays: bool = False) -> WrittenPages | None:
+        """Freeze and save; the guest is stopped. What went wrong is in ``departure.refusal``.
+
+        Returns the pages that are to be marked, if the state is made and QEMU copies memory.
+        """
         self.phase = phase
         self._good = False
         self._host.clock.stop()
@@ -341,23 +345,30 @@ class Follower:
         settled = await self._host.workers.settle(SETTLE_LIMIT)
         self.early.end()
         if self.phase is not phase:
-            return  # it goes on already
+            return None  # it goes on already
         self.state.freeze()
+        written = None  # a snapshot is taken of all of memory, after this
         try:
             if not settled:
                 raise StateRefused(Reason.WRONG_STATE, "a device's work did not end in time")
             limit = CARRIED_LIMIT if self.beside.used and phase is Phase.READY else STREAM_LIMIT
-            saved = self.state.save(self.buffer_size, memory_stays=memory_stays, limit=limit)
+            if not memory_stays and phase is Phase.READY:
+                written = WrittenPages.of(self._host)
+            theirs = written.theirs if written is not None else ()
+            saved = self.state.save(self.buffer_size, memory_stays=memory_stays, pages=theirs, limit=limit)
         except StateRefused as error:
             _log.error("the guest cannot be saved: %s", error)
             self.departure.refusal = str(error)
             self._data = refusal_stream(error)
+            return None
         else:
             self._data = saved.data
+            self.departure.pages_carried = len(saved.pages)
             self.departure.state_bytes = len(saved.data)
             self.departure.channels = saved.channels
             self.departure.names = self.state.names()
             self.departure.answers_carried = len(self._host.gateway.unclaimed())
+            return written.without(saved.pages) if written is not None else None
 
     @contextlib.contextmanager
     def driven_here(self) -> Iterator[None]:

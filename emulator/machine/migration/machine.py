@@ -22,7 +22,7 @@ from emulator.bus.state import BusState
 from emulator.errors import MalformedError
 from emulator.hypervisor.features import Features
 from emulator.hypervisor.reference_time import TscScaling
-from emulator.machine.migration import shared_memory
+from emulator.machine.migration import carried_pages, shared_memory
 from emulator.machine.migration.bus_records import SAVED_BUS
 from emulator.machine.migration.records import SAVED_HYPERVISOR, SavedAnswer, SavedHypervisor
 from emulator.machine.traps import Unclaimed
@@ -210,9 +210,16 @@ class HostState:
             self._saver.start(channel)
 
     def save(
-        self, buffer_size: int = BUFFER_SIZE, *, memory_stays: bool = False, limit: int = STREAM_LIMIT
+        self,
+        buffer_size: int = BUFFER_SIZE,
+        *,
+        memory_stays: bool = False,
+        pages: Sequence[int] = (),
+        limit: int = STREAM_LIMIT,
     ) -> SavedState:
         """The state of a frozen host, of at most ``limit`` bytes; ``memory_stays``: the target maps the same memory.
+
+        ``pages``: addresses of pages of guest memory that go along, as many of them as there is room for.
 
         Raises :class:`~emulator.saving.StateRefused`.
         """
@@ -223,6 +230,7 @@ class HostState:
             hypervisor=self._hypervisor.save(),
             bus=self._bus.save(),
             memory=memory,
+            pages=carried_pages.read(self._host.memory, pages),
             buffer_size=buffer_size,
             limit=limit,
         )
@@ -236,7 +244,7 @@ class HostState:
             shared_memory.check(state.memory, self._host.memory)
         self._hypervisor.same_host = state.memory is not None and state.memory.boot == shared_memory.boot_id()
         made = self._make_subchannels(state)
-        restore = Restore(self._saver, self._known(), hypervisor=self._hypervisor, bus=self._bus)
+        restore = self._restore()
         try:
             restore.apply(state)
         except StateRefused as error:
@@ -254,10 +262,14 @@ class HostState:
         state = read_machine(data)
         made = self._make_subchannels(state)
         try:
-            Restore(self._saver, self._known(), hypervisor=self._hypervisor, bus=self._bus).check(state)
+            self._restore().check(state)
         finally:
             for channel in made:
                 self._host.bus.revoke(channel)
+
+    def _restore(self) -> Restore:
+        memory = carried_pages.CarriedPages(self._host.memory)
+        return Restore(self._saver, self._known(), hypervisor=self._hypervisor, bus=self._bus, memory=memory)
 
     def check_memory(self, data: bytes) -> None:
         """Raises :class:`~emulator.saving.StateRefused` if memory that was not copied changed since the save."""

@@ -1,7 +1,8 @@
-"""Telling QEMU which pages the emulator wrote behind its back, so that a migration sends them.
+"""Pages that the emulator wrote behind QEMU's back, in a migration that copies memory: marked, or carried along.
 
-A page is marked by writing one of its bytes back through QEMU. What the guest writes to that byte between the reading
-and the writing would be lost, so the byte has to be one that only the host may write at that moment:
+A page is marked by writing one of its bytes back through QEMU, which then sends it. What the guest writes to that
+byte between the reading and the writing would be lost, so the byte has to be one that only the host may write at
+that moment:
 
 =======================  ===================================================================================
 page                     a byte of the host's
@@ -17,13 +18,20 @@ reference TSC page       any
 
 Buffers are marked as soon as they are full while a migration is under way (:class:`EarlyMarks`): they are what a
 guest that reads from disks has most of, and afterwards they have no byte of the host's any more. Everything else
-waits for the pause. For a page of the guest's own without any such byte, the guest has to stand still.
+waits for the pause (:class:`WrittenPages`). Pages of the guest's own without any such byte (answers of small
+devices) are read then, and go along in the emulator's state (:mod:`emulator.saving.pages`): nothing is written to
+them here, so whoever lets the guest go on has lost nothing. Only when they are more than a state carries are the
+others marked, while the guest is known to stand still.
+
+The flags of what is marked are cleared, those of what is carried stay set until the next migration begins, which
+sends all of memory: a state that was made and not used has taken nothing away from the next one.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from emulator.bus.opening import split_rings
@@ -39,7 +47,7 @@ from emulator.wire.synic import EVENT_AREA_SIZE
 if TYPE_CHECKING:
     from emulator.machine.host import Host
 
-_VIDEO_MEMORY = range(0xA0000, 0x100000)
+VIDEO_MEMORY = range(0xA0000, 0x100000)
 """Addresses below 1 MiB that are not RAM where a guest sees them."""
 
 _RESERVED_IN_SLOT = 6
@@ -84,7 +92,7 @@ class EarlyMarks:
             first, last = offset // PAGE_SIZE, (offset + length - 1) // PAGE_SIZE
             for page in range(first, last + 1):
                 gpa = memory.gpa_of_page(page)
-                if gpa is not None and gpa not in _VIDEO_MEMORY:
+                if gpa is not None and gpa not in VIDEO_MEMORY:
                     marks.append(_there(memory, gpa + (offset % PAGE_SIZE if page == first else 0)))
                     memory.dirty[page] = 0
         self._qtest.mark(marks)
@@ -129,33 +137,55 @@ def _gpn(register: int) -> int:
     return int(PAGE_REGISTER.parse(register).gpn)
 
 
-async def mark_dirty(host: Host, stopped: Callable[[], bool]) -> int:
-    """Make QEMU send every page that was written through the mapping. How many were marked.
+@dataclass(frozen=True, slots=True)
+class WrittenPages:
+    """What was written since the migration began, as guest physical addresses."""
 
-    ``stopped``: whether the guest is known to stand still. It is asked before every few pages.
-    """
-    memory = host.memory
-    owned = owned_bytes(host)
-    ours, theirs = [], []
-    for page in memory.take_dirty():
-        gpa = memory.gpa_of_page(page)
-        if gpa is None or gpa in _VIDEO_MEMORY:
-            continue
-        offset = owned.get(gpa // PAGE_SIZE)
-        if offset is None:
-            theirs.append(gpa)
-        else:
-            ours.append(gpa + offset)
-    marked = 0
-    for addresses, at_once in ((ours, _OWNED_AT_ONCE), (theirs, _GUESTS_AT_ONCE)):
-        for start in range(0, len(addresses), at_once):
-            await asyncio.sleep(0)  # events come in
-            if not stopped():
-                return marked
-            some = addresses[start : start + at_once]
-            host.qtest.mark([_there(memory, gpa) for gpa in some])
-            marked += len(some)
-    return marked
+    ours: Sequence[int]
+    """Of a byte of the host's, one a page."""
+    theirs: Sequence[int]
+    """Of pages without any."""
+
+    @classmethod
+    def of(cls, host: Host) -> WrittenPages:
+        """What is there now: the guest is stopped and the host stands still. Nothing is changed."""
+        memory = host.memory
+        owned = owned_bytes(host)
+        ours, theirs = [], []
+        for page in memory.written():
+            gpa = memory.gpa_of_page(page)
+            if gpa is None or gpa in VIDEO_MEMORY:
+                continue
+            offset = owned.get(gpa // PAGE_SIZE)
+            if offset is None:
+                theirs.append(gpa)
+            else:
+                ours.append(gpa + offset)
+        return cls(ours, theirs)
+
+    def without(self, carried: Collection[int]) -> WrittenPages:
+        """The same but for ``carried``, which are page frame numbers of ``theirs``."""
+        there = frozenset(carried)
+        return WrittenPages(self.ours, [gpa for gpa in self.theirs if gpa // PAGE_SIZE not in there])
+
+    async def mark(self, host: Host, stopped: Callable[[], bool]) -> int:
+        """Make QEMU send them all. How many were marked.
+
+        ``stopped``: whether the guest is known to stand still. It is asked before every few pages.
+        """
+        memory = host.memory
+        marked = 0
+        for addresses, at_once in ((self.ours, _OWNED_AT_ONCE), (self.theirs, _GUESTS_AT_ONCE)):
+            for start in range(0, len(addresses), at_once):
+                await asyncio.sleep(0)  # events come in
+                if not stopped():
+                    return marked
+                some = addresses[start : start + at_once]
+                host.qtest.mark([_there(memory, gpa) for gpa in some])
+                for gpa in some:
+                    memory.dirty[memory.page_of_gpa(gpa)] = 0
+                marked += len(some)
+        return marked
 
 
 def remember(memory: MappedMemory, pages: Sequence[int]) -> None:

@@ -44,7 +44,7 @@ def describe(memory: MappedMemory, channels: Iterable[Channel]) -> SavedMemory:
     file = memory.file
     if file is None:
         raise StateRefused(Reason.WRONG_STATE, "guest memory is to stay where it is, and is no file")
-    pages = sorted({*_shared(memory, channels), *itertools.islice(_written(memory), _LAST_WRITTEN)})
+    pages = sorted({*_shared(memory, channels), *itertools.islice(memory.written(), _LAST_WRITTEN)})
     step = max(file.size // PAGE_SIZE // _SPREAD, 1)
     first = secrets.randbelow(step)
     digest = _digest(memory, pages, first, step)
@@ -88,13 +88,6 @@ def _shared(memory: MappedMemory, channels: Iterable[Channel]) -> Iterable[int]:
             continue
         for pfn in (pfns[0], pfns[downstream]):
             yield memory.page_of_gpa(pfn * PAGE_SIZE)
-
-
-def _written(memory: MappedMemory) -> Iterable[int]:
-    page = memory.dirty.find(1)
-    while page >= 0:
-        yield page
-        page = memory.dirty.find(1, page + 1)
 
 
 def _digest(memory: MappedMemory, pages: Iterable[int], first: int, step: int) -> bytes:

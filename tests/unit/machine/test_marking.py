@@ -1,4 +1,4 @@
-"""Which bytes of which pages are written back through QEMU."""
+"""Which bytes of which pages are written back through QEMU, and which pages need not be."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from emulator.bus.contact import MonitorPages
 from emulator.bus.gpadl import GpadlState
 from emulator.machine.memory import MappedMemory, RamRegion
-from emulator.machine.migration.marking import EarlyMarks, mark_dirty
+from emulator.machine.migration.marking import EarlyMarks, WrittenPages
 from emulator.wire.msr import SINT
 
 SIZE = 4 << 20
@@ -61,7 +61,7 @@ def marked(host: SimpleNamespace, pages: list[int]) -> list[int]:
     """The addresses that are marked after a write to each of the pages."""
     for page in pages:
         host.memory.write(page * 4096 + 2048, b"x")
-    count = asyncio.run(mark_dirty(host, lambda: True))
+    count = asyncio.run(WrittenPages.of(host).mark(host, lambda: True))
     assert count == len(host.qtest.bytes)
     return [gpa for gpa, _ in host.qtest.bytes]
 
@@ -87,15 +87,26 @@ def test_what_is_not_the_hosts_comes_last_and_only_while_the_guest_stands_still(
     host.qtest.bytes.clear()
     for page in (*guests, 42):
         memory.write(page * 4096, b"x")
-    assert asyncio.run(mark_dirty(host, lambda: next(looks))) == 1 + 16
+    assert asyncio.run(WrittenPages.of(host).mark(host, lambda: next(looks))) == 1 + 16
+    assert memory.take_dirty() == guests[16:], "what was not marked is not forgotten"
+
+
+def test_what_is_carried_is_not_marked(memory: MappedMemory) -> None:
+    host = host_of(memory)
+    for page in (100, 101, 102, 42):
+        memory.write(page * 4096, b"x")
+    written = WrittenPages.of(host)
+    assert written == WrittenPages([42 * 4096], [100 * 4096, 101 * 4096, 102 * 4096])
+    assert asyncio.run(written.without([100, 102]).mark(host, lambda: True)) == 2
+    assert [gpa for gpa, _ in host.qtest.bytes] == [42 * 4096, 101 * 4096]
+    assert memory.take_dirty() == [100, 102], "the next migration may begin before this one has ended"
 
 
 def test_rings_of_a_closed_channel_are_the_guests_again(memory: MappedMemory) -> None:
     page = RINGS[DOWNSTREAM] + 1
     memory.write(page * 4096, b"a")
     host = host_of(memory, is_open=False)
-    looks = iter([False])
-    assert asyncio.run(mark_dirty(host, lambda: next(looks))) == 0
+    assert WrittenPages.of(host) == WrittenPages([], [page * 4096])
 
 
 def test_video_memory_is_not_marked(memory: MappedMemory) -> None:

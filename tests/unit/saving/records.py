@@ -24,6 +24,7 @@ from emulator.wire.saved import (
     SavedOpen,
     SavedOutgoing,
     SavedPacket,
+    SavedPages,
     SavedRefusal,
     SavedSection,
 )
@@ -78,6 +79,10 @@ packets = st.builds(
     st.none() | st.builds(TransferPages, u16, members(st.builds(TransferRange, u32, u32))),
 )
 outgoing = st.builds(SavedOutgoing, blob, blob)
+page_contents = st.binary(max_size=200).map(lambda content: content.rstrip(b"\0"))
+saved_pages = st.dictionaries(st.integers(0, PFN_LIMIT - 1), page_contents, min_size=1, max_size=8).map(
+    lambda found: SavedPages(tuple(sorted(found)), tuple(found[pfn] for pfn in sorted(found)))
+)
 sections = st.builds(SavedSection, text, u16, blob)
 
 RECORD_STRATEGIES: dict[ChunkKind, st.SearchStrategy[Any]] = {
@@ -100,6 +105,7 @@ RECORD_STRATEGIES: dict[ChunkKind, st.SearchStrategy[Any]] = {
         u64,
         blob,
     ),
+    ChunkKind.PAGES: saved_pages,
     ChunkKind.REFUSAL: st.builds(SavedRefusal, text, text),
     ChunkKind.END: st.builds(SavedEnd, u32, u32),
 }

@@ -34,6 +34,7 @@ from emulator.wire.saved import (
     SavedMemory,
     SavedOpen,
     SavedPacket,
+    SavedPages,
     SavedSection,
 )
 from tests.unit.saving.model_channel import MORE, OK, ModelChannel, restore
@@ -213,6 +214,46 @@ def test_memory_of_version_1_is_read_and_written_again_byte_for_byte() -> None:
     assert again == chunk(0x104, 1, memory_record(), save_id=1)
     assert read_machine(save_machine(saver, [], memory=MEMORY).data).memory == MEMORY
     assert read_machine(machine_v1()).memory is None
+
+
+PAGES = (
+    SavedPages((5, 6, 0x100000), (b"one", b"", b"\0two" + bytes(4091) + b"!")),
+    SavedPages((0x100002,), (b"last",)),
+)
+PAGES_V1 = "ac05aabf1da13475b94e7fa94fe2a8c42c1d908d2062ff7eb241ac431b6f7d70"
+
+
+def pages_v1() -> bytes:
+    """A machine's state that carries pages of guest memory in two chunks, after its other parts."""
+    first = (
+        pages((5, 2), (0xFFFF9, 1))
+        + varint(3)
+        + blob(b"one")
+        + blob(b"")
+        + blob(b"\0two" + bytes(4091) + b"!")
+    )
+    second = pages((0x100002, 1)) + varint(1) + blob(b"last")
+    parts = [
+        (0x100, blob(b"w")),
+        (0x102, blob(b"bus") + struct.pack("<H", 2) + blob(b"bus state")),
+        (0x103, identity_record() + varint(1) + blob(b"".join(channel_v1()))),
+        (0x105, first),
+        (0x105, second),
+    ]
+    data = b"".join(chunk(kind, index, record, save_id=1) for index, (kind, record) in enumerate(parts))
+    return data + chunk(0x1FF, 5, struct.pack("<II", 5, len(data)), save_id=1, last=True)
+
+
+def test_pages_of_version_1_are_read_and_written_again_byte_for_byte() -> None:
+    assert hashlib.sha256(pages_v1()).hexdigest() == PAGES_V1
+    state = read_machine(pages_v1())
+    assert state.pages == PAGES
+    assert state.channels[0].state == STATE
+    assert encode(ChunkKind.PAGES, PAGES[0], save_id=1, index=3, last=False) in pages_v1()
+    again = save_machine(ChannelSaver(), [], pages=PAGES)
+    assert again.pages == (5, 6, 0x100000, 0x100002)
+    assert read_machine(again.data).pages == PAGES
+    assert read_machine(machine_v1()).pages == ()
 
 
 @pytest.mark.parametrize("kinds", [(0x104, 0x104), (0x104, 0x102), (0x104, 0x101)])
