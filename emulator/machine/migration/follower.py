@@ -164,7 +164,7 @@ class Follower:
             self._host.background(self._look_at_manner())
         self.departure.statuses.append(status)
         if status == "pre-switchover":
-            self._host.background(self._switch_over())
+            self._host.background(self._switch_over(self.departure))
         elif status == "completed" and self._refused_to_save:
             self._host.background(self._stay())
         elif status == "completed" and self.phase is Phase.READY:
@@ -243,18 +243,21 @@ class Follower:
         if (await self._host.qmp.execute("query-migrate")).get("status") != "setup":
             remember(self._host.memory, pages)
 
-    async def _switch_over(self) -> None:
+    async def _switch_over(self, departure: Departure) -> None:
         begun = time.monotonic()
         how = self._manner or await manner(self._host.qmp)
+        if not self._paused(departure):
+            return  # the guest goes on already
         written = await self._prepare(Phase.READY, memory_stays=how.memory_stays)
-        departure = self.departure
+        if not self._paused(departure):
+            return
         departure.refusal = departure.refusal or how.refusal
         if not how.memory_stays:
             departure.pages_marked_early = self.early.pages
         if written is not None:
             departure.pages_marked = await written.mark(
                 self._host,
-                lambda: self.phase is Phase.READY and departure.statuses[-1:] == ["pre-switchover"],
+                lambda: self.phase is Phase.READY and self._paused(departure),
             )
         if self.beside.used:
             if self._data is not None and not departure.refusal:
@@ -275,6 +278,10 @@ class Follower:
         elif self.switchover is Switchover.OWN:
             with contextlib.suppress(QemuError):  # it was cancelled in this moment: an event tells
                 await self._host.qmp.execute("migrate-continue", {"state": "pre-switchover"})
+
+    def _paused(self, departure: Departure) -> bool:
+        """Whether nothing has come from QEMU since it stopped the guest in that migration."""
+        return self.departure is departure and departure.statuses[-1:] == ["pre-switchover"]
 
     async def _deliver(self, state: bytes) -> None:
         """Over the second carrier; the target has it afterwards, or ``departure.refusal`` says why not."""
