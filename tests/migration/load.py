@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ async def under_load(
     beside: str = "",
     extra: Sequence[str] = (),
     image: bool = False,
+    echoing: str = ECHOING,
 ) -> AsyncIterator[Journey]:
     """A guest whose echo client checks every byte; ``beside`` is a command that runs next to it."""
     # uio_hv_generic of 6.1 refuses a channel that is signalled by hypercall.
@@ -44,7 +46,7 @@ async def under_load(
         devices=("heartbeat,interval=0.05", "shutdown", echo),
         add=[(program("echo_client"), "/bin/echo_client")],
         load=(*LOADED_MODULES, "uio_hv_generic"),
-        command=[f"{beside} {ECHOING}"],
+        command=[f"{beside} {echoing}"],
         extra=extra,
         snapshots=image,
     ) as guest:
@@ -108,3 +110,10 @@ async def tcp_uri(there: Booted) -> str:
     await receive(there.host, "tcp:127.0.0.1:0")
     address = (await there.host.qmp.execute("query-migrate"))["socket-address"][0]
     return f"tcp:{address['host']}:{address['port']}"
+
+
+async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """A target that takes all that comes, and says nothing."""
+    while await reader.read(1 << 20):
+        pass
+    writer.close()

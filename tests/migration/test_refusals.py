@@ -18,7 +18,7 @@ from emulator.machine.migration.drive import MigrationFailed, arrived, migrate, 
 from emulator.machine.migration.follower import Follower, Phase, Switchover
 from emulator.machine.qmp import Qmp
 from tests.migration.journey import Journey
-from tests.migration.load import LIMIT, Program, goes_on, put, under_load, went_well
+from tests.migration.load import LIMIT, Program, goes_on, put, swallow, under_load, went_well
 
 pytestmark = pytest.mark.guest
 
@@ -115,13 +115,6 @@ def test_a_migration_may_be_cancelled_at_every_status(tmp_path: Path, guest_prog
             await goes_on(guest)
 
     asyncio.run(story())
-
-
-async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Takes all that comes, and says nothing."""
-    while await reader.read(1 << 20):
-        pass
-    writer.close()
 
 
 IMPOSSIBLE: list[tuple[str, Mapping[str, bool]]] = [

@@ -12,7 +12,7 @@ from emulator.machine.migration.drive import arrived
 from emulator.machine.migration.follower import Phase, Switchover
 from emulator.machine.qmp import Qmp
 from tests.migration.journey import journey
-from tests.migration.load import LIMIT, Program, goes_on, under_load
+from tests.migration.load import LIMIT, Program, goes_on, put, swallow, under_load, went_well
 from tests.migration.test_live import more_beats
 
 pytestmark = pytest.mark.guest
@@ -108,6 +108,50 @@ def test_a_driver_that_does_not_wait_for_the_emulator_cannot_lose_the_guest(
             await other.close()
             await guest.settle_at(there)
             await goes_on(guest)
+
+    asyncio.run(story())
+
+
+FILLING = "echo started; while echo_client --fill 300; do :; done; echo failed"
+
+
+def test_cancelled_in_the_pause_while_a_device_writes_guest_memory(
+    tmp_path: Path, guest_program: Program
+) -> None:
+    """The guest checks every byte of its pages; they have no byte that is only the host's."""
+
+    async def story() -> None:
+        async with under_load(tmp_path, guest_program, echoing=FILLING) as guest:
+            other = await Qmp.connect(str(guest.here.guest.directory.user_qmp))
+            follower = guest.host.migration
+            follower.switchover = Switchover.OBSERVE
+            await put(guest.host, {"return-path": False})
+            carried = []
+            sink = tmp_path / "sink"
+            async with await asyncio.start_unix_server(swallow, str(sink)):
+                for turns in range(0, 30, 6):  # of this loop, in which the emulator makes its state
+                    await other.execute("migrate", {"uri": f"unix:{sink}"})
+                    async for name, data in other.events():
+                        if (name, data.get("status")) == ("MIGRATION", "pre-switchover"):
+                            break
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+                    await other.execute("migrate_cancel")
+                    await follower.until(
+                        lambda: (
+                            follower.departure.statuses[-1:] == ["cancelled"] and follower.phase is Phase.IDLE
+                        ),
+                        LIMIT,
+                    )
+                    carried.append(follower.departure.pages_carried)
+            await other.close()
+            follower.switchover = Switchover.OWN
+            await goes_on(guest)
+            outcome = await guest.move()
+            went_well(outcome)
+            await goes_on(guest)
+            assert outcome.departure.as_dict()["pages_carried"] > 0
+            assert any(carried), carried
 
     asyncio.run(story())
 
