@@ -163,6 +163,8 @@ class Follower:
             self._refused_to_save = self._stopped = False
             self._host.background(self._look_at_manner())
         self.departure.statuses.append(status)
+        if status in ("completed", "failed", "cancelled"):
+            self.early.end()
         if status == "pre-switchover":
             self._host.background(self._switch_over(self.departure))
         elif status == "completed" and self._refused_to_save:
@@ -173,8 +175,7 @@ class Follower:
             # With a guest that ran before, RESUME thaws. One that was stopped before stays so, and frozen.
             self._data = None
             self._good = False
-            self.early.end()
-            if self.phase is Phase.MIGRATING:
+            if self.phase is Phase.MIGRATING or (self.phase is Phase.READY and not self._stopped):
                 self.phase = Phase.IDLE
 
     def _left(self) -> None:

@@ -18,7 +18,7 @@ import pytest
 from emulator.errors import QemuError
 from emulator.machine.memory import MappedMemory, RamRegion
 from emulator.machine.migration.carried_pages import CarriedPages, read
-from emulator.machine.migration.follower import Follower, Phase
+from emulator.machine.migration.follower import Follower, Phase, Switchover
 from emulator.ports import PAGE_SIZE
 from emulator.saving import (
     ChannelSaver,
@@ -51,6 +51,7 @@ class Qemu:
         self.sent = bytearray(len(self.ram))
         self.status = "none"
         self.runs = True
+        self.stopped_before = False
         self.follower: Follower
         self.moments = 0
         self.cancel_at = cancel_at
@@ -96,14 +97,16 @@ class Qemu:
 
     def pause(self) -> None:
         self.runs = False
-        self.tell("STOP")
+        if not self.stopped_before:
+            self.tell("STOP")
         self._become("pre-switchover")
 
     def cancel(self) -> None:
         if self.status in ("pre-switchover", "active", "setup"):
             self._become("cancelled")
-            self.runs = True
-            self.tell("RESUME")
+            if not self.stopped_before:
+                self.runs = True
+                self.tell("RESUME")
 
     def _become(self, status: str) -> None:
         self.status = status
@@ -167,6 +170,8 @@ class Qemu:
             self.moment()
             await asyncio.sleep(0)
         assert not (self._tasks and self.settled.is_set())
+        if self.status in ("cancelled", "completed"):
+            assert self.memory.filled is None, "buffers are marked early only while a migration is under way"
 
 
 class State:
@@ -330,6 +335,31 @@ def test_a_migration_that_begins_before_the_last_one_is_wound_up_loses_nothing()
         qemu.settled.set()
         await qemu.quiet()
         qemu.pause()
+        await qemu.quiet()
+        assert await arrives(qemu) == bytes(qemu.ram)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("why", ["cancelled", "refused"])
+def test_a_guest_that_was_stopped_before_can_leave_at_the_second_attempt(why: str) -> None:
+    async def story() -> None:
+        qemu = followed()
+        qemu.runs, qemu.stopped_before = False, True
+        state: Any = qemu.follower.state
+        if why == "refused":
+            state.refuses = "a disk in the middle of something"
+        else:
+            qemu.follower.switchover = Switchover.OBSERVE
+        await until_the_pause(qemu)
+        await qemu.quiet()
+        qemu.cancel()
+        await qemu.quiet()
+        assert qemu.status == "cancelled"
+        assert qemu.follower.phase is Phase.IDLE
+        assert not qemu.follower.ready
+        state.refuses, qemu.follower.switchover = "", Switchover.OWN
+        await until_the_pause(qemu)
         await qemu.quiet()
         assert await arrives(qemu) == bytes(qemu.ram)
 
