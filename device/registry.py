@@ -1,8 +1,7 @@
 """Which devices there are, and ``--device NAME,key=value,...``.
 
 A device is found by an entry point of the group ``vmbus.devices``, so a third party's package adds one by being
-installed. The text is QEMU's: the first word is the name, then keys with values; a comma inside a value is
-written twice. ``id=`` is there for every device and names it, which is needed for two of a kind.
+installed. ``id=`` is there for every device and names it, which is needed for two of a kind.
 
 Mistakes in the text are :class:`~emulator.errors.UsageError` and say what is allowed; a package that is broken
 is a :class:`~emulator.errors.DeviceError`.
@@ -13,10 +12,12 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
+from device.joined import Joinable, completed
+from device.line import split_device
 from device.options import Option, options_of
 from emulator.bus.device import Device
 from emulator.errors import DeviceError, UsageError
@@ -24,41 +25,6 @@ from emulator.errors import DeviceError, UsageError
 GROUP = "vmbus.devices"
 
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
-
-
-@runtime_checkable
-class Joinable(Protocol):
-    """A device that several ``--device`` lines describe, a part each."""
-
-    def join(self, other: Device) -> bool:
-        """Take over what ``other``, made from a later line, stands for; False if it is a device of its own.
-
-        Raises :class:`~emulator.errors.UsageError` when the two contradict each other.
-        """
-
-
-def split_device(text: str) -> tuple[str, dict[str, str]]:
-    """``"echo,id=a,,b"`` to ``("echo", {"id": "a,b"})``. Raises :class:`~emulator.errors.UsageError`."""
-    words = [word.replace("\0", ",") for word in text.replace(",,", "\0").split(",")]
-    name, *pairs = words
-    if not name:
-        raise UsageError(f"--device {text}: a device name comes first")
-    values: dict[str, str] = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not key or not separator:
-            raise UsageError(
-                f"--device {text}: {pair!r} is not key=value (a comma inside a value is written ,,)"
-            )
-        if key in values:
-            raise UsageError(f"--device {text}: {key} is given twice")
-        values[key] = value
-    return name, values
-
-
-def join_device(name: str, values: Mapping[str, str]) -> str:
-    """The text that :func:`split_device` takes apart."""
-    return ",".join([name, *(f"{key}={value}".replace(",", ",,") for key, value in values.items())])
 
 
 class Registry:
@@ -133,11 +99,15 @@ class Registry:
         device.line = text
         return device
 
+    def completed(self, texts: Iterable[str], there: Sequence[str] = ()) -> list[str]:
+        """``texts`` with what other lines of their devices give (:func:`~device.joined.completed`)."""
+        return completed(texts, self.load, there)
+
     def create_all(self, texts: Iterable[str]) -> list[Device]:
         """A device from each text, or one from those that describe parts of it (:class:`Joinable`)."""
         devices: list[Device] = []
         try:
-            for text in texts:
+            for text in self.completed(texts):
                 device = self.create(text)
                 try:
                     joined = any(isinstance(each, Joinable) and each.join(device) for each in devices)

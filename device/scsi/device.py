@@ -7,8 +7,9 @@ import uuid
 from collections.abc import Callable
 from typing import Annotated
 
+from device.joined import Whole
+from device.line import join_device, split_device
 from device.options import Help
-from device.registry import join_device, split_device
 from device.scsi.blocks import ReadErrors, WriteErrors
 from device.scsi.controller import MOST_LUNS, MOST_QUEUES, MOST_TARGETS, Controller
 from device.scsi.drive import DriveOptions, Format, Media, open_drive
@@ -19,13 +20,12 @@ from emulator.bus.device import Device
 from emulator.errors import UsageError
 from emulator.wire.storvsp import ProtocolVersion
 
-_OF_THE_CONTROLLER = ("controller", "instance", "queues", "transfer", "version")
-
 
 class Scsi(Controller):
     """Disks and CD-ROMs behind a storage controller (hv_storvsc); one --device line for each of them."""
 
     name = "scsi"
+    whole = Whole("controller", ("instance", "queues", "transfer", "version"))
 
     def __init__(
         self,
@@ -67,11 +67,18 @@ class Scsi(Controller):
         ] = ReadErrors.REPORT,
         fault: Annotated[str, Help("faults to have: error@8-15;delay:0.5@*;short:0.5@100-; see docs")] = "",
         queues: Annotated[
-            int, Help("channels, as many as the guest has vCPUs", least=1, most=MOST_QUEUES)
+            int,
+            Help("of the controller: channels, as many as the guest has vCPUs", least=1, most=MOST_QUEUES),
         ] = 8,
-        transfer: Annotated[int, Help("most KiB of one request", least=4, most=1024)] = 256,
-        version: Annotated[str, Help("newest protocol to agree to: 2.0, 4.2, 5.1, 6.0, 6.2")] = "6.2",
-        instance: Annotated[uuid.UUID | None, Help("instance GUID (default: from the name)")] = None,
+        transfer: Annotated[
+            int, Help("of the controller: most KiB of one request", least=4, most=1024)
+        ] = 256,
+        version: Annotated[
+            str, Help("of the controller: newest protocol to agree to: 2.0, 4.2, 5.1, 6.0, 6.2")
+        ] = "6.2",
+        instance: Annotated[
+            uuid.UUID | None, Help("of the controller: instance GUID (default: from the name)")
+        ] = None,
         images: ImageServers | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -123,15 +130,10 @@ class Scsi(Controller):
         """Take over the units of ``other`` if it stands for the same controller (one --device line each)."""
         if not isinstance(other, Scsi) or other.controller != self.controller:
             return False
-        if (other.instance, other.max_version, other.queues, other.max_transfer) != (
-            self.instance,
-            self.max_version,
-            self.queues,
-            self.max_transfer,
-        ):
+        if difference := self._difference(other):
             other.stop()
             raise UsageError(
-                f"controller {self.controller}: instance=, queues=, transfer= and version= are the same on each line"
+                f"controller {self.controller} has {difference}; that holds for all of its lines"
             )
         for (target, lun), unit in other.units.items():
             if not other.lun_was_chosen:
@@ -142,6 +144,18 @@ class Scsi(Controller):
             self._joined[unit] = other.line
         other.units.clear()
         return True
+
+    def _difference(self, other: Scsi) -> str:
+        """What ``other`` says otherwise about the controller, or nothing."""
+        for key, here, there in (
+            ("instance", self.instance, other.instance),
+            ("queues", self.queues, other.queues),
+            ("transfer", self.max_transfer >> 10, other.max_transfer >> 10),
+            ("version", str(self.max_version), str(other.max_version)),
+        ):
+            if here != there:
+                return f"{key}={here}, not {there}"
+        return ""
 
     def line_of(self, place: tuple[int, int]) -> str:
         unit = self.units[place]
@@ -158,9 +172,8 @@ class Scsi(Controller):
         if self.units:
             return [self.line_of(place) for place in sorted(self.units)]
         name, values = split_device(self.line)
-        return [
-            join_device(name, self._named({key: values[key] for key in _OF_THE_CONTROLLER if key in values}))
-        ]
+        kept = (self.whole.key, *self.whole.options)
+        return [join_device(name, self._named({key: values[key] for key in kept if key in values}))]
 
     def _named(self, values: dict[str, str]) -> dict[str, str]:
         return values | ({"id": self.name} if self.name != self.controller else {})

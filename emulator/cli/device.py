@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from device.registry import Joinable
+from device.joined import Joinable
 from device.scsi.controller import Controller
 from device.scsi.drive import parse_size
 from device.scsi.unit import LogicalUnit
@@ -152,6 +152,8 @@ def disk_name(device: Device, place: tuple[int, int]) -> str:
 
 
 async def _add(host: Host, line: str) -> dict[str, Any]:
+    there = [each for attached in host.devices for each in attached.device.lines()]
+    [line] = registry().completed([line], there)
     device = await asyncio.to_thread(registry().create, line)
     try:
         if found := _join(host, device):

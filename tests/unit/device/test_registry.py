@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from device.echo import Echo
 from device.heartbeat import Heartbeat
+from device.line import split_device
 from device.options import Help, options_of
-from device.registry import GROUP, Registry, split_device
+from device.registry import GROUP, Registry
 from device.scsi import Scsi
 from device.shutdown import Shutdown
 from device.timesync import TimeSync

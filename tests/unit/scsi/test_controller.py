@@ -518,7 +518,10 @@ def test_lines_that_name_one_controller_share_it() -> None:
     ("lines", "message"),
     [
         (["scsi,format=null,lun=1", "scsi,format=null,lun=1"], "LUN 1 is taken"),
-        (["scsi,format=null", "scsi,format=null,queues=2"], "the same on each line"),
+        (
+            ["scsi,format=null,queues=4", "scsi,format=null,queues=2"],
+            "queues=2, but controller scsi has queues=4",
+        ),
         (["scsi,format=null,image=x"], "takes no image"),
         (["scsi,image=/nowhere/at/all"], "cannot open the image"),
         (["scsi,format=null,size=many"], "512M"),

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from device.registry import Registry, join_device, split_device
+from device.line import join_device, split_device
+from device.registry import Registry
 from device.scsi import Scsi
 from emulator.errors import UsageError
 
@@ -81,3 +82,57 @@ def test_a_place_that_is_taken_costs_only_the_newcomer() -> None:
     with pytest.raises(UsageError, match="taken"):
         device.join(registry.create("scsi,format=memory,size=1M,lun=0"))
     assert places(device) == {(0, 0): ("scsi-0-0", "None")}
+
+
+def test_an_option_of_the_controller_holds_for_all_of_its_lines() -> None:
+    first, second = registry.create_all(
+        [
+            "scsi,format=null",
+            "scsi,format=null,controller=other,queues=3",
+            "scsi,format=null,queues=0x2,transfer=64",
+            "scsi,format=null,controller=other",
+            "scsi,format=null,queues=2,version=5.1",
+        ]
+    )
+    assert isinstance(first, Scsi)
+    assert isinstance(second, Scsi)
+    assert (first.queues, first.max_transfer, str(first.max_version)) == (2, 64 << 10, "5.1")
+    assert (second.queues, second.max_transfer, str(second.max_version)) == (3, 256 << 10, "6.2")
+    assert sorted(first.units) == [(0, 0), (0, 1), (0, 2)]
+    # Made anew from their lines, and from one line alone, they are the same.
+    for lines in (first.lines(), [first.lines()[1]]):
+        again = made(lines)
+        assert (again.queues, again.max_transfer, str(again.max_version)) == (2, 64 << 10, "5.1")
+
+
+def test_a_disk_that_comes_later_is_of_the_controller_that_is_there() -> None:
+    device = made(["scsi,format=null,transfer=64"])
+    [line] = registry.completed(["scsi,format=null"], device.lines())
+    assert device.join(registry.create(line))
+    with pytest.raises(UsageError, match="transfer=32, but controller scsi has transfer=64"):
+        registry.completed(["scsi,format=null,transfer=32"], device.lines())
+    # What no line says has its default value, and another cannot be had any more.
+    [line] = registry.completed(["scsi,format=null,queues=2"], device.lines())
+    with pytest.raises(
+        UsageError, match="controller scsi has queues=8, not 2; that holds for all of its lines"
+    ):
+        device.join(registry.create(line))
+
+
+@pytest.mark.parametrize(
+    ("key", "one", "other"),
+    [
+        ("queues", "2", "3"),
+        ("transfer", "64", "128"),
+        ("version", "5.1", "6.2"),
+        ("instance", "11111111-2222-4333-8444-555555555555", "11111111-2222-4333-8444-555555555556"),
+    ],
+)
+def test_two_lines_that_contradict_each_other_are_refused(key: str, one: str, other: str) -> None:
+    lines = [f"scsi,format=null,{key}={one}", "scsi,format=null", f"scsi,format=null,{key}={other}"]
+    with pytest.raises(
+        UsageError, match=f"{key}={other}, but controller scsi has {key}={one}; it holds for all"
+    ):
+        registry.create_all(lines)
+    same = registry.create_all([*lines[:2], lines[0]])
+    assert len(same) == 1
