@@ -45,11 +45,14 @@ async def wakes(guest: Journey) -> None:
     assert await run_state(guest) == "running"
 
 
-def test_a_sleeping_guest_is_moved_and_wakes_there(tmp_path: Path, guest_program: Program) -> None:
+@pytest.mark.parametrize("smp", [1, 2])
+def test_a_sleeping_guest_is_moved_and_wakes_there(tmp_path: Path, guest_program: Program, smp: int) -> None:
     async def story() -> None:
         # On q35, QEMU 11.1 lets a Linux guest sleep only once, with or without this emulator.
         pc = ("-machine", "pc")
-        async with under_load(tmp_path, guest_program, beside=SLEEPER, image=True, extra=pc) as guest:
+        async with under_load(
+            tmp_path, guest_program, smp=smp, beside=SLEEPER, image=True, extra=pc
+        ) as guest:
             # Nobody moves it.
             await falls_asleep(guest)
             await wakes(guest)

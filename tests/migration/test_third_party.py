@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from emulator.machine.migration.departure import Departure
-from emulator.machine.migration.drive import arrived
+from emulator.machine.migration.drive import MigrationFailed, arrived
 from emulator.machine.migration.follower import Phase, Switchover
 from emulator.machine.qmp import Qmp
 from tests.migration.journey import journey
@@ -25,15 +25,24 @@ def test_a_migration_that_another_program_drives_is_followed(tmp_path: Path) -> 
             other = await Qmp.connect(str(guest.here.guest.directory.user_qmp))
             follower = guest.host.migration
 
-            # Post-copy cannot work: it is cancelled at once, with the reason in the log.
-            there = await guest.target()
-            await _set(other, "postcopy-ram", True)
-            await other.execute("migrate", {"uri": guest.uri(there)})
-            await follower.until(lambda: follower.departure.statuses[-1:] in (["cancelled"], ["failed"]), 30)
-            await guest.here.until(lambda: "postcopy-ram" in follower.departure.refusal, "reason", 30)
-            await _set(other, "postcopy-ram", False)
-            await more_beats(guest)
-            await guest.leave(there)
+            # Post-copy and COLO cannot work: they are cancelled at once, with the reason in the log.
+            for capability, way_back in (("postcopy-ram", False), ("x-colo", True)):
+                there = await guest.target()
+                await _set(other, "return-path", way_back)
+                await _set(other, capability, True)
+                follower.departure = Departure()
+                await other.execute("migrate", {"uri": guest.uri(there)})
+                await follower.until(
+                    lambda: follower.departure.statuses[-1:] in (["cancelled"], ["failed"]), 30
+                )
+                await guest.here.until(
+                    lambda name=capability: follower.departure.refusal.startswith(f"{name}: "), "reason", 30
+                )
+                with pytest.raises(MigrationFailed):
+                    await arrived(there.host, 30)
+                await _set(other, capability, False)
+                await more_beats(guest)
+                await guest.leave(there)
 
             # Without the pause nothing is made ready: the target refuses, the guest goes on.
             there = await guest.target()

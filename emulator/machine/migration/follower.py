@@ -235,8 +235,25 @@ class Follower:
             await self._forget_written()
         if why := "the guest has left already" if self.fenced else self._manner.refusal:
             _log.error("migration cancelled: %s", why)
-            self.departure.refusal = why
-            await self._host.qmp.execute("migrate_cancel")
+            departure = self.departure
+            departure.refusal = why
+            if await self._begun(departure):
+                await self._cancel()
+
+    async def _begun(self, departure: Departure) -> bool:
+        """Wait until QEMU sends; whether the migration is still under way then.
+
+        Cancelled in ``setup``, QEMU 11.1 may wait for the target's word before it has said anything itself, and
+        stand still with all of its main loop until the target goes.
+        """
+        await self.until(
+            lambda: self.departure is not departure or departure.statuses[-1:] != ["setup"], None
+        )
+        return self.departure is departure and departure.statuses[-1] in (
+            "active",
+            "device",
+            "pre-switchover",
+        )
 
     async def _forget_written(self) -> None:
         """QEMU reads all of memory after ``setup``: what was written until then need not be marked."""
@@ -449,7 +466,7 @@ class Follower:
         await self.until(lambda: self.ready or ended(), limit)
         return self.ready
 
-    async def until(self, condition: Callable[[], bool], limit: float) -> None:
+    async def until(self, condition: Callable[[], bool], limit: float | None) -> None:
         """Wait until ``condition()`` holds, looked at after each event. Raises ``TimeoutError``."""
         changed = asyncio.Event()
         self._watchers.add(changed.set)
