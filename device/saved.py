@@ -27,6 +27,7 @@ class SavedState(Generic[T]):
     def __init__(self, record: Record[T], version: int = 1) -> None:
         self.record = record
         self.version = version
+        record.compiled  # noqa: B018 - made now, not while a guest stands still
 
     @property
     def size(self) -> int:

@@ -19,60 +19,12 @@ import construct as c
 
 from emulator.errors import MalformedError
 from emulator.wire.chunk import ChunkKind
-from emulator.wire.codec import Counted, Guid, PlainAdapter, Record
+from emulator.wire.codec import Guid, Record
 from emulator.wire.packet import GpaRange, TransferPages, TransferRange
-from emulator.wire.pfn_runs import MAX_PAGES, PFN_LIMIT, PfnList, PfnRuns, RawRuns, VarUint, expand, steps
+from emulator.wire.pfn_runs import MAX_PAGES, PFN_LIMIT, PfnList, PfnRuns, RawRuns, expand, steps
+from emulator.wire.plain import Blob, Counted, Maybe, Members, Nested, PlainAdapter, Text, VarUint
 
 T = TypeVar("T")
-
-
-class Nested(PlainAdapter):
-    """A record within a record, as its dataclass."""
-
-    def __init__(self, record: Record[Any]) -> None:
-        super().__init__(record.struct)
-        self._record = record
-        self._names = tuple(sub.name for sub in record.struct.subcons if sub.name)
-
-    def _decode(self, obj: Any, context: Any, path: str) -> Any:
-        return self._record.cls(**{name: obj[name] for name in self._names})
-
-    def _encode(self, obj: Any, context: Any, path: str) -> dict[str, Any]:
-        return {name: getattr(obj, name) for name in self._names}
-
-
-class Maybe(PlainAdapter):
-    """A field that may be ``None``: one byte says whether it is there."""
-
-    def __init__(self, subcon: Any) -> None:
-        super().__init__(Counted(c.Int8ul, subcon))
-
-    def _decode(self, obj: Any, context: Any, path: str) -> Any:
-        if len(obj) > 1:
-            raise c.ValidationError(f"{len(obj)} where there can be one", path)
-        return obj[0] if obj else None
-
-    def _encode(self, obj: Any, context: Any, path: str) -> list[Any]:
-        return [] if obj is None else [obj]
-
-
-class Members(PlainAdapter):
-    """Any number of the same thing, as a tuple."""
-
-    def __init__(self, subcon: Any) -> None:
-        super().__init__(Counted(VarUint, subcon))
-
-    def _decode(self, obj: Any, context: Any, path: str) -> tuple[Any, ...]:
-        return tuple(obj)
-
-    def _encode(self, obj: Any, context: Any, path: str) -> list[Any]:
-        return list(obj)
-
-
-Blob = c.Prefixed(VarUint, c.GreedyBytes)
-"""Bytes with their number before them."""
-Text = c.Prefixed(VarUint, c.GreedyString("utf8"))
-"""Text, as its UTF-8."""
 
 
 class _Ranges(PlainAdapter):
@@ -85,13 +37,12 @@ class _Ranges(PlainAdapter):
     def _decode(self, obj: Any, context: Any, path: str) -> tuple[GpaRange, ...]:
         found, room = [], MAX_PAGES
         for each in obj:
-            pfns = expand(each.runs, path, room)
-            if each.byte_offset >= 4096 or len(pfns) != (each.byte_offset + each.byte_count + 4095) >> 12:
-                raise c.ValidationError(
-                    f"{each.byte_count} bytes at {each.byte_offset}: {len(pfns)} pages", path
-                )
+            byte_count, byte_offset = each["byte_count"], each["byte_offset"]
+            pfns = expand(each["runs"], path, room)
+            if byte_offset >= 4096 or len(pfns) != (byte_offset + byte_count + 4095) >> 12:
+                raise c.ValidationError(f"{byte_count} bytes at {byte_offset}: {len(pfns)} pages", path)
             room -= len(pfns)
-            found.append(GpaRange(each.byte_count, each.byte_offset, pfns))
+            found.append(GpaRange(byte_count, byte_offset, pfns))
         return tuple(found)
 
     def _encode(self, obj: Sequence[GpaRange], context: Any, path: str) -> list[dict[str, Any]]:
@@ -117,7 +68,8 @@ class _TransferPages(PlainAdapter):
 
     def _decode(self, obj: Any, context: Any, path: str) -> TransferPages:
         return TransferPages(
-            obj.set_id, tuple(TransferRange(each.byte_count, each.byte_offset) for each in obj.ranges)
+            obj["set_id"],
+            tuple(TransferRange(each["byte_count"], each["byte_offset"]) for each in obj["ranges"]),
         )
 
     def _encode(self, obj: TransferPages, context: Any, path: str) -> dict[str, Any]:

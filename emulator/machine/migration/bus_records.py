@@ -23,9 +23,8 @@ from emulator.bus.state import (
     HeldMessage,
     RangeRecord,
 )
-from emulator.wire.codec import Guid, PlainAdapter, Record
-from emulator.wire.pfn_runs import VarUint
-from emulator.wire.saved import Blob, Maybe, Members, Nested
+from emulator.wire.codec import Guid, Record
+from emulator.wire.plain import Blob, Maybe, Members, Nested, PlainAdapter, Several, VarUint
 from emulator.wire.version import ALL_FEATURES, Feature, Version
 
 _PHASES = (Phase.DISCONNECTED, Phase.CONNECTED, Phase.DISCONNECTING)
@@ -92,14 +91,6 @@ class _Features(PlainAdapter):
         return int(obj)
 
 
-class _Pair(PlainAdapter):
-    def _decode(self, obj: list[int], context: Any, path: str) -> tuple[int, ...]:
-        return tuple(obj)
-
-    def _encode(self, obj: tuple[int, ...], context: Any, path: str) -> list[int]:
-        return list(obj)
-
-
 _FLAG = _Bool(c.Int8ul)
 _AGREED = _Version(c.Int32ul)
 _FEATURES = _Features()
@@ -151,7 +142,7 @@ _RANGE = Record(
     RangeRecord,
     "byte_count" / c.Int32ul,
     "byte_offset" / c.Int32ul,
-    "runs" / Members(_Pair(VarUint[2])),
+    "runs" / Members(Several(VarUint[2])),
 )
 _GPADL = Record(
     GpadlRecord,

@@ -39,7 +39,7 @@ from emulator.saving import (
 from emulator.saving.device_channel import DeviceChannel
 from emulator.saving.state import forget_parsed
 from emulator.saving.stream import BUFFER_SIZE, STREAM_LIMIT
-from emulator.wire.saved import ChannelIdentity, SavedSection, parse_record
+from emulator.wire.saved import RECORDS, ChannelIdentity, SavedSection, parse_record
 
 if TYPE_CHECKING:
     from emulator.machine.host import Host
@@ -159,6 +159,12 @@ def offered(features: Features) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _compile_records() -> None:
+    """What is read and written while a guest stands still is not compiled then."""
+    for record in (SAVED_BUS, SAVED_HYPERVISOR, *(each for kind in RECORDS.values() for each in kind.values())):
+        record.compiled  # noqa: B018 - made when it is looked at
+
+
 class HostState:
     """Freezes, saves, restores and thaws one host."""
 
@@ -169,6 +175,7 @@ class HostState:
         self._hypervisor = HypervisorSection(host)
         self._bus = BusSection(host)
         self.frozen = False
+        _compile_records()
 
     def _known(self) -> list[DeviceChannel]:
         """The channels that a device serves, in the order of their offers."""

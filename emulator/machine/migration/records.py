@@ -17,9 +17,9 @@ from emulator.hypervisor.state import (
     TimerState,
     VpState,
 )
-from emulator.wire.codec import PlainAdapter, Record
+from emulator.wire.codec import Record
 from emulator.wire.msr import SINT_COUNT, STIMER_COUNT
-from emulator.wire.saved import Blob, Maybe, Members, Nested, Text
+from emulator.wire.plain import Blob, Maybe, Members, Nested, Several, Text
 
 _TIMER = Record(TimerState, "config" / c.Int64ul, "count" / c.Int64ul, "expiration" / Maybe(c.Int64ul))
 _PAGE = Record(PageState, "value" / c.Int64ul, "last_gpn" / Maybe(c.Int64ul))
@@ -33,24 +33,16 @@ _MESSAGE = Record(
 )
 
 
-class _Pair(PlainAdapter):
-    def _decode(self, obj: list[int], context: object, path: str) -> tuple[int, ...]:
-        return tuple(obj)
-
-    def _encode(self, obj: tuple[int, ...], context: object, path: str) -> list[int]:
-        return list(obj)
-
-
 _VP = Record(
     VpState,
     "assist_page" / c.Int64ul,
     "scontrol" / c.Int64ul,
     "siefp" / Nested(_PAGE),
     "simp" / Nested(_PAGE),
-    "sints" / _Pair(c.Int64ul[SINT_COUNT]),
+    "sints" / Several(c.Int64ul[SINT_COUNT]),
     "messages" / Members(Nested(_MESSAGE)),
-    "timers" / _Pair(Nested(_TIMER)[STIMER_COUNT]),
-    "owed_events" / Members(_Pair(c.Int16ul[2])),
+    "timers" / Several(Nested(_TIMER)[STIMER_COUNT]),
+    "owed_events" / Members(Several(c.Int16ul[2])),
 )
 _TIME = Record(
     ReferenceTimeState,
@@ -84,7 +76,7 @@ class SavedAnswer:
 _IDENTITY_WORDS = 11
 _ANSWER = Record(
     SavedAnswer,
-    "identity" / _Pair(c.Int64ul[_IDENTITY_WORDS]),
+    "identity" / Several(c.Int64ul[_IDENTITY_WORDS]),
     "verdict" / c.Int32ul,
     "value" / c.Int64ul,
 )

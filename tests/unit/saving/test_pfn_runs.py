@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from emulator.errors import InternalError, MalformedError
 from emulator.wire.codec import Record
 from emulator.wire.packet import GpaRange
-from emulator.wire.pfn_runs import MAX_PAGES, PFN_LIMIT, PfnRuns, RawRuns, Run, VarUint, runs
+from emulator.wire.pfn_runs import MAX_PAGES, PFN_LIMIT, PfnRuns, RawRuns, Run, runs
+from emulator.wire.plain import VarUint
 from emulator.wire.saved import SAVED_PACKET, SavedPacket, parse_record
 from tests.unit.saving.records import Pages
 
