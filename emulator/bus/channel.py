@@ -22,7 +22,7 @@ from emulator.bus.channel_state import (
     ChannelState,
     OpenRequest,
 )
-from emulator.bus.endpoint import Endpoint, RestorableEndpoint
+from emulator.bus.endpoint import Endpoint, can_be_restored
 from emulator.bus.endpoint_calls import EndpointCalls
 from emulator.bus.gpadl import Assembly, Gpadl, GpadlState
 from emulator.bus.offers import CONNECTION_ID_BASE, Offer
@@ -332,7 +332,7 @@ class Channel:
         self.pages.continue_teardowns()
 
     def _go_on_open(self) -> None:
-        if not isinstance(self.endpoint, RestorableEndpoint):
+        if not can_be_restored(self.endpoint):
             self._start_over()
             return
         self._connect()

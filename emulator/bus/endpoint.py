@@ -16,7 +16,8 @@ that GPADL may be touched again (spec/vmbus.md 5.11, 5.13, 6.5).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+import functools
+from typing import TYPE_CHECKING, Protocol, TypeGuard, runtime_checkable
 
 if TYPE_CHECKING:
     from emulator.bus.channel import Channel
@@ -59,3 +60,14 @@ class RestorableEndpoint(Endpoint, Protocol):
         memory is complete. Raise to have the channel rescinded and offered anew. A channel that was closing is
         told ``closed`` once more, without this call before it.
         """
+
+
+def can_be_restored(endpoint: Endpoint) -> TypeGuard[RestorableEndpoint]:
+    """Whether it is a :class:`RestorableEndpoint`."""
+    return _restorable(type(endpoint))
+
+
+@functools.cache
+def _restorable(kind: type) -> bool:
+    """Looked at once a class: all channels go on in the moment in which their guest does."""
+    return issubclass(kind, RestorableEndpoint)

@@ -16,7 +16,7 @@ from emulator.errors import QemuError, UserError
 from emulator.machine.migration.addresses import handed_over, structured, two_way
 from emulator.machine.migration.carrier import CarrierAddress
 from emulator.machine.migration.departure import Departure
-from emulator.machine.migration.follower import Follower, Phase
+from emulator.machine.migration.follower import ENDED, Follower, Phase
 from emulator.machine.migration.modes import CAPABILITIES, cpr_transfer, manner
 
 if TYPE_CHECKING:
@@ -148,18 +148,13 @@ async def _ended(host: Host, progress: Progress | None) -> dict[str, Any]:
         status = found.get("status")
         if progress is not None:
             progress(found)
-        if status in ("completed", "failed", "cancelled"):
+        if [status] in ENDED:
             # The answer may overtake the event, and only that ends the follower's part.
             with contextlib.suppress(TimeoutError):
                 await follower.until(_last(follower, status), _EVENT_LIMIT)
             return found
-        with contextlib.suppress(TimeoutError):
-            await follower.until(_told(follower.departure.statuses), _POLL)
-
-
-def _told(statuses: list[str]) -> Callable[[], bool]:
-    before = len(statuses)
-    return lambda: len(statuses) > before
+        with contextlib.suppress(TimeoutError):  # between them it stands still, and QEMU has better to do
+            await follower.until(lambda: follower.departure.statuses[-1:] in ENDED, _POLL)
 
 
 def _last(follower: Follower, status: str) -> Callable[[], bool]:

@@ -8,8 +8,8 @@
     snapshot  idle ──▶ in a snapshot ──▶ idle                     (driven by ``snapshots``)
 
 At ``pre-switchover`` QEMU has stopped the guest and waits: the host is frozen, its state saved, every page that
-was written through the mapping is in that state or marked, and only when QEMU is seen to wait still is the state
-good to be taken. In ``Save()`` and ``Load()`` nothing is asked of QEMU. A ``Save()`` for which nothing was made ready
+was written through the mapping is in that state or marked, and only if QEMU still waits then is the state good to
+be taken. In ``Save()`` and ``Load()`` nothing is asked of QEMU. A ``Save()`` for which nothing was made ready
 (``savevm`` behind the emulator's back, a migration without the pause) gets a refusal in place of a state: QEMU
 cannot fail a save for that, but whoever loads it fails, with the reason.
 
@@ -48,6 +48,12 @@ _log = logging.getLogger(__name__)
 
 SETTLE_LIMIT = 10.0
 """Seconds that devices have to end their work (reads of files, mostly) once the guest is stopped."""
+
+ENDED = (["failed"], ["cancelled"], ["completed"])
+"""The last statuses of a migration."""
+
+_ANSWER_LIMIT = 5.0
+"""Seconds for an answer that QEMU has sent."""
 
 
 class Phase(Enum):
@@ -92,6 +98,7 @@ class Follower:
         self._helper: VmStateHelper | None = None
         self._data: bytes | None = None
         self._good = False
+        self._continuing: asyncio.Task[None] | None = None
         self._manner: Manner | None = None
         #: Whether the guest is known to be elsewhere: nothing is served, and it may not go on here.
         self.fenced = False
@@ -285,17 +292,26 @@ class Follower:
                 "nothing carries the emulator's state: QEMU runs without dbus-vmstate, so use "
                 "`vmbus migrate --carrier`"
             )
-        if not await self._still_waits():
-            return
-        self._good = True
-        self.departure.prepared_in = time.monotonic() - begun
-        self._changed()
-        if self.departure.refusal:
-            # Nothing that QEMU could send would be taken: the guest goes on here, at once.
-            await self._cancel()
-        elif self.switchover is Switchover.OWN:
-            with contextlib.suppress(QemuError):  # it was cancelled in this moment: an event tells
-                await self._host.qmp.execute("migrate-continue", {"state": "pre-switchover"})
+        departure.prepared_in = time.monotonic() - begun
+        if self.switchover is Switchover.OWN and not departure.refusal:
+            self._continuing = asyncio.ensure_future(self._continue(departure))
+            await self._continuing
+        elif await self._still_waits():
+            self._good = True
+            self._changed()
+            if departure.refusal:
+                # Nothing that QEMU could send would be taken: the guest goes on here, at once.
+                await self._cancel()
+
+    async def _continue(self, departure: Departure) -> None:
+        """Let QEMU go on. It does if it still waits, and then nobody else had let it go on too early."""
+        try:
+            await self._host.qmp.execute("migrate-continue", {"state": "pre-switchover"})
+        except QemuError as error:
+            _log.info("the migration goes on or ends without this emulator: %s", error)
+        else:
+            self._good = self.departure is departure and self.phase is Phase.READY
+            self._changed()
 
     def _paused(self, departure: Departure) -> bool:
         """Whether nothing has come from QEMU since it stopped the guest in that migration."""
@@ -416,8 +432,11 @@ class Follower:
 
     # --- what QEMU asks over D-Bus: no QMP, no qtest in here -------------------------------------------------
 
-    def save(self) -> bytes:
+    async def save(self) -> bytes:
         """``Save()``."""
+        if self._continuing is not None:
+            # QEMU has answered already, but what it says here may be read before what it said there.
+            await asyncio.wait({self._continuing}, timeout=_ANSWER_LIMIT)
         if self._good and self._data is not None:
             return self.beside.reference or self._data
         error = StateRefused(
@@ -460,8 +479,7 @@ class Follower:
         before = self.departure if self.phase is Phase.IDLE else None
 
         def ended() -> bool:
-            last = self.departure.statuses[-1:]
-            return self.departure is not before and last in (["failed"], ["cancelled"], ["completed"])
+            return self.departure is not before and self.departure.statuses[-1:] in ENDED
 
         await self.until(lambda: self.ready or ended(), limit)
         return self.ready

@@ -161,7 +161,11 @@ def offered(features: Features) -> tuple[str, ...]:
 
 def _compile_records() -> None:
     """What is read and written while a guest stands still is not compiled then."""
-    for record in (SAVED_BUS, SAVED_HYPERVISOR, *(each for kind in RECORDS.values() for each in kind.values())):
+    for record in (
+        SAVED_BUS,
+        SAVED_HYPERVISOR,
+        *(each for kind in RECORDS.values() for each in kind.values()),
+    ):
         record.compiled  # noqa: B018 - made when it is looked at
 
 

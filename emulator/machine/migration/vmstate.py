@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import logging
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from xml.sax.saxutils import escape
@@ -130,7 +130,7 @@ def dbus_address(socket: Path) -> str:
 class StateKeeper(Protocol):
     """Who has the state."""
 
-    def save(self) -> bytes:
+    async def save(self) -> bytes:
         """The state, prepared before. Raises :class:`~emulator.errors.VmbusError` when there can be none."""
 
     def load(self, state: bytes) -> None:
@@ -143,6 +143,7 @@ class VmStateHelper:
     def __init__(self, bus: MessageBus, keeper: StateKeeper) -> None:
         self._bus = bus
         self._keeper = keeper
+        self._tasks: set[asyncio.Task[None]] = set()
         bus.add_message_handler(self._message)
 
     @classmethod
@@ -173,26 +174,42 @@ class VmStateHelper:
             with contextlib.suppress(OSError, EOFError):
                 await self._bus.wait_for_disconnect()  # type: ignore[no-untyped-call]
 
-    def _message(self, message: Message) -> Message | None:
+    def _message(self, message: Message) -> Message | bool | None:
         if message.message_type is not MessageType.METHOD_CALL or message.path != _PATH:
             return None
         if message.interface == _PROPERTIES:
             return self._property(message)
         if message.interface != _INTERFACE:
             return None
-        try:
-            if message.member == "Save" and not message.signature:
-                return Message.new_method_return(message, "ay", [self._keeper.save()])
-            if message.member == "Load" and message.signature == "ay":
+        if message.member == "Save" and not message.signature:
+            task = asyncio.ensure_future(self._answer_save(message))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            return True
+        if message.member == "Load" and message.signature == "ay":
+            with self._refusing(message) as refusals:
                 self._keeper.load(bytes(message.body[0]))
-                return Message.new_method_return(message)
+            return refusals[0] if refusals else Message.new_method_return(message)
+        return None
+
+    async def _answer_save(self, message: Message) -> None:
+        with self._refusing(message) as refusals:
+            answer = Message.new_method_return(message, "ay", [await self._keeper.save()])
+        if self._bus.connected:
+            await self._bus.send(refusals[0] if refusals else answer)
+
+    @contextlib.contextmanager
+    def _refusing(self, message: Message) -> Iterator[list[Message]]:
+        """What is raised here becomes the one element of the list: the answer to ``message``."""
+        refusals: list[Message] = []
+        try:
+            yield refusals
         except VmbusError as error:
             _log.error("%s: %s", message.member, error)
-            return Message.new_error(message, _FAILED, str(error))
+            refusals.append(Message.new_error(message, _FAILED, str(error)))
         except Exception as error:  # noqa: BLE001 - QEMU waits for an answer, whatever happened
             _log.exception("%s failed", message.member)
-            return Message.new_error(message, _FAILED, f"internal error: {error!r}")
-        return None
+            refusals.append(Message.new_error(message, _FAILED, f"internal error: {error!r}"))
 
     def _property(self, message: Message) -> Message | None:
         wanted: list[Any] = list(message.body)

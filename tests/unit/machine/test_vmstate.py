@@ -22,7 +22,7 @@ class Keeper:
     def __init__(self) -> None:
         self.loaded: list[bytes] = []
 
-    def save(self) -> bytes:
+    async def save(self) -> bytes:
         return bytes(1 << 20)
 
     def load(self, state: bytes) -> None:
