@@ -145,7 +145,7 @@ async def _ended(host: Host, progress: Progress | None) -> dict[str, Any]:
     follower = host.migration
     while True:
         found: dict[str, Any] = await host.qmp.execute("query-migrate")
-        status = found.get("status")
+        status = str(found.get("status"))
         if progress is not None:
             progress(found)
         if [status] in ENDED:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emulator.bus.channel import Channel
 from emulator.bus.channel_io import ChannelIo
@@ -39,6 +39,7 @@ from emulator.saving import (
 from emulator.saving.device_channel import DeviceChannel
 from emulator.saving.state import forget_parsed
 from emulator.saving.stream import BUFFER_SIZE, STREAM_LIMIT
+from emulator.wire.codec import Record
 from emulator.wire.saved import RECORDS, ChannelIdentity, SavedSection, parse_record
 
 if TYPE_CHECKING:
@@ -161,11 +162,9 @@ def offered(features: Features) -> tuple[str, ...]:
 
 def _compile_records() -> None:
     """What is read and written while a guest stands still is not compiled then."""
-    for record in (
-        SAVED_BUS,
-        SAVED_HYPERVISOR,
-        *(each for kind in RECORDS.values() for each in kind.values()),
-    ):
+    records: list[Record[Any]] = [SAVED_BUS, SAVED_HYPERVISOR]
+    records.extend(each for kind in RECORDS.values() for each in kind.values())
+    for record in records:
         record.compiled  # noqa: B018 - made when it is looked at
 
 
