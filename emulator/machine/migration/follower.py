@@ -98,7 +98,7 @@ class Follower:
         self._helper: VmStateHelper | None = None
         self._data: bytes | None = None
         self._good = False
-        self._continuing: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
         self._manner: Manner | None = None
         #: Whether the guest is known to be elsewhere: nothing is served, and it may not go on here.
         self.fenced = False
@@ -293,25 +293,26 @@ class Follower:
                 "`vmbus migrate --carrier`"
             )
         departure.prepared_in = time.monotonic() - begun
+        # QEMU takes one command after the other, so its answer to the first is on its way before it goes on. The
+        # answer to the second may come after its Save(), for which it keeps everything else waiting.
+        self._looking = asyncio.ensure_future(self._look_whether_it_waits())
         if self.switchover is Switchover.OWN and not departure.refusal:
-            self._continuing = asyncio.ensure_future(self._continue(departure))
-            await self._continuing
-        elif await self._still_waits():
-            self._good = True
-            self._changed()
-            if departure.refusal:
-                # Nothing that QEMU could send would be taken: the guest goes on here, at once.
-                await self._cancel()
-
-    async def _continue(self, departure: Departure) -> None:
-        """Let QEMU go on. It does if it still waits, and then nobody else had let it go on too early."""
-        try:
-            await self._host.qmp.execute("migrate-continue", {"state": "pre-switchover"})
-        except QemuError as error:
-            _log.info("the migration goes on or ends without this emulator: %s", error)
+            await asyncio.gather(self._looking, self._go_on())
         else:
-            self._good = self.departure is departure and self.phase is Phase.READY
-            self._changed()
+            await self._looking
+        if self._good and departure.refusal:
+            # Nothing that QEMU could send would be taken: the guest goes on here, at once.
+            await self._cancel()
+
+    async def _go_on(self) -> None:
+        with contextlib.suppress(QemuError):  # it was cancelled in this moment: an event tells
+            await self._host.qmp.execute("migrate-continue", {"state": "pre-switchover"})
+
+    async def _look_whether_it_waits(self) -> None:
+        """If it does, nobody let QEMU go on before everything was ready for it."""
+        found = await self._host.qmp.execute("query-migrate")
+        self._good = self.phase is Phase.READY and found.get("status") == "pre-switchover"
+        self._changed()
 
     def _paused(self, departure: Departure) -> bool:
         """Whether nothing has come from QEMU since it stopped the guest in that migration."""
@@ -357,10 +358,6 @@ class Follower:
             await self._host.qmp.cont()
         else:
             self.phase = Phase.IDLE
-
-    async def _still_waits(self) -> bool:
-        found = await self._host.qmp.execute("query-migrate")
-        return bool(found.get("status") == "pre-switchover")
 
     async def _cancel(self) -> None:
         with contextlib.suppress(QemuError):
@@ -434,9 +431,9 @@ class Follower:
 
     async def save(self) -> bytes:
         """``Save()``."""
-        if self._continuing is not None:
+        if self._looking is not None:
             # QEMU has answered already, but what it says here may be read before what it said there.
-            await asyncio.wait({self._continuing}, timeout=_ANSWER_LIMIT)
+            await asyncio.wait({self._looking}, timeout=_ANSWER_LIMIT)
         if self._good and self._data is not None:
             return self.beside.reference or self._data
         error = StateRefused(
