@@ -20,11 +20,12 @@ from emulator.machine.migration.vmstate import configure_daemon
 _EPILOG = """\
 examples:
   mkdir -m 700 /tmp/vm && vmbus qemu-args --dir /tmp/vm --memory 2G
-  qemu-system-x86_64 -cpu max $(vmbus qemu-args --dir /tmp/vm) -kernel bzImage ...
+  qemu-system-x86_64 -cpu max -smp 1,maxcpus=2 $(vmbus qemu-args --dir /tmp/vm) -kernel bzImage ...
   vmbus attach --qmp /tmp/vm/emulator-qmp.sock
 
-QEMU 11.1 or newer is needed, with TCG. The directory must exist; it gets the ACPI table now, and QEMU's
-sockets and memory file later.
+QEMU 11.1 or newer is needed, with TCG, and a machine that can have two vCPUs or more: in one that cannot, the
+guest's locked instructions are not atomic, and signals get lost. The directory must exist; it gets the ACPI table
+now, and QEMU's sockets and memory file later.
 """
 
 

@@ -9,7 +9,13 @@ qtest socket         ``query-chardev``, label ``qtest``
 gateway socket       the ``-plugin`` option on the command line of the QMP socket's peer process
 vCPU → APIC id       ``qom-get`` ``apic-id`` of each CPU of ``query-cpus-fast``
 state carrier        ``qom-list /objects``: the ``addr`` of the object of type ``dbus-vmstate``
+atomic guest         ``query-hotpluggable-cpus``: there can be two vCPUs or more
 ===================  ==============================================================================
+
+Guest and host share words in which each changes bits of its own: event flags above all. The guest does it with
+locked instructions, which TCG makes plain loads and stores, and no barriers, in a machine that can never have a
+second vCPU (``-smp 1``, QEMU's default). What the host stores between the two is lost then, now and then a signal,
+and that channel waits for ever. ``-smp 1,maxcpus=2`` is enough to have them atomic.
 """
 
 from __future__ import annotations
@@ -44,6 +50,8 @@ class QemuFacts:
     apic_ids: tuple[int, ...]
     dbus_address: str | None = None
     """Of the daemon that QEMU's ``dbus-vmstate`` object uses; without one the guest cannot be migrated."""
+    atomic: bool = True
+    """Whether the guest's locked instructions are; if not, signals get lost now and then."""
 
 
 def parse_layout(tree: str, region_name: str) -> tuple[RamRegion, ...]:
@@ -171,7 +179,16 @@ async def discover(qmp: Qmp) -> QemuFacts:
         gateway_socket=absolute(gateway),
         apic_ids=tuple(apic_ids),
         dbus_address=await _dbus_address(qmp),
+        atomic=await _possible_cpus(qmp) != 1,
     )
+
+
+async def _possible_cpus(qmp: Qmp) -> int:
+    """How many vCPUs there may ever be; 0: it is not known."""
+    try:
+        return len(await qmp.execute("query-hotpluggable-cpus"))
+    except QemuError:  # a machine whose vCPUs are fixed
+        return 0
 
 
 async def _dbus_address(qmp: Qmp) -> str | None:

@@ -235,6 +235,11 @@ class Host:
             await succession.check_guest(qmp, gateway, reset=options.reset)
             let_go = options.reset and await succession.reset_guest(qmp, gateway)
             host = cls(facts, qmp, qtest, gateway, options)
+            if not facts.atomic:
+                _log.warning(
+                    "this QEMU can have one vCPU only, and its guest's locked instructions are not atomic: now and "
+                    "then a signal is lost, and a channel hangs. Start it with -smp 1,maxcpus=2"
+                )
         except BaseException:
             if gateway is not None:
                 gateway.close()

@@ -65,7 +65,9 @@ def command_line(
         "-display",
         "none",
     ]
-    line += ["-machine", guest.machine, "-cpu", guest.cpu, "-smp", str(guest.smp)]
+    line += ["-machine", guest.machine, "-cpu", guest.cpu]
+    # Where there can be one vCPU only, TCG makes its locked instructions plain ones (see ``discovery``).
+    line += ["-smp", f"{guest.smp},maxcpus={max(guest.smp, 2)}" if emulator is not None else str(guest.smp)]
     if emulator is not None:
         line += emulator.argv()
     line += ["-qmp", f"unix:{directory.user_qmp},server=on,wait=off"]

@@ -265,7 +265,7 @@ static void link_close(struct link *link)
 }
 
 /* The page frame number of page `page` of the buffer, as it is now. */
-static uint64_t buffer_pfn(const struct link *link, unsigned page)
+__attribute__((unused)) static uint64_t buffer_pfn(const struct link *link, unsigned page)
 {
 	uint64_t entry = 0, address = (uintptr_t)link->buffer + (uint64_t)page * RING_PAGE;
 	int fd;
@@ -281,7 +281,7 @@ static uint64_t buffer_pfn(const struct link *link, unsigned page)
 	return entry & ((1ull << 55) - 1);
 }
 
-static void link_signal(struct link *link)
+__attribute__((unused)) static void link_signal(struct link *link)
 {
 	uint32_t one = 1;
 
@@ -296,7 +296,7 @@ static void link_signal(struct link *link)
 }
 
 /* Sleeps until the host interrupts, or something is in the ring. */
-static void link_wait(struct link *link)
+__attribute__((unused)) static void link_wait(struct link *link)
 {
 	struct pollfd event = { .fd = link->fd, .events = POLLIN };
 	uint32_t count;
