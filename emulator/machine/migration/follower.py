@@ -295,7 +295,7 @@ class Follower:
         departure.prepared_in = time.monotonic() - begun
         # QEMU takes one command after the other, so its answer to the first is on its way before it goes on. The
         # answer to the second may come after its Save(), for which it keeps everything else waiting.
-        self._looking = asyncio.ensure_future(self._look_whether_it_waits())
+        self._looking = asyncio.ensure_future(self._look_whether_it_waits(departure))
         if self.switchover is Switchover.OWN and not departure.refusal:
             await asyncio.gather(self._looking, self._go_on())
         else:
@@ -308,10 +308,11 @@ class Follower:
         with contextlib.suppress(QemuError):  # it was cancelled in this moment: an event tells
             await self._host.qmp.execute("migrate-continue", {"state": "pre-switchover"})
 
-    async def _look_whether_it_waits(self) -> None:
+    async def _look_whether_it_waits(self, departure: Departure) -> None:
         """If it does, nobody let QEMU go on before everything was ready for it."""
         found = await self._host.qmp.execute("query-migrate")
-        self._good = self.phase is Phase.READY and found.get("status") == "pre-switchover"
+        ours = self.departure is departure and self.phase is Phase.READY
+        self._good = ours and found.get("status") == "pre-switchover"
         self._changed()
 
     def _paused(self, departure: Departure) -> bool:
