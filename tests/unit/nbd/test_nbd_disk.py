@@ -7,11 +7,13 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from device.scsi import Scsi
 from device.scsi.drive import DriveOptions, open_drive
 from emulator.errors import UsageError, UserError
 from tests.unit.nbd.nbd_server import (
@@ -59,11 +61,20 @@ def listen(tmp_path: Path) -> Iterator[Listen]:
         listener.close()
 
 
+def connected_again(device: Scsi) -> None:
+    """A device that starts has its connections made anew; what is under way then is sent once more."""
+    end = time.monotonic() + 30
+    while (status := device.status()["units"]["0:0"])["sessions"] < 2 or not status["connections"]:
+        assert time.monotonic() < end, status
+        time.sleep(0.001)
+
+
 def test_a_disk_of_a_server(listen: Listen) -> None:
     server = Server(bytearray(os.urandom(SIZE)))
     device = controller(open_drive(DriveOptions(listen(server), reconnect=0), "d"))
     with ScsiGuest(device) as guest:
         guest.negotiate()
+        connected_again(device)
         assert guest.read(8, 16, offset=8).data == server.data[4096:12288]
         server.seen.clear()
         assert guest.write(3, b"written!" * 64, offset=8).good
