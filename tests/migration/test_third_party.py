@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from emulator.machine.migration.departure import Departure
-from emulator.machine.migration.drive import MigrationFailed, arrived
+from emulator.machine.migration.drive import MigrationFailed, arrived, migrate
 from emulator.machine.migration.follower import Phase, Switchover
 from emulator.machine.qmp import Qmp
 from tests.migration.journey import journey
@@ -170,8 +170,14 @@ def test_a_guest_that_was_stopped_before_is_stopped_after(tmp_path: Path) -> Non
         async with journey(tmp_path) as guest:
             await more_beats(guest)
             await guest.host.qmp.execute("stop")
-            there = await guest.target()
             before = guest.host
+            there = await guest.target(devices=("shutdown",))
+            with pytest.raises(MigrationFailed, match="goes on here"):  # once QEMU has asked for the state
+                await migrate(before, guest.uri(there), limit=LIMIT)
+            assert "not-there" in there.host.migration.load_refused
+            assert before.migration.phase is Phase.IDLE
+            await guest.leave(there)
+            there = await guest.target()
             await before.qmp.execute("migrate", {"uri": guest.uri(there)})
             await before.migration.until(lambda: before.migration.phase is Phase.LEFT, 30)
             await arrived(there.host, 30)
