@@ -23,6 +23,11 @@ async def run_state(guest: Journey) -> str:
     return str((await guest.host.qmp.execute("query-status"))["status"])
 
 
+def synics(guest: Journey) -> list[bool]:
+    """Of each virtual processor, whether its SynIC is on."""
+    return [vp["synic_enabled"] for vp in guest.here.status()["partition"]["vps"]]
+
+
 async def falls_asleep(guest: Journey) -> None:
     """Tell the guest to sleep, and wait until it does."""
     monitor = await Qmp.connect(str(guest.here.guest.directory.user_qmp))
@@ -35,14 +40,17 @@ async def falls_asleep(guest: Journey) -> None:
                 break
     await monitor.close()
     assert await run_state(guest) == "suspended"
+    assert not any(synics(guest))
 
 
 async def wakes(guest: Journey) -> None:
     answered = beats(guest)
+    assert not any(synics(guest))
     await guest.host.qmp.execute("system_wakeup")
     await guest.here.until(lambda: beats(guest) > answered, "heartbeats of a guest that woke up")
     await goes_on(guest)
     assert await run_state(guest) == "running"
+    assert all(synics(guest))
 
 
 @pytest.mark.parametrize("smp", [1, 2])
