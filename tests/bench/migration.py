@@ -1,8 +1,10 @@
 """What the emulator adds to a live migration, against the same guest in the same QEMU alone.
 
-Both guests run side by side and are migrated in turn, each into a new QEMU: the same kernel, initramfs and memory.
-Once they are idle, and once both write memory all the time while the one with the emulator also answers heartbeats,
-one after another. With the emulator there are 16 open channels. Downtimes are QEMU's own account.
+Three guests run side by side and are migrated in turn, each into a new QEMU: the same kernel, initramfs and memory.
+One has the emulator and 16 open channels; one is in QEMU alone; one is in a QEMU that pauses before the switch-over
+and has a helper on its D-Bus that keeps as many bytes as the emulator, and does nothing: what it adds is the least
+that anything can that is saved with a guest in this way. Once they are idle, and once all write memory all the time
+while the one with the emulator also answers heartbeats, one after another. Downtimes are QEMU's own account.
 
 Then a guest that reads a disk, with and without early marks (``reading``); and without any guest what saving costs
 (``saving``), and what the log of written pages costs on the way of a packet.
@@ -31,6 +33,7 @@ from emulator.machine import gateway_build, memory, rundir
 from emulator.machine.guest import Guest
 from emulator.machine.launch import GuestOptions, QemuProcess, command_line
 from emulator.machine.memory import MappedMemory, MappedPages
+from emulator.machine.migration.vmstate import HELPER_ID, DbusDaemon, VmStateHelper
 from emulator.machine.qmp import Qmp
 from emulator.machine.rundir import RunDirectory
 from emulator.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
@@ -43,7 +46,7 @@ from tests.bench.ring import SHAPES, bench_channel
 from tests.bench.saving import add_saving
 from tests.guest.harness import LOADED_MODULES
 
-ROUNDS = 8
+ROUNDS = 9
 MEMORY = 256 << 20
 LIMIT = 120.0
 CHANNELS = 16
@@ -53,6 +56,8 @@ WRITING = (
 LOADS = {"idle": ("sleep 100000", 1000.0), "under load": (WRITING, 0.0)}
 """What the guest runs, and the pause between its heartbeats in seconds."""
 AIMS = {"idle": "< 2 ms", "under load": "< 10 ms"}
+DOWNTIME_LIMIT = {"idle": 5, "under load": 300}
+"""In milliseconds, for QEMU: idle guests are sent until little is left for the pause, as what is left varies."""
 
 WRITERS = ((MappedPages, "store_u32"), (MappedMemory, "_stored"))
 SHAPES_OF_LOG = ("in band, 64 bytes", "storage read, 4 KiB")
@@ -92,22 +97,45 @@ async def _compare(result: Result, name: str, command: str, interval: float) -> 
         append=" ".join(KERNEL_ARGUMENTS),
         command_port=True,
     )
-    own, alone, prepared = [], [], []
-    async with _with_emulator(options, interval) as guest, _alone(options) as bare:
+    limit: dict[str, object] = {"downtime-limit": DOWNTIME_LIMIT[name]}
+    own, alone, helped, prepared, size = [], [], [], [], 0
+    async with (
+        _with_emulator(options, interval) as guest,
+        _alone(options) as bare,
+        _alone(options, helper=True) as beside,
+    ):
+
+        async def move_own() -> None:
+            nonlocal size
+            await guest.host.qmp.execute("migrate-set-parameters", limit)
+            outcome = await guest.move(limit=LIMIT)
+            own.append(outcome.downtime * 1e3)
+            prepared.append(outcome.departure.prepared_in * 1e3)
+            size = outcome.departure.state_bytes
+
+        async def move_alone() -> None:
+            alone.append(await bare.move(limit) * 1e3)
+
+        async def move_beside() -> None:
+            beside.state = bytes(size)
+            helped.append(await beside.move(limit) * 1e3)
+
+        turns = [move_own, move_alone, move_beside]
         for turn in range(ROUNDS):
-            for with_emulator in (turn % 2 == 0, turn % 2 == 1):
-                if with_emulator:
-                    outcome = await guest.move(limit=LIMIT)
-                    own.append(outcome.downtime * 1e3)
-                    prepared.append(outcome.departure.prepared_in * 1e3)
-                else:
-                    alone.append(await bare.move() * 1e3)
-        size = outcome.departure.state_bytes
-    result.figure(f"{name}: downtime with the emulator, median", statistics.median(own), "ms")
-    result.figure(f"{name}: downtime in QEMU alone, median", statistics.median(alone), "ms")
-    added = [a - b for a, b in zip(own, alone, strict=True)]
-    result.figure(f"{name}: added, median of {ROUNDS} pairs", statistics.median(added), "ms", AIMS[name])
-    result.figure(f"{name}: ratio of medians", statistics.median(own) / statistics.median(alone))
+            for move in turns[turn % 3 :] + turns[: turn % 3]:
+                await move()
+    medians = [statistics.median(each) for each in (own, helped, alone)]
+    for what, median in zip(
+        ("with the emulator", "with a helper that does nothing", "in QEMU alone"), medians, strict=True
+    ):
+        result.figure(f"{name}: downtime {what}, median", median, "ms")
+    for what, others, aim in (
+        ("added", alone, AIMS[name]),
+        ("added to that of a helper that does nothing", helped, ""),
+    ):
+        added = [a - b for a, b in zip(own, others, strict=True)]
+        result.figure(f"{name}: {what}, median of {ROUNDS}", statistics.median(added), "ms", aim)
+    result.figure(f"{name}: ratio of medians", medians[0] / medians[2])
     result.figure(f"{name}: of that before migrate-continue, median", statistics.median(prepared), "ms")
     result.figure(f"{name}: state", size, "bytes")
 
@@ -146,13 +174,21 @@ async def _with_emulator(options: GuestOptions, interval: float) -> AsyncIterato
 
 
 class Bare:
-    """A guest in a QEMU that knows of no emulator."""
+    """A guest in a QEMU that knows of no emulator. ``helper``: it has ``state`` saved and loaded for nobody."""
 
-    def __init__(self, options: GuestOptions) -> None:
+    def __init__(self, options: GuestOptions, *, helper: bool = False) -> None:
         self._options = options
+        self._helper = helper
         self._stack = contextlib.AsyncExitStack()
         self._qmp: Qmp | None = None
         self._directory: RunDirectory | None = None
+        self.state = b""
+
+    async def save(self) -> bytes:
+        return self.state
+
+    def load(self, state: bytes) -> None:
+        self.state = state
 
     async def start(self, *, incoming: bool) -> contextlib.AsyncExitStack:
         """A QEMU; it is this guest's from now on."""
@@ -162,6 +198,12 @@ class Bare:
         size = f"{MEMORY >> 20}M"
         backend = f"memory-backend-file,id=ram,mem-path={directory.memory},share=on,size={size}"
         plain = ["-accel", "tcg", "-m", f"size={size}", "-object", backend, "-machine", "memory-backend=ram"]
+        if self._helper:
+            daemon = await DbusDaemon.start(qemu.dbus_daemon(), directory.path)
+            stack.callback(daemon.stop)
+            helper = await VmStateHelper.connect(daemon.address, self)
+            stack.push_async_callback(helper.close)
+            plain += ["-object", f"dbus-vmstate,id=state,addr={daemon.address},id-list={HELPER_ID}"]
         options = replace(self._options, incoming=incoming)
         line = [*command_line(qemu.argv_prefix, directory, None, options), *plain]
         process = QemuProcess.start(line, directory.qemu_log, qemu.environment)
@@ -180,21 +222,25 @@ class Bare:
             await reader.readuntil(b"up")
         writer.close()
 
-    async def move(self) -> float:
+    async def move(self, parameters: dict[str, object]) -> float:
         """Into a new QEMU; its downtime in seconds."""
         before, source = self._stack, self._qmp
         there = await self.start(incoming=True)
         assert source is not None and self._qmp is not None and self._directory is not None
         uri = f"unix:{self._directory.path}/migration.sock"
         await self._qmp.execute("migrate-incoming", {"uri": uri})
-        wanted = {"capabilities": [{"capability": "return-path", "state": True}]}
-        await source.execute("migrate-set-capabilities", wanted)
-        await source.execute("migrate", {"uri": uri})
-        async with asyncio.timeout(LIMIT):
-            found: dict[str, Any] = {}
-            while found.get("status") != "completed":
-                await asyncio.sleep(0.05)
-                found = await source.execute("query-migrate")
+        names = ["return-path", "events", *(["pause-before-switchover"] if self._helper else [])]
+        wanted = [{"capability": name, "state": True} for name in names]
+        await source.execute("migrate-set-capabilities", {"capabilities": wanted})
+        await source.execute("migrate-set-parameters", parameters)
+        async with asyncio.timeout(LIMIT), contextlib.aclosing(source.events()) as events:
+            await source.execute("migrate", {"uri": uri})
+            async for event, data in events:
+                if event == "MIGRATION" and data["status"] == "pre-switchover":
+                    await source.execute("migrate-continue", {"state": "pre-switchover"})
+                if event == "MIGRATION" and data["status"] == "completed":
+                    break
+        found: dict[str, Any] = await source.execute("query-migrate")
         await before.aclose()
         self._stack = there
         return float(found["downtime"]) / 1000
@@ -204,8 +250,8 @@ class Bare:
 
 
 @contextlib.asynccontextmanager
-async def _alone(options: GuestOptions) -> AsyncIterator[Bare]:
-    bare = Bare(options)
+async def _alone(options: GuestOptions, *, helper: bool = False) -> AsyncIterator[Bare]:
+    bare = Bare(options, helper=helper)
     try:
         await bare.boot()
         yield bare
