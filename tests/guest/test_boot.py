@@ -11,7 +11,7 @@ import pytest
 
 from emulator.machine.host import HostOptions
 from emulator.wire.version import Version
-from tests.guest.harness import boot, nothing_lost
+from tests.guest.harness import LIMIT, boot, nothing_lost
 
 pytestmark = pytest.mark.guest
 
@@ -91,7 +91,7 @@ def test_a_kernel_boots_connects_and_keeps_its_heartbeat(
             await guest.until(lambda: abs(clock() - time.time()) < 5, "clock set by time synchronisation")
             result: asyncio.Future[object] = asyncio.get_running_loop().create_future()
             guest.device("shutdown").shut_down("shutdown", result.set_result)
-            assert str(await asyncio.wait_for(result, 60)) == "ok"
+            assert str(await asyncio.wait_for(result, LIMIT)) == "ok"
             await guest.finish()
             assert complaints(guest.console()) == []
 

@@ -117,7 +117,7 @@ def hand_started_qemu(
     ]
     with subprocess.Popen(line, cwd=folder) as qemu:
         try:
-            wait_for((folder / "emulator-qmp.sock").exists, "QMP socket", 30)
+            wait_for((folder / "emulator-qmp.sock").exists, "QMP socket")
             yield qemu
         finally:
             qemu.kill()
@@ -174,7 +174,7 @@ def test_an_emulator_killed_while_the_guest_waits_is_replaced(
         with attached(tmp_path / "vm", environment) as emulator:
             wait_for(lambda: console.exists() and "Microsoft Hyper-V" in console.read_text(), "the kernel")
             emulator.send_signal(signal.SIGKILL)
-            emulator.wait(10)
+            emulator.wait(LIMIT)
         with attached(tmp_path / "vm", environment):
             wait_for(lambda: answers(environment) >= 3, "three heartbeats")
             vmbus("shutdown", "hand", environment=environment)
@@ -187,7 +187,7 @@ def test_a_qemu_without_the_options_is_told_what_to_add(tmp_path: Path, environm
     line = [*find_qemu().argv_prefix, "-accel", "tcg", "-display", "none", "-nodefaults"]
     with subprocess.Popen([*line, "-S", "-qmp", f"unix:{socket},server=on,wait=off"]) as qemu:
         try:
-            wait_for(socket.exists, "QMP socket", 30)
+            wait_for(socket.exists, "QMP socket")
             done = vmbus("attach", "--qmp", str(socket), environment=environment)
         finally:
             qemu.kill()
@@ -206,7 +206,7 @@ def test_an_emulator_that_is_killed_takes_its_own_qemu_along(environment: dict[s
             ]
         finally:
             emulator.kill()
-    wait_for(lambda: not Path(f"/proc/{pid}").exists(), "end of QEMU", 30)
+    wait_for(lambda: not Path(f"/proc/{pid}").exists(), "end of QEMU")
     # What a SIGKILL left is swept by the next guest of that name.
     done = vmbus("run", "--name", "doomed", "--", "true", environment=environment)
     assert done.returncode == 0, done.stderr

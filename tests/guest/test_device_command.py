@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from emulator.cli import main
-from tests.guest.harness import LOADED_MODULES, boot
+from tests.guest.harness import LIMIT, LOADED_MODULES, boot
 from tests.guest.test_boot import complaints
 from tests.guest.test_image_formats import qemu_img
 
@@ -69,7 +69,7 @@ def test_devices_come_go_grow_and_move(tmp_path: Path, capsys: pytest.CaptureFix
             assert await vmbus("remove", "scsi/0:0") == "scsi/0:0 is taken away\n"
             await sees("sdb:32768 sdc:4096")
             before = json.loads(await vmbus("list", "--json"))["devices"]
-            await guest.guest.move(limit=60)
+            await guest.guest.move(limit=LIMIT)
             after = json.loads(await vmbus("list", "--json"))["devices"]
             assert [each["name"] for each in after] == [each["name"] for each in before]
             assert [disk["name"] for each in after for disk in each["disks"]] == ["scsi/0:1", "other/0:0"]

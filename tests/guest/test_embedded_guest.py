@@ -19,8 +19,9 @@ from emulator.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
 from emulator.provision.kernel import DEFAULT_GUEST, GUESTS, GuestKernel, find_kernel
 from emulator.provision.qemu import find_qemu
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.guest
 
+LIMIT = 180.0
 EVERY_BYTE = bytes(range(256)) * 16
 
 
@@ -35,13 +36,13 @@ class Finished:
 
 
 def run(kernel: GuestKernel, image: Path, folder: Path) -> Finished:
-    """Boot ``image`` until QEMU ends; no wait is longer than 150 seconds."""
+    """Boot ``image`` until QEMU ends; no wait is longer than ``LIMIT`` seconds."""
     qemu = find_qemu()
     console = folder / "console"
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
         listener.bind(str(folder / "port"))
         listener.listen()
-        listener.settimeout(60)
+        listener.settimeout(LIMIT)
         command = [
             *qemu.argv_prefix,
             *(
@@ -66,7 +67,7 @@ def run(kernel: GuestKernel, image: Path, folder: Path) -> Finished:
                 received = CommandOutput()
                 output = b"".join(received.feed(data) for data in _until_closed(port))
                 output += received.close()
-                exit_code = process.wait(timeout=30)
+                exit_code = process.wait(timeout=LIMIT)
             finally:
                 process.kill()
     return Finished(output, received.status, exit_code, console.read_text(errors="replace"))
@@ -74,7 +75,7 @@ def run(kernel: GuestKernel, image: Path, folder: Path) -> Finished:
 
 def _until_closed(port: socket.socket) -> Iterator[bytes]:
     with port:
-        port.settimeout(150)
+        port.settimeout(LIMIT)
         while data := port.recv(65536):
             yield data
 

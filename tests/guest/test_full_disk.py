@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest.harness import LOADED_MODULES, boot
+from tests.guest.harness import LIMIT, LOADED_MODULES, boot
 from tests.guest.test_boot import complaints
 from tests.guest.test_scsi import WAIT, units
 
@@ -52,7 +52,7 @@ def test_a_guest_waits_for_room_and_loses_nothing(tmp_path: Path) -> None:
             await guest.until(lambda: guest.status()["stopped_because"], "the guest to be stopped")
             assert "No space left" in guest.status()["stopped_because"][0]
             assert "No space left" in units(guest)["0:0"]["kept"]["because"]
-            await guest.guest.move(limit=60)
+            await guest.guest.move(limit=LIMIT)
             found = await guest.host.qmp.execute("query-status")
             assert found["status"] == "paused"
             assert b"written" not in guest.output

@@ -10,7 +10,7 @@ import pytest
 
 from emulator.machine.migration.drive import MigrationFailed
 from emulator.provision.qemu import find_qemu
-from tests.guest.harness import LOADED_MODULES, boot
+from tests.guest.harness import LIMIT, LOADED_MODULES, boot
 from tests.guest.test_boot import complaints
 from tests.guest.test_scsi import WAIT, e2fs, units
 
@@ -64,14 +64,14 @@ def test_a_guest_moves_with_its_overlay_under_load(tmp_path: Path) -> None:
 
             await goes_on()
             for _ in range(2):
-                await guest.guest.move(limit=60)
+                await guest.guest.move(limit=LIMIT)
                 await goes_on()
             new_devices, guest.guest._new_devices = guest.guest._new_devices, lambda lines: []
             with pytest.raises(MigrationFailed):
-                await guest.guest.move(limit=60)
+                await guest.guest.move(limit=LIMIT)
             guest.guest._new_devices = new_devices
             await goes_on()
-            await guest.guest.move(limit=60)
+            await guest.guest.move(limit=LIMIT)
             await goes_on()
             found = units(guest)["0:0"]
             assert (found["backend"], found["format"]) == ("image", "qcow2")

@@ -13,7 +13,7 @@ from emulator.hypervisor.features import Features
 from emulator.machine.host import Ending, HostOptions
 from emulator.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
 from emulator.provision.kernel import find_kernel
-from tests.guest.harness import LOADED_MODULES, Booted, boot
+from tests.guest.harness import LIMIT, LOADED_MODULES, Booted, boot
 from tests.guest.test_boot import complaints
 
 pytestmark = pytest.mark.guest
@@ -41,7 +41,7 @@ def test_a_reboot_inside_one_qemu(tmp_path: Path) -> None:
                 before = guest.host.events.resets
                 result: asyncio.Future[object] = asyncio.get_running_loop().create_future()
                 guest.device("shutdown").shut_down("restart", result.set_result)
-                assert str(await asyncio.wait_for(result, 60)) == "ok"
+                assert str(await asyncio.wait_for(result, LIMIT)) == "ok"
                 # Linux tries several ways to reset a machine; QEMU may tell of more than one.
                 await guest.until(lambda n=before: guest.host.events.resets > n, "the reset")
                 await guest.until(lambda: guest.host.bus.status()["version"] is None, "a clean bus")
@@ -202,7 +202,7 @@ def test_qemu_killed_leaves_nothing(tmp_path: Path) -> None:
             await beats(guest)
             directory, memory = guest.guest.directory.path, guest.guest.directory.memory
             guest.guest.process.process.kill()
-            ending = await asyncio.wait_for(guest._serving, 30)
+            ending = await asyncio.wait_for(guest._serving, LIMIT)
             assert ending is Ending.QEMU_GONE
         assert not directory.exists()
         assert not memory.exists()

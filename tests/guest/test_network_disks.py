@@ -7,13 +7,14 @@ import contextlib
 import hashlib
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from emulator.provision.qemu import find_qemu
-from tests.guest.harness import LOADED_MODULES, boot
+from tests.guest.harness import LIMIT, LOADED_MODULES, boot
 from tests.guest.test_boot import complaints
 from tests.guest.test_scsi import WAIT, units
 
@@ -67,9 +68,9 @@ def served(image: Path, path: Path) -> Iterator[Server]:
     server = Server(image, path)
     server.start()
     try:
-        for _ in range(500):
-            if path.exists():
-                break
+        end = time.monotonic() + LIMIT
+        while not path.exists():
+            assert time.monotonic() < end, "no socket of the server"
             assert server.process is not None
             assert server.process.poll() is None
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -185,13 +185,9 @@ def test_disks_come_and_go_and_grow_while_the_guest_runs(tmp_path: Path) -> None
 def test_several_controllers_targets_and_a_cdrom(tmp_path: Path) -> None:
     disc = tmp_path / "disc.iso"
     disc.write_bytes(os.urandom(3 * MIB))
-    script = (
-        WAIT.format("sdc")
-        + WAIT.format("sr0")
-        + (
-            "md5sum </dev/sr0; cd /sys/class/scsi_device; for d in *; do echo $d $(cat $d/device/type) "
-            "$(dd if=$d/device/vpd_pg80 bs=1 skip=4 2>/dev/null); done; cat /sys/block/sdb/ro"
-        )
+    script = "".join(WAIT.format(name) for name in ("sda", "sdb", "sdc", "sr0")) + (
+        "md5sum </dev/sr0; cd /sys/class/scsi_device; for d in *; do echo $d $(cat $d/device/type) "
+        "$(dd if=$d/device/vpd_pg80 bs=1 skip=4 2>/dev/null) $(cat $d/device/block/sd?/ro 2>/dev/null); done"
     )
 
     async def story() -> None:
@@ -214,7 +210,7 @@ def test_several_controllers_targets_and_a_cdrom(tmp_path: Path) -> None:
             hosts = {line.split()[0].split(":")[0] for line in lines[1:5]}
             assert hosts == {"0", "1"}
             kinds = sorted(" ".join(line.split()[1:]) for line in lines[1:5])
-            assert kinds == ["0 far", "0 first", "0 other", "5 disc"]
+            assert kinds == ["0 far 1", "0 first 0", "0 other 0", "5 disc"]
             assert ("0", "1", "7") in found
             assert guest.channel("scsi")["details"]["subchannels"] == 3
             assert complaints(guest.console()) == []

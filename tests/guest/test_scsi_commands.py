@@ -22,8 +22,11 @@ BLOCKS = DISK // 512
 DISC = 3 * MIB
 PROGRAM = "/run/initramfs/bin/scsi_commands"
 FIND = f"""
-for each in /sys/block/sd?; do [ "$(cat $each/size)" = {BLOCKS} ] && disk=/dev/${{each##*/}}; done
 disc=/dev/sr0
+until [ -b "$disk" ] && [ -b $disc ]; do  # the system's disk is there, these may still be looked for
+  for each in /sys/block/sd?; do [ "$(cat $each/size)" = {BLOCKS} ] && disk=/dev/${{each##*/}}; done
+  sleep 0.1
+done
 head -c 512 /dev/urandom >/tmp/block
 """
 

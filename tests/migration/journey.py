@@ -21,7 +21,7 @@ from emulator.provision.drivers import present
 from emulator.provision.initramfs import KERNEL_ARGUMENTS, ROOT_MODULES, build_initramfs
 from emulator.provision.kernel import find_kernel
 from emulator.provision.qemu import QemuBinary, find_qemu
-from tests.guest.harness import LOADED_MODULES, STORAGE_MODULES, Booted
+from tests.guest.harness import LIMIT, LOADED_MODULES, STORAGE_MODULES, Booted
 
 
 @dataclass
@@ -79,8 +79,8 @@ class Journey:
         """Migrate to ``there``, or to a new place; the one before is ended."""
         before = self.here
         there = there or await self.target()
-        outcome = await migrate(before.host, self.uri(there), limit=60)
-        await arrived(there.host, limit=60)
+        outcome = await migrate(before.host, self.uri(there), limit=LIMIT)
+        await arrived(there.host, limit=LIMIT)
         await self.settle_at(there)
         return outcome
 

@@ -18,7 +18,7 @@ from tests.guest.test_boot import complaints
 from tests.migration.journey import Journey, journey
 from tests.migration.test_live import more_beats
 
-LIMIT = 60
+LIMIT = 180
 ECHOING = "echo started; while echo_client --count 10000 --generate 5000 --fill 20; do :; done; echo failed"
 
 Program = Callable[[str], Path]

@@ -20,7 +20,7 @@ from tests.migration.test_live import Unsavable, more_beats
 
 pytestmark = pytest.mark.guest
 
-LIMIT = 60
+LIMIT = 180
 UUID = "11111111-2222-4333-8444-555555555555"
 
 

@@ -80,8 +80,11 @@ iodepth=8
 verify_backlog=32
 """
 SCRIPT = f"""
-for each in /sys/block/sd?; do
-  [ "$(cat $each/size)" = {SIZE // 512} ] && disk=/dev/${{each##*/}}
+until [ -b "$disk" ]; do  # the other one is the root
+  for each in /sys/block/sd?; do
+    [ "$(cat $each/size)" = {SIZE // 512} ] && disk=/dev/${{each##*/}}
+  done
+  sleep 0.1
 done
 cat >/tmp/jobs <<END
 {JOBS}

@@ -9,8 +9,9 @@ import pytest
 
 from device.heartbeat import Heartbeat
 from emulator.errors import DeviceError
-from emulator.machine.migration.drive import MigrationFailed, arrived, migrate
+from emulator.machine.migration.drive import MigrationFailed, Outcome, arrived, migrate
 from emulator.machine.migration.follower import Phase, Switchover
+from tests.guest.harness import LIMIT, Booted
 from tests.migration.journey import Journey, journey
 
 pytestmark = pytest.mark.guest
@@ -37,6 +38,17 @@ class Unsavable(Heartbeat):
         return super().save() + bytes(self.size)
 
 
+async def under_way(guest: Journey, there: Booted) -> asyncio.Task[Outcome]:
+    """A migration that has begun to send memory."""
+    follower = guest.host.migration
+    before = follower.departure
+    moving = asyncio.ensure_future(migrate(guest.host, guest.uri(there), limit=LIMIT))
+    await follower.until(
+        lambda: follower.departure is not before and follower.departure.statuses[-1:] == ["active"], LIMIT
+    )
+    return moving
+
+
 def test_a_guest_that_cannot_leave_goes_on_and_can_leave_later(tmp_path: Path) -> None:
     async def story() -> None:
         async with journey(tmp_path, devices=("heartbeat,interval=0.05", "shutdown")) as guest:
@@ -47,25 +59,25 @@ def test_a_guest_that_cannot_leave_goes_on_and_can_leave_later(tmp_path: Path) -
 
             # Nobody listens.
             with pytest.raises(MigrationFailed, match="goes on here"):
-                await migrate(host, f"unix:{tmp_path}/nobody.sock", limit=30)
+                await migrate(host, f"unix:{tmp_path}/nobody.sock", limit=LIMIT)
             await more_beats(guest)
 
             # A device that cannot be saved: the reason comes out, the guest stays.
             there = await guest.target()
             device.reason = "a disk in the middle of something"
             with pytest.raises(MigrationFailed, match="in the middle of something"):
-                await migrate(host, guest.uri(there), limit=30)
+                await migrate(host, guest.uri(there), limit=LIMIT)
             device.reason = ""
             await more_beats(guest)
             with pytest.raises(MigrationFailed):
-                await arrived(there.host, limit=30)
+                await arrived(there.host, limit=LIMIT)
             await guest.leave(there)
 
             # More state than QEMU's carrier takes.
             there = await guest.target()
             device.size = 2 << 20
             with pytest.raises(MigrationFailed, match="too-large"):
-                await migrate(host, guest.uri(there), limit=30)
+                await migrate(host, guest.uri(there), limit=LIMIT)
             device.size = 0
             await more_beats(guest)
             await guest.leave(there)
@@ -73,7 +85,7 @@ def test_a_guest_that_cannot_leave_goes_on_and_can_leave_later(tmp_path: Path) -
             # The target has another set of devices: its Load() says so, the source hears of it.
             there = await guest.target(devices=("shutdown",))
             with pytest.raises(MigrationFailed, match="goes on here"):
-                await migrate(host, guest.uri(there), limit=30)
+                await migrate(host, guest.uri(there), limit=LIMIT)
             assert "not-there" in there.host.migration.load_refused
             await more_beats(guest)
             await guest.leave(there)
@@ -81,8 +93,7 @@ def test_a_guest_that_cannot_leave_goes_on_and_can_leave_later(tmp_path: Path) -
             # The target dies while the guest is on its way.
             there = await guest.target()
             await host.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
-            moving = asyncio.ensure_future(migrate(host, guest.uri(there), limit=60))
-            await host.migration.until(lambda: "active" in host.migration.departure.statuses, 30)
+            moving = await under_way(guest, there)
             there.guest.process.process.kill()
             with pytest.raises(MigrationFailed, match="goes on here"):
                 await moving
@@ -91,11 +102,11 @@ def test_a_guest_that_cannot_leave_goes_on_and_can_leave_later(tmp_path: Path) -
 
             # Cancelled while memory is sent.
             there = await guest.target()
-            moving = asyncio.ensure_future(migrate(host, guest.uri(there), limit=60))
-            await host.migration.until(lambda: "active" in host.migration.departure.statuses, 30)
+            moving = await under_way(guest, there)
             await host.qmp.execute("migrate_cancel")
             with pytest.raises(MigrationFailed, match="goes on here"):
                 await moving
+            assert host.migration.departure.statuses[-1] == "cancelled"
             await host.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 30})
             await more_beats(guest)
             await guest.leave(there)
@@ -103,8 +114,8 @@ def test_a_guest_that_cannot_leave_goes_on_and_can_leave_later(tmp_path: Path) -
             # Cancelled at the last moment: the state is made, the guest stands.
             there = await guest.target()
             host.migration.switchover = Switchover.OBSERVE
-            moving = asyncio.ensure_future(migrate(host, guest.uri(there), limit=60))
-            await host.migration.until(lambda: host.migration.phase is Phase.READY, 30)
+            moving = asyncio.ensure_future(migrate(host, guest.uri(there), limit=LIMIT))
+            await host.migration.until(lambda: host.migration.phase is Phase.READY, LIMIT)
             answered = beats(guest)
             await asyncio.sleep(0.2)  # a guest that stands does not answer, and a frozen host does not ask
             assert beats(guest) == answered

@@ -16,6 +16,7 @@ from tests.migration.journey import journey
 pytestmark = pytest.mark.guest
 
 SCRIPT = """
+until [ -b /dev/sda ]; do usleep 100000; done
 i=0
 while :; do
   i=$((i+1))
@@ -62,6 +63,7 @@ def test_what_was_written_is_read_over_migrations(tmp_path: Path) -> None:
 
 
 READING = """
+until [ -b /dev/sda ]; do usleep 100000; done
 while :; do
   echo 3 > /proc/sys/vm/drop_caches
   echo "round $(md5sum < /dev/sda)"

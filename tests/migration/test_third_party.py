@@ -33,13 +33,15 @@ def test_a_migration_that_another_program_drives_is_followed(tmp_path: Path) -> 
                 follower.departure = Departure()
                 await other.execute("migrate", {"uri": guest.uri(there)})
                 await follower.until(
-                    lambda: follower.departure.statuses[-1:] in (["cancelled"], ["failed"]), 30
+                    lambda: follower.departure.statuses[-1:] in (["cancelled"], ["failed"]), LIMIT
                 )
                 await guest.here.until(
-                    lambda name=capability: follower.departure.refusal.startswith(f"{name}: "), "reason", 30
+                    lambda name=capability: follower.departure.refusal.startswith(f"{name}: "),
+                    "reason",
+                    LIMIT,
                 )
                 with pytest.raises(MigrationFailed):
-                    await arrived(there.host, 30)
+                    await arrived(there.host, LIMIT)
                 await _set(other, capability, False)
                 await more_beats(guest)
                 await guest.leave(there)
@@ -50,7 +52,7 @@ def test_a_migration_that_another_program_drives_is_followed(tmp_path: Path) -> 
             await _set(other, "return-path", True)
             follower.departure = Departure()
             await other.execute("migrate", {"uri": guest.uri(there)})
-            await follower.until(lambda: "failed" in follower.departure.statuses, 30)
+            await follower.until(lambda: "failed" in follower.departure.statuses, LIMIT)
             assert "behind the emulator's back" in there.host.migration.load_refused
             await _set(other, "pause-before-switchover", True)
             await more_beats(guest)
@@ -60,11 +62,11 @@ def test_a_migration_that_another_program_drives_is_followed(tmp_path: Path) -> 
             there = await guest.target()
             follower.switchover = Switchover.OBSERVE
             await other.execute("migrate", {"uri": guest.uri(there)})
-            await follower.until(lambda: follower.phase is Phase.READY, 30)
-            await guest.here.until(lambda: follower.departure.prepared_in, "state made ready", 30)
+            await follower.until(lambda: follower.phase is Phase.READY, LIMIT)
+            await guest.here.until(lambda: follower.departure.prepared_in, "state made ready", LIMIT)
             await other.execute("migrate-continue", {"state": "pre-switchover"})
-            await follower.until(lambda: follower.phase is Phase.LEFT, 30)
-            await arrived(there.host, 30)
+            await follower.until(lambda: follower.phase is Phase.LEFT, LIMIT)
+            await arrived(there.host, LIMIT)
             await other.close()
             await guest.settle_at(there)
             await more_beats(guest, 10)
@@ -139,6 +141,7 @@ def test_cancelled_in_the_pause_while_a_device_writes_guest_memory(
             sink = tmp_path / "sink"
             async with await asyncio.start_unix_server(swallow, str(sink)):
                 for turns in range(0, 30, 6):  # of this loop, in which the emulator makes its state
+                    before = follower.departure
                     await other.execute("migrate", {"uri": f"unix:{sink}"})
                     async for name, data in other.events():
                         if (name, data.get("status")) == ("MIGRATION", "pre-switchover"):
@@ -147,8 +150,10 @@ def test_cancelled_in_the_pause_while_a_device_writes_guest_memory(
                         await asyncio.sleep(0)
                     await other.execute("migrate_cancel")
                     await follower.until(
-                        lambda: (
-                            follower.departure.statuses[-1:] == ["cancelled"] and follower.phase is Phase.IDLE
+                        lambda before=before: (
+                            follower.departure is not before
+                            and follower.departure.statuses[-1:] == ["cancelled"]
+                            and follower.phase is Phase.IDLE
                         ),
                         LIMIT,
                     )
@@ -179,8 +184,8 @@ def test_a_guest_that_was_stopped_before_is_stopped_after(tmp_path: Path) -> Non
             await guest.leave(there)
             there = await guest.target()
             await before.qmp.execute("migrate", {"uri": guest.uri(there)})
-            await before.migration.until(lambda: before.migration.phase is Phase.LEFT, 30)
-            await arrived(there.host, 30)
+            await before.migration.until(lambda: before.migration.phase is Phase.LEFT, LIMIT)
+            await arrived(there.host, LIMIT)
             await guest.settle_at(there)
             assert guest.host.migration.phase is Phase.LOADED
             assert (await guest.host.qmp.execute("query-status"))["status"] == "paused"

@@ -12,7 +12,7 @@ import pytest
 from emulator.machine.migration.drive import MigrationFailed, migrate
 from emulator.machine.migration.follower import Phase, Switchover
 from emulator.machine.traps import Trap
-from tests.guest.harness import LOADED_MODULES
+from tests.guest.harness import LIMIT, LOADED_MODULES
 from tests.migration.journey import Journey, journey
 
 pytestmark = pytest.mark.guest
@@ -61,8 +61,8 @@ def test_an_answer_that_no_processor_fetched_goes_along(
             there = await guest.target()
             follower = guest.host.migration
             follower.switchover = Switchover.OBSERVE
-            moving = asyncio.ensure_future(migrate(guest.host, guest.uri(there), limit=60))
-            await follower.until(lambda: follower.phase is Phase.READY, 30)
+            moving = asyncio.ensure_future(migrate(guest.host, guest.uri(there), limit=LIMIT))
+            await follower.until(lambda: follower.phase is Phase.READY, LIMIT)
             await guest.here.until(lambda: follower.departure.prepared_in, "state made ready")
             await guest.host.qmp.execute("migrate_cancel")
             with pytest.raises(MigrationFailed):

@@ -15,7 +15,7 @@ from emulator.errors import GatewayError
 from emulator.machine.gateway import Gateway
 from emulator.machine.traps import Trap
 
-LIMIT = 30.0
+LIMIT = 120.0
 
 
 class Machine:
@@ -89,6 +89,14 @@ class Machine:
         """What the guest has printed."""
         lines = self._console.read_text().split("\n")
         return [int(line, 16) for line in lines[:-1]]
+
+    def prints(self, wanted: list[int]) -> None:
+        """Wait until the guest has printed ``wanted``, and nothing else."""
+        end = time.monotonic() + LIMIT
+        while (found := self.console()) != wanted:
+            assert found == wanted[: len(found)], found
+            assert time.monotonic() < end, f"no {wanted} within {LIMIT} s, but {found}"
+            time.sleep(0.01)
 
     def output(self) -> list[int]:
         """What the guest has printed when it is done."""

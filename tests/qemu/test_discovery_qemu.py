@@ -22,6 +22,8 @@ from emulator.provision.qemu import find_qemu
 
 pytestmark = pytest.mark.qemu
 
+LIMIT = 120.0
+
 
 def options(folder: Path, mebibytes: int = 128) -> EmulatorOptions:
     table = folder / "vmbus.aml"
@@ -48,10 +50,10 @@ def qemu(folder: Path, words: Sequence[str]) -> Iterator[None]:
         subprocess.Popen(line, cwd=folder, stdout=output, stderr=output) as process,
     ):
         try:
-            end = time.monotonic() + 30
+            end = time.monotonic() + LIMIT
             while not (folder / "qmp.sock").exists():
                 assert process.poll() is None, log.read_text()
-                assert time.monotonic() < end, "no QMP socket within 30 s"
+                assert time.monotonic() < end, f"no QMP socket within {LIMIT:g} s"
                 time.sleep(0.01)
             yield
         finally:

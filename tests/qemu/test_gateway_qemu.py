@@ -532,8 +532,7 @@ def test_after_the_hold_limit_a_message_hypercall_gets_its_status(start: Start) 
         gateway.answer(next_trap(gateway), 0)
         next_trap(gateway)  # the message is left unanswered
         gateway.close()
-        time.sleep(0.5)
-        assert machine.console() == [0x13]
+        machine.prints([0x13])
         successor = machine.attach()
         trap = next_trap(successor)
         assert trap.rcx == 0x5D
