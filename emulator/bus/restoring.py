@@ -17,6 +17,7 @@ from emulator.bus.gpadl import (
     MAX_CHANNEL_PAGES,
     MAX_CONNECTION_GPADLS,
     MAX_CONNECTION_PAGES,
+    RANGE_WEIGHT,
     Assembly,
     Gpadl,
     GpadlState,
@@ -64,6 +65,7 @@ class BusStateRefused(VmbusError):
 
 def check_state(state: BusState, limits: Limits, memory: GuestMemory, vp_count: int) -> None:
     """Raise :class:`BusStateRefused` unless ``state`` can be restored."""
+    _check_limits(state)
     _check_connection(state.connection, limits, memory, vp_count)
     relids = {channel.relid for channel in state.channels if channel.relid is not None}
     for channel in state.channels:
@@ -75,7 +77,6 @@ def check_state(state: BusState, limits: Limits, memory: GuestMemory, vp_count: 
     _unique("GPADL in progress", [each.gpadl_id for each in state.assemblies])
     for assembly in state.assemblies:
         _check_assembly(assembly, relids)
-    _check_limits(state)
     for held in state.inbox:
         _consistent(len(held.payload) <= MAX_MESSAGE, "a message that is too long")
     for outgoing in state.outbox:
@@ -294,10 +295,18 @@ def _check_assembly(assembly: AssemblyRecord, relids: set[int]) -> None:
     _consistent(len(assembly.data) % 8 == 0, f"{what}: half a word")
 
 
+def _weight(record: GpadlRecord) -> int:
+    """As ``Gpadl.weight``, of what has not been checked: its page lists may be of any length."""
+    return sum(max(count, 0) for each in record.ranges for _, count in each.runs) + RANGE_WEIGHT * len(
+        record.ranges
+    )
+
+
 def _check_limits(state: BusState) -> None:
+    """Of everything together, before any page list is made of its runs."""
     weights: dict[int | None, list[int]] = {}
     for channel in state.channels:
-        weights.setdefault(channel.relid, []).extend(thaw_gpadl(gpadl).weight for gpadl in channel.gpadls)
+        weights.setdefault(channel.relid, []).extend(_weight(gpadl) for gpadl in channel.gpadls)
     for assembly in state.assemblies:
         weights.setdefault(assembly.relid, []).append(thaw_assembly(assembly).weight)
     _consistent(

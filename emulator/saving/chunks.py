@@ -5,8 +5,7 @@ Source: spec/save-restore-and-migration.md 1.7, docs/saved-state.md. Nothing her
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from emulator.errors import MalformedError
@@ -17,20 +16,24 @@ from emulator.wire.chunk import (
     HEADER_SIZE,
     MAGIC,
     ChunkFlags,
+    ChunkHeader,
     ChunkKind,
     build_chunk,
     chunk_crc,
 )
-from emulator.wire.saved import RECORDS, newest, parse_record
+from emulator.wire.saved import RECORDS, SavedPacket, newest, parse_record
+
+MAX_PACKET_PAGES = 1 << 20
+"""Pages that all packets of a state may name: a run of very many takes a few bytes, and some megabytes here."""
 
 _KINDS = {int(kind): kind for kind in ChunkKind}
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A sound chunk. ``kind`` is ``None`` for one that this release does not know and that may be skipped."""
+    """A sound chunk, of a kind that this release knows."""
 
-    kind: ChunkKind | None
+    kind: ChunkKind
     record: Any
     save_id: int
     index: int
@@ -39,11 +42,15 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """How far a save run has been read: its id (``None`` before the first chunk) and the next chunk's index."""
+    """How far a save run has been read: its id (``None`` before the first chunk) and the next chunk's index.
+
+    ``pages``: how many pages of guest memory its packets name.
+    """
 
     save_id: int | None = None
     index: int = 0
     complete: bool = False
+    pages: int = 0
 
 
 def encode(kind: ChunkKind, record: Any, *, save_id: int, index: int, last: bool) -> bytes:
@@ -59,39 +66,56 @@ def encode(kind: ChunkKind, record: Any, *, save_id: int, index: int, last: bool
     )
 
 
-def read_chunks(buffer: bytes | bytearray | memoryview, position: Position) -> tuple[list[Chunk], Position]:
+def read_chunks(
+    buffer: bytes | bytearray | memoryview, position: Position, *, once: frozenset[ChunkKind] = frozenset()
+) -> tuple[list[Chunk], Position]:
     """All chunks of ``buffer``, which continue a save run at ``position``; and where it stands then.
 
-    Chunks of unknown kinds that may be skipped count, but are not among those returned. Raises
-    :class:`StateRefused`.
+    Chunks of unknown kinds that may be skipped count, but are not among those returned. Of a kind in ``once`` a
+    second one is refused before it is parsed: a few bytes may name very many pages. Raises :class:`StateRefused`.
     """
-    chunks = []
-    for chunk in _each(bytes(buffer)):
+    data = bytes(buffer)
+    chunks: list[Chunk] = []
+    at = 0
+    while at < len(data):
         if position.complete:
-            raise StateRefused(Reason.TRAILING_BYTES, f"chunk {chunk.index} follows the last chunk")
-        if position.save_id is not None and chunk.save_id != position.save_id:
+            raise StateRefused(Reason.TRAILING_BYTES, f"{len(data) - at} bytes follow the last chunk")
+        header, end = _header(data, at)
+        if position.save_id is not None and header.save_id != position.save_id:
             raise StateRefused(
-                Reason.FOREIGN_SAVE, f"save id {chunk.save_id:#x}, expected {position.save_id:#x}"
+                Reason.FOREIGN_SAVE, f"save id {header.save_id:#x}, expected {position.save_id:#x}"
             )
-        if chunk.index != position.index:
-            reason = Reason.REPEATED if chunk.index < position.index else Reason.OUT_OF_ORDER
-            raise StateRefused(reason, f"chunk {chunk.index} where {position.index} is expected")
-        position = Position(chunk.save_id, chunk.index + 1, chunk.last)
-        if chunk.kind is not None:
-            chunks.append(chunk)
+        if header.index != position.index:
+            reason = Reason.REPEATED if header.index < position.index else Reason.OUT_OF_ORDER
+            raise StateRefused(reason, f"chunk {header.index} where {position.index} is expected")
+        last = bool(header.flags & ChunkFlags.LAST)
+        position = Position(header.save_id, header.index + 1, last, position.pages)
+        kind = _KINDS.get(header.kind)
+        if kind is not None:
+            if kind in once and any(each.kind == kind for each in chunks):
+                raise StateRefused(Reason.INCONSISTENT, f"chunk {header.index}: another {kind.name} record")
+            record = _record(kind, header.version, data[at + HEADER_SIZE : end], header.index)
+            if isinstance(record, SavedPacket):
+                position = replace(position, pages=count_pages(record, position.pages))
+            chunks.append(Chunk(kind, record, header.save_id, header.index, last))
+        elif not header.flags & ChunkFlags.IGNORABLE:
+            raise StateRefused(Reason.UNKNOWN_KIND, f"chunk {header.index} is of kind {header.kind:#x}")
+        at = end
     return chunks, position
 
 
-def _each(data: bytes) -> Iterator[Chunk]:
-    at = 0
-    while at < len(data):
-        chunk, at = _read(data, at)
-        yield chunk
-        if chunk.last and at < len(data):
-            raise StateRefused(Reason.TRAILING_BYTES, f"{len(data) - at} bytes follow the last chunk")
+def count_pages(packet: SavedPacket, pages: int = 0) -> int:
+    """``pages`` and those that ``packet`` names. Raises :class:`StateRefused` for more than any guest can name."""
+    pages += sum(len(each.pfns) for each in packet.ranges)
+    if pages > MAX_PACKET_PAGES:
+        raise StateRefused(
+            Reason.INCONSISTENT, f"packets that name more than {MAX_PACKET_PAGES} pages of guest memory"
+        )
+    return pages
 
 
-def _read(data: bytes, at: int) -> tuple[Chunk, int]:
+def _header(data: bytes, at: int) -> tuple[ChunkHeader, int]:
+    """The header of the chunk at ``at``, which is there as a whole and undamaged; and where it ends."""
     left = len(data) - at
     if not data.startswith(MAGIC[:left], at):
         raise StateRefused(Reason.DAMAGED, f"no chunk at byte {at}: {data[at : at + 4].hex()}")
@@ -111,14 +135,7 @@ def _read(data: bytes, at: int) -> tuple[Chunk, int]:
         raise StateRefused(Reason.DAMAGED, f"checksum of the chunk at byte {at}")
     if header.flags & ~int(ChunkFlags.LAST | ChunkFlags.IGNORABLE):
         raise StateRefused(Reason.TOO_NEW, f"chunk {header.index} has flags {header.flags:#x}")
-    last = bool(header.flags & ChunkFlags.LAST)
-    kind = _KINDS.get(header.kind)
-    record = None
-    if kind is not None:
-        record = _record(kind, header.version, data[at + HEADER_SIZE : end], header.index)
-    elif not header.flags & ChunkFlags.IGNORABLE:
-        raise StateRefused(Reason.UNKNOWN_KIND, f"chunk {header.index} is of kind {header.kind:#x}")
-    return Chunk(kind, record, header.save_id, header.index, last), end
+    return header, end
 
 
 def _record(kind: ChunkKind, version: int, data: bytes, index: int) -> Any:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from emulator.saving.channel import ChannelSaver
-from emulator.saving.chunks import Chunk, Position, read_chunks
+from emulator.saving.chunks import Chunk, Position, count_pages, read_chunks
 from emulator.saving.pages import PagesTarget, check_order
 from emulator.saving.refusal import Reason, StateRefused
 from emulator.saving.state import Assembly, ChannelState, SavableChannel
@@ -26,6 +26,8 @@ from emulator.wire.saved import SAVED_END, ChannelIdentity, SavedEnd, SavedMemor
 
 MAX_CHANNELS = 2048
 """Channel ids are event flag numbers: there are not more."""
+
+_ONCE = frozenset(ChunkKind) - {ChunkKind.CHANNEL_RECORDS, ChunkKind.PAGES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class SectionTarget(Protocol):
 
 def read_machine(data: bytes) -> MachineState:
     """The state that ``data`` is. Raises :class:`StateRefused`, with the source's reason if it refused to save."""
-    chunks, position = read_chunks(data, Position())
+    chunks, position = read_chunks(data, Position(), once=_ONCE)
     if not position.complete:
         raise StateRefused(Reason.TRUNCATED, f"{len(data)} bytes, and the last chunk is not among them")
     kinds = [chunk.kind for chunk in chunks]
@@ -87,6 +89,7 @@ def read_machine(data: bytes) -> MachineState:
     channels: dict[ChannelIdentity, SavedChannelState] = {}
     memory: SavedMemory | None = None
     pages: list[SavedPages] = []
+    named = 0
     for chunk in chunks[1:-1]:
         if chunk.kind in (ChunkKind.HYPERVISOR, ChunkKind.BUS) and not (channels or pages):
             late = memory is not None or (chunk.kind == ChunkKind.HYPERVISOR and sections)
@@ -102,6 +105,8 @@ def read_machine(data: bytes) -> MachineState:
             if channel.identity in channels or len(channels) == MAX_CHANNELS:
                 raise StateRefused(Reason.INCONSISTENT, f"channel {channel.identity} is one too many")
             channels[channel.identity] = channel
+            for packet in channel.state.packets():
+                named = count_pages(packet, named)
         else:
             raise StateRefused(Reason.INCONSISTENT, f"chunk {chunk.index} has no place in a machine's state")
     check_order(pages)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from emulator.errors import MalformedError
-from emulator.saving.chunks import Chunk, Position, read_chunks
+from emulator.saving.chunks import Chunk, Position, count_pages, read_chunks
 from emulator.saving.refusal import Reason, StateRefused
 from emulator.saving.status import NtStatus
 from emulator.wire.chunk import ChunkKind
@@ -58,6 +58,11 @@ class ChannelState:
     def outgoing(self) -> tuple[OutgoingPacket, ...]:
         """The packets that SavePacket and RestorePacket are called for, in order."""
         return self.outstanding + tuple(each for each in self.queue if isinstance(each, OutgoingPacket))
+
+    def packets(self) -> Iterator[SavedPacket]:
+        """Every packet of either direction."""
+        yield from (each.packet for each in self.outgoing())
+        yield from self.taken
 
     def records(self) -> Iterator[tuple[ChunkKind, Any]]:
         """What the chunks carry, in order; of outgoing packets the :class:`OutgoingPacket` itself."""
@@ -194,7 +199,7 @@ class Assembly:
         rank = 0
         for index, chunk in enumerate(chunks):
             kind = chunk.kind
-            if kind is None or kind >= ChunkKind.MACHINE:
+            if kind >= ChunkKind.MACHINE:
                 raise StateRefused(Reason.INCONSISTENT, f"chunk {chunk.index} is not one of a channel")
             if (kind == ChunkKind.CHANNEL) != (index == 0):
                 raise StateRefused(Reason.INCONSISTENT, f"chunk {chunk.index} is a {kind.name} record")
@@ -227,11 +232,12 @@ class Assembly:
         queue: list[OutgoingPacket | SavedCompletion] = []
         taken: list[SavedPacket] = []
         device = b""
+        pages = self.position.pages
         for chunk in self.chunks:
-            if chunk.kind == ChunkKind.OUTSTANDING:
-                outstanding.append(_outgoing(chunk))
-            elif chunk.kind == ChunkKind.UNSENT:
-                queue.append(_outgoing(chunk))
+            if chunk.kind in (ChunkKind.OUTSTANDING, ChunkKind.UNSENT):
+                packet = _outgoing(chunk)
+                pages = count_pages(packet.packet, pages)
+                (outstanding if chunk.kind == ChunkKind.OUTSTANDING else queue).append(packet)
             elif chunk.kind == ChunkKind.COMPLETION:
                 queue.append(chunk.record)
             elif chunk.kind == ChunkKind.TAKEN:

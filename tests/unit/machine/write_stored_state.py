@@ -1,4 +1,4 @@
-"""Stores the state of a real guest for ``test_stored_states``: ``python -m tests.unit.machine.write_stored_state NAME``.
+"""Stores a real guest's state for ``test_stored_states``: ``python -m tests.unit.machine.write_stored_state NAME``.
 
 Run once for each format that is released, and never for a name that is there: a stored state loads for ever.
 """
