@@ -29,6 +29,7 @@ from tests.unit.saving.test_golden import IDENTITY, MEMORY, STATE
 FEW = 2
 """Packets of the largest size that are allowed here, so that the test is quick."""
 MOST_MEMORY = 60 << 20
+"""Bytes; each packet alone takes 5 MiB."""
 HEADER = replace(STATE.channel, identity=ChannelIdentity(*IDENTITY, 0))
 PACKET = SavedPacket(
     9, 1, 0xA2, b"", (GpaRange(MAX_PAGES * 4096, 0, tuple(range(1 << 33, (1 << 33) + MAX_PAGES))),)
@@ -63,21 +64,21 @@ def channel(number: int, *parts: tuple[ChunkKind, Any]) -> tuple[ChunkKind, Any]
 
 
 def many_memories() -> bytes:
-    return machine(*[(ChunkKind.MEMORY, LARGE)] * 5000)
+    return machine(*[(ChunkKind.MEMORY, LARGE)] * 100)
 
 
 def many_taken() -> bytes:
-    return machine(channel(0, *[(ChunkKind.TAKEN, PACKET)] * 5000))
+    return machine(channel(0, *[(ChunkKind.TAKEN, PACKET)] * 100))
 
 
 def many_sent() -> bytes:
     record = SavedOutgoing(SAVED_PACKET.build(PACKET), b"")
-    return machine(channel(0, *[(ChunkKind.OUTSTANDING, record)] * 5000))
+    return machine(channel(0, *[(ChunkKind.OUTSTANDING, record)] * 100))
 
 
 def many_channels() -> bytes:
     each = [(ChunkKind.TAKEN, PACKET)] * FEW
-    return machine(*(channel(number, *each) for number in range(100)))
+    return machine(*(channel(number, *each) for number in range(20)))
 
 
 @pytest.fixture(autouse=True)
