@@ -235,6 +235,7 @@ class Follower:
         await self._host.qmp.cont()
 
     async def _look_at_manner(self) -> None:
+        departure = self.departure
         self._manner = await manner(self._host.qmp)
         if self._manner.memory_stays:
             self.early.end()
@@ -242,7 +243,6 @@ class Follower:
             await self._forget_written()
         if why := "the guest has left already" if self.fenced else self._manner.refusal:
             _log.error("migration cancelled: %s", why)
-            departure = self.departure
             departure.refusal = why
             if await self._begun(departure):
                 await self._cancel()
