@@ -218,7 +218,6 @@ def test_a_guest_is_taken_back_and_then_leaves_beside_qemus_stream(tmp_path: Pat
         assert "it is left" in await says("migrate", "a", void, status=1)
         assert await says("migrate", "a", "--take-back") == "the guest goes on here\n"
         await source.more_beats("a")
-        assert "nothing to take back: it is idle" in await says("migrate", "a", "--take-back", status=1)
         await driver.close()
 
         # It goes where nobody can say that it is refused, and it is: it was kept, and is taken back.
@@ -226,7 +225,6 @@ def test_a_guest_is_taken_back_and_then_leaves_beside_qemus_stream(tmp_path: Pat
         assert "goes with a URI" in await says("migrate", "a", "--keep", status=2)
         assert "--take-back lets it go on" in await says("migrate", "a", file, "--keep")
         answered = await source.beats("a")
-        assert "it is left" in await says("migrate", "a", file, status=1)
         status, errors = await run("refuses", "--incoming", file, "--no-default-devices").ended()
         assert (status, "not-there" in errors) == (1, True), errors
         assert await source.beats("a") == answered
