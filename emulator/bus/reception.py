@@ -78,7 +78,12 @@ Handler = Callable[[bytes], PostResult | None]
 
 _WHILE_PAUSED = frozenset({MessageType.RESUME, MessageType.UNLOAD, MessageType.INITIATE_CONTACT})
 _WHILE_DISCONNECTED = frozenset(
-    {MessageType.INITIATE_CONTACT, MessageType.UNLOAD, MessageType.CLOSE_RESERVED_CHANNEL}
+    {
+        MessageType.INITIATE_CONTACT,
+        MessageType.UNLOAD,
+        MessageType.CLOSE_RESERVED_CHANNEL,
+        MessageType.RELID_RELEASED,
+    }
 )
 
 
@@ -264,7 +269,10 @@ class Reception:
         self._channel(CLOSECHANNEL.parse(payload).relid, "close-unknown-relid").close()
 
     def _relid_released(self, payload: bytes) -> None:
-        self._channel(RELID_RELEASED.parse(payload).relid, "release-unknown-relid").release()
+        message = RELID_RELEASED.parse(payload)
+        if self._bus.connection.phase is not Phase.CONNECTED:
+            return  # Linux, when its hv_vmbus is unloaded, names every channel after UNLOAD has let them all go
+        self._channel(message.relid, "release-unknown-relid").release()
 
     def _modify_channel(self, payload: bytes) -> None:
         message = MODIFYCHANNEL.parse(payload)

@@ -86,6 +86,11 @@ class Booted:
         """Wait for ``text`` in the command's output."""
         await self.until(lambda: text.encode() in self.output, f"{text!r} in the command's output", limit)
 
+    def tell(self, line: str) -> None:
+        """A line for whoever reads ``/dev/ttyS1`` in the guest, where its command's output goes."""
+        assert self.guest.command is not None
+        self.guest.command[1].write(f"{line}\n".encode())
+
     def start_following(self) -> None:
         self._serving = asyncio.ensure_future(self.guest.served.serve())
         self._reading = asyncio.ensure_future(self._read()) if self.guest.command else None

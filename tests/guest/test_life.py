@@ -18,6 +18,9 @@ from tests.guest.test_boot import complaints
 
 pytestmark = pytest.mark.guest
 
+DEVICES = "$(ls /sys/bus/vmbus/devices | wc -l)"
+"""Shell: how many the guest has found."""
+
 
 def descriptors() -> int:
     gc.collect()
@@ -62,7 +65,9 @@ def second_kernel(words: str) -> tuple[list[tuple[Path, str]], str]:
 
 
 def test_kexec_into_a_second_kernel(tmp_path: Path, guest_program: Callable[[str], Path]) -> None:
-    added, line = second_kernel("echo second kernel: $(ls /sys/bus/vmbus/devices | wc -l) devices; sleep 2")
+    added, line = second_kernel(
+        "echo second kernel: $(ls /sys/bus/vmbus/devices | wc -l) devices; read line </dev/ttyS1"
+    )
 
     async def story() -> None:
         async with boot(
@@ -75,7 +80,8 @@ def test_kexec_into_a_second_kernel(tmp_path: Path, guest_program: Callable[[str
             await guest.says("second kernel: 3 devices")
             await beats(guest)
             assert guest.host.events.resets == 0
-            assert guest.host.bus.status()["gpadls"] == 3
+            await guest.until(lambda: guest.host.bus.status()["gpadls"] == 3, "all GPADLs")
+            guest.tell("enough")
             assert await guest.finish() == 0
             assert complaints(guest.console()) == []
 
@@ -83,7 +89,9 @@ def test_kexec_into_a_second_kernel(tmp_path: Path, guest_program: Callable[[str
 
 
 def test_a_crash_kernel_connects_after_a_panic(tmp_path: Path, guest_program: Callable[[str], Path]) -> None:
-    added, line = second_kernel("echo crash kernel: $(ls /sys/bus/vmbus/devices | wc -l) devices; sleep 1")
+    added, line = second_kernel(
+        "echo crash kernel: $(ls /sys/bus/vmbus/devices | wc -l) devices; read line </dev/ttyS1"
+    )
 
     async def story() -> None:
         async with boot(
@@ -98,7 +106,8 @@ def test_a_crash_kernel_connects_after_a_panic(tmp_path: Path, guest_program: Ca
         ) as guest:
             await guest.until(lambda: guest.host.events.crashes, "a crash report")
             await guest.says("crash kernel: 3 devices")
-            assert guest.host.bus.status()["gpadls"] == 3
+            await guest.until(lambda: guest.host.bus.status()["gpadls"] == 3, "all GPADLs")
+            guest.tell("enough")
             assert await guest.finish() == 0
 
     asyncio.run(story())
@@ -144,14 +153,18 @@ def test_a_panic_unloads_the_bus_and_reports_five_parameters(tmp_path: Path) -> 
 
 def test_a_cpu_with_bound_channels_is_moved_from_or_refused(tmp_path: Path) -> None:
     script = (
-        "echo 0 > /sys/devices/system/cpu/cpu1/online; cat /sys/devices/system/cpu/online; "
+        "read line </dev/ttyS1; echo 0 > /sys/devices/system/cpu/cpu1/online; cat /sys/devices/system/cpu/online; "
         "echo 1 > /sys/devices/system/cpu/cpu1/online; cat /sys/devices/system/cpu/online; "
-        "echo 0 > /sys/devices/system/cpu/cpu0/online; cat /sys/devices/system/cpu/online; sleep 2"
+        "echo 0 > /sys/devices/system/cpu/cpu0/online; cat /sys/devices/system/cpu/online; read line </dev/ttyS1"
     )
 
     async def story() -> None:
         async with boot(tmp_path, smp=2, command=[script]) as guest:
             await beats(guest)
+            guest.tell("begin")
+            await guest.until(lambda: guest.output.count(b"\n") == 3, "three lists of processors")
+            await beats(guest)
+            guest.tell("enough")
             assert await guest.finish() == 0
             assert guest.output.split()[-1] == b"0-1", guest.tail()
             assert complaints(guest.console()) == []

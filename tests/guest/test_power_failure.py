@@ -6,6 +6,7 @@ that the seed chooses. On the host the file system's journal is replayed, then e
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import select
@@ -15,6 +16,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,7 +65,7 @@ def write_and_kill(
         assert process.stdout is not None
         port = process.stdout.fileno()
         heard = b""
-        killed = False
+        others: list[int] = []
         try:
             while True:
                 ready, _, _ = select.select([port], [], [], LIMIT)
@@ -72,23 +74,38 @@ def write_and_kill(
                     break
                 heard += data
                 assert b"failed" not in heard, heard
-                if not killed and heard.count(b"\n") >= records:
+                if not others and heard.count(b"\n") >= records:
+                    others = children_of(process.pid)
                     os.kill(process.pid if who == "emulator" else qemu_of(process.pid), signal.SIGKILL)
-                    killed = True
         finally:
             process.kill()
             shutil.rmtree(runtime)
-    assert killed, heard
+    assert others, heard
+    end = time.monotonic() + LIMIT
+    while any(
+        Path(f"/proc/{each}").exists() for each in others
+    ):  # a daemon of the image has it until it ends
+        assert time.monotonic() < end, f"processes {others} outlive their emulator"
+        time.sleep(0.01)
     numbers = [int(line) for line in heard.split(b"\n")[:-1]]
     assert numbers == list(range(first, first + len(numbers)))
     return numbers[-1]
 
 
+def children_of(process: int) -> list[int]:
+    """Of all its threads, which may come and go."""
+    found: list[int] = []
+    for thread in Path(f"/proc/{process}/task").iterdir():
+        with contextlib.suppress(OSError):
+            found += map(int, (thread / "children").read_text().split())
+    return found
+
+
 def qemu_of(emulator: int) -> int:
     """The process id of its QEMU."""
-    for line in Path(f"/proc/{emulator}/task/{emulator}/children").read_text().split():
-        if b"-plugin" in Path(f"/proc/{line}/cmdline").read_bytes().split(b"\0"):
-            return int(line)
+    for child in children_of(emulator):
+        if b"-plugin" in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0"):
+            return child
     raise AssertionError(f"process {emulator} has no QEMU")
 
 

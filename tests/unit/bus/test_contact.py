@@ -15,10 +15,12 @@ from emulator.wire.messages import (
     ALLOFFERS_DELIVERED,
     INITIATE_CONTACT,
     MODIFY_CONNECTION,
+    RELID_RELEASED,
     REQUESTOFFERS,
     UNLOAD,
     VERSION_RESPONSE,
     VERSION_RESPONSE_FEATURES,
+    ChannelOnly,
     ContactState,
     HeaderOnly,
     InitiateContact,
@@ -240,6 +242,16 @@ def test_unload_waits_for_all_closes(guest: ScriptedGuest) -> None:
     assert [answer.number for answer in guest.take()] == [MessageType.UNLOAD_RESPONSE]
     assert guest.bus.gpadls.pages == guest.bus.gpadls.gpadls == 0
     assert [offer.relid for offer in guest.connect()] == [1, 2, 3]
+
+
+def test_channels_that_are_released_after_unload_are_gone_already(guest: ScriptedGuest) -> None:
+    guest.bus.offer(an_offer(), RecordingEndpoint())
+    guest.connect()
+    guest.unload()
+    for relid in (1, 99):  # whatever it names
+        assert guest.ask(RELID_RELEASED.build(ChannelOnly(relid))) == []
+    assert guest.bus.status()["refusals"] == {}
+    assert [offer.relid for offer in guest.connect()] == [1]
 
 
 def test_unload_waits_for_a_device_that_still_uses_a_gpadl(guest: ScriptedGuest) -> None:
