@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _POLL = 0.05
 _ARRIVAL_POLL = 0.25
 _EVENT_LIMIT = 1.0
+_SETUP_LIMIT = 5.0
 
 
 class MigrationFailed(UserError):
@@ -134,6 +135,9 @@ async def _followed(host: Host, progress: Progress | None, limit: float) -> dict
         async with asyncio.timeout(limit):
             return await _ended(host, progress)
     except TimeoutError:
+        follower = host.migration
+        with contextlib.suppress(TimeoutError):  # in ``setup`` a cancel may hang QEMU, but it may be for ever
+            await follower.until(lambda: follower.departure.statuses[-1:] != ["setup"], _SETUP_LIMIT)
         with contextlib.suppress(QemuError):
             await host.qmp.execute("migrate_cancel")
         await _ended(host, None)
