@@ -15,7 +15,7 @@ from tests.migration.journey import Journey, journey
 
 pytestmark = pytest.mark.guest
 
-MOVES = 12
+MOVES = 20
 SLACK = 1.0
 """Seconds that a line of the guest's may take to get here, and that its program may wait for a processor."""
 

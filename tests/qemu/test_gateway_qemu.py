@@ -437,7 +437,7 @@ def test_stop_and_reset_and_quit_are_prompt_while_a_trap_is_held(start: Start, a
     # A vCPU that cannot leave a trap keeps the command waiting until it is answered, which is for ever. What else
     # takes its time is the machine that the tests run on: now and then, not mostly.
     for command, times in zip(commands, zip(*rounds, strict=True), strict=True):
-        assert statistics.median(times) < 0.1, (command, times)
+        assert statistics.median(times) < 0.05, (command, times)
         assert max(times) < 5, (command, times)
 
 
