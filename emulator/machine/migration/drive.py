@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _POLL = 0.05
 _ARRIVAL_POLL = 0.25
-_EVENT_LIMIT = 1.0
+_EVENT_LIMIT = 10.0
 _SETUP_LIMIT = 5.0
 
 
@@ -117,7 +117,9 @@ async def migrate(
             raise MigrationFailed(str(error)) from error
         found = await _followed(host, progress, limit)
     if found["status"] != "completed":
-        why = follower.departure.refusal or found.get("error-desc") or found["status"]
+        # Of one that was cancelled QEMU describes what the end of its connection looked like.
+        described = None if found["status"] == "cancelled" else found.get("error-desc")
+        why = follower.departure.refusal or described or f"it was {found['status']}"
         raise MigrationFailed(f"{why}; the guest goes on here")
     ram = found.get("ram", {})
     return Outcome(
