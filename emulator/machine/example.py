@@ -12,7 +12,7 @@ _DIRECTORY = Path("/run/vmbus-example")
 _HEADER = """\
 # What a QEMU needs for the VMBus host emulator, as far as -readconfig can say it. `vmbus qemu-args --readconfig`
 # prints this with your own paths. Use with:
-#   qemu-system-x86_64 -readconfig vmbus.cfg {rest}
+#   qemu-system-x86_64 -readconfig vmbus.cfg -smp 1,maxcpus=2 {rest}
 
 """
 
