@@ -17,9 +17,10 @@ so that they need no words of their own: anything in ``REFUSED_DATA`` or ``REFUS
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import construct as c
@@ -36,7 +37,6 @@ from emulator.wire.plain import (
     Several,
     Text,
     VarUint,
-    append_varint,
     give_varint,
     take_varint,
 )
@@ -49,7 +49,7 @@ Give = Callable[[Any, Callable[[bytes], object]], None]
 REFUSED_DATA = (c.ConstructError, struct.error, IndexError, ValueError, OverflowError)
 REFUSED_VALUES = (*REFUSED_DATA, TypeError, AttributeError)
 
-INTEGER_CODES = {
+_INTEGER_CODES = {
     "Int8ul": "B",
     "Int16ul": "H",
     "Int32ul": "I",
@@ -60,7 +60,7 @@ INTEGER_CODES = {
     "Int64sl": "q",
 }
 """construct's little-endian integers, as ``struct`` knows them."""
-_LETTERS = {getattr(c, name).fmtstr: letter for name, letter in INTEGER_CODES.items()}
+_LETTERS = {getattr(c, name).fmtstr: letter for name, letter in _INTEGER_CODES.items()}
 
 
 class NotPlainError(Exception):
@@ -74,7 +74,6 @@ class Compiled:
     take: Take
     give: Give
     size: int | None
-    source: str
 
 
 def compile_record(cls: type, declaration: c.Struct) -> Compiled | None:
@@ -88,7 +87,7 @@ def compile_record(cls: type, declaration: c.Struct) -> Compiled | None:
     source = "\n".join([*taken, *given])
     exec(compile(source, f"<{cls.__name__}>", "exec"), writer.names)
     size = writer.size if writer.fixed else None
-    return Compiled(writer.names["take"], writer.names["give"], size, source)
+    return Compiled(writer.names["take"], writer.names["give"], size)
 
 
 def integer_letter(subcon: Any) -> str | None:
@@ -107,7 +106,7 @@ class _Writer:
     """What both functions share: names for values, and the objects that the source refers to."""
 
     def __init__(self) -> None:
-        self.names: dict[str, Any] = {"append_varint": append_varint}
+        self.names: dict[str, Any] = {}
         self.fixed = True
         self.size = 0
         self._count = 0
@@ -145,14 +144,38 @@ def _constant(subcon: Any) -> tuple[str, Any, bool] | None:
     raise NotPlainError(subcon.name)
 
 
-class _Taker:
-    """Writes ``take``: fields of fixed size are collected until one comes that is not."""
+class _Function:
+    """The source of one function. Fields of fixed size are collected until one comes that is not."""
 
     def __init__(self, writer: _Writer) -> None:
         self._writer = writer
         self._lines: list[str] = []
         self._indent = "    "
         self._code = ""
+
+    def _line(self, text: str) -> None:
+        self._lines.append(self._indent + text)
+
+    def _flush(self) -> None:
+        """Write what was collected, all at once."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def _block(self, head: str) -> Iterator[None]:
+        """What is written meanwhile stands under ``head``."""
+        self._flush()
+        self._line(head)
+        before, self._indent = self._indent, self._indent + "    "
+        yield
+        self._flush()
+        self._indent = before
+
+
+class _Taker(_Function):
+    """Writes ``take``."""
+
+    def __init__(self, writer: _Writer) -> None:
+        super().__init__(writer)
         self._targets: list[str] = []
         self._after: list[str] = []
 
@@ -161,11 +184,7 @@ class _Taker:
         self._flush()
         return ["def take(data, at):", *self._lines, f"    return {value}, at"]
 
-    def _line(self, text: str) -> None:
-        self._lines.append(self._indent + text)
-
     def _flush(self) -> None:
-        """Read what was collected, all at once."""
         if self._code:
             layout = struct.Struct("<" + self._code)
             self._writer.size += layout.size
@@ -275,22 +294,19 @@ class _Taker:
         self._line(f"if {variable} >= 128: {variable}, at = {take}(data, at - 1)")
         return variable
 
-    def _block(self, head: str, subcon: Any, result: str) -> None:
-        """``head``, then in its block ``result`` of the value that ``subcon`` has there."""
-        self._flush()
-        self._line(head)
-        before, self._indent = self._indent, self._indent + "    "
-        value = self.value(subcon)
-        self._flush()
-        self._line(result.format(value))
-        self._indent = before
+    def _element(self, head: str, subcon: Any, result: str) -> None:
+        """``head``, then under it ``result`` of the value that ``subcon`` has there."""
+        with self._block(head):
+            value = self.value(subcon)
+            self._flush()
+            self._line(result.format(value))
 
     def _maybe(self, maybe: Maybe) -> str:
         there = self.value(c.Int8ul)
         self._varying()
         found = self._writer.variable()
         self._line(f"{found} = None")
-        self._block(f"if {there}:", maybe.inner, f"{found} = {{}}")
+        self._element(f"if {there}:", maybe.inner, f"{found} = {{}}")
         self._line(f"if {there} > 1: raise ValueError")
         return found
 
@@ -299,27 +315,21 @@ class _Taker:
         self._varying()
         found = self._writer.variable()
         self._line(f"{found} = []")
-        self._block(f"for _ in range({count}):", counted.subcon, f"{found}.append({{}})")
+        self._element(f"for _ in range({count}):", counted.subcon, f"{found}.append({{}})")
         return found
 
 
-class _Giver:
+class _Giver(_Function):
     """Writes ``give``: the mirror of :class:`_Taker`."""
 
     def __init__(self, writer: _Writer) -> None:
-        self._writer = writer
-        self._lines: list[str] = []
-        self._indent = "    "
-        self._code = ""
+        super().__init__(writer)
         self._values: list[str] = []
 
     def record(self, cls: type, declaration: c.Struct) -> list[str]:
         self._fields(declaration, "value.{}")
         self._flush()
         return ["def give(value, write):", *(self._lines or ["    pass"])]
-
-    def _line(self, text: str) -> None:
-        self._lines.append(self._indent + text)
 
     def _flush(self) -> None:
         if self._code:
@@ -386,7 +396,8 @@ class _Giver:
             found = self._named(expression)
             self.value(inner.countfield, f"len({found})")
             each = self._writer.variable()
-            self._block(f"for {each} in {found}:", inner.subcon, each)
+            with self._block(f"for {each} in {found}:"):
+                self.value(inner.subcon, each)
         elif inner in (Blob, Text):
             self._flush()
             raw = self._named(expression if inner is Blob else f"{expression}.encode()")
@@ -405,15 +416,8 @@ class _Giver:
         self._flush()
         self._line(f"write({self._writer.refer('give', give_varint)}({expression}))")
 
-    def _block(self, head: str, subcon: Any, expression: str) -> None:
-        self._flush()
-        self._line(head)
-        before, self._indent = self._indent, self._indent + "    "
-        self.value(subcon, expression)
-        self._flush()
-        self._indent = before
-
     def _maybe(self, maybe: Maybe, expression: str) -> None:
         found = self._named(expression)
         self._fixed("B", f"{found} is not None")
-        self._block(f"if {found} is not None:", maybe.inner, found)
+        with self._block(f"if {found} is not None:"):
+            self.value(maybe.inner, found)

@@ -24,7 +24,8 @@ from uuid import UUID
 import construct as c
 
 from emulator.errors import MalformedError
-from emulator.wire.codec import Guid, Record
+from emulator.wire.codec import Record
+from emulator.wire.plain import Guid
 
 FORMAT = 1
 DIGEST_SIZE = 32

@@ -16,8 +16,9 @@ from typing import Any
 import construct as c
 
 from emulator.wire import gpadl, offer
-from emulator.wire.codec import Guid, Record
+from emulator.wire.codec import Record
 from emulator.wire.header import MessageType, channel_message
+from emulator.wire.plain import Guid
 from emulator.wire.version import NO_FEATURES, Feature, Version
 
 USER_DATA_SIZE = 120

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import construct as c
 
-from emulator.wire.codec import Guid, Record
+from emulator.wire.codec import Record
 from emulator.wire.header import MessageType, channel_message
+from emulator.wire.plain import Guid
 
 USER_DEFINED_SIZE = 120
 NO_MONITOR = 0xFF

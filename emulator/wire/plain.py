@@ -12,6 +12,7 @@ still while they are written and read. Here are the pieces that construct has no
 ``Nested``     a record within a record
 ``Maybe``      a field that may be ``None``
 ``Members``    any number of the same thing
+``Several``    a fixed number of it
 ``Guid``       a GUID in its wire form
 =============  ====================================================================
 """
@@ -163,19 +164,6 @@ class Maybe(PlainAdapter):
         return [] if obj is None else [obj]
 
 
-class Members(PlainAdapter):
-    """Any number of the same thing, as a tuple."""
-
-    def __init__(self, subcon: Any) -> None:
-        super().__init__(Counted(VarUint, subcon))
-
-    def _decode(self, obj: Any, context: Any, path: str) -> tuple[Any, ...]:
-        return tuple(obj)
-
-    def _encode(self, obj: Any, context: Any, path: str) -> Any:
-        return obj
-
-
 class Several(PlainAdapter):
     """As many as construct's array ``subcon`` has, as a tuple."""
 
@@ -184,6 +172,13 @@ class Several(PlainAdapter):
 
     def _encode(self, obj: Any, context: Any, path: str) -> Any:
         return obj
+
+
+class Members(Several):
+    """Any number of the same thing, as a tuple."""
+
+    def __init__(self, subcon: Any) -> None:
+        super().__init__(Counted(VarUint, subcon))
 
 
 Blob = c.Prefixed(VarUint, c.GreedyBytes)

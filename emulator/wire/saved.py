@@ -19,10 +19,10 @@ import construct as c
 
 from emulator.errors import MalformedError
 from emulator.wire.chunk import ChunkKind
-from emulator.wire.codec import Guid, Record
+from emulator.wire.codec import Record
 from emulator.wire.packet import GpaRange, TransferPages, TransferRange
 from emulator.wire.pfn_runs import MAX_PAGES, PFN_LIMIT, PfnList, PfnRuns, RawRuns, expand, steps
-from emulator.wire.plain import Blob, Counted, Maybe, Members, Nested, PlainAdapter, Text, VarUint
+from emulator.wire.plain import Blob, Counted, Guid, Maybe, Members, Nested, PlainAdapter, Text, VarUint
 
 T = TypeVar("T")
 

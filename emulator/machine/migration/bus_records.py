@@ -23,8 +23,8 @@ from emulator.bus.state import (
     HeldMessage,
     RangeRecord,
 )
-from emulator.wire.codec import Guid, Record
-from emulator.wire.plain import Blob, Maybe, Members, Nested, PlainAdapter, Several, VarUint
+from emulator.wire.codec import Record
+from emulator.wire.plain import Blob, Guid, Maybe, Members, Nested, PlainAdapter, Several, VarUint
 from emulator.wire.version import ALL_FEATURES, Feature, Version
 
 _PHASES = (Phase.DISCONNECTED, Phase.CONNECTED, Phase.DISCONNECTING)

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 import emulator.wire
 from emulator.errors import InternalError, MalformedError
-from emulator.wire.codec import Guid, Record
+from emulator.wire.codec import Record
 from emulator.wire.compiled import REFUSED_DATA
-from emulator.wire.plain import Blob, Maybe, Members, Nested, Text
+from emulator.wire.plain import Blob, Guid, Maybe, Members, Nested, Text
 
 
 def all_records() -> list[tuple[str, Record[Any]]]:
