@@ -292,9 +292,7 @@ async def wait_ready(host: Host, request: Mapping[str, Any]) -> object:
         raise MigrationFailed(f"no migration was ready within {limit:g} s") from None
     if not ready:
         departure = follower.departure
-        raise MigrationFailed(
-            f"the migration ended before that: {departure.refusal or departure.statuses[-1]}"
-        )
+        raise MigrationFailed(f"the migration ended before that: {departure.refusal or departure.status}")
     return follower.departure.as_dict()
 
 

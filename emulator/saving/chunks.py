@@ -104,7 +104,7 @@ def read_chunks(
     return chunks, position
 
 
-def count_pages(packet: SavedPacket, pages: int = 0) -> int:
+def count_pages(packet: SavedPacket, pages: int) -> int:
     """``pages`` and those that ``packet`` names. Raises :class:`StateRefused` for more than any guest can name."""
     pages += sum(len(each.pfns) for each in packet.ranges)
     if pages > MAX_PACKET_PAGES:

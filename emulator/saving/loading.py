@@ -28,6 +28,7 @@ MAX_CHANNELS = 2048
 """Channel ids are event flag numbers: there are not more."""
 
 _ONCE = frozenset(ChunkKind) - {ChunkKind.CHANNEL_RECORDS, ChunkKind.PAGES}
+"""What a machine's state has one of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +94,10 @@ def read_machine(data: bytes) -> MachineState:
     for chunk in chunks[1:-1]:
         if chunk.kind in (ChunkKind.HYPERVISOR, ChunkKind.BUS) and not (channels or pages):
             late = memory is not None or (chunk.kind == ChunkKind.HYPERVISOR and sections)
-            if chunk.kind in sections or late:
+            if late:
                 raise StateRefused(Reason.INCONSISTENT, f"chunk {chunk.index}: {chunk.kind.name} comes late")
             sections[chunk.kind] = chunk.record
-        elif chunk.kind == ChunkKind.MEMORY and memory is None and not (channels or pages):
+        elif chunk.kind == ChunkKind.MEMORY and not (channels or pages):
             memory = chunk.record
         elif chunk.kind == ChunkKind.PAGES and memory is None:
             pages.append(chunk.record)

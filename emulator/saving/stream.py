@@ -44,7 +44,7 @@ from emulator.wire.saved import (
 STREAM_LIMIT = 1 << 20
 """What ``dbus-vmstate`` carries for one helper: 1 MiB."""
 
-END_SIZE = HEADER_SIZE + SAVED_END.size
+_END_SIZE = HEADER_SIZE + SAVED_END.size
 """Bytes of the last chunk."""
 
 BUFFER_SIZE = 64 * 1024
@@ -182,7 +182,7 @@ def _stream(
     carried: list[int] = []
     for each in pages:
         chunk = encode(ChunkKind.PAGES, each, save_id=identifier, index=count, last=False)
-        if len(data) + len(chunk) + END_SIZE > limit:
+        if len(data) + len(chunk) + _END_SIZE > limit:
             break
         data += chunk
         count += 1

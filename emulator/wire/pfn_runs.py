@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import construct as c
 
-from emulator.wire.plain import OwnForm, PlainAdapter, append_varint, take_varint
+from emulator.wire.plain import OwnForm, PlainAdapter, VarUint, append_varint, take_varint
 
 PFN_LIMIT = 1 << 52
 """Page frame numbers of a 64-bit address space are less."""
@@ -64,7 +64,7 @@ class _RawRuns(OwnForm):
     declaration takes 30 us for each.
     """
 
-    longest = 20 * (MAX_PAGES + 1)
+    longest = 2 * VarUint.longest * (MAX_PAGES + 1)
 
     def take(self, data: bytes, at: int) -> tuple[list[Run], int]:
         count, at = take_varint(data, at)

@@ -8,6 +8,9 @@ from typing import Any
 from emulator.saving.stream import ChannelStatistics
 from emulator.wire.saved import ChannelIdentity
 
+ENDED = frozenset({"completed", "failed", "cancelled"})
+"""QEMU's last statuses of a migration."""
+
 
 @dataclass(slots=True)
 class Departure:
@@ -28,6 +31,16 @@ class Departure:
     refusal: str = ""
     statuses: list[str] = field(default_factory=list)
     """QEMU's migration statuses, in order."""
+
+    @property
+    def status(self) -> str:
+        """The last of them; empty before the first."""
+        return self.statuses[-1] if self.statuses else ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether there will be no more."""
+        return self.status in ENDED
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON knows it."""

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from emulator.errors import QemuError, UserError
 from emulator.machine.migration.addresses import handed_over, structured, two_way
 from emulator.machine.migration.carrier import CarrierAddress
-from emulator.machine.migration.departure import Departure
-from emulator.machine.migration.follower import ENDED, Follower, Phase
+from emulator.machine.migration.departure import ENDED, Departure
+from emulator.machine.migration.follower import Phase
 from emulator.machine.migration.modes import CAPABILITIES, cpr_transfer, manner
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ async def _followed(host: Host, progress: Progress | None, limit: float) -> dict
     except TimeoutError:
         follower = host.migration
         with contextlib.suppress(TimeoutError):  # in ``setup`` a cancel may hang QEMU, but it may be for ever
-            await follower.until(lambda: follower.departure.statuses[-1:] != ["setup"], _SETUP_LIMIT)
+            await follower.until(lambda: follower.departure.status != "setup", _SETUP_LIMIT)
         with contextlib.suppress(QemuError):
             await host.qmp.execute("migrate_cancel")
         await _ended(host, None)
@@ -154,17 +154,13 @@ async def _ended(host: Host, progress: Progress | None) -> dict[str, Any]:
         status = str(found.get("status"))
         if progress is not None:
             progress(found)
-        if [status] in ENDED:
+        if status in ENDED:
             # The answer may overtake the event, and only that ends the follower's part.
             with contextlib.suppress(TimeoutError):
-                await follower.until(_last(follower, status), _EVENT_LIMIT)
+                await follower.until(lambda: follower.departure.ended, _EVENT_LIMIT)
             return found
         with contextlib.suppress(TimeoutError):  # between them it stands still, and QEMU has better to do
-            await follower.until(lambda: follower.departure.statuses[-1:] in ENDED, _POLL)
-
-
-def _last(follower: Follower, status: str) -> Callable[[], bool]:
-    return lambda: follower.departure.statuses[-1:] == [status]
+            await follower.until(lambda: follower.departure.ended, _POLL)
 
 
 async def receive(

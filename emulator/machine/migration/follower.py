@@ -49,9 +49,6 @@ _log = logging.getLogger(__name__)
 SETTLE_LIMIT = 10.0
 """Seconds that devices have to end their work (reads of files, mostly) once the guest is stopped."""
 
-ENDED = (["failed"], ["cancelled"], ["completed"])
-"""The last statuses of a migration."""
-
 _ANSWER_LIMIT = 5.0
 """Seconds for an answer that QEMU has sent."""
 
@@ -170,7 +167,7 @@ class Follower:
             self._refused_to_save = self._stopped = False
             self._host.background(self._look_at_manner())
         self.departure.statuses.append(status)
-        if status in ("completed", "failed", "cancelled"):
+        if self.departure.ended:
             self.early.end()
         if status == "pre-switchover":
             self._host.background(self._switch_over(self.departure))
@@ -253,14 +250,8 @@ class Follower:
         Cancelled in ``setup``, QEMU 11.1 may wait for the target's word before it has said anything itself, and
         stand still with all of its main loop until the target goes.
         """
-        await self.until(
-            lambda: self.departure is not departure or departure.statuses[-1:] != ["setup"], None
-        )
-        return self.departure is departure and departure.statuses[-1] in (
-            "active",
-            "device",
-            "pre-switchover",
-        )
+        await self.until(lambda: self.departure is not departure or departure.status != "setup", None)
+        return self.departure is departure and departure.status in ("active", "device", "pre-switchover")
 
     async def _forget_written(self) -> None:
         """QEMU reads all of memory after ``setup``: what was written until then need not be marked."""
@@ -317,7 +308,7 @@ class Follower:
 
     def _paused(self, departure: Departure) -> bool:
         """Whether nothing has come from QEMU since it stopped the guest in that migration."""
-        return self.departure is departure and departure.statuses[-1:] == ["pre-switchover"]
+        return self.departure is departure and departure.status == "pre-switchover"
 
     async def _deliver(self, state: bytes) -> None:
         """Over the second carrier; the target has it afterwards, or ``departure.refusal`` says why not."""
@@ -349,7 +340,7 @@ class Follower:
         else:
             self.phase = Phase.LOADED
             if frame.ran:
-                await self._host.qmp.cont()
+                await self._host.qmp.execute("cont")  # at once: it came here, nothing is wound up
         self._changed()
 
     async def _stay(self) -> None:
@@ -477,7 +468,7 @@ class Follower:
         before = self.departure if self.phase is Phase.IDLE else None
 
         def ended() -> bool:
-            return self.departure is not before and self.departure.statuses[-1:] in ENDED
+            return self.departure is not before and self.departure.ended
 
         await self.until(lambda: self.ready or ended(), limit)
         return self.ready

@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import logging
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from xml.sax.saxutils import escape
@@ -181,35 +181,28 @@ class VmStateHelper:
             return self._property(message)
         if message.interface != _INTERFACE:
             return None
-        if message.member == "Save" and not message.signature:
-            task = asyncio.ensure_future(self._answer_save(message))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            return True
-        if message.member == "Load" and message.signature == "ay":
-            with self._refusing(message) as refusals:
-                self._keeper.load(bytes(message.body[0]))
-            return refusals[0] if refusals else Message.new_method_return(message)
-        return None
+        if (message.member, message.signature) not in (("Save", ""), ("Load", "ay")):
+            return None
+        task = asyncio.ensure_future(self._answer(message))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return True
 
-    async def _answer_save(self, message: Message) -> None:
-        with self._refusing(message) as refusals:
-            answer = Message.new_method_return(message, "ay", [await self._keeper.save()])
-        if self._bus.connected:
-            await self._bus.send(refusals[0] if refusals else answer)
-
-    @contextlib.contextmanager
-    def _refusing(self, message: Message) -> Iterator[list[Message]]:
-        """What is raised here becomes the one element of the list: the answer to ``message``."""
-        refusals: list[Message] = []
+    async def _answer(self, message: Message) -> None:
         try:
-            yield refusals
+            if message.member == "Save":
+                answer = Message.new_method_return(message, "ay", [await self._keeper.save()])
+            else:
+                self._keeper.load(bytes(message.body[0]))
+                answer = Message.new_method_return(message)
         except VmbusError as error:
             _log.error("%s: %s", message.member, error)
-            refusals.append(Message.new_error(message, _FAILED, str(error)))
+            answer = Message.new_error(message, _FAILED, str(error))
         except Exception as error:  # noqa: BLE001 - QEMU waits for an answer, whatever happened
             _log.exception("%s failed", message.member)
-            refusals.append(Message.new_error(message, _FAILED, f"internal error: {error!r}"))
+            answer = Message.new_error(message, _FAILED, f"internal error: {error!r}")
+        if self._bus.connected:
+            await self._bus.send(answer)
 
     def _property(self, message: Message) -> Message | None:
         wanted: list[Any] = list(message.body)
