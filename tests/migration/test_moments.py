@@ -8,6 +8,7 @@ migration arrives stopped, and goes on from that very moment.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,14 @@ ECHO = ("heartbeat,interval=0.05", "shutdown", "echo")
 UIO = (*LOADED_MODULES, "uio_hv_generic")
 MESSAGES = 1024
 """Bytes that the messages still have that a guest may have posted when it is stopped."""
+
+
+def echoing(
+    folder: Path, program: Program, command: str, *, smp: int = 1
+) -> contextlib.AbstractAsyncContextManager[Journey]:
+    """A guest with an echo client, which ``command`` runs."""
+    client = [(program("echo_client"), "/bin/echo_client")]
+    return journey(folder, smp=smp, devices=ECHO, load=UIO, add=client, command=[command])
 
 
 def unharmed(guest: Journey) -> None:
@@ -60,14 +69,7 @@ def shares_partly(guest: Journey) -> bool:
 @pytest.mark.parametrize("smp", [1, 2])
 def test_while_the_guest_boots(tmp_path: Path, guest_program: Program, smp: int) -> None:
     async def story() -> None:
-        async with journey(
-            tmp_path,
-            smp=smp,
-            devices=ECHO,
-            load=UIO,
-            add=[(guest_program("echo_client"), "/bin/echo_client")],
-            command=[ECHOING],
-        ) as guest:
+        async with echoing(tmp_path, guest_program, ECHOING, smp=smp) as guest:
             seen = set()
             while b"started" not in guest.here.output:
                 await guest.here.until(
@@ -88,13 +90,11 @@ def test_while_the_guest_boots(tmp_path: Path, guest_program: Program, smp: int)
 
 def test_while_channels_are_opened_and_closed(tmp_path: Path, guest_program: Program) -> None:
     async def story() -> None:
-        async with journey(
+        async with echoing(
             tmp_path,
+            guest_program,
+            "while echo_client --count 50 --cycles 20; do :; done; echo failed",
             smp=2,
-            devices=ECHO,
-            load=UIO,
-            add=[(guest_program("echo_client"), "/bin/echo_client")],
-            command=["while echo_client --count 50 --cycles 20; do :; done; echo failed"],
         ) as guest:
             await guest.here.says("}")
             for _ in range(4):
@@ -134,15 +134,11 @@ def test_in_the_middle_of_a_gpadl_of_many_messages(tmp_path: Path, guest_program
     """uio_hv_generic shares 31 MiB in one list, when it takes a device."""
 
     async def story() -> None:
-        async with journey(
+        async with echoing(
             tmp_path,
-            devices=ECHO,
-            load=UIO,
-            add=[(guest_program("echo_client"), "/bin/echo_client")],
-            command=[
-                "echo started; while echo_client --count 100 && rmmod uio_hv_generic && modprobe uio_hv_generic; "
-                "do :; done; echo failed"
-            ],
+            guest_program,
+            "echo started; while echo_client --count 100 && rmmod uio_hv_generic && modprobe uio_hv_generic; "
+            "do :; done; echo failed",
         ) as guest:
             await guest.here.says("started")
             for _ in range(4):
@@ -163,19 +159,15 @@ def test_with_a_ring_that_is_full(tmp_path: Path, guest_program: Program) -> Non
     """The host sends faster than the guest reads: packets wait for room, and go along."""
 
     async def story() -> None:
-        async with journey(
+        async with echoing(
             tmp_path,
-            devices=ECHO,
-            load=UIO,
-            add=[(guest_program("echo_client"), "/bin/echo_client")],
-            command=[
-                "echo started; while echo_client --count 2000 --burst 4096 --generate 20000 --size 4000; do :; done; "
-                "echo failed"
-            ],
+            guest_program,
+            "echo started; while echo_client --count 2000 --burst 4096 --generate 20000 --size 4000; do :; done; "
+            "echo failed",
         ) as guest:
             await guest.here.says("started")
             for _ in range(4):
-                io = next(each.io for each in guest.host.devices if each.device.name == "echo")
+                io = echo_io(guest)
                 await caught(guest, lambda io=io: io.backlog)
                 await guest.move()
                 await guest.host.qmp.execute("cont")
@@ -228,15 +220,11 @@ def test_with_a_ring_that_the_guest_has_filled(tmp_path: Path, guest_program: Pr
     """The guest sends faster than the host takes: it waits for room, and is told when there is some."""
 
     async def story() -> None:
-        async with journey(
+        async with echoing(
             tmp_path,
-            devices=ECHO,
-            load=UIO,
-            add=[(guest_program("echo_client"), "/bin/echo_client")],
-            command=[
-                f"echo started; while echo_client --count {50 * BURST} --burst {BURST} --size {PACKET} "
-                "--answers completion; do :; done; echo failed"
-            ],
+            guest_program,
+            f"echo started; while echo_client --count {50 * BURST} --burst {BURST} --size {PACKET} "
+            "--answers completion; do :; done; echo failed",
         ) as guest:
             await guest.here.says("started")
             for _ in range(2):

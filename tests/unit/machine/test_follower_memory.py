@@ -8,7 +8,6 @@ moment that it runs.
 from __future__ import annotations
 
 import asyncio
-import inspect
 from collections.abc import Coroutine, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -214,20 +213,24 @@ def followed(cancel_at: int | None = None) -> Qemu:
 
 async def until_the_pause(qemu: Qemu, theirs: Sequence[int] = THEIRS) -> None:
     """A migration whose guest's devices answer it while memory is copied."""
+    await copied(qemu, theirs)
+    qemu.pause()
+
+
+async def copied(qemu: Qemu, theirs: Sequence[int] = THEIRS) -> None:
+    """The same, as far as QEMU has copied all memory once."""
     qemu.begin()
     await qemu.quiet()
     qemu.copy()
     await asyncio.sleep(0)
     for page in (*theirs, *SHARED):
         qemu.memory.write(page * PAGE_SIZE + 2048, b"from the host")
-    qemu.pause()
 
 
 async def arrives(qemu: Qemu) -> bytes:
     """What the target has in its memory."""
     assert qemu.follower.phase is Phase.LEFT
-    data = qemu.follower.save()
-    state = read_machine(await data if inspect.isawaitable(data) else data)
+    state = read_machine(await qemu.follower.save())
     target = MappedMemory(memoryview(qemu.sent), [RamRegion(0, len(qemu.sent), 0)])
     Restore(ChannelSaver(), [], memory=CarriedPages(target)).apply(state)
     return bytes(qemu.sent)
@@ -325,12 +328,7 @@ def test_a_migration_that_begins_before_the_last_one_is_wound_up_loses_nothing()
         await qemu.quiet()
         qemu.cancel()
         await qemu.quiet()
-        qemu.begin()
-        await qemu.quiet()
-        qemu.copy()
-        await asyncio.sleep(0)
-        for page in (*THEIRS, *SHARED):
-            qemu.memory.write(page * PAGE_SIZE + 2048, b"from the host")
+        await copied(qemu)
         qemu.runs = False  # or it would tell QEMU of the page itself
         qemu.settled.set()
         await qemu.quiet()
