@@ -17,8 +17,8 @@ help:
 	@awk '/^## / {text = substr($$0, 4)} \
 		/^[a-z-]+:/ && text {sub(/:.*/, "", $$1); printf "make %-13s  %s\n", $$1, text; text = ""}' Makefile
 
-$(STAMP): pyproject.toml emulator/provision/bootstrap.sh
-	@sh emulator/provision/bootstrap.sh $(VENV)
+$(STAMP): pyproject.toml emulator/vmbus/provision/bootstrap.sh
+	@sh emulator/vmbus/provision/bootstrap.sh $(VENV)
 	@touch $@
 
 ## Only install: Python packages, a private QEMU, the default guest kernel.

@@ -8,7 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from emulator.machine import fastpath_build, gateway_build
+from vmbus.machine.gateway import build as gateway_build
+from vmbus.machine.io import fastpath_build
 
 FLAGS = ("-Wall", "-Wextra", "-Wshadow", "-Werror", "-O2", "-fPIC", "-fanalyzer", "-c", "-o", os.devnull)
 

@@ -11,7 +11,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from emulator.errors import VmbusError
+from vmbus.errors import VmbusError
+
 from tests.bench.report import Result
 
 NAMES = ("traps", "interrupts", "doorbell", "heartbeat", "echo", "idle", "boot", "migration", "storage")

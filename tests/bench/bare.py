@@ -1,4 +1,4 @@
-"""A guest of a few instructions under the real host: :class:`~emulator.machine.host.Host` as users have it.
+"""A guest of a few instructions under the real host: :class:`~vmbus.machine.host.Host` as users have it.
 
 A program (see :mod:`tests.qemu.bare_guest`) begins with :data:`PROLOGUE`, leaves what it finds in its RAM from
 :data:`RESULTS` on, and sets the word at :data:`DONE` when it has finished.
@@ -13,12 +13,13 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from emulator.bus.device import Device
-from emulator.machine import gateway_build
-from emulator.machine.guest import Guest
-from emulator.machine.host import Host
-from emulator.machine.launch import GuestOptions
-from emulator.provision.qemu import find_qemu
+from vmbus.bus.io.device import Device
+from vmbus.machine.gateway import build as gateway_build
+from vmbus.machine.guest import Guest
+from vmbus.machine.host import Host
+from vmbus.machine.qemu.launch import GuestOptions
+from vmbus.provision.qemu import find_qemu
+
 from tests.qemu.bare_guest import long_mode_guest
 
 MEMORY = 64 << 20

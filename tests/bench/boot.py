@@ -20,16 +20,18 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from device.registry import Registry
-from emulator.cli.options import DEFAULT_DEVICES
-from emulator.cli.run import AVAILABLE_MODULES
-from emulator.machine import gateway_build, rundir
-from emulator.machine.guest import Guest
-from emulator.machine.launch import GuestOptions, QemuProcess, command_line
-from emulator.provision.command_output import START
-from emulator.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
-from emulator.provision.kernel import find_kernel
-from emulator.provision.qemu import find_qemu
+from vmbus.cli.options import DEFAULT_DEVICES
+from vmbus.cli.run import AVAILABLE_MODULES
+from vmbus.devices.registry import Registry
+from vmbus.machine import rundir
+from vmbus.machine.gateway import build as gateway_build
+from vmbus.machine.guest import Guest
+from vmbus.machine.qemu.launch import GuestOptions, QemuProcess, command_line
+from vmbus.provision.command_output import START
+from vmbus.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
+from vmbus.provision.kernel import find_kernel
+from vmbus.provision.qemu import find_qemu
+
 from tests.bench.linux import KERNEL
 from tests.bench.report import Result
 from tests.guest.harness import LOADED_MODULES

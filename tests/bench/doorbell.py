@@ -15,11 +15,12 @@ import asyncio
 import struct
 import uuid
 
-from emulator.bus.channel_io import ChannelIo
-from emulator.bus.device import Device
-from emulator.bus.offers import Offer
-from emulator.machine.host import Host
-from emulator.wire.packet import Packet
+from vmbus.bus.io.channel_io import ChannelIo
+from vmbus.bus.io.device import Device
+from vmbus.bus.offers import Offer
+from vmbus.machine.host import Host
+from vmbus.wire.packet import Packet
+
 from tests.bench.linux import linux_guest
 from tests.bench.report import Result
 

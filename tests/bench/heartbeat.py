@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 
-from device.heartbeat import Heartbeat
-from device.histogram import Histogram
+from vmbus.devices.histogram import Histogram
+from vmbus_devices.heartbeat import Heartbeat
+
 from tests.bench.linux import linux_guest
 from tests.bench.report import Result
 

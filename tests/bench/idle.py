@@ -25,7 +25,7 @@ def run() -> Result:
     result = Result("The emulator beside an idle guest (heartbeat, shutdown, timesync; vmbus run)")
     with tempfile.TemporaryDirectory(prefix="vmbus-bench-") as folder:
         environment = {**os.environ, "XDG_RUNTIME_DIR": folder}
-        vmbus = [sys.executable, "-m", "emulator"]
+        vmbus = [sys.executable, "-m", "vmbus"]
         run = [*vmbus, "run", "--name", "idle", "--guest", KERNEL]
         emulator = subprocess.Popen(run, env=environment, cwd=_ROOT)
         try:

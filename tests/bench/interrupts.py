@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 
-from emulator.machine.host import EVENT_CONNECTIONS, Host
+from vmbus.machine.host import EVENT_CONNECTIONS, Host
+
 from tests.bench.bare import DONE, STAMP, bare_guest, finished
 from tests.bench.report import Result
 

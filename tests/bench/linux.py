@@ -8,7 +8,8 @@ import tempfile
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from emulator.bus.device import Device
+from vmbus.bus.io.device import Device
+
 from tests.guest.harness import DEFAULT_DEVICES, LOADED_MODULES, Booted, boot
 
 KERNEL = "debian-6.12"

@@ -24,21 +24,23 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from device.heartbeat import Heartbeat
-from device.registry import Registry
-from emulator.bus.device import Device
-from emulator.cli.run import AVAILABLE_MODULES
-from emulator.errors import UserError
-from emulator.machine import gateway_build, memory, rundir
-from emulator.machine.guest import Guest
-from emulator.machine.launch import GuestOptions, QemuProcess, command_line
-from emulator.machine.memory import MappedMemory, MappedPages
-from emulator.machine.migration.vmstate import HELPER_ID, DbusDaemon, VmStateHelper
-from emulator.machine.qmp import Qmp
-from emulator.machine.rundir import RunDirectory
-from emulator.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
-from emulator.provision.kernel import find_kernel
-from emulator.provision.qemu import find_qemu
+from vmbus.bus.io.device import Device
+from vmbus.cli.run import AVAILABLE_MODULES
+from vmbus.devices.registry import Registry
+from vmbus.errors import UserError
+from vmbus.machine import memory, rundir
+from vmbus.machine.gateway import build as gateway_build
+from vmbus.machine.guest import Guest
+from vmbus.machine.memory import MappedMemory, MappedPages
+from vmbus.machine.migration.vmstate import HELPER_ID, DbusDaemon, VmStateHelper
+from vmbus.machine.qemu.launch import GuestOptions, QemuProcess, command_line
+from vmbus.machine.qemu.qmp import Qmp
+from vmbus.machine.rundir import RunDirectory
+from vmbus.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
+from vmbus.provision.kernel import find_kernel
+from vmbus.provision.qemu import find_qemu
+from vmbus_devices.heartbeat import Heartbeat
+
 from tests.bench.linux import KERNEL
 from tests.bench.reading import add_reading
 from tests.bench.report import Result

@@ -17,7 +17,7 @@ from tests.bench.report import Result
 from tests.guest.harness import LOADED_MODULES, boot
 
 if TYPE_CHECKING:
-    from emulator.machine.guest import Guest
+    from vmbus.machine.guest import Guest
 
 ROUNDS = 6
 SIZE = 128 << 20

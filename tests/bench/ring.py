@@ -17,14 +17,14 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 
-from emulator.bus.channel_io import ChannelIo
-from emulator.bus.device import Device, DeviceEnvironment
-from emulator.bus.offers import Offer
-from emulator.bus.ring import IncomingRing, OutgoingRing
-from emulator.loopback import FakeChannel, gpa_direct_extension, guest_packet
-from emulator.machine.memory import MappedMemory, RamRegion
-from emulator.ports import PAGE_SIZE
-from emulator.wire.packet import Packet, PacketType, build_packet
+from vmbus.bus.io.channel_io import ChannelIo
+from vmbus.bus.io.device import Device, DeviceEnvironment
+from vmbus.bus.io.ring import IncomingRing, OutgoingRing
+from vmbus.bus.offers import Offer
+from vmbus.machine.memory import MappedMemory, RamRegion
+from vmbus.ports import PAGE_SIZE
+from vmbus.testing.loopback import FakeChannel, gpa_direct_extension, guest_packet
+from vmbus.wire.packet import Packet, PacketType, build_packet
 
 SHAPES = {
     "in band, 64 bytes": guest_packet(bytes(64), transaction_id=1, completion_requested=True),

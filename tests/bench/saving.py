@@ -9,7 +9,8 @@ from __future__ import annotations
 import statistics
 import time
 
-from emulator.saving import ChannelSaver, NtStatus
+from vmbus.saving import ChannelSaver, NtStatus
+
 from tests.bench.report import Result
 from tests.unit.saving.model_channel import ModelChannel, request
 

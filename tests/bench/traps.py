@@ -11,14 +11,15 @@ import statistics
 import uuid
 from collections.abc import Mapping
 
-from emulator.bus.channel_io import ChannelIo
-from emulator.bus.device import Device
-from emulator.bus.offers import Offer
-from emulator.machine.host import EVENT_CONNECTIONS, Host
-from emulator.wire.gpadl import GPADL_TEARDOWN, GpadlTeardown, GpaRange, split_gpadl
-from emulator.wire.messages import INITIATE_CONTACT, REQUESTOFFERS, HeaderOnly, InitiateContact
-from emulator.wire.packet import Packet
-from emulator.wire.version import Version
+from vmbus.bus.io.channel_io import ChannelIo
+from vmbus.bus.io.device import Device
+from vmbus.bus.offers import Offer
+from vmbus.machine.host import EVENT_CONNECTIONS, Host
+from vmbus.wire.gpadl import GPADL_TEARDOWN, GpadlTeardown, GpaRange, split_gpadl
+from vmbus.wire.messages import INITIATE_CONTACT, REQUESTOFFERS, HeaderOnly, InitiateContact
+from vmbus.wire.packet import Packet
+from vmbus.wire.version import Version
+
 from tests.bench.bare import DONE, MESSAGE_SLOT, RESULTS, bare_guest, finished, microseconds
 from tests.bench.report import Result
 

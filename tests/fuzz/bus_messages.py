@@ -18,16 +18,16 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from emulator.bus.channel import Channel
-from emulator.bus.channel_state import ChannelState
-from emulator.bus.gpadl import MAX_ASSEMBLIES, MAX_CONNECTION_GPADLS, MAX_CONNECTION_PAGES
-from emulator.bus.reception import MAX_UNDELIVERED, PostResult
-from emulator.errors import DeviceError, GuestError, VmbusError
-from emulator.testing_bus import ForgetfulEndpoint, ScriptedGuest, an_offer
-from emulator.wire.gpadl import GpaRange, build_ranges
-from emulator.wire.header import MAX_MESSAGE, MessageType
-from emulator.wire.offer import OfferFlags
-from emulator.wire.version import ALL_FEATURES, Version
+from vmbus.bus.channel.channel import Channel
+from vmbus.bus.channel.gpadl import MAX_ASSEMBLIES, MAX_CONNECTION_GPADLS, MAX_CONNECTION_PAGES
+from vmbus.bus.channel.state import ChannelState
+from vmbus.bus.messages import MAX_UNDELIVERED, PostResult
+from vmbus.errors import DeviceError, GuestError, VmbusError
+from vmbus.testing.scripted import ForgetfulEndpoint, ScriptedGuest, an_offer
+from vmbus.wire.gpadl import GpaRange, build_ranges
+from vmbus.wire.header import MAX_MESSAGE, MessageType
+from vmbus.wire.offer import OfferFlags
+from vmbus.wire.version import ALL_FEATURES, Version
 
 CHECK_EVERY = 5_000
 DEVICES = 6

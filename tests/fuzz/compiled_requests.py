@@ -12,9 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from device.scsi.disk import Disk
-from device.scsi.file import Cache, FileBackend
-from emulator.ports import PAGE_SIZE
+from vmbus.ports import PAGE_SIZE
+from vmbus_devices.scsi.disk import Disk
+from vmbus_devices.scsi.file import Cache, FileBackend
+
 from tests.fuzz.storvsc_requests import DATA_PAGES, Fuzzer, main
 from tests.unit.fastpath.fast_guest import HIGH, HOLE, RAM, FastGuest
 

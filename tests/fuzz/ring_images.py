@@ -24,10 +24,10 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from emulator.bus.ring import IncomingRing, OutgoingRing
-from emulator.errors import RingError
-from emulator.ports import PAGE_SIZE
-from emulator.wire.packet import MAX_PFNS, MAX_RANGES, Packet, PacketType, build_packet
+from vmbus.bus.io.ring import IncomingRing, OutgoingRing
+from vmbus.errors import RingError
+from vmbus.ports import PAGE_SIZE
+from vmbus.wire.packet import MAX_PFNS, MAX_RANGES, Packet, PacketType, build_packet
 
 ACCESSES = 400
 """More than any image may cost the host."""

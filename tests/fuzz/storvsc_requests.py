@@ -24,14 +24,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from device.scsi import Scsi
-from device.scsi.backend import Backend, MemoryBackend, NullBackend
-from device.scsi.blocks import BlockUnit
-from device.scsi.cdrom import CdRom
-from device.scsi.disk import Disk
-from device.scsi.faults import FaultPlan, parse_faults
-from emulator.bus.device import DeviceEnvironment
-from emulator.loopback import (
+from vmbus.bus.io.device import DeviceEnvironment
+from vmbus.ports import PAGE_SIZE
+from vmbus.testing.fakes import FakeMemory, FakeViews
+from vmbus.testing.loopback import (
     COMPLETION,
     GPA_DIRECT,
     IN_BAND,
@@ -39,8 +35,12 @@ from emulator.loopback import (
     gpa_direct_extension,
     guest_packet,
 )
-from emulator.ports import PAGE_SIZE
-from emulator.testing import FakeMemory, FakeViews
+from vmbus_devices.scsi import Scsi
+from vmbus_devices.scsi.backend import Backend, MemoryBackend, NullBackend
+from vmbus_devices.scsi.blocks import BlockUnit
+from vmbus_devices.scsi.cdrom import CdRom
+from vmbus_devices.scsi.disk import Disk
+from vmbus_devices.scsi.faults import FaultPlan, parse_faults
 
 RAM = 8 << 20
 DATA_PAGES = range(512, 1536)

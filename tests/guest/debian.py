@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
+from vmbus.errors import MissingRequirement
+from vmbus.provision.system_disk import copy_system, find_system
 
-from emulator.errors import MissingRequirement
-from emulator.provision.system_disk import copy_system, find_system
 from tests.guest.harness import DEFAULT_DEVICES, LIMIT, Booted, boot
 
 ROOT = "/dev/sda1"

@@ -9,20 +9,20 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from emulator.bus.device import Device
-from emulator.cli.devices import registry
-from emulator.cli.run import AVAILABLE_MODULES
-from emulator.cli.serving import CONTROL_COMMANDS
-from emulator.machine import gateway_build
-from emulator.machine.guest import Guest
-from emulator.machine.host import Ending, HostOptions
-from emulator.machine.launch import GuestOptions
-from emulator.machine.served import status
-from emulator.provision.command_output import CommandOutput
-from emulator.provision.drivers import present
-from emulator.provision.initramfs import KERNEL_ARGUMENTS, ROOT_MODULES, build_initramfs
-from emulator.provision.kernel import find_kernel
-from emulator.provision.qemu import find_qemu
+from vmbus.bus.io.device import Device
+from vmbus.cli.devices import registry
+from vmbus.cli.run import AVAILABLE_MODULES
+from vmbus.cli.serving import CONTROL_COMMANDS
+from vmbus.machine.gateway import build as gateway_build
+from vmbus.machine.guest import Guest
+from vmbus.machine.host import Ending, HostOptions
+from vmbus.machine.qemu.launch import GuestOptions
+from vmbus.machine.served import status
+from vmbus.provision.command_output import CommandOutput
+from vmbus.provision.drivers import present
+from vmbus.provision.initramfs import KERNEL_ARGUMENTS, ROOT_MODULES, build_initramfs
+from vmbus.provision.kernel import find_kernel
+from vmbus.provision.qemu import find_qemu
 
 LOADED_MODULES = ("hv_vmbus", "hv_utils")
 STORAGE_MODULES = ("hv_storvsc", "sd_mod")

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from vmbus.bus.io.channel_io import ChannelIo
 
-from emulator.bus.channel_io import ChannelIo
 from tests.guest.harness import DEFAULT_DEVICES, LOADED_MODULES, boot
 
 pytestmark = pytest.mark.guest

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from vmbus.machine.host import HostOptions
+from vmbus.wire.version import Version
 
-from emulator.machine.host import HostOptions
-from emulator.wire.version import Version
 from tests.guest.harness import LIMIT, boot, nothing_lost
 
 pytestmark = pytest.mark.guest

@@ -14,15 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from vmbus.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
+from vmbus.provision.kernel import find_kernel
+from vmbus.provision.qemu import find_qemu
 
-from emulator.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
-from emulator.provision.kernel import find_kernel
-from emulator.provision.qemu import find_qemu
 from tests.guest.harness import LOADED_MODULES
 
 pytestmark = pytest.mark.guest
 
-VMBUS = [sys.executable, "-m", "emulator"]
+VMBUS = [sys.executable, "-m", "vmbus"]
 LIMIT = 120.0
 
 

@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from vmbus.provision.qemu import find_qemu
 
-from emulator.provision.qemu import find_qemu
 from tests.guest.debian import boot_debian, check_file_system, system_copy, system_image
 from tests.guest.harness import nothing_lost
 from tests.guest.test_boot import complaints

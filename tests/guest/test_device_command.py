@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+from vmbus.cli import main
 
-from emulator.cli import main
 from tests.guest.harness import LIMIT, LOADED_MODULES, boot
 from tests.guest.test_boot import complaints
 from tests.guest.test_image_formats import qemu_img

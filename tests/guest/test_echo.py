@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from vmbus.machine.memory import MappedMemory
 
-from emulator.machine.memory import MappedMemory
 from tests.guest.harness import DEFAULT_DEVICES, LOADED_MODULES, boot
 from tests.guest.test_boot import KERNELS, complaints
 

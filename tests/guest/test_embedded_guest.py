@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-from emulator.errors import MissingRequirement
-from emulator.provision.command_output import CommandOutput
-from emulator.provision.drivers import guest_info
-from emulator.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
-from emulator.provision.kernel import DEFAULT_GUEST, GUESTS, GuestKernel, find_kernel
-from emulator.provision.qemu import find_qemu
+from vmbus.errors import MissingRequirement
+from vmbus.provision.command_output import CommandOutput
+from vmbus.provision.drivers import guest_info
+from vmbus.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
+from vmbus.provision.kernel import DEFAULT_GUEST, GUESTS, GuestKernel, find_kernel
+from vmbus.provision.qemu import find_qemu
 
 pytestmark = pytest.mark.guest
 

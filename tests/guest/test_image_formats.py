@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from vmbus.machine.migration.drive import MigrationFailed
+from vmbus.provision.qemu import find_qemu
 
-from emulator.machine.migration.drive import MigrationFailed
-from emulator.provision.qemu import find_qemu
 from tests.guest.harness import LIMIT, LOADED_MODULES, boot
 from tests.guest.test_boot import complaints
 from tests.guest.test_scsi import WAIT, e2fs, units

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from vmbus.hypervisor.features import Features
+from vmbus.machine.host import Ending, HostOptions
+from vmbus.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
+from vmbus.provision.kernel import find_kernel
 
-from emulator.hypervisor.features import Features
-from emulator.machine.host import Ending, HostOptions
-from emulator.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
-from emulator.provision.kernel import find_kernel
 from tests.guest.harness import LIMIT, LOADED_MODULES, Booted, boot
 from tests.guest.test_boot import complaints
 

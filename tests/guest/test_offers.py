@@ -6,8 +6,8 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from vmbus.devices.registry import Registry
 
-from device.registry import Registry
 from tests.guest.harness import DEFAULT_DEVICES, LOADED_MODULES, boot, nothing_lost
 from tests.guest.test_boot import complaints
 from tests.guest.test_life import beats

@@ -21,8 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from emulator.provision.qemu import find_qemu
+from vmbus.provision.qemu import find_qemu
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(600)]
 
@@ -54,7 +53,7 @@ def write_and_kill(
     """Boot, write from record ``first`` on, kill ``who`` after ``records`` of them; the last that is safe."""
     runtime = tempfile.mkdtemp(prefix="vmbus-")  # sockets want short names
     command = [
-        *(sys.executable, "-m", "emulator", "run", "--name", "durable", "--memory", "256M"),
+        *(sys.executable, "-m", "vmbus", "run", "--name", "durable", "--memory", "256M"),
         *("--serial", str(folder / "console.log"), "--load", "ext4", "--no-default-devices"),
         *("--device", f"scsi,image={image},{options}", "--add", f"{program}:/bin/durable_writer", "--"),
         "until [ -b /dev/sda ]; do usleep 20000; done; mount -t ext4 /dev/sda /mnt || exit 3; "

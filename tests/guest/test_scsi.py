@@ -11,10 +11,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from vmbus.machine.io.uring import Uring
+from vmbus_devices.scsi import Scsi
+from vmbus_devices.scsi.drive import DriveOptions, open_drive
 
-from device.scsi import Scsi
-from device.scsi.drive import DriveOptions, open_drive
-from emulator.machine.uring import Uring
 from tests.guest.harness import DEFAULT_DEVICES, LOADED_MODULES, Booted, boot
 from tests.guest.test_boot import KERNELS, complaints
 from tests.migration.journey import journey

@@ -8,19 +8,20 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from emulator.bus.device import Device
-from emulator.cli.devices import registry
-from emulator.cli.run import AVAILABLE_MODULES
-from emulator.machine import gateway_build
-from emulator.machine.guest import Guest
-from emulator.machine.host import Host, HostOptions
-from emulator.machine.launch import GuestOptions
-from emulator.machine.migration.drive import Outcome, arrived, migrate, receive
-from emulator.provision.command_output import CommandOutput
-from emulator.provision.drivers import present
-from emulator.provision.initramfs import KERNEL_ARGUMENTS, ROOT_MODULES, build_initramfs
-from emulator.provision.kernel import find_kernel
-from emulator.provision.qemu import QemuBinary, find_qemu
+from vmbus.bus.io.device import Device
+from vmbus.cli.devices import registry
+from vmbus.cli.run import AVAILABLE_MODULES
+from vmbus.machine.gateway import build as gateway_build
+from vmbus.machine.guest import Guest
+from vmbus.machine.host import Host, HostOptions
+from vmbus.machine.migration.drive import Outcome, arrived, migrate, receive
+from vmbus.machine.qemu.launch import GuestOptions
+from vmbus.provision.command_output import CommandOutput
+from vmbus.provision.drivers import present
+from vmbus.provision.initramfs import KERNEL_ARGUMENTS, ROOT_MODULES, build_initramfs
+from vmbus.provision.kernel import find_kernel
+from vmbus.provision.qemu import QemuBinary, find_qemu
+
 from tests.guest.harness import LIMIT, LOADED_MODULES, STORAGE_MODULES, Booted
 
 

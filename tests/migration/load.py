@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from emulator.machine.host import Host
-from emulator.machine.migration.drive import Outcome, receive
-from emulator.saving import NtStatus
+from vmbus.machine.host import Host
+from vmbus.machine.migration.drive import Outcome, receive
+from vmbus.saving import NtStatus
+
 from tests.guest.harness import LOADED_MODULES, Booted
 from tests.guest.test_boot import complaints
 from tests.migration.journey import Journey, journey

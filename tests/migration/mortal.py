@@ -20,9 +20,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from emulator.cli import main
-from emulator.machine.migration.follower import Follower
-from emulator.machine.qmp import Qmp
+from vmbus.cli import main
+from vmbus.machine.migration.coordinator import Follower
+from vmbus.machine.qemu.qmp import Qmp
 
 _JUST_AFTER = 0.01
 

@@ -13,16 +13,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from emulator.errors import UserError
-from emulator.machine import gateway_build
-from emulator.machine.acpi import vmbus_table
-from emulator.machine.control import ask
-from emulator.machine.guest import emulator_options
-from emulator.machine.launch import GuestOptions, QemuProcess, command_line
-from emulator.machine.migration.vmstate import DbusDaemon
-from emulator.machine.qmp import Qmp
-from emulator.machine.rundir import RunDirectory
-from emulator.provision.qemu import find_qemu
+from vmbus.errors import UserError
+from vmbus.machine.control import ask
+from vmbus.machine.gateway import build as gateway_build
+from vmbus.machine.guest import emulator_options
+from vmbus.machine.migration.vmstate import DbusDaemon
+from vmbus.machine.qemu.acpi import vmbus_table
+from vmbus.machine.qemu.launch import GuestOptions, QemuProcess, command_line
+from vmbus.machine.qemu.qmp import Qmp
+from vmbus.machine.rundir import RunDirectory
+from vmbus.provision.qemu import find_qemu
 
 LIMIT = 120.0
 

@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from vmbus.errors import UserError
+from vmbus.machine.migration.coordinator import Follower, Phase, Switchover
+from vmbus.machine.migration.drive import MigrationFailed, arrived, migrate, receive
+from vmbus.machine.migration.side_channel import CarrierAddress
 
-from emulator.errors import UserError
-from emulator.machine.migration.carrier import CarrierAddress
-from emulator.machine.migration.drive import MigrationFailed, arrived, migrate, receive
-from emulator.machine.migration.follower import Follower, Phase, Switchover
 from tests.guest.harness import Booted
 from tests.migration.journey import Journey, journey
 from tests.migration.test_live import Unsavable, more_beats

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from vmbus.machine.qemu.qmp import Qmp
+from vmbus.wire.echo import ECHO_INSTANCE
 
-from emulator.machine.qmp import Qmp
-from emulator.wire.echo import ECHO_INSTANCE
 from tests.migration.journey import machine
 from tests.migration.own_qemu import Emulator, own_qemu, travellers
 from tests.migration.own_qemu import until as holds
@@ -31,7 +31,7 @@ COUNT = (
 
 def vmbus(folder: Path, *words: str, descriptors: Sequence[int] = ()) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "emulator", *words],
+        [sys.executable, "-m", "vmbus", *words],
         pass_fds=descriptors,
         env={**os.environ, "XDG_RUNTIME_DIR": str(folder)},
         stdin=subprocess.DEVNULL,

@@ -14,12 +14,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from vmbus.errors import UserError
+from vmbus.machine.host import Host
+from vmbus.machine.migration.coordinator import Phase, Switchover
+from vmbus.machine.migration.drive import MigrationFailed, arrived, migrate, receive
+from vmbus.machine.qemu.launch import GuestOptions
 
-from emulator.errors import UserError
-from emulator.machine.host import Host
-from emulator.machine.launch import GuestOptions
-from emulator.machine.migration.drive import MigrationFailed, arrived, migrate, receive
-from emulator.machine.migration.follower import Phase, Switchover
 from tests.guest.harness import Booted
 from tests.migration.journey import Journey, journey, machine
 from tests.migration.own_qemu import LIMIT, Emulator, OwnQemu, own_qemu, travellers, until

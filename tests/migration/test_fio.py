@@ -13,8 +13,8 @@ import re
 from pathlib import Path
 
 import pytest
+from vmbus.machine.migration import snapshots
 
-from emulator.machine.migration import snapshots
 from tests.guest.debian import system_image
 from tests.guest.test_boot import complaints
 from tests.guest.test_scsi import ASKED_IN_VAIN

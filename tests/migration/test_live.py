@@ -6,11 +6,11 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from vmbus.errors import DeviceError
+from vmbus.machine.migration.coordinator import Phase, Switchover
+from vmbus.machine.migration.drive import MigrationFailed, Outcome, arrived, migrate
+from vmbus_devices.heartbeat import Heartbeat
 
-from device.heartbeat import Heartbeat
-from emulator.errors import DeviceError
-from emulator.machine.migration.drive import MigrationFailed, Outcome, arrived, migrate
-from emulator.machine.migration.follower import Phase, Switchover
 from tests.guest.harness import LIMIT, Booted
 from tests.migration.journey import Journey, journey
 

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from vmbus.bus.io.channel_io import ChannelIo
+from vmbus.wire.packet import Packet
+from vmbus.wire.ring import RESERVED_BYTES
+from vmbus_devices.echo import Echo
 
-from device.echo import Echo
-from emulator.bus.channel_io import ChannelIo
-from emulator.wire.packet import Packet
-from emulator.wire.ring import RESERVED_BYTES
 from tests.guest.harness import LIMIT, LOADED_MODULES
 from tests.guest.test_boot import complaints
 from tests.migration.journey import Journey, journey

@@ -6,8 +6,8 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from vmbus.machine.migration.drive import MigrationFailed
 
-from emulator.machine.migration.drive import MigrationFailed
 from tests.guest.harness import LIMIT, boot
 from tests.guest.test_boot import complaints
 

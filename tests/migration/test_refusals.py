@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vmbus.errors import QemuError
+from vmbus.machine.migration.addresses import structured
+from vmbus.machine.migration.coordinator import Follower, Phase, Switchover
+from vmbus.machine.migration.drive import MigrationFailed, arrived, migrate, receive
+from vmbus.machine.qemu.qmp import Qmp
 
-from emulator.errors import QemuError
-from emulator.machine.migration.addresses import structured
-from emulator.machine.migration.drive import MigrationFailed, arrived, migrate, receive
-from emulator.machine.migration.follower import Follower, Phase, Switchover
-from emulator.machine.qmp import Qmp
 from tests.migration.journey import Journey
 from tests.migration.load import LIMIT, Program, goes_on, put, swallow, under_load, went_well
 from tests.migration.test_live import more_beats

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vmbus.machine.migration.drive import MigrationFailed, arrived, migrate, receive
 
-from emulator.machine.migration.drive import MigrationFailed, arrived, migrate, receive
 from tests.migration.load import LIMIT, Program, goes_on, place, put, tcp_uri, under_load, went_well
 
 pytestmark = pytest.mark.guest

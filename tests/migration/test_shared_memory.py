@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from vmbus.machine.migration import snapshots
+from vmbus.machine.migration.drive import MigrationFailed, arrived, migrate, receive
+from vmbus.machine.migration.snapshots import SnapshotFailed
 
-from emulator.machine.migration import snapshots
-from emulator.machine.migration.drive import MigrationFailed, arrived, migrate, receive
-from emulator.machine.migration.snapshots import SnapshotFailed
 from tests.guest.harness import Booted
 from tests.migration.journey import Journey
 from tests.migration.load import LIMIT, Program, goes_on, place, put, tcp_uri, under_load, went_well

@@ -6,9 +6,9 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from vmbus.machine.migration import snapshots
+from vmbus.machine.migration.snapshots import SnapshotFailed
 
-from emulator.machine.migration import snapshots
-from emulator.machine.migration.snapshots import SnapshotFailed
 from tests.guest.test_boot import complaints
 from tests.migration.journey import Journey, journey
 from tests.migration.test_live import more_beats

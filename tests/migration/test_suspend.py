@@ -6,10 +6,10 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from vmbus.machine.migration import snapshots
+from vmbus.machine.migration.drive import arrived, migrate
+from vmbus.machine.qemu.qmp import Qmp
 
-from emulator.machine.migration import snapshots
-from emulator.machine.migration.drive import arrived, migrate
-from emulator.machine.qmp import Qmp
 from tests.migration.journey import Journey
 from tests.migration.load import LIMIT, Program, goes_on, under_load, went_well
 from tests.migration.test_live import beats

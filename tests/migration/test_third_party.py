@@ -6,11 +6,11 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from vmbus.machine.migration.coordinator import Phase, Switchover
+from vmbus.machine.migration.drive import MigrationFailed, arrived, migrate
+from vmbus.machine.migration.report import Departure
+from vmbus.machine.qemu.qmp import Qmp
 
-from emulator.machine.migration.departure import Departure
-from emulator.machine.migration.drive import MigrationFailed, arrived, migrate
-from emulator.machine.migration.follower import Phase, Switchover
-from emulator.machine.qmp import Qmp
 from tests.migration.journey import journey
 from tests.migration.load import LIMIT, Program, goes_on, put, swallow, under_load, went_well
 from tests.migration.test_live import more_beats

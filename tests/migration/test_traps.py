@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from vmbus.machine.gateway.traps import Trap
+from vmbus.machine.migration.coordinator import Phase, Switchover
+from vmbus.machine.migration.drive import MigrationFailed, migrate
 
-from emulator.machine.migration.drive import MigrationFailed, migrate
-from emulator.machine.migration.follower import Phase, Switchover
-from emulator.machine.traps import Trap
 from tests.guest.harness import LIMIT, LOADED_MODULES
 from tests.migration.journey import Journey, journey
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from emulator.errors import MissingRequirement
-from emulator.machine import gateway_build
-from emulator.provision.qemu import find_qemu
+from vmbus.errors import MissingRequirement
+from vmbus.machine.gateway import build as gateway_build
+from vmbus.provision.qemu import find_qemu
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from emulator.errors import GatewayError
-from emulator.machine.gateway import Gateway
-from emulator.machine.traps import Trap
+from vmbus.errors import GatewayError
+from vmbus.machine.gateway.client import Gateway
+from vmbus.machine.gateway.traps import Trap
 
 LIMIT = 120.0
 

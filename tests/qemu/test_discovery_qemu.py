@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
-from emulator.errors import QemuUnsuitable
-from emulator.machine import gateway_build
-from emulator.machine.acpi import vmbus_table
-from emulator.machine.arguments import EmulatorOptions, libvirt, readconfig
-from emulator.machine.discovery import QemuFacts, discover
-from emulator.machine.qmp import Qmp
-from emulator.provision.qemu import find_qemu
+from vmbus.errors import QemuUnsuitable
+from vmbus.machine.gateway import build as gateway_build
+from vmbus.machine.qemu.acpi import vmbus_table
+from vmbus.machine.qemu.arguments import EmulatorOptions, libvirt, readconfig
+from vmbus.machine.qemu.discovery import QemuFacts, discover
+from vmbus.machine.qemu.qmp import Qmp
+from vmbus.provision.qemu import find_qemu
 
 pytestmark = pytest.mark.qemu
 

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from vmbus.errors import GatewayError
+from vmbus.machine.gateway.client import Gateway
+from vmbus.machine.gateway.traps import Fault, Trap
+from vmbus.wire.cpuid import CpuidLeaf
+from vmbus.wire.gateway import DoorbellRule, TrapKind
 
-from emulator.errors import GatewayError
-from emulator.machine.gateway import Gateway
-from emulator.machine.traps import Fault, Trap
-from emulator.wire.cpuid import CpuidLeaf
-from emulator.wire.gateway import DoorbellRule, TrapKind
 from tests.qemu.bare_guest import long_mode_guest, protected_mode_guest
 from tests.qemu.machine_under_test import LIMIT, Machine, next_trap, serve
 
@@ -475,7 +475,7 @@ def test_without_an_emulator_and_without_waiting_there_is_no_hypervisor_of_ours(
 _PREDECESSOR = """
 import sys, time
 from tests.qemu.machine_under_test import next_trap
-from emulator.machine.gateway import Gateway
+from vmbus.machine.gateway.client import Gateway
 gateway = Gateway.attach(sys.argv[1])
 gateway.activate()
 print(next_trap(gateway).msr, flush=True)

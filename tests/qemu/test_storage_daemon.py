@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-from device.scsi.drive import DriveOptions, Format, open_drive
-from device.scsi.file import Cache
-from device.scsi.image import ImageBackend, ImageFile
-from emulator.errors import UsageError, UserError
-from emulator.machine.storage_daemon import QemuImages
-from emulator.provision.qemu import find_qemu
+from vmbus.errors import UsageError, UserError
+from vmbus.machine.qemu.storage_daemon import QemuImages
+from vmbus.provision.qemu import find_qemu
+from vmbus_devices.scsi.drive import DriveOptions, Format, open_drive
+from vmbus_devices.scsi.file import Cache
+from vmbus_devices.scsi.image import ImageBackend, ImageFile
 
 pytestmark = pytest.mark.qemu
 
@@ -193,9 +192,9 @@ def test_an_image_grows_under_its_disk(image: Path, opened: Open) -> None:
 def test_the_daemon_ends_with_the_emulator_however_that_ends(image: Path) -> None:
     program = f"""
 import pathlib, sys, time
-from device.scsi.image import ImageBackend, ImageFile
-from device.scsi.file import Cache
-from emulator.machine.storage_daemon import QemuImages
+from vmbus_devices.scsi.image import ImageBackend, ImageFile
+from vmbus_devices.scsi.file import Cache
+from vmbus.machine.qemu.storage_daemon import QemuImages
 backend = ImageBackend(QemuImages(), ImageFile(pathlib.Path({str(image)!r}), "qcow2", cache=Cache.WRITEBACK))
 backend.lock()
 backend.write(0, [memoryview(b"x" * 4096)])

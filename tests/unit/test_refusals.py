@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-
-from emulator.refusals import Refusals
+from vmbus.refusals import Refusals
 
 
 def test_lines_are_rate_limited_for_each_reason(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,5 +1,5 @@
 /*
- * Drives the echo device from the guest's user space and checks every byte (protocol: emulator/wire/echo.py).
+ * Drives the echo device from the guest's user space and checks every byte (protocol: emulator/vmbus/wire/echo.py).
  *
  *     gcc -static -O2 -Wall -Wextra -Werror -o echo_client echo_client.c
  *

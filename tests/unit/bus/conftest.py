@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-from emulator.testing_bus import ScriptedGuest
+from vmbus.testing.scripted import ScriptedGuest
 
 
 @pytest.fixture

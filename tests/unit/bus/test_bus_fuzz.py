@@ -10,11 +10,10 @@ from types import ModuleType
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from emulator.bus.channel_state import ChannelState
-from emulator.testing_bus import RecordingEndpoint, ScriptedGuest, an_offer
-from emulator.wire.messages import MESSAGES
-from emulator.wire.version import ALL_FEATURES, Version
+from vmbus.bus.channel.state import ChannelState
+from vmbus.testing.scripted import RecordingEndpoint, ScriptedGuest, an_offer
+from vmbus.wire.messages import MESSAGES
+from vmbus.wire.version import ALL_FEATURES, Version
 
 
 @pytest.fixture

@@ -13,14 +13,13 @@ from typing import Any
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-
-from emulator.bus.channel import Channel
-from emulator.bus.channel_state import Busy, ChannelState
-from emulator.testing_bus import RecordingEndpoint, ScriptedGuest, an_offer
-from emulator.wire.gpadl import GpadlCreated, GpadlTorndown, GpaRange, split_gpadl
-from emulator.wire.header import STATUS_SUCCESS, STATUS_UNSUCCESSFUL, MessageType
-from emulator.wire.messages import ModifyChannelResponse, OpenResult
-from emulator.wire.version import Version
+from vmbus.bus.channel.channel import Channel
+from vmbus.bus.channel.state import Busy, ChannelState
+from vmbus.testing.scripted import RecordingEndpoint, ScriptedGuest, an_offer
+from vmbus.wire.gpadl import GpadlCreated, GpadlTorndown, GpaRange, split_gpadl
+from vmbus.wire.header import STATUS_SUCCESS, STATUS_UNSUCCESSFUL, MessageType
+from vmbus.wire.messages import ModifyChannelResponse, OpenResult
+from vmbus.wire.version import Version
 
 VPS = 2
 OK, BAD = STATUS_SUCCESS, STATUS_UNSUCCESSFUL

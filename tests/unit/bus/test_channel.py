@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import pytest
-
-from emulator.bus.channel_signals import UNSTICK_DELAY
-from emulator.bus.channel_state import ChannelState
-from emulator.bus.reception import MAX_UNDELIVERED, PostResult
-from emulator.bus.server import MAX_INBOX
-from emulator.errors import DeviceError, GuestError, ProtocolError
-from emulator.ports import PAGE_SIZE
-from emulator.testing_bus import RecordingEndpoint, ScriptedGuest, an_offer
-from emulator.wire.gpadl import GpadlCreated, GpadlTorndown, GpaRange, split_gpadl
-from emulator.wire.header import STATUS_SUCCESS, STATUS_UNSUCCESSFUL, MessageType
-from emulator.wire.messages import (
+from vmbus.bus.channel.signals import UNSTICK_DELAY
+from vmbus.bus.channel.state import ChannelState
+from vmbus.bus.messages import MAX_UNDELIVERED, PostResult
+from vmbus.bus.server import MAX_INBOX
+from vmbus.errors import DeviceError, GuestError, ProtocolError
+from vmbus.ports import PAGE_SIZE
+from vmbus.testing.scripted import RecordingEndpoint, ScriptedGuest, an_offer
+from vmbus.wire.gpadl import GpadlCreated, GpadlTorndown, GpaRange, split_gpadl
+from vmbus.wire.header import STATUS_SUCCESS, STATUS_UNSUCCESSFUL, MessageType
+from vmbus.wire.messages import (
     CLOSECHANNEL,
     NO_INTERRUPTS_VP,
     OPENCHANNEL,
@@ -25,8 +24,8 @@ from emulator.wire.messages import (
     OpenChannel,
     OpenResult,
 )
-from emulator.wire.offer import OfferFlags
-from emulator.wire.version import ALL_FEATURES, Feature, Version
+from vmbus.wire.offer import OfferFlags
+from vmbus.wire.version import ALL_FEATURES, Feature, Version
 
 
 @pytest.fixture

@@ -5,13 +5,12 @@ from __future__ import annotations
 import uuid
 
 import pytest
-
-from emulator.bus.contact import DEFAULT_FEATURES, MonitorPages, Phase
-from emulator.bus.reception import MAX_UNDELIVERED, PostResult
-from emulator.errors import MalformedError
-from emulator.testing_bus import RecordingEndpoint, ScriptedGuest, an_offer
-from emulator.wire.header import MessageType
-from emulator.wire.messages import (
+from vmbus.bus.contact import DEFAULT_FEATURES, MonitorPages, Phase
+from vmbus.bus.messages import MAX_UNDELIVERED, PostResult
+from vmbus.errors import MalformedError
+from vmbus.testing.scripted import RecordingEndpoint, ScriptedGuest, an_offer
+from vmbus.wire.header import MessageType
+from vmbus.wire.messages import (
     ALLOFFERS_DELIVERED,
     INITIATE_CONTACT,
     MODIFY_CONNECTION,
@@ -30,7 +29,7 @@ from emulator.wire.messages import (
     VersionResponseFeatures,
     VersionResponseMonitor,
 )
-from emulator.wire.version import ALL_FEATURES, NO_FEATURES, Feature, Version
+from vmbus.wire.version import ALL_FEATURES, NO_FEATURES, Feature, Version
 
 REFUSED = VersionResponse(0, 0, 0)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pytest
-
-from emulator.bus import gpadl as gpadl_module
-from emulator.bus.channel_state import ChannelState
-from emulator.errors import DeviceError, MalformedError, ProtocolError
-from emulator.ports import PAGE_SIZE
-from emulator.testing_bus import RecordingEndpoint, ScriptedGuest, an_offer
-from emulator.wire.gpadl import (
+from vmbus.bus.channel import gpadl as gpadl_module
+from vmbus.bus.channel.state import ChannelState
+from vmbus.errors import DeviceError, MalformedError, ProtocolError
+from vmbus.ports import PAGE_SIZE
+from vmbus.testing.scripted import RecordingEndpoint, ScriptedGuest, an_offer
+from vmbus.wire.gpadl import (
     GPADL_BODY,
     GPADL_HEADER,
     GpadlBody,
@@ -21,8 +20,8 @@ from emulator.wire.gpadl import (
     parse_ranges,
     split_gpadl,
 )
-from emulator.wire.header import MAX_MESSAGE, STATUS_SUCCESS, STATUS_UNSUCCESSFUL, MessageType
-from emulator.wire.messages import ChannelOnly
+from vmbus.wire.header import MAX_MESSAGE, STATUS_SUCCESS, STATUS_UNSUCCESSFUL, MessageType
+from vmbus.wire.messages import ChannelOnly
 
 ID = 0xE1E10
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pytest
-
-from emulator.bus.channel_signals import UNSTICK_DELAY
-from emulator.ports import PAGE_SIZE
-from emulator.testing_bus import RecordingEndpoint, ScriptedGuest, an_offer
-from emulator.wire.messages import MODIFY_CONNECTION, ModifyConnection
-from emulator.wire.offer import OfferFlags
-from emulator.wire.version import Feature, Version
+from vmbus.bus.channel.signals import UNSTICK_DELAY
+from vmbus.ports import PAGE_SIZE
+from vmbus.testing.scripted import RecordingEndpoint, ScriptedGuest, an_offer
+from vmbus.wire.messages import MODIFY_CONNECTION, ModifyConnection
+from vmbus.wire.offer import OfferFlags
+from vmbus.wire.version import Feature, Version
 
 LATENCY = 50_000  # 5 ms
 LOOK = 0.005

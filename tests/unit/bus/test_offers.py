@@ -6,17 +6,16 @@ import uuid
 from typing import Any
 
 import pytest
-
-from emulator.bus import offered as offered_module
-from emulator.bus.channel_state import ChannelState
-from emulator.bus.contact import DEFAULT_FEATURES
-from emulator.bus.offers import pipe_area, visible_flags
-from emulator.errors import DeviceError
-from emulator.testing_bus import RecordingEndpoint, ScriptedGuest, an_offer
-from emulator.wire.header import MessageType
-from emulator.wire.messages import REQUESTOFFERS, HeaderOnly
-from emulator.wire.offer import OFFERCHANNEL, PIPE_AREA, OfferFlags, PipeMode
-from emulator.wire.version import ALL_FEATURES, Feature, Version
+from vmbus.bus import channel_list as offered_module
+from vmbus.bus.channel.state import ChannelState
+from vmbus.bus.contact import DEFAULT_FEATURES
+from vmbus.bus.offers import pipe_area, visible_flags
+from vmbus.errors import DeviceError
+from vmbus.testing.scripted import RecordingEndpoint, ScriptedGuest, an_offer
+from vmbus.wire.header import MessageType
+from vmbus.wire.messages import REQUESTOFFERS, HeaderOnly
+from vmbus.wire.offer import OFFERCHANNEL, PIPE_AREA, OfferFlags, PipeMode
+from vmbus.wire.version import ALL_FEATURES, Feature, Version
 
 
 def numbers(guest: ScriptedGuest) -> list[MessageType]:

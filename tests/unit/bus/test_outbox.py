@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from emulator.bus.outbox import Outbox, Outgoing, Target
-from emulator.testing import FakeSynic
+from vmbus.bus.outbox import Outbox, Outgoing, Target
+from vmbus.testing.fakes import FakeSynic
 
 HERE, THERE = Target(0, 2), Target(1, 5)
 

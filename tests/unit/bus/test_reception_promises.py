@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
-
-from emulator.bus.reception import MAX_UNDELIVERED, PROMISED
-from emulator.testing_bus import ScriptedGuest
-from emulator.wire.header import MessageType
-from emulator.wire.version import Version
+from vmbus.bus.messages import MAX_UNDELIVERED, PROMISED
+from vmbus.testing.scripted import ScriptedGuest
+from vmbus.wire.header import MessageType
+from vmbus.wire.version import Version
 
 
 def message(number: MessageType) -> bytes:

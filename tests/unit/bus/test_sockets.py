@@ -5,12 +5,11 @@ from __future__ import annotations
 import uuid
 
 import pytest
-
-from emulator.bus.offers import socket_offer
-from emulator.bus.sockets import SocketRequest
-from emulator.testing_bus import RecordingEndpoint, ScriptedGuest
-from emulator.wire.header import STATUS_CONNECTION_REFUSED, MessageType
-from emulator.wire.messages import (
+from vmbus.bus.offers import socket_offer
+from vmbus.bus.sockets import SocketRequest
+from vmbus.testing.scripted import RecordingEndpoint, ScriptedGuest
+from vmbus.wire.header import STATUS_CONNECTION_REFUSED, MessageType
+from vmbus.wire.messages import (
     TL_CONNECT_REQUEST,
     TL_CONNECT_REQUEST_SILO,
     HeaderOnly,
@@ -18,8 +17,8 @@ from emulator.wire.messages import (
     TlConnectRequestSilo,
     TlConnectResult,
 )
-from emulator.wire.offer import SOCKET_AREA
-from emulator.wire.version import Version
+from vmbus.wire.offer import SOCKET_AREA
+from vmbus.wire.version import Version
 
 ENDPOINT, SERVICE, SILO = uuid.uuid4(), uuid.UUID("000004d2-facb-11e6-bd58-64006a7986d3"), uuid.uuid4()
 SHORT = TL_CONNECT_REQUEST.build(TlConnectRequest(ENDPOINT, SERVICE))

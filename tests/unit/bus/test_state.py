@@ -6,22 +6,21 @@ import dataclasses
 from typing import Any
 
 import pytest
-
-from emulator.bus.channel import Channel
-from emulator.bus.channel_signals import UNSTICK_DELAY
-from emulator.bus.channel_state import ChannelState
-from emulator.bus.contact import DEFAULT_FEATURES, MonitorPages, NextAction, Phase
-from emulator.bus.endpoint import Endpoint, RestorableEndpoint
-from emulator.bus.outbox import Outgoing, Target
-from emulator.bus.restoring import BusStateRefused
-from emulator.bus.server import Bus
-from emulator.bus.state import BusState, GpadlRecord, RangeRecord
-from emulator.errors import DeviceError
-from emulator.ports import PAGE_SIZE
-from emulator.testing_bus import ForgetfulEndpoint, RecordingEndpoint, ScriptedGuest, an_offer
-from emulator.wire.gpadl import GpadlTorndown, GpaRange, split_gpadl
-from emulator.wire.header import STATUS_SUCCESS, MessageType
-from emulator.wire.messages import (
+from vmbus.bus.channel.channel import Channel
+from vmbus.bus.channel.endpoint import Endpoint, RestorableEndpoint
+from vmbus.bus.channel.signals import UNSTICK_DELAY
+from vmbus.bus.channel.state import ChannelState
+from vmbus.bus.contact import DEFAULT_FEATURES, MonitorPages, NextAction, Phase
+from vmbus.bus.outbox import Outgoing, Target
+from vmbus.bus.saved_state.restore import BusStateRefused
+from vmbus.bus.saved_state.values import BusState, GpadlRecord, RangeRecord
+from vmbus.bus.server import Bus
+from vmbus.errors import DeviceError
+from vmbus.ports import PAGE_SIZE
+from vmbus.testing.scripted import ForgetfulEndpoint, RecordingEndpoint, ScriptedGuest, an_offer
+from vmbus.wire.gpadl import GpadlTorndown, GpaRange, split_gpadl
+from vmbus.wire.header import STATUS_SUCCESS, MessageType
+from vmbus.wire.messages import (
     OPENCHANNEL,
     PAUSE,
     REQUESTOFFERS,
@@ -32,8 +31,8 @@ from emulator.wire.messages import (
     OpenChannel,
     OpenResult,
 )
-from emulator.wire.offer import OfferFlags
-from emulator.wire.version import ALL_FEATURES, Feature, Version
+from vmbus.wire.offer import OfferFlags
+from vmbus.wire.version import ALL_FEATURES, Feature, Version
 
 NAMES = ("a", "b", "c")
 

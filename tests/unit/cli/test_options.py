@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 
 import pytest
-
-from emulator.cli import main, parser
-from emulator.cli.options import DEFAULT_DEVICES, device_lines, size
+from vmbus.cli import main, parser
+from vmbus.cli.options import DEFAULT_DEVICES, device_lines, size
 
 
 @pytest.mark.parametrize("verb", [["run"], ["attach"], ["attach", "--qmp", "nowhere"]])

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-from emulator.cli.status import disk_table, render
+from vmbus.cli.status import disk_table, render
 
 
 def channel(device: str, details: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from emulator.loopback import GuestPacket, LoopbackGuest
+from vmbus.testing.loopback import GuestPacket, LoopbackGuest
 
 TRANSACTION, REQUEST, RESPONSE = 1, 2, 4
 

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from device.options import options_of
-from device.registry import Registry
-from emulator.bus.device import Device
-from emulator.errors import DeviceError
-from emulator.wire import echo
+from vmbus.bus.io.device import Device
+from vmbus.devices.options import options_of
+from vmbus.devices.registry import Registry
+from vmbus.errors import DeviceError
+from vmbus.wire import echo
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "devices.md"
 

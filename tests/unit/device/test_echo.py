@@ -1,4 +1,4 @@
-"""The echo device against a scripted guest (emulator/wire/echo.py)."""
+"""The echo device against a scripted guest (emulator/vmbus/wire/echo.py)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from device.echo import Echo
-from emulator.bus.gpadl import Gpadl, GpadlState
-from emulator.errors import DeviceError
-from emulator.loopback import TRANSFER_PAGES, GuestPacket, LoopbackGuest, guest_packet
-from emulator.wire.echo import EchoOperation, EchoStatus
-from emulator.wire.gpadl import GpaRange as GpadlRange
+from vmbus.bus.channel.gpadl import Gpadl, GpadlState
+from vmbus.errors import DeviceError
+from vmbus.testing.loopback import TRANSFER_PAGES, GuestPacket, LoopbackGuest, guest_packet
+from vmbus.wire.echo import EchoOperation, EchoStatus
+from vmbus.wire.gpadl import GpaRange as GpadlRange
+from vmbus_devices.echo import Echo
 
 PAGE = 4096
 Ranges = Sequence[tuple[int, int, Sequence[int]]]

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from device.echo import Echo
-from emulator.bus.channel_io import ChannelIo
-from emulator.bus.device import DeviceEnvironment
-from emulator.loopback import FakeChannel
-from emulator.testing import FakeMemory
-from emulator.wire.packet import Packet
+from vmbus.bus.io.channel_io import ChannelIo
+from vmbus.bus.io.device import DeviceEnvironment
+from vmbus.testing.fakes import FakeMemory
+from vmbus.testing.loopback import FakeChannel
+from vmbus.wire.packet import Packet
+from vmbus_devices.echo import Echo
 
 PROGRAMS = Path(__file__).parents[2] / "guest" / "programs"
 PAGE = 4096

@@ -5,9 +5,9 @@ from __future__ import annotations
 import struct
 
 import pytest
+from vmbus.errors import DeviceError
+from vmbus_devices.heartbeat import Contact, Heartbeat
 
-from device.heartbeat import Contact, Heartbeat
-from emulator.errors import DeviceError
 from tests.unit.device.ic_guest import IcGuest
 
 

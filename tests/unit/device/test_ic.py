@@ -7,13 +7,13 @@ import struct
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vmbus.errors import InternalError
+from vmbus.wire.ic import IcVersion
+from vmbus_devices.heartbeat import Heartbeat
+from vmbus_devices.ic import IcState, IntegrationComponent
+from vmbus_devices.shutdown import Shutdown
+from vmbus_devices.timesync import TimeSync
 
-from device.heartbeat import Heartbeat
-from device.ic import IcState, IntegrationComponent
-from device.shutdown import Shutdown
-from device.timesync import TimeSync
-from emulator.errors import InternalError
-from emulator.wire.ic import IcVersion
 from tests.unit.device.ic_guest import REQUEST, RESPONSE, TRANSACTION, IcGuest, IcPacket
 
 COMPONENTS = [Heartbeat, Shutdown, TimeSync]

@@ -14,18 +14,17 @@ from typing import Annotated, Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from device.echo import Echo
-from device.heartbeat import Heartbeat
-from device.line import split_device
-from device.options import Help, options_of
-from device.registry import GROUP, Registry
-from device.scsi import Scsi
-from device.shutdown import Shutdown
-from device.timesync import TimeSync
-from emulator.bus.device import Device
-from emulator.bus.offers import Offer
-from emulator.errors import DeviceError, UsageError
+from vmbus.bus.io.device import Device
+from vmbus.bus.offers import Offer
+from vmbus.devices.line import split_device
+from vmbus.devices.options import Help, options_of
+from vmbus.devices.registry import GROUP, Registry
+from vmbus.errors import DeviceError, UsageError
+from vmbus_devices.echo import Echo
+from vmbus_devices.heartbeat import Heartbeat
+from vmbus_devices.scsi import Scsi
+from vmbus_devices.shutdown import Shutdown
+from vmbus_devices.timesync import TimeSync
 
 PYPROJECT = Path(__file__).parents[3] / "pyproject.toml"
 
@@ -94,8 +93,8 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
         "number": "third_party_devices:number",
         "missing": "third_party_devices:Missing",
         "no-module": "third_party_nothing:Device",
-        "echo": "device.echo:Echo",
-        "heartbeat": "device.heartbeat:Heartbeat",
+        "echo": "vmbus_devices.echo:Echo",
+        "heartbeat": "vmbus_devices.heartbeat:Heartbeat",
     }
     return Registry([EntryPoint(name, value, GROUP) for name, value in values.items()])
 

@@ -6,9 +6,9 @@ import asyncio
 import struct
 
 import pytest
+from vmbus.errors import DeviceError, UsageError
+from vmbus_devices.shutdown import Shutdown, ShutdownAction, ShutdownOutcome, ShutdownResult
 
-from device.shutdown import Shutdown, ShutdownAction, ShutdownOutcome, ShutdownResult
-from emulator.errors import DeviceError, UsageError
 from tests.unit.device.ic_guest import IcGuest
 
 OK = ShutdownResult(ShutdownOutcome.OK)

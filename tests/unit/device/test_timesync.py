@@ -5,11 +5,11 @@ from __future__ import annotations
 import struct
 
 import pytest
+from vmbus.bus.io.device import DeviceEnvironment
+from vmbus.errors import DeviceError
+from vmbus.testing.fakes import FakeMemory, FakeTimers
+from vmbus_devices.timesync import TimeSync
 
-from device.timesync import TimeSync
-from emulator.bus.device import DeviceEnvironment
-from emulator.errors import DeviceError
-from emulator.testing import FakeMemory, FakeTimers
 from tests.unit.device.ic_guest import IcGuest
 
 Y2K = 946_684_800

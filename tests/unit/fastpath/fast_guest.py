@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import pytest
+from vmbus.machine.io.addresses import address_of
+from vmbus.machine.io.fastpath import CompiledFastPath
+from vmbus.machine.memory import MappedMemory, RamRegion
+from vmbus_devices.scsi import Scsi
 
-from device.scsi import Scsi
-from emulator.machine.addresses import address_of
-from emulator.machine.fastpath import CompiledFastPath
-from emulator.machine.memory import MappedMemory, RamRegion
 from tests.unit.scsi.scsi_guest import ScsiGuest
 
 RAM = 8 << 20

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vmbus.ports import PAGE_SIZE
+from vmbus.wire.scsi import Sense
+from vmbus_devices.scsi.disk import Disk
+from vmbus_devices.scsi.faults import FaultPlan, parse_faults
+from vmbus_devices.scsi.file import Cache, FileBackend
 
-from device.scsi.disk import Disk
-from device.scsi.faults import FaultPlan, parse_faults
-from device.scsi.file import Cache, FileBackend
-from emulator.ports import PAGE_SIZE
-from emulator.wire.scsi import Sense
 from tests.unit.fastpath.fast_guest import HIGH, HOLE, RAM, FastGuest
 from tests.unit.scsi.scsi_guest import BUFFER_PFN, IN, NONE, OUT, Answer, ScsiGuest, controller
 

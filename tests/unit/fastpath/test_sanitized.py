@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
-from emulator.errors import MissingRequirement
-from emulator.machine import fastpath_build, native
+from vmbus.errors import MissingRequirement
+from vmbus.machine import native
+from vmbus.machine.io import fastpath_build
 
 HERE = Path(__file__).parent
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")

@@ -8,9 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from vmbus.errors import MissingRequirement
+from vmbus.machine import native
+from vmbus.machine.gateway import build as gateway_build
 
-from emulator.errors import MissingRequirement
-from emulator.machine import gateway_build, native
 from tests.unit.gateway.gateway_harness import Harness
 
 HERE = Path(__file__).parent

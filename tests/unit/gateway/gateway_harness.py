@@ -12,9 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from emulator.errors import GatewayError
-from emulator.machine.gateway import Gateway
-from emulator.machine.traps import Trap
+from vmbus.errors import GatewayError
+from vmbus.machine.gateway.client import Gateway
+from vmbus.machine.gateway.traps import Trap
 
 LIMIT = 30.0
 CPUID, RDMSR, WRMSR, VMCALL, VMMCALL = "0fa2", "0f32", "0f30", "0f01c1", "0f01d9"

@@ -6,9 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
-from emulator.errors import MissingRequirement
-from emulator.machine import gateway_build, native
+from vmbus.errors import MissingRequirement
+from vmbus.machine import native
+from vmbus.machine.gateway import build as gateway_build
 
 
 def test_the_library_is_built_once_and_shows_only_the_entry_points(tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from vmbus.errors import GatewayError, InternalError
+from vmbus.machine.gateway.client import Gateway
+from vmbus.machine.gateway.traps import Fault, Trap
+from vmbus.wire import gateway as wire
+from vmbus.wire.cpuid import CpuidLeaf
+from vmbus.wire.gateway import DoorbellRule
 
-from emulator.errors import GatewayError, InternalError
-from emulator.machine.gateway import Gateway
-from emulator.machine.traps import Fault, Trap
-from emulator.wire import gateway as wire
-from emulator.wire.cpuid import CpuidLeaf
-from emulator.wire.gateway import DoorbellRule
 from tests.unit.gateway.gateway_harness import MSR, RDMSR, VMCALL, WRMSR, Harness, traps, work
 
 Launch = Callable[..., Harness]

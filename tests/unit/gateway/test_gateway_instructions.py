@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from vmbus.machine.gateway.traps import Fault
+from vmbus.wire.cpuid import CpuidLeaf
+from vmbus.wire.gateway import DoorbellRule, TrapKind
 
-from emulator.machine.traps import Fault
-from emulator.wire.cpuid import CpuidLeaf
-from emulator.wire.gateway import DoorbellRule, TrapKind
 from tests.unit.gateway.gateway_harness import (
     CPUID,
     MSR,

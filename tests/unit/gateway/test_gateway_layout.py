@@ -1,4 +1,4 @@
-"""The C header and the declarations in ``emulator.wire.gateway`` are the same layout."""
+"""The C header and the declarations in ``vmbus.wire.gateway`` are the same layout."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import construct as c
 import pytest
+from vmbus.wire import gateway as wire
 
-from emulator.wire import gateway as wire
 from tests.unit.gateway.conftest import compile_c
 
 STRUCTS = {

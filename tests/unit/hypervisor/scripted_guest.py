@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Set
 
-from emulator.hypervisor import CrashReport, Features, HypercallRegisters, Partition, PartitionEvents
-from emulator.ports import PAGE_SIZE
-from emulator.testing import FakeInterrupts, FakeMemory, FakeTimers
-from emulator.wire.hypercall import POST_MESSAGE_INPUT, PostMessageInput
-from emulator.wire.msr import Msr
-from emulator.wire.synic import (
+from vmbus.hypervisor import CrashReport, Features, HypercallRegisters, Partition, PartitionEvents
+from vmbus.ports import PAGE_SIZE
+from vmbus.testing.fakes import FakeInterrupts, FakeMemory, FakeTimers
+from vmbus.wire.hypercall import POST_MESSAGE_INPUT, PostMessageInput
+from vmbus.wire.msr import Msr
+from vmbus.wire.synic import (
     EVENT_AREA_SIZE,
     MESSAGE_PENDING,
     MESSAGE_SLOT,

@@ -6,11 +6,10 @@ import construct as c
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from emulator.errors import InternalError
-from emulator.wire import msr
-from emulator.wire.bits import BitRecord
-from emulator.wire.cpuid import HOST_VERSION
+from vmbus.errors import InternalError
+from vmbus.wire import msr
+from vmbus.wire.bits import BitRecord
+from vmbus.wire.cpuid import HOST_VERSION
 
 RECORDS = [
     msr.HYPERCALL_PAGE,

@@ -6,9 +6,8 @@ import dataclasses
 from typing import Any
 
 import pytest
-
-from emulator.hypervisor import Features, cpuid_table
-from emulator.wire.cpuid import CPUID_LEAF, CpuidLeaf, HostVersion, OptionalFeature, Privilege
+from vmbus.hypervisor import Features, cpuid_table
+from vmbus.wire.cpuid import CPUID_LEAF, CpuidLeaf, HostVersion, OptionalFeature, Privilege
 
 
 def leaf(number: int, features: Features | None = None, vp_count: int = 2) -> CpuidLeaf:

@@ -7,9 +7,9 @@ import logging
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vmbus.hypervisor.crash import MESSAGE_MAX
+from vmbus.wire.msr import Msr
 
-from emulator.hypervisor.crash import MESSAGE_MAX
-from emulator.wire.msr import Msr
 from tests.unit.hypervisor.scripted_guest import LINUX_6_1, NOT_RAM, RAM_SIZE, ScriptedGuest
 
 NOTIFY = 1 << 63

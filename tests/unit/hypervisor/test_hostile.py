@@ -6,10 +6,10 @@ import contextlib
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vmbus.hypervisor import Features, GeneralProtection, HypercallRegisters, UndefinedOpcode
+from vmbus.wire.hypercall import HvStatus
+from vmbus.wire.msr import Msr
 
-from emulator.hypervisor import Features, GeneralProtection, HypercallRegisters, UndefinedOpcode
-from emulator.wire.hypercall import HvStatus
-from emulator.wire.msr import Msr
 from tests.unit.hypervisor.scripted_guest import RAM_SIZE, ScriptedGuest
 
 EVERYTHING = Features(vp_runtime=True, stimer=True, stimer_direct=True)

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from emulator.errors import ProtocolError
-from emulator.hypervisor import Features, HypercallRegisters
-from emulator.wire.hypercall import (
+from vmbus.errors import ProtocolError
+from vmbus.hypervisor import Features, HypercallRegisters
+from vmbus.wire.hypercall import (
     CONTROL,
     POST_MESSAGE_INPUT,
     POST_MESSAGE_STRUCT,
@@ -21,6 +20,7 @@ from emulator.wire.hypercall import (
     PostMessageInput,
     SignalEventInput,
 )
+
 from tests.unit.hypervisor.scripted_guest import NOT_RAM, RAM_SIZE, ScriptedGuest
 
 FAST = 1 << 16

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from vmbus.hypervisor import Features, GeneralProtection, UndefinedOpcode
+from vmbus.ports import PAGE_SIZE
+from vmbus.wire.msr import Msr
 
-from emulator.hypervisor import Features, GeneralProtection, UndefinedOpcode
-from emulator.ports import PAGE_SIZE
-from emulator.wire.msr import Msr
 from tests.unit.hypervisor.scripted_guest import LINUX_6_1, MASKED, VECTOR, ScriptedGuest
 
 

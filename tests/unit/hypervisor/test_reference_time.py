@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vmbus.hypervisor.reference_time import next_sequence, scale_for
+from vmbus.wire.msr import Msr
+from vmbus.wire.synic import REFERENCE_TSC_PAGE, ReferenceTscPage
 
-from emulator.hypervisor.reference_time import next_sequence, scale_for
-from emulator.wire.msr import Msr
-from emulator.wire.synic import REFERENCE_TSC_PAGE, ReferenceTscPage
 from tests.unit.hypervisor.scripted_guest import NOT_RAM, ScriptedGuest
 
 

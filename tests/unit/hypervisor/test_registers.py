@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from vmbus.errors import InternalError
+from vmbus.hypervisor import Features, GeneralProtection, UndefinedOpcode, describe_guest_os
+from vmbus.ports import PAGE_SIZE
+from vmbus.wire.msr import Msr
 
-from emulator.errors import InternalError
-from emulator.hypervisor import Features, GeneralProtection, UndefinedOpcode, describe_guest_os
-from emulator.ports import PAGE_SIZE
-from emulator.wire.msr import Msr
 from tests.unit.hypervisor.scripted_guest import AUTO_EOI, LINUX_6_1, MASKED, NOT_RAM, ScriptedGuest
 
 EVERYTHING = Features(vp_runtime=True, stimer=True, stimer_direct=True)

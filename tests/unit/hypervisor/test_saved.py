@@ -6,12 +6,12 @@ import dataclasses
 from typing import Any
 
 import pytest
+from vmbus.errors import MalformedError
+from vmbus.hypervisor import Features, PartitionState
+from vmbus.hypervisor.saved_state.values import QueuedMessage, VpState
+from vmbus.wire.msr import Msr
+from vmbus.wire.synic import TIMER_EXPIRED
 
-from emulator.errors import MalformedError
-from emulator.hypervisor import Features, PartitionState
-from emulator.hypervisor.state import QueuedMessage, VpState
-from emulator.wire.msr import Msr
-from emulator.wire.synic import TIMER_EXPIRED
 from tests.unit.hypervisor.scripted_guest import AUTO_EOI, VECTOR, ScriptedGuest
 from tests.unit.hypervisor.test_stimer import MILLISECOND, config
 

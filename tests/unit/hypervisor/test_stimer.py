@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from vmbus.hypervisor import Features, GeneralProtection
+from vmbus.wire.msr import STIMER_CONFIG, Msr, StimerConfig
+from vmbus.wire.synic import TIMER_EXPIRED, MessageType, TimerExpired
 
-from emulator.hypervisor import Features, GeneralProtection
-from emulator.wire.msr import STIMER_CONFIG, Msr, StimerConfig
-from emulator.wire.synic import TIMER_EXPIRED, MessageType, TimerExpired
 from tests.unit.hypervisor.scripted_guest import MASKED, VECTOR, ScriptedGuest
 
 MILLISECOND = 10_000

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from vmbus.wire.msr import Msr
 
-from emulator.wire.msr import Msr
 from tests.unit.hypervisor.scripted_guest import (
     AUTO_EOI,
     MASKED,

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from vmbus.errors import InternalError
+from vmbus.hypervisor.synic import POLL_FIRST, POLL_SLOWEST, QUEUE_LIMIT
+from vmbus.ports import PAGE_SIZE
+from vmbus.wire.msr import Msr
+from vmbus.wire.synic import MESSAGE_SLOT, MESSAGE_SLOT_STRUCT, MessageSlot
 
-from emulator.errors import InternalError
-from emulator.hypervisor.synic import POLL_FIRST, POLL_SLOWEST, QUEUE_LIMIT
-from emulator.ports import PAGE_SIZE
-from emulator.wire.msr import Msr
-from emulator.wire.synic import MESSAGE_SLOT, MESSAGE_SLOT_STRUCT, MessageSlot
 from tests.unit.hypervisor.scripted_guest import AUTO_EOI, MASKED, NOT_RAM, POLLING, VECTOR, ScriptedGuest
 
 

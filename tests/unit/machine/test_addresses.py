@@ -6,9 +6,8 @@ import os
 import socket
 
 import pytest
-
-from emulator.errors import UsageError
-from emulator.machine.migration.addresses import descriptor_number, structured, two_way
+from vmbus.errors import UsageError
+from vmbus.machine.migration.addresses import descriptor_number, structured, two_way
 
 
 def test_addresses_as_qemu_takes_them_in_channels() -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
-
-from emulator.machine.memory import MappedMemory, RamRegion
-from emulator.machine.migration.carried_pages import CarriedPages, read
-from emulator.ports import PAGE_SIZE
-from emulator.saving import ChannelSaver, Reason, Restore, StateRefused, read_machine, save_machine
-from emulator.saving.pages import MAX_CARRIED
-from emulator.wire.saved import SavedPages
+from vmbus.machine.memory import MappedMemory, RamRegion
+from vmbus.machine.migration.carried_pages import CarriedPages, read
+from vmbus.ports import PAGE_SIZE
+from vmbus.saving import ChannelSaver, Reason, Restore, StateRefused, read_machine, save_machine
+from vmbus.saving.pages import MAX_CARRIED
+from vmbus.wire.saved import SavedPages
 
 LOW = 512 * PAGE_SIZE
 HIGH_GPA = 1 << 32

@@ -11,11 +11,10 @@ from uuid import UUID
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from emulator.errors import MalformedError, UsageError, UserError
-from emulator.machine.migration.carrier import CarrierAddress, IncomingCarrier, OutgoingCarrier
-from emulator.saving import Reason, StateRefused
-from emulator.wire.frame import FRAME_HEADER, REFERENCE, Reference, build_frame, frame_size, parse_frame
+from vmbus.errors import MalformedError, UsageError, UserError
+from vmbus.machine.migration.side_channel import CarrierAddress, IncomingCarrier, OutgoingCarrier
+from vmbus.saving import Reason, StateRefused
+from vmbus.wire.frame import FRAME_HEADER, REFERENCE, Reference, build_frame, frame_size, parse_frame
 
 MACHINE, OTHER, MIGRATION = UUID(int=1), UUID(int=2), UUID(int=3)
 STATE = bytes(range(256)) * 3

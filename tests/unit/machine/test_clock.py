@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from emulator.machine.clock import TcgClock
+from vmbus.machine.clock import TcgClock
 
 GHZ = 2_000_000_000
 

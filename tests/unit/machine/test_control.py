@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from emulator.errors import UserError
-from emulator.machine.control import ControlServer, ask
+from vmbus.errors import UserError
+from vmbus.machine.control import ControlServer, ask
 
 
 def serve(tmp_path: Path, handlers: Mapping[str, Any], story: Callable[[Path], Awaitable[None]]) -> None:

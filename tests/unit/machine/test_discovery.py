@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from emulator.machine.discovery import chardev_path, parse_layout, plugin_socket
-from emulator.machine.memory import RamRegion
+from vmbus.machine.memory import RamRegion
+from vmbus.machine.qemu.discovery import chardev_path, parse_layout, plugin_socket
 
 Q35_6GIB = """\
 FlatView #1

@@ -13,13 +13,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-from emulator.errors import QemuError
-from emulator.machine.memory import MappedMemory, RamRegion
-from emulator.machine.migration.carried_pages import CarriedPages, read
-from emulator.machine.migration.follower import Follower, Phase, Switchover
-from emulator.ports import PAGE_SIZE
-from emulator.saving import (
+from vmbus.errors import QemuError
+from vmbus.machine.memory import MappedMemory, RamRegion
+from vmbus.machine.migration.carried_pages import CarriedPages, read
+from vmbus.machine.migration.coordinator import Follower, Phase, Switchover
+from vmbus.ports import PAGE_SIZE
+from vmbus.saving import (
     ChannelSaver,
     Reason,
     Restore,
@@ -28,7 +27,8 @@ from emulator.saving import (
     read_machine,
     save_machine,
 )
-from emulator.saving.pages import MAX_CARRIED
+from vmbus.saving.pages import MAX_CARRIED
+
 from tests.unit.machine.test_marking import host_of
 
 PAGES = 512

@@ -8,15 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-from emulator.errors import InternalError, QemuGone
-from emulator.hypervisor.faults import GeneralProtection, UndefinedOpcode
-from emulator.machine.host import Ending, Host
-from emulator.machine.local_apics import LocalApics
-from emulator.machine.migration.follower import Phase
-from emulator.machine.traps import Fault, Trap
-from emulator.wire.gateway import TrapKind
-from emulator.wire.hypercall import HvStatus
+from vmbus.errors import InternalError, QemuGone
+from vmbus.hypervisor.faults import GeneralProtection, UndefinedOpcode
+from vmbus.machine.gateway.traps import Fault, Trap
+from vmbus.machine.host import Ending, Host
+from vmbus.machine.migration.coordinator import Phase
+from vmbus.machine.qemu.local_apics import LocalApics
+from vmbus.wire.gateway import TrapKind
+from vmbus.wire.hypercall import HvStatus
 
 
 class Recorder:

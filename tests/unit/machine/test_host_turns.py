@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from types import SimpleNamespace
 
-from emulator.machine.host import GATEWAY_ROUNDS, Host
+from vmbus.machine.host import GATEWAY_ROUNDS, Host
 
 
 class BusyGateway:

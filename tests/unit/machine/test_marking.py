@@ -7,12 +7,11 @@ import mmap
 from types import SimpleNamespace
 
 import pytest
-
-from emulator.bus.contact import MonitorPages
-from emulator.bus.gpadl import GpadlState
-from emulator.machine.memory import MappedMemory, RamRegion
-from emulator.machine.migration.marking import EarlyMarks, WrittenPages
-from emulator.wire.msr import SINT
+from vmbus.bus.channel.gpadl import GpadlState
+from vmbus.bus.contact import MonitorPages
+from vmbus.machine.memory import MappedMemory, RamRegion
+from vmbus.machine.migration.dirty_pages import EarlyMarks, WrittenPages
+from vmbus.wire.msr import SINT
 
 SIZE = 4 << 20
 RINGS = range(16, 32)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from emulator.errors import GuestAddressError
-from emulator.machine.memory import MappedMemory, RamRegion
-from emulator.ports import PAGE_SIZE
+from vmbus.errors import GuestAddressError
+from vmbus.machine.memory import MappedMemory, RamRegion
+from vmbus.ports import PAGE_SIZE
 
 LOW = 8 * PAGE_SIZE
 HIGH_GPA = 1 << 32

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from emulator.bus.channel_state import ChannelState, OpenRequest, ReservedClient
-from emulator.bus.contact import ContactRequest, MonitorPages, NextAction, Phase
-from emulator.bus.outbox import Outgoing, Target
-from emulator.bus.state import (
+from vmbus.bus.channel.state import ChannelState, OpenRequest, ReservedClient
+from vmbus.bus.contact import ContactRequest, MonitorPages, NextAction, Phase
+from vmbus.bus.outbox import Outgoing, Target
+from vmbus.bus.saved_state.layout import SAVED_BUS
+from vmbus.bus.saved_state.values import (
     AssemblyRecord,
     BusState,
     ChannelRecord,
@@ -20,8 +20,9 @@ from emulator.bus.state import (
     HeldMessage,
     RangeRecord,
 )
-from emulator.errors import MalformedError
-from emulator.hypervisor.state import (
+from vmbus.errors import MalformedError
+from vmbus.hypervisor.saved_state.layout import SAVED_HYPERVISOR, SavedAnswer, SavedHypervisor
+from vmbus.hypervisor.saved_state.values import (
     PageState,
     PartitionState,
     QueuedMessage,
@@ -29,10 +30,8 @@ from emulator.hypervisor.state import (
     TimerState,
     VpState,
 )
-from emulator.machine.migration.bus_records import SAVED_BUS
-from emulator.machine.migration.records import SAVED_HYPERVISOR, SavedAnswer, SavedHypervisor
-from emulator.wire.saved import parse_record
-from emulator.wire.version import Feature, Version
+from vmbus.wire.saved import parse_record
+from vmbus.wire.version import Feature, Version
 
 u8, u16, u32, u64 = (st.integers(0, (1 << bits) - 1) for bits in (8, 16, 32, 64))
 flag = st.booleans()

@@ -8,10 +8,9 @@ import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
-
-from emulator.machine import example
-from emulator.machine.acpi import vmbus_table
-from emulator.machine.arguments import EmulatorOptions, libvirt, readconfig
+from vmbus.machine.qemu import example
+from vmbus.machine.qemu.acpi import vmbus_table
+from vmbus.machine.qemu.arguments import EmulatorOptions, libvirt, readconfig
 
 QEMU_CONFIG = Path(__file__).parents[3] / "qemu-config"
 
@@ -51,7 +50,7 @@ def test_the_libvirt_form_is_xml_with_the_same_words() -> None:
 @pytest.mark.parametrize("name", sorted(example.files()))
 def test_the_files_in_qemu_config_are_in_step_with_their_source(name: str) -> None:
     assert (QEMU_CONFIG / name).read_bytes() == example.files()[name], (
-        "run `python -m emulator.machine.example qemu-config` after a change"
+        "run `python -m vmbus.machine.qemu.example qemu-config` after a change"
     )
 
 

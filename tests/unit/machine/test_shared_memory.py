@@ -8,12 +8,11 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
-
-from emulator.machine.memory import MappedMemory, RamRegion
-from emulator.machine.migration.shared_memory import check, describe
-from emulator.ports import PAGE_SIZE
-from emulator.saving import Reason, StateRefused
-from emulator.wire.saved import SAVED_MEMORY, parse_record
+from vmbus.machine.memory import MappedMemory, RamRegion
+from vmbus.machine.migration.shared_memory import check, describe
+from vmbus.ports import PAGE_SIZE
+from vmbus.saving import Reason, StateRefused
+from vmbus.wire.saved import SAVED_MEMORY, parse_record
 
 SIZE = 4 << 20
 ELSEWHERE = UUID(int=1)

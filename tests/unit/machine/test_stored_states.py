@@ -10,13 +10,12 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
-
-from emulator.bus.channel_state import ChannelState
-from emulator.cli.devices import registry
-from emulator.machine.discovery import QemuFacts
-from emulator.machine.host import Host, HostOptions
-from emulator.machine.memory import RamRegion
-from emulator.saving import StateRefused
+from vmbus.bus.channel.state import ChannelState
+from vmbus.cli.devices import registry
+from vmbus.machine.host import Host, HostOptions
+from vmbus.machine.memory import RamRegion
+from vmbus.machine.qemu.discovery import QemuFacts
+from vmbus.saving import StateRefused
 
 FOLDER = Path(__file__).parent / "stored_states"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.bin"))

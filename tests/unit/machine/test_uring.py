@@ -10,9 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from emulator.machine.uring import ENTRIES, Uring
-from emulator.machine.workers import WorkerThreads
+from vmbus.machine.io.uring import ENTRIES, Uring
+from vmbus.machine.io.workers import WorkerThreads
 
 
 def with_ring(story: Callable[[Uring], object]) -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from dbus_fast import Message, MessageType
 from dbus_fast.aio import MessageBus
-
-from emulator.errors import MissingRequirement, QemuUnsuitable, VmbusError
-from emulator.machine.migration.vmstate import HELPER_ID, DbusDaemon, VmStateHelper, dbus_address
+from vmbus.errors import MissingRequirement, QemuUnsuitable, VmbusError
+from vmbus.machine.migration.vmstate import HELPER_ID, DbusDaemon, VmStateHelper, dbus_address
 
 DAEMON = shutil.which("dbus-daemon")
 needs_daemon = pytest.mark.skipif(DAEMON is None, reason="dbus-daemon is not installed")

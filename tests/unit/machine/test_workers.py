@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 
-from emulator.machine.workers import WorkerThreads
+from vmbus.machine.io.workers import WorkerThreads
 
 
 def test_work_is_done_side_by_side_and_reported_in_the_loop() -> None:

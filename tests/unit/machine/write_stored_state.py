@@ -13,7 +13,8 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from emulator.machine.migration import snapshots
+from vmbus.machine.migration import snapshots
+
 from tests.guest.harness import LOADED_MODULES, STORAGE_MODULES
 from tests.migration.journey import journey
 

@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vmbus.errors import DeviceError
+from vmbus.machine.io.workers import WorkerThreads
+from vmbus_devices.nbd.client import Client
+from vmbus_devices.nbd.connection import Request
+from vmbus_devices.nbd.handshake import Export
+from vmbus_devices.nbd.wire import Command
+from vmbus_devices.scsi.file import Cache
+from vmbus_devices.scsi.nbd import NbdBackend
 
-from device.nbd.client import Client
-from device.nbd.connection import Request
-from device.nbd.handshake import Export
-from device.nbd.wire import Command
-from device.scsi.file import Cache
-from device.scsi.nbd import NbdBackend
-from emulator.errors import DeviceError
-from emulator.machine.workers import WorkerThreads
 from tests.unit.nbd.nbd_server import (
     ALL,
     FLUSH,

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from vmbus.errors import UsageError, UserError
+from vmbus_devices.scsi import Scsi
+from vmbus_devices.scsi.drive import DriveOptions, open_drive
 
-from device.scsi import Scsi
-from device.scsi.drive import DriveOptions, open_drive
-from emulator.errors import UsageError, UserError
 from tests.unit.nbd.nbd_server import (
     ALL,
     DISC,

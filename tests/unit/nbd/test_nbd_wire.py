@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from device.nbd.uri import Address, is_uri, parse_uri
-from device.nbd.wire import (
+from vmbus.errors import UsageError
+from vmbus_devices.nbd.uri import Address, is_uri, parse_uri
+from vmbus_devices.nbd.wire import (
     CHUNK,
     CHUNK_STRUCT,
     COMMAND_REQUEST,
@@ -18,7 +18,6 @@ from device.nbd.wire import (
     CommandRequest,
     GoRequest,
 )
-from emulator.errors import UsageError
 
 U16, U32, U64 = (st.integers(0, (1 << bits) - 1) for bits in (16, 32, 64))
 

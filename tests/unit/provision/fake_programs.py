@@ -25,7 +25,7 @@ def only_programs(monkeypatch: pytest.MonkeyPatch, folder: Path, **scripts: str)
 def fake_qemu(
     path: Path, *, version: str = "11.1.3", plugins: bool = True, qtest: bool = True, dbus: bool = True
 ) -> Path:
-    """Answers what :mod:`emulator.provision.qemu` asks; writes a line to ``asked`` beside it each time."""
+    """Answers what :mod:`vmbus.provision.qemu` asks; writes a line to ``asked`` beside it each time."""
     return write_program(
         path,
         f"""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from vmbus.provision.apt import Archive, DownloadError, Version
+from vmbus.provision.mirror import Mirror
 
-from emulator.provision.apt import Archive, DownloadError, Version
-from emulator.provision.mirror import Mirror
 from tests.unit.provision.fake_programs import only_programs
 
 MIRROR = Mirror(

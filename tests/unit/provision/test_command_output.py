@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from emulator.provision.command_output import START, CommandOutput
+from vmbus.provision.command_output import START, CommandOutput
 
 
 def trailer(status: int) -> bytes:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from emulator.errors import UsageError
-from emulator.provision.cpio import CpioWriter
+from vmbus.errors import UsageError
+from vmbus.provision.cpio import CpioWriter
 
 
 @dataclass

@@ -6,11 +6,11 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
+from vmbus.errors import UsageError
+from vmbus.provision.drivers import guest_info, modules_for, present
+from vmbus.provision.kernel import GuestKernel
+from vmbus.provision.modules import ModuleTree
 
-from emulator.errors import UsageError
-from emulator.provision.drivers import guest_info, modules_for, present
-from emulator.provision.kernel import GuestKernel
-from emulator.provision.modules import ModuleTree
 from tests.unit.provision.kernel_folder import HEARTBEAT_ALIAS, RELEASE, SCSI_ALIAS, KernelFolder
 
 HEARTBEAT = UUID("57164f39-9115-4e78-ab55-382f3bd5422d")

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from vmbus.errors import MissingRequirement, UsageError, UserError
+from vmbus.provision import cache
+from vmbus.provision.initramfs import build_initramfs, command_script, parse_add
+from vmbus.provision.kernel import GuestKernel
 
-from emulator.errors import MissingRequirement, UsageError, UserError
-from emulator.provision import cache
-from emulator.provision.initramfs import build_initramfs, command_script, parse_add
-from emulator.provision.kernel import GuestKernel
 from tests.unit.provision.elf_writer import program
 from tests.unit.provision.fake_programs import write_program
 from tests.unit.provision.kernel_folder import RELEASE, KernelFolder

@@ -6,11 +6,11 @@ import struct
 from pathlib import Path
 
 import pytest
+from vmbus.errors import MissingRequirement, UsageError
+from vmbus.provision import cache
+from vmbus.provision.apt import Version
+from vmbus.provision.kernel import GUESTS, fetch_kernel, find_kernel, image_release, own_kernel
 
-from emulator.errors import MissingRequirement, UsageError
-from emulator.provision import cache
-from emulator.provision.apt import Version
-from emulator.provision.kernel import GUESTS, fetch_kernel, find_kernel, image_release, own_kernel
 from tests.unit.provision.kernel_folder import RELEASE, KernelFolder
 
 

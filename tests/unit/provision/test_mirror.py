@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from emulator.errors import MissingRequirement
-from emulator.provision import mirror
-from emulator.provision.mirror import (
+from vmbus.errors import MissingRequirement
+from vmbus.provision import mirror
+from vmbus.provision.mirror import (
     Source,
     choose_mirror,
     find_mirror,

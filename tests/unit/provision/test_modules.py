@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from vmbus.errors import MissingRequirement
+from vmbus.provision.modules import ModuleError, ModuleTree, read_module, vmbus_interfaces
 
-from emulator.errors import MissingRequirement
-from emulator.provision.modules import ModuleError, ModuleTree, read_module, vmbus_interfaces
 from tests.unit.provision.elf_writer import kernel_module
 from tests.unit.provision.kernel_folder import HEARTBEAT_ALIAS, RELEASE, KernelFolder
 

@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from vmbus.errors import MissingRequirement
+from vmbus.provision import cache
+from vmbus.provision.qemu import find_qemu
 
-from emulator.errors import MissingRequirement
-from emulator.provision import cache
-from emulator.provision.qemu import find_qemu
 from tests.unit.provision.fake_programs import fake_qemu, write_program
 
 NAME = "qemu-system-x86_64"

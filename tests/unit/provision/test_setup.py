@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+from vmbus.errors import MissingRequirement, UsageError, UserError
+from vmbus.provision import cache, doctor, kernel, setup, system_packages
+from vmbus.provision.progress import Silent, Terminal, for_stream
+from vmbus.provision.system_packages import SystemPackage
 
-from emulator.errors import MissingRequirement, UsageError, UserError
-from emulator.provision import cache, doctor, kernel, setup, system_packages
-from emulator.provision.progress import Silent, Terminal, for_stream
-from emulator.provision.system_packages import SystemPackage
 from tests.unit.provision.fake_programs import fake_qemu, only_programs
 
 ABSENT = SystemPackage("gcc", "compiles", lambda: False)
@@ -65,7 +65,7 @@ def test_a_cache_that_cannot_be_made_says_so(tmp_path: Path) -> None:
 
 def test_two_setups_do_not_collide(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from emulator.provision.cache import locked\n"
+        "import sys; from pathlib import Path; from vmbus.provision.cache import locked\n"
         "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

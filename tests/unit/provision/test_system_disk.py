@@ -8,11 +8,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from vmbus.errors import MissingRequirement, UsageError, UserError
+from vmbus.provision import cache, system_disk
+from vmbus.provision.mirror import Mirror
+from vmbus.provision.progress import Silent
 
-from emulator.errors import MissingRequirement, UsageError, UserError
-from emulator.provision import cache, system_disk
-from emulator.provision.mirror import Mirror
-from emulator.provision.progress import Silent
 from tests.unit.provision.fake_programs import write_program
 
 MIRROR = Mirror(

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-
-from emulator.bus import channel_io
-from emulator.bus.channel_io import BATCH_PACKETS, TURN_PACKETS, ChannelIo
-from emulator.bus.device import Device, DeviceEnvironment
-from emulator.bus.io_state import ChannelIoState, IoState
-from emulator.bus.offers import Offer
-from emulator.errors import DeviceError, GuestError, InternalError, MalformedError, ProtocolError, RingError
-from emulator.loopback import (
+from vmbus.bus.io import channel_io
+from vmbus.bus.io.channel_io import BATCH_PACKETS, TURN_PACKETS, ChannelIo
+from vmbus.bus.io.device import Device, DeviceEnvironment
+from vmbus.bus.io.state import ChannelIoState, IoState
+from vmbus.bus.offers import Offer
+from vmbus.errors import DeviceError, GuestError, InternalError, MalformedError, ProtocolError, RingError
+from vmbus.testing.fakes import FakeTimers
+from vmbus.testing.loopback import (
     COMPLETION,
     IN_BAND,
     FakeChannel,
@@ -24,8 +24,7 @@ from emulator.loopback import (
     gpa_direct_extension,
     guest_packet,
 )
-from emulator.testing import FakeTimers
-from emulator.wire.packet import Packet, PacketType, TransferRange
+from vmbus.wire.packet import Packet, PacketType, TransferRange
 
 INTERFACE = uuid.UUID("7ad3ffb0-3b2c-4d8e-a8e6-0d4cbf0e8a11")
 INSTANCE = uuid.UUID("0b1a4c4e-97aa-4f87-8bd1-2a9f5a1e0c22")

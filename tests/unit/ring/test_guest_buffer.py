@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from emulator.bus.guest_buffer import GuestBuffer, gpa_runs
-from emulator.errors import GuestAddressError
-from emulator.testing import FakeMemory
-from emulator.wire.packet import GpaRange
+from vmbus.bus.io.guest_buffer import GuestBuffer, gpa_runs
+from vmbus.errors import GuestAddressError
+from vmbus.testing.fakes import FakeMemory
+from vmbus.wire.packet import GpaRange
 
 
 def test_neighbouring_pages_become_one_run() -> None:

@@ -8,11 +8,10 @@ import construct
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from emulator.errors import MalformedError, RingError
-from emulator.loopback import gpa_direct_extension, guest_packet
-from emulator.wire import packet as wire
-from emulator.wire.packet import (
+from vmbus.errors import MalformedError, RingError
+from vmbus.testing.loopback import gpa_direct_extension, guest_packet
+from vmbus.wire import packet as wire
+from vmbus.wire.packet import (
     MAX_PFNS,
     MAX_RANGES,
     PACKET,

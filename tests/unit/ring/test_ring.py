@@ -6,15 +6,14 @@ import struct
 from collections.abc import Callable, Iterator
 
 import pytest
-
-from emulator.bus import ring as ring_module
-from emulator.bus.ring import BULK, IncomingRing, OutgoingRing
-from emulator.errors import InternalError, RingError
-from emulator.loopback import RacingPages, RingReader, RingWriter, guest_packet
-from emulator.ports import PAGE_SIZE
-from emulator.testing import FakeMemory
-from emulator.wire.packet import PacketType, TransferRange, build_packet, build_transfer_pages
-from emulator.wire.ring import (
+from vmbus.bus.io import ring as ring_module
+from vmbus.bus.io.ring import BULK, IncomingRing, OutgoingRing
+from vmbus.errors import InternalError, RingError
+from vmbus.ports import PAGE_SIZE
+from vmbus.testing.fakes import FakeMemory
+from vmbus.testing.loopback import RacingPages, RingReader, RingWriter, guest_packet
+from vmbus.wire.packet import PacketType, TransferRange, build_packet, build_transfer_pages
+from vmbus.wire.ring import (
     FEATURE_BITS,
     INTERRUPT_MASK,
     PENDING_SEND_SIZE,

@@ -12,12 +12,11 @@ from collections import deque
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-
-from emulator.bus.ring import IncomingRing, OutgoingRing
-from emulator.loopback import RingReader, RingWriter, guest_packet
-from emulator.ports import PAGE_SIZE
-from emulator.testing import FakeMemory
-from emulator.wire.packet import Packet, PacketType, build_packet
+from vmbus.bus.io.ring import IncomingRing, OutgoingRing
+from vmbus.ports import PAGE_SIZE
+from vmbus.testing.fakes import FakeMemory
+from vmbus.testing.loopback import RingReader, RingWriter, guest_packet
+from vmbus.wire.packet import Packet, PacketType, build_packet
 
 PAYLOADS = (
     st.integers(0, 900)

@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from emulator.errors import DeviceError, InternalError
-from emulator.saving import (
+from vmbus.errors import DeviceError, InternalError
+from vmbus.saving import (
     ChannelSaver,
     ChannelState,
     NtStatus,
@@ -22,8 +22,8 @@ from emulator.saving import (
     SavePacket,
     SavePacketResult,
 )
-from emulator.wire.packet import GpaRange, TransferPages, TransferRange
-from emulator.wire.saved import (
+from vmbus.wire.packet import GpaRange, TransferPages, TransferRange
+from vmbus.wire.saved import (
     ChannelAxes,
     ChannelIdentity,
     SavedChannel,

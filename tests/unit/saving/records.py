@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
-
-from emulator.wire.chunk import ChunkKind
-from emulator.wire.packet import GpaRange, TransferPages, TransferRange
-from emulator.wire.pfn_runs import PFN_LIMIT
-from emulator.wire.saved import (
+from vmbus.wire.chunk import ChunkKind
+from vmbus.wire.packet import GpaRange, TransferPages, TransferRange
+from vmbus.wire.pfn_runs import PFN_LIMIT
+from vmbus.wire.saved import (
     ChannelAxes,
     ChannelIdentity,
     SavedChannel,

@@ -7,9 +7,9 @@ import copy
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from vmbus.saving import ChannelSaver
+from vmbus.wire.saved import SavedCompletion
 
-from emulator.saving import ChannelSaver
-from emulator.wire.saved import SavedCompletion
 from tests.unit.saving.model_channel import (
     BAD,
     BAD_STATE,

@@ -8,13 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-
-from emulator.saving import Reason, StateRefused, chunks, read_machine
-from emulator.saving.chunks import encode
-from emulator.wire.chunk import HEADER_SIZE, ChunkFlags, ChunkKind, build_chunk
-from emulator.wire.packet import GpaRange
-from emulator.wire.pfn_runs import MAX_PAGES
-from emulator.wire.saved import (
+from vmbus.saving import Reason, StateRefused, chunks, read_machine
+from vmbus.saving.chunks import encode
+from vmbus.wire.chunk import HEADER_SIZE, ChunkFlags, ChunkKind, build_chunk
+from vmbus.wire.packet import GpaRange
+from vmbus.wire.pfn_runs import MAX_PAGES
+from vmbus.wire.saved import (
     SAVED_PACKET,
     ChannelIdentity,
     SavedChannelRecords,
@@ -24,6 +23,7 @@ from emulator.wire.saved import (
     SavedOutgoing,
     SavedPacket,
 )
+
 from tests.unit.saving.test_golden import IDENTITY, MEMORY, STATE
 
 FEW = 2

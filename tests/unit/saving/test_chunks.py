@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vmbus.errors import MalformedError
+from vmbus.saving.chunks import Position, encode, read_chunks
+from vmbus.saving.refusal import Reason, StateRefused
+from vmbus.wire.chunk import CHUNK_HEADER, HEADER_SIZE, ChunkKind, build_chunk, chunk_crc
+from vmbus.wire.saved import RECORDS, SAVED_MACHINE, parse_record
 
-from emulator.errors import MalformedError
-from emulator.saving.chunks import Position, encode, read_chunks
-from emulator.saving.refusal import Reason, StateRefused
-from emulator.wire.chunk import CHUNK_HEADER, HEADER_SIZE, ChunkKind, build_chunk, chunk_crc
-from emulator.wire.saved import RECORDS, SAVED_MACHINE, parse_record
 from tests.unit.saving.records import kinds_and_records
 
 

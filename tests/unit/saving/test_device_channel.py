@@ -8,23 +8,23 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from vmbus.bus.channel.gpadl import Gpadl
+from vmbus.bus.channel.state import ChannelCounters, OpenRequest
+from vmbus.bus.channel.state import ChannelState as BusState
+from vmbus.bus.io.channel_io import ChannelIo
+from vmbus.bus.io.device import Device, DeviceEnvironment
+from vmbus.bus.io.state import IoState
+from vmbus.bus.offers import Offer
+from vmbus.errors import DeviceError
+from vmbus.saving import ChannelSaver, Reason, Restore, StateRefused, read_machine, save_machine
+from vmbus.saving.device_channel import BusChannel, DeviceChannel
+from vmbus.saving.state import OutgoingPacket
+from vmbus.testing.fakes import FakeMemory, FakeTimers
+from vmbus.testing.loopback import FakeChannel, LoopbackGuest
+from vmbus.testing.scripted import ScriptedGuest
+from vmbus.wire.packet import Packet, TransferRange
+from vmbus.wire.saved import ChannelAxes, SavedCompletion, SavedGpadl
 
-from emulator.bus.channel_io import ChannelIo
-from emulator.bus.channel_state import ChannelCounters, OpenRequest
-from emulator.bus.channel_state import ChannelState as BusState
-from emulator.bus.device import Device, DeviceEnvironment
-from emulator.bus.gpadl import Gpadl
-from emulator.bus.io_state import IoState
-from emulator.bus.offers import Offer
-from emulator.errors import DeviceError
-from emulator.loopback import FakeChannel, LoopbackGuest
-from emulator.saving import ChannelSaver, Reason, Restore, StateRefused, read_machine, save_machine
-from emulator.saving.device_channel import BusChannel, DeviceChannel
-from emulator.saving.state import OutgoingPacket
-from emulator.testing import FakeMemory, FakeTimers
-from emulator.testing_bus import ScriptedGuest
-from emulator.wire.packet import Packet, TransferRange
-from emulator.wire.saved import ChannelAxes, SavedCompletion, SavedGpadl
 from tests.unit.saving.model_channel import BAD_STATE, OK, save
 
 INTERFACE, INSTANCE = uuid.UUID(int=0x77), uuid.UUID(int=0x88)

@@ -12,8 +12,7 @@ import uuid
 import zlib
 
 import pytest
-
-from emulator.saving import (
+from vmbus.saving import (
     ChannelSaver,
     ChannelState,
     OutgoingPacket,
@@ -22,10 +21,10 @@ from emulator.saving import (
     read_machine,
     save_machine,
 )
-from emulator.saving.chunks import encode
-from emulator.wire.chunk import ChunkKind
-from emulator.wire.packet import GpaRange, TransferPages, TransferRange
-from emulator.wire.saved import (
+from vmbus.saving.chunks import encode
+from vmbus.wire.chunk import ChunkKind
+from vmbus.wire.packet import GpaRange, TransferPages, TransferRange
+from vmbus.wire.saved import (
     ChannelAxes,
     ChannelIdentity,
     SavedChannel,
@@ -37,6 +36,7 @@ from emulator.wire.saved import (
     SavedPages,
     SavedSection,
 )
+
 from tests.unit.saving.model_channel import MORE, OK, ModelChannel, restore
 
 IDENTITY = (

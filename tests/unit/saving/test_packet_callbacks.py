@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 
 import pytest
+from vmbus.saving import ChannelSaver, NtStatus, Packet, Reason, SavePacketResult
+from vmbus.saving.packets import MAX_PACKET_BLOB, SAVE_PACKET_RETRIES
+from vmbus.wire.saved import SavedPacket
 
-from emulator.saving import ChannelSaver, NtStatus, Packet, Reason, SavePacketResult
-from emulator.saving.packets import MAX_PACKET_BLOB, SAVE_PACKET_RETRIES
-from emulator.wire.saved import SavedPacket
 from tests.unit.saving.model_channel import (
     BAD_STATE,
     OK,

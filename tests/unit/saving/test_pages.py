@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vmbus.errors import InternalError, MalformedError
+from vmbus.saving import ChannelSaver, Reason, Restore, StateRefused, read_machine, save_machine
+from vmbus.saving.pages import MAX_CARRIED, collect, whole
+from vmbus.wire.chunk import ChunkKind
+from vmbus.wire.pfn_runs import PFN_LIMIT
+from vmbus.wire.saved import SAVED_PAGES, SavedChannelRecords, SavedMemory, SavedPages, parse_record
 
-from emulator.errors import InternalError, MalformedError
-from emulator.saving import ChannelSaver, Reason, Restore, StateRefused, read_machine, save_machine
-from emulator.saving.pages import MAX_CARRIED, collect, whole
-from emulator.wire.chunk import ChunkKind
-from emulator.wire.pfn_runs import PFN_LIMIT
-from emulator.wire.saved import SAVED_PAGES, SavedChannelRecords, SavedMemory, SavedPages, parse_record
 from tests.unit.saving.model_channel import ModelChannel, chunks, identity, split
 from tests.unit.saving.test_stream import (
     BUS,

@@ -8,13 +8,13 @@ import construct as c
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vmbus.errors import InternalError, MalformedError
+from vmbus.wire.codec import Record
+from vmbus.wire.packet import GpaRange
+from vmbus.wire.pfn_runs import MAX_PAGES, PFN_LIMIT, PfnRuns, RawRuns, Run, runs
+from vmbus.wire.plain import VarUint
+from vmbus.wire.saved import SAVED_PACKET, SavedPacket, parse_record
 
-from emulator.errors import InternalError, MalformedError
-from emulator.wire.codec import Record
-from emulator.wire.packet import GpaRange
-from emulator.wire.pfn_runs import MAX_PAGES, PFN_LIMIT, PfnRuns, RawRuns, Run, runs
-from emulator.wire.plain import VarUint
-from emulator.wire.saved import SAVED_PACKET, SavedPacket, parse_record
 from tests.unit.saving.records import Pages
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-
-from emulator.saving import ChannelSaver, NtStatus, Reason
-from emulator.saving.chunks import encode
-from emulator.wire.chunk import ChunkFlags, ChunkKind, build_chunk
-from emulator.wire.saved import (
+from vmbus.saving import ChannelSaver, NtStatus, Reason
+from vmbus.saving.chunks import encode
+from vmbus.wire.chunk import ChunkFlags, ChunkKind, build_chunk
+from vmbus.wire.saved import (
     RECORDS,
     ChannelAxes,
     SavedCompletion,
@@ -17,6 +16,7 @@ from emulator.wire.saved import (
     SavedGpadl,
     SavedOutgoing,
 )
+
 from tests.unit.saving.model_channel import (
     BAD,
     BAD_STATE,

@@ -6,9 +6,9 @@ import copy
 from itertools import count
 
 import pytest
+from vmbus.saving import ChannelSaver, NtStatus, Reason
+from vmbus.saving.channel import SaveResult
 
-from emulator.saving import ChannelSaver, NtStatus, Reason
-from emulator.saving.channel import SaveResult
 from tests.unit.saving.model_channel import (
     BAD_STATE,
     MORE,

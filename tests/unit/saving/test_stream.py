@@ -9,8 +9,7 @@ from itertools import count
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from emulator.saving import (
+from vmbus.saving import (
     ChannelSaver,
     ChannelState,
     NtStatus,
@@ -22,9 +21,9 @@ from emulator.saving import (
     refusal_stream,
     save_machine,
 )
-from emulator.saving.chunks import encode
-from emulator.wire.chunk import ChunkKind, build_chunk
-from emulator.wire.saved import (
+from vmbus.saving.chunks import encode
+from vmbus.wire.chunk import ChunkKind, build_chunk
+from vmbus.wire.saved import (
     SavedChannelRecords,
     SavedDevice,
     SavedEnd,
@@ -32,6 +31,7 @@ from emulator.wire.saved import (
     SavedRefusal,
     SavedSection,
 )
+
 from tests.unit.saving.model_channel import (
     OK,
     OVERFLOW,

@@ -6,16 +6,16 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-from device.scsi import Scsi
-from device.scsi.backend import MemoryBackend
-from device.scsi.blocks import BlockUnit
-from device.scsi.disk import Disk
-from emulator.bus.channel_io import ChannelIo
-from emulator.bus.device import DeviceEnvironment
-from emulator.bus.offers import Offer
-from emulator.loopback import COMPLETION, FakeChannel, GuestPacket, LoopbackGuest, RingReader, RingWriter
-from emulator.ports import PAGE_SIZE, FastPath
-from emulator.testing import FakeMemory
+from vmbus.bus.io.channel_io import ChannelIo
+from vmbus.bus.io.device import DeviceEnvironment
+from vmbus.bus.offers import Offer
+from vmbus.ports import PAGE_SIZE, FastPath
+from vmbus.testing.fakes import FakeMemory
+from vmbus.testing.loopback import COMPLETION, FakeChannel, GuestPacket, LoopbackGuest, RingReader, RingWriter
+from vmbus_devices.scsi import Scsi
+from vmbus_devices.scsi.backend import MemoryBackend
+from vmbus_devices.scsi.blocks import BlockUnit
+from vmbus_devices.scsi.disk import Disk
 
 BEGIN, END, VERSION, PROPERTIES, ENUMERATE, CREATE = 7, 8, 9, 10, 11, 13
 EXECUTE, RESET_LUN, RESET_ADAPTER, RESET_BUS = 3, 4, 5, 6

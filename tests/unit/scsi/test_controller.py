@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vmbus.bus.io.state import IoState
+from vmbus.devices.registry import Registry
+from vmbus.errors import DeviceError, UsageError
+from vmbus.testing.loopback import GPA_DIRECT, gpa_direct_extension, guest_packet
+from vmbus.wire.storvsp import SCSI_INTERFACE
+from vmbus_devices.scsi import Scsi
+from vmbus_devices.scsi.disk import Disk
+from vmbus_devices.scsi.faults import FaultPlan, parse_faults
 
-from device.registry import Registry
-from device.scsi import Scsi
-from device.scsi.disk import Disk
-from device.scsi.faults import FaultPlan, parse_faults
-from emulator.bus.io_state import IoState
-from emulator.errors import DeviceError, UsageError
-from emulator.loopback import GPA_DIRECT, gpa_direct_extension, guest_packet
-from emulator.wire.storvsp import SCSI_INTERFACE
 from tests.unit.scsi.scsi_guest import (
     BEGIN,
     CREATE,

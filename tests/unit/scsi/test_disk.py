@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vmbus_devices.scsi.backend import MemoryBackend
+from vmbus_devices.scsi.disk import Disk
+from vmbus_devices.scsi.faults import FaultPlan, parse_faults
 
-from device.scsi.backend import MemoryBackend
-from device.scsi.disk import Disk
-from device.scsi.faults import FaultPlan, parse_faults
 from tests.unit.scsi.scsi_guest import BUFFER_PFN, IN, OUT, Answer, ScsiGuest, controller, memory_disk
 
 INVALID_OPCODE = (5, 0x20, 0)

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
+from vmbus_devices.scsi import Scsi
+from vmbus_devices.scsi.backend import MemoryBackend
+from vmbus_devices.scsi.blocks import ReadErrors, WriteErrors
+from vmbus_devices.scsi.disk import Disk
 
-from device.scsi import Scsi
-from device.scsi.backend import MemoryBackend
-from device.scsi.blocks import ReadErrors, WriteErrors
-from device.scsi.disk import Disk
 from tests.unit.scsi.scsi_guest import RESET_BUS, ScsiGuest, controller
 
 BLOCKS = 4096

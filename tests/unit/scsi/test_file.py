@@ -8,11 +8,11 @@ import struct
 from pathlib import Path
 
 import pytest
+from vmbus.errors import DeviceError, UserError
+from vmbus_devices.scsi.cdrom import CdRom
+from vmbus_devices.scsi.drive import DriveOptions, open_drive
+from vmbus_devices.scsi.file import Cache, FileBackend
 
-from device.scsi.cdrom import CdRom
-from device.scsi.drive import DriveOptions, open_drive
-from device.scsi.file import Cache, FileBackend
-from emulator.errors import DeviceError, UserError
 from tests.unit.scsi.scsi_guest import ScsiGuest, controller
 
 MIB = 1 << 20

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from device.scsi.faults import LAST, Fault, FaultKind, parse_faults
-from emulator.errors import UsageError
-from emulator.wire import scsi, storvsp
+from vmbus.errors import UsageError
+from vmbus.wire import scsi, storvsp
+from vmbus_devices.scsi.faults import LAST, Fault, FaultKind, parse_faults
 
 
 @given(st.binary(min_size=48, max_size=48))

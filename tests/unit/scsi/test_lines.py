@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-
-from device.line import join_device, split_device
-from device.registry import Registry
-from device.scsi import Scsi
-from emulator.errors import UsageError
+from vmbus.devices.line import join_device, split_device
+from vmbus.devices.registry import Registry
+from vmbus.errors import UsageError
+from vmbus_devices.scsi import Scsi
 
 registry = Registry()
 

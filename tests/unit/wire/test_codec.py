@@ -13,20 +13,19 @@ from typing import Any
 
 import construct as c
 import pytest
+import vmbus.wire
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import emulator.wire
-from emulator.errors import InternalError, MalformedError
-from emulator.wire.codec import Record
-from emulator.wire.compiled import REFUSED_DATA
-from emulator.wire.plain import Blob, Guid, Maybe, Members, Nested, Text
+from vmbus.errors import InternalError, MalformedError
+from vmbus.wire.codec import Record
+from vmbus.wire.compiled import REFUSED_DATA
+from vmbus.wire.plain import Blob, Guid, Maybe, Members, Nested, Text
 
 
 def all_records() -> list[tuple[str, Record[Any]]]:
     found: dict[int, tuple[str, Record[Any]]] = {}
-    modules = [f"emulator.wire.{module.name}" for module in pkgutil.iter_modules(emulator.wire.__path__)]
-    for module in [*modules, "emulator.machine.migration.bus_records", "emulator.machine.migration.records"]:
+    modules = [f"vmbus.wire.{module.name}" for module in pkgutil.iter_modules(vmbus.wire.__path__)]
+    for module in [*modules, "vmbus.bus.saved_state.layout", "vmbus.hypervisor.saved_state.layout"]:
         for name, value in vars(importlib.import_module(module)).items():
             if isinstance(value, Record):
                 found.setdefault(id(value), (f"{module.rpartition('.')[2]}.{name}", value))

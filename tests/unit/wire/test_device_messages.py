@@ -7,11 +7,10 @@ import struct
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from emulator.errors import MalformedError
-from emulator.wire import echo, ic
-from emulator.wire.ic import IcHeader, IcVersion
-from emulator.wire.pipe import PIPE_HEADER, PipeHeader
+from vmbus.errors import MalformedError
+from vmbus.wire import echo, ic
+from vmbus.wire.ic import IcHeader, IcVersion
+from vmbus.wire.pipe import PIPE_HEADER, PipeHeader
 
 U8, U16, U32, U64 = (st.integers(0, (1 << bits) - 1) for bits in (8, 16, 32, 64))
 VERSIONS = st.builds(IcVersion, U16, U16)

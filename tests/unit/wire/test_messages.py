@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from emulator.errors import InternalError, MalformedError
-from emulator.wire.codec import Record
-from emulator.wire.gpadl import GpaRange, build_ranges, pages_of_range, parse_ranges, split_gpadl
-from emulator.wire.header import MAX_MESSAGE, MessageType, message_number
-from emulator.wire.messages import MESSAGES, Sender
-from emulator.wire.monitor import (
+from vmbus.errors import InternalError, MalformedError
+from vmbus.wire.codec import Record
+from vmbus.wire.gpadl import GpaRange, build_ranges, pages_of_range, parse_ranges, split_gpadl
+from vmbus.wire.header import MAX_MESSAGE, MessageType, message_number
+from vmbus.wire.messages import MESSAGES, Sender
+from vmbus.wire.monitor import (
     LATENCY_OFFSET,
     MONITOR_COUNT,
     MONITOR_PAGE,
@@ -21,7 +20,7 @@ from emulator.wire.monitor import (
     PARAMETER_OFFSET,
     TRIGGER_GROUPS_OFFSET,
 )
-from emulator.wire.version import Version
+from vmbus.wire.version import Version
 
 SIZES = {
     1: (196,), 2: (12,), 3: (8,), 4: (8,), 5: (148, 156), 6: (20,), 7: (12,), 8: (20,), 9: (16,), 10: (20,),

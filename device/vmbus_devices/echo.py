@@ -1,0 +1,338 @@
+"""The echo device: what every part of a channel does, in one small device. Read it to write your own.
+
+The guest's side is a user program on ``uio_hv_generic`` (tests/guest/programs/echo_client.c); the protocol is
+declared, and explained, in :mod:`vmbus.wire.echo`; docs/devices.md walks through this file.
+
+    | the guest sends | the device                                                                         |
+    | ECHO            | returns the data                                                                   |
+    | FILL            | writes the data into guest memory, again and again until the ranges are full       |
+    | CHECKSUM        | reads guest memory, returns its CRC-32                                             |
+    | GENERATE        | answers, then sends packets by itself, as fast as the guest makes room             |
+    | STATISTICS      | returns its counters                                                               |
+
+Three rules of every device can be seen here. What comes from a guest is checked before it is used. A request
+that is wrong is *refused* by raising a :class:`~vmbus.errors.GuestError`: the channel counts it under the
+error's reason, and ``refused`` answers. And nothing blocks or runs long: what is big is done in pieces.
+"""
+
+from __future__ import annotations
+
+import uuid
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import construct as c
+from vmbus.bus.channel.gpadl import GpadlState
+from vmbus.bus.io.device import Device
+from vmbus.bus.io.guest_buffer import GuestBuffer
+from vmbus.bus.offers import Offer
+from vmbus.devices.options import Help
+from vmbus.devices.saved import SavedState
+from vmbus.errors import GuestAddressError, GuestError
+from vmbus.ports import PAGE_SIZE
+from vmbus.wire.codec import Record
+from vmbus.wire.echo import (
+    ECHO_CHECKSUM,
+    ECHO_GENERATE,
+    ECHO_HEADER,
+    ECHO_INSTANCE,
+    ECHO_INTERFACE,
+    ECHO_RANGE,
+    ECHO_RANGE_COUNT,
+    ECHO_STATISTICS,
+    GENERATED_DATA,
+    GENERATED_PERIOD,
+    MAX_GENERATE_COUNT,
+    MAX_GENERATE_SIZE,
+    MAX_RANGES,
+    MAX_TRANSFER,
+    EchoChecksum,
+    EchoGenerate,
+    EchoHeader,
+    EchoOperation,
+    EchoRange,
+    EchoStatistics,
+    EchoStatus,
+    build_header,
+    parse_header,
+)
+from vmbus.wire.offer import OfferFlags
+from vmbus.wire.packet import GpaRange, Packet, PacketType
+
+if TYPE_CHECKING:
+    from vmbus.bus.io.channel_io import ChannelIo
+
+COUNTERS = ("requests", "refused", "echoed_bytes", "filled_bytes", "summed_bytes", "generated")
+
+PIECE = 64
+"""Packets that GENERATE sends before others get their turn."""
+
+
+class EchoRefusal(GuestError):
+    """A request that is answered with ``status`` and has no other effect."""
+
+    def __init__(self, status: EchoStatus, detail: str) -> None:
+        super().__init__(f"echo-{status.name.lower().replace('_', '-')}", detail)
+        self.status = status
+
+
+@dataclass(slots=True)
+class Generation:
+    """Packets that are still to be sent: ``next`` to ``count`` - 1."""
+
+    next: int
+    count: int
+    size: int
+    burst: int
+
+
+@dataclass(frozen=True, slots=True)
+class EchoSaved:
+    """What survives a migration: the counters, and how far a generation has come (``count`` 0: there is none)."""
+
+    requests: int
+    refused: int
+    echoed_bytes: int
+    filled_bytes: int
+    summed_bytes: int
+    generated: int
+    next: int
+    count: int
+    size: int
+    burst: int
+
+
+ECHO_SAVED = SavedState(
+    Record(
+        EchoSaved,
+        "requests" / c.Int64ul,
+        "refused" / c.Int64ul,
+        "echoed_bytes" / c.Int64ul,
+        "filled_bytes" / c.Int64ul,
+        "summed_bytes" / c.Int64ul,
+        "generated" / c.Int64ul,
+        "next" / c.Int32ul,
+        "count" / c.Int32ul,
+        "size" / c.Int32ul,
+        "burst" / c.Int32ul,
+    )
+)
+
+
+class Echo(Device):
+    """Returns, writes, reads and makes data as a guest program asks; for tests."""
+
+    name = "echo"
+    # The guest's program takes packets of any length (a driver in a guest's kernel would not).
+    max_packet = MAX_TRANSFER
+
+    def __init__(
+        self,
+        *,
+        instance: Annotated[uuid.UUID, Help("instance GUID, for more than one echo device")] = ECHO_INSTANCE,
+        monitor: Annotated[
+            bool,
+            Help("let the guest signal through its monitor page; uio_hv_generic of Linux 6.1 wants that"),
+        ] = False,
+    ) -> None:
+        """A device for the registry: parameters with a ``Help`` are options of ``--device echo,...``."""
+        self.instance = instance
+        self.monitor = monitor
+        self.counts = dict.fromkeys(COUNTERS, 0)
+        self._generation: Generation | None = None
+
+    # --- what a device must have: an offer, and an answer to packets -----------------------------------------
+
+    def offer(self) -> Offer:
+        """A plain channel. The GUIDs are how a guest's driver, or its user, finds the device."""
+        flags = OfferFlags.REQUEST_MONITORED_NOTIFICATION if self.monitor else OfferFlags(0)
+        return Offer(interface_id=ECHO_INTERFACE, instance_id=self.instance, name=self.name, flags=flags)
+
+    def packet(self, io: ChannelIo, packet: Packet) -> None:
+        """One request. Whatever raises a GuestError on the way ends in :meth:`refused`."""
+        self.counts["requests"] += 1
+        header, data = self._parse(packet)
+        if header.operation == EchoOperation.ECHO:
+            self.counts["echoed_bytes"] += len(data)
+            self._answer(io, packet, header, data)
+        elif header.operation == EchoOperation.FILL:
+            self._fill(io, packet, header, data)
+        elif header.operation == EchoOperation.CHECKSUM:
+            self._checksum(io, packet, header, data)
+        elif header.operation == EchoOperation.GENERATE:
+            self._generate(io, packet, header, data)
+        elif header.operation == EchoOperation.STATISTICS:
+            self._answer(io, packet, header, ECHO_STATISTICS.build(EchoStatistics(**self.counts)))
+        else:
+            raise EchoRefusal(EchoStatus.UNKNOWN_OPERATION, f"{header.operation}")
+
+    def refused(self, io: ChannelIo, packet: Packet, error: GuestError) -> None:
+        """Tell the guest why. Its packet may be anything, so what cannot be parsed is answered with zeros."""
+        self.counts["refused"] += 1
+        if isinstance(error, EchoRefusal):
+            status = error.status
+        elif isinstance(error, GuestAddressError):
+            status = EchoStatus.NOT_RAM
+        else:
+            status = EchoStatus.MALFORMED
+        header = EchoHeader(0, 0, 0, 0, 0)
+        if len(packet.payload) >= ECHO_HEADER.size:
+            header = parse_header(packet.payload)
+        self._answer(io, packet, header, b"", status)
+
+    # --- what else a device may be told ----------------------------------------------------------------------
+
+    def closed(self, io: ChannelIo) -> None:
+        """The guest is gone: so is what it asked for. The next open starts from zero."""
+        self._generation = None
+
+    def writable(self, io: ChannelIo) -> None:
+        """Everything sent is in the ring (asked for with ``notify_room``): the time to send more."""
+        self._send_generated(io)
+
+    def status(self) -> dict[str, Any]:
+        """For ``vmbus status``."""
+        return dict(self.counts)
+
+    # --- saving: one explicit record, never the objects themselves -------------------------------------------
+
+    def save(self) -> bytes:
+        """The counters, and a generation under way. Requests and answers are in the rings, and saved there."""
+        going = self._generation or Generation(0, 0, 0, 0)
+        return ECHO_SAVED.save(
+            EchoSaved(**self.counts, next=going.next, count=going.count, size=going.size, burst=going.burst)
+        )
+
+    def restore(self, state: bytes) -> None:
+        """The inverse. Check everything before changing anything: the state may come from anywhere."""
+        saved = ECHO_SAVED.load(state, self.name)
+        self.counts = {counter: getattr(saved, counter) for counter in COUNTERS}
+        self._generation = None
+        if saved.next < saved.count and saved.size <= MAX_GENERATE_SIZE:
+            self._generation = Generation(saved.next, saved.count, saved.size, saved.burst)
+
+    def resumed(self, io: ChannelIo) -> None:
+        """In place of ``opened`` after a restore: take up what was under way."""
+        if self._generation is not None:
+            io.notify_room()
+
+    # --- requests --------------------------------------------------------------------------------------------
+
+    def _parse(self, packet: Packet) -> tuple[EchoHeader, bytes]:
+        """Header and data. The payload is padded to 8 bytes: only the header knows how long the data is."""
+        if packet.kind is PacketType.TRANSFER_PAGES:
+            raise EchoRefusal(EchoStatus.MALFORMED, "a packet of type 7")
+        header = ECHO_HEADER.parse(
+            packet.payload
+        )  # raises MalformedError, which is a GuestError, if too short
+        data = packet.payload[ECHO_HEADER.size :]
+        if header.length > len(data):
+            raise EchoRefusal(
+                EchoStatus.MALFORMED, f"{header.length} bytes of data promised, {len(data)} sent"
+            )
+        data = data[: header.length]
+        if zlib.crc32(data) != header.checksum:
+            raise EchoRefusal(EchoStatus.BAD_CHECKSUM, f"{header.checksum:#x} over {len(data)} bytes")
+        return header, data
+
+    def _fill(self, io: ChannelIo, packet: Packet, header: EchoHeader, data: bytes) -> None:
+        ranges, source = _ranges(io, packet, data)
+        if not source:
+            raise EchoRefusal(EchoStatus.MALFORMED, "nothing to fill with")
+        # GuestBuffer checks that all of it is RAM before the first byte is written, and writes through
+        # GuestMemory: the only way that QEMU learns of (stale translated code, dirty pages).
+        buffer = GuestBuffer(io.memory, ranges)
+        buffer.write((source * (buffer.length // len(source) + 1))[: buffer.length])
+        self.counts["filled_bytes"] += buffer.length
+        self._answer(io, packet, header, b"")
+
+    def _checksum(self, io: ChannelIo, packet: Packet, header: EchoHeader, data: bytes) -> None:
+        ranges, _ = _ranges(io, packet, data)
+        buffer = GuestBuffer(io.memory, ranges)
+        self.counts["summed_bytes"] += buffer.length
+        found = EchoChecksum(zlib.crc32(buffer.read()), buffer.length)
+        self._answer(io, packet, header, ECHO_CHECKSUM.build(found))
+
+    def _generate(self, io: ChannelIo, packet: Packet, header: EchoHeader, data: bytes) -> None:
+        wanted: EchoGenerate = ECHO_GENERATE.parse(data)
+        if self._generation is not None:
+            raise EchoRefusal(
+                EchoStatus.BUSY, f"{self._generation.next} of {self._generation.count} are sent"
+            )
+        if wanted.count > MAX_GENERATE_COUNT or wanted.size > MAX_GENERATE_SIZE:
+            raise EchoRefusal(EchoStatus.TOO_LARGE, f"{wanted.count} packets of {wanted.size} bytes")
+        self._answer(io, packet, header, b"")
+        if wanted.count:
+            self._generation = Generation(0, wanted.count, wanted.size, wanted.burst)
+            io.notify_room()
+
+    def _send_generated(self, io: ChannelIo) -> None:
+        going = self._generation
+        if going is None:
+            return
+        for _ in range(min(going.burst or PIECE, PIECE)):
+            start = going.next % GENERATED_PERIOD
+            data = GENERATED_DATA[start : start + going.size]
+            header = EchoHeader(
+                EchoOperation.GENERATED, EchoStatus.OK, len(data), going.next, zlib.crc32(data)
+            )
+            io.send(ECHO_HEADER.build(header) + data)
+            self.counts["generated"] += 1
+            going.next += 1
+            if going.next == going.count:
+                self._generation = None
+                return
+        # Ask to be called again once all of this is in the ring. While it is full that is when the guest makes
+        # room: it is asked for a signal, and nothing polls.
+        io.notify_room()
+
+    # --- answers ---------------------------------------------------------------------------------------------
+
+    def _answer(
+        self,
+        io: ChannelIo,
+        packet: Packet,
+        header: EchoHeader,
+        data: bytes,
+        status: EchoStatus = EchoStatus.OK,
+    ) -> None:
+        """``io.answer`` completes what asked for a completion, and sends an in-band packet otherwise."""
+        crc = zlib.crc32(data)
+        io.answer(packet, build_header(header.operation, status, len(data), header.sequence, crc) + data)
+
+
+def _ranges(io: ChannelIo, packet: Packet, data: bytes) -> tuple[list[GpaRange], bytes]:
+    """The guest memory that a request names, and the data behind the list of it, if there is a list."""
+    if packet.kind is PacketType.GPA_DIRECT:
+        ranges, rest = list(packet.ranges), data
+    else:
+        count = ECHO_RANGE_COUNT.parse(data).count
+        if not 1 <= count <= MAX_RANGES:
+            raise EchoRefusal(EchoStatus.TOO_LARGE, f"{count} ranges, 1 to {MAX_RANGES} are possible")
+        at = ECHO_RANGE_COUNT.size
+        ranges = []
+        for _ in range(count):
+            ranges.append(_named_range(io, ECHO_RANGE.parse(data[at:])))
+            at += ECHO_RANGE.size
+        rest = data[at:]
+    total = sum(each.byte_count for each in ranges)
+    if total > MAX_TRANSFER:
+        raise EchoRefusal(EchoStatus.TOO_LARGE, f"{total} bytes, {MAX_TRANSFER} are possible")
+    return ranges, rest
+
+
+def _named_range(io: ChannelIo, wanted: EchoRange) -> GpaRange:
+    """The pages of a range that the guest names by address, or by a place in a GPADL of the channel."""
+    if not 0 < wanted.length <= MAX_TRANSFER:
+        raise EchoRefusal(EchoStatus.TOO_LARGE, f"a range of {wanted.length} bytes")
+    first, offset = divmod(wanted.address, PAGE_SIZE)
+    last = (wanted.address + wanted.length - 1) // PAGE_SIZE
+    if not wanted.gpadl:
+        return GpaRange(wanted.length, offset, tuple(range(first, last + 1)))
+    gpadl = io.channel.gpadls.get(wanted.gpadl)
+    if gpadl is None or gpadl.state is not GpadlState.ACCEPTED or len(gpadl.ranges) != 1:
+        raise EchoRefusal(EchoStatus.MALFORMED, f"no GPADL {wanted.gpadl:#x} of one range")
+    if wanted.address + wanted.length > gpadl.byte_count or gpadl.ranges[0].byte_offset:
+        raise EchoRefusal(EchoStatus.MALFORMED, f"outside the {gpadl.byte_count} bytes of {wanted.gpadl:#x}")
+    return GpaRange(wanted.length, offset, tuple(gpadl.ranges[0].pfns[first : last + 1]))

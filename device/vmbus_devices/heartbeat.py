@@ -1,0 +1,233 @@
+"""The heartbeat: whether the guest is alive, and how long a round trip takes.
+
+Source: spec/devices.md 1.3. Every ``interval`` the guest gets a sequence number, and returns it plus one.
+
+    | contact | event                                  | then  |
+    | unknown | an answer                              | alive |
+    | alive   | MISSED_BEATS intervals without answer  | lost  |
+    | lost    | an answer                              | alive |
+    | any     | the guest closes the channel           | unknown |
+
+While a beat is unanswered no other one is sent, so a guest that hangs does not find a full ring when it wakes.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import construct as c
+from vmbus.devices.histogram import Histogram
+from vmbus.devices.options import Help
+from vmbus.devices.saved import SavedState
+from vmbus.ports import TimerHandle
+from vmbus.wire.codec import Record
+from vmbus.wire.ic import (
+    HEARTBEAT_INSTANCE,
+    HEARTBEAT_INTERFACE,
+    HEARTBEAT_LEAST,
+    ApplicationState,
+    HeartbeatBody,
+    IcHeader,
+    IcMessageType,
+    IcStatus,
+    IcVersion,
+    build_heartbeat,
+    parse_heartbeat,
+)
+
+from vmbus_devices.ic import IC_SAVED_BYTES, IntegrationComponent
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_INTERVAL = 2.0
+"""Seconds; what Hyper-V does. Also how often a silent guest is noticed when beats go as fast as they can."""
+MISSED_BEATS = 3
+
+
+class Contact(enum.Enum):
+    """What is known of the guest."""
+
+    UNKNOWN = "unknown"
+    ALIVE = "alive"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatSaved:
+    """Kept over a restore besides what every component keeps."""
+
+    sequence: int
+    sent: int
+    answers: int
+    application_state: int
+
+
+HEARTBEAT_SAVED = SavedState(
+    Record(
+        HeartbeatSaved,
+        "sequence" / c.Int64ul,
+        "sent" / c.Int64ul,
+        "answers" / c.Int64ul,
+        "application_state" / c.Int32ul,
+    )
+)
+
+
+class Heartbeat(IntegrationComponent):
+    """Asks the guest, again and again, whether it is alive."""
+
+    name = "heartbeat"
+    interface_id = HEARTBEAT_INTERFACE
+    instance_id = HEARTBEAT_INSTANCE
+    message_type = IcMessageType.HEARTBEAT
+    message_versions = (IcVersion(1, 0), IcVersion(3, 0))
+    least_body = HEARTBEAT_LEAST
+
+    def __init__(
+        self,
+        *,
+        interval: Annotated[
+            float,
+            Help("seconds between two beats; 0: the next when the last is answered", least=0, most=86400),
+        ] = DEFAULT_INTERVAL,
+        clock: Callable[[], float] = time.perf_counter,
+        contact_changed: Callable[[Contact], None] | None = None,
+    ) -> None:
+        """``clock``: seconds, for round trips. ``contact_changed`` is called with the new state of contact."""
+        super().__init__()
+        self.interval = interval
+        self.contact = Contact.UNKNOWN
+        self.contact_changed = contact_changed
+        self.sequence = 0
+        """Of the next beat."""
+        self.sent = 0
+        self.answers = 0
+        self.missed = 0
+        """Intervals without an answer, in a row."""
+        self.missed_total = 0
+        self.odd_answers = 0
+        """Answers with a status, or with another sequence than the one sent plus one."""
+        self.application_state = int(ApplicationState.UNKNOWN)
+        self.round_trips = Histogram()
+        self._clock = clock
+        self._sent_at: float | None = None
+        self._answers_at_tick = 0
+        self._tick_timer: TimerHandle | None = None
+
+    def ready(self) -> None:
+        """Send the first beat."""
+        self._beat()
+        self._arm()
+
+    def taken_up(self) -> None:
+        """After a restore; the beat that is under way counts, its time does not."""
+        self._sent_at = None
+        if not self.pending:
+            self._beat()
+        self._arm()
+
+    def answered(self, header: IcHeader, body: bytes) -> None:
+        """The guest is alive."""
+        self.answers += 1
+        if self._sent_at is not None:
+            self.round_trips.add(self._clock() - self._sent_at)
+        if header.status == IcStatus.OK:
+            answer = parse_heartbeat(body)
+            self.application_state = answer.application_state
+            self.odd_answers += answer.sequence != self.sequence
+        else:
+            self.odd_answers += 1
+        self.missed = 0
+        self._contact(Contact.ALIVE)
+        if not self.interval:
+            self._beat()
+
+    def unanswered(self) -> None:
+        """An answer that could not be taken is no sign of life that means anything."""
+        self._miss()
+
+    def disconnected(self, pending: bool) -> None:
+        """Nothing is known of the guest any more."""
+        self._disarm()
+        self.missed = 0
+        self._contact(Contact.UNKNOWN)
+
+    def stop(self) -> None:
+        """No more beats."""
+        self._disarm()
+        super().stop()
+
+    def status(self) -> dict[str, Any]:
+        """Contact, counters, round-trip times."""
+        try:
+            application = ApplicationState(self.application_state).name.lower()
+        except ValueError:
+            application = str(self.application_state)
+        return super().status() | {
+            "contact": self.contact.value,
+            "sequence": self.sequence,
+            "sent": self.sent,
+            "answers": self.answers,
+            "missed": self.missed_total,
+            "odd_answers": self.odd_answers,
+            "application_state": application,
+            "round_trip": self.round_trips.status(),
+        }
+
+    def save(self) -> bytes:
+        """Versions, sequence and counters."""
+        own = HeartbeatSaved(self.sequence, self.sent, self.answers, self.application_state)
+        return super().save() + HEARTBEAT_SAVED.save(own)
+
+    def restore(self, state: bytes) -> None:
+        """The inverse of :meth:`save`."""
+        own = HEARTBEAT_SAVED.load(state[IC_SAVED_BYTES:], self.name)
+        super().restore(state[:IC_SAVED_BYTES])
+        self.sequence, self.sent, self.answers = own.sequence, own.sent, own.answers
+        self.application_state = own.application_state
+
+    def _beat(self) -> None:
+        body = build_heartbeat(HeartbeatBody(self.sequence))
+        self.sequence = (self.sequence + 1) & 0xFFFF_FFFF_FFFF_FFFF
+        self.sent += 1
+        self._sent_at = self._clock()
+        self.request(body)
+
+    def _tick(self) -> None:
+        if not self.pending:
+            self._beat()
+        elif self.answers == self._answers_at_tick:
+            self._miss()
+        self._arm()
+
+    def _miss(self) -> None:
+        self.missed += 1
+        self.missed_total += 1
+        if self.missed >= MISSED_BEATS:
+            self._contact(Contact.LOST)
+
+    def _contact(self, contact: Contact) -> None:
+        if contact is self.contact:
+            return
+        if contact is Contact.LOST:
+            _log.warning("%s: lost contact: %d beats unanswered", self.name, self.missed)
+        elif self.contact is Contact.LOST and contact is Contact.ALIVE:
+            _log.warning("%s: the guest answers again", self.name)
+        self.contact = contact
+        if self.contact_changed is not None:
+            self.contact_changed(contact)
+
+    def _arm(self) -> None:
+        self._disarm()
+        self._answers_at_tick = self.answers
+        self._tick_timer = self.environment.timers.call_later(self.interval or DEFAULT_INTERVAL, self._tick)
+
+    def _disarm(self) -> None:
+        if self._tick_timer is not None:
+            self._tick_timer.cancel()
+            self._tick_timer = None

@@ -1,0 +1,14 @@
+"""A client of network block devices (the NBD protocol).
+
+wire         the layouts
+uri          where a server is
+handshake    how client and server agree
+connection   one connection: requests out, replies in
+client       several connections to one export, and what happens when they break
+"""
+
+from vmbus_devices.nbd.client import Client
+from vmbus_devices.nbd.handshake import Export
+from vmbus_devices.nbd.uri import Address, is_uri, parse_uri
+
+__all__ = ["Address", "Client", "Export", "is_uri", "parse_uri"]

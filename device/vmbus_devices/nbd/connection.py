@@ -1,0 +1,378 @@
+"""One connection to an NBD server: any number of requests under way, data straight between socket and guest pages.
+
+    send()    any thread         header and views → socket; what it does not take at once is left to a sender thread
+    watch()   the event loop's   whenever there is something: reply → its request's views → request.done()
+    serve()   one thread         the same, where there is no event loop
+
+Whatever a server does wrong (an unknown cookie, a chunk outside of its request) ends the connection: after that,
+nothing in the stream can be trusted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from vmbus.ports import Workers
+
+from vmbus_devices.nbd.handshake import Export, NbdError, behind, receive_into
+from vmbus_devices.nbd.wire import (
+    ALLOCATION_HOLE,
+    CHUNK_DONE,
+    CHUNK_ERROR,
+    CHUNK_ERROR_DATA,
+    CHUNK_MAGIC,
+    CHUNK_STRUCT,
+    EXTENT,
+    HOLE,
+    MAX_STRING,
+    REQUEST_MAGIC,
+    REQUEST_STRUCT,
+    SIMPLE_REPLY_MAGIC,
+    SIMPLE_REPLY_STRUCT,
+    ChunkType,
+    Command,
+)
+
+_log = logging.getLogger(__name__)
+
+_AT_ONCE = 256
+"""Pieces of replies that are taken before the event loop's other work has a turn."""
+
+_KNOWN_ERRORS = {
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOMEM,
+    errno.EINVAL,
+    errno.ENOSPC,
+    errno.EOVERFLOW,
+    errno.EOPNOTSUPP,
+    errno.ESHUTDOWN,
+}
+"""The protocol's error numbers; they are Linux's."""
+
+_MOST_EXTENTS = 64
+_MOST_STATUS = 4 + (1 << 20)
+"""Bytes of a chunk BLOCK_STATUS."""
+_LENGTH = struct.Struct(">I")
+_OFFSET = struct.Struct(">Q")
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A command on its way. ``done`` is called once, in any thread, with what went wrong."""
+
+    command: Command
+    offset: int
+    length: int
+    done: Callable[[OSError | None], None]
+    views: list[memoryview] = field(default_factory=list)
+    flags: int = 0
+    deadline: float | None = None
+    """When it is given up, if there is no connection by then."""
+    extents: list[tuple[int, int, bool]] = field(default_factory=list)
+    received: int = 0
+    error: OSError | None = None
+
+    def begin(self) -> None:
+        """It is sent (again): forget what came of it before."""
+        self.extents.clear()
+        self.received = 0
+        self.error = None
+
+
+class Connection:
+    """``stream`` is connected, and the negotiation is over."""
+
+    def __init__(self, stream: socket.socket, export: Export) -> None:
+        self.export = export
+        self.requests: dict[int, Request] = {}
+        #: Replies, or parts of them, that came.
+        self.replies = 0
+        self._stream = stream
+        self._next = 1
+        self._ended = False
+        self._changed = threading.Condition()
+        self._outgoing: deque[list[memoryview | bytes]] = deque()
+        self._sender: threading.Thread | None = None
+        self._head = memoryview(bytearray(SIMPLE_REPLY_STRUCT.size))
+        self._parser = self._replies()
+        #: What is to be filled next.
+        self._wanted: list[memoryview] = []
+        self._stop_watching: Callable[[], None] | None = None
+        self._error: Exception | None = None
+        stream.settimeout(None)
+        with contextlib.suppress(OSError):
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+
+    # --- requests ----------------------------------------------------------------------------------------------
+
+    def send(self, request: Request) -> bool:
+        """Hand ``request`` to the server; never blocks. False: the connection has ended."""
+        with self._changed:
+            if self._ended:
+                return False
+            request.begin()
+            cookie = self._next
+            self._next = cookie + 1
+            self.requests[cookie] = request
+            header = REQUEST_STRUCT.pack(
+                REQUEST_MAGIC, request.flags, request.command, cookie, request.offset, request.length
+            )
+            self._put([header, *request.views] if request.command is Command.WRITE else [header])
+        return True
+
+    def _put(self, parts: list[memoryview | bytes]) -> None:
+        if not self._outgoing:
+            try:
+                done = self._stream.sendmsg(parts, (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                done = 0
+            except OSError:
+                self._shut()  # the receiver sees it, and says why
+                return
+            parts = _rest(parts, done)
+            if not parts:
+                return
+        self._outgoing.append(parts)
+        if self._sender is None:
+            self._sender = threading.Thread(target=self._send_rest, name="nbd-sender", daemon=True)
+            self._sender.start()
+        self._changed.notify_all()
+
+    def _send_rest(self) -> None:
+        while True:
+            with self._changed:
+                while not self._outgoing and not self._ended:
+                    self._changed.wait()
+                if self._ended:
+                    return
+                parts = self._outgoing[0]
+            while parts:
+                try:
+                    parts = _rest(parts, self._stream.sendmsg(parts, (), socket.MSG_NOSIGNAL))
+                except OSError:
+                    self._shut()
+                    return
+            with self._changed:
+                self._outgoing.popleft()
+
+    def _shut(self) -> None:
+        with contextlib.suppress(OSError):  # it is shut already
+            self._stream.shutdown(socket.SHUT_RDWR)
+
+    def end(self) -> None:
+        """Say good-bye, and let :meth:`serve` return; no request is taken any more."""
+        with self._changed:
+            if not self._ended and not self._outgoing and not self.requests:
+                with contextlib.suppress(OSError):  # the server has gone
+                    self._stream.send(
+                        REQUEST_STRUCT.pack(REQUEST_MAGIC, 0, Command.DISCONNECT, 0, 0, 0),
+                        socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL,
+                    )
+            self._ended = True
+            self._changed.notify_all()
+        self._shut()
+
+    def close(self) -> list[Request]:
+        """After :meth:`end`, and after :meth:`serve` returned: the requests that got no answer, in order."""
+        if self._stop_watching is not None:
+            self._stop_watching()
+        if self._sender is not None:
+            self._sender.join()
+        self._stream.close()
+        left = list(self.requests.values())
+        self.requests.clear()
+        return left
+
+    # --- replies -----------------------------------------------------------------------------------------------
+
+    def serve(self) -> Exception:
+        """Take replies until the connection ends; why it did."""
+        try:
+            for views in self._parser:
+                receive_into(self._stream, views)
+        except (OSError, NbdError) as error:
+            return error
+        finally:
+            self._stop_taking()
+        raise AssertionError("replies have no end")
+
+    def watch(self, workers: Workers, broken: Callable[[Connection, Exception], None]) -> bool:
+        """Take replies in the event loop's thread; ``broken`` is told there. False where there is no event loop."""
+
+        def readable() -> None:
+            error = self._error or self._take()
+            if error is not None:
+                self._error = error
+                if self._stop_watching is not None:
+                    self._stop_watching()
+                self._stop_taking()
+                broken(self, error)
+
+        self._stop_watching = workers.watch(self._stream.fileno(), readable)
+        return self._stop_watching is not None
+
+    def _take(self) -> Exception | None:
+        """What has come so far, some replies at most; why there will be no more."""
+        receive = self._stream.recvmsg_into
+        try:
+            for _ in range(_AT_ONCE):
+                wanted = self._wanted
+                left = sum([len(view) for view in wanted])
+                done = receive(wanted, 0, socket.MSG_DONTWAIT)[0] if left else 0
+                if done < left:
+                    if not done:
+                        raise ConnectionResetError("the server closed the connection")
+                    self._wanted = behind(wanted, done)
+                else:
+                    self._wanted = next(self._parser)
+        except BlockingIOError:
+            return None
+        except (OSError, NbdError) as error:
+            return error
+        except Exception as error:  # noqa: BLE001 - our bug: it must cost no more than this connection
+            _log.exception("a reply could not be taken; please report this")
+            return error
+        return None
+
+    def _stop_taking(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+        self._shut()
+
+    def _request(self, cookie: int) -> Request:
+        request = self.requests.get(cookie)
+        if request is None:
+            raise NbdError(f"the server breaks the NBD protocol: it answers {cookie:#x}, which nobody asked")
+        return request
+
+    def _finish(self, cookie: int, error: OSError | None) -> None:
+        request = self.requests.pop(cookie)
+        request.done(error)
+
+    def _replies(self) -> Iterator[list[memoryview]]:
+        """Replies, one after another: yields what the next bytes go to, and goes on when they are there."""
+        head = self._head
+        while True:
+            yield [head]
+            self.replies += 1
+            magic, error, cookie = SIMPLE_REPLY_STRUCT.unpack(head)
+            if magic == CHUNK_MAGIC and self.export.structured:
+                _, flags, kind, cookie = CHUNK_STRUCT.unpack(head)
+                yield from self._chunk(flags, kind, cookie)
+                continue
+            if magic != SIMPLE_REPLY_MAGIC:
+                raise NbdError(f"the server breaks the NBD protocol: a reply begins with {magic:#x}")
+            request = self._request(cookie)
+            if error:
+                self._finish(cookie, _failure(error))
+                continue
+            if request.command is Command.READ:
+                yield request.views
+            elif request.command is Command.BLOCK_STATUS:
+                raise NbdError("the server breaks the NBD protocol: a simple reply to BLOCK_STATUS")
+            self._finish(cookie, None)
+
+    def _chunk(self, flags: int, kind: int, cookie: int) -> Iterator[list[memoryview]]:
+        request = self._request(cookie)
+        number = bytearray(_LENGTH.size)
+        yield [memoryview(number)]
+        (length,) = _LENGTH.unpack(number)
+        if kind == ChunkType.OFFSET_DATA and length > _OFFSET.size:
+            place = bytearray(_OFFSET.size)
+            yield [memoryview(place)]
+            yield self._part(request, _OFFSET.unpack(place)[0], length - _OFFSET.size)
+        else:
+            if length > _MOST_STATUS:
+                raise NbdError(f"the server breaks the NBD protocol: a chunk {kind} of {length} bytes")
+            data = bytearray(length)
+            yield [memoryview(data)]
+            self._small_chunk(request, kind, bytes(data))
+        if flags & CHUNK_DONE:
+            if request.command is Command.READ and not request.error and request.received != request.length:
+                raise NbdError(
+                    f"the server breaks the NBD protocol: {request.received} bytes of {request.length} came"
+                )
+            self._finish(cookie, request.error)
+
+    def _part(self, request: Request, offset: int, length: int) -> list[memoryview]:
+        """Where ``length`` bytes of a READ go that come from ``offset``."""
+        start = offset - request.offset
+        if request.command is not Command.READ or length <= 0 or start < 0 or start + length > request.length:
+            raise NbdError(
+                f"the server breaks the NBD protocol: {length} bytes at {offset}, asked were "
+                f"{request.length} at {request.offset}"
+            )
+        request.received += length
+        if length == request.length:
+            return request.views
+        found = []
+        for view in request.views:
+            if length <= 0:
+                break
+            if start < len(view):
+                found.append(view[start : start + length])
+                length -= len(found[-1])
+                start = 0
+            else:
+                start -= len(view)
+        return found
+
+    def _small_chunk(self, request: Request, kind: int, data: bytes) -> None:
+        if kind == ChunkType.OFFSET_HOLE and len(data) == HOLE.size:
+            hole = HOLE.parse(data)
+            for view in self._part(request, hole.offset, hole.length):
+                view[:] = bytes(len(view))
+        elif kind & CHUNK_ERROR and len(data) >= CHUNK_ERROR_DATA.size:
+            found = CHUNK_ERROR_DATA.parse(data)
+            message = data[CHUNK_ERROR_DATA.size :][: min(found.message_length, MAX_STRING)]
+            request.error = _failure(found.error, message.decode(errors="replace"))
+        elif kind == ChunkType.BLOCK_STATUS and request.command is Command.BLOCK_STATUS:
+            if (
+                len(data) < 4
+                or (len(data) - 4) % EXTENT.size
+                or int.from_bytes(data[:4], "big") != (self.export.allocation)
+            ):
+                raise NbdError("the server breaks the NBD protocol: a damaged BLOCK_STATUS")
+            self._extents(request, data[4:])
+        elif kind != ChunkType.NONE or data:
+            raise NbdError(f"the server breaks the NBD protocol: a chunk {kind:#x} of {len(data)} bytes")
+
+    def _extents(self, request: Request, data: bytes) -> None:
+        at, end = request.offset, request.offset + request.length
+        for place in range(0, min(len(data), _MOST_EXTENTS * EXTENT.size), EXTENT.size):
+            extent = EXTENT.parse(data[place : place + EXTENT.size])
+            step = min(extent.length, end - at)
+            if not step:
+                break
+            request.extents.append((at, step, not extent.flags & ALLOCATION_HOLE))
+            at += step
+
+
+def _failure(number: int, message: str = "") -> OSError:
+    """What the server's error number means here."""
+    if number not in _KNOWN_ERRORS:
+        number = errno.EIO
+    return OSError(number, message or os.strerror(number))
+
+
+def _rest(parts: list[memoryview | bytes], done: int) -> list[memoryview | bytes]:
+    """What is left of ``parts`` after ``done`` bytes."""
+    left: list[memoryview | bytes] = []
+    for part in parts:
+        if done >= len(part):
+            done -= len(part)
+        else:
+            left.append(memoryview(part)[done:] if done else part)
+            done = 0
+    return left

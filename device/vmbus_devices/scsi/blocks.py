@@ -1,0 +1,301 @@
+"""Units with blocks: the way of data between a back end and guest memory, without a copy.
+
+    READ  --check--> views of the guest's pages --(thread) preadv--> pages are marked as written --> GOOD
+    WRITE --check--> views of the guest's pages --(thread) pwritev--> GOOD
+
+A back end that never blocks is called at once, in the event loop's thread. Where a back end wants memory aligned
+(direct I/O) and the guest's is not, the data goes through a buffer.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import logging
+import mmap
+import os
+from collections.abc import Callable
+from typing import Any
+
+from vmbus.errors import GuestError
+from vmbus.wire.scsi import (
+    CAPACITY_10,
+    PROTECT,
+    Capacity10,
+    Opcode,
+    Sense,
+    cdb_allocation,
+    parse_range,
+)
+
+from vmbus_devices.scsi.backend import Backend
+from vmbus_devices.scsi.faults import FaultPlan
+from vmbus_devices.scsi.request import Request
+from vmbus_devices.scsi.sense import CheckCondition
+from vmbus_devices.scsi.unit import LogicalUnit
+
+_log = logging.getLogger(__name__)
+
+
+class WriteErrors(enum.Enum):
+    """What is done about writes that fail: tell the guest, stop it, or stop it only where there is no room."""
+
+    REPORT = "report"
+    STOP = "stop"
+    NO_SPACE = "enospc"
+
+
+class ReadErrors(enum.Enum):
+    """What is done about reads that fail."""
+
+    REPORT = "report"
+    STOP = "stop"
+
+
+_WRITE_PROTECTED = (errno.EROFS, errno.EPERM, errno.EACCES, errno.EBADF)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class BlockUnit(LogicalUnit):
+    """A unit with ``blocks`` blocks of ``block_size`` bytes, of which one command may move ``max_transfer`` bytes."""
+
+    def __init__(
+        self, backend: Backend, serial: str, *, block_size: int, max_transfer: int, faults: FaultPlan
+    ) -> None:
+        super().__init__(backend, serial)
+        self.block_size = block_size
+        self.max_transfer = max_transfer
+        self.faults = faults
+        self.blocks = backend.size // block_size
+        self.write_errors = WriteErrors.REPORT
+        self.read_errors = ReadErrors.REPORT
+        self._mask = backend.alignment - 1
+        self._commands |= {
+            Opcode.READ_CAPACITY_10: self._read_capacity_10,
+            Opcode.READ_6: self._read,
+            Opcode.READ_10: self._read,
+            Opcode.READ_12: self._read,
+            Opcode.READ_16: self._read,
+        }
+
+    @property
+    def read_only(self) -> bool:
+        """Whether writes are refused."""
+        return self.backend.read_only
+
+    def resized(self) -> bool:
+        """Look at the size of the back end; whether it changed. The guest is told with its next command."""
+        blocks = self.backend.refresh() // self.block_size
+        if blocks == self.blocks:
+            return False
+        self.blocks = blocks
+        self.attention(Sense.CAPACITY_CHANGED)
+        return True
+
+    # --- work ----------------------------------------------------------------------------------------------
+
+    def _submit(self, work: Callable[[], None], done: Callable[[Exception | None], None]) -> None:
+        """Have ``work`` done where it may block; ``done`` follows in the event loop's thread."""
+        if self.backend.immediate or self.environment is None:
+            error: Exception | None = None
+            try:
+                work()
+            except OSError as found:
+                error = found
+            done(error)
+        elif (threads := self.backend.threads) is not None and (
+            ended := self.environment.workers.expect(done)
+        ) is not None:
+            threads.submit(_do, work, ended)
+        else:
+            self.environment.workers.run(work, done)
+
+    def _move(
+        self,
+        offset: int,
+        views: list[memoryview],
+        length: int,
+        write: bool,
+        through: bool,
+        done: Callable[[Exception | None], None],
+    ) -> None:
+        """Move the data of a command: without a thread where that is possible."""
+        backend = self.backend
+
+        def work() -> None:
+            if write:
+                backend.write(offset, views, through=through)
+            else:
+                backend.read(offset, views)
+
+        def transferred(result: int) -> None:
+            if result == length:
+                done(None)
+            elif result < 0 and result != -errno.EAGAIN:
+                done(OSError(-result, os.strerror(-result)))
+            elif self.environment is not None:
+                self.environment.workers.run(work, done)  # it came to a part only: all of it once more
+
+        if backend.fd >= 0 and self.environment is not None:
+            flags = backend.through_flags if through else 0
+            if self.environment.workers.transfer(backend.fd, offset, views, write, flags, transferred):
+                return
+        elif (
+            backend.starts
+            and self.environment is not None
+            and (ended := self.environment.workers.expect(done)) is not None
+        ):
+            backend.start(offset, views, length, write, through, ended)
+            return
+        self._submit(work, done)
+
+    def _later(self, request: Request, seconds: float, go_on: Callable[[], None]) -> None:
+        """A fault holds the request up; it can be cancelled meanwhile."""
+
+        def due() -> None:
+            request.cancel = None
+            try:
+                go_on()
+            except CheckCondition as condition:
+                request.check(condition)
+            except GuestError as error:
+                request.refuse(error)
+
+        request.cancel = request.io.call_later(seconds, due).cancel
+
+    def _range(self, request: Request) -> tuple[int, int, int]:
+        """``(flags, lba, blocks)``, checked against the size of the unit."""
+        flags, lba, blocks = parse_range(request.cdb)
+        if flags & PROTECT:
+            raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
+        if lba + blocks > self.blocks:
+            raise CheckCondition(Sense.LBA_OUT_OF_RANGE, max(lba, self.blocks))
+        return flags, lba, blocks
+
+    def _transfer_range(self, request: Request) -> tuple[int, int, int]:
+        flags, lba, blocks = self._range(request)
+        if blocks * self.block_size > self.max_transfer:
+            raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
+        return flags, lba, blocks
+
+    def failed(self, request: Request, error: Exception, *, write: bool) -> None:
+        """End ``request`` with the sense data for what the back end raised, or keep it and stop the guest."""
+        if isinstance(error, OSError) and self._stops_for(error, write=write):
+            what = "a write" if write else "a read"
+            self.keep(request, f"{what} failed: {error.strerror or error}")
+            return
+        sense = Sense.WRITE_ERROR if write else Sense.READ_ERROR
+        if not isinstance(error, OSError):
+            _log.error("%s: the back end failed", self.identity.serial, exc_info=error)
+            sense = Sense.TARGET_FAILURE
+        elif error.errno in _FULL:
+            sense = Sense.SPACE_ALLOCATION_FAILED
+        elif write and error.errno in _WRITE_PROTECTED:
+            sense = Sense.WRITE_PROTECTED
+        request.check(CheckCondition(sense))
+
+    def _stops_for(self, error: OSError, *, write: bool) -> bool:
+        environment = self.environment
+        if environment is None or environment.stop_guest is None:
+            return False
+        if not write:
+            return self.read_errors is ReadErrors.STOP
+        if self.write_errors is WriteErrors.NO_SPACE:
+            return error.errno in _FULL
+        return self.write_errors is WriteErrors.STOP
+
+    # --- reading -------------------------------------------------------------------------------------------
+
+    def _read(self, request: Request) -> None:
+        _, lba, blocks = self._transfer_range(request)
+        if not blocks:
+            request.succeed()
+            return
+        runs = request.input_runs(blocks * self.block_size)
+        if self.faults:
+            faults = self.faults
+            bad = faults.bad_block(lba, blocks, write=False)
+            blocks = faults.blocks(lba, blocks, write=False)
+            if (delay := faults.delay(lba, blocks, write=False)) > 0:
+                self._later(request, delay, lambda: self._read_into(request, lba, blocks, runs, bad))
+                return
+            self._read_into(request, lba, blocks, runs, bad)
+            return
+        self._read_into(request, lba, blocks, runs, None)
+
+    def _read_into(
+        self, request: Request, lba: int, blocks: int, runs: list[tuple[int, int]], bad: int | None
+    ) -> None:
+        if bad is not None:
+            raise CheckCondition(Sense.READ_ERROR, bad)
+        length = blocks * self.block_size
+        offset = lba * self.block_size
+        target = request.memory.writable(_first(runs, length))
+        mask = self._mask
+        bounce: memoryview | None = None
+        if mask and any((gpa | step) & mask for gpa, step in runs):
+            bounce = memoryview(mmap.mmap(-1, length or 1))[:length]
+        views = target.views if bounce is None else [bounce]
+
+        def done(error: Exception | None) -> None:
+            if bounce is not None and error is None:
+                at = 0
+                for view in target.views:
+                    view[:] = bounce[at : at + len(view)]
+                    at += len(view)
+            views.clear()
+            target.finish(length)  # a part may have been stored before an error
+            if error is None:
+                self.statistics.reads += 1
+                self.statistics.bytes_read += length
+                request.succeed(length)
+            else:
+                self.failed(request, error, write=False)
+
+        self._move(offset, views, length, False, False, done)
+
+    def _read_capacity_10(self, request: Request) -> None:
+        request.give(
+            CAPACITY_10.build(Capacity10(min(self._last(), 0xFFFFFFFF), self.block_size)),
+            cdb_allocation(request.cdb),
+        )
+
+    def _last(self) -> int:
+        """The last LBA; 0 for an empty unit."""
+        return max(self.blocks - 1, 0)
+
+    def status(self) -> dict[str, Any]:
+        report = {
+            "type": self.device_type.name.lower(),
+            "serial": self.identity.serial,
+            "size": self.blocks * self.block_size,
+            "block_size": self.block_size,
+            "read_only": self.read_only,
+        }
+        report |= self.backend.status()
+        report |= self.statistics.status()
+        if self.kept:
+            report["kept"] = {"requests": len(self.kept), "because": self.kept_because}
+        if self.faults.faults or any(self.faults.met.values()):
+            report["faults_met"] = dict(self.faults.met)
+        return report
+
+
+def _do(work: Callable[[], None], ended: Callable[[Exception | None], None]) -> None:
+    error: Exception | None = None
+    try:
+        work()
+    except Exception as found:  # noqa: BLE001 - it is handed on
+        error = found
+    ended(error)
+
+
+def _first(runs: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:
+    """The first ``length`` bytes of ``runs``."""
+    found = []
+    for gpa, step in runs:
+        if length <= 0:
+            break
+        found.append((gpa, min(step, length)))
+        length -= step
+    return found

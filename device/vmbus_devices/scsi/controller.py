@@ -1,0 +1,499 @@
+"""The storage controller: StorVSP, the host's end of Linux's hv_storvsc and Windows's storvsc.
+
+Source: spec/devices.md 3. A controller has units at (target, LUN), a primary channel over which driver and host
+agree (:mod:`vmbus_devices.scsi.handshake`), and sub-channels. Commands come over any of them, and are answered there.
+
+    | packet                  | before READY         | READY                                                       |
+    |  3 execute SRB          | INVALID_DEVICE_STATE | to the unit; answered when it is done                       |
+    |  4, 5, 6 reset          | INVALID_DEVICE_STATE | what waits is aborted; answered when no command is left     |
+    |  7, 8, 9, 10, 13        | handshake            | handshake                                                   |
+    | 12 FC HBA data          | INVALID_DEVICE_STATE | INVALID_DEVICE_REQUEST                                      |
+    | anything else           | the channel stops    | the channel stops                                           |
+
+What comes over a sub-channel before the primary one is READY stays in its ring until then. A channel that is closed
+while its commands are being worked on is given back to the guest when the last of them has ended.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vmbus.bus.io.device import Device, DeviceEnvironment
+from vmbus.bus.offers import Offer
+from vmbus.errors import GuestError, ProtocolError, UsageError
+from vmbus.wire.offer import OfferFlags
+from vmbus.wire.packet import Packet
+from vmbus.wire.scsi import Opcode, ScsiStatus, Sense
+from vmbus.wire.storvsp import (
+    CDB_SIZE,
+    HEADER_SIZE,
+    PACKET_SIZE,
+    SCSI_INTERFACE,
+    SHORT_PACKET_SIZE,
+    Operation,
+    ProtocolVersion,
+    SrbStatus,
+    Status,
+    answer_size,
+    build_answer,
+    build_packet,
+    nt_status,
+    parse_operation,
+    parse_request,
+)
+
+from vmbus_devices.scsi.absent import execute_without
+from vmbus_devices.scsi.fast_units import FastUnits
+from vmbus_devices.scsi.handshake import OPERATIONS, Handshake
+from vmbus_devices.scsi.request import Request
+from vmbus_devices.scsi.resets import Resets
+from vmbus_devices.scsi.saved import restore_controller, save_controller
+from vmbus_devices.scsi.sense import CheckCondition, ReservationConflict
+from vmbus_devices.scsi.unit import LogicalUnit
+
+if TYPE_CHECKING:
+    from vmbus.bus.io.channel_io import ChannelIo
+
+NAMESPACE = uuid.UUID("5f5f8f0e-0d3c-4b57-b0a6-3f2f7a9c6a41")
+"""Instance GUIDs of controllers are derived from their names, so that they stay the same."""
+
+MOST_QUEUES = 8
+MOST_TARGETS = 2
+MOST_LUNS = 64
+
+_EXECUTE = int(Operation.EXECUTE_SRB)
+_RESETS = (Operation.RESET_LUN, Operation.RESET_ADAPTER, Operation.RESET_BUS)
+_SUCCESS = int(SrbStatus.SUCCESS)
+
+
+class Controller(Device):
+    """A storage controller. ``max_transfer`` in bytes; ``clock`` in seconds.
+
+    Everything that is an option is in :class:`vmbus_devices.scsi.device.Scsi`.
+    """
+
+    max_packet = 80  # what Linux has room for: a descriptor and 64 bytes
+    look_window = 300e-6  # so long until a guest has taken one answer, and sends the next request
+
+    def __init__(
+        self,
+        *,
+        controller: str,
+        instance: uuid.UUID | None,
+        queues: int,
+        max_transfer: int,
+        max_version: ProtocolVersion,
+        clock: Callable[[], float],
+    ) -> None:
+        self.controller = controller
+        self.name = controller
+        self.instance = instance or uuid.uuid5(NAMESPACE, controller)
+        self.max_version = max_version
+        self.max_transfer = max_transfer
+        self.queues = queues
+        self.units: dict[tuple[int, int], LogicalUnit] = {}
+        self.clock = clock
+        self.handshake = self.new_handshake()
+        self._active = False
+        self.enumerations = 0
+        self.resets = Resets(lambda io, packet: self._answer(io, packet, Status.SUCCESS))
+        self._requests: dict[ChannelIo, set[Request]] = {}
+        self._closing: set[ChannelIo] = set()
+        self._primary: ChannelIo | None = None
+        self._waiting_subchannels: list[ChannelIo] = []
+        self._removed: list[LogicalUnit] = []
+        self.pending: list[tuple[int, Packet]] = []
+        self._fast_units: FastUnits | None = None
+
+    def new_handshake(self) -> Handshake:
+        """As when a guest opens the primary channel."""
+        possible = self._environment is not None and self._environment.offers is not None
+        return Handshake(self.max_version, self.queues - 1 if possible else 0, self.max_transfer)
+
+    def _activate(self) -> None:
+        """Before the first command, here or again after :meth:`save`: nobody else may use the images."""
+        for unit in self.units.values():
+            unit.backend.lock()
+        self._active = True
+
+    def _deactivate(self) -> None:
+        self._active = False
+        for unit in self.units.values():
+            unit.backend.unlock()
+
+    # --- units ---------------------------------------------------------------------------------------------
+
+    def free_lun(self, target: int) -> int:
+        """The first LUN without a unit. Raises :class:`~vmbus.errors.UsageError`."""
+        free = next((lun for lun in range(MOST_LUNS) if (target, lun) not in self.units), None)
+        if free is None:
+            raise UsageError(
+                f"controller {self.controller}: all {MOST_LUNS} LUNs of target {target} are taken"
+            )
+        return free
+
+    def line_of(self, place: tuple[int, int]) -> str:
+        """What to say after ``--device`` for the unit at that place; empty if code has made it."""
+        return ""
+
+    def attach(self, unit: LogicalUnit, target: int = 0, lun: int | None = None) -> int:
+        """Add a unit, at the next free LUN if none is given; returns the LUN. A running guest is told to look.
+
+        Raises :class:`~vmbus.errors.UsageError` if the place is taken, and does not close the unit then.
+        """
+        place = (target, self.free_lun(target) if lun is None else lun)
+        if place in self.units:
+            raise UsageError(f"controller {self.controller}: target {place[0]} LUN {place[1]} is taken")
+        if self._environment is not None:
+            unit.start(self._environment)
+        if self._active:
+            unit.backend.lock()
+        self.units[place] = unit
+        if self._primary is not None:
+            unit.attention(Sense.POWER_ON)
+            self._enumerate()
+        return place[1]
+
+    def detach(self, target: int, lun: int) -> None:
+        """Take a unit away; the guest is told to look. Its commands end, then its image is closed."""
+        unit = self.units.pop((target, lun), None)
+        if unit is None:
+            raise UsageError(f"controller {self.controller}: there is no target {target} LUN {lun}")
+        self._removed.append(unit)
+        if self._fast_units is not None:
+            self._fast_units.leave((target, lun))
+        for request in unit.take_kept():
+            request.finish(SrbStatus.ABORTED)
+        self._close_removed()
+        self._enumerate()
+
+    def resize(self, target: int, lun: int) -> bool:
+        """The image of a unit may have changed its size: look, and tell the guest; whether it has."""
+        unit = self.units.get((target, lun))
+        if unit is None:
+            raise UsageError(f"controller {self.controller}: there is no target {target} LUN {lun}")
+        changed = unit.resized()
+        if changed:
+            self._enumerate()
+        return changed
+
+    def _enumerate(self) -> None:
+        """Have the guest look for units that came or went."""
+        if self._primary is None or not self.handshake.ready:
+            return
+        self.enumerations += 1
+        size = PACKET_SIZE if (self.handshake.version or 0) >= ProtocolVersion.WIN8 else SHORT_PACKET_SIZE
+        self._primary.send(build_packet(Operation.ENUMERATE_BUS, Status.SUCCESS, size=size))
+
+    def _close_removed(self) -> None:
+        for unit in tuple(self._removed):
+            if not unit.statistics.depth:
+                self._removed.remove(unit)
+                if self._fast_units is not None:
+                    self._fast_units.forget(unit)
+                unit.close()
+
+    # --- what the bus tells ----------------------------------------------------------------------------------
+
+    def offer(self) -> Offer:
+        return Offer(
+            interface_id=SCSI_INTERFACE, instance_id=self.instance, flags=OfferFlags(0), name=self.name
+        )
+
+    def start(self, environment: DeviceEnvironment) -> None:
+        super().start(environment)
+        if environment.fast_path is not None:
+            self._fast_units = FastUnits(environment.fast_path)
+        for unit in self.units.values():
+            unit.start(environment)
+
+    def stop(self) -> None:
+        for io in tuple(self._requests):
+            self._cancel(io)
+        self.resets.stop()
+        # A file must not be closed under a transfer: its number would soon be another file's.
+        self._removed += self.units.values()
+        self._close_removed()
+        for unit in self._removed:  # somebody else's server may take its time
+            unit.backend.abandon()
+
+    def let_go(self, limit: float) -> bool:
+        return not [unit for unit in tuple(self.units.values()) if not unit.backend.join(limit)]
+
+    def goes_on(self) -> None:
+        for unit in tuple(self.units.values()):
+            for request in unit.take_kept():
+                if not self._active:
+                    self._activate()
+                self._do(request, unit)
+
+    def opened(self, io: ChannelIo) -> None:
+        if io.subchannel_index:
+            if not self.handshake.ready:
+                io.hold()
+                self._waiting_subchannels.append(io)
+            self._requests[io] = set()
+            self._open_fast(io)
+            return
+        self._activate()
+        self._primary = io
+        self._requests[io] = set()
+        self.handshake = self.new_handshake()
+        for unit in self.units.values():
+            unit.reset()
+        self._open_fast(io)
+
+    def _open_fast(self, io: ChannelIo) -> None:
+        fast = self.environment.fast_path
+        if fast is not None and self._fast_units is not None:
+            io.fast = fast.open_channel(io, self._fast_units.table)
+
+    def fast_ready(self, io: ChannelIo) -> bool:
+        if not self._active or not self.handshake.ready or self._fast_units is None:
+            return False
+        self._fast_units.refresh(self.units)
+        return True
+
+    def fast_ended(self, io: ChannelIo) -> None:
+        self._ended(io)
+
+    def _busy(self, io: ChannelIo) -> bool:
+        """Whether commands of a channel have not ended."""
+        return bool(self._requests.get(io)) or io.fast_in_flight > 0
+
+    def _any_busy(self) -> bool:
+        return any(map(self._busy, self._requests))
+
+    def closed(self, io: ChannelIo) -> None:
+        if io is self._primary:
+            self._primary = None
+            self.handshake = self.new_handshake()
+        if io in self._waiting_subchannels:
+            self._waiting_subchannels.remove(io)
+        self.resets.forget(io)
+        self._cancel(io)
+        if self._busy(io):
+            self._closing.add(io)
+            io.channel.defer_close()
+        else:
+            self._requests.pop(io, None)
+
+    def _cancel(self, io: ChannelIo) -> None:
+        """Abort the commands that only wait."""
+        for request in tuple(self._requests.get(io, ())):
+            if request.cancel is not None:
+                cancel, request.cancel = request.cancel, None
+                cancel()
+                request.finish(SrbStatus.ABORTED)
+
+    # --- packets -------------------------------------------------------------------------------------------
+
+    def packet(self, io: ChannelIo, packet: Packet) -> None:
+        payload = packet.payload
+        if not packet.flags & 1:
+            raise ProtocolError("storvsp-no-completion-wanted", f"transaction {packet.transaction_id:#x}")
+        if len(payload) < HEADER_SIZE:
+            raise ProtocolError("storvsp-short-packet", f"{len(payload)} bytes")
+        operation = parse_operation(payload)
+        if operation == _EXECUTE:
+            if not self.handshake.ready:
+                self._answer(io, packet, Status.INVALID_DEVICE_STATE)
+            elif len(payload) < SHORT_PACKET_SIZE:
+                raise ProtocolError("storvsp-short-request", f"{len(payload)} bytes")
+            else:
+                self._execute(io, packet)
+        elif operation in OPERATIONS:
+            self._initialise(io, packet, operation)
+        elif operation in _RESETS:
+            if self.handshake.ready:
+                self._reset(io, packet)
+            else:
+                self._answer(io, packet, Status.INVALID_DEVICE_STATE)
+        elif operation == Operation.FCHBA_DATA:
+            state = Status.INVALID_DEVICE_REQUEST if self.handshake.ready else Status.INVALID_DEVICE_STATE
+            self._answer(io, packet, state)
+        else:
+            raise ProtocolError("storvsp-unknown-operation", f"{operation:#x}")
+
+    def batch_ended(self, io: ChannelIo) -> None:
+        self.environment.workers.submit()
+        if io.fast is not None:
+            io.fast.submit()
+
+    def refused(self, io: ChannelIo, packet: Packet, error: GuestError) -> None:
+        """Ranges that are malformed. Whatever it was, it is an I/O that cannot be done."""
+        if not packet.completion_requested or not io.owes(packet.transaction_id):
+            return
+        if len(packet.payload) < SHORT_PACKET_SIZE or parse_operation(packet.payload) != _EXECUTE:
+            self._answer(io, packet, Status.INVALID_PARAMETER)
+            return
+        io.complete(
+            packet.transaction_id,
+            build_answer(
+                parse_request(packet.payload),
+                Status.INVALID_PARAMETER,
+                SrbStatus.INVALID_REQUEST,
+                ScsiStatus.GOOD,
+                0,
+                b"",
+                answer_size(len(packet.payload)),
+            ),
+        )
+
+    def _answer(self, io: ChannelIo, packet: Packet, status: Status, union: bytes = b"") -> None:
+        size = answer_size(len(packet.payload))
+        io.complete(packet.transaction_id, build_packet(Operation.COMPLETE_IO, status, union, size))
+
+    def _initialise(self, io: ChannelIo, packet: Packet, operation: int) -> None:
+        if io.subchannel_index:
+            self._answer(io, packet, Status.INVALID_DEVICE_STATE)
+            return
+        handshake = self.handshake
+        was_ready = handshake.ready
+        before = handshake.subchannels
+        status, union = handshake.take(operation, packet.payload[HEADER_SIZE:])
+        self._answer(io, packet, status, union)
+        if handshake.subchannels != before and handshake.subchannels:
+            io.offer_subchannels(handshake.subchannels)
+        if handshake.ready and not was_ready:
+            waiting, self._waiting_subchannels = self._waiting_subchannels, []
+            for each in waiting:
+                each.release()
+
+    # --- commands ------------------------------------------------------------------------------------------
+
+    def _execute(self, io: ChannelIo, packet: Packet) -> None:
+        if not self._active:
+            self._activate()
+        srb = parse_request(packet.payload)
+        request = Request(io, packet, srb, self.clock(), self._finished)
+        self._requests[io].add(request)
+        unit = None if srb.path else self.units.get((srb.target, srb.lun))
+        if unit is not None and srb.cdb[0] != Opcode.REPORT_LUNS:
+            request.unit = unit
+            unit.statistics.began()
+            self._do(request, unit)
+        else:
+            self._do(request, None)
+
+    def _do(self, request: Request, unit: LogicalUnit | None) -> None:
+        try:
+            if unit is None:
+                execute_without(request, self.units)
+            elif request.srb.cdb_length > CDB_SIZE:
+                raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
+            else:
+                unit.execute(request)
+        except CheckCondition as condition:
+            request.check(condition)
+        except ReservationConflict:
+            request.conflict()
+        except GuestError as error:
+            request.refuse(error)
+
+    def _finished(
+        self, request: Request, srb_status: int, scsi_status: int, transferred: int, sense: bytes
+    ) -> None:
+        io = request.io
+        requests = self._requests[io]
+        requests.discard(request)
+        unit = request.unit
+        if unit is not None:
+            unit.statistics.ended(self.clock() - request.begun)
+            if srb_status != _SUCCESS:
+                unit.statistics.error(srb_status, sense)
+        status = Status.SUCCESS
+        if srb_status != _SUCCESS:
+            status = nt_status(srb_status)
+        packet = request.packet
+        if io not in self._closing:
+            io.complete(
+                packet.transaction_id,
+                build_answer(
+                    request.srb,
+                    status,
+                    srb_status,
+                    scsi_status,
+                    transferred,
+                    sense,
+                    answer_size(len(packet.payload)),
+                ),
+            )
+        self._ended(io)
+
+    def _ended(self, io: ChannelIo) -> None:
+        """Commands of a channel have ended: see who waits for that."""
+        if io in self._closing and not self._busy(io):
+            self._closing.discard(io)
+            self._requests.pop(io, None)
+            io.channel.finish_close()
+        if self._removed:
+            self._close_removed()
+        if self.resets.waiting and not self._any_busy():
+            self.resets.settled()
+
+    def _reset(self, io: ChannelIo, packet: Packet) -> None:
+        for unit in self.units.values():
+            unit.reset()
+        self.resets.ask(io, packet, self.environment.timers)
+        for each in tuple(self._requests):
+            self._cancel(each)
+        if not self._any_busy():
+            self.resets.settled()
+
+    # --- reports and saving ----------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        handshake = self.handshake
+        return {
+            "stage": handshake.stage.name.lower(),
+            "version": str(handshake.version) if handshake.version else None,
+            "subchannels": handshake.subchannels or 0,
+            "in_flight": sum(len(each) + io.fast_in_flight for io, each in self._requests.items()),
+            "resets": self.resets.count,
+            "enumerations": self.enumerations,
+            "units": {f"{target}:{lun}": unit.status() for (target, lun), unit in sorted(self.units.items())},
+        }
+
+    def save(self) -> bytes:
+        state = save_controller(self)
+        self._deactivate()  # whoever goes on with the guest may use the images
+        return state
+
+    def restore(self, state: bytes) -> None:
+        restore_controller(self, state)
+
+    def outstanding(self) -> list[tuple[int, Packet]]:
+        """What the guest waits for, as channel and packet, oldest first; for saving."""
+        found = [*self.pending]
+        found += [
+            (request.io.subchannel_index, request.packet)
+            for requests in self._requests.values()
+            for request in sorted(requests, key=lambda request: request.begun)
+        ]
+        found += [(io.subchannel_index, packet) for io, packet in self.resets.waiting]
+        return found
+
+    def resumed(self, io: ChannelIo) -> None:
+        self._requests.setdefault(io, set())
+        self._open_fast(io)
+        index = io.subchannel_index
+        if not index:
+            self._primary = io
+        elif self.handshake.ready:
+            io.release()
+        else:
+            self._waiting_subchannels.append(io)
+        mine = [packet for at, packet in self.pending if at == index]
+        self.pending = [each for each in self.pending if each[0] != index]
+        for packet in mine:
+            if not io.owes(packet.transaction_id):
+                continue
+            try:
+                self.packet(io, packet)
+            except ProtocolError:
+                raise
+            except GuestError as error:
+                self.refused(io, packet, error)

@@ -1,0 +1,180 @@
+"""``--device scsi,...``: a line is a disk or a drive; lines that name one controller are one device."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from typing import Annotated
+
+from vmbus.bus.io.device import Device
+from vmbus.devices.joined import Whole
+from vmbus.devices.line import join_device, split_device
+from vmbus.devices.options import Help
+from vmbus.errors import UsageError
+from vmbus.wire.storvsp import ProtocolVersion
+
+from vmbus_devices.scsi.blocks import ReadErrors, WriteErrors
+from vmbus_devices.scsi.controller import MOST_LUNS, MOST_QUEUES, MOST_TARGETS, Controller
+from vmbus_devices.scsi.drive import DriveOptions, Format, Media, open_drive
+from vmbus_devices.scsi.file import Cache
+from vmbus_devices.scsi.image import DetectZeroes, ImageServers
+from vmbus_devices.scsi.unit import LogicalUnit
+
+
+class Scsi(Controller):
+    """Disks and CD-ROMs behind a storage controller (hv_storvsc); one --device line for each of them."""
+
+    name = "scsi"
+    whole = Whole("controller", ("instance", "queues", "transfer", "version"))
+
+    def __init__(
+        self,
+        *,
+        image: Annotated[str | None, Help("file, block device or NBD URI; none: an empty controller")] = None,
+        format: Annotated[
+            Format,
+            Help(
+                "of the image; auto: qcow2 if it looks like it, else raw. "
+                "Without image: null keeps nothing, memory forgets at the end"
+            ),
+        ] = Format.RAW,
+        size: Annotated[str | None, Help("of a null or memory disk: 512M, 4G")] = None,
+        media: Annotated[
+            Media | None, Help("what the guest sees (default disk, cdrom for an image named .iso)")
+        ] = None,
+        target: Annotated[int, Help("SCSI target", least=0, most=MOST_TARGETS - 1)] = 0,
+        lun: Annotated[int | None, Help("LUN (default: the next free)", least=0, most=MOST_LUNS - 1)] = None,
+        controller: Annotated[str, Help("lines that name the same one share it")] = "scsi",
+        readonly: Annotated[bool, Help("refuse writes, share the image")] = False,
+        cache: Annotated[Cache, Help("as QEMU's")] = Cache.NONE,
+        discard: Annotated[bool, Help("let the guest give blocks back")] = True,
+        detect_zeroes: Annotated[
+            DetectZeroes,
+            Help("zeros that are written take no room in a qcow2 (on), nor stay where they had (unmap)"),
+        ] = DetectZeroes.OFF,
+        reconnect: Annotated[
+            float, Help("seconds that requests wait for an NBD server that has gone", least=0, most=86400)
+        ] = 5.0,
+        connections: Annotated[int, Help("to an NBD server that allows several", least=1, most=16)] = 4,
+        serial: Annotated[str | None, Help("serial number (default: from controller, target, LUN)")] = None,
+        block: Annotated[int, Help("bytes of a block: 512 or 4096")] = 512,
+        rotation: Annotated[int, Help("rounds a minute; 1: does not rotate", least=1, most=0xFFFE)] = 1,
+        werror: Annotated[
+            WriteErrors, Help("a write that fails: tell the guest, stop it, or stop it if there is no room")
+        ] = WriteErrors.REPORT,
+        rerror: Annotated[
+            ReadErrors, Help("a read that fails: tell the guest, or stop it")
+        ] = ReadErrors.REPORT,
+        fault: Annotated[str, Help("faults to have: error@8-15;delay:0.5@*;short:0.5@100-; see docs")] = "",
+        queues: Annotated[
+            int,
+            Help("of the controller: channels, as many as the guest has vCPUs", least=1, most=MOST_QUEUES),
+        ] = 8,
+        transfer: Annotated[
+            int, Help("of the controller: most KiB of one request", least=4, most=1024)
+        ] = 256,
+        version: Annotated[
+            str, Help("of the controller: newest protocol to agree to: 2.0, 4.2, 5.1, 6.0, 6.2")
+        ] = "6.2",
+        instance: Annotated[
+            uuid.UUID | None, Help("of the controller: instance GUID (default: from the name)")
+        ] = None,
+        images: ImageServers | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        versions = {str(each): each for each in ProtocolVersion}
+        if version not in versions:
+            raise UsageError(f"version={version}: one of {', '.join(versions)} is wanted")
+        super().__init__(
+            controller=controller,
+            instance=instance,
+            queues=queues,
+            max_transfer=transfer << 10,
+            max_version=versions[version],
+            clock=clock,
+        )
+        #: Lines of units that came with another one.
+        self._joined: dict[LogicalUnit, str] = {}
+        self.lun_was_chosen = lun is not None
+        self.default_serial = serial is None
+        if image is not None or format is not Format.RAW:
+            self.attach(
+                open_drive(
+                    DriveOptions(
+                        image=image,
+                        format=format,
+                        size=size,
+                        media=media,
+                        readonly=readonly,
+                        cache=cache,
+                        discard=discard,
+                        detect_zeroes=detect_zeroes,
+                        reconnect=reconnect,
+                        connections=connections,
+                        serial=serial,
+                        block=block,
+                        rotation=rotation,
+                        fault=fault,
+                        write_errors=werror,
+                        read_errors=rerror,
+                        max_transfer=self.max_transfer,
+                    ),
+                    f"{controller}-{target}-{lun or 0}",
+                    images,
+                ),
+                target,
+                lun,
+            )
+
+    def join(self, other: Device) -> bool:
+        """Take over the units of ``other`` if it stands for the same controller (one --device line each)."""
+        if not isinstance(other, Scsi) or other.controller != self.controller:
+            return False
+        if difference := self._difference(other):
+            other.stop()
+            raise UsageError(
+                f"controller {self.controller} has {difference}; that holds for all of its lines"
+            )
+        for (target, lun), unit in other.units.items():
+            if not other.lun_was_chosen:
+                lun = self.free_lun(target)
+            if other.default_serial:
+                unit.name(f"{self.controller}-{target}-{lun}")
+            self.attach(unit, target, lun)
+            self._joined[unit] = other.line
+        other.units.clear()
+        return True
+
+    def _difference(self, other: Scsi) -> str:
+        """What ``other`` says otherwise about the controller, or nothing."""
+        for key, here, there in (
+            ("instance", self.instance, other.instance),
+            ("queues", self.queues, other.queues),
+            ("transfer", self.max_transfer >> 10, other.max_transfer >> 10),
+            ("version", str(self.max_version), str(other.max_version)),
+        ):
+            if here != there:
+                return f"{key}={here}, not {there}"
+        return ""
+
+    def line_of(self, place: tuple[int, int]) -> str:
+        unit = self.units[place]
+        line = self._joined.get(unit, self.line)
+        if not line:
+            return ""
+        name, values = split_device(line)
+        values |= {"target": str(place[0]), "lun": str(place[1]), "serial": unit.identity.serial}
+        return join_device(name, self._named(values))
+
+    def lines(self) -> list[str]:
+        if not self.line:
+            return []
+        if self.units:
+            return [self.line_of(place) for place in sorted(self.units)]
+        name, values = split_device(self.line)
+        kept = (self.whole.key, *self.whole.options)
+        return [join_device(name, self._named({key: values[key] for key in kept if key in values}))]
+
+    def _named(self, values: dict[str, str]) -> dict[str, str]:
+        return values | ({"id": self.name} if self.name != self.controller else {})

@@ -1,0 +1,207 @@
+"""From the options of a ``--device scsi`` line to a unit."""
+
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vmbus.errors import DeviceError, UsageError, UserError
+
+from vmbus_devices.nbd.client import AddressConnector, Client
+from vmbus_devices.nbd.uri import is_uri, parse_uri
+from vmbus_devices.nbd.wire import ExportFlag
+from vmbus_devices.scsi.backend import Backend, MemoryBackend, NullBackend
+from vmbus_devices.scsi.blocks import BlockUnit, ReadErrors, WriteErrors
+from vmbus_devices.scsi.cdrom import CdRom
+from vmbus_devices.scsi.disk import Disk
+from vmbus_devices.scsi.faults import FaultPlan, parse_faults
+from vmbus_devices.scsi.file import Cache, FileBackend
+from vmbus_devices.scsi.image import DetectZeroes, ImageBackend, ImageFile, ImageServers, probe
+from vmbus_devices.scsi.nbd import LEAST_MAXIMUM, NbdBackend
+
+_SIZE = re.compile(r"(\d+)([KMGT]?)", re.IGNORECASE)
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SERIAL = re.compile(r"[!-~]{1,64}")
+BLOCK_SIZES = (512, 4096)
+_TO_AN_IMAGE = 2
+"""Connections to the server of an image: each takes sixteen requests at a time."""
+
+
+class Format(enum.Enum):
+    """What the data is."""
+
+    RAW = "raw"
+    AUTO = "auto"
+    QCOW2 = "qcow2"
+    QCOW = "qcow"
+    QED = "qed"
+    VMDK = "vmdk"
+    VDI = "vdi"
+    VHDX = "vhdx"
+    VPC = "vpc"
+    PARALLELS = "parallels"
+    NULL = "null"
+    MEMORY = "memory"
+
+
+class Media(enum.Enum):
+    """What the guest sees."""
+
+    DISK = "disk"
+    CDROM = "cdrom"
+
+
+@dataclass(frozen=True, slots=True)
+class DriveOptions:
+    """As on the command line; ``max_transfer`` in bytes is the controller's."""
+
+    image: str | None = None
+    format: Format = Format.RAW
+    size: str | None = None
+    media: Media | None = None
+    readonly: bool = False
+    cache: Cache = Cache.NONE
+    discard: bool = True
+    serial: str | None = None
+    detect_zeroes: DetectZeroes = DetectZeroes.OFF
+    reconnect: float = 5.0
+    connections: int = 4
+    block: int = 512
+    rotation: int = 1
+    fault: str = ""
+    write_errors: WriteErrors = WriteErrors.REPORT
+    read_errors: ReadErrors = ReadErrors.REPORT
+    max_transfer: int = 256 << 10
+
+
+def parse_size(text: str) -> int:
+    """``4G`` in bytes. Raises :class:`~vmbus.errors.UsageError`."""
+    found = _SIZE.fullmatch(text)
+    if found is None or not int(found[1]):
+        raise UsageError(f"size={text}: write 512M or 4G")
+    return int(found[1]) * _UNITS[found[2].upper()]
+
+
+def open_drive(options: DriveOptions, default_serial: str, images: ImageServers | None = None) -> BlockUnit:
+    """The unit; ``images`` opens those that are not raw.
+
+    Raises :class:`~vmbus.errors.UserError` for an image that cannot be opened, or such options.
+    """
+    if options.block not in BLOCK_SIZES:
+        raise UsageError(f"block={options.block}: 512 or 4096 is wanted")
+    serial = options.serial or default_serial
+    if not _SERIAL.fullmatch(serial):
+        raise UsageError(f"serial={serial}: 1 to 64 printable characters of ASCII, no blanks")
+    cdrom = (options.media or _media(options.image)) is Media.CDROM
+    faults = FaultPlan(parse_faults(options.fault))
+    unit = _unit(options, images, serial, faults, cdrom=cdrom)
+    unit.write_errors, unit.read_errors = options.write_errors, options.read_errors
+    return unit
+
+
+def _unit(
+    options: DriveOptions, images: ImageServers | None, serial: str, faults: FaultPlan, *, cdrom: bool
+) -> BlockUnit:
+    backend = _backend(options, images, read_only=options.readonly or cdrom)
+    try:
+        if cdrom:
+            return CdRom(backend, serial, max_transfer=options.max_transfer, faults=faults)
+        if backend.alignment > options.block:
+            raise UsageError(
+                f"{options.image}: direct I/O wants blocks of {backend.alignment} bytes: block={backend.alignment}, "
+                "or cache=writeback"
+            )
+        if backend.block_minimum > options.block:
+            raise UsageError(
+                f"{options.image}: the server wants blocks of {backend.block_minimum} bytes: "
+                f"block={backend.block_minimum}"
+            )
+        if backend.size < options.block:
+            raise UsageError(f"{options.image or options.format.value} is smaller than a block")
+        return Disk(
+            backend,
+            serial,
+            block_size=options.block,
+            max_transfer=options.max_transfer,
+            rotation=options.rotation,
+            faults=faults,
+        )
+    except BaseException:
+        backend.close()
+        raise
+
+
+def _media(image: str | None) -> Media:
+    return Media.CDROM if image is not None and image.lower().endswith(".iso") else Media.DISK
+
+
+def _nbd(options: DriveOptions, uri: str, *, read_only: bool) -> Backend:
+    address = parse_uri(uri)
+    client = Client(
+        AddressConnector(address), uri, connections=options.connections, reconnect=options.reconnect
+    )
+    try:
+        export = client.open()
+    except DeviceError as error:
+        raise UserError(str(error)) from error
+    try:
+        if export.flags & ExportFlag.READ_ONLY and not read_only:
+            raise UserError(f"{uri}: the server lets nobody write to it; say readonly=on")
+        if export.maximum < LEAST_MAXIMUM:
+            raise UserError(f"{uri}: the server takes no more than {export.maximum} bytes in a request")
+    except BaseException:
+        client.close()
+        raise
+    return NbdBackend(client, export, read_only=read_only, cache=options.cache, can_discard=options.discard)
+
+
+def _image(options: DriveOptions, images: ImageServers | None, *, read_only: bool) -> Backend:
+    if options.image is None:
+        raise UsageError("image= is missing")
+    if is_uri(options.image):
+        raise UsageError(f"format={options.format.value}: an NBD server gives raw data; leave format= away")
+    if options.size is not None:
+        raise UsageError("size= is of null and memory disks; an image has a size")
+    if images is None:
+        raise UsageError(f"format={options.format.value}: nobody here opens images that are not raw")
+    image = ImageFile(
+        Path(options.image),
+        options.format.value,
+        read_only=read_only,
+        cache=options.cache,
+        discard=options.discard,
+        detect_zeroes=options.detect_zeroes,
+    )
+    return ImageBackend(
+        images, image, connections=min(options.connections, _TO_AN_IMAGE), reconnect=options.reconnect
+    )
+
+
+def _backend(options: DriveOptions, images: ImageServers | None, *, read_only: bool) -> Backend:
+    if options.format is Format.AUTO and options.image is not None and not is_uri(options.image):
+        options = replace(options, format=Format(probe(Path(options.image))))
+    elif options.format is Format.AUTO:
+        options = replace(options, format=Format.RAW)
+    if options.format not in (Format.RAW, Format.NULL, Format.MEMORY):
+        return _image(options, images, read_only=read_only)
+    if options.detect_zeroes is not DetectZeroes.OFF:
+        raise UsageError("detect_zeroes= is of images that are not raw")
+    if options.format is Format.RAW:
+        if options.image is None:
+            raise UsageError("image= is missing")
+        if options.size is not None:
+            raise UsageError("size= is of null and memory disks; a raw image has a size")
+        if is_uri(options.image):
+            return _nbd(options, options.image, read_only=read_only)
+        return FileBackend(
+            Path(options.image), read_only=read_only, cache=options.cache, can_discard=options.discard
+        )
+    if options.image is not None:
+        raise UsageError(f"format={options.format.value} takes no image")
+    kind = NullBackend if options.format is Format.NULL else MemoryBackend
+    backend = kind(parse_size(options.size or "1G"))
+    backend.read_only = read_only
+    backend.can_discard = options.discard and not read_only
+    return backend

@@ -1,0 +1,95 @@
+"""Persistent reservations of one disk (SPC-4 5.13), of which a single initiator can be the holder: the guest.
+
+no key --REGISTER key--> registered --RESERVE--> reserved --RELEASE--> registered --REGISTER 0--> no key
+                              '---- CLEAR ----> no key <---- CLEAR, REGISTER 0 ----'
+
+| refused with              | when                                                             |
+| RESERVATION CONFLICT      | the key is not the registered one; another type is held          |
+| 5/24 invalid field in CDB | an unknown service action, scope or type                         |
+| 5/26 invalid field in list| keys are to survive a loss of power, or other initiators named   |
+| 5/26/04 invalid release   | RELEASE of another type than is held                             |
+| 5/1A                      | the parameter list has not 24 bytes                              |
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from vmbus.errors import MalformedError
+from vmbus.wire.scsi import RESERVATION_LIST, Sense
+
+from vmbus_devices.scsi.sense import CheckCondition, ReservationConflict
+
+REGISTER, RESERVE, RELEASE, CLEAR, PREEMPT, PREEMPT_AND_ABORT, REGISTER_AND_IGNORE = range(7)
+READ_KEYS, READ_RESERVATION, REPORT_CAPABILITIES = range(3)
+
+TYPES = (1, 3, 5, 6, 7, 8)
+"""Write exclusive, exclusive access; the same for registrants only; and for all registrants."""
+
+_TYPE_MASK = sum(1 << (each + 8 if each < 8 else 0) for each in TYPES)
+_SPEC_I_PT, _APTPL = 0x08, 0x01
+
+
+@dataclass(slots=True)
+class Reservations:
+    """``key`` 0: the guest is not registered; ``type`` 0: nothing is reserved."""
+
+    key: int = 0
+    type: int = 0
+    generation: int = 0
+
+    def change(self, action: int, scope_and_type: int, data: bytes) -> None:
+        """PERSISTENT RESERVE OUT. Raises CheckCondition or ReservationConflict, and nothing has changed then."""
+        try:
+            wanted = RESERVATION_LIST.parse(data)
+        except MalformedError:
+            raise CheckCondition(Sense.PARAMETER_LIST_LENGTH) from None
+        if len(data) != RESERVATION_LIST.size:
+            raise CheckCondition(Sense.PARAMETER_LIST_LENGTH)
+        if wanted.flags & (_SPEC_I_PT | _APTPL):
+            raise CheckCondition(Sense.INVALID_FIELD_IN_LIST)
+        if action in (RESERVE, RELEASE, PREEMPT, PREEMPT_AND_ABORT):
+            kind = scope_and_type & 0xF
+            if scope_and_type >> 4 or kind not in TYPES:
+                raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
+        if action in (REGISTER, REGISTER_AND_IGNORE):
+            if action == REGISTER and wanted.key != self.key:
+                raise ReservationConflict
+            self.key = wanted.action_key
+            self.type = self.type if self.key else 0
+            self.generation += 1
+            return
+        if action not in (RESERVE, RELEASE, CLEAR, PREEMPT, PREEMPT_AND_ABORT):
+            raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
+        if not self.key or wanted.key != self.key:
+            raise ReservationConflict
+        if action == RESERVE:
+            if self.type not in (0, kind):
+                raise ReservationConflict
+            self.type = kind
+        elif action == RELEASE:
+            if self.type not in (0, kind):
+                raise CheckCondition(Sense.INVALID_RELEASE)
+            self.type = 0
+        elif action == CLEAR:
+            self.key = self.type = 0
+            self.generation += 1
+        else:
+            if wanted.action_key != self.key:
+                raise ReservationConflict
+            self.type = kind
+            self.generation += 1
+
+    def report(self, action: int) -> bytes:
+        """The data of PERSISTENT RESERVE IN. Raises CheckCondition."""
+        generation = self.generation & 0xFFFFFFFF
+        if action == READ_KEYS:
+            keys = struct.pack(">Q", self.key) if self.key else b""
+            return struct.pack(">II", generation, len(keys)) + keys
+        if action == READ_RESERVATION:
+            held = struct.pack(">Q5xB2x", self.key, self.type) if self.type else b""
+            return struct.pack(">II", generation, len(held)) + held
+        if action == REPORT_CAPABILITIES:
+            return struct.pack(">HBBH2x", 8, 0, 0x80, _TYPE_MASK & 0xFFFF)
+        raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)

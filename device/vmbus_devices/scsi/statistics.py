@@ -1,0 +1,102 @@
+"""What one unit has done: for ``vmbus status``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from vmbus.devices.histogram import Histogram
+from vmbus.ports import FastPath
+
+
+class UnitStatistics:
+    """Counters of a unit. Bytes are of READ and WRITE only; latency is from packet to completion."""
+
+    __slots__ = (
+        "_depth",
+        "_fast",
+        "bytes_read",
+        "bytes_written",
+        "errors",
+        "flushes",
+        "latency",
+        "most_depth",
+        "reads",
+        "requests",
+        "writes",
+    )
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.reads = self.writes = self.flushes = 0
+        self.bytes_read = self.bytes_written = 0
+        self._depth = self.most_depth = 0
+        self._fast: tuple[FastPath, int] | None = None
+        self.errors: Counter[str] = Counter()
+        self.latency = Histogram()
+
+    def began(self) -> None:
+        """A request came."""
+        self.requests += 1
+        self._depth += 1
+        if self._depth > self.most_depth:
+            self.most_depth = self._depth
+
+    @property
+    def depth(self) -> int:
+        """Requests that have not ended."""
+        return self._depth + (self._fast[0].depth(self._fast[1]) if self._fast else 0)
+
+    def follow(self, fast: FastPath, number: int) -> None:
+        """Compiled code does some of the unit's requests, and counts them."""
+        self._fast = (fast, number)
+
+    def unfollow(self) -> None:
+        """It does no more."""
+        self.absorb()
+        self._fast = None
+
+    def absorb(self) -> None:
+        """Add what compiled code counted since it was last asked."""
+        if self._fast is None:
+            return
+        fast, number = self._fast
+        counts = fast.counts(number)
+        self.requests += counts.reads + counts.writes
+        self.reads += counts.reads
+        self.writes += counts.writes
+        self.bytes_read += counts.bytes_read
+        self.bytes_written += counts.bytes_written
+        self.most_depth = max(self.most_depth, counts.most_depth)
+        if counts.latencies:
+            self.latency.merge(counts.latencies, counts.least, counts.greatest)
+
+    def ended(self, seconds: float) -> None:
+        """It was answered, ``seconds`` later."""
+        self._depth -= 1
+        self.latency.add(seconds)
+
+    def error(self, srb_status: int, sense: bytes) -> None:
+        """It failed: counted by sense key, code and qualifier, or by SRB status where there is no sense data."""
+        name = f"{sense[2] & 0xF:x}/{sense[12]:02x}/{sense[13]:02x}" if sense else f"srb-{srb_status:02x}"
+        self.errors[name] += 1
+
+    def status(self) -> dict[str, Any]:
+        """Names and plain values; microseconds."""
+        self.absorb()
+        latency: dict[str, Any] = dict(self.latency.status())
+        latency |= {
+            f"p{percent}_us": round(self.latency.quantile(percent / 100) * 1e6, 1) for percent in (90, 99)
+        }
+        return {
+            "requests": self.requests,
+            "reads": self.reads,
+            "writes": self.writes,
+            "flushes": self.flushes,
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "queue_depth": self.depth,
+            "most_queue_depth": self.most_depth,
+            "errors": dict(self.errors),
+            "latency": latency,
+        }

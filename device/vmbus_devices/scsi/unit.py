@@ -1,0 +1,242 @@
+"""What disks and CD-ROMs have in common: who they are, unit attentions, and the commands about the device.
+
+    execute(request) --> refused by sense | unit attention | the command's method --> request.succeed(), give(), ...
+
+A method that raises :class:`~vmbus_devices.scsi.sense.CheckCondition` refuses the command. A pending unit attention
+is reported once, in place of the next command's result; INQUIRY, REPORT LUNS and REQUEST SENSE are answered
+regardless (SPC-4 5.6).
+"""
+
+from __future__ import annotations
+
+# ruff: noqa: B027 - a disk keeps nothing that a reset would end
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vmbus.bus.io.device import DeviceEnvironment
+from vmbus.errors import InternalError
+from vmbus.ports import FastUnit
+from vmbus.wire.scsi import (
+    INQUIRY,
+    DeviceType,
+    Inquiry,
+    ModePage,
+    Opcode,
+    Sense,
+    VitalPage,
+    caching_page,
+    cdb_allocation,
+    control_page,
+    mode_header_6,
+    mode_header_10,
+    sense_data,
+    vital_page,
+)
+
+from vmbus_devices.scsi.backend import Backend
+from vmbus_devices.scsi.request import Request
+from vmbus_devices.scsi.sense import CheckCondition
+from vmbus_devices.scsi.statistics import UnitStatistics
+
+_log = logging.getLogger(__name__)
+
+VENDOR = b"Msft    "
+"""Linux's driver knows what a host of this name can do, and Windows what it boots from."""
+
+MOST_ATTENTIONS = 8
+
+Command = Callable[[Request], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a unit is; ``serial``: 1 to 64 characters of ASCII, the same for as long as the data is."""
+
+    serial: str
+    product: str
+    revision: str = "1.0"
+
+    @property
+    def naa(self) -> bytes:
+        """A locally assigned NAA identifier (SPC-4 7.8.6.6), from the serial number."""
+        digest = hashlib.sha256(self.serial.encode()).digest()
+        return bytes((0x30 | digest[0] & 0x0F,)) + digest[1:8]
+
+
+class LogicalUnit(ABC):
+    """A unit behind a (target, LUN) of a controller."""
+
+    device_type: DeviceType
+    removable = False
+    product: str
+    block_size: int
+    """Bytes."""
+    blocks: int
+
+    def __init__(self, backend: Backend, serial: str) -> None:
+        self.backend = backend
+        self.name(serial)
+        self.statistics = UnitStatistics()
+        self.attentions: list[Sense] = []
+        #: Commands that failed and are done again when the guest, which was stopped for that, goes on.
+        self.kept: list[Request] = []
+        #: Why they failed.
+        self.kept_because = ""
+        self.environment: DeviceEnvironment | None = None
+        self._commands: dict[int, Command] = {
+            Opcode.TEST_UNIT_READY: self._test_unit_ready,
+            Opcode.REQUEST_SENSE: self._request_sense,
+            Opcode.INQUIRY: self._inquiry,
+            Opcode.MODE_SENSE_6: self._mode_sense,
+            Opcode.MODE_SENSE_10: self._mode_sense,
+            Opcode.START_STOP_UNIT: self._start_stop,
+            Opcode.PREVENT_ALLOW: self._prevent_allow,
+        }
+
+    def name(self, serial: str) -> None:
+        """Be known by this serial number; before a guest sees the unit."""
+        self.identity = Identity(serial, self.product)
+
+    def start(self, environment: DeviceEnvironment) -> None:
+        """Before the first command."""
+        self.environment = environment
+        self.backend.use(environment.workers)
+
+    def close(self) -> None:
+        """The unit is gone, and all its commands have ended."""
+        self.backend.close()
+
+    def reset(self) -> None:
+        """The guest reset the bus, or begins anew: what it had set is forgotten."""
+
+    def resized(self) -> bool:
+        """Look at the size again; whether it changed."""
+        return False
+
+    @property
+    def plain(self) -> bool:
+        """Whether a read or write now is like any other: nothing to tell, no fault to have."""
+        return False
+
+    def fast_unit(self) -> FastUnit | None:
+        """What compiled code needs to know for reads and writes; ``None`` if it cannot do them."""
+        return None
+
+    def attention(self, sense: Sense) -> None:
+        """Tell the guest with its next command."""
+        if sense not in self.attentions and len(self.attentions) < MOST_ATTENTIONS:
+            self.attentions.append(sense)
+
+    def keep(self, request: Request, why: str) -> None:
+        """Stop the guest; ``request`` is done again when it goes on. Only where the guest can be stopped."""
+        environment = self.environment
+        if environment is None or environment.stop_guest is None:
+            raise InternalError("a guest that cannot be stopped")
+        self.kept.append(request)
+        self.kept_because = why
+        request.cancel = lambda: self.kept.remove(request)
+        environment.stop_guest(f"disk {self.identity.serial}: {why}")
+
+    def take_kept(self) -> list[Request]:
+        """What was kept, to be done again."""
+        kept, self.kept = self.kept, []
+        for request in kept:
+            request.cancel = None
+        return kept
+
+    def execute(self, request: Request) -> None:
+        """Do the command. Raises :class:`CheckCondition`, or a GuestError for a buffer that is not RAM."""
+        opcode = request.cdb[0]
+        if self.attentions and opcode not in (Opcode.INQUIRY, Opcode.REPORT_LUNS, Opcode.REQUEST_SENSE):
+            raise CheckCondition(self.attentions.pop(0))
+        command = self._commands.get(opcode)
+        if command is None:
+            raise CheckCondition(Sense.INVALID_OPCODE)
+        command(request)
+
+    # --- commands ----------------------------------------------------------------------------------------------
+
+    def _test_unit_ready(self, request: Request) -> None:
+        request.succeed()
+
+    def _request_sense(self, request: Request) -> None:
+        if request.cdb[1] & 1:  # descriptor format
+            raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
+        sense = self.attentions.pop(0) if self.attentions else Sense.NO_SENSE
+        request.give(sense_data(sense), cdb_allocation(request.cdb))
+
+    def _inquiry(self, request: Request) -> None:
+        cdb = request.cdb
+        if cdb[1] & 1:
+            data = self._vital_pages().get(cdb[2])
+            if cdb[2] == VitalPage.SUPPORTED:
+                data = bytes(sorted((VitalPage.SUPPORTED, *self._vital_pages())))
+            if data is None:
+                raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
+            request.give(vital_page(self.device_type, cdb[2], data), cdb_allocation(cdb))
+            return
+        if cdb[1] or cdb[2]:
+            raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
+        request.give(
+            INQUIRY.build(
+                Inquiry(
+                    self.device_type,
+                    0x80 if self.removable else 0,
+                    VENDOR,
+                    self.identity.product.encode().ljust(16)[:16],
+                    self.identity.revision.encode().ljust(4)[:4],
+                )
+            ),
+            cdb_allocation(cdb),
+        )
+
+    def _vital_pages(self) -> Mapping[int, bytes]:
+        """The data of each page but 00."""
+        return {
+            VitalPage.SERIAL_NUMBER: self.identity.serial.encode(),
+            VitalPage.IDENTIFICATION: bytes((1, 3, 0, 8)) + self.identity.naa,
+        }
+
+    def _mode_sense(self, request: Request) -> None:
+        cdb = request.cdb
+        control, page, subpage = cdb[2] >> 6, cdb[2] & 0x3F, cdb[3]
+        if control == 3:
+            raise CheckCondition(Sense.SAVING_NOT_SUPPORTED)
+        pages = self._mode_pages()
+        if page == ModePage.ALL:
+            if subpage not in (0, 0xFF):
+                raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
+            found = [pages[number] for number in sorted(pages)]
+        elif page in pages and not subpage:
+            found = [pages[page]]
+        else:
+            raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
+        if control == 1:  # which bits can be changed: none
+            found = [each[:2] + bytes(len(each) - 2) for each in found]
+        data = b"".join(found)
+        header = mode_header_6 if cdb[0] == Opcode.MODE_SENSE_6 else mode_header_10
+        request.give(header(len(data), self._mode_parameter()) + data, cdb_allocation(cdb))
+
+    def _mode_pages(self) -> Mapping[int, bytes]:
+        return {
+            ModePage.CACHING: caching_page(self.backend.write_cache),
+            ModePage.CONTROL: control_page(),
+        }
+
+    def _mode_parameter(self) -> int:
+        """The device-specific parameter of mode headers."""
+        return 0
+
+    def _start_stop(self, request: Request) -> None:
+        request.succeed()
+
+    def _prevent_allow(self, request: Request) -> None:
+        request.succeed()
+
+    @abstractmethod
+    def status(self) -> dict[str, Any]:
+        """For ``vmbus status``."""

@@ -1,0 +1,230 @@
+"""Shutdown: asks the guest to power off, restart or hibernate.
+
+Source: spec/devices.md 1.4. The guest's answer is its intention: "ok" comes before it acts. That the machine is
+off is seen from QEMU, not here.
+
+    | outcome     | means                                                                           |
+    | OK          | the guest has begun                                                             |
+    | FAILED      | the guest refuses; ``status`` says why (hibernation without S4, ...)            |
+    | NOT_READY   | nothing was asked: no driver in the guest has opened the channel and negotiated |
+    | IN_PROGRESS | nothing was asked: another request waits for its answer                         |
+    | NO_ANSWER   | asked, but the guest has not answered in time                                   |
+    | GONE        | asked, but the guest closed the channel before it answered                      |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import construct as c
+from vmbus.devices.saved import SavedState
+from vmbus.errors import UsageError
+from vmbus.wire.codec import Record
+from vmbus.wire.ic import (
+    SHUTDOWN_BODY,
+    SHUTDOWN_INSTANCE,
+    SHUTDOWN_INTERFACE,
+    SHUTDOWN_MESSAGE_BYTES,
+    SHUTDOWN_REASON_PLANNED,
+    IcHeader,
+    IcMessageType,
+    IcStatus,
+    IcVersion,
+    ShutdownBody,
+    ShutdownFlags,
+)
+
+from vmbus_devices.ic import IC_SAVED_BYTES, IntegrationComponent
+
+_log = logging.getLogger(__name__)
+
+PATIENCE = 30.0
+"""Seconds for an answer. Guests answer before they act, so only one that hangs needs longer."""
+
+
+class ShutdownAction(enum.Enum):
+    """What the guest is asked to do."""
+
+    SHUTDOWN = "shutdown"
+    RESTART = "restart"
+    HIBERNATE = "hibernate"
+
+
+_ACTION_FLAGS = {
+    ShutdownAction.SHUTDOWN: ShutdownFlags(0),
+    ShutdownAction.RESTART: ShutdownFlags.RESTART,
+    ShutdownAction.HIBERNATE: ShutdownFlags.HIBERNATE,
+}
+
+
+class ShutdownOutcome(enum.Enum):
+    """How a request ended; see the table above."""
+
+    OK = "ok"
+    FAILED = "failed"
+    NOT_READY = "not ready"
+    IN_PROGRESS = "in progress"
+    NO_ANSWER = "no answer"
+    GONE = "gone"
+
+
+@dataclass(frozen=True, slots=True)
+class ShutdownResult:
+    """``status`` is the guest's, 0 unless the outcome is ``FAILED``."""
+
+    outcome: ShutdownOutcome
+    status: int = 0
+
+    def __str__(self) -> str:
+        if self.outcome is not ShutdownOutcome.FAILED:
+            return str(self.outcome.value)
+        try:
+            return f"failed: {IcStatus(self.status).name.lower().replace('_', ' ')} ({self.status:#010x})"
+        except ValueError:
+            return f"failed: {self.status:#010x}"
+
+
+Done = Callable[[ShutdownResult], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ShutdownSaved:
+    """Kept over a restore; who asked cannot be kept, what the guest says is logged then."""
+
+    requests: int
+
+
+SHUTDOWN_SAVED = SavedState(Record(ShutdownSaved, "requests" / c.Int64ul))
+
+
+class Shutdown(IntegrationComponent):
+    """Asks the guest to power off, restart or hibernate."""
+
+    name = "shutdown"
+    interface_id = SHUTDOWN_INTERFACE
+    instance_id = SHUTDOWN_INSTANCE
+    message_type = IcMessageType.SHUTDOWN
+    message_versions = (IcVersion(1, 0), IcVersion(3, 0), IcVersion(3, 1), IcVersion(3, 2))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests = 0
+        self.last_result: ShutdownResult | None = None
+        self._done: Done | None = None
+
+    def shut_down(
+        self,
+        action: ShutdownAction | str,
+        done: Done | None = None,
+        *,
+        force: bool = False,
+        reason: int = SHUTDOWN_REASON_PLANNED,
+        timeout: int = 0,
+        message: str = "",
+    ) -> None:
+        """Ask the guest. ``done`` is called exactly once, perhaps before this returns.
+
+        ``force``: the guest shall not wait for its programs. ``timeout`` (seconds) and ``message`` are for the
+        guest's users; Linux looks at neither. Raises :class:`~vmbus.errors.UsageError` for an action that
+        does not exist, or a message or number that does not fit; ``done`` is not called then.
+        """
+        body = _body(action, force, reason, timeout, message)
+        if self.pending:
+            _finish(done, ShutdownResult(ShutdownOutcome.IN_PROGRESS))
+        elif self.version is None:
+            _finish(done, ShutdownResult(ShutdownOutcome.NOT_READY))
+        else:
+            self.requests += 1
+            self._done = done
+            self.request(body, patience=PATIENCE)
+
+    async def ask(self, action: ShutdownAction | str, **details: Any) -> ShutdownResult:
+        """:meth:`shut_down` for coroutines."""
+        answer: asyncio.Future[ShutdownResult] = asyncio.get_running_loop().create_future()
+
+        def done(result: ShutdownResult) -> None:
+            if not answer.done():  # the waiter may have been cancelled
+                answer.set_result(result)
+
+        self.shut_down(action, done, **details)
+        return await answer
+
+    def ready(self) -> None:
+        """Nothing is sent until somebody asks."""
+
+    def taken_up(self) -> None:
+        """After a restore: the answer of a pending request is still awaited, by this object alone."""
+        if self.pending:
+            self.expect(PATIENCE)
+
+    def answered(self, header: IcHeader, body: bytes) -> None:
+        """The guest has decided."""
+        if header.status == IcStatus.OK:
+            self._end(ShutdownResult(ShutdownOutcome.OK))
+        else:
+            self._end(ShutdownResult(ShutdownOutcome.FAILED, header.status))
+
+    def unanswered(self) -> None:
+        """Whatever the guest meant, it was no answer."""
+        self._end(ShutdownResult(ShutdownOutcome.NO_ANSWER))
+
+    def overdue(self) -> None:
+        """Wait no longer; another request may be made."""
+        self.abandon()
+        self._end(ShutdownResult(ShutdownOutcome.NO_ANSWER))
+
+    def disconnected(self, pending: bool) -> None:
+        """The guest went, perhaps because it does as it was told."""
+        if pending:
+            self._end(ShutdownResult(ShutdownOutcome.GONE))
+
+    def status(self) -> dict[str, Any]:
+        """State, and the last result."""
+        report = super().status() | {"requests": self.requests, "pending": self.pending}
+        if self.last_result is not None:
+            report["last_result"] = str(self.last_result)
+        return report
+
+    def save(self) -> bytes:
+        """Versions, and whether an answer is awaited."""
+        return super().save() + SHUTDOWN_SAVED.save(ShutdownSaved(self.requests))
+
+    def restore(self, state: bytes) -> None:
+        """The inverse of :meth:`save`."""
+        own = SHUTDOWN_SAVED.load(state[IC_SAVED_BYTES:], self.name)
+        super().restore(state[:IC_SAVED_BYTES])
+        self.requests = own.requests
+
+    def _end(self, result: ShutdownResult) -> None:
+        _log.info("%s: %s", self.name, result)
+        self.last_result = result
+        done, self._done = self._done, None
+        _finish(done, result)
+
+
+def _finish(done: Done | None, result: ShutdownResult) -> None:
+    if done is not None:
+        done(result)
+
+
+def _body(action: ShutdownAction | str, force: bool, reason: int, timeout: int, message: str) -> bytes:
+    try:
+        flags = _ACTION_FLAGS[ShutdownAction(action)]
+    except ValueError as error:
+        allowed = ", ".join(each.value for each in ShutdownAction)
+        raise UsageError(f"{action!r}: a guest can be asked to {allowed}") from error
+    if force:
+        flags |= ShutdownFlags.FORCE
+    text = message.encode("utf-16-le", errors="replace")
+    if len(text) > SHUTDOWN_MESSAGE_BYTES - 2:
+        raise UsageError(f"a message of {len(message)} characters; at most {SHUTDOWN_MESSAGE_BYTES // 2 - 1}")
+    if not (0 <= reason <= 0xFFFF_FFFF and 0 <= timeout <= 0xFFFF_FFFF):
+        raise UsageError(f"reason {reason:#x}, timeout {timeout}: 32 bits each")
+    return SHUTDOWN_BODY.build(
+        ShutdownBody(reason, timeout, int(flags), text.ljust(SHUTDOWN_MESSAGE_BYTES, b"\0"))
+    )

@@ -1,8 +1,0 @@
-"""``python -m emulator`` is the command ``vmbus``."""
-
-import sys
-
-from emulator.cli import main
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,5 +1,0 @@
-"""What the emulator needs from outside: QEMU, guest kernels, an initramfs, and how to get them.
-
-Nothing here knows VMBus traffic; it imports only :mod:`emulator.errors`. Everything lives in one cache folder
-(:mod:`emulator.provision.cache`), can be deleted at any time, and is made again by ``vmbus setup``.
-"""

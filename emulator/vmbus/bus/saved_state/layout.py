@@ -1,0 +1,192 @@
+"""The bus's state (:mod:`vmbus.bus.saved_state.values`) as bytes; forms as in :mod:`vmbus.wire.saved`.
+
+Enumerations are stored as numbers: a member keeps its place in the lists below for ever, new ones come at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any
+
+import construct as c
+
+from vmbus.bus.channel.state import ChannelState, OpenRequest, ReservedClient
+from vmbus.bus.contact import ContactRequest, MonitorPages, NextAction, Phase
+from vmbus.bus.outbox import Outgoing, Target
+from vmbus.bus.saved_state.values import (
+    AssemblyRecord,
+    BusState,
+    ChannelRecord,
+    ConnectionRecord,
+    GpadlRecord,
+    HeldMessage,
+    RangeRecord,
+)
+from vmbus.wire.codec import Record
+from vmbus.wire.plain import Blob, Guid, Maybe, Members, Nested, PlainAdapter, Several, VarUint
+from vmbus.wire.version import ALL_FEATURES, Feature, Version
+
+_PHASES = (Phase.DISCONNECTED, Phase.CONNECTED, Phase.DISCONNECTING)
+_ACTIONS = (NextAction.NONE, NextAction.UNLOAD_RESPONSE, NextAction.CONTACT)
+_STATES = (
+    ChannelState.RELEASED,
+    ChannelState.CLOSED,
+    ChannelState.OPENING,
+    ChannelState.OPEN,
+    ChannelState.CLOSING,
+    ChannelState.CLOSING_REOPEN,
+    ChannelState.REVOKED,
+    ChannelState.REOFFERED,
+)
+
+
+class _Choice(PlainAdapter):
+    """A member of an enumeration, as its place in a list."""
+
+    def __init__(self, members: Sequence[Enum]) -> None:
+        super().__init__(c.Int8ul)
+        self._members = members
+
+    def _decode(self, obj: int, context: Any, path: str) -> Enum:
+        if obj >= len(self._members):
+            raise c.ValidationError(f"{obj}, and there are {len(self._members)}", path)
+        return self._members[obj]
+
+    def _encode(self, obj: Enum, context: Any, path: str) -> int:
+        return self._members.index(obj)
+
+
+class _Bool(PlainAdapter):
+    def _decode(self, obj: int, context: Any, path: str) -> bool:
+        if obj > 1:
+            raise c.ValidationError(f"{obj} is neither 0 nor 1", path)
+        return bool(obj)
+
+    def _encode(self, obj: bool, context: Any, path: str) -> int:
+        return int(obj)
+
+
+class _Version(PlainAdapter):
+    def _decode(self, obj: int, context: Any, path: str) -> Version:
+        if obj not in Version.__members__.values():
+            raise c.ValidationError(f"version {obj:#x}", path)
+        return Version(obj)
+
+    def _encode(self, obj: Version, context: Any, path: str) -> int:
+        return int(obj)
+
+
+class _Features(PlainAdapter):
+    def __init__(self, *, known: bool = True) -> None:
+        super().__init__(c.Int32ul)
+        self._known = known
+
+    def _decode(self, obj: int, context: Any, path: str) -> Feature:
+        if self._known and obj & ~int(ALL_FEATURES):
+            raise c.ValidationError(f"features {obj:#x}", path)
+        return Feature(obj)
+
+    def _encode(self, obj: Feature, context: Any, path: str) -> int:
+        return int(obj)
+
+
+_FLAG = _Bool(c.Int8ul)
+_AGREED = _Version(c.Int32ul)
+_FEATURES = _Features()
+
+_TARGET = Record(Target, "vp" / c.Int32ul, "sint" / c.Int8ul)
+_MONITOR_PAGES = Record(MonitorPages, "parent_to_child" / c.Int64ul, "child_to_parent" / c.Int64ul)
+_CONTACT = Record(
+    ContactRequest,
+    "version" / c.Int32ul,
+    "target" / Nested(_TARGET),
+    "vtl" / c.Int8ul,
+    # As the guest sent them: they are looked at when its turn comes.
+    "features" / _Features(known=False),
+    "interrupt_page" / c.Int64ul,
+    "parent_to_child" / c.Int64ul,
+    "child_to_parent" / c.Int64ul,
+    "client_id" / Maybe(Guid),
+    "trusted" / _FLAG,
+)
+_CONNECTION = Record(
+    ConnectionRecord,
+    "phase" / _Choice(_PHASES),
+    "version" / Maybe(_AGREED),
+    "features" / _FEATURES,
+    "target" / Nested(_TARGET),
+    "interrupt_page" / c.Int64ul,
+    "monitor_pages" / Maybe(Nested(_MONITOR_PAGES)),
+    "client_id" / Maybe(Guid),
+    "trusted" / _FLAG,
+    "offers_sent" / _FLAG,
+    "paused" / _FLAG,
+    "next_action" / _Choice(_ACTIONS),
+    "next_contact" / Maybe(Nested(_CONTACT)),
+)
+_RESERVED = Record(ReservedClient, "target" / Nested(_TARGET), "version" / _AGREED, "features" / _FEATURES)
+_REQUEST = Record(
+    OpenRequest,
+    "open_id" / c.Int32ul,
+    "ring_gpadl_id" / c.Int32ul,
+    "target_vp" / Maybe(c.Int32ul),
+    "downstream_offset" / c.Int32ul,
+    "user_data" / Blob,
+    "event_flag" / Maybe(c.Int16ul),
+    "connection_id" / Maybe(c.Int32ul),
+    "redirect_interrupt" / _FLAG,
+    "reserved" / Maybe(Nested(_RESERVED)),
+)
+_RANGE = Record(
+    RangeRecord,
+    "byte_count" / c.Int32ul,
+    "byte_offset" / c.Int32ul,
+    "runs" / Members(Several(VarUint[2])),
+)
+_GPADL = Record(
+    GpadlRecord,
+    "gpadl_id" / c.Int32ul,
+    "ranges" / Members(Nested(_RANGE)),
+    "tearing_down" / _FLAG,
+    "told" / _FLAG,
+)
+_ASSEMBLY = Record(
+    AssemblyRecord,
+    "relid" / c.Int32ul,
+    "gpadl_id" / c.Int32ul,
+    "capacity" / c.Int32ul,
+    "range_count" / c.Int32ul,
+    "data" / Blob,
+)
+_CHANNEL = Record(
+    ChannelRecord,
+    "interface_id" / Guid,
+    "instance_id" / Guid,
+    "subchannel_index" / c.Int16ul,
+    "state" / _Choice(_STATES),
+    "relid" / Maybe(c.Int32ul),
+    "monitor_id" / Maybe(c.Int32ul),
+    "offered" / _FLAG,
+    "request" / Maybe(Nested(_REQUEST)),
+    "reopen" / Maybe(Nested(_REQUEST)),
+    "target_vp" / Maybe(c.Int32ul),
+    "pending_target" / Maybe(c.Int32ul),
+    "close_answer" / Maybe(Nested(_TARGET)),
+    "revoking" / _FLAG,
+    "abandoned" / _FLAG,
+    "released_by_guest" / _FLAG,
+    "waiting" / _FLAG,
+    "gpadls" / Members(Nested(_GPADL)),
+)
+_HELD = Record(HeldMessage, "connection_id" / c.Int32ul, "payload" / Blob, "trusted" / _FLAG)
+_OUTGOING = Record(Outgoing, "target" / Nested(_TARGET), "payload" / Blob, "lasting" / _FLAG)
+
+SAVED_BUS = Record(
+    BusState,
+    "connection" / Nested(_CONNECTION),
+    "channels" / Members(Nested(_CHANNEL)),
+    "assemblies" / Members(Nested(_ASSEMBLY)),
+    "inbox" / Members(Nested(_HELD)),
+    "outbox" / Members(Nested(_OUTGOING)),
+)

@@ -1,0 +1,169 @@
+"""The state of the bus as plain values, for whoever saves it (spec/save-restore-and-migration.md 2.1).
+
+Nothing here refers to a live object. Rings are not part of it: they are guest memory. Messages that the SynIC
+has queued already belong to the hypervisor part. Page lists are runs of (first page frame number, count).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vmbus.bus.channel.gpadl import Assembly, Gpadl, GpadlState
+from vmbus.bus.channel.state import ChannelState, OpenRequest
+from vmbus.bus.contact import Connection, ContactRequest, MonitorPages, NextAction, Phase
+from vmbus.bus.offers import OfferKey
+from vmbus.bus.outbox import Outgoing, Target
+from vmbus.wire.pfn_runs import runs
+from vmbus.wire.version import Feature, Version
+
+if TYPE_CHECKING:
+    from vmbus.bus.channel.channel import Channel
+
+
+@dataclass(frozen=True, slots=True)
+class RangeRecord:
+    """One range of a GPADL."""
+
+    byte_count: int
+    byte_offset: int
+    runs: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GpadlRecord:
+    """A complete GPADL. ``told``: its device knows of it."""
+
+    gpadl_id: int
+    ranges: tuple[RangeRecord, ...]
+    tearing_down: bool = False
+    told: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class AssemblyRecord:
+    """A GPADL in progress; ``capacity`` and ``data`` in bytes."""
+
+    relid: int
+    gpadl_id: int
+    capacity: int
+    range_count: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelRecord:
+    """A channel; fields as in :class:`~vmbus.bus.channel.channel.Channel`.
+
+    ``waiting``: released only because there was no free id. A released channel that does not wait was given up
+    by the guest, and is not offered to it again on this connection.
+    """
+
+    interface_id: uuid.UUID
+    instance_id: uuid.UUID
+    subchannel_index: int
+    state: ChannelState
+    relid: int | None = None
+    monitor_id: int | None = None
+    offered: bool = False
+    request: OpenRequest | None = None
+    reopen: OpenRequest | None = None
+    target_vp: int | None = None
+    pending_target: int | None = None
+    close_answer: Target | None = None
+    revoking: bool = False
+    abandoned: bool = False
+    released_by_guest: bool = False
+    waiting: bool = False
+    gpadls: tuple[GpadlRecord, ...] = ()
+
+    @property
+    def key(self) -> OfferKey:
+        return (self.interface_id, self.instance_id, self.subchannel_index)
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionRecord:
+    """What is agreed with the guest; fields as in :class:`~vmbus.bus.contact.Connection`."""
+
+    phase: Phase
+    version: Version | None
+    features: Feature
+    target: Target
+    interrupt_page: int
+    monitor_pages: MonitorPages | None
+    client_id: uuid.UUID | None
+    trusted: bool
+    offers_sent: bool
+    paused: bool
+    next_action: NextAction
+    next_contact: ContactRequest | None
+
+    @classmethod
+    def of(cls, connection: Connection) -> ConnectionRecord:
+        """A frozen copy."""
+        return cls(*(getattr(connection, field.name) for field in dataclasses.fields(connection)))
+
+    def thaw(self) -> Connection:
+        """The inverse of :meth:`of`."""
+        return Connection(*(getattr(self, field.name) for field in dataclasses.fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class HeldMessage:
+    """A message of the guest that a paused bus has not acted on."""
+
+    connection_id: int
+    payload: bytes
+    trusted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BusState:
+    """All of it. ``inbox`` and ``outbox``: messages that wait, in order."""
+
+    connection: ConnectionRecord
+    channels: tuple[ChannelRecord, ...] = ()
+    assemblies: tuple[AssemblyRecord, ...] = ()
+    inbox: tuple[HeldMessage, ...] = ()
+    outbox: tuple[Outgoing, ...] = ()
+
+
+def gpadl_record(gpadl: Gpadl) -> GpadlRecord:
+    """A GPADL as a record."""
+    ranges = tuple(
+        RangeRecord(each.byte_count, each.byte_offset, tuple(runs(each.pfns))) for each in gpadl.ranges
+    )
+    return GpadlRecord(gpadl.gpadl_id, ranges, gpadl.state is GpadlState.TEARING_DOWN, gpadl.told)
+
+
+def assembly_record(assembly: Assembly) -> AssemblyRecord:
+    """An assembly as a record."""
+    return AssemblyRecord(
+        assembly.relid, assembly.gpadl_id, assembly.capacity, assembly.range_count, bytes(assembly.data)
+    )
+
+
+def channel_record(channel: Channel, *, waiting: bool) -> ChannelRecord:
+    """A channel as a record; ``waiting`` for a free id."""
+    return ChannelRecord(
+        interface_id=channel.offer.interface_id,
+        instance_id=channel.offer.instance_id,
+        subchannel_index=channel.offer.subchannel_index,
+        state=channel.state,
+        relid=channel.relid,
+        monitor_id=channel.monitor_id,
+        offered=channel.offered,
+        request=channel.request,
+        reopen=channel.reopen,
+        target_vp=channel.target_vp,
+        pending_target=channel.signals.pending_target,
+        close_answer=channel.close_answer,
+        revoking=channel.revoking,
+        abandoned=channel.abandoned,
+        released_by_guest=channel.released_by_guest,
+        waiting=waiting,
+        gpadls=tuple(gpadl_record(gpadl) for gpadl in channel.gpadls.values()),
+    )

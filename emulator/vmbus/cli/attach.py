@@ -1,0 +1,85 @@
+"""``vmbus attach``: serve a QEMU that runs already."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from vmbus.cli.devices import registry
+from vmbus.cli.options import add_host_options, device_lines, host_options
+from vmbus.cli.serving import CONTROL_COMMANDS
+from vmbus.machine import rundir
+from vmbus.machine.host import Ending, Host
+from vmbus.machine.migration.side_channel import CarrierAddress
+from vmbus.machine.served import Served
+
+_EPILOG = """\
+examples:
+  vmbus attach --qmp /tmp/vm/emulator-qmp.sock
+  vmbus attach --qmp qmp.sock --device echo --name build-vm
+
+The QEMU must have been started with the options that `vmbus qemu-args` prints; all the rest (guest memory and its
+layout, gateway, qtest, vCPUs) is found through QMP and the QEMU process. Ctrl-C detaches: QEMU goes on, and its
+guest waits where it needs its host. The next emulator can serve it if it has not set up anything yet; if it has, it
+can only be reset (--reset), since that was known to the emulator that went away. To keep it, take a snapshot, or
+migrate it.
+"""
+
+
+def add_parser(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "attach",
+        help="serve a QEMU that runs already",
+        description="Attaches to a running QEMU and plays its guest's Hyper-V host.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--qmp", required=True, type=Path, metavar="SOCKET", help="QEMU's QMP socket")
+    parser.add_argument("--name", help="the name under which `vmbus status` finds it (default: guest-N)")
+    parser.add_argument(
+        "--take-over", action="store_true", help="replace an emulator that is attached (it will end)"
+    )
+    parser.add_argument(
+        "--reset",
+        action="store_true",
+        help="reset a guest that used its Hyper-V host already when its emulator went away, which knew it alone",
+    )
+    parser.add_argument(
+        "--carrier",
+        metavar="unix:PATH|file:PATH",
+        help="QEMU waits for a guest that is migrated, and the emulator's state comes there, if not in QEMU's stream",
+    )
+    add_host_options(parser)
+    parser.set_defaults(action=main)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    return asyncio.run(_attach(arguments))
+
+
+async def _attach(arguments: argparse.Namespace) -> int:
+    devices = registry().create_all(device_lines(arguments))
+    directory = rundir.create(arguments.name, 0)
+    try:
+        host = await Host.attach(arguments.qmp, devices, host_options(arguments))
+        served = Served(host, directory.path, CONTROL_COMMANDS)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(served.close)
+            if arguments.carrier is not None:
+                await host.migration.listen(CarrierAddress.parse(arguments.carrier))
+            await served.start()
+            print(
+                f"attached to QEMU {host.facts.version} (process {host.facts.pid}) as {directory.name}",
+                file=sys.stderr,
+            )
+            ending = await served.serve()
+    finally:
+        shutil.rmtree(directory.path, ignore_errors=True)
+    if ending is not Ending.STOPPED:
+        print(f"QEMU (process {host.facts.pid}) ended: {ending.value}", file=sys.stderr)
+    return 0

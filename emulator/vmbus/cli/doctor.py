@@ -1,0 +1,60 @@
+"""``vmbus doctor``: what this machine has, what is missing, and how to get it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from vmbus.cli.table import table
+from vmbus.errors import VmbusError
+from vmbus.machine import native
+from vmbus.machine.gateway import build as gateway_build
+from vmbus.machine.io import fastpath_build
+from vmbus.machine.native import NativeLibrary
+from vmbus.provision.doctor import Check, State, examine, healthy
+
+_EPILOG = """\
+examples:
+  vmbus doctor
+  vmbus doctor --json
+
+Exit status 0 when nothing that is needed is missing, else 1. Nothing is changed.
+"""
+
+
+def add_parser(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "doctor",
+        help="what this machine has, what is missing, and how to get it",
+        description="Looks at what the emulator needs of this machine.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="the checks as one JSON list")
+    parser.set_defaults(action=main)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    checks = examine(more=[_compiled(each) for each in (gateway_build.LIBRARY, fastpath_build.LIBRARY)])
+    if arguments.json:
+        print(json.dumps([check.as_json() for check in checks], indent=2))
+    else:
+        rows = [(check.state.value, check.name, check.found) for check in checks]
+        print(table(("", "what", "found"), rows))
+        for check in checks:
+            if check.remedy and check.state is not State.OK:
+                print(f"{check.name}: {check.remedy}")
+    return 0 if healthy(checks) else 1
+
+
+def _compiled(library: NativeLibrary) -> Check:
+    name = library.what.removeprefix("the ")
+    built = library.path()
+    if built.is_file():
+        return Check(name, State.OK, f"built: {built}")
+    try:
+        compiler = native.compiler()
+    except VmbusError as error:
+        return Check(name, State.MISSING, "not built, and no C compiler", str(error))
+    return Check(name, State.OPTIONAL, f"not built yet ({compiler} is there)", "`vmbus setup` builds it")

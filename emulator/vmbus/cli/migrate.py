@@ -1,0 +1,302 @@
+"""``vmbus migrate``: live-migrate a served guest, to another QEMU here or to where somebody listens."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vmbus.cli.table import table
+from vmbus.errors import UsageError, UserError
+from vmbus.machine import rundir
+from vmbus.machine.control import ask
+from vmbus.machine.host import Ending, Host
+from vmbus.machine.migration.addresses import descriptor_number
+from vmbus.machine.migration.drive import MigrationFailed, migrate
+from vmbus.machine.migration.side_channel import CarrierAddress
+
+_EPILOG = """\
+examples:
+  vmbus migrate                             into a new QEMU and emulator, under the same name
+  vmbus migrate web --json                  the same, with all figures
+  vmbus run --incoming tcp:0:4444 ...       on the target: the same options as the guest was started with
+  vmbus migrate web tcp:target:4444         and then this, on the source
+  vmbus migrate web unix:m --carrier unix:c the state goes from emulator to emulator (QEMU without D-Bus)
+  vmbus migrate web --share-memory          into a new QEMU that maps the same memory: nothing of it is copied
+  vmbus migrate web unix:main.sock --cpr unix:cpr.sock
+                                            the same with QEMU's cpr-transfer, into a QEMU of your own
+
+  vmbus migrate web fd:3 3<>/dev/tcp/target/4444
+                                            over a descriptor of the shell's (a socket, a pipe)
+  vmbus migrate web exec:'ssh t start' --keep
+  vmbus migrate web --take-back             ... and it was refused there: the guest goes on here
+  vmbus migrate web --wait-ready            somebody else drives, and sends migrate-continue after this
+
+The guest is never lost: if anything fails before the target has all of it, it goes on where it is.
+Exit status 0 when it runs at the target, 1 when it stayed.
+"""
+
+_POLL = 0.2
+_LEAVE = 0.2
+"""Seconds in which the answer reaches whoever asked, before the source's emulator ends."""
+
+
+def add_parser(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "migrate",
+        help="live-migrate a served guest",
+        description="Live-migrates a served guest: bus, devices and transactions under way go with it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", nargs="?", help="the guest (not needed where only one is served)")
+    parser.add_argument("uri", nargs="?", help="where a QEMU listens (tcp:HOST:PORT, unix:PATH, ...)")
+    parser.add_argument(
+        "--save-buffer",
+        type=int,
+        metavar="BYTES",
+        help="size of the buffer that each channel is saved into, chunk by chunk (default: 65536)",
+    )
+    parser.add_argument(
+        "--share-memory",
+        action="store_true",
+        help="copy no guest memory: the new QEMU, on this host, maps the same file",
+    )
+    parser.add_argument(
+        "--cpr",
+        metavar="ADDRESS",
+        help="hand QEMU's descriptors over there first (mode cpr-transfer); nothing is copied",
+    )
+    parser.add_argument(
+        "--carrier",
+        metavar="unix:PATH|file:PATH",
+        help="the emulator's state goes to the other emulator over a socket, or through a file, and not in QEMU's "
+        "stream: for a QEMU without dbus-vmstate, and for more than 1 MiB of state; the target has the same option",
+    )
+    parser.add_argument(
+        "--wait-ready",
+        action="store_true",
+        help="start nothing: wait until the emulator's part of a migration that somebody else drives is ready, so "
+        "that migrate-continue may be sent (see --switchover of `vmbus run`); status 1 if it ends before that",
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, metavar="SECONDS", help="give up then (default: 600)"
+    )
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="once the guest has gone, keep what was sent of it, stopped, and end only when told to: where a target "
+        "cannot say that it refuses (file:, exec:, a pipe, or --carrier file:), for --take-back",
+    )
+    parser.add_argument(
+        "--take-back",
+        action="store_true",
+        help="the guest was sent away, with --keep or by somebody else's command, and the target is known to have "
+        "failed: let it go on here",
+    )
+    parser.add_argument("--json", action="store_true", help="the summary, as one JSON object")
+    parser.set_defaults(action=main)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    name, uri = arguments.name, arguments.uri
+    if uri is None and name is not None and ":" in name:  # no guest's name has a colon
+        name, uri = None, name
+    if uri is not None and arguments.share_memory:
+        raise UsageError(
+            "--share-memory is for a guest that moves into a new QEMU here; to a URI, set x-ignore-shared on both "
+            "sides, and start the target with the same mem-path"
+        )
+    if uri is None and arguments.keep:
+        raise UsageError("--keep goes with a URI; a guest that moves here is kept until its new QEMU has it")
+    if uri is None and arguments.cpr is not None:
+        raise UsageError("--cpr goes with a URI: where the same QEMU waits for the rest")
+    if arguments.carrier is not None:
+        if uri is None:
+            raise UsageError("--carrier goes with a URI; a guest that moves here finds its own way")
+        arguments.carrier = str(CarrierAddress.parse(arguments.carrier))
+    control = rundir.find(name) / "control.sock"
+    if arguments.take_back:
+        if uri is not None or arguments.share_memory or arguments.wait_ready:
+            raise UsageError(
+                "--take-back starts no migration, it is about the guest that was here: it goes with no URI, no "
+                "--share-memory, no --wait-ready"
+            )
+        ask(control, "take-back")
+        print("the guest goes on here")
+        return 0
+    if arguments.wait_ready:
+        return _wait_ready(control, uri, arguments)
+    request: dict[str, object] = {"timeout": arguments.timeout}
+    if uri is not None:
+        request["uri"] = uri
+    if arguments.share_memory:
+        request["share_memory"] = True
+    if arguments.cpr is not None:
+        request["cpr"] = arguments.cpr
+    if arguments.carrier is not None:
+        request["carrier"] = arguments.carrier
+    if arguments.keep:
+        request["keep"] = True
+    if arguments.save_buffer is not None:
+        request["save_buffer"] = arguments.save_buffer
+    descriptors: list[int] = []
+    if uri is not None and (number := descriptor_number(uri)) is not None:
+        descriptors.append(own_descriptor(number))
+    found = _ask_with_progress(
+        control, "migrate" if uri else "move", request, arguments.timeout + 30, descriptors
+    )
+    if arguments.json:
+        json.dump(found, sys.stdout, indent=2)
+        print()
+    else:
+        print(render(found))
+        if arguments.keep:
+            print("what was sent is kept here, stopped: if the target refused it, --take-back lets it go on")
+    return 0
+
+
+def _wait_ready(control: Path, uri: str | None, arguments: argparse.Namespace) -> int:
+    if uri is not None or arguments.share_memory or arguments.cpr is not None:
+        raise UsageError("--wait-ready starts no migration: leave the URI, --share-memory and --cpr away")
+    limit = arguments.timeout
+    found = ask(control, "wait-ready", limit=limit + 30, timeout=limit)
+    if arguments.json:
+        json.dump(found, sys.stdout, indent=2)
+        print()
+    else:
+        print(f"ready: {found['state_bytes']} bytes of state; QEMU waits for migrate-continue")
+    return 0
+
+
+def own_descriptor(number: int) -> int:
+    """``number``, if it is an open descriptor of this process. Raises :class:`~vmbus.errors.UsageError`."""
+    try:
+        os.fstat(number)
+    except OSError as error:
+        raise UsageError(
+            f"fd:{number}: {error.strerror}; open it for this command, as in {number}>FILE"
+        ) from error
+    return number
+
+
+def _ask_with_progress(
+    control: Path, command: str, request: Mapping[str, Any], limit: float, descriptors: Sequence[int]
+) -> Any:
+    """Ask, and meanwhile show on a terminal how far QEMU is."""
+    result: list[Any] = []
+
+    def wait() -> None:
+        try:
+            result.append(ask(control, command, limit=limit, descriptors=descriptors, **request))
+        except UserError as error:
+            result.append(error)
+
+    asking = threading.Thread(target=wait, daemon=True)
+    asking.start()
+    shown = False
+    while asking.is_alive():
+        asking.join(_POLL)
+        if asking.is_alive() and sys.stderr.isatty():
+            try:
+                print(f"\r\x1b[K{_line(ask(control, 'migration', limit=5))}", end="", file=sys.stderr)
+            except UserError:
+                continue  # it has left already, or is busy at the switch-over
+            shown = True
+    if shown:
+        print("\r\x1b[K", end="", file=sys.stderr)
+    if isinstance(result[0], UserError):
+        raise result[0]
+    return result[0]
+
+
+def _line(found: Mapping[str, Any]) -> str:
+    ram = found.get("ram") or {}
+    total, left = ram.get("total", 0), ram.get("remaining", 0)
+    share = f", {100 * (total - left) // total} % of memory" if total else ""
+    return f"{found.get('status', 'beginning')}{share}"
+
+
+def render(found: Mapping[str, Any]) -> str:
+    """The summary for a person."""
+    rows = [
+        [
+            channel["name"],
+            str(channel["chunks"]),
+            str(channel["bytes"]),
+            " ".join(status.removeprefix("STATUS_") for status in channel["statuses"]),
+        ]
+        for channel in found["channels"]
+    ]
+    return "\n".join(
+        [
+            f"migrated in {found['total']:.2f} s, {found['memory_bytes'] >> 20} MiB in {found['passes']} passes; "
+            f"the guest stood still for {1000 * found['downtime']:.0f} ms",
+            f"of that {1000 * found['prepared_in']:.1f} ms for the emulator: {found['state_bytes']} bytes of state, "
+            f"{found['pages_marked']} pages marked ({found['pages_marked_early']} more before), "
+            f"{found['pages_carried']} pages carried along, "
+            f"{found['answers_carried']} answers carried over",
+            table(["channel", "chunks", "bytes", "SaveContinue returned"], rows),
+        ]
+    )
+
+
+async def answer(host: Host, request: Mapping[str, Any]) -> object:
+    """The control socket's ``migrate``: to a URI. The emulator then ends, unless it is to ``keep`` the guest."""
+    if "save_buffer" in request:
+        host.migration.buffer_size = int(request["save_buffer"])
+    try:
+        with host.migration.driven_here():
+            outcome = await migrate(
+                host,
+                str(request["uri"]),
+                cpr=str(request["cpr"]) if "cpr" in request else None,
+                descriptor=next(iter(request["descriptors"]), None),
+                carrier=CarrierAddress.parse(str(request["carrier"])) if "carrier" in request else None,
+                limit=float(request.get("timeout", 600)),
+            )
+    except (KeyError, ValueError) as error:
+        raise MigrationFailed(f"not a request to migrate: {error}") from error
+    if not request.get("keep"):
+        asyncio.get_running_loop().call_later(_LEAVE, host.stop, Ending.MIGRATED)
+    return outcome.as_dict()
+
+
+async def move(host: Host, request: Mapping[str, Any]) -> object:
+    """The control socket's ``move``, of a guest whose QEMU somebody else started."""
+    raise MigrationFailed(
+        "this guest's QEMU was started by somebody else, so no second one can be: start one with -incoming defer, "
+        "attach an emulator to it, and say where it listens (vmbus migrate NAME URI)"
+    )
+
+
+async def take_back(host: Host, request: Mapping[str, Any]) -> object:
+    """The control socket's ``take-back``."""
+    await host.migration.take_back()
+    return {}
+
+
+async def wait_ready(host: Host, request: Mapping[str, Any]) -> object:
+    """The control socket's ``wait-ready``: answered when QEMU may be told to go on."""
+    follower = host.migration
+    limit = float(request.get("timeout", 600))
+    try:
+        ready = await follower.until_ready(limit)
+    except TimeoutError:
+        raise MigrationFailed(f"no migration was ready within {limit:g} s") from None
+    if not ready:
+        departure = follower.departure
+        raise MigrationFailed(f"the migration ended before that: {departure.refusal or departure.status}")
+    return follower.departure.as_dict()
+
+
+async def progress(host: Host, request: Mapping[str, Any]) -> object:
+    """The control socket's ``migration``: QEMU's account of the one under way, or of the last one."""
+    found = await host.qmp.execute("query-migrate")
+    return {**found, "emulator": host.migration.phase.value}

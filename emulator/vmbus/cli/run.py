@@ -1,0 +1,336 @@
+"""``vmbus run``: start a guest, serve it, and (after ``--``) run a command in it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vmbus.bus.io.device import Device
+from vmbus.cli.devices import registry
+from vmbus.cli.migrate import own_descriptor
+from vmbus.cli.options import DEFAULT_GUEST, add_host_options, device_lines, host_options, size
+from vmbus.cli.serving import CONTROL_COMMANDS
+from vmbus.errors import UsageError, UserError
+from vmbus.machine import rundir
+from vmbus.machine.gateway import build as gateway_build
+from vmbus.machine.guest import Guest, emulator_options
+from vmbus.machine.host import Ending, Host, HostOptions
+from vmbus.machine.migration.addresses import descriptor_number
+from vmbus.machine.migration.drive import arrived, receive
+from vmbus.machine.migration.side_channel import CarrierAddress
+from vmbus.machine.qemu.launch import GuestOptions, command_line
+from vmbus.provision.command_output import CommandOutput
+from vmbus.provision.drivers import modules_for, present
+from vmbus.provision.initramfs import KERNEL_ARGUMENTS, ROOT_MODULES, build_initramfs, parse_add
+from vmbus.provision.kernel import GUESTS, GuestKernel, find_kernel, own_kernel
+from vmbus.provision.modules import ModuleTree
+from vmbus.provision.qemu import QemuBinary, find_qemu
+
+_EPILOG = """\
+examples:
+  vmbus run                                          the default guest, until it is shut down or Ctrl-C
+  vmbus run -- cat /proc/version                     run a command; its output is here, exit with its status
+  vmbus run --guest debian-6.1 --smp 2 --device echo --add ./prog -- prog --flag
+  vmbus run --kernel bzImage --modules ./lib/modules --append "debug" --serial console.txt
+  vmbus run --root /dev/sda1 --device scsi,image=debian.img          boot the system on that disk
+  vmbus run --root /dev/sda1 --device scsi,image=debian.img -- gcc --version    or only run a command in it
+  vmbus run --dry-run                                print the QEMU command line
+
+The kernel's console goes to --serial FILE, or to console.log in the guest's run directory
+($XDG_RUNTIME_DIR/vmbus/NAME), which is removed when the guest ends.
+"""
+
+#: What a guest program may ask modprobe for, besides the drivers of what is offered.
+AVAILABLE_MODULES = ("uio_hv_generic",)
+
+
+def add_parser(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "run",
+        help="start a guest and serve it; after --, run a command in it",
+        description="Starts a guest in QEMU and plays its Hyper-V host.",
+        usage="vmbus run [options] [-- CMD ...]",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    guest = parser.add_argument_group("the guest")
+    guest.add_argument("--name", help="its name (default: guest-N)")
+    guest.add_argument(
+        "--guest", choices=sorted(GUESTS), help=f"an embedded guest (default: {DEFAULT_GUEST})"
+    )
+    guest.add_argument("--kernel", type=Path, help="a kernel image of your own")
+    guest.add_argument("--modules", type=Path, metavar="DIR", help="its modules, for the embedded initramfs")
+    guest.add_argument("--initrd", type=Path, help="an initramfs of your own in place of the embedded one")
+    guest.add_argument(
+        "--root",
+        metavar="DEVICE",
+        help="go on in this file system of a disk (/dev/sda1, LABEL=x, UUID=x): its init takes over, or the command "
+        "after -- runs in it",
+    )
+    guest.add_argument("--append", default="", help="more for the kernel's command line")
+    guest.add_argument("--smp", type=int, default=1, metavar="N", help="vCPUs (default: 1)")
+    guest.add_argument("--memory", type=size, default=512 << 20, metavar="SIZE", help="RAM (default: 512M)")
+    guest.add_argument("--machine", default="q35", help="QEMU's machine: q35 or pc (default: q35)")
+    guest.add_argument("--cpu", default="max", help="QEMU's CPU model (default: max)")
+    guest.add_argument(
+        "--load", action="append", default=[], metavar="MODULE", help="load one more kernel module"
+    )
+    guest.add_argument(
+        "--add", action="append", default=[], metavar="FILE[:PATH]", help="put a file into the initramfs"
+    )
+    guest.add_argument("--serial", type=Path, metavar="FILE", help="the kernel's console goes to this file")
+    guest.add_argument("--qemu", default="", metavar="OPTIONS", help="more options for QEMU, as one word")
+    guest.add_argument(
+        "--incoming",
+        metavar="URI",
+        help="wait there for a guest that is migrated, instead of booting one; fd:N is descriptor N of this command",
+    )
+    guest.add_argument(
+        "--carrier",
+        metavar="unix:PATH|file:PATH",
+        help="with --incoming: how the emulator's state comes, if not in QEMU's stream; as `vmbus migrate --carrier`",
+    )
+    guest.add_argument(
+        "--snapshots", type=Path, metavar="FILE", help="a qcow2 image for snapshots, made if it is not there"
+    )
+    guest.add_argument("--no-reboot", action="store_true", help="end where the guest would reboot")
+    add_host_options(parser)
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="end the guest and fail after that time (default: none)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the QEMU command line and stop")
+    parser.set_defaults(action=main)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything decided before a guest is started."""
+
+    name: str | None
+    qemu: QemuBinary
+    gateway: Path
+    memory: int
+    guest: GuestOptions
+    devices: tuple[Device, ...]
+    host: HostOptions
+    new_devices: Callable[[Sequence[str]], Sequence[Device]]
+    """Devices from their lines, for a guest that moves."""
+    incoming: str | None = None
+    carrier: CarrierAddress | None = None
+    """With ``incoming``: how the emulator's state comes, if not in QEMU's stream."""
+
+
+def plan(arguments: argparse.Namespace) -> Plan:
+    """Turn the command line into a plan; builds what has to be built."""
+    devices = tuple(registry().create_all(device_lines(arguments)))
+    kernel = _kernel(arguments)
+    if arguments.initrd is not None:
+        if arguments.command or arguments.add:
+            raise UsageError("--add and a command after -- need the embedded initramfs: leave --initrd away")
+        initrd = arguments.initrd
+    else:
+        more = [*(present(kernel, ROOT_MODULES) if arguments.root else ()), *arguments.load]
+        initrd = build_initramfs(
+            kernel,
+            modules=guest_modules(kernel, devices, more),
+            available=present(kernel, AVAILABLE_MODULES),
+            add=[parse_add(line) for line in arguments.add],
+            command=arguments.command or None,
+            in_root=arguments.root is not None,
+        )
+    root = [f"root={arguments.root}"] if arguments.root else []
+    qemu = find_qemu()
+    if arguments.snapshots is not None and not arguments.dry_run:
+        make_image(qemu, arguments.snapshots)
+    try:
+        extra = shlex.split(arguments.qemu)
+    except ValueError as error:
+        raise UsageError(f"--qemu {arguments.qemu}: {error}; quote it as for a shell") from error
+    if arguments.no_reboot or arguments.command:
+        extra.append("-no-reboot")
+    return Plan(
+        name=arguments.name,
+        qemu=qemu,
+        gateway=gateway_build.build(),
+        memory=arguments.memory,
+        guest=GuestOptions(
+            kernel=kernel.vmlinuz,
+            initrd=initrd,
+            append=" ".join([*KERNEL_ARGUMENTS, *root, arguments.append]).strip(),
+            machine=arguments.machine,
+            # The gateway ends interrupts through the local APIC's memory page, which x2APIC mode has not.
+            cpu=f"{arguments.cpu},-x2apic" if arguments.auto_eoi else arguments.cpu,
+            smp=arguments.smp,
+            serial=arguments.serial.absolute() if arguments.serial else None,
+            command_port=bool(arguments.command),
+            incoming=arguments.incoming is not None,
+            snapshots=arguments.snapshots.absolute() if arguments.snapshots else None,
+            extra=tuple(extra),
+        ),
+        devices=devices,
+        host=host_options(arguments),
+        new_devices=registry().create_all,
+        incoming=_incoming(arguments.incoming),
+        carrier=_carrier(arguments),
+    )
+
+
+def _carrier(arguments: argparse.Namespace) -> CarrierAddress | None:
+    if arguments.carrier is None:
+        return None
+    if arguments.incoming is None:
+        raise UsageError("--carrier goes with --incoming")
+    return CarrierAddress.parse(arguments.carrier)
+
+
+def _incoming(uri: str | None) -> str | None:
+    if uri is not None and (number := descriptor_number(uri)) is not None:
+        own_descriptor(number)
+    return uri
+
+
+def make_image(qemu: QemuBinary, path: Path) -> None:
+    """An image that holds nothing but snapshots, if there is no file yet."""
+    if path.exists():
+        return
+    command = [*qemu.qemu_img(), "create", "-q", "-f", "qcow2", str(path), "64K"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"cannot make {path}: {done.stderr.strip()}")
+
+
+def _kernel(arguments: argparse.Namespace) -> GuestKernel:
+    if arguments.kernel is not None:
+        if arguments.guest is not None:
+            raise UsageError("--guest and --kernel exclude each other")
+        return own_kernel(arguments.kernel, arguments.modules)
+    if arguments.modules is not None:
+        raise UsageError("--modules goes with --kernel")
+    return find_kernel(arguments.guest or DEFAULT_GUEST)
+
+
+def guest_modules(
+    kernel: GuestKernel, devices: Sequence[Device], more: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """What the guest has to load for ``devices``, and ``more``; nothing for a kernel without modules."""
+    if kernel.modules is None:
+        return tuple(more)
+    interfaces = [device.offer().interface_id for device in devices]
+    return tuple(dict.fromkeys([*modules_for(ModuleTree(kernel.modules), interfaces), *more]))
+
+
+def main(arguments: argparse.Namespace) -> int:
+    if arguments.smp < 1:
+        raise UsageError(f"--smp {arguments.smp}: a guest has at least one vCPU")
+    decided = plan(arguments)
+    if arguments.dry_run:
+        directory = rundir.RunDirectory(
+            rundir.runtime_root() / (decided.name or "guest-1"),
+            rundir.runtime_root() / (decided.name or "guest-1") / "memory",
+        )
+        options = emulator_options(
+            directory, decided.memory, decided.gateway, migratable=decided.qemu.dbus_vmstate
+        )
+        print(shlex.join(command_line(decided.qemu.argv_prefix, directory, options, decided.guest)))
+        return 0
+    return asyncio.run(_run(decided, bool(arguments.command), arguments.timeout))
+
+
+async def _run(decided: Plan, command: bool, limit: float | None) -> int:
+    try:
+        async with asyncio.timeout(limit):
+            return await run_guest(decided, sys.stdout.buffer.write if command else None)
+    except TimeoutError:
+        raise UserError(f"the guest did not end within {limit:g} s") from None
+
+
+async def run_guest(decided: Plan, output: Callable[[bytes], object] | None) -> int:
+    """Start and serve the guest until it ends; ``output`` is given what its command prints.
+
+    The command's exit status, or 0 for a guest without command that was powered off.
+    """
+    async with Guest.start(
+        name=decided.name,
+        qemu=decided.qemu,
+        gateway_library=decided.gateway,
+        memory_size=decided.memory,
+        options=decided.guest,
+        devices=decided.devices,
+        host_options=decided.host,
+        commands=CONTROL_COMMANDS,
+        new_devices=decided.new_devices,
+    ) as guest:
+        if decided.incoming is not None:
+            await _receive(guest.host, decided.incoming, decided.carrier)
+            await arrived(guest.host, None)
+        if output is None or guest.command is None:
+            if sys.stderr.isatty():
+                print(
+                    f"serving {guest.directory.name}; `vmbus status {guest.directory.name}` shows its channels, "
+                    "Ctrl-C ends it",
+                    file=sys.stderr,
+                )
+            ending = await guest.served.serve()
+            if ending is Ending.QEMU_GONE:
+                raise UserError(f"QEMU ended unexpectedly:\n{guest.process.messages()}")
+            return 0
+        return await _command(guest, output, under_way=decided.incoming is not None)
+
+
+async def _receive(host: Host, uri: str, carrier: CarrierAddress | None) -> None:
+    number = descriptor_number(uri)
+    await receive(host, uri, descriptor=number, carrier=carrier)
+    if number is not None:
+        os.close(number)  # QEMU has it: whoever is at the other end sees when that closes it
+
+
+async def _command(guest: Guest, output: Callable[[bytes], object], *, under_way: bool) -> int:
+    """Hand on what the guest's command prints; its exit status, or 0 if it goes on elsewhere.
+
+    ``under_way``: it was started before the guest came here.
+    """
+    received = CommandOutput()
+    received.started = under_way
+
+    async def read() -> None:
+        async for data in guest.command_output():
+            if found := received.feed(data):
+                output(found)
+                sys.stdout.flush()
+        output(received.close())
+        sys.stdout.flush()
+
+    reading = asyncio.ensure_future(read())
+    ending = await guest.served.serve()
+    if ending in (Ending.STOPPED, Ending.MIGRATED):
+        reading.cancel()  # the port stays open as long as QEMU
+    with contextlib.suppress(asyncio.CancelledError):
+        await reading
+    if received.status is not None:
+        return received.status
+    if ending is Ending.STOPPED:
+        return 130
+    if ending is Ending.MIGRATED:
+        print("vmbus run: the guest has moved, and its command goes on there", file=sys.stderr)
+        return 0
+    raise UserError(_explain(guest, received))
+
+
+def _explain(guest: Guest, received: CommandOutput) -> str:
+    console = guest.directory.console
+    tail = console.read_text(errors="replace").splitlines()[-15:] if console.exists() else []
+    what = "ended before the command did" if received.started else "never started the command"
+    lines = "\n".join(tail) or "(nothing; was it sent to --serial?)"
+    return f"the guest {what}; the end of its console:\n{lines}\n{guest.process.messages()}".rstrip()

@@ -1,0 +1,120 @@
+"""``vmbus setup``: fetch the private QEMU and guest kernels, compile what is C."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vmbus.cli.options import DEFAULT_GUEST
+from vmbus.errors import MissingRequirement
+from vmbus.machine.gateway import build as gateway_build
+from vmbus.machine.io import fastpath_build
+from vmbus.provision.kernel import GUESTS, find_busybox, find_kernel
+from vmbus.provision.progress import for_stream
+from vmbus.provision.qemu import find_qemu
+from vmbus.provision.setup import Setup
+from vmbus.provision.system_disk import copy_system, find_system
+
+_EPILOG = """\
+examples:
+  vmbus setup                                what `vmbus run` and `vmbus demo` need
+  vmbus setup --guest debian-6.1 --guest debian-backports
+  vmbus setup --system debian.img            make a disk with a Debian system, and boot it:
+  vmbus run --root /dev/sda1 --device scsi,image=debian.img
+  vmbus setup --dry-run                      say what would be fetched and built
+
+A second run finds everything there. What was interrupted goes on where it stopped.
+Things are kept in $VMBUS_CACHE, else $XDG_CACHE_HOME/vmbus, else ~/.cache/vmbus.
+"""
+
+
+def add_parser(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "setup",
+        help="fetch the private QEMU and a guest kernel, build the gateway",
+        description="Fetches the private QEMU and guest kernels, and builds the gateway.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--guest",
+        action="append",
+        choices=sorted(GUESTS),
+        help=f"a guest kernel to fetch; may be repeated (default: {DEFAULT_GUEST})",
+    )
+    parser.add_argument(
+        "--system",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        metavar="FILE",
+        help="make a disk with a Debian system too (systemd, apt, gcc; some 45 seconds); FILE is to be a copy of it",
+    )
+    parser.add_argument("--update", action="store_true", help="fetch newer versions of what is there")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    parser.add_argument("--json", action="store_true", help="the result as one JSON object")
+    parser.set_defaults(action=main)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    guests = arguments.guest or [DEFAULT_GUEST]
+    if arguments.dry_run:
+        return _dry_run(guests, arguments.system)
+    setup = Setup(progress=for_stream())
+    found = setup.run(guests, update=arguments.update)
+    gateway = gateway_build.build()
+    system = None
+    if arguments.system is not None:
+        system = setup.system(update=arguments.update)
+        if arguments.system.name:
+            copy_system(system, arguments.system)
+            system = arguments.system
+
+    fast_path = fastpath_build.LIBRARY.build()
+    version = ".".join(map(str, found.qemu.version))
+    if arguments.json:
+        result = {
+            "qemu": {"version": version, "origin": found.qemu.origin, "command": found.qemu.argv_prefix},
+            "guests": [{"name": kernel.name, "release": kernel.release} for kernel in found.kernels],
+            "gateway": str(gateway),
+            "system": str(system) if system is not None else None,
+            "fast_path": str(fast_path),
+        }
+        json.dump(result, sys.stdout)
+        print()
+        return 0
+    print(f"QEMU {version} ({found.qemu.origin})")
+    for kernel in found.kernels:
+        print(f"guest {kernel.name}: Linux {kernel.release}")
+    print(f"gateway {gateway}")
+    if system is not None:
+        print(f"Debian system {system}")
+
+    print(f"fast path {fast_path}")
+    return 0
+
+
+def _dry_run(guests: list[str], system: Path | None) -> int:
+    checks: list[tuple[str, Callable[[], object]]] = [
+        ("QEMU", find_qemu),
+        ("busybox for the guest", find_busybox),
+    ]
+    if system is not None:
+        checks.append(("Debian system", find_system))
+    for name, check in checks:
+        try:
+            check()
+            print(f"{name}: there")
+        except MissingRequirement as missing:
+            print(f"{name}: to be fetched or made ({missing})")
+    for guest in guests:
+        try:
+            print(f"guest {guest}: there (Linux {find_kernel(guest).release})")
+        except MissingRequirement:
+            print(f"guest {guest}: to be fetched")
+    print("gateway and fast path: built from source where they are not there yet")
+    return 0

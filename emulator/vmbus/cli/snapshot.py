@@ -1,0 +1,115 @@
+"""``vmbus snapshot``: save a served guest, and go back to what was saved."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from vmbus.cli.table import table
+from vmbus.errors import UsageError, UserError
+from vmbus.machine import rundir
+from vmbus.machine.control import ask
+from vmbus.machine.host import Host
+from vmbus.machine.migration import snapshots
+
+_EPILOG = """\
+examples:
+  vmbus run --snapshots disk.qcow2          a guest with a place for snapshots (the file is made if needed)
+  vmbus snapshot save before-upgrade        the only served guest
+  vmbus snapshot save web before-upgrade
+  vmbus snapshot load web before-upgrade
+  vmbus snapshot list web --json
+
+Guest memory, processors, QEMU's devices, the bus and all synthetic devices go back together. Snapshots of QEMU's
+own commands (savevm, snapshot-save) do not have the emulator's part, and cannot be loaded.
+"""
+
+
+def add_parser(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "snapshot",
+        help="save a served guest, and go back to what was saved",
+        description="Saves a served guest with all its devices, loads, lists and deletes what was saved.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=("save", "load", "list", "delete"))
+    parser.add_argument(
+        "words", nargs="*", metavar="[NAME] TAG", help="the guest (if several are served), the snapshot"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, metavar="SECONDS", help="give up then (default: 600)"
+    )
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.set_defaults(action=main)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    words = list(arguments.words)
+    tag = words.pop() if arguments.what != "list" and words else ""
+    if len(words) > 1 or (arguments.what != "list" and not tag):
+        raise UsageError(f"{arguments.what} takes {'[NAME]' if arguments.what == 'list' else '[NAME] TAG'}")
+    control = rundir.find(words[0] if words else None) / "control.sock"
+    found = ask(
+        control,
+        "snapshot",
+        limit=arguments.timeout + 30,
+        what=arguments.what,
+        tag=tag,
+        timeout=arguments.timeout,
+    )
+    if arguments.json:
+        json.dump(found, sys.stdout, indent=2)
+        print()
+    else:
+        print(render(arguments.what, tag, found))
+    return 0
+
+
+def render(what: str, tag: str, found: Mapping[str, Any]) -> str:
+    """The answer for a person."""
+    if what == "list":
+        rows = [
+            [
+                each["tag"],
+                f"{each['size'] / (1 << 20):.1f} MiB",
+                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each["date"])),
+            ]
+            for each in found["snapshots"]
+        ]
+        return table(["snapshot", "size", "made"], rows) if rows else "no snapshots"
+    if what == "save":
+        return (
+            f"saved {tag} in {found['seconds']:.2f} s, {found['state_bytes']} bytes of it from the emulator"
+        )
+    return f"{'loaded' if what == 'load' else 'deleted'} {tag} in {found['seconds']:.2f} s"
+
+
+async def answer(host: Host, request: Mapping[str, Any]) -> object:
+    """The control socket's ``snapshot``."""
+    what, tag = request.get("what"), str(request.get("tag", ""))
+    limit = float(request.get("timeout", 600))
+    begun = time.monotonic()
+    found: dict[str, object] = {}
+    if what == "list":
+        return {
+            "snapshots": [
+                {"tag": each.tag, "size": each.size, "date": each.date}
+                for each in await snapshots.listed(host)
+            ]
+        }
+    if not tag:
+        raise UserError("a snapshot has a name")
+    if what == "save":
+        found.update((await snapshots.save(host, tag, limit=limit)).as_dict())
+    elif what == "load":
+        await snapshots.load(host, tag, limit=limit)
+    elif what == "delete":
+        await snapshots.delete(host, tag, limit=limit)
+    else:
+        raise UserError(f"a snapshot can be saved, loaded, listed and deleted, not {what!r}")
+    return {"tag": tag, "seconds": time.monotonic() - begun, **found}

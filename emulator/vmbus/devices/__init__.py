@@ -1,0 +1,1 @@
+"""What devices are made from: the registry, options, saved state, counters. The devices are packages of their own."""

@@ -1,0 +1,57 @@
+"""The table of synthetic MSRs: which exist for the features offered, and what reads and writes them.
+
+An MSR that is not in the table raises #GP, so does writing a read-only one (spec/vmbus.md 2). Not offered at
+all, because they would need the local APIC or have no use for a guest of this emulator: EOI, ICR, TPR
+(0x40000070 to 72), SIRBP, GUEST_IDLE, statistics, debug, re-enlightenment and nested MSRs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vmbus.hypervisor.faults import GeneralProtection
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """``read(vp)`` and ``write(vp, value)``; None: that access raises #GP."""
+
+    read: Callable[[int], int] | None
+    write: Callable[[int, int], None] | None = None
+
+
+class MsrTable:
+    """MSR number -> :class:`Register`."""
+
+    def __init__(self) -> None:
+        self._registers: dict[int, Register] = {}
+
+    def add(
+        self, msr: int, read: Callable[[int], int] | None, write: Callable[[int, int], None] | None = None
+    ) -> None:
+        """``msr`` exists from now on."""
+        self._registers[msr] = Register(read, write)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The MSRs that exist, in ascending order."""
+        return tuple(sorted(self._registers))
+
+    def read(self, vp: int, msr: int) -> int:
+        """Raises :class:`GeneralProtection` if it does not exist or cannot be read."""
+        register = self._registers.get(msr)
+        if register is None:
+            raise GeneralProtection("msr-not-offered", f"read of {msr:#x} on VP {vp}")
+        if register.read is None:
+            raise GeneralProtection("msr-write-only", f"read of {msr:#x} on VP {vp}")
+        return register.read(vp)
+
+    def write(self, vp: int, msr: int, value: int) -> None:
+        """Raises :class:`GeneralProtection` if it does not exist, is read-only or refuses the value."""
+        register = self._registers.get(msr)
+        if register is None:
+            raise GeneralProtection("msr-not-offered", f"write of {msr:#x} on VP {vp}")
+        if register.write is None:
+            raise GeneralProtection("msr-read-only", f"write of {msr:#x} on VP {vp}")
+        register.write(vp, value)

@@ -1,0 +1,329 @@
+"""The partition: everything that a guest sees of Hyper-V, as one object driven by traps (spec/vmbus.md 1 to 4).
+
+    GUEST_OS_ID   HYPERCALL        hypercalls
+    -----------   ---------------  -----------------------------------------------------------------------
+    0             0                #UD
+    0             enable written   neither enable nor locked sticks (TLFS: identify yourself first); #UD
+    id            0                #UD
+    id            enable           served; the page was filled when it was enabled or moved
+    id -> 0       any              enable is cleared, the page is never written again
+    any           locked           as it was; writes of HYPERCALL raise #GP until reset
+
+Registers of the partition (GUEST_OS_ID, HYPERCALL, REFERENCE_TSC, crash, TSC_INVARIANT_CONTROL) read the same on
+every processor. HYPERCALL alone refuses a page that is not RAM (#GP): a guest would call into nothing.
+
+``pause`` freezes what the guest could notice: no message, event, timer or interrupt reaches it, until ``resume``.
+A state is exported and imported while paused.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from vmbus.errors import InternalError
+from vmbus.hypervisor.crash import CAPABILITIES, CrashRegisters
+from vmbus.hypervisor.events import PartitionEvents
+from vmbus.hypervisor.faults import GeneralProtection, UndefinedOpcode
+from vmbus.hypervisor.features import Features
+from vmbus.hypervisor.guest_os import describe_guest_os
+from vmbus.hypervisor.hypercalls import HypercallRegisters, Hypercalls, MessageHandler
+from vmbus.hypervisor.msrs import MsrTable
+from vmbus.hypervisor.overlay import PageOverlay
+from vmbus.hypervisor.reference_time import GuestClock, ReferenceTime
+from vmbus.hypervisor.saved_state import restore as saved
+from vmbus.hypervisor.saved_state.values import PartitionState
+from vmbus.hypervisor.stimer import SyntheticTimers
+from vmbus.hypervisor.synic import Synic
+from vmbus.ports import PAGE_SIZE, GuestMemory, Interrupts, Timers
+from vmbus.refusals import Refusals
+from vmbus.wire.gateway import DoorbellRule
+from vmbus.wire.hypercall import HYPERCALL_PAGE_CODE, HYPERCALL_PAGE_FILLER
+from vmbus.wire.msr import (
+    CRASH_PARAMETER_COUNT,
+    HYPERCALL_PAGE,
+    PAGE_REGISTER,
+    SINT_COUNT,
+    STIMER_COUNT,
+    SYNIC_VERSION,
+    Msr,
+)
+
+_log = logging.getLogger(__name__)
+_MASK64 = (1 << 64) - 1
+_DEFAULT_FEATURES = Features()
+_ENABLE = 1
+_LOCKED = 2
+_RESET = 1
+_PAGE_IMAGE = HYPERCALL_PAGE_CODE.ljust(PAGE_SIZE, bytes((HYPERCALL_PAGE_FILLER,)))
+
+
+class Partition:
+    """One guest. All calls are made from one thread; none of them blocks."""
+
+    def __init__(
+        self,
+        *,
+        vp_count: int,
+        memory: GuestMemory,
+        interrupts: Interrupts,
+        clock: GuestClock,
+        timers: Timers,
+        features: Features = _DEFAULT_FEATURES,
+        events: PartitionEvents | None = None,
+    ) -> None:
+        self.features = features
+        self.vp_count = vp_count
+        self.refusals = Refusals("partition", _log)
+        self._memory = memory
+        self._clock = clock
+        self._events = events or PartitionEvents()
+        self.reference_time = ReferenceTime(clock)
+        self.synic = Synic(
+            vp_count, memory, interrupts, timers, self.reference_time, self._events, self.refusals
+        )
+        self.synthetic_timers = SyntheticTimers(
+            vp_count,
+            self.synic,
+            interrupts,
+            timers,
+            self.reference_time,
+            direct_offered=features.stimer_direct,
+        )
+        self.hypercalls = Hypercalls(memory, features, self.synic.event_ports, self.refusals)
+        self.guest_os_id = 0
+        self.hypercall_value = 0
+        self.tsc_invariant_control = 0
+        self.crash = CrashRegisters()
+        self.reference_tsc = PageOverlay("REFERENCE_TSC", memory, self.refusals)
+        self.assist_pages = [
+            PageOverlay(f"VP_ASSIST_PAGE of VP {vp}", memory, self.refusals) for vp in range(vp_count)
+        ]
+        self._msrs = self._make_msr_table()
+
+    # --- traps ---
+
+    def read_msr(self, vp: int, msr: int) -> int:
+        """RDMSR on ``vp``. Raises :class:`GeneralProtection`."""
+        self._check_vp(vp)
+        try:
+            return self._msrs.read(vp, msr)
+        except GeneralProtection as fault:
+            self.refusals.refuse(fault.reason, fault.detail)
+            raise
+
+    def write_msr(self, vp: int, msr: int, value: int) -> None:
+        """WRMSR of 64 bits on ``vp``. Raises :class:`GeneralProtection`."""
+        self._check_vp(vp)
+        try:
+            self._msrs.write(vp, msr, value & _MASK64)
+        except GeneralProtection as fault:
+            self.refusals.refuse(fault.reason, fault.detail)
+            raise
+
+    def hypercall(self, vp: int, registers: HypercallRegisters) -> int:
+        """VMCALL at CPL 0 on ``vp``; the 64-bit result. Raises :class:`UndefinedOpcode` without a hypercall page."""
+        self._check_vp(vp)
+        if not self.hypercall_value & _ENABLE:
+            self.refusals.refuse("hypercall-page-not-enabled", f"VP {vp}")
+            raise UndefinedOpcode("hypercall-page-not-enabled", f"VP {vp}")
+        return self.hypercalls.call(vp, registers)
+
+    # --- what the owner calls ---
+
+    @property
+    def msr_numbers(self) -> tuple[int, ...]:
+        """The MSRs that exist with the features offered, in ascending order."""
+        return self._msrs.numbers
+
+    def connect_message_port(self, connection_id: int, handler: MessageHandler) -> None:
+        """Let HvPostMessage on ``connection_id`` call ``handler(vp, connection_id, payload)``."""
+        self.hypercalls.message_ports[connection_id] = handler
+
+    def doorbell_rules(self, first_connection: int, count: int) -> tuple[DoorbellRule, ...]:
+        """Which hypercalls need not be waited for; their doorbells go to ``synic.ring_event_port``."""
+        return self.hypercalls.doorbell_rules(first_connection, count)
+
+    def publish_reference_tsc(self) -> None:
+        """Write the reference TSC page anew, with a new sequence; no effect while the guest has none."""
+        if self.reference_tsc.pages is not None:
+            self.reference_time.publish(self.reference_tsc.pages)
+
+    def pause(self) -> None:
+        """Let nothing reach the guest."""
+        self.synic.pause()
+        self.synthetic_timers.pause()
+
+    def resume(self) -> None:
+        """End :meth:`pause`: deliver what waits, and interrupt where the guest has something to look at."""
+        if self.reference_time.stale:
+            self.publish_reference_tsc()
+        self.synic.resume()
+        self.synthetic_timers.resume()
+
+    def reset(self) -> None:
+        """The machine was reset: power-on state. Message and event ports stay, counters go on."""
+        had_os = self.guest_os_id != 0
+        self.guest_os_id = 0
+        self.hypercall_value = 0
+        self.tsc_invariant_control = 0
+        self.crash = CrashRegisters()
+        self.reference_tsc.reset()
+        for page in self.assist_pages:
+            page.reset()
+        self.synthetic_timers.reset()
+        self.synic.reset()
+        self.reference_time.reset()
+        if had_os:
+            self._events.guest_os_changed(0)
+
+    def export_state(self) -> PartitionState:
+        """Everything that is not guest RAM."""
+        return saved.export_partition(self)
+
+    def check_state(self, state: PartitionState) -> None:
+        """Raises :class:`~vmbus.errors.MalformedError` for a state that :meth:`import_state` would refuse."""
+        saved.check(state, self.vp_count)
+
+    def import_state(self, state: PartitionState) -> None:
+        """Take over a saved state; guest memory is not touched. The partition is paused afterwards.
+
+        Raises :class:`~vmbus.errors.MalformedError`, before anything changes, for a state that is not one of
+        this partition.
+        """
+        saved.check(state, self.vp_count)
+        self.pause()
+        saved.import_partition(self, state)
+        self._events.guest_os_changed(self.guest_os_id)
+
+    def status(self) -> dict[str, object]:
+        """For people and programs; JSON-able."""
+        return saved.status(self)
+
+    # --- the MSRs ---
+
+    def _make_msr_table(self) -> MsrTable:
+        table = MsrTable()
+        features = self.features
+        clock = self._clock
+        table.add(Msr.GUEST_OS_ID, lambda vp: self.guest_os_id, self._write_guest_os_id)
+        table.add(Msr.HYPERCALL, lambda vp: self.hypercall_value, self._write_hypercall)
+        table.add(Msr.VP_INDEX, lambda vp: vp)
+        table.add(Msr.VP_ASSIST_PAGE, lambda vp: self.assist_pages[vp].value, self._write_assist_page)
+        if features.reset:
+            table.add(Msr.RESET, lambda vp: 0, self._write_reset)
+        if features.vp_runtime:  # nobody else runs on a processor of this partition: it runs all the time
+            table.add(Msr.VP_RUNTIME, lambda vp: self.reference_time.now())
+        if features.reference_counter:
+            table.add(Msr.TIME_REF_COUNT, lambda vp: self.reference_time.now() & _MASK64)
+        if features.reference_tsc:
+            table.add(Msr.REFERENCE_TSC, lambda vp: self.reference_tsc.value, self._write_reference_tsc)
+        if features.frequency:
+            table.add(Msr.TSC_FREQUENCY, lambda vp: clock.tsc_frequency)
+            table.add(Msr.APIC_FREQUENCY, lambda vp: clock.apic_frequency)
+        if features.invariant_tsc:
+            table.add(
+                Msr.TSC_INVARIANT_CONTROL, lambda vp: self.tsc_invariant_control, self._write_tsc_invariant
+            )
+        if features.crash:
+            self._add_crash_msrs(table)
+        self._add_synic_msrs(table)
+        if features.stimer:
+            self._add_timer_msrs(table)
+        return table
+
+    def _add_synic_msrs(self, table: MsrTable) -> None:
+        synic = self.synic
+        vps = synic.vps
+        table.add(Msr.SCONTROL, lambda vp: vps[vp].scontrol, synic.write_scontrol)
+        table.add(Msr.SVERSION, lambda vp: SYNIC_VERSION)
+        table.add(Msr.SIEFP, lambda vp: vps[vp].siefp.value, synic.write_siefp)
+        table.add(Msr.SIMP, lambda vp: vps[vp].simp.value, synic.write_simp)
+        table.add(Msr.EOM, lambda vp: 0, lambda vp, value: synic.end_of_message(vp))
+        for number in range(SINT_COUNT):
+
+            def read(vp: int, sint: int = number) -> int:
+                return vps[vp].sint_values[sint]
+
+            def write(vp: int, value: int, sint: int = number) -> None:
+                synic.write_sint(vp, sint, value)
+
+            table.add(Msr.SINT0 + number, read, write)
+
+    def _add_timer_msrs(self, table: MsrTable) -> None:
+        timers = self.synthetic_timers
+        for number in range(STIMER_COUNT):
+
+            def read_config(vp: int, index: int = number) -> int:
+                return timers.vps[vp][index].config
+
+            def write_config(vp: int, value: int, index: int = number) -> None:
+                timers.write_config(vp, index, value)
+
+            def read_count(vp: int, index: int = number) -> int:
+                return timers.vps[vp][index].count
+
+            def write_count(vp: int, value: int, index: int = number) -> None:
+                timers.write_count(vp, index, value)
+
+            table.add(Msr.STIMER0_CONFIG + 2 * number, read_config, write_config)
+            table.add(Msr.STIMER0_COUNT + 2 * number, read_count, write_count)
+
+    def _add_crash_msrs(self, table: MsrTable) -> None:
+        for number in range(CRASH_PARAMETER_COUNT):
+
+            def read(vp: int, index: int = number) -> int:
+                return self.crash.parameters[index]
+
+            def write(vp: int, value: int, index: int = number) -> None:
+                self.crash.parameters[index] = value
+
+            table.add(Msr.CRASH_P0 + number, read, write)
+        table.add(Msr.CRASH_CTL, lambda vp: CAPABILITIES, self._write_crash_control)
+
+    def _write_guest_os_id(self, vp: int, value: int) -> None:
+        self.guest_os_id = value
+        if value == 0 and not self.hypercall_value & _LOCKED:
+            self.hypercall_value &= ~_ENABLE
+        self._events.guest_os_changed(value)
+        _log.debug("guest OS: %s (%#x)", describe_guest_os(value), value)
+
+    def _write_hypercall(self, vp: int, value: int) -> None:
+        if self.hypercall_value & _LOCKED:
+            raise GeneralProtection("hypercall-msr-locked", f"write of {value:#x}")
+        if self.guest_os_id == 0:
+            value &= ~(_ENABLE | _LOCKED)
+        before, after = HYPERCALL_PAGE.parse(self.hypercall_value), HYPERCALL_PAGE.parse(value)
+        if after.enable and not (before.enable and before.gpn == after.gpn):
+            gpa = after.gpn * PAGE_SIZE
+            if not self._memory.is_ram(gpa, PAGE_SIZE):
+                raise GeneralProtection("hypercall-page-not-ram", f"{gpa:#x}")
+            self._memory.write_code(gpa, _PAGE_IMAGE)
+        self.hypercall_value = value
+
+    def _write_assist_page(self, vp: int, value: int) -> None:
+        if PAGE_REGISTER.parse(value).reserved:
+            raise GeneralProtection("assist-page-reserved", f"{value:#x}")
+        self.assist_pages[vp].write(value)
+
+    def _write_reset(self, vp: int, value: int) -> None:
+        if value & _RESET:
+            _log.debug("the guest asks for a reset")
+            self._events.reset_requested()
+
+    def _write_reference_tsc(self, vp: int, value: int) -> None:
+        self.reference_tsc.write(value)
+        self.publish_reference_tsc()
+
+    def _write_tsc_invariant(self, vp: int, value: int) -> None:
+        if value & ~_ENABLE:
+            raise GeneralProtection("tsc-invariant-reserved", f"{value:#x}")
+        self.tsc_invariant_control = value
+
+    def _write_crash_control(self, vp: int, value: int) -> None:
+        report = self.crash.control_written(value, self._memory, self.refusals)
+        if report is not None:
+            self._events.crashed(report)
+
+    def _check_vp(self, vp: int) -> None:
+        if not 0 <= vp < self.vp_count:
+            raise InternalError(f"VP {vp} of a partition with {self.vp_count}")

@@ -1,0 +1,409 @@
+"""Synthetic interrupt controllers: one a virtual processor, 16 sources (SINTs) each (spec/vmbus.md 2.2 to 2.4, 4).
+
+What a SINT does with a message or an event:
+
+    SynIC  SINT      page         message                        event
+    -----  --------  -----------  -----------------------------  ------------------------------
+    off    any       any          queued                         dropped
+    on     masked    any          queued                         dropped
+    on     unmasked  off/not RAM  queued                         dropped
+    on     unmasked  in use       slot free: written, interrupt  flag set, interrupt if it was 0
+                                  slot busy: pending flag,
+                                  queued until EOM
+    on     polling   in use       the same without interrupt     the same without interrupt
+
+Queues are FIFO per (VP, SINT). They are looked at again on EOM of any processor (a crashing guest frees the slots
+of all of them from one), when SCONTROL, SIMP or a SINT is written, and, only while something waits behind a busy
+slot, by a slow timer: that repairs an EOM which a guest left out.
+
+An event flag that is seen set is not set again and not signalled again: its interrupt was requested when it was
+set, and the guest clears it before it looks at the ring. That conclusion needs the fence before the look. A SINT
+that becomes able to deliver while flags or a message are present gets a fresh interrupt.
+
+Nothing is written to the guest while ``paused``: messages queue up and events are remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vmbus.errors import InternalError
+from vmbus.hypervisor.events import PartitionEvents
+from vmbus.hypervisor.faults import GeneralProtection
+from vmbus.hypervisor.messages import Message, claim_slot, fill_slot, slot_is_free
+from vmbus.hypervisor.overlay import PageOverlay
+from vmbus.hypervisor.reference_time import ReferenceTime
+from vmbus.hypervisor.vp_synic import SynicCounters, VpSynic
+from vmbus.ports import GuestMemory, Interrupts, TimerHandle, Timers
+from vmbus.refusals import Refusals
+from vmbus.wire.msr import SINT, SINT_COUNT, SINT_RESET
+from vmbus.wire.synic import (
+    EVENT_AREA_SIZE,
+    EVENT_FLAG_COUNT,
+    MESSAGE_PAYLOAD_MAX,
+    TIMER_EXPIRED,
+    MessageType,
+    TimerExpired,
+)
+
+QUEUE_LIMIT = 4096
+"""Messages that wait on one virtual processor, all its SINTs together; more are refused."""
+
+POLL_FIRST = 0.005
+POLL_SLOWEST = 0.16
+"""Seconds between two looks at busy slots: doubled while nothing moves."""
+
+FIRST_VECTOR = 16
+_NO_FLAGS = bytes(EVENT_AREA_SIZE)
+
+
+class Synic:
+    """All controllers of a partition, and its event ports; implements :class:`vmbus.ports.Synic`."""
+
+    def __init__(
+        self,
+        vp_count: int,
+        memory: GuestMemory,
+        interrupts: Interrupts,
+        timers: Timers,
+        time: ReferenceTime,
+        events: PartitionEvents,
+        refusals: Refusals,
+    ) -> None:
+        self._memory = memory
+        self._interrupts = interrupts
+        self._timers = timers
+        self._time = time
+        self._events = events
+        self._refusals = refusals
+        self.vps = [
+            VpSynic(
+                index,
+                PageOverlay(f"SIEFP of VP {index}", memory, refusals, zeroed=True),
+                PageOverlay(f"SIMP of VP {index}", memory, refusals, zeroed=True),
+            )
+            for index in range(vp_count)
+        ]
+        self.counters = SynicCounters()
+        self.event_ports: dict[int, Callable[[], None]] = {}
+        self.paused = False
+        self._occupied: set[tuple[int, int]] = set()
+        """(VP, SINT) whose queue is not empty."""
+        self._busy: set[tuple[int, int]] = set()
+        """Those of them that wait behind a busy slot."""
+        self._poll: TimerHandle | None = None
+        self._poll_delay = POLL_FIRST
+
+    # --- what the bus calls (vmbus.ports.Synic) ---
+
+    @property
+    def vp_count(self) -> int:
+        return len(self.vps)
+
+    def post_message(self, vp: int, sint: int, payload: bytes) -> None:
+        """Queue a channel message and deliver it if its slot is free.
+
+        Raises :class:`InternalError` for more than 240 bytes. A processor or SINT that does not exist, and a
+        message beyond ``QUEUE_LIMIT``, are refused: a guest can bring about all three.
+        """
+        if len(payload) > MESSAGE_PAYLOAD_MAX:
+            raise InternalError(f"a message of {len(payload)} bytes does not fit a slot")
+        if not self._exists(vp, sint):
+            return
+        synic = self.vps[vp]
+        if synic.waiting >= QUEUE_LIMIT:
+            self._refusals.refuse("message-queue-full", f"VP {vp} SINT {sint}")
+            return
+        synic.waiting += 1
+        self._queue(synic, sint, Message(MessageType.CHANNEL, bytes(payload)))
+
+    def queued_messages(self, vp: int, sint: int) -> int:
+        """Channel messages that wait for the slot; the one in the slot does not count."""
+        if not self._exists(vp, sint):
+            return 0
+        return sum(1 for message in self.vps[vp].queues[sint] if message.timer is None)
+
+    def discard_messages(self) -> None:
+        """Forget the channel messages that are in no slot yet; those of synthetic timers stay."""
+        for synic in self.vps:
+            for sint, queue in enumerate(synic.queues):
+                kept = [message for message in queue if message.timer is not None]
+                queue.clear()
+                queue.extend(kept)
+                self._note_queue(synic, sint)
+            synic.waiting = 0
+
+    def signal_event(self, vp: int, sint: int, flag: int) -> None:
+        """Set an event flag; the guest is interrupted unless it has yet to see the last time."""
+        if not self._exists(vp, sint):
+            return
+        if not 0 <= flag < EVENT_FLAG_COUNT:
+            self._refusals.refuse("event-flag-out-of-range", f"flag {flag}")
+            return
+        synic = self.vps[vp]
+        if self.paused:
+            synic.owed_events.add((sint, flag))
+            return
+        page = synic.siefp.pages
+        if page is None or not synic.can_signal(sint):
+            self.counters.events_dropped += 1
+            return
+        offset = sint * EVENT_AREA_SIZE + flag // 32 * 4
+        bit = 1 << flag % 32
+        self._memory.fence()
+        word = page.load_u32(offset)
+        if word & bit:
+            self.counters.events_already_set += 1
+            return
+        # Not atomic: a flag that the guest clears meanwhile may come back, which costs it one look at a ring.
+        page.store_u32(offset, word | bit)
+        self.counters.events_signalled += 1
+        self._interrupt(synic, sint)
+
+    def connect_event_port(self, connection_id: int, signalled: Callable[[], None]) -> None:
+        self.event_ports[connection_id] = signalled
+
+    def disconnect_event_port(self, connection_id: int) -> None:
+        self.event_ports.pop(connection_id, None)
+
+    def ring_event_port(self, connection_id: int) -> None:
+        """HvSignalEvent on ``connection_id`` for which nobody waits any more; an unknown id is counted."""
+        signalled = self.event_ports.get(connection_id)
+        if signalled is None:
+            self._refusals.refuse("doorbell-unknown-connection", f"{connection_id:#x}")
+            return
+        self.counters.doorbells += 1
+        signalled()
+
+    # --- what synthetic timers call ---
+
+    def post_timer(self, vp: int, sint: int, timer: int, expiration: int, *, droppable: bool) -> None:
+        """Queue the message of an expired timer; one that still waits is not doubled.
+
+        ``droppable``: a lazy timer, whose message is not kept when it cannot be delivered at once.
+        """
+        synic = self.vps[vp]
+        if timer in synic.timers_waiting:
+            return
+        synic.timers_waiting.add(timer)
+        self._queue(synic, sint, Message(MessageType.TIMER_EXPIRED, b"", timer, expiration))
+        if droppable:
+            self.withdraw_timer(vp, timer)
+
+    def withdraw_timer(self, vp: int, timer: int) -> None:
+        """The timer was stopped or set anew: its message, if it still waits, is void."""
+        synic = self.vps[vp]
+        if timer not in synic.timers_waiting:
+            return
+        synic.timers_waiting.discard(timer)
+        for sint, queue in enumerate(synic.queues):
+            kept = [message for message in queue if message.timer != timer]
+            if len(kept) != len(queue):
+                queue.clear()
+                queue.extend(kept)
+                self._note_queue(synic, sint)
+
+    # --- registers ---
+
+    def write_scontrol(self, vp: int, value: int) -> None:
+        synic = self.vps[vp]
+        before = self._deliverable(synic)
+        synic.scontrol = value
+        self._changed(synic, before)
+
+    def write_siefp(self, vp: int, value: int) -> None:
+        synic = self.vps[vp]
+        before = self._deliverable(synic)
+        synic.siefp.write(value)
+        self._changed(synic, before)
+
+    def write_simp(self, vp: int, value: int) -> None:
+        synic = self.vps[vp]
+        before = self._deliverable(synic)
+        synic.simp.write(value)
+        self._changed(synic, before)
+
+    def write_sint(self, vp: int, sint: int, value: int) -> None:
+        """Raises :class:`GeneralProtection` for vectors 0 to 15 on a SINT that is not masked."""
+        parsed = SINT.parse(value)
+        if parsed.vector < FIRST_VECTOR and not parsed.masked:
+            raise GeneralProtection("sint-vector", f"SINT{sint} of VP {vp}: vector {parsed.vector}")
+        synic = self.vps[vp]
+        before = self._deliverable(synic)
+        synic.sint_values[sint] = value
+        synic.sints[sint] = parsed
+        self._note_auto_eoi(synic)
+        self._changed(synic, before)
+
+    def end_of_message(self, vp: int) -> None:
+        """EOM was written on ``vp``; slots of all processors are looked at."""
+        self.counters.end_of_message += 1
+        self._deliver_all()
+
+    # --- life ---
+
+    def pause(self) -> None:
+        """Write nothing to the guest until :meth:`resume`."""
+        self.paused = True
+        self._stop_poll()
+
+    def resume(self) -> None:
+        """Deliver what piled up, and interrupt once more where the guest has something to look at."""
+        self.paused = False
+        for synic in self.vps:
+            for sint in range(SINT_COUNT):
+                self._remind(synic, sint)
+            owed = sorted(synic.owed_events)
+            synic.owed_events.clear()
+            for sint, flag in owed:
+                self.signal_event(synic.index, sint, flag)
+        self._deliver_all()
+
+    def reset(self) -> None:
+        """Power-on state of all controllers; event ports stay."""
+        for synic in self.vps:
+            synic.siefp.reset()
+            synic.simp.reset()
+            synic.scontrol = 0
+            synic.sint_values = [SINT_RESET] * SINT_COUNT
+            synic.sints = [SINT.parse(SINT_RESET)] * SINT_COUNT
+            for queue in synic.queues:
+                queue.clear()
+            synic.waiting = 0
+            synic.timers_waiting.clear()
+            synic.owed_events.clear()
+            self._note_auto_eoi(synic)
+        self._occupied.clear()
+        self._busy.clear()
+        self._stop_poll()
+
+    def restored(self) -> None:
+        """Saved registers and queues were put into ``vps``: bring what depends on them up to date."""
+        self._occupied.clear()
+        self._busy.clear()
+        for synic in self.vps:
+            synic.sints = [SINT.parse(value) for value in synic.sint_values]
+            synic.waiting = sum(m.timer is None for queue in synic.queues for m in queue)
+            synic.timers_waiting = {m.timer for queue in synic.queues for m in queue if m.timer is not None}
+            for sint in range(SINT_COUNT):
+                self._note_queue(synic, sint)
+            self._note_auto_eoi(synic)
+
+    # --- private ---
+
+    def _exists(self, vp: int, sint: int) -> bool:
+        if 0 <= vp < len(self.vps) and 0 <= sint < SINT_COUNT:
+            return True
+        self._refusals.refuse("no-such-sint", f"VP {vp} SINT {sint}")
+        return False
+
+    def _queue(self, synic: VpSynic, sint: int, message: Message) -> None:
+        synic.queues[sint].append(message)
+        self._occupied.add((synic.index, sint))
+        self._deliver(synic, sint)
+        if (synic.index, sint) in self._busy:
+            self.counters.messages_behind_busy_slot += 1
+
+    def _deliver(self, synic: VpSynic, sint: int) -> None:
+        """Move what can be moved from the queue into the slot."""
+        queue = synic.queues[sint]
+        key = (synic.index, sint)
+        self._busy.discard(key)
+        page = synic.simp.pages
+        if self.paused or page is None or not synic.can_message(sint):
+            return
+        while queue:
+            if not claim_slot(page, sint, self._memory):
+                self._busy.add(key)
+                self._start_poll()
+                return
+            message = queue.popleft()
+            fill_slot(
+                page,
+                sint,
+                message.message_type,
+                self._payload(synic, message),
+                self._memory,
+                more=bool(queue),
+            )
+            self.counters.messages_delivered += 1
+            self._poll_delay = POLL_FIRST
+            self._interrupt(synic, sint)
+        self._occupied.discard(key)
+        if not self._busy:
+            self._stop_poll()
+
+    def _payload(self, synic: VpSynic, message: Message) -> bytes:
+        if message.timer is None:
+            synic.waiting -= 1
+            return message.payload
+        synic.timers_waiting.discard(message.timer)
+        return TIMER_EXPIRED.build(TimerExpired(message.timer, message.expiration, self._time.now()))
+
+    def _deliver_all(self) -> None:
+        for vp, sint in sorted(self._occupied):
+            self._deliver(self.vps[vp], sint)
+
+    def _interrupt(self, synic: VpSynic, sint: int) -> None:
+        source = synic.sints[sint]
+        if source.polling:
+            return
+        self.counters.interrupts += 1
+        self._interrupts.request(synic.index, source.vector, auto_eoi=source.auto_eoi)
+
+    def _deliverable(self, synic: VpSynic) -> list[tuple[bool, bool]]:
+        return [(synic.can_message(sint), synic.can_signal(sint)) for sint in range(SINT_COUNT)]
+
+    def _changed(self, synic: VpSynic, before: list[tuple[bool, bool]]) -> None:
+        after = self._deliverable(synic)
+        for sint in range(SINT_COUNT):
+            if not self.paused and any(
+                now and not then for now, then in zip(after[sint], before[sint], strict=True)
+            ):
+                self._remind(synic, sint)
+            if synic.queues[sint]:
+                self._deliver(synic, sint)
+        self._events.synic_changed(synic.index)
+
+    def _remind(self, synic: VpSynic, sint: int) -> None:
+        """Interrupt for what the guest has not taken yet: its slot, its flags."""
+        messages, flags = synic.simp.pages, synic.siefp.pages
+        if (messages is not None and synic.can_message(sint) and not slot_is_free(messages, sint)) or (
+            flags is not None
+            and synic.can_signal(sint)
+            and flags.read(sint * EVENT_AREA_SIZE, EVENT_AREA_SIZE) != _NO_FLAGS
+        ):
+            self._interrupt(synic, sint)
+
+    def _note_queue(self, synic: VpSynic, sint: int) -> None:
+        key = (synic.index, sint)
+        if synic.queues[sint]:
+            self._occupied.add(key)
+        else:
+            self._occupied.discard(key)
+            self._busy.discard(key)
+
+    def _note_auto_eoi(self, synic: VpSynic) -> None:
+        vectors = frozenset(sint.vector for sint in synic.sints if sint.auto_eoi and not sint.masked)
+        if vectors != synic.auto_eoi_vectors:
+            synic.auto_eoi_vectors = vectors
+            self._events.auto_eoi_changed(synic.index, vectors)
+
+    def _start_poll(self) -> None:
+        if self._poll is None and not self.paused:
+            self._poll = self._timers.call_later(self._poll_delay, self._polled)
+
+    def _stop_poll(self) -> None:
+        if self._poll is not None:
+            self._poll.cancel()
+            self._poll = None
+        self._poll_delay = POLL_FIRST
+
+    def _polled(self) -> None:
+        self._poll = None
+        if self.paused:
+            return
+        self.counters.polls += 1
+        self._poll_delay = min(self._poll_delay * 2, POLL_SLOWEST)
+        for vp, sint in sorted(self._busy):
+            self._deliver(self.vps[vp], sint)

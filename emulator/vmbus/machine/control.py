@@ -1,0 +1,170 @@
+"""The control socket of a served guest: one JSON object a line, asked and answered.
+
+    → {"command": "status"}
+    ← {"return": {...}}            or {"error": "what went wrong and what to do"}
+
+Descriptors may come with a request (``SCM_RIGHTS``); its handler finds their numbers in ``descriptors``. They are
+closed when it is answered.
+
+The socket lies in the guest's run directory (mode 0700), so only its user reaches it. ``vmbus status`` and the
+other verbs that speak to a running emulator use :func:`ask`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vmbus.errors import UserError, VmbusError
+
+_log = logging.getLogger(__name__)
+_LINE_LIMIT = 1 << 20
+_READ_SIZE = 1 << 16
+_MOST_DESCRIPTORS = 8
+_BACKLOG = 16
+
+Handler = Callable[[Mapping[str, Any]], Awaitable[object]]
+
+
+class ControlServer:
+    """Serves the control socket; ``handlers`` maps a command to the coroutine function that answers it."""
+
+    def __init__(self, path: Path, handlers: Mapping[str, Handler]) -> None:
+        self._path = path
+        self._handlers = handlers
+        self._listener: socket.socket | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Listen; a socket left by a killed emulator is replaced."""
+        self._path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.setblocking(False)
+        listener.bind(str(self._path))
+        self._path.chmod(0o600)
+        listener.listen(_BACKLOG)
+        self._listener = listener
+        self._begin(self._accept(listener))
+
+    async def stop(self) -> None:
+        """Stop listening, end every connection, remove the socket."""
+        if self._listener is not None:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._listener.close()
+            self._listener = None
+            self._path.unlink(missing_ok=True)
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            connection, _ = await loop.sock_accept(listener)
+            self._begin(self._connected(connection))
+
+    async def _connected(self, connection: socket.socket) -> None:
+        requests = _Requests(connection)
+        try:
+            while line := await requests.next():
+                answer = json.dumps(await self._answer(line, requests.descriptors)).encode() + b"\n"
+                requests.close_descriptors()
+                await asyncio.get_running_loop().sock_sendall(connection, answer)
+        except (OSError, ValueError, asyncio.CancelledError) as error:
+            _log.debug("control connection ended: %r", error)
+        finally:
+            requests.close_descriptors()
+            connection.close()
+
+    async def _answer(self, line: bytes, descriptors: Sequence[int]) -> dict[str, object]:
+        try:
+            request = json.loads(line)
+            command = request["command"]
+        except (ValueError, KeyError, TypeError):
+            return {"error": 'a request is a line such as {"command": "status"}'}
+        handler = self._handlers.get(command) if isinstance(command, str) else None
+        if handler is None:
+            return {"error": f"unknown command {command!r}; known: {', '.join(sorted(self._handlers))}"}
+        try:
+            return {"return": await handler({**request, "descriptors": tuple(descriptors)})}
+        except VmbusError as error:
+            return {"error": str(error)}
+
+
+class _Requests:
+    """The lines of one connection, and the descriptors that came with the last of them."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._buffer = bytearray()
+        self.descriptors: list[int] = []
+
+    async def next(self) -> bytes:
+        """The next line; empty at the end. Raises ``ValueError`` for one that is too long."""
+        while (end := self._buffer.find(b"\n")) < 0:
+            if len(self._buffer) > _LINE_LIMIT:
+                raise ValueError(f"a request of more than {_LINE_LIMIT} bytes")
+            await self._readable()
+            try:
+                data, descriptors, _, _ = socket.recv_fds(self._connection, _READ_SIZE, _MOST_DESCRIPTORS)
+            except BlockingIOError:
+                continue
+            for number in descriptors:
+                os.set_inheritable(number, False)  # recv_fds of Python 3.11 loses MSG_CMSG_CLOEXEC
+            self.descriptors += descriptors
+            if not data:
+                return b""
+            self._buffer += data
+        line = bytes(self._buffer[: end + 1])
+        del self._buffer[: end + 1]
+        return line
+
+    def close_descriptors(self) -> None:
+        """Close what came."""
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+
+    async def _readable(self) -> None:
+        loop = asyncio.get_running_loop()
+        ready = asyncio.Event()
+        loop.add_reader(self._connection, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            loop.remove_reader(self._connection)
+
+
+def ask(
+    path: Path, command: str, *, limit: float = 30.0, descriptors: Sequence[int] = (), **arguments: object
+) -> Any:
+    """Ask a running emulator and wait for its answer; ``descriptors`` of this process go along.
+
+    Raises :class:`~vmbus.errors.UserError`.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(limit)
+        try:
+            connection.connect(str(path))
+            request = json.dumps({"command": command, **arguments}).encode() + b"\n"
+            sent = socket.send_fds(connection, [request], descriptors) if descriptors else 0
+            connection.sendall(request[sent:])
+            with connection.makefile("rb") as stream:
+                line = stream.readline()
+        except OSError as error:
+            raise UserError(f"the emulator at {path} does not answer: {error}") from error
+    if not line.endswith(b"\n"):
+        raise UserError(f"the emulator at {path} ended before it answered; is it still there? (vmbus status)")
+    answer = json.loads(line)
+    if "error" in answer:
+        raise UserError(str(answer["error"]))
+    return answer["return"]

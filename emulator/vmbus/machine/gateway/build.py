@@ -1,0 +1,20 @@
+"""The trap gateway, compiled (:mod:`vmbus.machine.native`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vmbus.machine.native import NativeLibrary
+
+SOURCE = Path(__file__).with_name("plugin")
+LIBRARY = NativeLibrary("vmbus-gateway", "the trap gateway", SOURCE)
+
+
+def library_path(cache: Path | None = None) -> Path:
+    """Where the library of this version is, or will be."""
+    return LIBRARY.path(cache)
+
+
+def build(cache: Path | None = None) -> Path:
+    """The compiled plug-in, ready for QEMU's ``-plugin``. Raises as :meth:`NativeLibrary.build`."""
+    return LIBRARY.build(cache)

@@ -1,0 +1,449 @@
+"""The emulator's end of the trap gateway (docs/gateway.md).
+
+The gateway, a plug-in inside QEMU, shares one region of memory with the emulator: traps of the guest appear in
+slots there, answers are stored beside them, doorbells are bytes. The socket only attaches, activates and tells by
+its end that the other side has gone::
+
+    gateway = Gateway.attach(path)
+    gateway.set_cpuid(leaves)
+    gateway.set_doorbells(rules)
+    gateway.activate()                      # from now on the guest's traps come
+    loop.add_reader(gateway.fileno(), ready)
+
+    def ready():
+        gateway.awake()
+        while True:
+            for trap in gateway.traps():
+                gateway.answer(trap, value)
+            for index in gateway.doorbells():
+                ...
+            if not gateway.sleep_prepare():
+                break
+
+A trap may be answered at any later time; its vCPU waits, in a way that lets QEMU stop, reset or interrupt it. All
+calls are made from one thread, and need a host with the store order of x86.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from vmbus.errors import GatewayError, InternalError
+from vmbus.machine.gateway.clock import GatewayClock
+from vmbus.machine.gateway.code_pages import CodePages
+from vmbus.machine.gateway.socket import TIMEOUT, check_reply, converse
+from vmbus.machine.gateway.traps import Fault, Trap, Unclaimed
+from vmbus.wire import gateway as wire
+from vmbus.wire.cpuid import CpuidLeaf
+from vmbus.wire.gateway import DoorbellRule, GuestState, TrapKind, Verdict, offset_of
+
+_SYS_FUTEX = 202
+_FUTEX_WAKE = 1
+_KINDS = {int(kind): kind for kind in TrapKind}
+
+_CONTROL = {
+    name: offset_of(wire.CONTROL, name) // 4
+    for name in (
+        "vcpus",
+        "emulator",
+        "owner",
+        "waiting",
+        "guest",
+        "hold_limit_ms",
+        "spin_ns",
+        "table_sequence",
+        "cpuid_count",
+        "rule_count",
+        "gone_count",
+    )
+}
+_MASK64 = (1 << 64) - 1
+
+
+class Gateway:
+    """An attachment to the gateway of one QEMU. Made by :meth:`attach`; one thread uses it."""
+
+    def __init__(self, connection: socket.socket, region: mmap.mmap, event: int) -> None:
+        self._connection = connection
+        self._region = region
+        self._event = event
+        self._fence = threading.Lock()
+        self._view = memoryview(region)
+        self._quads = self._view.cast("Q")
+        self._words = self._view.cast("I")
+        header = wire.CONTROL.parse(region[: wire.CONTROL.sizeof()])
+        self._vcpus_max = header.vcpus_max
+        self._owner = header.owner
+        self._vcpu_offset = header.vcpu_offset
+        self._doorbell_offset = header.doorbell_offset
+        self._doorbell_limit = wire.DOORBELLS
+        #: Pages that code was translated from.
+        self.code_pages = CodePages(region, header.code_offset, header.code_pages)
+        #: The guest's TSC.
+        self.clock = GatewayClock(region, self._words)
+
+        slots = self._vcpus_max * wire.SLOTS
+        first = header.request_offset // 8
+        self._requests = self._quads[first : first + slots]
+        self._snapshot = b""
+        self._seen = [0] * slots
+        vcpus = [header.vcpu_offset + vcpu * wire.VCPU.sizeof() for vcpu in range(self._vcpus_max)]
+        at = {
+            name: offset_of(wire.VCPU, name)
+            for name in ("sleeping", "retired", "answers", "slots", "auto_eoi")
+        }
+        self._sleeping_at = [(base + at["sleeping"]) // 4 for base in vcpus]
+        self._auto_eoi_at = [(base + at["auto_eoi"]) // 8 for base in vcpus]
+        every = [(base, slot) for base in vcpus for slot in range(wire.SLOTS)]
+        self._retired_at = [(base + at["retired"]) // 8 + slot for base, slot in every]
+        self._answer_at = [(base + at["answers"] + slot * wire.ANSWER.sizeof()) // 8 for base, slot in every]
+        self._slot_at = [base + at["slots"] + slot * wire.SLOT.sizeof() for base, slot in every]
+        self._carried: dict[tuple[int, ...], Unclaimed] = {}
+        self._origin = ctypes.c_char.from_buffer(region)
+        self._address = ctypes.addressof(self._origin)
+        self._syscall = ctypes.PyDLL(None).syscall
+        self._words[_CONTROL["waiting"]] = 0
+
+    # --- attaching --------------------------------------------------------------------------------------
+
+    @classmethod
+    def attach(cls, path: Path | str, *, take_over: bool = False) -> Gateway:
+        """Attach to the gateway that listens on ``path``; ``take_over`` sends away an emulator that is there.
+
+        Requests that a predecessor left unanswered are handed out again by :meth:`traps`. Raises
+        :class:`~vmbus.errors.GatewayError` with a message that says what to do.
+        """
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        descriptors: list[int] = []
+        try:
+            connection.settimeout(TIMEOUT)
+            try:
+                connection.connect(str(path))
+            except OSError as error:
+                raise GatewayError(
+                    f"no trap gateway listens on {path} ({error.strerror}): QEMU must run with "
+                    f"-plugin vmbus-gateway.so,socket={path}, as the same user"
+                ) from error
+            flags = wire.HELLO_TAKE_OVER if take_over else 0
+            reply, descriptors = converse(connection, wire.Message(wire.MessageType.HELLO, flags=flags))
+            check_reply(path, reply)
+            if len(descriptors) != 2:
+                raise GatewayError(
+                    f"{path} sent {len(descriptors)} descriptors, expected 2: "
+                    "restart QEMU with this emulator's own gateway"
+                )
+            memory, event = descriptors
+            region = mmap.mmap(memory, reply.argument, mmap.MAP_SHARED)
+            magic, version = struct.unpack_from("<QI", region)
+            if magic != wire.MAGIC or version != wire.VERSION:
+                region.close()
+                raise GatewayError(
+                    f"{path}: shared memory of version {version}, expected {wire.VERSION}: "
+                    "restart QEMU with this emulator's own gateway"
+                )
+            os.close(memory)
+            descriptors = []
+            return cls(connection, region, event)
+        except BaseException:
+            connection.close()
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
+
+    def activate(self) -> None:
+        """The tables are in place: from now on the guest's traps are requests.
+
+        The first 20 ms of QEMU's life are too short to measure the TSC's frequency: then this waits.
+        """
+        self.clock.arm()
+        known, *_, frequency = self.clock.fields()
+        while known and not frequency:
+            time.sleep(0.01)
+            self.refresh_clock()
+            *_, frequency = self.clock.fields()
+        self._request(wire.MessageType.ACTIVATE)
+
+    def refresh_clock(self) -> None:
+        """Let the gateway compare the host's TSC and its monotonic clock now, instead of at the next trap."""
+        self._request(wire.MessageType.CLOCK)
+
+    def _request(self, kind: wire.MessageType) -> None:
+        reply, _ = converse(self._connection, wire.Message(kind))
+        if reply.status != wire.Status.OK:
+            raise GatewayError(f"the trap gateway refused {kind.name} with status {reply.status}")
+
+    @property
+    def closed(self) -> bool:
+        """Whether QEMU has ended, another emulator took over, or :meth:`close` was called."""
+        if self._connection.fileno() < 0:
+            return True
+        try:
+            return not self._connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def fileno(self) -> int:
+        """An eventfd, readable when there is work; for ``add_reader``."""
+        return self._event
+
+    def connection_fileno(self) -> int:
+        """The socket: readable once :attr:`closed`."""
+        return self._connection.fileno()
+
+    def close(self) -> None:
+        """Detach. The guest's traps wait for the next emulator; doorbells are kept for it."""
+        if self._connection.fileno() < 0:
+            return
+        self._connection.close()
+        os.close(self._event)
+        for view in (self._requests, self._quads, self._words, self._view):
+            view.release()
+        del self._origin
+        self._region.close()
+
+    # --- what the gateway answers by itself ---------------------------------------------------------------
+
+    def set_cpuid(self, leaves: Iterable[CpuidLeaf]) -> None:
+        """Leaves 0x40000000..0x400000FF; one that is not among them is all zeros."""
+        entries = b"".join(
+            wire.CPUID_ENTRY.build(
+                {"leaf": leaf.leaf, "eax": leaf.eax, "ebx": leaf.ebx, "ecx": leaf.ecx, "edx": leaf.edx}
+            )
+            for leaf in leaves
+        )
+        self._set_table("cpuid", entries, wire.CPUID_ENTRY.sizeof(), wire.CPUID_LEAVES)
+
+    def set_doorbells(self, rules: Sequence[DoorbellRule]) -> None:
+        """The VMCALLs that nobody waits for; the first rule that fits counts."""
+        if any(rule.first + rule.count > wire.DOORBELLS for rule in rules):
+            raise InternalError(f"doorbell numbers end at {wire.DOORBELLS}")
+        entries = b"".join(wire.DOORBELL_RULE.build(rule) for rule in rules)
+        self._set_table("rules", entries, wire.DOORBELL_RULE.size, wire.RULES)
+        self._doorbell_limit = max((rule.first + rule.count for rule in rules), default=0)
+
+    def set_hold_limit(self, seconds: float, statuses: Mapping[int, int]) -> None:
+        """How long the guest waits for an emulator that has gone, and what it is told then.
+
+        ``statuses``: call code of a VMCALL → its result after that time. Other traps, and all if ``seconds`` is 0,
+        wait for ever.
+        """
+        entries = b"".join(
+            wire.GONE_ENTRY.build({"code": code, "status": status}) for code, status in statuses.items()
+        )
+        self._set_table("gone", entries, wire.GONE_ENTRY.sizeof(), wire.GONE)
+        self._words[_CONTROL["hold_limit_ms"]] = min(round(seconds * 1000), 0xFFFFFFFF)
+
+    def set_spin(self, nanoseconds: int) -> None:
+        """How long a vCPU looks for its answer before it sleeps (less than a millisecond)."""
+        self._words[_CONTROL["spin_ns"]] = nanoseconds
+
+    @property
+    def guest(self) -> GuestState:
+        """What the emulators so far have left; outlives all of them, as long as QEMU."""
+        return GuestState(self._words[_CONTROL["guest"]])
+
+    @guest.setter
+    def guest(self, state: GuestState) -> None:
+        self._words[_CONTROL["guest"]] = state
+
+    def set_auto_eoi(self, vcpu: int, vectors: Iterable[int]) -> None:
+        """The interrupt vectors of ``vcpu`` that are ended for the guest as soon as they are delivered."""
+        bitmap = [0, 0, 0, 0]
+        for vector in vectors:
+            bitmap[vector >> 6] |= 1 << (vector & 63)
+        for index, part in enumerate(bitmap):
+            self._quads[self._auto_eoi_at[vcpu] + index] = part
+
+    def _set_table(self, name: str, entries: bytes, size: int, limit: int) -> None:
+        count = len(entries) // size
+        if count > limit:
+            raise InternalError(f"{count} entries in the gateway's table {name}, which holds {limit}")
+        counts = {"cpuid": "cpuid_count", "rules": "rule_count", "gone": "gone_count"}
+        words = self._words
+        sequence = (words[_CONTROL["table_sequence"]] | 1) & 0xFFFFFFFF  # odd, if a predecessor died here
+        words[_CONTROL["table_sequence"]] = sequence
+        self._full_fence()
+        words[_CONTROL[counts[name]]] = count
+        at = offset_of(wire.CONTROL, name)
+        self._region[at : at + len(entries)] = entries
+        self._full_fence()
+        words[_CONTROL["table_sequence"]] = (sequence + 1) & 0xFFFFFFFF
+
+    def _full_fence(self) -> None:
+        """An uncontended lock is a locked instruction: stores made before are visible to loads made after."""
+        self._fence.acquire()
+        self._fence.release()
+
+    # --- traps ------------------------------------------------------------------------------------------
+
+    def traps(self) -> list[Trap]:
+        """The requests that appeared since the last call, each once.
+
+        Raises :class:`~vmbus.errors.GatewayError` when another emulator has taken over.
+        """
+        if self._words[_CONTROL["owner"]] != self._owner:
+            raise GatewayError("another emulator has taken over the trap gateway")
+        snapshot = self._requests.tobytes()
+        if snapshot == self._snapshot:
+            return []
+        self._snapshot = snapshot
+        found: list[Trap] = []
+        quads, seen = self._quads, self._seen
+        for index, sequence in enumerate(self._requests.tolist()):
+            if sequence == seen[index]:
+                continue
+            seen[index] = sequence
+            if quads[self._answer_at[index]] == sequence or quads[self._retired_at[index]] == sequence:
+                continue
+            kind, flags, *registers = wire.SLOT_STRUCT.unpack_from(self._region, self._slot_at[index])
+            trap = Trap._make(
+                (
+                    index // wire.SLOTS,
+                    index % wire.SLOTS,
+                    sequence,
+                    _KINDS[kind],
+                    bool(flags & wire.SLOT_LONG_MODE),
+                    *registers,
+                )
+            )
+            if self._carried and (carried := self._carried.pop(trap.identity, None)) is not None:
+                self._answer(trap, carried.value, carried.verdict)
+            else:
+                found.append(trap)
+        return found
+
+    def answer(self, trap: Trap, value: int = 0) -> None:
+        """The result: what RDMSR reads, the status of VMCALL; WRMSR has none."""
+        self._answer(trap, value & _MASK64, Verdict.OK)
+
+    def answer_fault(self, trap: Trap, fault: Fault) -> None:
+        """Let the instruction fault: :attr:`Fault.GP` for MSRs, :attr:`Fault.UD` for VMCALL."""
+        if (fault is Fault.UD) != (trap.kind is TrapKind.VMCALL):
+            raise InternalError(f"{trap.kind.name} cannot raise {fault.name}")
+        self._answer(trap, 0, Verdict.FAULT)
+
+    def _answer(self, trap: Trap, value: int, verdict: int) -> None:
+        index = trap.vcpu * wire.SLOTS + trap.slot
+        at = self._answer_at[index]
+        quads = self._quads
+        if self._requests[index] != trap.sequence or quads[self._retired_at[index]] == trap.sequence:
+            return  # given up, or forgotten, meanwhile
+        if self._words[_CONTROL["owner"]] != self._owner:
+            return  # another emulator answers now
+        if quads[at] == trap.sequence:
+            if self._words[2 * at + 4] == Verdict.AGAIN:
+                return  # forgotten, and nobody has come back for it
+            raise InternalError(f"{trap.kind.name} of vCPU {trap.vcpu} was answered twice")
+        self._store_answer(trap.vcpu, at, trap.sequence, value, verdict)
+
+    def _store_answer(self, vcpu: int, at: int, sequence: int, value: int, verdict: int) -> None:
+        quads = self._quads
+        quads[at + 1] = value
+        self._words[2 * at + 4] = verdict
+        quads[at] = sequence
+        self._fence.acquire()
+        self._fence.release()
+        if self._words[self._sleeping_at[vcpu]]:
+            self._syscall(_SYS_FUTEX, ctypes.c_void_p(self._address + 8 * at), _FUTEX_WAKE, 1, None, None, 0)
+
+    def forget_requests(self) -> None:
+        """The machine was reset: nobody fetches what was asked before. Clears doorbells too, and samples anew."""
+        quads = self._quads
+        for index, sequence in enumerate(self._requests.tolist()):
+            if sequence and quads[self._retired_at[index]] != sequence:
+                self._seen[index] = sequence
+                self._store_answer(
+                    index // wire.SLOTS, self._answer_at[index], sequence, 0, int(Verdict.AGAIN)
+                )
+        self._carried.clear()
+        self.doorbells()
+        self.clock.arm()
+
+    def unclaimed(self) -> list[Unclaimed]:
+        """Answers that no vCPU has fetched. To be taken while the machine is stopped, for a migration."""
+        quads = self._quads
+        found = []
+        for index, sequence in enumerate(self._requests.tolist()):
+            at = self._answer_at[index]
+            if sequence and quads[at] == sequence and quads[self._retired_at[index]] != sequence:
+                verdict = self._words[2 * at + 4]
+                if verdict != Verdict.AGAIN:
+                    kind, _, _, *registers = wire.SLOT_STRUCT.unpack_from(self._region, self._slot_at[index])
+                    found.append(Unclaimed((index // wire.SLOTS, kind, *registers), verdict, quads[at + 1]))
+        return found + list(self._carried.values())
+
+    def carry(self, unclaimed: Iterable[Unclaimed]) -> None:
+        """After a migration: answers given before it. A trap that repeats one of theirs is not handed out."""
+        self._carried = {entry.identity: entry for entry in unclaimed}
+
+    # --- doorbells --------------------------------------------------------------------------------------
+
+    def doorbells(self) -> list[int]:
+        """The doorbells rung since the last call, in ascending order.
+
+        They are cleared before this returns: what the guest stored before it rang is visible, and a guest that
+        rings again is seen by the next call.
+        """
+        start = self._doorbell_offset
+        bells = self._region[start : start + self._doorbell_limit]
+        at = bells.find(1)
+        if at < 0:
+            return []
+        found = []
+        while at >= 0:
+            found.append(at)
+            self._region[start + at] = 0
+            at = bells.find(1, at + 1)
+        self._full_fence()
+        return found
+
+    # --- sleeping ---------------------------------------------------------------------------------------
+
+    def sleep_prepare(self) -> bool:
+        """Ask to be woken through :meth:`fileno`. True: there is work (since :meth:`traps`), do not sleep."""
+        self._words[_CONTROL["waiting"]] = 1
+        self._fence.acquire()
+        self._fence.release()
+        start = self._doorbell_offset
+        if (
+            self._requests.tobytes() != self._snapshot
+            or self._region[start : start + self._doorbell_limit].find(1) >= 0
+        ):
+            self._words[_CONTROL["waiting"]] = 0
+            return True
+        return False
+
+    def awake(self) -> None:
+        """No longer asleep: no need to be woken."""
+        self._words[_CONTROL["waiting"]] = 0
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._event)
+
+    # --- looking ----------------------------------------------------------------------------------------
+
+    @property
+    def vcpus(self) -> int:
+        """vCPUs that have run so far."""
+        return self._words[_CONTROL["vcpus"]]
+
+    def counters(self) -> list[dict[str, int]]:
+        """What the gateway counted, one mapping a vCPU."""
+        first = offset_of(wire.VCPU, wire.COUNTERS[0])
+        found = []
+        for vcpu in range(self.vcpus):
+            at = (self._vcpu_offset + vcpu * wire.VCPU.sizeof() + first) // 8
+            found.append(
+                dict(zip(wire.COUNTERS, self._quads[at : at + len(wire.COUNTERS)].tolist(), strict=True))
+            )
+        return found

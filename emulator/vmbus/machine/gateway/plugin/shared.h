@@ -1,0 +1,176 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The memory that the gateway and the emulator share, and the messages on the socket.
+ *
+ * emulator/vmbus/wire/gateway.py declares the same; a unit test holds both against each other. Every word has one
+ * writer, named beside it: the gateway (G) or the emulator (E). Sequence numbers begin at 0. The orders in
+ * which words are stored and loaded are in docs/gateway.md.
+ */
+#ifndef VMBUS_SHARED_H
+#define VMBUS_SHARED_H
+
+#include <stdatomic.h>
+#include <stdint.h>
+
+#define GATEWAY_MAGIC UINT64_C(0x3157477375424d56) /* "VMBusGW1" */
+#define GATEWAY_VERSION 1
+#define GATEWAY_SLOTS 8
+#define GATEWAY_DOORBELLS 8192
+#define GATEWAY_CPUID_LEAVES 32
+#define GATEWAY_RULES 32
+#define GATEWAY_GONE 16
+
+enum gateway_kind { KIND_CPUID = 1, KIND_RDMSR = 2, KIND_WRMSR = 3, KIND_VMCALL = 4 };
+
+enum gateway_verdict {
+    VERDICT_OK = 0,    /* the value is the result */
+    VERDICT_FAULT = 1, /* #GP for an MSR, #UD for VMCALL */
+    VERDICT_AGAIN = 2, /* forget this request; whoever comes back for it asks anew */
+};
+
+enum gateway_emulator { EMULATOR_NONE = 0, EMULATOR_ATTACHED = 1, EMULATOR_ACTIVE = 2 };
+
+/* The gateway does nothing with it: it keeps the word for an emulator's successor. */
+enum gateway_guest { GUEST_FREE = 0, GUEST_ENGAGED = 1, GUEST_LEFT = 2 };
+
+#define SLOT_LONG_MODE 1u
+
+/* A trap that waits for an answer. G; stable from the store of its sequence number on. */
+struct gateway_slot {
+    uint32_t kind;
+    uint32_t flags;
+    uint64_t tsc; /* host TSC at the first trap; 0 when the host has none */
+    uint64_t pc;
+    uint64_t rax;
+    uint64_t rbx;
+    uint64_t rcx;
+    uint64_t rdx;
+    uint64_t rsi;
+    uint64_t rdi;
+    uint64_t r8;
+    uint64_t rsp;
+    uint64_t reserved[5];
+};
+
+/* E; `sequence` is stored last. */
+struct gateway_answer {
+    _Atomic uint64_t sequence;
+    uint64_t value;
+    uint32_t verdict;
+    uint32_t reserved0;
+    uint64_t reserved1;
+};
+
+struct gateway_vcpu {
+    uint32_t present;          /* G: the vCPU exists */
+    _Atomic uint32_t sleeping; /* G: 1 while it sleeps on the sequence of an answer */
+    uint64_t requests;         /* G: counters from here */
+    uint64_t retries;
+    uint64_t doorbells;
+    uint64_t gone_results;
+    uint64_t faults;
+    uint64_t auto_eois;
+    uint64_t no_slot;
+    uint64_t reserved0[8];
+    _Atomic uint64_t retired[GATEWAY_SLOTS];  /* G: sequence of the last request done with */
+    _Atomic uint64_t auto_eoi[4];             /* E: vectors to end at once */
+    uint64_t reserved1[4];
+    struct gateway_answer answers[GATEWAY_SLOTS];
+    struct gateway_slot slots[GATEWAY_SLOTS];
+};
+
+struct gateway_cpuid {
+    uint32_t leaf;
+    uint32_t eax;
+    uint32_t ebx;
+    uint32_t ecx;
+    uint32_t edx;
+    uint32_t reserved;
+};
+
+/* VMCALL with this control word and base <= first input < base + count: doorbell `first` + input - base. */
+struct gateway_rule {
+    uint64_t control;
+    uint64_t base;
+    uint64_t result;
+    uint32_t count;
+    uint32_t first;
+};
+
+/* Result of VMCALLs with this call code after the emulator has been away for longer than the hold limit. */
+struct gateway_gone {
+    uint32_t code;
+    uint32_t status;
+};
+
+struct gateway_control {
+    /* G, constant */
+    uint64_t magic;
+    uint32_t version;
+    uint32_t vcpus_max;
+    uint64_t region_size;
+    uint64_t vcpu_offset;
+    uint64_t request_offset; /* one cache line of GATEWAY_SLOTS sequence numbers (G) a vCPU */
+    uint64_t doorbell_offset;
+    uint64_t code_offset;
+    uint64_t code_pages;
+    /* G: who is here */
+    _Atomic uint32_t vcpus; /* highest index seen, plus one */
+    _Atomic uint32_t emulator;
+    _Atomic uint32_t owner; /* goes up at every attach */
+    _Atomic uint32_t was_active;
+    uint64_t reserved0[6];
+    /* G, under clock_sequence */
+    _Atomic uint32_t clock_sequence;
+    uint32_t tsc_known; /* the host has a TSC: else all below is 0 */
+    uint32_t arm_seen;  /* the `arm` that the samples belong to */
+    uint32_t samples;
+    uint64_t tsc_offset; /* host TSC - guest TSC, modulo 2^64: the least of the samples */
+    uint64_t pair_tsc;   /* host TSC and CLOCK_MONOTONIC at the same moment */
+    uint64_t pair_ns;
+    uint64_t tsc_frequency; /* Hz; 0 until measured */
+    uint64_t reserved1[2];
+    /* E */
+    _Atomic uint32_t waiting; /* write the eventfd when there is something to do */
+    uint32_t reserved2[15];
+    _Atomic uint32_t arm;           /* another value asks for new TSC samples */
+    _Atomic uint32_t hold_limit_ms; /* 0: for ever */
+    _Atomic uint32_t spin_ns;       /* how long a vCPU spins for an answer before it sleeps */
+    uint32_t guest;                 /* enum gateway_guest */
+    uint32_t reserved3[12];
+    /* E, under table_sequence (odd: being written) */
+    _Atomic uint32_t table_sequence;
+    uint32_t cpuid_count;
+    uint32_t rule_count;
+    uint32_t gone_count;
+    uint64_t reserved4[6];
+    struct gateway_cpuid cpuid[GATEWAY_CPUID_LEAVES];
+    struct gateway_rule rules[GATEWAY_RULES];
+    struct gateway_gone gone[GATEWAY_GONE];
+};
+
+/* Socket messages. */
+#define GATEWAY_MESSAGE_MAGIC UINT32_C(0x57476256) /* "VbGW" */
+
+enum gateway_message_type { MESSAGE_HELLO = 1, MESSAGE_ACTIVATE = 2, MESSAGE_CLOCK = 3 };
+enum gateway_status { STATUS_OK = 0, STATUS_VERSION = 1, STATUS_BUSY = 2, STATUS_REFUSED = 3 };
+
+#define HELLO_TAKE_OVER 1u
+
+struct gateway_message {
+    uint32_t magic;
+    uint32_t type;
+    uint32_t version; /* HELLO */
+    uint32_t flags;   /* HELLO */
+};
+
+/* The reply to a HELLO that went well carries two descriptors: the memory, and an eventfd. */
+struct gateway_reply {
+    uint32_t magic;
+    uint32_t type;
+    uint32_t status;
+    uint32_t version;
+    uint64_t argument; /* HELLO: size of the region, or process id of the emulator that is there */
+};
+
+#endif

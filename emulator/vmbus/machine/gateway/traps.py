@@ -1,0 +1,61 @@
+"""What a guest's trap is, as the gateway hands it over, and how it can end."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+from vmbus.wire.gateway import TrapKind
+
+
+class Fault(Enum):
+    """How a trap faults in the guest. The instruction decides: #GP for MSRs, #UD for VMCALL."""
+
+    GP = "general protection"
+    UD = "undefined opcode"
+
+
+class Trap(NamedTuple):
+    """One instruction that waits for an answer; registers as they were before it.
+
+    In code that is not 64-bit the upper halves and ``r8`` are 0. ``tsc``: the host's TSC at the first trap.
+    """
+
+    vcpu: int
+    slot: int
+    sequence: int
+    kind: TrapKind
+    long_mode: bool
+    tsc: int
+    pc: int
+    rax: int
+    rbx: int
+    rcx: int
+    rdx: int
+    rsi: int
+    rdi: int
+    r8: int
+    rsp: int
+
+    @property
+    def msr(self) -> int:
+        """Number of the MSR (RDMSR, WRMSR)."""
+        return self.rcx & 0xFFFFFFFF
+
+    @property
+    def msr_value(self) -> int:
+        """What WRMSR writes."""
+        return (self.rdx & 0xFFFFFFFF) << 32 | self.rax & 0xFFFFFFFF
+
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """Equal for a trap and for its repetition in another QEMU after a migration."""
+        return (self.vcpu, int(self.kind), *self[6:])
+
+
+class Unclaimed(NamedTuple):
+    """An answer that its vCPU has not fetched, to be carried over a migration."""
+
+    identity: tuple[int, ...]
+    verdict: int
+    value: int

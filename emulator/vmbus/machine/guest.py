@@ -1,0 +1,284 @@
+"""A guest of one's own: its run directory, its QEMU, the host that serves it, all ended together.
+
+    async with Guest.start(...) as guest:
+        ending = await guest.served.serve()
+
+Whatever happens inside, QEMU is ended and the run directory removed on the way out. A guest can move
+(:meth:`Guest.move`) to a new QEMU and a new host, by live migration; name, control socket and the output of its
+command go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vmbus.bus.io.device import Device
+from vmbus.errors import InternalError, QemuGone
+from vmbus.machine import rundir
+from vmbus.machine.host import Host, HostOptions
+from vmbus.machine.migration.configuration import leave_memory
+from vmbus.machine.migration.coordinator import Phase
+from vmbus.machine.migration.drive import MigrationFailed, Outcome, Progress, arrived, migrate, receive
+from vmbus.machine.migration.side_channel import CarrierAddress
+from vmbus.machine.migration.vmstate import DbusDaemon
+from vmbus.machine.qemu.acpi import vmbus_table
+from vmbus.machine.qemu.arguments import EmulatorOptions
+from vmbus.machine.qemu.launch import GuestOptions, QemuProcess, command_line
+from vmbus.machine.rundir import RunDirectory
+from vmbus.machine.served import HostCommand, Served
+from vmbus.provision.qemu import QemuBinary
+
+
+def emulator_options(
+    directory: RunDirectory,
+    memory_size: int,
+    gateway_library: Path,
+    *,
+    wait: bool = True,
+    migratable: bool = True,
+) -> EmulatorOptions:
+    """The emulator's options for a guest in ``directory``; ``migratable`` needs a QEMU with ``dbus-vmstate``."""
+    return EmulatorOptions(
+        memory_path=directory.memory,
+        memory_size=memory_size,
+        gateway_library=gateway_library,
+        gateway_socket=directory.gateway,
+        qtest_socket=directory.qtest,
+        qmp_socket=directory.qmp,
+        acpi_table=directory.acpi_table,
+        wait=wait,
+        dbus_socket=directory.dbus if migratable else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What every QEMU of one guest is started with."""
+
+    qemu: QemuBinary
+    gateway_library: Path
+    memory_size: int
+    options: GuestOptions
+    host_options: HostOptions | None = None
+
+
+class Station:
+    """One QEMU with the host that serves it. Made by :meth:`open`."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self.directory = directory
+        self.process: QemuProcess | None = None
+        self.daemon: DbusDaemon | None = None
+        self.command: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self.host: Host | None = None
+
+    @classmethod
+    async def open(
+        cls, directory: RunDirectory, name: str, setup: Setup, devices: Sequence[Device]
+    ) -> Station:
+        """Start QEMU with the guest held at its first look for a hypervisor, attach, let it go."""
+        station = cls(directory)
+        try:
+            await station._open(name, setup, devices)
+        except BaseException:
+            await station.close()
+            raise
+        return station
+
+    async def _open(self, name: str, setup: Setup, devices: Sequence[Device]) -> None:
+        directory, qemu = self.directory, setup.qemu
+        if qemu.dbus_vmstate:  # QEMU connects to it when it starts
+            self.daemon = await DbusDaemon.start(qemu.dbus_daemon(), directory.path)
+        directory.acpi_table.write_bytes(vmbus_table())
+        options = emulator_options(
+            directory, setup.memory_size, setup.gateway_library, migratable=self.daemon is not None
+        )
+        line = command_line(qemu.argv_prefix, directory, options, setup.options, name)
+        self.process = QemuProcess.start(line, directory.qemu_log, qemu.environment)
+        qmp = await self.process.connect_qmp(directory.qmp)
+        if setup.options.command_port:
+            self.command = await asyncio.open_unix_connection(str(directory.command))
+        self.host = await Host.attach(qmp, devices, setup.host_options)
+
+    @property
+    def serving(self) -> Host:
+        """The host. Raises :class:`~vmbus.errors.InternalError` before there is one."""
+        if self.host is None:
+            raise InternalError("a station without a host")
+        return self.host
+
+    async def close(self) -> None:
+        """End all of it, and remove its files; what is gone already is no error."""
+        if self.host is not None:
+            if self.process is not None and self.process.process.poll() is None and self.host.qmp.connected:
+                with contextlib.suppress(QemuGone):  # it may end by itself in this moment
+                    await self.host.qmp.execute("quit")
+            await self.host.close()
+        if self.process is not None:
+            await asyncio.to_thread(self.process.stop)
+        if self.command is not None:
+            self.command[1].close()
+        if self.daemon is not None:
+            await asyncio.to_thread(self.daemon.stop)
+        self.directory.remove_machine()
+
+
+class Guest:
+    """A started guest."""
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        setup: Setup,
+        station: Station,
+        served: Served,
+        new_devices: Callable[[Sequence[str]], Sequence[Device]] | None,
+    ) -> None:
+        self.directory = directory
+        self.served = served
+        self._setup = setup
+        self._station = station
+        self._new_devices = new_devices
+        self._moves = 0
+        self._moving = False
+
+    @property
+    def host(self) -> Host:
+        """Who serves it now."""
+        return self.served.host
+
+    @property
+    def process(self) -> QemuProcess:
+        """Its QEMU now."""
+        if self._station.process is None:
+            raise InternalError("a guest without a QEMU")
+        return self._station.process
+
+    @property
+    def command(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+        """The second serial port of the QEMU that it is in now; see :meth:`command_output`."""
+        return self._station.command
+
+    async def command_output(self) -> AsyncIterator[bytes]:
+        """What comes out of the second serial port, wherever the guest is, until its QEMU ends."""
+        while (command := (station := self._station).command) is not None:
+            while data := await command[0].read(1 << 16):
+                yield data
+            if self._station is station:
+                return
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def start(
+        cls,
+        *,
+        name: str | None,
+        qemu: QemuBinary,
+        gateway_library: Path,
+        memory_size: int,
+        options: GuestOptions,
+        devices: Sequence[Device],
+        host_options: HostOptions | None = None,
+        commands: Mapping[str, HostCommand] | None = None,
+        new_devices: Callable[[Sequence[str]], Sequence[Device]] | None = None,
+        memory_of: Path | None = None,
+    ) -> AsyncIterator[Guest]:
+        """Start QEMU with the guest held at its first look for a hypervisor, attach, let it go.
+
+        ``new_devices`` makes devices from their lines, for a guest that may :meth:`move`. ``memory_of``: the memory
+        file of a guest that will come here and find its memory in it.
+        """
+        directory = rundir.create(name, memory_size, memory_of=memory_of)
+        setup = Setup(qemu, gateway_library, memory_size, options, host_options)
+        guest: Guest | None = None
+        try:
+            station = await Station.open(directory, directory.name, setup, devices)
+            served = Served(station.serving, directory.path, commands)
+            guest = cls(directory, setup, station, served, new_devices)
+            served.add_command("move", guest._asked_to_move)
+            await served.start()
+            yield guest
+        finally:
+            if guest is not None:
+                await guest.served.stop_listening()
+                await guest._station.close()
+            directory.remove()
+
+    async def move(
+        self, *, share_memory: bool = False, progress: Progress | None = None, limit: float = 600.0
+    ) -> Outcome:
+        """Live-migrate into a new QEMU, served by a new host; the old ones are ended.
+
+        ``share_memory``: guest memory stays in its file, which the new QEMU maps too; nothing of it is copied.
+
+        Raises :class:`~vmbus.machine.migration.drive.MigrationFailed`: then the guest goes on where it is.
+        """
+        if self._moving:
+            raise MigrationFailed("this guest is moving already")
+        self._moving = True
+        try:
+            return await self._move(share_memory, progress, limit)
+        finally:
+            self._moving = False
+
+    async def _move(self, share_memory: bool, progress: Progress | None, limit: float) -> Outcome:
+        if self._new_devices is None:
+            raise MigrationFailed("this guest's devices cannot be made a second time")
+        lines = [line for attached in self.host.devices for line in attached.device.lines()]
+        devices = await asyncio.to_thread(
+            self._new_devices, lines
+        )  # images are opened: that may take its time
+        old = self._station
+        self._moves += 1
+        directory = rundir.within(
+            self.directory,
+            f"move-{self._moves}",
+            self._setup.memory_size,
+            memory_of=old.directory.memory if share_memory else None,
+        )
+        options = self._setup.options
+        options = replace(options, incoming=True, serial=options.serial or self.directory.console)
+        setup = replace(self._setup, options=options)
+        buffer_size = self.host.migration.buffer_size
+        new = await Station.open(directory, self.directory.name, setup, devices)
+        try:
+            uri = f"unix:{directory.path}/migration.sock"
+            if share_memory:
+                await leave_memory(self.host.qmp, True)
+                await leave_memory(new.serving.qmp, True)
+            carrier = None
+            if self.host.facts.dbus_address is None:
+                carrier = CarrierAddress("unix", directory.path / "carrier.sock")
+            await receive(new.serving, uri, carrier=carrier)
+            outcome = await migrate(self.host, uri, carrier=carrier, progress=progress, limit=limit)
+            await arrived(new.serving, limit)
+        except BaseException as error:
+            await new.close()
+            if share_memory:
+                await leave_memory(self.host.qmp, False)
+            if self.host.migration.phase is Phase.LEFT:  # it is nowhere else: what it left is still all there
+                await self.host.migration.take_back()
+            if (why := new.serving.migration.load_refused) and isinstance(error, MigrationFailed):
+                raise MigrationFailed(f"{why}; the guest goes on here") from error
+            raise
+        if share_memory:
+            await leave_memory(new.serving.qmp, False)
+        new.serving.migration.buffer_size = buffer_size
+        self._station = new
+        self.served.replace(new.serving)
+        await old.close()
+        self.directory.point_to(directory)
+        return outcome
+
+    async def _asked_to_move(self, host: Host, request: Mapping[str, Any]) -> object:
+        if "save_buffer" in request:
+            host.migration.buffer_size = int(request["save_buffer"])
+        share = request.get("share_memory") is True
+        with host.migration.driven_here():
+            outcome = await self.move(share_memory=share, limit=float(request.get("timeout", 600)))
+        return outcome.as_dict()

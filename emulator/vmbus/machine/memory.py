@@ -1,0 +1,408 @@
+"""Guest RAM, mapped: the only way in, so that neither QEMU's translations nor its dirty log go stale.
+
+The guest's RAM is a shared file (``memory-backend-file,share=on``) that QEMU and this process both map. A store
+through the mapping is invisible to QEMU in two ways, and every write here answers for both:
+
+* **Stale code.** TCG keeps translations of guest code per page and drops them only when QEMU itself sees a
+  write. The gateway notes every page that code was translated from (:class:`CodePages`). A write stores through
+  the mapping first and looks at the notes after a fence; where one is set it is cleared and the same bytes are
+  written once more through QEMU (:class:`WriteThrough`), which drops the translations. In this order a
+  translation made before the store is seen by the look, and one made after it has read the new bytes.
+* **Dirty pages.** Every page written is remembered in ``dirty`` (a byte a page) until somebody takes it
+  (:meth:`MappedMemory.take_dirty`), for migration.
+
+Index words of rings (:meth:`MappedPages.store_u32`) skip the look for code: a guest that runs the words it shares
+as indices has no expectation to disappoint, and the page's note stays set for whoever fills it next.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from vmbus.errors import GuestAddressError, QemuUnsuitable
+from vmbus.machine.io.addresses import address_of
+from vmbus.ports import PAGE_SIZE
+
+Buffer = bytes | bytearray | memoryview
+
+
+class CodePages(Protocol):
+    """Which guest pages code was translated from, as noted by the gateway."""
+
+    def test_and_clear(self, first_pfn: int, count: int) -> list[int]:
+        """Of the pages ``first_pfn .. first_pfn + count - 1`` those that were noted; their notes are cleared."""
+
+    def native(self) -> tuple[int, int]:
+        """Address of the notes in this process, a byte a page from page 0 on, and how many pages have one."""
+
+
+class WriteThrough(Protocol):
+    """A way to write guest memory through QEMU; returns when the write has been made."""
+
+    def write_memory(self, gpa: int, data: Buffer) -> None:
+        """Store ``data`` at ``gpa``."""
+
+
+@dataclass(frozen=True, slots=True)
+class RamFile:
+    """The file that guest RAM is: its device and inode number on this host, its ``size`` in bytes."""
+
+    device: int
+    inode: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class RamRegion:
+    """``size`` bytes of RAM at guest physical address ``gpa``, found at ``offset`` in the backing file."""
+
+    gpa: int
+    size: int
+    offset: int
+
+    @property
+    def end(self) -> int:
+        return self.gpa + self.size
+
+
+@dataclass(frozen=True, slots=True)
+class NativeMemory:
+    """The same memory for compiled code: addresses in this process, 0 for what is not there."""
+
+    address: int
+    size: int
+    dirty: int
+    """A byte a page of the file."""
+    notes: int
+    """Of the gateway, a byte a guest page."""
+    note_pages: int
+
+
+class MappedPages:
+    """:class:`~vmbus.ports.GuestPages`: pages of :class:`MappedMemory`, joined to runs where they touch."""
+
+    __slots__ = ("_memory", "_runs", "_starts", "_words", "size")
+
+    def __init__(self, memory: MappedMemory, file_offsets: Sequence[int]) -> None:
+        self._memory = memory
+        self.size = len(file_offsets) * PAGE_SIZE
+        runs: list[tuple[int, int, int]] = []  # offset here, length, offset in the file
+        for index, offset in enumerate(file_offsets):
+            if runs and runs[-1][2] + runs[-1][1] == offset:
+                start, length, first = runs[-1]
+                runs[-1] = (start, length + PAGE_SIZE, first)
+            else:
+                runs.append((index * PAGE_SIZE, PAGE_SIZE, offset))
+        self._runs = runs
+        self._starts = [offset // 4 for offset in file_offsets]
+        self._words = memory._words
+
+    def _pieces(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """``(offset in the file, length)`` of each run that ``[offset, offset + length)`` touches."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise IndexError(f"[{offset}, {offset + length}) is outside {self.size} bytes")
+        pieces = []
+        for start, run_length, first in self._runs:
+            if offset < start + run_length and length:
+                step = min(length, start + run_length - offset)
+                pieces.append((first + offset - start, step))
+                offset += step
+                length -= step
+        return pieces
+
+    def read(self, offset: int, length: int) -> bytes:
+        ram = self._memory._ram
+        if len(self._runs) == 1:
+            if offset < 0 or length < 0 or offset + length > self.size:
+                raise IndexError(f"[{offset}, {offset + length}) is outside {self.size} bytes")
+            start = self._runs[0][2] + offset
+            return ram[start : start + length].tobytes()
+        return b"".join([ram[start : start + step] for start, step in self._pieces(offset, length)])
+
+    def write(self, offset: int, data: Buffer) -> None:
+        done = 0
+        for start, step in self._pieces(offset, len(data)):
+            self._memory._store(start, data[done : done + step] if step != len(data) else data)
+            done += step
+
+    def load_u32(self, offset: int) -> int:
+        page, inside = divmod(offset, PAGE_SIZE)
+        if inside & 3 or offset < 0:
+            raise IndexError(f"offset {offset} is not aligned")
+        return self._words[self._starts[page] + (inside >> 2)]
+
+    def store_u32(self, offset: int, value: int) -> None:
+        page, inside = divmod(offset, PAGE_SIZE)
+        if inside & 3 or offset < 0:
+            raise IndexError(f"offset {offset} is not aligned")
+        word = self._starts[page] + (inside >> 2)
+        self._words[word] = value
+        self._memory.dirty[word >> 10] = 1
+
+    def address_u32(self, offset: int) -> int:
+        page, inside = divmod(offset, PAGE_SIZE)
+        return self._memory.address + (self._starts[page] << 2) + inside
+
+
+class MappedViews:
+    """:class:`~vmbus.ports.WritableMemory`: runs of :class:`MappedMemory`, by their place in the file."""
+
+    __slots__ = ("_memory", "_pieces", "views")
+
+    def __init__(self, memory: MappedMemory, pieces: list[tuple[int, int]]) -> None:
+        self._memory = memory
+        self._pieces = pieces
+        ram = memory._ram
+        self.views = [ram[offset : offset + length] for offset, length in pieces]
+
+    def finish(self, length: int) -> None:
+        pieces, self._pieces = self._pieces, []
+        self.views = []
+        stored = []
+        for offset, step in pieces:
+            if length <= 0:
+                break
+            stored.append((offset, min(step, length)))
+            length -= step
+        self._memory._stored(stored)
+        if stored and self._memory.filled is not None:
+            self._memory.filled(stored)
+
+
+class MappedMemory:
+    """:class:`~vmbus.ports.GuestMemory` over a mapping of the guest's RAM file."""
+
+    def __init__(
+        self,
+        ram: memoryview,
+        regions: Sequence[RamRegion],
+        *,
+        code_pages: CodePages | None = None,
+        through: WriteThrough | None = None,
+    ) -> None:
+        self._ram = ram
+        self._words = ram.cast("I")
+        self.regions = tuple(sorted(regions, key=lambda region: region.gpa))
+        self._spans = [(region.gpa, region.end, region.offset - region.gpa) for region in self.regions]
+        self._code_pages = code_pages
+        self._through = through
+        self._fence = threading.Lock()
+        self._mapping: mmap.mmap | None = None
+        #: Where the first byte of the file is in this process.
+        self.address = address_of(ram)
+        #: What is mapped; ``None`` for memory that is no file.
+        self.file: RamFile | None = None
+        #: Told of buffers that were filled, as (offset in the file, length), before the guest is.
+        self.filled: Callable[[Sequence[tuple[int, int]]], None] | None = None
+        #: A byte a page of the file: 1 where this process wrote since the last ``take_dirty``.
+        self.dirty = bytearray(len(ram) // PAGE_SIZE)
+
+    @classmethod
+    def map_file(
+        cls,
+        path: Path,
+        regions: Sequence[RamRegion],
+        *,
+        code_pages: CodePages | None,
+        through: WriteThrough | None,
+    ) -> MappedMemory:
+        """Map the backing file of a running QEMU. Raises :class:`~vmbus.errors.QemuUnsuitable`."""
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise QemuUnsuitable(
+                f"cannot open the guest's memory file {path}: {error.strerror}; "
+                "the emulator must run as the user that QEMU runs as, and see the same files"
+            ) from error
+        try:
+            found = os.fstat(descriptor)
+            size = found.st_size
+            needed = max(region.offset + region.size for region in regions)
+            if size < needed:
+                raise QemuUnsuitable(f"{path} has {size} bytes, the guest's RAM layout needs {needed}")
+            mapping = mmap.mmap(descriptor, size, mmap.MAP_SHARED)
+        finally:
+            os.close(descriptor)
+        memory = cls(memoryview(mapping), regions, code_pages=code_pages, through=through)
+        memory._mapping = mapping
+        memory.file = RamFile(found.st_dev, found.st_ino, size)
+        return memory
+
+    def close(self) -> None:
+        """Unmap; every :class:`MappedPages` is dead afterwards."""
+        self._words.release()
+        self._ram.release()
+        if self._mapping is not None:
+            self._mapping.close()
+
+    def is_ram(self, gpa: int, length: int) -> bool:
+        if length < 0:
+            return False
+        end = gpa + length
+        for start, stop, _ in self._spans:
+            if start <= gpa < stop:
+                if end <= stop:
+                    return True
+                gpa = stop
+        return False
+
+    def _pieces(self, gpa: int, length: int) -> list[tuple[int, int]]:
+        """``(offset in the file, length)`` for ``[gpa, gpa + length)``; a range may cross touching regions."""
+        pieces = []
+        at, left = gpa, length
+        for start, stop, delta in self._spans:
+            if start <= at < stop:
+                step = min(left, stop - at)
+                pieces.append((at + delta, step))
+                at += step
+                left -= step
+                if not left:
+                    return pieces
+        raise GuestAddressError(gpa, length)
+
+    def read(self, gpa: int, length: int) -> bytes:
+        for start, stop, delta in self._spans:
+            if start <= gpa and gpa + length <= stop and length >= 0:
+                offset = gpa + delta
+                return self._ram[offset : offset + length].tobytes()
+        return b"".join([self._ram[offset : offset + step] for offset, step in self._pieces(gpa, length)])
+
+    def write(self, gpa: int, data: Buffer) -> None:
+        done = 0
+        for offset, step in self._pieces(gpa, len(data)):
+            self._store(offset, data[done : done + step] if step != len(data) else data)
+            done += step
+
+    def put_page(self, pfn: int, content: Buffer) -> None:
+        """Store a page that comes with a saved state, all of it, before the guest runs.
+
+        QEMU has no code of that guest yet, or drops all of it when it loads a snapshot, and is not asked: it waits.
+        """
+        page = self.page_of_gpa(pfn * PAGE_SIZE)
+        self._ram[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = content
+        self.dirty[page] = 1
+
+    def readable(self, runs: Sequence[tuple[int, int]]) -> list[memoryview]:
+        ram = self._ram
+        return [
+            ram[offset : offset + step].toreadonly()
+            for gpa, length in runs
+            for offset, step in self._pieces(gpa, length)
+        ]
+
+    def writable(self, runs: Sequence[tuple[int, int]]) -> MappedViews:
+        return MappedViews(self, [piece for gpa, length in runs for piece in self._pieces(gpa, length)])
+
+    def write_code(self, gpa: int, data: bytes) -> None:
+        self.write(gpa, data)
+        if self._through is not None:
+            self._through.write_memory(gpa, data)
+
+    def pages(self, pfns: Sequence[int]) -> MappedPages:
+        offsets = []
+        for pfn in pfns:
+            gpa = pfn * PAGE_SIZE
+            for start, stop, delta in self._spans:
+                if start <= gpa and gpa + PAGE_SIZE <= stop:
+                    offsets.append(gpa + delta)
+                    break
+            else:
+                raise GuestAddressError(gpa, PAGE_SIZE)
+        return MappedPages(self, offsets)
+
+    def fence(self) -> None:
+        # An uncontended lock is taken with a lock-prefixed instruction: a full fence on x86.
+        with self._fence:
+            pass
+
+    def take_dirty(self) -> list[int]:
+        """Pages of the file (numbers) written since the last call; they count as clean from now on."""
+        found = []
+        for page in self.written():
+            self.dirty[page] = 0
+            found.append(page)
+        return found
+
+    def written(self) -> Iterator[int]:
+        """Pages of the file (numbers) written since the last :meth:`take_dirty`, in ascending order."""
+        at = self.dirty.find(1)
+        while at >= 0:
+            yield at
+            at = self.dirty.find(1, at + 1)
+
+    def gpa_of_page(self, page: int) -> int | None:
+        """The guest physical address of a page of the file; ``None`` for one that the guest does not see."""
+        try:
+            return self._gpa_of(page * PAGE_SIZE)
+        except GuestAddressError:
+            return None
+
+    def page_of_gpa(self, gpa: int) -> int:
+        """The page of the file that ``gpa`` is in. Raises :class:`~vmbus.errors.GuestAddressError`."""
+        return self._pieces(gpa, 1)[0][0] // PAGE_SIZE
+
+    def read_page(self, page: int) -> memoryview:
+        """A page of the file, whether the guest sees it or not. The view must not be kept."""
+        return self._ram[page * PAGE_SIZE : (page + 1) * PAGE_SIZE].toreadonly()
+
+    def _gpa_of(self, offset: int) -> int:
+        for region in self.regions:
+            if region.offset <= offset < region.offset + region.size:
+                return region.gpa + offset - region.offset
+        raise GuestAddressError(offset)
+
+    def native(self) -> NativeMemory:
+        """For compiled code, which answers for its stores as everything here does."""
+        notes, note_pages = (0, 0) if self._code_pages is None else self._code_pages.native()
+        return NativeMemory(self.address, len(self._ram), address_of(self.dirty), notes, note_pages)
+
+    def filled_by_kernel(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """``(gpa, length)``, each within a page, were stored and logged: see to code, and tell ``filled``."""
+        self.fence()
+        for gpa, length in ranges:
+            if self._code_pages is not None and self._code_pages.test_and_clear(gpa // PAGE_SIZE, 1):
+                self.write_through(gpa, length)
+        if self.filled is not None:
+            self.filled([piece for gpa, length in ranges for piece in self._pieces(gpa, length)])
+
+    def write_through(self, gpa: int, length: int) -> None:
+        """Have QEMU see what was stored in ``[gpa, gpa + length)``, where a note was found and cleared."""
+        if self._through is not None:
+            self._through.write_memory(gpa, self.read(gpa, length))
+
+    def _store(self, offset: int, data: Buffer) -> None:
+        """Store at ``offset`` of the file (bounds already checked), then see to code and dirty pages."""
+        length = len(data)
+        if not length:
+            return
+        self._ram[offset : offset + length] = data
+        self._stored([(offset, length)])
+
+    def _stored(self, pieces: Sequence[tuple[int, int]]) -> None:
+        """``(offset in the file, length)`` were stored: see to code and dirty pages."""
+        dirty = self.dirty
+        for offset, length in pieces:
+            first = offset // PAGE_SIZE
+            last = (offset + length - 1) // PAGE_SIZE
+            if first == last:
+                dirty[first] = 1
+            else:
+                dirty[first : last + 1] = b"\1" * (last + 1 - first)
+        if self._code_pages is None or not pieces:
+            return
+        self.fence()
+        for offset, length in pieces:
+            gpa = self._gpa_of(offset)
+            first_pfn = gpa // PAGE_SIZE
+            noted = self._code_pages.test_and_clear(
+                first_pfn, (gpa + length - 1) // PAGE_SIZE + 1 - first_pfn
+            )
+            for pfn in noted:
+                start = max(pfn * PAGE_SIZE, gpa)
+                self.write_through(start, min((pfn + 1) * PAGE_SIZE, gpa + length) - start)

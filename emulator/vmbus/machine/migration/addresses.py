@@ -1,0 +1,79 @@
+"""Where a migration goes to or comes from, as a user names it and as QEMU takes it.
+
+tcp:HOST:PORT   unix:PATH   vsock:CID:PORT     sockets: the target answers
+exec:COMMAND    file:PATH[,offset=N]           one way
+fd:N                                           descriptor N of the process that asks: handed over to QEMU
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import AsyncIterator
+from typing import Any
+
+from vmbus.errors import QemuError, UsageError
+from vmbus.machine.qemu.qmp import Qmp
+
+_SOCKETS = ("tcp:", "unix:", "vsock:")
+
+
+def descriptor_number(uri: str) -> int | None:
+    """The N of ``fd:N``; ``None`` for every other address.
+
+    Raises :class:`~vmbus.errors.UsageError` for the name of a descriptor: QEMU keeps those for each of its
+    monitors, and the emulator's has none.
+    """
+    kind, _, name = uri.partition(":")
+    if kind != "fd":
+        return None
+    if not name.isdecimal():
+        raise UsageError(f"{uri}: name a descriptor of your own process by its number, as in fd:3")
+    return int(name)
+
+
+def two_way(uri: str, descriptor: int | None = None) -> bool:
+    """Whether a target can answer over ``uri``."""
+    if descriptor is not None:
+        return stat.S_ISSOCK(os.fstat(descriptor).st_mode)
+    return uri.startswith(_SOCKETS)
+
+
+@contextlib.asynccontextmanager
+async def handed_over(qmp: Qmp, uri: str, descriptor: int | None) -> AsyncIterator[str]:
+    """``uri`` for a command of ``qmp``; for ``fd:`` QEMU has ``descriptor`` meanwhile, under a name of its own."""
+    if descriptor is None:
+        if descriptor_number(uri) is not None:
+            raise UsageError(f"{uri}: no descriptor came with it")
+        yield uri
+        return
+    name = f"vmbus-{secrets.token_hex(4)}"
+    await qmp.hand_over(descriptor, name)
+    try:
+        yield f"fd:{name}"
+    finally:
+        if qmp.connected:
+            with contextlib.suppress(QemuError):  # it was used: then QEMU has closed or kept it
+                await qmp.execute("closefd", {"fdname": name})
+
+
+def structured(uri: str) -> dict[str, Any]:
+    """``uri`` as a QMP ``MigrationAddress``. Raises :class:`~vmbus.errors.UsageError` for an unknown form."""
+    kind, _, rest = uri.partition(":")
+    if kind == "unix" and rest:
+        return {"transport": "socket", "type": "unix", "path": rest}
+    if kind == "fd" and rest:
+        return {"transport": "socket", "type": "fd", "str": rest}
+    if kind in ("tcp", "vsock"):
+        first, _, port = rest.rpartition(":")
+        if first and port.isdecimal():
+            name = "host" if kind == "tcp" else "cid"
+            return {
+                "transport": "socket",
+                "type": "inet" if kind == "tcp" else "vsock",
+                name: first.removeprefix("[").removesuffix("]"),
+                "port": port,
+            }
+    raise UsageError(f"{uri!r} is no address of a migration channel; write unix:PATH or tcp:HOST:PORT")

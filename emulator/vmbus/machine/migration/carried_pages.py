@@ -1,0 +1,41 @@
+"""Guest memory that goes along in the emulator's state: pages that QEMU does not know to be written.
+
+The source reads them while its guest stands still (which pages: :mod:`vmbus.machine.migration.dirty_pages`), and the
+target writes them in ``Load()``, when all that QEMU sends of memory is there, before anything else of the state is
+applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vmbus.machine.memory import MappedMemory
+from vmbus.machine.migration.dirty_pages import VIDEO_MEMORY
+from vmbus.ports import PAGE_SIZE
+from vmbus.saving.pages import collect, whole
+from vmbus.wire.saved import SavedPages
+
+
+def read(memory: MappedMemory, gpas: Sequence[int]) -> list[SavedPages]:
+    """What is in the pages at ``gpas``, or in as many of them as a state may carry; the guest stands still."""
+    return collect([gpa // PAGE_SIZE for gpa in gpas], lambda pfn: memory.read(pfn * PAGE_SIZE, PAGE_SIZE))
+
+
+class CarriedPages:
+    """:class:`~vmbus.saving.pages.PagesTarget`: the memory of a guest that has not run here yet."""
+
+    def __init__(self, memory: MappedMemory) -> None:
+        self._memory = memory
+
+    def check_pages(self, pages: Sequence[SavedPages]) -> str | None:
+        for each in pages:
+            for pfn in each.pfns:
+                gpa = pfn * PAGE_SIZE
+                if not self._memory.is_ram(gpa, PAGE_SIZE) or gpa in VIDEO_MEMORY:
+                    return f"page {pfn:#x} is none of this machine's RAM"
+        return None
+
+    def apply_pages(self, pages: Sequence[SavedPages]) -> None:
+        for each in pages:
+            for pfn, content in zip(each.pfns, each.contents, strict=True):
+                self._memory.put_page(pfn, whole(content))

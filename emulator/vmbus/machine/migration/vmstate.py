@@ -1,0 +1,216 @@
+"""The carrier: QEMU's ``dbus-vmstate``, and the emulator as its helper (spec/save-restore-and-migration.md 4.4).
+
+QEMU's object ``dbus-vmstate`` is a client of a D-Bus daemon, private to the guest. When QEMU saves a machine it
+asks every owner of the name ``org.qemu.VMState1`` for its state and puts it into its stream; when it loads one, it
+hands it back. So the state travels with a migration, a snapshot or a file, whoever started it.
+
+    QEMU  ── Save() ──→  answer = state      (after guest memory, QEMU's main loop stands still)
+    QEMU  ── Load(state) ──→  answer, or an error: then the load fails
+
+Both are answered from what was prepared before: neither may ask QEMU for anything, or both wait until the
+time-out of 25 seconds. An error that Save() returns QEMU only logs; see ``follower`` for how a refusal travels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+from xml.sax.saxutils import escape
+
+from dbus_fast import Message, MessageType, NameFlag, Variant
+from dbus_fast.aio import MessageBus
+from dbus_fast.errors import DBusError
+
+from vmbus.errors import MissingRequirement, QemuUnsuitable, VmbusError
+from vmbus.machine.qemu.child import end_with_parent
+
+_log = logging.getLogger(__name__)
+
+HELPER_ID = "vmbus-emulator"
+"""Under which QEMU knows the emulator's state; ``id-list`` of the ``dbus-vmstate`` object."""
+
+_INTERFACE = "org.qemu.VMState1"
+_PATH = "/org/qemu/VMState1"
+_PROPERTIES = "org.freedesktop.DBus.Properties"
+_FAILED = "org.qemu.VMState1.Error.Failed"
+
+_CONFIGURATION = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
+ "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
+<busconfig>
+  <listen>unix:path={path}</listen>
+  <auth>EXTERNAL</auth>
+  <policy context="default">
+    <allow user="*"/>
+    <allow own="*"/>
+    <allow send_destination="*" eavesdrop="false"/>
+    <allow receive_sender="*"/>
+  </policy>
+</busconfig>
+"""
+
+
+class DbusDaemon:
+    """A ``dbus-daemon`` of one guest, for nobody but this user. Made by :meth:`start`."""
+
+    def __init__(self, process: subprocess.Popen[bytes], socket: Path, configuration: Path) -> None:
+        self.process = process
+        self.socket = socket
+        self._configuration = configuration
+
+    @classmethod
+    async def start(cls, command: Sequence[str], directory: Path, limit: float = 10.0) -> DbusDaemon:
+        """Start ``command`` (the argv prefix of a ``dbus-daemon``) with its socket in ``directory``.
+
+        Raises :class:`~vmbus.errors.MissingRequirement` when it does not come up within ``limit`` seconds.
+        """
+        socket = directory / "dbus.sock"
+        configuration = directory / "dbus.conf"
+        configuration.write_text(configure_daemon(socket))
+        log = directory / "dbus.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(  # noqa: ASYNC220 - it takes no time, and must know its parent
+                [*command, f"--config-file={configuration}", "--nofork", "--nopidfile", "--nosyslog"],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=end_with_parent(),
+            )
+        daemon = cls(process, socket, configuration)
+        end = asyncio.get_running_loop().time() + limit
+        while not socket.exists():
+            if process.poll() is not None or asyncio.get_running_loop().time() > end:
+                daemon.stop()
+                raise MissingRequirement(
+                    f"{command[-1]} did not start: {log.read_text(errors='replace').strip() or 'no message'}"
+                )
+            await asyncio.sleep(0.005)
+        socket.chmod(0o600)
+        return daemon
+
+    @property
+    def address(self) -> str:
+        """For QEMU's ``addr=`` and for :meth:`VmStateHelper.connect`."""
+        return dbus_address(self.socket)
+
+    def stop(self) -> None:
+        """End it."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(2)
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self.socket.unlink(missing_ok=True)
+        self._configuration.unlink(missing_ok=True)
+
+
+def configure_daemon(socket: Path) -> str:
+    """The configuration file of a daemon that listens on ``socket`` and carries states."""
+    return _CONFIGURATION.format(path=escape(_dbus_escape(socket)))
+
+
+def _dbus_escape(path: Path) -> str:
+    """A path inside a D-Bus address: everything but a few characters as ``%xx``."""
+    plain = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-/.\\*"
+    return "".join(chr(byte) if byte in plain else f"%{byte:02x}" for byte in str(path).encode())
+
+
+def dbus_address(socket: Path) -> str:
+    """The D-Bus address of a daemon that listens on ``socket``."""
+    return f"unix:path={_dbus_escape(socket)}"
+
+
+class StateKeeper(Protocol):
+    """Who has the state."""
+
+    async def save(self) -> bytes:
+        """The state, prepared before. Raises :class:`~vmbus.errors.VmbusError` when there can be none."""
+
+    def load(self, state: bytes) -> None:
+        """Take a state. Raises :class:`~vmbus.errors.VmbusError` to refuse it."""
+
+
+class VmStateHelper:
+    """The emulator as a helper of ``dbus-vmstate``. Made by :meth:`connect`."""
+
+    def __init__(self, bus: MessageBus, keeper: StateKeeper) -> None:
+        self._bus = bus
+        self._keeper = keeper
+        self._tasks: set[asyncio.Task[None]] = set()
+        bus.add_message_handler(self._message)
+
+    @classmethod
+    async def connect(cls, address: str, keeper: StateKeeper) -> VmStateHelper:
+        """Join the daemon at ``address`` and be found by QEMU.
+
+        Raises :class:`~vmbus.errors.QemuUnsuitable` when no daemon answers there.
+        """
+        bus = MessageBus(bus_address=address)
+        try:
+            await bus.connect()
+            helper = cls(bus, keeper)
+            # Queued behind other helpers: QEMU asks all of them. An emulator that was replaced has left it.
+            await bus.request_name(_INTERFACE, NameFlag.ALLOW_REPLACEMENT)
+        except (OSError, DBusError, EOFError) as error:
+            bus.disconnect()
+            raise QemuUnsuitable(
+                f"no D-Bus daemon answers at {address} ({error}), which QEMU's dbus-vmstate object names: "
+                "without it the guest cannot be migrated. Start it before QEMU; "
+                "`vmbus qemu-args --migratable` says how"
+            ) from error
+        return helper
+
+    async def close(self) -> None:
+        """Leave; safe to call twice."""
+        if self._bus.connected:
+            self._bus.disconnect()
+            with contextlib.suppress(OSError, EOFError):
+                await self._bus.wait_for_disconnect()  # type: ignore[no-untyped-call]
+
+    def _message(self, message: Message) -> Message | bool | None:
+        if message.message_type is not MessageType.METHOD_CALL or message.path != _PATH:
+            return None
+        if message.interface == _PROPERTIES:
+            return self._property(message)
+        if message.interface != _INTERFACE:
+            return None
+        if (message.member, message.signature) not in (("Save", ""), ("Load", "ay")):
+            return None
+        task = asyncio.ensure_future(self._answer(message))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return True
+
+    async def _answer(self, message: Message) -> None:
+        try:
+            if message.member == "Save":
+                answer = Message.new_method_return(message, "ay", [await self._keeper.save()])
+            else:
+                self._keeper.load(bytes(message.body[0]))
+                answer = Message.new_method_return(message)
+        except VmbusError as error:
+            _log.error("%s: %s", message.member, error)
+            answer = Message.new_error(message, _FAILED, str(error))
+        except Exception as error:  # noqa: BLE001 - QEMU waits for an answer, whatever happened
+            _log.exception("%s failed", message.member)
+            answer = Message.new_error(message, _FAILED, f"internal error: {error!r}")
+        if self._bus.connected:
+            await self._bus.send(answer)
+
+    def _property(self, message: Message) -> Message | None:
+        wanted: list[Any] = list(message.body)
+        if not wanted or wanted[0] != _INTERFACE:
+            return None
+        properties: Mapping[str, Variant] = {"Id": Variant("s", HELPER_ID)}
+        if message.member == "GetAll":
+            return Message.new_method_return(message, "a{sv}", [properties])
+        if message.member == "Get" and wanted[1:] == ["Id"]:
+            return Message.new_method_return(message, "v", [properties["Id"]])
+        return None

@@ -1,0 +1,86 @@
+"""Compiles the parts that are C, for this machine, once for each version of their source.
+
+They are a few hundred lines without dependencies, so the user's compiler makes them when they are first needed,
+rather than a wheel carrying a binary for every system.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vmbus.errors import InternalError, MissingRequirement
+from vmbus.provision.cache import cache_folder
+
+FLAGS = ("-std=c11", "-Wall", "-Wextra", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
+
+
+def compiler() -> str:
+    """The C compiler: ``$CC``, ``cc``, ``gcc`` or ``clang``. Raises :class:`MissingRequirement`."""
+    for name in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
+        if name and (found := shutil.which(name)):
+            return found
+    raise MissingRequirement(
+        "the trap gateway has to be compiled once, and there is no C compiler: "
+        "apt-get install gcc libc6-dev (Debian, Ubuntu), dnf install gcc (Fedora)"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class NativeLibrary:
+    """A shared library made of the ``*.c`` and ``*.h`` of a folder."""
+
+    name: str
+    """Of the file, without ending."""
+    what: str
+    """For messages."""
+    source: Path
+    flags: tuple[str, ...] = FLAGS
+    libraries: tuple[str, ...] = ()
+    generated: Mapping[str, str] = field(default_factory=dict)
+    """More headers: name → text."""
+
+    def path(self, cache: Path | None = None) -> Path:
+        """Where the library of this version is, or will be."""
+        digest = hashlib.sha256(" ".join((*self.flags, *self.libraries)).encode())
+        for path in self._sources():
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        for name, text in sorted(self.generated.items()):
+            digest.update(name.encode() + b"\0" + text.encode())
+        return (cache or cache_folder()) / f"{self.name}-{digest.hexdigest()[:16]}.so"
+
+    def build(self, cache: Path | None = None) -> Path:
+        """The library; compiles it if the cache has none of this version.
+
+        Raises :class:`~vmbus.errors.MissingRequirement` where there is no compiler, or no C library to compile
+        with.
+        """
+        library = self.path(cache)
+        if library.exists():
+            return library
+        command = compiler()
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as scratch:
+            target = Path(scratch) / library.name
+            for name, text in self.generated.items():
+                (Path(scratch) / name).write_text(text)
+            files = [str(path) for path in self._sources() if path.suffix == ".c"]
+            line = [command, *self.flags, "-I", scratch, "-o", str(target), *files, *self.libraries]
+            result = subprocess.run(line, capture_output=True, text=True, check=False)
+            if result.returncode:
+                if "stdio.h" in result.stderr:
+                    raise MissingRequirement(
+                        "the C library's headers are missing: apt-get install libc6-dev (Debian, Ubuntu)"
+                    )
+                raise InternalError(f"{command} does not compile {self.what}:\n{result.stderr}")
+            target.replace(library)  # whole or not at all, also when two build at once
+        return library
+
+    def _sources(self) -> list[Path]:
+        return sorted([*self.source.glob("*.c"), *self.source.glob("*.h")])

@@ -1,0 +1,199 @@
+"""What a running QEMU is made of, found through QMP and its own process: nothing has to be repeated by the user.
+
+===================  ==============================================================================
+fact                 where it is found
+===================  ==============================================================================
+guest RAM            ``qom-get /machine memory-backend``, then ``mem-path``, ``share``, ``size``
+its layout           ``info mtree -f``: the lines of that memory region with their ``@offset``
+qtest socket         ``query-chardev``, label ``qtest``
+gateway socket       the ``-plugin`` option on the command line of the QMP socket's peer process
+vCPU → APIC id       ``qom-get`` ``apic-id`` of each CPU of ``query-cpus-fast``
+state carrier        ``qom-list /objects``: the ``addr`` of the object of type ``dbus-vmstate``
+atomic guest         ``query-hotpluggable-cpus``: there can be two vCPUs or more
+===================  ==============================================================================
+
+Guest and host share words in which each changes bits of its own: event flags above all. The guest does it with
+locked instructions, which TCG makes plain loads and stores, and no barriers, in a machine that can never have a
+second vCPU (``-smp 1``, QEMU's default). What the host stores between the two is lost then, now and then a signal,
+and that channel waits for ever. ``-smp 1,maxcpus=2`` is enough to have them atomic.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmbus.errors import QemuError, QemuUnsuitable
+from vmbus.machine.memory import RamRegion
+from vmbus.machine.qemu.qmp import Qmp
+
+_MTREE_LINE = re.compile(
+    r"^\s*([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, (?:ram|rom)\): (\S+)(?: @([0-9a-f]+))?\s*$"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class QemuFacts:
+    """Everything that the emulator has to know of a QEMU to attach to it."""
+
+    pid: int
+    version: str
+    machine: str
+    name: str | None
+    running: bool
+    ram_path: Path
+    ram_size: int
+    ram_regions: tuple[RamRegion, ...]
+    qtest_socket: str
+    gateway_socket: str
+    apic_ids: tuple[int, ...]
+    dbus_address: str | None = None
+    """Of the daemon that QEMU's ``dbus-vmstate`` object uses; without one the guest cannot be migrated."""
+    atomic: bool = True
+    """Whether the guest's locked instructions are; if not, signals get lost now and then."""
+
+
+def parse_layout(tree: str, region_name: str) -> tuple[RamRegion, ...]:
+    """The RAM layout in ``info mtree -f``: one region for each distance between address and file offset.
+
+    Holes below 1 MiB (video memory, shadowed ROM) move while firmware runs and are not told apart.
+    """
+    spans: dict[int, tuple[int, int]] = {}
+    for line in tree.splitlines():
+        found = _MTREE_LINE.match(line)
+        if found is None or found.group(3) != region_name:
+            continue
+        start, last = int(found.group(1), 16), int(found.group(2), 16)
+        delta = start - int(found.group(4) or "0", 16)
+        low, high = spans.get(delta, (start, last))
+        spans[delta] = (min(low, start), max(high, last))
+    return tuple(
+        RamRegion(gpa=low, size=high + 1 - low, offset=low - delta)
+        for delta, (low, high) in sorted(spans.items(), key=lambda item: item[1])
+    )
+
+
+def plugin_socket(arguments: list[str]) -> str | None:
+    """The gateway's ``socket=`` among the ``-plugin`` options of a command line."""
+    for position, argument in enumerate(arguments[:-1]):
+        if argument in ("-plugin", "--plugin"):
+            options = arguments[position + 1].replace(",,", "\0").split(",")
+            values = dict(option.partition("=")[::2] for option in options)
+            if "socket" in values and Path(values.get("file", options[0])).name.startswith("vmbus-gateway"):
+                return values["socket"].replace("\0", ",")
+    return None
+
+
+def chardev_path(filename: str) -> str | None:
+    """The path in a chardev's ``filename`` such as ``disconnected:unix:/run/q.sock,server=on``."""
+    _, found, rest = filename.partition("unix:")
+    if not found:
+        return None
+    return rest.removesuffix(",server=on").removesuffix(",server")
+
+
+async def discover(qmp: Qmp) -> QemuFacts:
+    """Ask a running QEMU. Raises :class:`QemuUnsuitable` naming every option that is missing."""
+    missing: list[str] = []
+    version = await qmp.execute("query-version")
+    numbers = version["qemu"]
+    machine = str(await qmp.execute("qom-get", {"path": "/machine", "property": "type"}))
+    status = await qmp.execute("query-status")
+    name = (await qmp.execute("query-name")).get("name")
+
+    kvm = await qmp.execute("query-kvm")
+    if kvm.get("enabled"):
+        missing.append("-accel tcg (it runs with KVM, where no plug-in can see the guest's instructions)")
+
+    backend = str(await qmp.execute("qom-get", {"path": "/machine", "property": "memory-backend"}))
+    ram_path: Path | None = None
+    size = 0
+    if backend:
+        try:
+            ram_path = Path(
+                str(await qmp.execute("qom-get", {"path": backend, "property": "mem-path"})).removeprefix(
+                    "rom "
+                )
+            )
+            shared = await qmp.execute("qom-get", {"path": backend, "property": "share"})
+            size = int(await qmp.execute("qom-get", {"path": backend, "property": "size"}))
+        except QemuError:
+            ram_path, shared = None, False
+        if not shared:
+            ram_path = None
+    if ram_path is None:
+        missing.append(
+            "-object memory-backend-file,id=ram,mem-path=FILE,share=on,size=SIZE -machine memory-backend=ram"
+        )
+
+    qtest: str | None = None
+    for chardev in await qmp.execute("query-chardev"):
+        if chardev["label"] == "qtest":
+            qtest = chardev_path(chardev["filename"])
+    if qtest is None:
+        missing.append("-qtest unix:SOCKET,server=on,wait=off -qtest-log none")
+
+    process = Path("/proc") / str(qmp.pid)
+    try:
+        raw = (process / "cmdline").read_bytes()
+    except OSError as error:
+        raise QemuUnsuitable(
+            f"cannot read the command line of QEMU (process {qmp.pid}): {error.strerror}; "
+            "run the emulator on the same host, in the same process namespace, as the same user"
+        ) from error
+    arguments = [part.decode("utf-8", "surrogateescape") for part in raw.split(b"\0")]
+    gateway = plugin_socket(arguments)
+    if gateway is None:
+        missing.append("-plugin PATH/vmbus-gateway.so,socket=SOCKET")
+
+    if missing or ram_path is None or qtest is None or gateway is None:
+        listed = "".join(f"\n  {option}" for option in missing)
+        raise QemuUnsuitable(
+            f"the QEMU behind {qmp.path} lacks what the emulator needs; add:{listed}\n"
+            "`vmbus qemu-args` prints these options ready to use"
+        )
+
+    # `memory-backend` names the object; the tree shows the region by the object's last path component.
+    layout = parse_layout(await qmp.monitor("info mtree -f"), backend.rsplit("/", 1)[-1])
+    if not layout or sum(region.size for region in layout) > size + (2 << 20):
+        raise QemuUnsuitable(f"cannot tell where the guest's RAM ({backend}) lies from `info mtree -f`")
+
+    apic_ids = []
+    for cpu in await qmp.execute("query-cpus-fast"):
+        apic_ids.append(int(await qmp.execute("qom-get", {"path": cpu["qom-path"], "property": "apic-id"})))
+
+    def absolute(path: str) -> str:
+        return path if path.startswith("/") else str((process / "cwd").resolve() / path)
+
+    return QemuFacts(
+        pid=qmp.pid,
+        version=f"{numbers['major']}.{numbers['minor']}.{numbers['micro']}",
+        machine=machine.removesuffix("-machine"),
+        name=name,
+        running=bool(status["running"]),
+        ram_path=Path(absolute(str(ram_path))),
+        ram_size=size,
+        ram_regions=layout,
+        qtest_socket=absolute(qtest),
+        gateway_socket=absolute(gateway),
+        apic_ids=tuple(apic_ids),
+        dbus_address=await _dbus_address(qmp),
+        atomic=await _possible_cpus(qmp) != 1,
+    )
+
+
+async def _possible_cpus(qmp: Qmp) -> int:
+    """How many vCPUs there may ever be; 0: it is not known."""
+    try:
+        return len(await qmp.execute("query-hotpluggable-cpus"))
+    except QemuError:  # a machine whose vCPUs are fixed
+        return 0
+
+
+async def _dbus_address(qmp: Qmp) -> str | None:
+    for found in await qmp.execute("qom-list", {"path": "/objects"}):
+        if found["type"] == "child<dbus-vmstate>":
+            path = f"/objects/{found['name']}"
+            return str(await qmp.execute("qom-get", {"path": path, "property": "addr"}))
+    return None

@@ -1,0 +1,160 @@
+"""Starts a QEMU for ``vmbus run`` and sees to its end: no process outlives the emulator.
+
+The child gets ``PR_SET_PDEATHSIG``: when the emulator is killed, even with SIGKILL, the kernel ends QEMU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmbus.errors import QemuError, QemuUnsuitable
+from vmbus.machine.qemu.arguments import EmulatorOptions
+from vmbus.machine.qemu.child import end_with_parent
+from vmbus.machine.qemu.qmp import Qmp
+from vmbus.machine.rundir import RunDirectory
+
+_POLL = 0.01
+
+SNAPSHOT_NODE = "vmbus-snapshots"
+"""The block node of :attr:`GuestOptions.snapshots`."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuestOptions:
+    """The guest that ``vmbus run`` starts."""
+
+    kernel: Path
+    initrd: Path | None
+    append: str
+    machine: str = "q35"
+    cpu: str = "max"
+    smp: int = 1
+    serial: Path | None = None
+    command_port: bool = False
+    incoming: bool = False
+    """Wait for a migration (``migrate-incoming``) instead of booting."""
+    snapshots: Path | None = None
+    """A qcow2 image that snapshots go into; the guest does not see it."""
+    extra: tuple[str, ...] = ()
+
+
+def command_line(
+    prefix: Sequence[str],
+    directory: RunDirectory,
+    emulator: EmulatorOptions | None,
+    guest: GuestOptions,
+    name: str | None = None,
+) -> list[str]:
+    """The whole QEMU command line. ``emulator`` is ``None`` for a guest without gateway (benchmarks).
+
+    ``name``: of the guest, if it is not that of the directory.
+    """
+    line = [
+        *prefix,
+        "-name",
+        f"guest={name or directory.name}",
+        "-no-user-config",
+        "-nodefaults",
+        "-display",
+        "none",
+    ]
+    line += ["-machine", guest.machine, "-cpu", guest.cpu]
+    # Where there can be one vCPU only, TCG makes its locked instructions plain ones (see ``discovery``).
+    line += ["-smp", f"{guest.smp},maxcpus={max(guest.smp, 2)}" if emulator is not None else str(guest.smp)]
+    if emulator is not None:
+        line += emulator.argv()
+    line += ["-qmp", f"unix:{directory.user_qmp},server=on,wait=off"]
+    console = str(guest.serial or directory.console).replace(",", ",,")
+    append = ",append=on" if guest.incoming else ""
+    line += ["-chardev", f"file,id=console,path={console}{append}", "-serial", "chardev:console"]
+    if guest.command_port:
+        line += ["-chardev", f"socket,id=command,path={directory.command},server=on,wait=off"]
+        line += ["-serial", "chardev:command"]
+    line += ["-kernel", str(guest.kernel)]
+    if guest.initrd is not None:
+        line += ["-initrd", str(guest.initrd)]
+    line += ["-append", guest.append]
+    if guest.snapshots is not None:
+        image = {"driver": "file", "filename": str(guest.snapshots)}
+        node = {"driver": "qcow2", "node-name": SNAPSHOT_NODE, "file": image}
+        line += ["-blockdev", json.dumps(node)]
+    if guest.incoming:
+        line += ["-incoming", "defer"]
+    line += guest.extra
+    return line
+
+
+class QemuProcess:
+    """A running QEMU child."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process = process
+        self._log = log
+
+    @classmethod
+    def start(
+        cls, line: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    ) -> QemuProcess:
+        """Start it; its messages go to ``log``. ``environment`` is added to this process's own."""
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                list(line),
+                env={**os.environ, **(environment or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C is the emulator's to handle
+                preexec_fn=end_with_parent(),
+            )
+        return cls(process, log)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def messages(self, lines: int = 12) -> str:
+        """The end of what QEMU printed."""
+        try:
+            return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
+        except FileNotFoundError:
+            return ""
+
+    async def connect_qmp(self, path: Path, limit: float = 30.0) -> Qmp:
+        """Connect as soon as QEMU listens. Raises :class:`~vmbus.errors.QemuError` if it ends instead."""
+        end = asyncio.get_running_loop().time() + limit
+        while True:
+            if self.process.poll() is not None:
+                raise QemuError(
+                    f"QEMU ended with status {self.process.returncode} before it was ready:\n{self.messages()}"
+                )
+            if path.exists():
+                try:
+                    return await Qmp.connect(str(path))
+                except QemuUnsuitable:
+                    if asyncio.get_running_loop().time() > end:
+                        raise
+            elif asyncio.get_running_loop().time() > end:
+                raise QemuError(f"QEMU made no QMP socket {path} within {limit:g} s:\n{self.messages()}")
+            await asyncio.sleep(_POLL)
+
+    async def wait(self) -> int:
+        """Wait for its end; the exit status, negative for a signal."""
+        return await asyncio.to_thread(self.process.wait)
+
+    def stop(self, grace: float = 5.0) -> None:
+        """End it: politely, then not."""
+        if self.process.poll() is not None:
+            return
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(grace)
+            return
+        self.process.kill()
+        self.process.wait()

@@ -1,0 +1,143 @@
+"""A host with its control socket: what ``vmbus run`` and ``vmbus attach`` both do once they are attached."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+from vmbus import __version__
+from vmbus.machine.control import ControlServer, Handler
+from vmbus.machine.host import Ending, Host
+
+#: A command of the control socket: given the host and the request.
+HostCommand = Callable[[Host, Mapping[str, Any]], Awaitable[object]]
+
+
+class Served:
+    """Serves ``host`` until its QEMU ends; answers on ``directory/control.sock`` meanwhile."""
+
+    def __init__(
+        self, host: Host, directory: Path, commands: Mapping[str, HostCommand] | None = None
+    ) -> None:
+        """``commands``: what else the control socket answers."""
+        self.host = host
+        self.directory = directory
+        self._handlers: dict[str, Handler] = {"status": self._status, "stop": self._stop}
+        for name, command in (commands or {}).items():
+            self.add_command(name, command)
+        self._control = ControlServer(directory / "control.sock", self._handlers)
+
+    def add_command(self, name: str, command: HostCommand) -> None:
+        """Let the control socket answer one more command."""
+
+        async def answer(request: Mapping[str, Any]) -> object:
+            return await command(self.host, request)
+
+        self._handlers[name] = answer
+
+    def replace(self, host: Host) -> None:
+        """The guest has moved: ``host`` serves it from now on."""
+        old, self.host = self.host, host
+        old.stop()
+
+    async def start(self) -> None:
+        await self._control.start()
+
+    async def stop_listening(self) -> None:
+        """Close the control socket."""
+        await self._control.stop()
+
+    async def close(self) -> None:
+        """Close the control socket, let go of QEMU."""
+        await self.stop_listening()
+        await self.host.close()
+
+    async def serve(self) -> Ending:
+        """Serve until QEMU ends, the control socket asks to stop, or SIGINT or SIGTERM comes."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGINT, signal.SIGTERM)
+        for number in signals:
+            loop.add_signal_handler(number, lambda: self.host.stop())
+        try:
+            while True:
+                host = self.host
+                ending = await host.serve()
+                if host is self.host:
+                    return ending
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    async def _status(self, request: Mapping[str, Any]) -> object:
+        return status(self.host, self.directory.name)
+
+    async def _stop(self, request: Mapping[str, Any]) -> object:
+        self.host.stop()
+        return {}
+
+
+def status(host: Host, name: str) -> dict[str, Any]:
+    """Everything that ``vmbus status --json`` shows."""
+    bus = host.bus.status()
+    channels = cast(list[dict[str, Any]], bus.pop("channels"))
+    channels.sort(key=lambda channel: channel["relid"] or 0)
+    attached = {str(a.channel.offer.instance_id): a for a in host.devices}
+    for channel in channels:
+        found = attached.get(str(channel["instance"]))
+        if found is None:
+            continue
+        ends = (found.io, *found.io.subchannels)
+        index = channel["subchannel"]
+        if index < len(ends):
+            channel["device"] = found.device.name
+            channel["io"] = ends[index].status()
+            channel["details"] = found.device.status() if not index else {}
+    return {
+        "name": name,
+        "emulator": {"version": __version__, **process_figures(), "uptime": time.monotonic() - host.started},
+        "qemu": {
+            "pid": host.facts.pid,
+            "version": host.facts.version,
+            "machine": host.facts.machine,
+            "memory": host.facts.ram_size,
+        },
+        "vcpus": len(host.facts.apic_ids),
+        "traps": host.gateway_traps,
+        "doorbells": host.gateway_doorbells,
+        "interrupts": host.qtest.interrupts,
+        "stopped_because": list(host.stopped_because),
+        "resets": host.events.resets,
+        "crashes": [str(report) for report in host.events.crashes],
+        "migration": {
+            "phase": host.migration.phase.value,
+            "ready": host.migration.ready,
+            "switchover": host.migration.switchover.value,
+            "refusal": host.migration.departure.refusal,
+            "load_refused": host.migration.load_refused,
+        },
+        "partition": host.partition.status(),
+        "bus": bus,
+        "channels": channels,
+    }
+
+
+def process_figures() -> dict[str, Any]:
+    """This process: resident and peak memory in bytes, CPU seconds, open descriptors."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    figures: dict[str, Any] = {
+        "pid": os.getpid(),
+        "peak_memory": usage.ru_maxrss * 1024,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+    }
+    with suppress(FileNotFoundError):  # no /proc
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        figures["memory"] = pages * resource.getpagesize()
+        figures["descriptors"] = len(list(Path("/proc/self/fd").iterdir()))
+    return figures

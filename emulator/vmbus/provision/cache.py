@@ -1,0 +1,119 @@
+"""The cache folder: where fetched and built things live.
+
+    CACHE/apt/CODENAME/          private apt state (lists, partly loaded packages)
+    CACHE/qemu/VERSION/          private QEMU, unpacked
+    CACHE/busybox/VERSION/       the guest's userspace
+    CACHE/kernels/GUEST/RELEASE/ guest kernels
+    CACHE/initramfs/HASH.cpio    built initramfs images
+    CACHE/systems/HASH/          a disk with a Debian system
+    CACHE/modules/HASH.json      what was read from a kernel's modules
+    CACHE/lock                   held while something is set up
+
+CACHE is ``$VMBUS_CACHE``, else ``$XDG_CACHE_HOME/vmbus``, else ``~/.cache/vmbus``.
+
+A folder of the cache is complete or absent: it is filled under another name and renamed at the end, with a
+``stamp.json`` inside that says what it holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from vmbus.errors import UserError
+
+STAMP = "stamp.json"
+
+
+def cache_folder() -> Path:
+    """The cache folder; it may not exist yet."""
+    if chosen := os.environ.get("VMBUS_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base).expanduser().absolute() / "vmbus"
+    return Path("~/.cache/vmbus").expanduser()
+
+
+def make_folder(folder: Path) -> Path:
+    """``folder``, made if it is not there. Raises :class:`UserError` where that is not allowed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make {folder}: {error.strerror}; set VMBUS_CACHE to a folder that you can write to"
+        ) from error
+    return folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold the lock of the cache ``folder``. ``waiting`` is called once if another process holds it."""
+    with (make_folder(folder) / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is not None:
+                waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def filling(folder: Path, stamp: dict[str, object]) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder``, with ``stamp`` in it, if the block ends without an error."""
+    make_folder(folder.parent)
+    temporary = Path(tempfile.mkdtemp(prefix=".filling-", dir=folder.parent))
+    temporary.chmod(0o755)
+    try:
+        yield temporary
+        (temporary / STAMP).write_text(json.dumps(stamp, indent=1, sort_keys=True) + "\n")
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+
+
+def sweep(parent: Path) -> None:
+    """Remove what a killed setup left unfinished below ``parent``. The lock must be held."""
+    for leftover in parent.glob(".filling-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def read_stamp(folder: Path) -> dict[str, object] | None:
+    """The stamp of a complete folder, or None."""
+    try:
+        stamp = json.loads((folder / STAMP).read_text())
+    except (OSError, ValueError):
+        return None
+    return stamp if isinstance(stamp, dict) else None
+
+
+def complete_folders(parent: Path) -> list[tuple[Path, dict[str, object]]]:
+    """The complete folders below ``parent`` with their stamps, the one that was made last first."""
+    found = []
+    for folder in parent.iterdir() if parent.is_dir() else ():
+        if not folder.name.startswith(".") and (stamp := read_stamp(folder)) is not None:
+            found.append(((folder / STAMP).stat().st_mtime_ns, folder, stamp))
+    return [(folder, stamp) for _, folder, stamp in sorted(found, key=lambda item: item[0], reverse=True)]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``path`` so that a reader sees all of it or nothing."""
+    make_folder(path.parent)
+    handle, name = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

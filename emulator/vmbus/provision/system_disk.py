@@ -1,0 +1,182 @@
+"""A disk with a whole Debian system: systemd, apt, a compiler, fio, sg3-utils, and the modules of the default guest.
+
+    mmdebstrap --(packages of the machine's own mirror)--> tar --> files --(mke2fs -d)--> a file system at 1 MiB
+    sfdisk     --------------------------------------------------------------------->   the partition around it
+
+The disk is made once and kept in the cache under a key of its recipe; who uses it copies it. Nothing is mounted for
+it, and no loop device is needed. As root mmdebstrap works in a chroot, otherwise in a user namespace (which takes
+``uidmap``, and an entry in ``/etc/subuid``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vmbus.errors import MissingRequirement, UsageError, UserError
+from vmbus.provision import cache, kernel
+from vmbus.provision.apt import DownloadError
+from vmbus.provision.mirror import Mirror
+from vmbus.provision.progress import Progress
+
+PACKAGES = (
+    *("apt", "debian-archive-keyring", "systemd-sysv", "udev", "dbus", "kmod", "login", "passwd", "mount"),
+    *("util-linux", "fdisk", "e2fsprogs", "procps", "gcc", "libc6-dev", "fio", "sg3-utils"),
+)
+REPOSITORY = ("jq", "libjq1", "libonig5")
+"""Packages that are not installed, and lie in a repository inside the system: apt can install them without a network.
+
+``jq`` needs the other two.
+"""
+
+ROOT_PARTITION = 1
+"""What the root file system is on: ``/dev/sda1`` where the disk is ``/dev/sda``."""
+
+_SIZE = 2 << 30
+_START = 1 << 20
+_FORMAT = 1
+_HOOK = Path(__file__).with_name("debian-system")
+_LEFT_OUT = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/info/*", "/usr/share/locale/*")
+
+
+def find_system(folder: Path | None = None) -> Path:
+    """The image, in the cache ``folder``. Raises :class:`MissingRequirement` if it, or its kernel, is not there."""
+    folder = folder or cache.cache_folder()
+    image = _place(folder, kernel.find_kernel(kernel.DEFAULT_GUEST, folder)) / "disk.img"
+    if cache.read_stamp(image.parent) is None or not image.is_file():
+        raise MissingRequirement("the Debian system disk is not made yet: run `vmbus setup --system`")
+    return image
+
+
+def make_system(folder: Path, mirror: Mirror, progress: Progress) -> Path:
+    """Make the image. The default guest's kernel must be there, and the lock of the cache be held.
+
+    Raises :class:`~vmbus.provision.apt.DownloadError`, or :class:`UserError` where a tool fails.
+    """
+    guest = kernel.find_kernel(kernel.DEFAULT_GUEST, folder)
+    if guest.modules is None:
+        raise UserError(f"the kernel {guest.release} has no modules")
+    place = _place(folder, guest)
+    progress.step(f"making a disk with Debian {_codename()} ({len(PACKAGES)} packages and what they need)")
+    stamp: dict[str, object] = {"kernel": guest.release, "packages": list(PACKAGES)}
+    with (
+        cache.filling(place, stamp) as temporary,
+        # a user's namespace has no way into the cache
+        tempfile.TemporaryDirectory(prefix=".system-", dir=None if os.geteuid() else folder) as name,
+    ):
+        work = Path(name)
+        work.chmod(0o755)
+        archive = work / "root.tar"
+        _run([*_mmdebstrap(mirror, guest, work), _codename(), str(archive), "-"], _sources(mirror, work))
+        progress.step("packing the disk")
+        image = work / "disk.img"
+        _pack(archive, image)
+        shutil.move(image, temporary / "disk.img")
+    for old in place.parent.iterdir():
+        if old != place:
+            shutil.rmtree(old, ignore_errors=True)
+    return find_system(folder)
+
+
+def copy_system(image: Path, target: Path) -> None:
+    """A disk for a guest: ``target`` is made. Raises :class:`UsageError` if it is there."""
+    if target.exists():
+        raise UsageError(f"{target} is there already; remove it, or name another file")
+    command = ["cp", "--reflink=auto", "--sparse=always", str(image), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        target.unlink(missing_ok=True)
+        raise UserError(f"cannot make {target}: {done.stderr.strip()}")
+
+
+def _codename() -> str:
+    return kernel.guest_name(kernel.DEFAULT_GUEST).codename
+
+
+def _place(folder: Path, guest: kernel.GuestKernel) -> Path:
+    recipe = (_FORMAT, _SIZE, _START, _codename(), PACKAGES, REPOSITORY, _LEFT_OUT, guest.release)
+    key = hashlib.sha256(repr(recipe).encode() + _HOOK.read_bytes()).hexdigest()[:16]
+    return folder / "systems" / key
+
+
+def _sources(mirror: Mirror, work: Path) -> str:
+    """What apt reads, for a system of the machine's own mirror."""
+    keyring = mirror.keyring
+    if "BEGIN PGP" in keyring:
+        path = work / "archive.asc"
+        path.write_text(keyring)
+        keyring = str(path)
+    option = f"[signed-by={keyring}] " if keyring else ""
+    lines = [f"deb {option}{mirror.main} {_codename()} main"]
+    if mirror.security:
+        lines.append(f"deb {option}{mirror.security} {_codename()}-security main")
+    return "\n".join(lines) + "\n"
+
+
+def _mmdebstrap(mirror: Mirror, guest: kernel.GuestKernel, work: Path) -> list[str]:
+    hook = work / "debian-system"
+    shutil.copy(_HOOK, hook)
+    hook.chmod(0o755)
+    hook_line = shlex.join(["env", f"RELEASE={guest.release}", f"PACKAGES={' '.join(REPOSITORY)}", str(hook)])
+    return [
+        "mmdebstrap",
+        "--quiet",
+        f"--mode={'unshare' if os.geteuid() else 'root'}",
+        "--variant=apt",
+        "--format=tar",
+        f"--include={','.join(PACKAGES)}",
+        "--dpkgopt=force-unsafe-io",
+        *(f"--dpkgopt=path-exclude={pattern}" for pattern in _LEFT_OUT),
+        '--aptopt=Acquire::Languages "none"',
+        *(f"--aptopt={setting}" for setting in mirror.settings),
+        '--customize-hook=mkdir -p "$1/usr/lib/modules"',
+        f"--customize-hook=copy-in {shlex.quote(str(guest.modules))} /usr/lib/modules",
+        f'--customize-hook={hook_line} "$1"',
+    ]
+
+
+def _pack(archive: Path, image: Path) -> None:
+    """The partitioned image of what is in ``archive``; as the user who owns all of it."""
+    script = (
+        'set -e; mkdir "$1.root"; '
+        'tar -x -p --numeric-owner --exclude=\'./dev/*\' -f "$2" -C "$1.root"; rm "$2"; '
+        ': >"$1.root/etc/machine-id"; '  # every boot of a new copy makes its own
+        'mke2fs -q -t ext4 -L debian -d "$1.root" -E "offset=$3,assume_storage_prezeroed=1" "$1" "$4k"; '
+        'rm -rf "$1.root"'
+    )
+    image.touch()
+    os.truncate(image, _SIZE)
+    words = ["sh", "-c", script, "pack", str(image), str(archive), str(_START), str((_SIZE - _START) >> 10)]
+    if os.geteuid():
+        image.chmod(0o666)
+        image.parent.chmod(0o777)
+        words = ["mmdebstrap", "--unshare-helper", *words]
+    _run(words)
+    image.chmod(0o644)
+    _run(["sfdisk", "--quiet", str(image)], f"label: dos\nstart={_START // 512}, type=83, bootable\n")
+
+
+def _run(command: Sequence[str], given: str = "") -> None:
+    environment: Mapping[str, str] = {**os.environ, "LC_ALL": "C.UTF-8", "PATH": _path()}
+    try:
+        done = subprocess.run(
+            command, input=given, env=environment, capture_output=True, text=True, errors="replace"
+        )
+    except FileNotFoundError:
+        raise MissingRequirement(f"there is no {command[0]} on this machine") from None
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.startswith(("E:", "W:", "dpkg: error"))]
+        reason = "; ".join(lines[-4:]) or done.stderr.strip()[-400:] or "no reason given"
+        kind = DownloadError if command[0] == "mmdebstrap" else UserError
+        raise kind(f"{command[0]} failed: {reason}")
+
+
+def _path() -> str:
+    """mke2fs and sfdisk are where a user's PATH often does not lead."""
+    return f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"

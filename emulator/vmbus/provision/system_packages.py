@@ -1,0 +1,102 @@
+"""Packages of this machine's own distribution that building and fetching need."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from vmbus.errors import MissingRequirement
+
+
+@dataclass(frozen=True, slots=True)
+class SystemPackage:
+    """A Debian package, what it is for, and how to see that what is needed of it is there."""
+
+    name: str
+    purpose: str
+    there: Callable[[], bool]
+
+
+def _program(*names: str) -> Callable[[], bool]:
+    return lambda: any(shutil.which(name) for name in names)
+
+
+def _file(*paths: str) -> Callable[[], bool]:
+    return lambda: any(Path(path).exists() for path in paths)
+
+
+def _can_make_environments() -> bool:
+    """Or is in one already."""
+    return sys.prefix != sys.base_prefix or importlib.util.find_spec("ensurepip") is not None
+
+
+BUILD_PACKAGES = (
+    SystemPackage("gcc", "compiles the trap gateway", _program("cc", "gcc", "clang")),
+    SystemPackage(
+        "libc6-dev", "headers for the trap gateway", _file("/usr/include/stdlib.h", "/usr/include/features.h")
+    ),
+    SystemPackage("make", "runs the project's Makefile", _program("make")),
+    SystemPackage("python3-venv", "makes the project's Python environment", _can_make_environments),
+)
+FETCH_PACKAGES = (
+    SystemPackage("apt", "fetches the private QEMU and guest kernels", _program("apt-get")),
+    SystemPackage("dpkg", "unpacks them", _program("dpkg-deb")),
+    SystemPackage(
+        "debian-archive-keyring",
+        "checks their signatures",
+        _file(
+            "/usr/share/keyrings/debian-archive-keyring.pgp", "/usr/share/keyrings/debian-archive-keyring.gpg"
+        ),
+    ),
+)
+SYSTEM_PACKAGES = (
+    SystemPackage("mmdebstrap", "installs a Debian system into a folder", _program("mmdebstrap")),
+    SystemPackage("e2fsprogs", "makes its file system", _file("/usr/sbin/mke2fs", "/sbin/mke2fs")),
+    SystemPackage("fdisk", "makes its partition", _file("/usr/sbin/sfdisk", "/sbin/sfdisk")),
+)
+
+
+def missing_packages(packages: Iterable[SystemPackage] = BUILD_PACKAGES) -> tuple[SystemPackage, ...]:
+    return tuple(package for package in packages if not package.there())
+
+
+def install_line(packages: Iterable[SystemPackage]) -> str:
+    """What a user types to get ``packages``."""
+    names = " ".join(package.name for package in packages)
+    if shutil.which("apt-get") is None:
+        return f"install what your distribution calls {names}"
+    return f"{'' if os.geteuid() == 0 else 'sudo '}apt-get install {names}"
+
+
+def ensure(packages: Iterable[SystemPackage] = BUILD_PACKAGES, stream: TextIO | None = None) -> None:
+    """Install what is missing of ``packages`` where we may (as root, with apt), saying so on ``stream``.
+
+    Raises :class:`MissingRequirement` with the line to type where we may not, or where it failed.
+    """
+    missing = missing_packages(packages)
+    if not missing:
+        return
+    names = [package.name for package in missing]
+    why = "; ".join(f"{package.name}: {package.purpose}" for package in missing)
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        raise MissingRequirement(f"missing on this machine ({why}): {install_line(missing)}")
+    print(f"installing {' '.join(names)} with apt-get ({why})", file=stream or sys.stderr, flush=True)
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
+    for command in (["update"], ["install", "--yes", "--no-install-recommends", *names]):
+        done = subprocess.run(
+            ["apt-get", "-qq", *command],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode and command[0] == "install":
+            reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
+            raise MissingRequirement(f"{install_line(missing)} failed: {reason[0]}")

@@ -1,0 +1,435 @@
+"""Saving and restoring one channel: begin, continue, end; restore from buffers of whole chunks.
+
+Source: spec/save-restore-and-migration.md 1.6, 1.7 (the KMCL functions of a VMBus server), docs/saved-state.md.
+
+    saving     idle ──save_begin──▶ saving ──save_continue → SUCCESS──▶ saved ──save_end──▶ idle, frozen
+                                      │ save_end                                             │ start
+                                      ▼                                                      ▼
+                                    idle, as before save_begin                              active
+    restoring  fresh ──restore → MORE_PROCESSING_REQUIRED──▶ partial ──restore → SUCCESS──▶ restored ──start──▶
+                 ▲ disable (from any of them)                   │ a device's callback fails
+                 └──────────────────────────── broken ◀─────────┘
+
+A channel that is active cannot be saved: :meth:`ChannelSaver.pause` first. Between ``save_begin`` and the end of an
+aborted save, and after a successful one until ``start``, the channel is frozen: what was saved stays true.
+
+A restore changes nothing until the buffer with the last chunk has been checked; then everything is applied, and
+the RestorePacket callbacks run in the order of the save. :meth:`ChannelSaver.refusal` tells why the last call on a
+channel was refused. No function may be called from inside a packet callback, except ``packet_restore``.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any, NamedTuple
+
+from vmbus.errors import VmbusError
+from vmbus.saving.chunks import encode
+from vmbus.saving.packets import restore_packet, save_packet
+from vmbus.saving.refusal import Reason, StateRefused
+from vmbus.saving.state import Assembly, ChannelState, OutgoingPacket, Packet, SavableChannel
+from vmbus.saving.status import NtStatus
+from vmbus.wire.chunk import ChunkKind
+from vmbus.wire.saved import SAVED_PACKET, SavedOutgoing, SavedPacket
+
+_logger = logging.getLogger(__name__)
+
+_BadBuffer = NtStatus.STATUS_INVALID_PARAMETER_2
+_BadSize = NtStatus.STATUS_INVALID_PARAMETER_3
+_BadState = NtStatus.STATUS_INVALID_DEVICE_STATE
+
+
+class SaveResult(NamedTuple):
+    """What SaveContinue returns. ``bytes_required``: for any progress in the next call; 0 if that cannot be told."""
+
+    status: NtStatus
+    bytes_filled: int = 0
+    bytes_required: int = 0
+
+
+class _Restore(Enum):
+    FRESH = auto()
+    PARTIAL = auto()
+    RESTORED = auto()
+    BROKEN = auto()
+
+
+@dataclass(slots=True)
+class _Save:
+    """A save context. ``rendered`` holds the chunks that are built: at most one more than were handed out."""
+
+    save_id: int
+    records: list[tuple[ChunkKind, Any]]
+    changes: int
+    was_frozen: bool
+    cursor: int = 0
+    pending: list[bytes] = field(default_factory=list)
+    invalid: bool = False
+
+    @property
+    def complete(self) -> bool:
+        return self.cursor == len(self.records)
+
+
+@dataclass(slots=True)
+class _Context:
+    channel: SavableChannel
+    save: _Save | None = None
+    frozen: bool = False
+    busy: bool = False
+    phase: _Restore = _Restore.FRESH
+    assembly: Assembly = field(default_factory=Assembly)
+    handed_over: SavedPacket | None = None
+    refusal: StateRefused | None = None
+
+
+class ChannelSaver:
+    """The save contexts of any number of channels, which do not affect each other."""
+
+    def __init__(self, *, save_ids: Callable[[], int] = lambda: secrets.randbits(64)) -> None:
+        self._save_ids = save_ids
+        self._contexts: dict[int, _Context] = {}
+
+    # --- state control -------------------------------------------------------------------------------------
+
+    def pause(self, channel: SavableChannel) -> NtStatus:
+        """VmbChannelPause: take no more packets. No effect on a paused channel."""
+        if self._context(channel).busy:
+            return self._refuse(channel, _BadState, "pause from inside a packet callback")
+        if not channel.paused:
+            channel.pause()
+        return NtStatus.STATUS_SUCCESS
+
+    def start(self, channel: SavableChannel) -> NtStatus:
+        """VmbChannelStart: go on, also after a save (a migration that was cancelled) or a restore.
+
+        ``STATUS_INVALID_DEVICE_STATE`` while a save is under way, while chunks of a restore are missing, and
+        after a failed one.
+        """
+        context = self._context(channel)
+        if context.busy or context.save is not None:
+            return self._refuse(channel, _BadState, "start during a save")
+        if context.phase in (_Restore.PARTIAL, _Restore.BROKEN):
+            return self._refuse(channel, _BadState, f"start after a restore that is {context.phase.name}")
+        if context.frozen:
+            context.frozen = False
+            channel.unfreeze()
+        channel.start()
+        return NtStatus.STATUS_SUCCESS
+
+    def disable(self, channel: SavableChannel) -> NtStatus:
+        """VmbChannelDisable: revoke the channel; a restore that is half done or failed is forgotten.
+
+        A save that is under way fails with its next call and must still be ended.
+        """
+        context = self._context(channel)
+        if context.busy:
+            return self._refuse(channel, _BadState, "disable from inside a packet callback")
+        context.phase, context.assembly, context.frozen = _Restore.FRESH, Assembly(), False
+        if context.save is not None:
+            context.save.invalid = True
+        else:
+            del self._contexts[id(channel)]
+        channel.disable()
+        return NtStatus.STATUS_SUCCESS
+
+    def refusal(self, channel: SavableChannel) -> StateRefused | None:
+        """Why the last call for this channel was refused, or ``None`` if it was not."""
+        context = self._contexts.get(id(channel))
+        return context.refusal if context else None
+
+    def restored(self, channel: SavableChannel) -> bool:
+        """Whether a restore of this channel is complete (and the channel was not disabled since)."""
+        context = self._contexts.get(id(channel))
+        return context is not None and context.phase is _Restore.RESTORED
+
+    # --- saving --------------------------------------------------------------------------------------------
+
+    def save_begin(self, channel: SavableChannel) -> NtStatus:
+        """VmbChannelSaveBegin: freeze a consistent view of a channel that is not active.
+
+        ``STATUS_INVALID_PARAMETER_1`` for the guest's end of a channel, ``STATUS_INVALID_DEVICE_STATE`` if it is
+        active, being saved, half restored or broken, ``STATUS_UNSUCCESSFUL`` if its device cannot be saved.
+        """
+        context = self._context(channel)
+        if not channel.is_server:
+            return self._refuse(channel, NtStatus.STATUS_INVALID_PARAMETER_1, "not the server's end")
+        if context.busy or context.save is not None:
+            return self._refuse(channel, _BadState, "a save is under way")
+        if context.phase in (_Restore.PARTIAL, _Restore.BROKEN):
+            return self._refuse(channel, _BadState, f"its restore is {context.phase.name}")
+        if channel.open and not channel.paused:
+            return self._refuse(channel, _BadState, "the channel is active")
+        try:
+            state = channel.freeze()
+        except VmbusError as error:
+            return self._refuse(
+                channel, NtStatus.STATUS_UNSUCCESSFUL, str(error), Reason.DEVICE_FAILED, cause=error
+            )
+        context.save = _Save(self._save_ids(), list(state.records()), channel.changes, context.frozen)
+        context.frozen = True
+        context.refusal = None
+        return NtStatus.STATUS_SUCCESS
+
+    def save_continue(
+        self, channel: SavableChannel, buffer: bytearray | memoryview | None, size: int
+    ) -> SaveResult:
+        """VmbChannelSaveContinue: write as many whole chunks as fit into the first ``size`` bytes of ``buffer``.
+
+        ``STATUS_SUCCESS``: that was all (again and again, with nothing filled, if called once more).
+        ``STATUS_BUFFER_OVERFLOW``: some chunks were written, more remain. ``STATUS_BUFFER_TOO_SMALL``: nothing was
+        written. Any other status, and one of these with nothing required: a failure, of the caller or of the
+        device's SavePacket callback. Then nothing was written and the cursor has not moved.
+        """
+        context = self._context(channel)
+        save = context.save
+        if save is None or context.busy:
+            return SaveResult(self._refuse(channel, _BadState, "no save is under way"))
+        if self._overtaken(context, save):
+            return SaveResult(self._refuse(channel, _BadState, "the channel's state changed during the save"))
+        context.refusal = None
+        if save.complete:
+            return SaveResult(NtStatus.STATUS_SUCCESS)
+        if size < 0 or (buffer is None and size):
+            status = _BadSize if size < 0 else _BadBuffer
+            return SaveResult(self._refuse(channel, status, f"{size} bytes and no buffer"))
+        view = memoryview(bytearray()) if buffer is None else memoryview(buffer)
+        if view.readonly or not view.c_contiguous:
+            return SaveResult(self._refuse(channel, _BadBuffer, "the buffer cannot be written"))
+        if size > view.nbytes:
+            return SaveResult(self._refuse(channel, _BadSize, f"{size} bytes of a {view.nbytes}-byte buffer"))
+        return self._fill(context, save, view.cast("B")[:size])
+
+    def save_end(self, channel: SavableChannel) -> None:
+        """VmbChannelSaveEnd: drop the context. Without a complete save, the channel is as before ``save_begin``.
+
+        After a complete one it stays frozen until :meth:`start` or :meth:`save_cancel`. No effect, but a line in
+        the log, if no save is under way.
+        """
+        context = self._context(channel)
+        if context.save is None or context.busy:
+            _logger.info("%s: end of a save that was not begun", channel.identity)
+            return
+        save, context.save = context.save, None
+        if not save.complete or save.invalid:
+            self._thaw(context, to=save.was_frozen)
+
+    def save_cancel(self, channel: SavableChannel) -> None:
+        """The save is not wanted any more: the channel is as before it, complete or not, and not started.
+
+        Not a KMCL function: for who saves several channels and fails at one of them.
+        """
+        context = self._context(channel)
+        if context.busy:
+            _logger.warning("%s: a save is cancelled from inside a packet callback", channel.identity)
+            return
+        save, context.save = context.save, None
+        self._thaw(context, to=save is not None and save.was_frozen)
+
+    def chunks_saved(self, channel: SavableChannel) -> int:
+        """How many chunks of the save that is under way were handed out."""
+        save = self._context(channel).save
+        return save.cursor if save is not None else 0
+
+    def _fill(self, context: _Context, save: _Save, view: memoryview) -> SaveResult:
+        """Gather first, write then: a SavePacket callback that fails leaves the buffer alone."""
+        fitting = filled = 0
+        required = 0
+        while save.cursor + fitting < len(save.records):
+            status = self._render(context, save, fitting)
+            if status != NtStatus.STATUS_SUCCESS:
+                return SaveResult(status)
+            required = len(save.pending[fitting])
+            if filled + required > len(view):
+                break
+            filled += required
+            fitting += 1
+            required = 0
+        if self._overtaken(context, save):
+            return SaveResult(
+                self._refuse(context.channel, _BadState, "a callback changed the channel's state")
+            )
+        view[:filled] = b"".join(save.pending[:fitting])
+        del save.pending[:fitting]
+        save.cursor += fitting
+        if save.complete:
+            return SaveResult(NtStatus.STATUS_SUCCESS, filled)
+        if not fitting:
+            return SaveResult(NtStatus.STATUS_BUFFER_TOO_SMALL, 0, required)
+        return SaveResult(NtStatus.STATUS_BUFFER_OVERFLOW, filled, required)
+
+    def _render(self, context: _Context, save: _Save, ahead: int) -> NtStatus:
+        """Build the chunk that is ``ahead`` of the cursor, unless it is there already."""
+        if ahead < len(save.pending):
+            return NtStatus.STATUS_SUCCESS
+        index = save.cursor + ahead
+        kind, record = save.records[index]
+        if isinstance(record, OutgoingPacket):
+            context.busy = True
+            try:
+                blob = save_packet(context.channel, record.packet)
+            except StateRefused as error:
+                return self._refuse(context.channel, error.status, error.detail, error.reason)
+            finally:
+                context.busy = False
+            record = SavedOutgoing(SAVED_PACKET.build(record.packet), blob)
+        last = index + 1 == len(save.records)
+        save.pending.append(encode(kind, record, save_id=save.save_id, index=index, last=last))
+        return NtStatus.STATUS_SUCCESS
+
+    def _overtaken(self, context: _Context, save: _Save) -> bool:
+        channel = context.channel
+        if channel.changes != save.changes or (channel.open and not channel.paused):
+            save.invalid = True
+        return save.invalid
+
+    def _thaw(self, context: _Context, *, to: bool) -> None:
+        if context.frozen and not to:
+            context.channel.unfreeze()
+        context.frozen = context.frozen and to
+
+    # --- restoring -----------------------------------------------------------------------------------------
+
+    def restore_from_buffer(
+        self, channel: SavableChannel, buffer: bytes | bytearray | memoryview | None, size: int | None = None
+    ) -> NtStatus:
+        """VmbChannelRestoreFromBuffer: take the whole chunks in the first ``size`` bytes (all if ``None``).
+
+        ``STATUS_MORE_PROCESSING_REQUIRED``: fine, and more chunks are to come. ``STATUS_SUCCESS``: that was the
+        last one, the channel is restored, paused. Everything else is a failure; no chunk of this buffer was taken
+        and nothing has changed, unless a device's callback failed: then the channel is unusable until disabled.
+        """
+        context = self._context(channel)
+        try:
+            return self._restore(context, buffer, size)
+        except StateRefused as error:
+            if error.changed:
+                context.phase, context.assembly = _Restore.BROKEN, Assembly()
+            return self._refuse(channel, error.status, error.detail, error.reason, cause=error)
+
+    def check_restore(self, channel: SavableChannel, records: tuple[bytes, ...]) -> None:
+        """Everything that restoring ``records`` checks, and nothing that it changes. Raises :class:`StateRefused`."""
+        context = self._context(channel)
+        self._check_ready(context)
+        if context.phase is not _Restore.FRESH:
+            raise StateRefused(Reason.WRONG_STATE, "another restore is half done", _BadState)
+        assembly = Assembly()
+        for record in records:
+            assembly = assembly.take(record)
+            self._check_channel(channel, assembly)
+        self._check_state(channel, assembly)
+
+    def packet_allocate(self, channel: SavableChannel) -> Packet:
+        """VmbPacketAllocate: a fresh packet object, for a RestorePacket callback to fill."""
+        return Packet(channel)
+
+    def packet_restore(self, packet: Packet, buffer: bytes | bytearray | memoryview) -> NtStatus:
+        """VmbPacketRestore: make a fresh packet the one whose library state the running callback was given.
+
+        ``STATUS_INVALID_PARAMETER_1`` for a packet that is in use, ``_2`` for other bytes than those of the
+        callback, ``STATUS_INVALID_DEVICE_STATE`` outside of one.
+        """
+        context = self._contexts.get(id(packet.channel))
+        if context is None or context.handed_over is None:
+            return _BadState
+        if packet.state is not None:
+            return NtStatus.STATUS_INVALID_PARAMETER_1
+        if bytes(buffer) != SAVED_PACKET.build(context.handed_over):
+            return _BadBuffer
+        packet.state, context.handed_over = context.handed_over, None
+        return NtStatus.STATUS_SUCCESS
+
+    def _restore(
+        self, context: _Context, buffer: bytes | bytearray | memoryview | None, size: int | None
+    ) -> NtStatus:
+        channel = context.channel
+        self._check_ready(context)
+        if buffer is None:
+            raise StateRefused(Reason.WRONG_STATE, "no buffer", _BadBuffer)
+        data = bytes(buffer)
+        size = len(data) if size is None else size
+        if not 0 < size <= len(data):
+            raise StateRefused(Reason.WRONG_STATE, f"{size} bytes of a {len(data)}-byte buffer", _BadSize)
+        assembly = context.assembly.take(data[:size])
+        self._check_channel(channel, assembly)
+        if not assembly.complete:
+            context.assembly, context.phase, context.refusal = assembly, _Restore.PARTIAL, None
+            return NtStatus.STATUS_MORE_PROCESSING_REQUIRED
+        self._apply(context, self._check_state(channel, assembly))
+        context.assembly, context.phase, context.refusal = Assembly(), _Restore.RESTORED, None
+        return NtStatus.STATUS_SUCCESS
+
+    def _check_ready(self, context: _Context) -> None:
+        channel = context.channel
+        if not channel.is_server:
+            raise StateRefused(
+                Reason.WRONG_STATE, "not the server's end", NtStatus.STATUS_INVALID_PARAMETER_1
+            )
+        if context.busy or context.save is not None or context.frozen:
+            raise StateRefused(Reason.WRONG_STATE, "the channel is being saved", _BadState)
+        if context.phase in (_Restore.RESTORED, _Restore.BROKEN):
+            raise StateRefused(Reason.WRONG_STATE, f"the channel is {context.phase.name} already", _BadState)
+        if channel.open or not channel.paused:
+            raise StateRefused(Reason.WRONG_STATE, "the channel is open or started", _BadState)
+
+    def _check_channel(self, channel: SavableChannel, assembly: Assembly) -> None:
+        header = assembly.header
+        if header is not None and header.identity != channel.identity:
+            raise StateRefused(
+                Reason.FOREIGN_CHANNEL, f"the state of {header.identity}, this is {channel.identity}"
+            )
+        if assembly.has_packets and channel.restore_packet is None:
+            raise StateRefused(
+                Reason.NO_RESTORE_CALLBACK, "packets were saved", NtStatus.STATUS_NOT_SUPPORTED
+            )
+
+    def _check_state(self, channel: SavableChannel, assembly: Assembly) -> ChannelState:
+        state = assembly.state()
+        why = channel.check_restore(state)
+        if why is not None:
+            raise StateRefused(Reason.NOT_ACCEPTED, why)
+        return state
+
+    def _apply(self, context: _Context, state: ChannelState) -> None:
+        channel = context.channel
+        context.busy = True
+        try:
+            channel.apply_restore(state)
+            for outgoing in state.outgoing():
+                context.handed_over = outgoing.packet
+                restore_packet(channel, outgoing, taken=lambda: context.handed_over is None)
+        except StateRefused:
+            raise
+        except Exception as error:
+            _logger.exception("%s: restoring raised", channel.identity)
+            raise StateRefused(
+                Reason.DEVICE_FAILED, f"{error!r}", NtStatus.STATUS_UNSUCCESSFUL, changed=True
+            ) from error
+        finally:
+            context.busy, context.handed_over = False, None
+
+    # --- both ----------------------------------------------------------------------------------------------
+
+    def _context(self, channel: SavableChannel) -> _Context:
+        # The context holds the channel, so that the id cannot become another object's.
+        return self._contexts.setdefault(id(channel), _Context(channel))
+
+    def _refuse(
+        self,
+        channel: SavableChannel,
+        status: NtStatus,
+        detail: str,
+        reason: Reason = Reason.WRONG_STATE,
+        *,
+        cause: VmbusError | None = None,
+    ) -> NtStatus:
+        """Remember and log why; an error of the caller, the device or the source, never of a guest."""
+        if isinstance(cause, StateRefused):
+            reason, detail = cause.reason, cause.detail
+        self._context(channel).refusal = StateRefused(reason, detail, status)
+        _logger.info("%s: %s (%s): %s", channel.identity, reason, status, detail)
+        return status

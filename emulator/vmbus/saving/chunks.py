@@ -1,0 +1,152 @@
+"""Whole chunks in a buffer, checked: magic, versions, length, checksum, order within a save run.
+
+Source: spec/save-restore-and-migration.md 1.7, docs/saved-state.md. Nothing here changes anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vmbus.errors import MalformedError
+from vmbus.saving.refusal import Reason, StateRefused
+from vmbus.wire.chunk import (
+    CHUNK_HEADER,
+    FORMAT_VERSION,
+    HEADER_SIZE,
+    MAGIC,
+    ChunkFlags,
+    ChunkHeader,
+    ChunkKind,
+    build_chunk,
+    chunk_crc,
+)
+from vmbus.wire.saved import RECORDS, SavedPacket, newest, parse_record
+
+MAX_PACKET_PAGES = 1 << 20
+"""Pages that all packets of a state may name: a run of very many takes a few bytes, and some megabytes here."""
+
+_KINDS = {int(kind): kind for kind in ChunkKind}
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A sound chunk, of a kind that this release knows."""
+
+    kind: ChunkKind
+    record: Any
+    save_id: int
+    index: int
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """How far a save run has been read: its id (``None`` before the first chunk) and the next chunk's index.
+
+    ``pages``: how many pages of guest memory its packets name.
+    """
+
+    save_id: int | None = None
+    index: int = 0
+    complete: bool = False
+    pages: int = 0
+
+
+def encode(kind: ChunkKind, record: Any, *, save_id: int, index: int, last: bool) -> bytes:
+    """A chunk with the newest version of ``record``."""
+    version = newest(kind)
+    return build_chunk(
+        kind,
+        RECORDS[kind][version].build(record),
+        save_id=save_id,
+        index=index,
+        flags=ChunkFlags.LAST if last else 0,
+        version=version,
+    )
+
+
+def read_chunks(
+    buffer: bytes | bytearray | memoryview, position: Position, *, once: frozenset[ChunkKind] = frozenset()
+) -> tuple[list[Chunk], Position]:
+    """All chunks of ``buffer``, which continue a save run at ``position``; and where it stands then.
+
+    Chunks of unknown kinds that may be skipped count, but are not among those returned. Of a kind in ``once`` a
+    second one is refused before it is parsed: a few bytes may name very many pages. Raises :class:`StateRefused`.
+    """
+    data = bytes(buffer)
+    chunks: list[Chunk] = []
+    at = 0
+    while at < len(data):
+        if position.complete:
+            raise StateRefused(Reason.TRAILING_BYTES, f"{len(data) - at} bytes follow the last chunk")
+        header, end = _header(data, at)
+        if position.save_id is not None and header.save_id != position.save_id:
+            raise StateRefused(
+                Reason.FOREIGN_SAVE, f"save id {header.save_id:#x}, expected {position.save_id:#x}"
+            )
+        if header.index != position.index:
+            reason = Reason.REPEATED if header.index < position.index else Reason.OUT_OF_ORDER
+            raise StateRefused(reason, f"chunk {header.index} where {position.index} is expected")
+        last = bool(header.flags & ChunkFlags.LAST)
+        position = Position(header.save_id, header.index + 1, last, position.pages)
+        kind = _KINDS.get(header.kind)
+        if kind is not None:
+            if kind in once and any(each.kind == kind for each in chunks):
+                raise StateRefused(Reason.INCONSISTENT, f"chunk {header.index}: another {kind.name} record")
+            record = _record(kind, header.version, data[at + HEADER_SIZE : end], header.index)
+            if isinstance(record, SavedPacket):
+                position = replace(position, pages=count_pages(record, position.pages))
+            chunks.append(Chunk(kind, record, header.save_id, header.index, last))
+        elif not header.flags & ChunkFlags.IGNORABLE:
+            raise StateRefused(Reason.UNKNOWN_KIND, f"chunk {header.index} is of kind {header.kind:#x}")
+        at = end
+    return chunks, position
+
+
+def count_pages(packet: SavedPacket, pages: int) -> int:
+    """``pages`` and those that ``packet`` names. Raises :class:`StateRefused` for more than any guest can name."""
+    pages += sum(len(each.pfns) for each in packet.ranges)
+    if pages > MAX_PACKET_PAGES:
+        raise StateRefused(
+            Reason.INCONSISTENT, f"packets that name more than {MAX_PACKET_PAGES} pages of guest memory"
+        )
+    return pages
+
+
+def _header(data: bytes, at: int) -> tuple[ChunkHeader, int]:
+    """The header of the chunk at ``at``, which is there as a whole and undamaged; and where it ends."""
+    left = len(data) - at
+    if not data.startswith(MAGIC[:left], at):
+        raise StateRefused(Reason.DAMAGED, f"no chunk at byte {at}: {data[at : at + 4].hex()}")
+    if left < HEADER_SIZE:
+        raise StateRefused(Reason.TRUNCATED, f"{left} bytes of a chunk's header at byte {at}")
+    header = CHUNK_HEADER.parse(data[at : at + HEADER_SIZE])
+    if header.format_version != FORMAT_VERSION:
+        # The place of the checksum is a matter of the format: nothing more can be said of such a chunk.
+        reason = Reason.TOO_NEW if header.format_version > FORMAT_VERSION else Reason.TOO_OLD
+        raise StateRefused(
+            reason, f"chunk format {header.format_version}, this release reads {FORMAT_VERSION}"
+        )
+    end = at + HEADER_SIZE + header.length
+    if end > len(data):
+        raise StateRefused(Reason.TRUNCATED, f"chunk at byte {at} needs {end - len(data)} bytes more")
+    if chunk_crc(memoryview(data)[at:end]) != header.crc:
+        raise StateRefused(Reason.DAMAGED, f"checksum of the chunk at byte {at}")
+    if header.flags & ~int(ChunkFlags.LAST | ChunkFlags.IGNORABLE):
+        raise StateRefused(Reason.TOO_NEW, f"chunk {header.index} has flags {header.flags:#x}")
+    return header, end
+
+
+def _record(kind: ChunkKind, version: int, data: bytes, index: int) -> Any:
+    known = RECORDS[kind]
+    if version not in known:
+        reason = Reason.TOO_NEW if version > max(known) else Reason.TOO_OLD
+        raise StateRefused(
+            reason,
+            f"{kind.name} record of version {version}, this release reads {min(known)} to {max(known)}",
+        )
+    try:
+        return parse_record(known[version], data)
+    except MalformedError as error:
+        raise StateRefused(Reason.DAMAGED, f"chunk {index}: {error.detail}") from error

@@ -1,0 +1,119 @@
+"""From a ``construct`` declaration to a frozen dataclass and back.
+
+The declaration is the one source of a layout. ``Record`` binds it to a dataclass of the same field names, so
+that nothing past the border of ``wire`` sees a construct container::
+
+    @dataclass(frozen=True, slots=True)
+    class Rescind:
+        relid: int
+
+    RESCIND = Record(Rescind, "relid" / Int32ul)
+    RESCIND.parse(b"\\x01\\0\\0\\0")   # Rescind(relid=1)
+
+Fields of the declaration whose name begins with ``_`` (padding, reserved) are not given to the dataclass and
+are built as their declared default (construct's ``Padding`` and ``Default`` do that).
+
+Plain declarations (:mod:`vmbus.wire.plain`) are compiled, the others left to construct, which also says what is
+wrong with data and values. Measured (CPython 3.11): construct parses a header of nine fields in 15 us and builds it
+in 13, compiled it takes 1.4 and 0.4; ``derive_struct`` gives the bare ``struct.Struct`` (0.1 us) for the hottest
+paths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import struct
+from typing import Any, Generic, TypeVar
+
+import construct as c
+
+from vmbus.errors import InternalError, MalformedError
+from vmbus.wire.compiled import (
+    REFUSED_DATA,
+    REFUSED_VALUES,
+    Compiled,
+    compile_record,
+    integer_letter,
+    unwrapped,
+)
+
+T = TypeVar("T")
+
+
+class Record(Generic[T]):
+    """The codec of one dataclass; ``size`` is the fixed (or least) length in bytes."""
+
+    def __init__(self, cls: type[T], *fields: Any) -> None:
+        self.cls = cls
+        self.struct = c.Struct(*fields)
+        self._names = tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+        declared = {s.name for s in self.struct.subcons if s.name and not s.name.startswith("_")}
+        if declared != set(self._names):
+            raise InternalError(
+                f"{cls.__name__}: declaration {sorted(declared)} is not {sorted(self._names)}"
+            )
+
+    @functools.cached_property
+    def compiled(self) -> Compiled | None:
+        """The quick form, made when it is first needed; ``None`` if the declaration is not plain."""
+        return compile_record(self.cls, self.struct)
+
+    @property
+    def size(self) -> int:
+        if self.compiled is not None and self.compiled.size is not None:
+            return self.compiled.size
+        return int(self.struct.sizeof())
+
+    def parse(self, data: bytes) -> T:
+        """Parse the start of ``data``; what follows is ignored. Raises :class:`MalformedError`."""
+        compiled = self.compiled
+        if compiled is not None:
+            if compiled.size is None and type(data) is not bytes:
+                data = bytes(data)
+            try:
+                value: T = compiled.take(data, 0)[0]
+                return value
+            except REFUSED_DATA:
+                pass  # construct knows why
+        try:
+            found = self.struct.parse(data)
+        except (c.ConstructError, OverflowError) as error:
+            raise MalformedError(
+                "malformed", f"{len(data)} bytes are no {self.cls.__name__}: {error}"
+            ) from error
+        return self.cls(**{name: found[name] for name in self._names})
+
+    def build(self, value: T) -> bytes:
+        """The bytes of ``value``. Raises :class:`InternalError` for a value that does not fit."""
+        if self.compiled is not None:
+            pieces: list[bytes] = []
+            try:
+                self.compiled.give(value, pieces.append)
+                return b"".join(pieces)
+            except REFUSED_VALUES:
+                pass  # construct knows why
+        try:
+            return bytes(self.struct.build({name: getattr(value, name) for name in self._names}))
+        except (c.ConstructError, struct.error, OverflowError) as error:
+            raise InternalError(f"{value!r} does not fit its declaration: {error}") from error
+
+
+def derive_struct(declaration: c.Struct) -> struct.Struct:
+    """The ``struct.Struct`` of a declaration made of fixed-size integers and byte strings only."""
+    code = "<" + "".join([_struct_code(subcon) for subcon in declaration.subcons])
+    derived = struct.Struct(code)
+    if derived.size != declaration.sizeof():
+        raise InternalError(f"{code}: {derived.size} bytes, declared {declaration.sizeof()}")
+    return derived
+
+
+def _struct_code(subcon: Any) -> str:
+    inner = unwrapped(subcon)
+    while isinstance(inner, c.Default):
+        inner = unwrapped(inner.subcon)
+    if letter := integer_letter(inner):
+        return letter
+    if isinstance(inner, (c.Bytes, c.Padded)):
+        return f"{inner.sizeof()}{'x' if isinstance(inner, c.Padded) else 's'}"
+    raise InternalError(f"{subcon.name}: {type(inner).__name__} has no struct code")

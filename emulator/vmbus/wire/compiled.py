@@ -1,0 +1,423 @@
+"""Python functions that read and write what a plain declaration says: some ten times quicker than construct itself.
+
+    compile_fields(Point, Struct("x" / Int32ul, "name" / Text))     makes, in short:
+
+    def take(data, at):                           def give(value, write):
+        (v1,) = unpack1(data, at)                     write(pack1(value.x))
+        at += 4                                       v1 = value.name.encode()
+        v2 = data[at]                                 write(give_varint(len(v1)))
+        ...                                           write(v1)
+        return Point(v1, v3), at
+
+Neighbouring fields of fixed size, also those of nested records, are one ``struct``; records of other sizes are
+functions of their own. Adapters are called. Whatever is not plain (a field that depends on another one) is not
+compiled, and construct does it. construct also says what is wrong with data or values that these functions refuse,
+so that they need no words of their own: anything in ``REFUSED_DATA`` or ``REFUSED_VALUES`` may come out of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import construct as c
+
+from vmbus.wire.plain import (
+    Blob,
+    Counted,
+    Guid,
+    Maybe,
+    Members,
+    Nested,
+    OwnForm,
+    PlainAdapter,
+    Several,
+    Text,
+    VarUint,
+    give_varint,
+    take_varint,
+)
+
+Take = Callable[[bytes, int], tuple[Any, int]]
+"""Of the data and a place in them: the value that begins there, and the place behind it."""
+Give = Callable[[Any, Callable[[bytes], object]], None]
+"""Hands the bytes of a value on, piece by piece."""
+
+REFUSED_DATA = (c.ConstructError, struct.error, IndexError, ValueError, OverflowError)
+REFUSED_VALUES = (*REFUSED_DATA, TypeError, AttributeError)
+
+_INTEGER_CODES = {
+    "Int8ul": "B",
+    "Int16ul": "H",
+    "Int32ul": "I",
+    "Int64ul": "Q",
+    "Int8sl": "b",
+    "Int16sl": "h",
+    "Int32sl": "i",
+    "Int64sl": "q",
+}
+"""construct's little-endian integers, as ``struct`` knows them."""
+_LETTERS = {getattr(c, name).fmtstr: letter for name, letter in _INTEGER_CODES.items()}
+
+
+class NotPlainError(Exception):
+    """A declaration that is not compiled."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Compiled:
+    """The two functions of a declaration; ``size`` is that of the fixed ones."""
+
+    take: Take
+    give: Give
+    size: int | None
+
+
+def compile_record(cls: type, declaration: c.Struct) -> Compiled | None:
+    """The functions for a dataclass and its declaration (see :class:`~vmbus.wire.codec.Record`); or ``None``."""
+    writer = _Writer()
+    try:
+        taken = _Taker(writer).record(cls, declaration)
+        given = _Giver(writer).record(cls, declaration)
+    except NotPlainError:
+        return None
+    source = "\n".join([*taken, *given])
+    exec(compile(source, f"<{cls.__name__}>", "exec"), writer.names)
+    size = writer.size if writer.fixed else None
+    return Compiled(writer.names["take"], writer.names["give"], size)
+
+
+def integer_letter(subcon: Any) -> str | None:
+    """The ``struct`` code of a little-endian integer; ``None`` for anything else."""
+    return _LETTERS.get(subcon.fmtstr) if isinstance(subcon, c.FormatField) else None
+
+
+def unwrapped(subcon: Any) -> Any:
+    """Without its name."""
+    while isinstance(subcon, c.Renamed):
+        subcon = subcon.subcon
+    return subcon
+
+
+class _Writer:
+    """What both functions share: names for values, and the objects that the source refers to."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, Any] = {}
+        self.fixed = True
+        self.size = 0
+        self._count = 0
+
+    def variable(self) -> str:
+        self._count += 1
+        return f"v{self._count}"
+
+    def refer(self, prefix: str, what: Any) -> str:
+        """A name in the source for ``what``."""
+        self._count += 1
+        name = f"{prefix}{self._count}"
+        self.names[name] = what
+        return name
+
+
+def _members(cls: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _hidden(subcon: Any) -> bool:
+    """Fields that are not the dataclass's: padding, constants, what has a default."""
+    return not subcon.name or subcon.name.startswith("_")
+
+
+def _constant(subcon: Any) -> tuple[str, Any, bool] | None:
+    """Of a hidden field: its code, its value, and whether it has to have it; ``None`` for padding."""
+    inner = unwrapped(subcon)
+    if isinstance(inner, c.Padded) and inner.subcon is c.Pass:
+        return None
+    if isinstance(inner, c.Default) and type(inner.value) is int and (letter := integer_letter(inner.subcon)):
+        return letter, inner.value, False
+    if isinstance(inner, c.Const) and isinstance(inner.value, bytes) and isinstance(inner.subcon, c.Bytes):
+        return f"{len(inner.value)}s", inner.value, True
+    raise NotPlainError(subcon.name)
+
+
+class _Function:
+    """The source of one function. Fields of fixed size are collected until one comes that is not."""
+
+    def __init__(self, writer: _Writer) -> None:
+        self._writer = writer
+        self._lines: list[str] = []
+        self._indent = "    "
+        self._code = ""
+
+    def _line(self, text: str) -> None:
+        self._lines.append(self._indent + text)
+
+    def _flush(self) -> None:
+        """Write what was collected, all at once."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def _block(self, head: str) -> Iterator[None]:
+        """What is written meanwhile stands under ``head``."""
+        self._flush()
+        self._line(head)
+        before, self._indent = self._indent, self._indent + "    "
+        yield
+        self._flush()
+        self._indent = before
+
+
+class _Taker(_Function):
+    """Writes ``take``."""
+
+    def __init__(self, writer: _Writer) -> None:
+        super().__init__(writer)
+        self._targets: list[str] = []
+        self._after: list[str] = []
+
+    def record(self, cls: type, declaration: c.Struct) -> list[str]:
+        value = self._record(cls, declaration)
+        self._flush()
+        return ["def take(data, at):", *self._lines, f"    return {value}, at"]
+
+    def _flush(self) -> None:
+        if self._code:
+            layout = struct.Struct("<" + self._code)
+            self._writer.size += layout.size
+            unpack = self._writer.refer("unpack", layout.unpack_from)
+            if self._targets:
+                self._line(f"{', '.join(self._targets)}, = {unpack}(data, at)")
+            else:
+                self._line(f"{unpack}(data, at)")
+            self._line(f"at += {layout.size}")
+        for text in self._after:
+            self._line(text)
+        self._code, self._targets, self._after = "", [], []
+
+    def _varying(self) -> None:
+        self._writer.fixed = False
+        self._flush()
+
+    def _fields(self, declaration: c.Struct) -> dict[str, str]:
+        """The variables of its fields, by their names."""
+        found = {}
+        for subcon in declaration.subcons:
+            if not _hidden(subcon):
+                found[subcon.name] = self.value(subcon)
+            elif (constant := _constant(subcon)) is None:
+                self._code += f"{unwrapped(subcon).sizeof()}x"
+            else:
+                letter, expected, strict = constant
+                variable = self._fixed(letter)
+                if strict:
+                    self._after.append(f"if {variable} != {expected!r}: raise ValueError")
+        return found
+
+    def _record(self, cls: type, declaration: c.Struct) -> str:
+        """The expression of a dataclass, once :meth:`_flush` was called."""
+        fields = self._fields(declaration)
+        if set(fields) != set(_members(cls)):
+            raise NotPlainError(cls.__name__)
+        arguments = ", ".join(fields[name] for name in _members(cls))
+        return f"{self._writer.refer('cls', cls)}({arguments})"
+
+    def _fixed(self, code: str) -> str:
+        variable = self._writer.variable()
+        self._code += code
+        self._targets.append(variable)
+        return variable
+
+    def _then(self, expression: str) -> str:
+        """A variable with what ``expression`` is, once what was collected is read."""
+        variable = self._writer.variable()
+        self._after.append(f"{variable} = {expression}")
+        return variable
+
+    def value(self, subcon: Any) -> str:
+        """A variable with the value of ``subcon``, once :meth:`_flush` was called."""
+        inner = unwrapped(subcon)
+        if letter := integer_letter(inner):
+            return self._fixed(letter)
+        if inner is Guid:
+            decode = self._writer.refer("guid", Guid._decode)
+            return self._then(f"{decode}({self._fixed('16s')}, None, '')")
+        if isinstance(inner, c.Bytes) and isinstance(inner.length, int):
+            return self._fixed(f"{inner.length}s")
+        if isinstance(inner, c.BytesInteger) and isinstance(inner.length, int) and inner.swapped is True:
+            raw = self._fixed(f"{inner.length}s")
+            return self._then(f"int.from_bytes({raw}, 'little', signed={bool(inner.signed)})")
+        if isinstance(inner, Nested):
+            return self._then(self._record(inner.record.cls, inner.record.struct))
+        if isinstance(inner, Maybe):
+            return self._maybe(inner)
+        if isinstance(inner, Members):
+            return self._then(f"tuple({self._counted(inner.subcon)})")
+        if isinstance(inner, Several):
+            return self._then(f"tuple({self.value(inner.subcon)})")
+        if isinstance(inner, PlainAdapter):
+            decode = self._writer.refer("decode", inner._decode)
+            return self._then(f"{decode}({self.value(inner.subcon)}, None, '')")
+        if isinstance(inner, c.Array) and isinstance(inner.count, int):
+            return self._then(f"[{', '.join([self.value(inner.subcon) for _ in range(inner.count)])}]")
+        if isinstance(inner, c.Struct):
+            fields = self._fields(inner)
+            return self._then("{" + ", ".join(f"{name!r}: {var}" for name, var in fields.items()) + "}")
+        if isinstance(inner, Counted):
+            return self._counted(inner)
+        return self._own_form(inner)
+
+    def _own_form(self, inner: Any) -> str:
+        self._varying()
+        if inner in (Blob, Text):
+            count = self._varint()
+            raw = self._writer.variable()
+            self._line(f"{raw} = data[at:at + {count}]")
+            self._line(f"if len({raw}) != {count}: raise IndexError")
+            self._line(f"at += {count}")
+            return raw if inner is Blob else self._then(f"{raw}.decode()")
+        if inner is VarUint:
+            return self._varint()
+        if isinstance(inner, OwnForm):
+            variable, take = self._writer.variable(), self._writer.refer("take", inner.take)
+            self._line(f"{variable}, at = {take}(data, at)")
+            return variable
+        raise NotPlainError(str(inner))
+
+    def _varint(self) -> str:
+        variable, take = self._writer.variable(), self._writer.refer("take", take_varint)
+        self._line(f"{variable} = data[at]")
+        self._line("at += 1")
+        self._line(f"if {variable} >= 128: {variable}, at = {take}(data, at - 1)")
+        return variable
+
+    def _element(self, head: str, subcon: Any, result: str) -> None:
+        """``head``, then under it ``result`` of the value that ``subcon`` has there."""
+        with self._block(head):
+            value = self.value(subcon)
+            self._flush()
+            self._line(result.format(value))
+
+    def _maybe(self, maybe: Maybe) -> str:
+        there = self.value(c.Int8ul)
+        self._varying()
+        found = self._writer.variable()
+        self._line(f"{found} = None")
+        self._element(f"if {there}:", maybe.inner, f"{found} = {{}}")
+        self._line(f"if {there} > 1: raise ValueError")
+        return found
+
+    def _counted(self, counted: Counted) -> str:
+        count = self.value(counted.countfield)
+        self._varying()
+        found = self._writer.variable()
+        self._line(f"{found} = []")
+        self._element(f"for _ in range({count}):", counted.subcon, f"{found}.append({{}})")
+        return found
+
+
+class _Giver(_Function):
+    """Writes ``give``: the mirror of :class:`_Taker`."""
+
+    def __init__(self, writer: _Writer) -> None:
+        super().__init__(writer)
+        self._values: list[str] = []
+
+    def record(self, cls: type, declaration: c.Struct) -> list[str]:
+        self._fields(declaration, "value.{}")
+        self._flush()
+        return ["def give(value, write):", *(self._lines or ["    pass"])]
+
+    def _flush(self) -> None:
+        if self._code:
+            pack = self._writer.refer("pack", struct.Struct("<" + self._code).pack)
+            self._line(f"write({pack}({', '.join(self._values)}))")
+        self._code, self._values = "", []
+
+    def _fixed(self, code: str, expression: str) -> None:
+        self._code += code
+        self._values.append(expression)
+
+    def _named(self, expression: str) -> str:
+        variable = self._writer.variable()
+        self._line(f"{variable} = {expression}")
+        return variable
+
+    def _fields(self, declaration: c.Struct, member: str) -> None:
+        for subcon in declaration.subcons:
+            if not _hidden(subcon):
+                self.value(subcon, member.format(subcon.name))
+            elif (constant := _constant(subcon)) is None:
+                self._code += f"{unwrapped(subcon).sizeof()}x"
+            else:
+                self._fixed(constant[0], repr(constant[1]))
+
+    def value(self, subcon: Any, expression: str) -> None:
+        """Write the value that ``expression`` is, as ``subcon`` says."""
+        inner = unwrapped(subcon)
+        if letter := integer_letter(inner):
+            self._fixed(letter, expression)
+        elif inner is Guid:
+            encode = self._writer.refer("guid", Guid._encode)
+            self._fixed("16s", f"{encode}({expression}, None, '')")
+        elif isinstance(inner, c.Bytes) and isinstance(inner.length, int):
+            raw = self._named(expression)
+            self._line(f"if type({raw}) is not bytes or len({raw}) != {inner.length}: raise ValueError")
+            self._fixed(f"{inner.length}s", raw)
+        elif isinstance(inner, c.BytesInteger) and isinstance(inner.length, int) and inner.swapped is True:
+            self._fixed(
+                f"{inner.length}s",
+                f"({expression}).to_bytes({inner.length}, 'little', signed={bool(inner.signed)})",
+            )
+        elif isinstance(inner, Nested):
+            self._fields(inner.record.struct, self._named(expression) + ".{}")
+        elif isinstance(inner, Maybe):
+            self._maybe(inner, expression)
+        elif isinstance(inner, Members | Several):
+            self.value(inner.subcon, expression)
+        elif isinstance(inner, PlainAdapter):
+            encode = self._writer.refer("encode", inner._encode)
+            self.value(inner.subcon, self._named(f"{encode}({expression}, None, '')"))
+        elif isinstance(inner, c.Array) and isinstance(inner.count, int):
+            found = self._named(expression)
+            self._line(f"if len({found}) != {inner.count}: raise ValueError")
+            for number in range(inner.count):
+                self.value(inner.subcon, f"{found}[{number}]")
+        elif isinstance(inner, c.Struct):
+            self._fields(inner, self._named(expression) + "['{}']")
+        else:
+            self._varying(inner, expression)
+
+    def _varying(self, inner: Any, expression: str) -> None:
+        if isinstance(inner, Counted):
+            found = self._named(expression)
+            self.value(inner.countfield, f"len({found})")
+            each = self._writer.variable()
+            with self._block(f"for {each} in {found}:"):
+                self.value(inner.subcon, each)
+        elif inner in (Blob, Text):
+            self._flush()
+            raw = self._named(expression if inner is Blob else f"{expression}.encode()")
+            self._line(f"if type({raw}) is not bytes: raise TypeError")
+            self._varint(f"len({raw})")
+            self._line(f"write({raw})")
+        elif inner is VarUint:
+            self._varint(expression)
+        elif isinstance(inner, OwnForm):
+            self._flush()
+            self._line(f"write({self._writer.refer('give', inner.give)}({expression}))")
+        else:
+            raise NotPlainError(str(inner))
+
+    def _varint(self, expression: str) -> None:
+        self._flush()
+        self._line(f"write({self._writer.refer('give', give_varint)}({expression}))")
+
+    def _maybe(self, maybe: Maybe, expression: str) -> None:
+        found = self._named(expression)
+        self._fixed("B", f"{found} is not None")
+        with self._block(f"if {found} is not None:"):
+            self.value(maybe.inner, found)

@@ -1,0 +1,269 @@
+"""The memory and the messages that the trap gateway and the emulator share (docs/gateway.md).
+
+``emulator/vmbus/machine/gateway/plugin/shared.h`` declares the same in C, with the writer of each word; a test
+compiles it and compares every offset. All words are little-endian and naturally aligned, without implied padding.
+
+The region, in this order, each part on a page of its own::
+
+    CONTROL | VCPU * vcpus_max | request sequences * vcpus_max | doorbell bytes | code page bytes
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import construct as c
+
+from vmbus.wire.codec import Record, derive_struct
+
+MAGIC = int.from_bytes(b"VMBusGW1", "little")
+VERSION = 1
+SLOTS = 8
+DOORBELLS = 8192
+CPUID_LEAVES = 32
+RULES = 32
+GONE = 16
+
+
+class TrapKind(IntEnum):
+    """The instruction."""
+
+    CPUID = 1
+    RDMSR = 2
+    WRMSR = 3
+    VMCALL = 4
+
+
+class Verdict(IntEnum):
+    """What an answer is."""
+
+    OK = 0
+    FAULT = 1
+    AGAIN = 2
+
+
+class EmulatorState(IntEnum):
+    """Who is there, as the gateway sees it."""
+
+    NONE = 0
+    ATTACHED = 1
+    ACTIVE = 2
+
+
+class GuestState(IntEnum):
+    """What an emulator leaves to its successor; the gateway only keeps it."""
+
+    FREE = 0
+    """Nothing but memory: a guest that has not found its host yet, or was reset."""
+    ENGAGED = 1
+    """It has set up its Hyper-V host: what it set up only its emulator knows."""
+    LEFT = 2
+    """It was migrated away, and the target has it."""
+
+
+SLOT_LONG_MODE = 1
+
+SLOT = c.Struct(
+    "kind" / c.Int32ul,
+    "flags" / c.Int32ul,
+    "tsc" / c.Int64ul,
+    "pc" / c.Int64ul,
+    "rax" / c.Int64ul,
+    "rbx" / c.Int64ul,
+    "rcx" / c.Int64ul,
+    "rdx" / c.Int64ul,
+    "rsi" / c.Int64ul,
+    "rdi" / c.Int64ul,
+    "r8" / c.Int64ul,
+    "rsp" / c.Int64ul,
+    "reserved" / c.Padding(40),
+)
+
+ANSWER = c.Struct(
+    "sequence" / c.Int64ul,
+    "value" / c.Int64ul,
+    "verdict" / c.Int32ul,
+    "reserved0" / c.Padding(4),
+    "reserved1" / c.Padding(8),
+)
+
+VCPU = c.Struct(
+    "present" / c.Int32ul,
+    "sleeping" / c.Int32ul,
+    "requests" / c.Int64ul,
+    "retries" / c.Int64ul,
+    "doorbells" / c.Int64ul,
+    "gone_results" / c.Int64ul,
+    "faults" / c.Int64ul,
+    "auto_eois" / c.Int64ul,
+    "no_slot" / c.Int64ul,
+    "reserved0" / c.Padding(64),
+    "retired" / c.Array(SLOTS, c.Int64ul),
+    "auto_eoi" / c.Array(4, c.Int64ul),
+    "reserved1" / c.Padding(32),
+    "answers" / c.Array(SLOTS, ANSWER),
+    "slots" / c.Array(SLOTS, SLOT),
+)
+
+#: The counters of a VCPU, in the order in which they are stored from ``requests`` on.
+COUNTERS = ("requests", "retries", "doorbells", "gone_results", "faults", "auto_eois", "no_slot")
+
+CPUID_ENTRY = c.Struct(
+    "leaf" / c.Int32ul,
+    "eax" / c.Int32ul,
+    "ebx" / c.Int32ul,
+    "ecx" / c.Int32ul,
+    "edx" / c.Int32ul,
+    "reserved" / c.Padding(4),
+)
+
+GONE_ENTRY = c.Struct("code" / c.Int32ul, "status" / c.Int32ul)
+
+
+@dataclass(frozen=True, slots=True)
+class DoorbellRule:
+    """A VMCALL that nobody waits for.
+
+    ``control`` is the whole control word. When it is met and the first input lies in ``base .. base + count - 1``,
+    doorbell ``first + input - base`` is rung and the guest gets ``result``.
+    """
+
+    control: int
+    base: int
+    count: int
+    first: int
+    result: int = 0
+
+
+DOORBELL_RULE = Record(
+    DoorbellRule,
+    "control" / c.Int64ul,
+    "base" / c.Int64ul,
+    "result" / c.Int64ul,
+    "count" / c.Int32ul,
+    "first" / c.Int32ul,
+)
+
+CONTROL = c.Struct(
+    "magic" / c.Int64ul,
+    "version" / c.Int32ul,
+    "vcpus_max" / c.Int32ul,
+    "region_size" / c.Int64ul,
+    "vcpu_offset" / c.Int64ul,
+    "request_offset" / c.Int64ul,
+    "doorbell_offset" / c.Int64ul,
+    "code_offset" / c.Int64ul,
+    "code_pages" / c.Int64ul,
+    "vcpus" / c.Int32ul,
+    "emulator" / c.Int32ul,
+    "owner" / c.Int32ul,
+    "was_active" / c.Int32ul,
+    "reserved0" / c.Padding(48),
+    "clock_sequence" / c.Int32ul,
+    "tsc_known" / c.Int32ul,
+    "arm_seen" / c.Int32ul,
+    "samples" / c.Int32ul,
+    "tsc_offset" / c.Int64ul,
+    "pair_tsc" / c.Int64ul,
+    "pair_ns" / c.Int64ul,
+    "tsc_frequency" / c.Int64ul,
+    "reserved1" / c.Padding(16),
+    "waiting" / c.Int32ul,
+    "reserved2" / c.Padding(60),
+    "arm" / c.Int32ul,
+    "hold_limit_ms" / c.Int32ul,
+    "spin_ns" / c.Int32ul,
+    "guest" / c.Int32ul,
+    "reserved3" / c.Padding(48),
+    "table_sequence" / c.Int32ul,
+    "cpuid_count" / c.Int32ul,
+    "rule_count" / c.Int32ul,
+    "gone_count" / c.Int32ul,
+    "reserved4" / c.Padding(48),
+    "cpuid" / c.Array(CPUID_LEAVES, CPUID_ENTRY),
+    "rules" / c.Array(RULES, DOORBELL_RULE.struct),
+    "gone" / c.Array(GONE, GONE_ENTRY),
+)
+
+CLOCK = c.Struct(
+    "tsc_known" / c.Int32ul,
+    "arm_seen" / c.Int32ul,
+    "samples" / c.Int32ul,
+    "tsc_offset" / c.Int64ul,
+    "pair_tsc" / c.Int64ul,
+    "pair_ns" / c.Int64ul,
+    "tsc_frequency" / c.Int64ul,
+)
+
+SLOT_STRUCT = derive_struct(SLOT)
+CLOCK_STRUCT = derive_struct(CLOCK)
+
+
+def offset_of(declaration: c.Struct, field: str) -> int:
+    """Where ``field`` begins in a declaration of fixed size, in bytes."""
+    offset = 0
+    for subcon in declaration.subcons:
+        if subcon.name == field:
+            return offset
+        offset += subcon.sizeof()
+    raise KeyError(field)
+
+
+# --- messages on the socket ---------------------------------------------------------------------------------
+
+MESSAGE_MAGIC = int.from_bytes(b"VbGW", "little")
+
+
+class MessageType(IntEnum):
+    """What the emulator asks for; every request has one reply."""
+
+    HELLO = 1
+    ACTIVATE = 2
+    CLOCK = 3
+
+
+class Status(IntEnum):
+    """How a request went."""
+
+    OK = 0
+    VERSION = 1
+    BUSY = 2
+    REFUSED = 3
+
+
+HELLO_TAKE_OVER = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """From the emulator."""
+
+    type: int
+    version: int = VERSION
+    flags: int = 0
+    magic: int = MESSAGE_MAGIC
+
+
+MESSAGE = Record(Message, "magic" / c.Int32ul, "type" / c.Int32ul, "version" / c.Int32ul, "flags" / c.Int32ul)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """From the gateway. ``argument``: size of the region, or the process id of the emulator that is there."""
+
+    magic: int
+    type: int
+    status: int
+    version: int
+    argument: int
+
+
+REPLY = Record(
+    Reply,
+    "magic" / c.Int32ul,
+    "type" / c.Int32ul,
+    "status" / c.Int32ul,
+    "version" / c.Int32ul,
+    "argument" / c.Int64ul,
+)

@@ -1,0 +1,421 @@
+"""Saved state: the records that chunks (:mod:`vmbus.wire.chunk`) carry.
+
+Source: spec/save-restore-and-migration.md 1.6 (the layouts are this project's own), docs/saved-state.md.
+
+Little-endian. Lengths and counts are varints (:mod:`vmbus.wire.pfn_runs`), page lists are runs. There is one
+form only of every record: what does not build to the same bytes again is malformed. A record's layout never
+changes; a new one gets a new version, and the old one stays readable.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from uuid import UUID
+
+import construct as c
+
+from vmbus.errors import MalformedError
+from vmbus.wire.chunk import ChunkKind
+from vmbus.wire.codec import Record
+from vmbus.wire.packet import GpaRange, TransferPages, TransferRange
+from vmbus.wire.pfn_runs import MAX_PAGES, PFN_LIMIT, PfnList, PfnRuns, RawRuns, expand, steps
+from vmbus.wire.plain import Blob, Counted, Guid, Maybe, Members, Nested, PlainAdapter, Text, VarUint
+
+T = TypeVar("T")
+
+
+class _Ranges(PlainAdapter):
+    """The ranges of a GPA-direct packet; all of them together name at most ``MAX_PAGES`` pages."""
+
+    def __init__(self) -> None:
+        one = c.Struct("byte_count" / c.Int32ul, "byte_offset" / c.Int16ul, "runs" / RawRuns)
+        super().__init__(Counted(VarUint, one))
+
+    def _decode(self, obj: Any, context: Any, path: str) -> tuple[GpaRange, ...]:
+        found, room = [], MAX_PAGES
+        for each in obj:
+            byte_count, byte_offset = each["byte_count"], each["byte_offset"]
+            pfns = expand(each["runs"], path, room)
+            if byte_offset >= 4096 or len(pfns) != (byte_offset + byte_count + 4095) >> 12:
+                raise c.ValidationError(f"{byte_count} bytes at {byte_offset}: {len(pfns)} pages", path)
+            room -= len(pfns)
+            found.append(GpaRange(byte_count, byte_offset, pfns))
+        return tuple(found)
+
+    def _encode(self, obj: Sequence[GpaRange], context: Any, path: str) -> list[dict[str, Any]]:
+        for byte_count, byte_offset, pfns in obj:
+            if not all(0 <= pfn < PFN_LIMIT for pfn in pfns) or byte_offset >= 4096:
+                raise c.ValidationError("a page frame number of more than 52 bits, or a bad offset", path)
+            if len(pfns) != (byte_offset + byte_count + 4095) >> 12:
+                raise c.ValidationError(f"{byte_count} bytes at {byte_offset}: {len(pfns)} pages", path)
+        if sum(len(pfns) for _, _, pfns in obj) > MAX_PAGES:
+            raise c.ValidationError("more pages than a packet may name", path)
+        return [
+            {"byte_count": byte_count, "byte_offset": byte_offset, "runs": steps(pfns)}
+            for byte_count, byte_offset, pfns in obj
+        ]
+
+
+class _TransferPages(PlainAdapter):
+    """The extension of a transfer-page packet."""
+
+    def __init__(self) -> None:
+        one = c.Struct("byte_count" / c.Int32ul, "byte_offset" / c.Int32ul)
+        super().__init__(c.Struct("set_id" / c.Int16ul, "ranges" / Counted(VarUint, one)))
+
+    def _decode(self, obj: Any, context: Any, path: str) -> TransferPages:
+        return TransferPages(
+            obj["set_id"],
+            tuple(TransferRange(each["byte_count"], each["byte_offset"]) for each in obj["ranges"]),
+        )
+
+    def _encode(self, obj: TransferPages, context: Any, path: str) -> dict[str, Any]:
+        return {"set_id": obj.set_id, "ranges": [each._asdict() for each in obj.ranges]}
+
+
+def parse_record(record: Record[T], data: bytes) -> T:
+    """All of ``data`` as ``record``. Raises :class:`~vmbus.errors.MalformedError`, also for another form of it."""
+    found = record.parse(data)
+    if record.build(found) != data:
+        raise MalformedError("malformed", f"{len(data)} bytes are not the one form of {record.cls.__name__}")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelIdentity:
+    """What makes a channel the same one in another process."""
+
+    interface_id: UUID
+    instance_id: UUID
+    subchannel_index: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.interface_id}:{self.instance_id}:{self.subchannel_index}"
+
+
+CHANNEL_IDENTITY = Record(
+    ChannelIdentity, "interface_id" / Guid, "instance_id" / Guid, "subchannel_index" / c.Int16ul
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedOpen:
+    """The guest's OPENCHANNEL (spec/vmbus.md 5.10). ``downstream_offset`` is in pages; ``user_data`` up to 120 bytes.
+
+    ``event_flag`` and ``connection_id`` are ``None`` unless the guest chose them.
+    """
+
+    open_id: int
+    ring_gpadl: int
+    target_vp: int
+    downstream_offset: int
+    user_data: bytes = b""
+    flags: int = 0
+    event_flag: int | None = None
+    connection_id: int | None = None
+
+
+SAVED_OPEN = Record(
+    SavedOpen,
+    "open_id" / c.Int32ul,
+    "ring_gpadl" / c.Int32ul,
+    "target_vp" / c.Int32ul,
+    "downstream_offset" / c.Int32ul,
+    "user_data" / Blob,
+    "flags" / c.Int16ul,
+    "event_flag" / Maybe(c.Int16ul),
+    "connection_id" / Maybe(c.Int32ul),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedGpadl:
+    """A GPADL that the channel has, as a cross-check: the page list itself is the bus's to save."""
+
+    gpadl_id: int
+    page_count: int
+
+
+SAVED_GPADL = Record(SavedGpadl, "gpadl_id" / c.Int32ul, "page_count" / c.Int32ul)
+
+
+class ChannelAxes(enum.IntFlag):
+    """The axes of a channel's state (spec/save-restore-and-migration.md 1.5); open and paused are independent.
+
+    HELD: its device asked for no more packets for the time being.
+    """
+
+    ENABLED = 1
+    OPEN = 2
+    PAUSED = 4
+    HELD = 8
+
+
+@dataclass(frozen=True, slots=True)
+class SavedChannel:
+    """The header chunk of a channel. ``open`` is there if and only if ``axes`` has OPEN.
+
+    ``interrupt_latency`` is in units of 100 ns; limits of 0 mean that none was set. ``offer_flags`` are those of
+    the offer, ``relid`` 0 if the guest was never told of the channel. ``failure`` is the stable name of why the
+    channel stopped, if it did: it stays so until the guest opens it anew.
+    """
+
+    identity: ChannelIdentity
+    axes: ChannelAxes
+    relid: int = 0
+    connection_id: int = 0
+    offer_flags: int = 0
+    max_packet_size: int = 0
+    max_external_data: int = 0
+    max_external_chain: int = 0
+    transaction_quota: int = 0
+    interrupt_latency: int = 0
+    mmio_megabytes: int = 0
+    mmio_megabytes_optional: int = 0
+    next_transaction_id: int = 0
+    open: SavedOpen | None = None
+    gpadls: tuple[SavedGpadl, ...] = ()
+    failure: str = ""
+
+
+class _Axes(PlainAdapter):
+    """The axes as flags; a bit that has no name is malformed."""
+
+    def _decode(self, obj: int, context: Any, path: str) -> ChannelAxes:
+        if obj & ~15:
+            raise c.ValidationError(f"channel axes {obj:#x}", path)
+        return ChannelAxes(obj)
+
+    def _encode(self, obj: ChannelAxes, context: Any, path: str) -> int:
+        return int(obj)
+
+
+SAVED_CHANNEL = Record(
+    SavedChannel,
+    "identity" / Nested(CHANNEL_IDENTITY),
+    "axes" / _Axes(c.Int8ul),
+    "relid" / c.Int32ul,
+    "connection_id" / c.Int32ul,
+    "offer_flags" / c.Int32ul,
+    "max_packet_size" / c.Int32ul,
+    "max_external_data" / c.Int32ul,
+    "max_external_chain" / c.Int32ul,
+    "transaction_quota" / c.Int32ul,
+    "interrupt_latency" / c.Int16ul,
+    "mmio_megabytes" / c.Int16ul,
+    "mmio_megabytes_optional" / c.Int16ul,
+    "next_transaction_id" / c.Int64ul,
+    "open" / Maybe(Nested(SAVED_OPEN)),
+    "gpadls" / Members(Nested(SAVED_GPADL)),
+    "failure" / Text,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedPacket:
+    """A packet of either direction; ``kind`` and ``flags`` are those of its descriptor (spec/vmbus.md 7.2)."""
+
+    kind: int
+    flags: int
+    transaction_id: int
+    payload: bytes
+    ranges: tuple[GpaRange, ...] = ()
+    transfer_pages: TransferPages | None = None
+
+
+SAVED_PACKET = Record(
+    SavedPacket,
+    "kind" / c.Int16ul,
+    "flags" / c.Int16ul,
+    "transaction_id" / c.Int64ul,
+    "payload" / Blob,
+    "ranges" / _Ranges(),
+    "transfer_pages" / Maybe(_TransferPages()),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedOutgoing:
+    """A packet that the host sent and the guest has not completed, or that is not in the ring yet.
+
+    ``library`` is a ``SAVED_PACKET``, ``device`` what the device's SavePacket callback gave for it.
+    """
+
+    library: bytes
+    device: bytes
+
+
+SAVED_OUTGOING = Record(SavedOutgoing, "library" / Blob, "device" / Blob)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedCompletion:
+    """A completion that the guest waits for, and that did not fit into a full ring."""
+
+    transaction_id: int
+    payload: bytes
+
+
+SAVED_COMPLETION = Record(SavedCompletion, "transaction_id" / c.Int64ul, "payload" / Blob)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedDevice:
+    """What the device itself keeps for the channel, opaque here."""
+
+    state: bytes
+
+
+SAVED_DEVICE = Record(SavedDevice, "state" / Blob)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedMachine:
+    """The first chunk of a machine's state. ``writer``: who wrote it, for people."""
+
+    writer: str
+
+
+SAVED_MACHINE = Record(SavedMachine, "writer" / Text)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedSection:
+    """The state of the hypervisor part or of the bus, opaque here: ``name`` of its form, its version, its bytes."""
+
+    name: str
+    version: int
+    state: bytes
+
+
+SAVED_SECTION = Record(SavedSection, "name" / Text, "version" / c.Int16ul, "state" / Blob)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedChannelRecords:
+    """The channel chunks of one channel, buffer by buffer as SaveContinue filled them."""
+
+    identity: ChannelIdentity
+    records: tuple[bytes, ...]
+
+
+SAVED_CHANNEL_RECORDS = Record(
+    SavedChannelRecords, "identity" / Nested(CHANNEL_IDENTITY), "records" / Members(Blob)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedMemory:
+    """Guest memory that is not copied: by what the target knows that the file it maps is the same, and unchanged.
+
+    ``boot`` is the host's boot id, and ``device`` and ``inode`` are the file's there; ``size`` is in bytes.
+    ``digest`` is BLAKE2b of ``pages`` (page numbers within the file), then of pages ``first``, ``first + step`` …
+    """
+
+    boot: UUID
+    device: int
+    inode: int
+    size: int
+    pages: tuple[int, ...]
+    first: int
+    step: int
+    digest: bytes
+
+
+SAVED_MEMORY = Record(
+    SavedMemory,
+    "boot" / Guid,
+    "device" / c.Int64ul,
+    "inode" / c.Int64ul,
+    "size" / c.Int64ul,
+    "pages" / PfnRuns,
+    "first" / VarUint,
+    "step" / VarUint,
+    "digest" / Blob,
+)
+
+
+SAVED_PAGE_SIZE = 4096
+"""Bytes of a page of guest memory."""
+
+
+PAGES_IN_RECORD = 64
+"""Pages that one record has at most."""
+
+
+class _PageContent(PlainAdapter):
+    """What is in a page, without the zeros at its end."""
+
+    def __init__(self) -> None:
+        super().__init__(Blob)
+
+    def _decode(self, obj: bytes, context: Any, path: str) -> bytes:
+        if len(obj) > SAVED_PAGE_SIZE or obj.endswith(b"\0"):
+            raise c.ValidationError(f"{len(obj)} bytes are no page without the zeros at its end", path)
+        return obj
+
+    def _encode(self, obj: bytes, context: Any, path: str) -> bytes:
+        return self._decode(obj, context, path)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedPages:
+    """Pages of guest memory that were changed without QEMU's knowledge, and that the state carries instead of it.
+
+    ``pfns`` are guest page frame numbers, each greater than the one before; ``contents`` is as long, and has what is
+    in each page, without the zeros at its end.
+    """
+
+    pfns: tuple[int, ...]
+    contents: tuple[bytes, ...]
+
+
+SAVED_PAGES = Record(SavedPages, "pfns" / PfnList(PAGES_IN_RECORD), "contents" / Members(_PageContent()))
+
+
+@dataclass(frozen=True, slots=True)
+class SavedRefusal:
+    """In place of a state: why there is none. ``reason`` is a stable name."""
+
+    reason: str
+    detail: str
+
+
+SAVED_REFUSAL = Record(SavedRefusal, "reason" / Text, "detail" / Text)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedEnd:
+    """The last chunk of a machine's state: how many chunks and bytes came before it."""
+
+    chunks: int
+    size: int
+
+
+SAVED_END = Record(SavedEnd, "chunks" / c.Int32ul, "size" / c.Int32ul)
+
+RECORDS: dict[ChunkKind, dict[int, Record[Any]]] = {
+    ChunkKind.CHANNEL: {1: SAVED_CHANNEL},
+    ChunkKind.OUTSTANDING: {1: SAVED_OUTGOING},
+    ChunkKind.UNSENT: {1: SAVED_OUTGOING},
+    ChunkKind.COMPLETION: {1: SAVED_COMPLETION},
+    ChunkKind.TAKEN: {1: SAVED_PACKET},
+    ChunkKind.DEVICE: {1: SAVED_DEVICE},
+    ChunkKind.MACHINE: {1: SAVED_MACHINE},
+    ChunkKind.HYPERVISOR: {1: SAVED_SECTION},
+    ChunkKind.BUS: {1: SAVED_SECTION},
+    ChunkKind.CHANNEL_RECORDS: {1: SAVED_CHANNEL_RECORDS},
+    ChunkKind.MEMORY: {1: SAVED_MEMORY},
+    ChunkKind.PAGES: {1: SAVED_PAGES},
+    ChunkKind.REFUSAL: {1: SAVED_REFUSAL},
+    ChunkKind.END: {1: SAVED_END},
+}
+"""Every version of every record that can be read; the highest of a kind is what is written."""
+
+
+def newest(kind: ChunkKind) -> int:
+    """The version of ``kind`` that is written."""
+    return max(RECORDS[kind])
