@@ -29,7 +29,7 @@ from vmbus.wire.codec import Record
 from vmbus.wire.ic import (
     HEARTBEAT_INSTANCE,
     HEARTBEAT_INTERFACE,
-    HEARTBEAT_LEAST,
+    HEARTBEAT_MIN_BODY,
     ApplicationState,
     HeartbeatBody,
     IcHeader,
@@ -42,7 +42,7 @@ from vmbus.wire.ic import (
 
 from vmbus_devices.ic import IC_SAVED_BYTES, IntegrationComponent
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 DEFAULT_INTERVAL = 2.0
 """Seconds; what Hyper-V does. Also how often a silent guest is noticed when beats go as fast as they can."""
@@ -86,7 +86,7 @@ class Heartbeat(IntegrationComponent):
     instance_id = HEARTBEAT_INSTANCE
     message_type = IcMessageType.HEARTBEAT
     message_versions = (IcVersion(1, 0), IcVersion(3, 0))
-    least_body = HEARTBEAT_LEAST
+    least_body = HEARTBEAT_MIN_BODY
 
     def __init__(
         self,
@@ -215,9 +215,9 @@ class Heartbeat(IntegrationComponent):
         if contact is self.contact:
             return
         if contact is Contact.LOST:
-            _log.warning("%s: lost contact: %d beats unanswered", self.name, self.missed)
+            _logger.warning("%s: lost contact: %d beats unanswered", self.name, self.missed)
         elif self.contact is Contact.LOST and contact is Contact.ALIVE:
-            _log.warning("%s: the guest answers again", self.name)
+            _logger.warning("%s: the guest answers again", self.name)
         self.contact = contact
         if self.contact_changed is not None:
             self.contact_changed(contact)

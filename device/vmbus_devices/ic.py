@@ -67,7 +67,7 @@ from vmbus.wire.pipe import PIPE_HEADER, PipeType
 if TYPE_CHECKING:
     from vmbus.bus.io.channel_io import ChannelIo
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 NEGOTIATION_PATIENCE = 30.0
 """Seconds after which a guest that has not answered is mentioned in the log. Nothing is sent again: the request
@@ -294,7 +294,7 @@ class IntegrationComponent(Device):
         self._after(NEGOTIATION_PATIENCE, self._still_negotiating)
 
     def _still_negotiating(self) -> None:
-        _log.info("%s: the guest has not answered the offer of versions yet", self.name)
+        _logger.info("%s: the guest has not answered the offer of versions yet", self.name)
 
     def _negotiated(self, body: bytes) -> None:
         if len(body) < NEGOTIATE_ANSWER.size:
@@ -304,7 +304,7 @@ class IntegrationComponent(Device):
         counts = (answer.framework_count, answer.message_count)
         if counts == (0, 0):
             self.state = IcState.UNSUPPORTED
-            _log.warning(
+            _logger.warning(
                 "%s: the guest knows none of the versions %s",
                 self.name,
                 ", ".join(map(str, self.message_versions)),

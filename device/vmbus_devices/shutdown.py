@@ -41,7 +41,7 @@ from vmbus.wire.ic import (
 
 from vmbus_devices.ic import IC_SAVED_BYTES, IntegrationComponent
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 PATIENCE = 30.0
 """Seconds for an answer. Guests answer before they act, so only one that hangs needs longer."""
@@ -201,7 +201,7 @@ class Shutdown(IntegrationComponent):
         self.requests = own.requests
 
     def _end(self, result: ShutdownResult) -> None:
-        _log.info("%s: %s", self.name, result)
+        _logger.info("%s: %s", self.name, result)
         self.last_result = result
         done, self._done = self._done, None
         _finish(done, result)

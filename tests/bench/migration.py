@@ -104,7 +104,7 @@ async def _compare(result: Result, name: str, command: str, interval: float) -> 
     async with (
         _with_emulator(options, interval) as guest,
         _alone(options) as bare,
-        _alone(options, helper=True) as beside,
+        _alone(options, helper=True) as side_channel,
     ):
 
         async def move_own() -> None:
@@ -112,15 +112,15 @@ async def _compare(result: Result, name: str, command: str, interval: float) -> 
             await guest.host.qmp.execute("migrate-set-parameters", limit)
             outcome = await guest.move(limit=LIMIT)
             own.append(outcome.downtime * 1e3)
-            prepared.append(outcome.departure.prepared_in * 1e3)
-            size = outcome.departure.state_bytes
+            prepared.append(outcome.report.prepared_in * 1e3)
+            size = outcome.report.state_bytes
 
         async def move_alone() -> None:
             alone.append(await bare.move(limit) * 1e3)
 
         async def move_beside() -> None:
-            beside.state = bytes(size)
-            helped.append(await beside.move(limit) * 1e3)
+            side_channel.state = bytes(size)
+            helped.append(await side_channel.move(limit) * 1e3)
 
         turns = [move_own, move_alone, move_beside]
         for turn in range(ROUNDS):

@@ -61,5 +61,5 @@ async def _move(guest: Guest, *, early: bool) -> tuple[float, float, int, int]:
     if not early:
         guest.host.migration.early.begin = lambda: None  # type: ignore[method-assign]
     outcome = await guest.move(limit=LIMIT)
-    departure = outcome.departure
-    return outcome.downtime, departure.prepared_in, departure.pages_marked, departure.pages_marked_early
+    report = outcome.report
+    return outcome.downtime, report.prepared_in, report.pages_marked, report.pages_marked_early

@@ -152,7 +152,7 @@ def bench_channel(packet: bytes, batch: int, packets: int) -> float:
     loop = Loop()
     device.start(DeviceEnvironment(rig.memory, loop, lambda: 0))
     channel = FakeChannel(device.offer(), rig.incoming, rig.outgoing)
-    io = ChannelIo(device, loop, look_window=0)
+    io = ChannelIo(device, loop, poll_window=0)
     io.opened(channel)
     loop.run()
     spent = 0.0

@@ -15,7 +15,7 @@ from vmbus.cli.run import AVAILABLE_MODULES
 from vmbus.cli.serving import CONTROL_COMMANDS
 from vmbus.machine.gateway import build as gateway_build
 from vmbus.machine.guest import Guest
-from vmbus.machine.host import Ending, HostOptions
+from vmbus.machine.host import ExitReason, HostOptions
 from vmbus.machine.qemu.launch import GuestOptions
 from vmbus.machine.served import status
 from vmbus.provision.command_output import CommandOutput
@@ -78,8 +78,8 @@ class Booted:
         async with asyncio.timeout(limit):
             if self._reading is not None:
                 await self._reading
-            ending = await self._serving
-        assert ending is Ending.POWERED_OFF, f"{ending}\n{self.tail()}"
+            exit_reason = await self._serving
+        assert exit_reason is ExitReason.POWERED_OFF, f"{exit_reason}\n{self.tail()}"
         return self.received.status
 
     async def says(self, text: str, limit: float = LIMIT) -> None:

@@ -58,21 +58,21 @@ def test_a_guest_moves_with_its_overlay_under_load(tmp_path: Path) -> None:
             await guest.until(lambda: overlay.stat().st_blocks * 512 < 8 * MIB, "room given back")
             assert units(guest)["0:0"]["bytes_written"] > 16 * MIB
 
-            async def goes_on() -> None:
+            async def guest_resumed() -> None:
                 rounds = guest.output.count(b"round-")
                 await guest.until(lambda: guest.output.count(b"round-") >= rounds + 2, "two more rounds")
 
-            await goes_on()
+            await guest_resumed()
             for _ in range(2):
                 await guest.guest.move(limit=LIMIT)
-                await goes_on()
+                await guest_resumed()
             new_devices, guest.guest._new_devices = guest.guest._new_devices, lambda lines: []
             with pytest.raises(MigrationFailed):
                 await guest.guest.move(limit=LIMIT)
             guest.guest._new_devices = new_devices
-            await goes_on()
+            await guest_resumed()
             await guest.guest.move(limit=LIMIT)
-            await goes_on()
+            await guest_resumed()
             found = units(guest)["0:0"]
             assert (found["backend"], found["format"]) == ("image", "qcow2")
             assert set(found["errors"]) <= {"5/24/00", "5/20/00"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from vmbus.hypervisor.features import Features
-from vmbus.machine.host import Ending, HostOptions
+from vmbus.machine.host import ExitReason, HostOptions
 from vmbus.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
 from vmbus.provision.kernel import find_kernel
 
@@ -217,8 +217,8 @@ def test_qemu_killed_leaves_nothing(tmp_path: Path) -> None:
             await beats(guest)
             directory, memory = guest.guest.directory.path, guest.guest.directory.memory
             guest.guest.process.process.kill()
-            ending = await asyncio.wait_for(guest._serving, LIMIT)
-            assert ending is Ending.QEMU_GONE
+            exit_reason = await asyncio.wait_for(guest._serving, LIMIT)
+            assert exit_reason is ExitReason.QEMU_GONE
         assert not directory.exists()
         assert not memory.exists()
 

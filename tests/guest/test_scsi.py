@@ -316,7 +316,7 @@ def test_a_guest_migrates_while_it_writes_and_reads(tmp_path: Path, smp: int) ->
             for _ in range(4):
                 before = rounds()
                 outcome = await guest.move()
-                assert outcome.departure.statuses[-1] == "completed"
+                assert outcome.report.statuses[-1] == "completed"
                 await guest.here.until(lambda before=before: rounds() >= before + 2, "two more rounds")
             assert b"bad" not in guest.here.output, guest.here.tail()
             found = guest.here.channel("scsi")

@@ -32,12 +32,12 @@ async def under_load(
     *,
     kernel: str = "debian-6.12",
     smp: int = 1,
-    beside: str = "",
+    side_channel: str = "",
     extra: Sequence[str] = (),
     image: bool = False,
     echoing: str = ECHOING,
 ) -> AsyncIterator[Journey]:
-    """A guest whose echo client checks every byte; ``beside`` is a command that runs next to it."""
+    """A guest whose echo client checks every byte; ``side_channel`` is a command that runs next to it."""
     # uio_hv_generic of 6.1 refuses a channel that is signalled by hypercall.
     echo = f"echo,monitor={'on' if kernel == 'debian-6.1' else 'off'}"
     async with journey(
@@ -47,7 +47,7 @@ async def under_load(
         devices=("heartbeat,interval=0.05", "shutdown", echo),
         add=[(program("echo_client"), "/bin/echo_client")],
         load=(*LOADED_MODULES, "uio_hv_generic"),
-        command=[f"{beside} {echoing}"],
+        command=[f"{side_channel} {echoing}"],
         extra=extra,
         snapshots=image,
     ) as guest:
@@ -56,7 +56,7 @@ async def under_load(
         yield guest
 
 
-async def goes_on(guest: Journey) -> None:
+async def guest_resumed(guest: Journey) -> None:
     """The load is still there, and nothing was lost, changed or refused on the way."""
     await more_beats(guest)
     requests = guest.device("echo").status()["requests"]
@@ -77,9 +77,9 @@ async def goes_on(guest: Journey) -> None:
 
 
 def went_well(outcome: Outcome) -> None:
-    assert outcome.departure.statuses[-1] == "completed"
-    assert len(outcome.departure.channels) == 3
-    for channel in outcome.departure.channels:
+    assert outcome.report.statuses[-1] == "completed"
+    assert len(outcome.report.channels) == 3
+    for channel in outcome.report.channels:
         assert channel.statuses == (NtStatus.STATUS_SUCCESS,)
 
 

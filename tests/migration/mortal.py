@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vmbus.cli import main
-from vmbus.machine.migration.coordinator import Follower
+from vmbus.machine.migration.coordinator import Coordinator
 from vmbus.machine.qemu.qmp import Qmp
 
 _JUST_AFTER = 0.01
@@ -57,17 +57,17 @@ def prepare(moment: str) -> None:
     if moment == "ready":
         _before(Qmp, "execute", lambda command, *_: command == "migrate-continue")
     elif moment == "saving":
-        _before(Follower, "save")
+        _before(Coordinator, "save")
     elif moment == "saved":
-        _after(Follower, "save")
+        _after(Coordinator, "save")
     elif moment == "loading":
-        _before(Follower, "load")
+        _before(Coordinator, "load")
     elif moment == "loaded":
-        _after(Follower, "load")
+        _after(Coordinator, "load")
     elif moment == "running":
-        _before(Follower, "_resumed")
+        _before(Coordinator, "_resumed")
     else:
-        _before(Follower, "_migration", lambda status: status == moment)
+        _before(Coordinator, "_migration", lambda status: status == moment)
 
 
 if __name__ == "__main__":

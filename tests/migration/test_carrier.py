@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from vmbus.errors import UserError
-from vmbus.machine.migration.coordinator import Follower, Phase, Switchover
+from vmbus.machine.migration.coordinator import Coordinator, Phase, Switchover
 from vmbus.machine.migration.drive import MigrationFailed, arrived, migrate, receive
 from vmbus.machine.migration.side_channel import CarrierAddress
 
@@ -71,12 +71,12 @@ def test_a_qemu_without_dbus(tmp_path: Path) -> None:
 
             # Somebody else drives, and nothing carries the state: the guest stays.
             there = await listening(guest, socket)
-            follower = guest.host.migration
+            coordinator = guest.host.migration
             await guest.host.qmp.execute("migrate", {"uri": guest.uri(there)})
-            await follower.until(
-                lambda: follower.departure.statuses[-1:] in (["cancelled"], ["failed"]), LIMIT
+            await coordinator.until(
+                lambda: coordinator.report.statuses[-1:] in (["cancelled"], ["failed"]), LIMIT
             )
-            assert "nothing carries" in follower.departure.refusal
+            assert "nothing carries" in coordinator.report.refusal
             await guest.leave(there)
             await more_beats(guest)
 
@@ -91,7 +91,7 @@ def test_a_qemu_without_dbus(tmp_path: Path) -> None:
             # The target's QEMU dies, and then its emulator's end of the socket, before there is an answer.
             for gone in (False, True):
                 there = await listening(guest, socket)
-                incoming = there.host.migration.beside._incoming
+                incoming = there.host.migration.side_channel._incoming
                 assert incoming is not None
                 incoming._check = dying(there, gone)
                 with pytest.raises(MigrationFailed, match="goes on here"):
@@ -124,15 +124,15 @@ def test_a_file_that_is_not_the_guests_is_refused_and_the_guest_taken_back(
             old = path.read_bytes() if path.exists() else b""
             for harm in harms:
                 there = await listening(guest, carrier)
-                follower = guest.host.migration
-                before = follower.departure
-                with guest_waits(follower):
+                coordinator = guest.host.migration
+                before = coordinator.report
+                with guest_waits(coordinator):
                     moving = asyncio.ensure_future(
                         migrate(guest.host, guest.uri(there), carrier=carrier, limit=LIMIT)
                     )
-                    await follower.until(
-                        lambda follower=follower, before=before: (
-                            follower.departure is not before and follower.ready
+                    await coordinator.until(
+                        lambda coordinator=coordinator, before=before: (
+                            coordinator.report is not before and coordinator.ready
                         ),
                         LIMIT,
                     )
@@ -156,18 +156,18 @@ def test_a_file_that_is_not_the_guests_is_refused_and_the_guest_taken_back(
                 assert (await there.host.qmp.execute("query-status"))["status"] != "running"
                 await guest.leave(there)
                 if not dbus:
-                    assert follower.phase is Phase.LEFT
-                    await follower.take_back()
+                    assert coordinator.phase is Phase.LEFT
+                    await coordinator.take_back()
                 await more_beats(guest)
 
     asyncio.run(story())
 
 
 @contextlib.contextmanager
-def guest_waits(follower: Follower) -> Iterator[None]:
-    follower.switchover = Switchover.OBSERVE
+def guest_waits(coordinator: Coordinator) -> Iterator[None]:
+    coordinator.switchover = Switchover.OBSERVE
     yield
-    follower.switchover = Switchover.OWN
+    coordinator.switchover = Switchover.OWN
 
 
 def test_more_state_than_qemu_carries(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_more_state_than_qemu_carries(tmp_path: Path) -> None:
             there = await listening(guest, carrier)
             there.device("heartbeat").__class__ = Large
             outcome = await migrate(guest.host, guest.uri(there), carrier=carrier, limit=LIMIT)
-            assert outcome.departure.state_bytes > 2 << 20
+            assert outcome.report.state_bytes > 2 << 20
             await arrived(there.host, limit=LIMIT)
             await guest.settle_at(there)
             await more_beats(guest)

@@ -182,7 +182,7 @@ def test_the_target_is_killed(tmp_path: Path) -> None:
 
 
 async def leave_for_a_target_that_dies(guest: Journey, moment: str) -> None:
-    host, follower = guest.host, guest.host.migration
+    host, coordinator = guest.host, guest.host.migration
     there = await guest.target()
     target = there.guest.process.process
     if moment == "setup":
@@ -190,26 +190,26 @@ async def leave_for_a_target_that_dies(guest: Journey, moment: str) -> None:
     elif moment == "active":
         await host.qmp.execute("migrate-set-parameters", {"max-bandwidth": 4 << 20})
     elif moment == "pre-switchover":
-        follower.switchover = Switchover.OBSERVE
+        coordinator.switchover = Switchover.OBSERVE
     elif moment == "device":  # QEMU has asked for the state, and waits for the target's word
         there.host.migration.state.restore = lambda _: target.kill()  # type: ignore[method-assign]
     moving = asyncio.ensure_future(migrate(host, guest.uri(there), limit=LIMIT))
     if moment in ("setup", "active"):
-        await follower.until(lambda: moment in follower.departure.statuses, LIMIT)
+        await coordinator.until(lambda: moment in coordinator.report.statuses, LIMIT)
         target.kill()
     elif moment == "pre-switchover":
-        await guest.here.until(lambda: follower.departure.prepared_in, "state made ready")
+        await guest.here.until(lambda: coordinator.report.prepared_in, "state made ready")
         target.kill()
         await host.qmp.execute("migrate-continue", {"state": "pre-switchover"})
     if moment == "completed":
         await moving
         target.kill()
-        assert follower.fenced
-        await follower.take_back()
+        assert coordinator.fenced
+        await coordinator.take_back()
     else:
         with pytest.raises(MigrationFailed, match="goes on here"):
             await moving
-    follower.switchover = Switchover.OWN
+    coordinator.switchover = Switchover.OWN
     await host.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 30})
     await guest.leave(there)
 

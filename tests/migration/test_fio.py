@@ -167,7 +167,7 @@ def test_not_one_block_is_wrong_over_migrations_and_snapshots(tmp_path: Path) ->
                 await more_requests(guest)
             for _ in range(MOVES):
                 outcome = await guest.move()
-                assert outcome.departure.statuses[-1] == "completed"
+                assert outcome.report.statuses[-1] == "completed"
                 await more_requests(guest)
             await more_rounds(guest, 2)
             assert guest.moves == MOVES

@@ -40,11 +40,11 @@ class Unsavable(Heartbeat):
 
 async def under_way(guest: Journey, there: Booted) -> asyncio.Task[Outcome]:
     """A migration that has begun to send memory."""
-    follower = guest.host.migration
-    before = follower.departure
+    coordinator = guest.host.migration
+    before = coordinator.report
     moving = asyncio.ensure_future(migrate(guest.host, guest.uri(there), limit=LIMIT))
-    await follower.until(
-        lambda: follower.departure is not before and follower.departure.statuses[-1:] == ["active"], LIMIT
+    await coordinator.until(
+        lambda: coordinator.report is not before and coordinator.report.statuses[-1:] == ["active"], LIMIT
     )
     return moving
 
@@ -106,7 +106,7 @@ def test_a_guest_that_cannot_leave_goes_on_and_can_leave_later(tmp_path: Path) -
             await host.qmp.execute("migrate_cancel")
             with pytest.raises(MigrationFailed, match="goes on here"):
                 await moving
-            assert host.migration.departure.statuses[-1] == "cancelled"
+            assert host.migration.report.statuses[-1] == "cancelled"
             await host.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 30})
             await more_beats(guest)
             await guest.leave(there)

@@ -21,7 +21,7 @@ from vmbus_devices.echo import Echo
 from tests.guest.harness import LIMIT, LOADED_MODULES
 from tests.guest.test_boot import complaints
 from tests.migration.journey import Journey, journey
-from tests.migration.load import ECHOING, Program, goes_on, went_well
+from tests.migration.load import ECHOING, Program, guest_resumed, went_well
 from tests.migration.test_live import more_beats
 
 pytestmark = pytest.mark.guest
@@ -83,7 +83,7 @@ def test_while_the_guest_boots(tmp_path: Path, guest_program: Program, smp: int)
                 )
             assert len(seen) > 1, seen  # more than one state of the bus was moved
             await guest.here.says("started")
-            await goes_on(guest)
+            await guest_resumed(guest)
 
     asyncio.run(story())
 
@@ -172,7 +172,7 @@ def test_with_a_ring_that_is_full(tmp_path: Path, guest_program: Program) -> Non
                 await guest.move()
                 await guest.host.qmp.execute("cont")
                 await more_beats(guest)
-            await goes_on(guest)
+            await guest_resumed(guest)
 
     asyncio.run(story())
 
@@ -257,6 +257,6 @@ def test_with_a_ring_that_the_guest_has_filled(tmp_path: Path, guest_program: Pr
                 await guest.here.until(
                     lambda io=io: io.counters.packets_out > 3 * BURST, "echoes after those that were late"
                 )
-            await goes_on(guest)
+            await guest_resumed(guest)
 
     asyncio.run(story())

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from vmbus.errors import QemuError
 from vmbus.machine.migration.addresses import structured
-from vmbus.machine.migration.coordinator import Follower, Phase, Switchover
+from vmbus.machine.migration.coordinator import Coordinator, Phase, Switchover
 from vmbus.machine.migration.drive import MigrationFailed, arrived, migrate, receive
 from vmbus.machine.qemu.qmp import Qmp
 
 from tests.migration.journey import Journey
-from tests.migration.load import LIMIT, Program, goes_on, put, swallow, under_load, went_well
+from tests.migration.load import LIMIT, Program, guest_resumed, put, swallow, under_load, went_well
 from tests.migration.test_live import more_beats
 
 pytestmark = pytest.mark.guest
@@ -34,8 +34,8 @@ async def somebody(guest: Journey) -> AsyncIterator[Qmp]:
         await monitor.close()
 
 
-def told(follower: Follower, *statuses: str) -> Any:
-    return follower.until(lambda: follower.departure.statuses[-1:] in [[each] for each in statuses], LIMIT)
+def told(coordinator: Coordinator, *statuses: str) -> Any:
+    return coordinator.until(lambda: coordinator.report.statuses[-1:] in [[each] for each in statuses], LIMIT)
 
 
 async def status(guest: Journey) -> str:
@@ -58,62 +58,62 @@ def deaf_listener() -> Any:
 def test_a_migration_may_be_cancelled_at_every_status(tmp_path: Path, guest_program: Program) -> None:
     async def story() -> None:
         async with under_load(tmp_path, guest_program) as guest, somebody(guest) as other:
-            follower = guest.host.migration
+            coordinator = guest.host.migration
 
             async def cancel() -> None:
                 await other.execute("migrate_cancel")
 
             assert await status(guest) == "none"
             await cancel()
-            await goes_on(guest)
+            await guest_resumed(guest)
 
             with deaf_listener() as uri:
                 await other.execute("migrate", {"uri": uri})
-                await told(follower, "setup")
+                await told(coordinator, "setup")
                 assert await status(guest) == "setup"
                 await cancel()
-                await told(follower, "cancelling")  # until the connection is made or refused
-            await told(follower, "cancelled")
-            await goes_on(guest)
+                await told(coordinator, "cancelling")  # until the connection is made or refused
+            await told(coordinator, "cancelled")
+            await guest_resumed(guest)
 
             # While it is cancelled, and when it is.
             there = await guest.target()
             await put(guest.host, {}, {"max-bandwidth": 1 << 20})
             await other.execute("migrate", {"uri": guest.uri(there)})
-            await told(follower, "active")
+            await told(coordinator, "active")
             await asyncio.gather(*(guest.host.qmp.execute("migrate_cancel") for _ in range(3)), cancel())
-            await told(follower, "cancelled")
-            assert "cancelling" in follower.departure.statuses
+            await told(coordinator, "cancelled")
+            assert "cancelling" in coordinator.report.statuses
             await cancel()
             assert await status(guest) == "cancelled"
             await put(guest.host, {}, {"max-bandwidth": 1 << 30})
-            await goes_on(guest)
+            await guest_resumed(guest)
             await guest.leave(there)
 
             there = await guest.target()
-            follower.switchover = Switchover.OBSERVE
+            coordinator.switchover = Switchover.OBSERVE
             await other.execute("migrate", {"uri": guest.uri(there)})
-            assert await follower.until_ready(LIMIT)
+            assert await coordinator.until_ready(LIMIT)
             await cancel()
-            await told(follower, "cancelled")
-            follower.switchover = Switchover.OWN
-            await goes_on(guest)
+            await told(coordinator, "cancelled")
+            coordinator.switchover = Switchover.OWN
+            await guest_resumed(guest)
             await guest.leave(there)
 
             await other.execute("migrate", {"uri": f"unix:{tmp_path}/nobody"})
-            await told(follower, "failed")
+            await told(coordinator, "failed")
             await cancel()
             assert await status(guest) == "failed"
-            await goes_on(guest)
+            await guest_resumed(guest)
 
             there = await guest.target()
             went_well(await migrate(guest.host, guest.uri(there), limit=LIMIT))
             await cancel()
             assert await status(guest) == "completed"
-            assert follower.phase is Phase.LEFT
+            assert coordinator.phase is Phase.LEFT
             await arrived(there.host, limit=LIMIT)
             await guest.settle_at(there)
-            await goes_on(guest)
+            await guest_resumed(guest)
 
     asyncio.run(story())
 
@@ -135,7 +135,7 @@ def test_what_cannot_work_is_refused_before_it_begins_and_cancelled_if_somebody_
         async with contextlib.AsyncExitStack() as stack:
             guest = await stack.enter_async_context(under_load(tmp_path, guest_program))
             other = await stack.enter_async_context(somebody(guest))
-            follower = guest.host.migration
+            coordinator = guest.host.migration
             known = {each["capability"] for each in await other.execute("query-migrate-capabilities")}
             refused = []
             sink = tmp_path / "sink"
@@ -152,30 +152,30 @@ def test_what_cannot_work_is_refused_before_it_begins_and_cancelled_if_somebody_
                     continue
                 with pytest.raises(MigrationFailed, match=f"^{name}: .*; the guest goes on here"):
                     await migrate(guest.host, f"file:{tmp_path}/guest", limit=LIMIT)
-                before = follower.departure
+                before = coordinator.report
                 await other.execute("migrate", {"uri": f"unix:{sink}"})
-                await follower.until(lambda before=before: follower.departure is not before, LIMIT)
-                await told(follower, "cancelled", "failed")
+                await coordinator.until(lambda before=before: coordinator.report is not before, LIMIT)
+                await told(coordinator, "cancelled", "failed")
                 await guest.here.until(
-                    lambda name=name: follower.departure.refusal.startswith(name), "reason"
+                    lambda name=name: coordinator.report.refusal.startswith(name), "reason"
                 )
                 if (
                     name == "x-colo"
                 ):  # not before QEMU has its connection: it might wait for the target's word
                     with deaf_listener() as uri:
                         await other.execute("migrate", {"uri": uri})
-                        await told(follower, "setup")
-                        await guest.here.until(lambda: follower.departure.refusal, "reason")
+                        await told(coordinator, "setup")
+                        await guest.here.until(lambda: coordinator.report.refusal, "reason")
                         await more_beats(guest)
-                        assert follower.departure.statuses == ["setup"]
-                    await told(follower, "failed")
+                        assert coordinator.report.statuses == ["setup"]
+                    await told(coordinator, "failed")
                 await put(guest.host, dict.fromkeys(capabilities, False))
                 await put(guest.host, {"pause-before-switchover": True})
-                await goes_on(guest)
+                await guest_resumed(guest)
                 refused.append(name)
             assert {"postcopy-ram", "release-ram", "x-colo"} <= set(refused), refused
             went_well(await guest.move())
-            await goes_on(guest)
+            await guest_resumed(guest)
 
     asyncio.run(story())
 
@@ -185,7 +185,7 @@ def test_channels_descriptor_sets_and_addresses_that_make_no_sense(
 ) -> None:
     async def story() -> None:
         async with under_load(tmp_path, guest_program) as guest:
-            follower = guest.host.migration
+            coordinator = guest.host.migration
             async with somebody(guest) as other:
                 main = {"channel-type": "main", "addr": structured(f"unix:{tmp_path}/nobody")}
                 for wrong in (
@@ -198,17 +198,17 @@ def test_channels_descriptor_sets_and_addresses_that_make_no_sense(
                 ):
                     with pytest.raises(QemuError):
                         await other.execute("migrate", wrong)
-                assert follower.departure.statuses == []
-                await goes_on(guest)
+                assert coordinator.report.statuses == []
+                await guest_resumed(guest)
 
                 # As channels.
                 there = await guest.target()
                 main["addr"] = structured(guest.uri(there))
                 await other.execute("migrate", {"channels": [main]})
-                await told(follower, "completed")
+                await told(coordinator, "completed")
             await arrived(there.host, limit=LIMIT)
             await guest.settle_at(there)
-            await goes_on(guest)
+            await guest_resumed(guest)
 
             # Into a set of descriptors that somebody gave QEMU, and out of one.
             file = tmp_path / "guest"
@@ -223,7 +223,7 @@ def test_channels_descriptor_sets_and_addresses_that_make_no_sense(
             await receive(there.host, uri)
             await arrived(there.host, limit=LIMIT)
             await guest.settle_at(there)
-            await goes_on(guest)
+            await guest_resumed(guest)
 
     asyncio.run(story())
 

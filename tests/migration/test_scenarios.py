@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from vmbus.machine.migration.drive import MigrationFailed, arrived, migrate, receive
 
-from tests.migration.load import LIMIT, Program, goes_on, place, put, tcp_uri, under_load, went_well
+from tests.migration.load import LIMIT, Program, guest_resumed, place, put, tcp_uri, under_load, went_well
 
 pytestmark = pytest.mark.guest
 
@@ -37,7 +37,7 @@ def test_over_tcp(tmp_path: Path, guest_program: Program) -> None:
                 went_well(await migrate(guest.host, uri, limit=LIMIT))
                 await arrived(there.host, limit=LIMIT)
                 await guest.settle_at(there)
-                await goes_on(guest)
+                await guest_resumed(guest)
 
     asyncio.run(story())
 
@@ -52,7 +52,7 @@ def test_through_a_command(tmp_path: Path, guest_program: Program) -> None:
             went_well(await migrate(guest.host, f"exec:cat > {pipe}", limit=LIMIT))
             await arrived(there.host, limit=LIMIT)
             await guest.settle_at(there)
-            await goes_on(guest)
+            await guest_resumed(guest)
 
             # The command has more to do than to pass it on.
             packed = tmp_path / "packed.gz"
@@ -61,7 +61,7 @@ def test_through_a_command(tmp_path: Path, guest_program: Program) -> None:
             await receive(there.host, f"exec:gzip -dc < {packed}")
             await arrived(there.host, limit=LIMIT)
             await guest.settle_at(there)
-            await goes_on(guest)
+            await guest_resumed(guest)
 
     asyncio.run(story())
 
@@ -87,7 +87,7 @@ def test_into_a_file_and_out_of_it(tmp_path: Path, guest_program: Program) -> No
                 await receive(there.host, uri)
                 await arrived(there.host, limit=LIMIT)
                 await guest.settle_at(there)
-                await goes_on(guest)
+                await guest_resumed(guest)
 
     asyncio.run(story())
 
@@ -98,7 +98,7 @@ def test_a_guest_that_writes_too_fast_is_slowed_down_until_it_can_leave(
     async def story() -> None:
         # Not zeros: those cost nothing to send.
         writer = "dd if=/dev/urandom of=/from bs=1M count=24 2>/dev/null; while :; do cp /from /to; done &"
-        async with under_load(tmp_path, guest_program, beside=writer) as guest:
+        async with under_load(tmp_path, guest_program, side_channel=writer) as guest:
             slow = {
                 "max-bandwidth": 24 << 20,
                 "downtime-limit": 1,
@@ -121,7 +121,7 @@ def test_a_guest_that_writes_too_fast_is_slowed_down_until_it_can_leave(
             went_well(await moving)
             await arrived(there.host, limit=LIMIT)
             await guest.settle_at(there)
-            await goes_on(guest)
+            await guest_resumed(guest)
 
     asyncio.run(story())
 
@@ -142,12 +142,12 @@ def test_a_place_with_another_uuid_is_refused(tmp_path: Path, guest_program: Pro
             with pytest.raises(MigrationFailed):
                 await arrived(there.host, limit=LIMIT)
             await guest.leave(there)
-            await goes_on(guest)
+            await guest_resumed(guest)
 
             there = await place(guest, {"validate-uuid": True})
             went_well(await migrate(guest.host, await tcp_uri(there), limit=LIMIT))
             await arrived(there.host, limit=LIMIT)
             await guest.settle_at(there)
-            await goes_on(guest)
+            await guest_resumed(guest)
 
     asyncio.run(story())

@@ -14,7 +14,7 @@ from vmbus.machine.migration.snapshots import SnapshotFailed
 
 from tests.guest.harness import Booted
 from tests.migration.journey import Journey
-from tests.migration.load import LIMIT, Program, goes_on, place, put, tcp_uri, under_load, went_well
+from tests.migration.load import LIMIT, Program, guest_resumed, place, put, tcp_uri, under_load, went_well
 
 pytestmark = pytest.mark.guest
 
@@ -28,7 +28,7 @@ AUX_SHARED = ("-machine", "aux-ram-share=on")
 async def arrives(guest: Journey, there: Booted) -> None:
     await arrived(there.host, limit=LIMIT)
     await guest.settle_at(there)
-    await goes_on(guest)
+    await guest_resumed(guest)
 
 
 def test_a_handover_on_one_host_copies_no_memory(tmp_path: Path, guest_program: Program) -> None:
@@ -39,7 +39,7 @@ def test_a_handover_on_one_host_copies_no_memory(tmp_path: Path, guest_program: 
             with pytest.raises(MigrationFailed, match="goes on here"):
                 await migrate(guest.host, await tcp_uri(there), limit=LIMIT)
             assert "in another file" in there.host.migration.load_refused
-            await goes_on(guest)
+            await guest_resumed(guest)
             await guest.leave(there)
 
             for _ in range(2):
@@ -53,12 +53,12 @@ def test_a_handover_on_one_host_copies_no_memory(tmp_path: Path, guest_program: 
             with pytest.raises(SnapshotFailed, match="x-ignore-shared"):
                 await snapshots.save(guest.host, "empty")
             assert await snapshots.listed(guest.host) == []
-            await goes_on(guest)
+            await guest_resumed(guest)
             await put(guest.host, {"x-ignore-shared": False})
             outcome = await guest.move()
             went_well(outcome)
             assert outcome.memory_bytes > LEAST
-            await goes_on(guest)
+            await guest_resumed(guest)
 
     asyncio.run(story())
 
@@ -77,7 +77,7 @@ def test_a_target_that_fails_has_not_touched_the_memory_it_shares(
                 with pytest.raises(MigrationFailed, match="goes on here"):
                     await migrate(guest.host, await tcp_uri(there), limit=LIMIT)
                 assert "not-there" in there.host.migration.load_refused
-                await goes_on(guest)
+                await guest_resumed(guest)
                 await guest.leave(there)
             there = await place(guest, SHARED, memory_of=guest.here)
             went_well(await migrate(guest.host, await tcp_uri(there), limit=LIMIT))
@@ -106,7 +106,7 @@ def test_cpr_reboot_with_memory_in_the_file_and_beside_it(tmp_path: Path, guest_
 
             # The guest goes on where it was: its memory is then newer than the file.
             await guest.host.qmp.execute("cont")
-            await goes_on(guest)
+            await guest_resumed(guest)
             there = await place(guest, SHARED, reboot, memory_of=guest.here)
             await guest.host.qmp.execute("stop")
             await receive(there.host, uri)
@@ -114,7 +114,7 @@ def test_cpr_reboot_with_memory_in_the_file_and_beside_it(tmp_path: Path, guest_
                 await arrived(there.host, limit=LIMIT)
             await guest.leave(there)
             await guest.host.qmp.execute("cont")
-            await goes_on(guest)
+            await guest_resumed(guest)
 
             went_well(await migrate(guest.host, uri, limit=LIMIT))
             there = await place(guest, SHARED, reboot, memory_of=guest.here)
@@ -158,9 +158,9 @@ def test_cpr_exec_is_refused(tmp_path: Path, guest_program: Program) -> None:
             await put(guest.host, {}, {"mode": "cpr-exec", "cpr-exec-command": ["false"]})
             with pytest.raises(MigrationFailed, match="cpr-exec: QEMU would become another program"):
                 await migrate(guest.host, f"file:{tmp_path}/guest", limit=LIMIT)
-            await goes_on(guest)
+            await guest_resumed(guest)
             await put(guest.host, {}, {"mode": "normal"})
             went_well(await guest.move())
-            await goes_on(guest)
+            await guest_resumed(guest)
 
     asyncio.run(story())

@@ -40,8 +40,8 @@ def test_a_guest_goes_back_to_a_snapshot_as_often_as_asked(tmp_path: Path) -> No
             host = guest.host
             await more_beats(guest)
             before_save = (await count_on(guest, 5))[-1]
-            departure = await snapshots.save(host, "first")
-            assert departure.state_bytes > 0
+            report = await snapshots.save(host, "first")
+            assert report.state_bytes > 0
             after_save = (await count_on(guest, 1))[-1]
             await more_beats(guest)
             await count_on(guest, 20)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest.test_boot import KERNELS
-from tests.migration.load import Program, goes_on, under_load, went_well
+from tests.migration.load import Program, guest_resumed, under_load, went_well
 
 pytestmark = pytest.mark.guest
 
@@ -35,13 +35,13 @@ def test_to_and_fro_under_load(tmp_path: Path, guest_program: Program, kernel: s
                 outcome = await guest.move()
                 went_well(outcome)
                 downtimes.append(outcome.downtime * 1e3)
-                prepared.append(outcome.departure.prepared_in * 1e3)
+                prepared.append(outcome.report.prepared_in * 1e3)
                 await guest.here.until(
                     lambda before=requests: guest.device("echo").status()["requests"] > before, "more echoes"
                 )
                 if move % LOOK_EVERY == 0:
-                    await goes_on(guest)
-            await goes_on(guest)
+                    await guest_resumed(guest)
+            await guest_resumed(guest)
             print(
                 f"\n{kernel}, {smp} vCPUs: {MOVES} migrations, {guest.device('echo').status()['requests']} requests; "
                 f"stood still for {statistics.median(downtimes):.0f} ms (median), {max(downtimes):.0f} (most), the "

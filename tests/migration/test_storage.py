@@ -90,9 +90,9 @@ def test_what_was_read_is_marked_before_the_guest_is_told_of_it(tmp_path: Path) 
             await guest.here.says("again")
             early = pause = 0
             for _ in range(3):
-                departure = (await guest.move()).departure
-                early += departure.pages_marked_early
-                pause += departure.pages_marked
+                report = (await guest.move()).report
+                early += report.pages_marked_early
+                pause += report.pages_marked
                 looks = output.count(b"again")
                 await guest.here.until(
                     lambda before=looks: output.count(b"again") > before + 1, "two more looks"

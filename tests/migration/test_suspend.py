@@ -11,7 +11,7 @@ from vmbus.machine.migration.drive import arrived, migrate
 from vmbus.machine.qemu.qmp import Qmp
 
 from tests.migration.journey import Journey
-from tests.migration.load import LIMIT, Program, goes_on, under_load, went_well
+from tests.migration.load import LIMIT, Program, guest_resumed, under_load, went_well
 from tests.migration.test_live import beats
 
 pytestmark = pytest.mark.guest
@@ -48,7 +48,7 @@ async def wakes(guest: Journey) -> None:
     assert not any(synics(guest))
     await guest.host.qmp.execute("system_wakeup")
     await guest.here.until(lambda: beats(guest) > answered, "heartbeats of a guest that woke up")
-    await goes_on(guest)
+    await guest_resumed(guest)
     assert await run_state(guest) == "running"
     assert all(synics(guest))
 
@@ -59,7 +59,7 @@ def test_a_sleeping_guest_is_moved_and_wakes_there(tmp_path: Path, guest_program
         # On q35, QEMU 11.1 lets a Linux guest sleep only once, with or without this emulator.
         pc = ("-machine", "pc")
         async with under_load(
-            tmp_path, guest_program, smp=smp, beside=SLEEPER, image=True, extra=pc
+            tmp_path, guest_program, smp=smp, side_channel=SLEEPER, image=True, extra=pc
         ) as guest:
             # Nobody moves it.
             await falls_asleep(guest)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from vmbus.machine.migration.coordinator import Phase, Switchover
 from vmbus.machine.migration.drive import MigrationFailed, arrived, migrate
-from vmbus.machine.migration.report import Departure
+from vmbus.machine.migration.report import Report
 from vmbus.machine.qemu.qmp import Qmp
 
 from tests.migration.journey import journey
-from tests.migration.load import LIMIT, Program, goes_on, put, swallow, under_load, went_well
+from tests.migration.load import LIMIT, Program, guest_resumed, put, swallow, under_load, went_well
 from tests.migration.test_live import more_beats
 
 pytestmark = pytest.mark.guest
@@ -23,20 +23,20 @@ def test_a_migration_that_another_program_drives_is_followed(tmp_path: Path) -> 
         async with journey(tmp_path) as guest:
             await more_beats(guest)
             other = await Qmp.connect(str(guest.here.guest.directory.user_qmp))
-            follower = guest.host.migration
+            coordinator = guest.host.migration
 
             # Post-copy and COLO cannot work: they are cancelled at once, with the reason in the log.
             for capability, way_back in (("postcopy-ram", False), ("x-colo", True)):
                 there = await guest.target()
                 await _set(other, "return-path", way_back)
                 await _set(other, capability, True)
-                follower.departure = Departure()
+                coordinator.report = Report()
                 await other.execute("migrate", {"uri": guest.uri(there)})
-                await follower.until(
-                    lambda: follower.departure.statuses[-1:] in (["cancelled"], ["failed"]), LIMIT
+                await coordinator.until(
+                    lambda: coordinator.report.statuses[-1:] in (["cancelled"], ["failed"]), LIMIT
                 )
                 await guest.here.until(
-                    lambda name=capability: follower.departure.refusal.startswith(f"{name}: "),
+                    lambda name=capability: coordinator.report.refusal.startswith(f"{name}: "),
                     "reason",
                     LIMIT,
                 )
@@ -50,9 +50,9 @@ def test_a_migration_that_another_program_drives_is_followed(tmp_path: Path) -> 
             there = await guest.target()
             await _set(other, "pause-before-switchover", False)
             await _set(other, "return-path", True)
-            follower.departure = Departure()
+            coordinator.report = Report()
             await other.execute("migrate", {"uri": guest.uri(there)})
-            await follower.until(lambda: "failed" in follower.departure.statuses, LIMIT)
+            await coordinator.until(lambda: "failed" in coordinator.report.statuses, LIMIT)
             assert "behind the emulator's back" in there.host.migration.load_refused
             await _set(other, "pause-before-switchover", True)
             await more_beats(guest)
@@ -60,12 +60,12 @@ def test_a_migration_that_another_program_drives_is_followed(tmp_path: Path) -> 
 
             # With it, and with that program's own migrate-continue.
             there = await guest.target()
-            follower.switchover = Switchover.OBSERVE
+            coordinator.switchover = Switchover.OBSERVE
             await other.execute("migrate", {"uri": guest.uri(there)})
-            await follower.until(lambda: follower.phase is Phase.READY, LIMIT)
-            await guest.here.until(lambda: follower.departure.prepared_in, "state made ready", LIMIT)
+            await coordinator.until(lambda: coordinator.phase is Phase.READY, LIMIT)
+            await guest.here.until(lambda: coordinator.report.prepared_in, "state made ready", LIMIT)
             await other.execute("migrate-continue", {"state": "pre-switchover"})
-            await follower.until(lambda: follower.phase is Phase.LEFT, LIMIT)
+            await coordinator.until(lambda: coordinator.phase is Phase.LEFT, LIMIT)
             await arrived(there.host, LIMIT)
             await other.close()
             await guest.settle_at(there)
@@ -81,8 +81,8 @@ def test_a_driver_that_does_not_wait_for_the_emulator_cannot_lose_the_guest(
     async def story() -> None:
         async with under_load(tmp_path, guest_program) as guest:
             other = await Qmp.connect(str(guest.here.guest.directory.user_qmp))
-            follower = guest.host.migration
-            follower.switchover = Switchover.OBSERVE
+            coordinator = guest.host.migration
+            coordinator.switchover = Switchover.OBSERVE
             settle = guest.host.workers.settle
             done = asyncio.Event()
 
@@ -95,30 +95,30 @@ def test_a_driver_that_does_not_wait_for_the_emulator_cannot_lose_the_guest(
                 done.clear()
                 there = await guest.target()
                 await _set(other, "return-path", way_back)
-                waiting = asyncio.ensure_future(follower.until_ready(LIMIT))
+                waiting = asyncio.ensure_future(coordinator.until_ready(LIMIT))
                 await other.execute("migrate", {"uri": guest.uri(there)})
-                await follower.until(lambda: follower.departure.statuses[-1:] == ["pre-switchover"], LIMIT)
-                assert not follower.ready
+                await coordinator.until(lambda: coordinator.report.statuses[-1:] == ["pre-switchover"], LIMIT)
+                assert not coordinator.ready
                 await other.execute("migrate-continue", {"state": "pre-switchover"})
                 assert not await waiting
                 # Without a way back QEMU takes it for completed.
-                assert follower.departure.statuses[-1] == ("failed" if way_back else "completed")
+                assert coordinator.report.statuses[-1] == ("failed" if way_back else "completed")
                 done.set()
                 monkeypatch.undo()
-                await follower.until(lambda: follower.phase is Phase.IDLE, LIMIT)
-                await goes_on(guest)
+                await coordinator.until(lambda: coordinator.phase is Phase.IDLE, LIMIT)
+                await guest_resumed(guest)
                 assert "behind the emulator's back" in there.host.migration.load_refused
                 await guest.leave(there)
 
             there = await guest.target()
-            waiting = asyncio.ensure_future(follower.until_ready(LIMIT))
+            waiting = asyncio.ensure_future(coordinator.until_ready(LIMIT))
             await other.execute("migrate", {"uri": guest.uri(there)})
             assert await waiting
             await other.execute("migrate-continue", {"state": "pre-switchover"})
             await arrived(there.host, LIMIT)
             await other.close()
             await guest.settle_at(there)
-            await goes_on(guest)
+            await guest_resumed(guest)
 
     asyncio.run(story())
 
@@ -134,14 +134,14 @@ def test_cancelled_in_the_pause_while_a_device_writes_guest_memory(
     async def story() -> None:
         async with under_load(tmp_path, guest_program, echoing=FILLING) as guest:
             other = await Qmp.connect(str(guest.here.guest.directory.user_qmp))
-            follower = guest.host.migration
-            follower.switchover = Switchover.OBSERVE
+            coordinator = guest.host.migration
+            coordinator.switchover = Switchover.OBSERVE
             await put(guest.host, {"return-path": False})
             carried = []
             sink = tmp_path / "sink"
             async with await asyncio.start_unix_server(swallow, str(sink)):
                 for turns in range(0, 30, 6):  # of this loop, in which the emulator makes its state
-                    before = follower.departure
+                    before = coordinator.report
                     await other.execute("migrate", {"uri": f"unix:{sink}"})
                     async for name, data in other.events():
                         if (name, data.get("status")) == ("MIGRATION", "pre-switchover"):
@@ -149,22 +149,22 @@ def test_cancelled_in_the_pause_while_a_device_writes_guest_memory(
                     for _ in range(turns):
                         await asyncio.sleep(0)
                     await other.execute("migrate_cancel")
-                    await follower.until(
+                    await coordinator.until(
                         lambda before=before: (
-                            follower.departure is not before
-                            and follower.departure.statuses[-1:] == ["cancelled"]
-                            and follower.phase is Phase.IDLE
+                            coordinator.report is not before
+                            and coordinator.report.statuses[-1:] == ["cancelled"]
+                            and coordinator.phase is Phase.IDLE
                         ),
                         LIMIT,
                     )
-                    carried.append(follower.departure.pages_carried)
+                    carried.append(coordinator.report.pages_carried)
             await other.close()
-            follower.switchover = Switchover.OWN
-            await goes_on(guest)
+            coordinator.switchover = Switchover.OWN
+            await guest_resumed(guest)
             outcome = await guest.move()
             went_well(outcome)
-            await goes_on(guest)
-            assert outcome.departure.as_dict()["pages_carried"] > 0
+            await guest_resumed(guest)
+            assert outcome.report.as_dict()["pages_carried"] > 0
             assert any(carried), carried
 
     asyncio.run(story())

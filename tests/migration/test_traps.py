@@ -59,16 +59,16 @@ def test_an_answer_that_no_processor_fetched_goes_along(
             # It comes back: the answer is fetched here.
             held = await hold_traps(guest, monkeypatch)
             there = await guest.target()
-            follower = guest.host.migration
-            follower.switchover = Switchover.OBSERVE
+            coordinator = guest.host.migration
+            coordinator.switchover = Switchover.OBSERVE
             moving = asyncio.ensure_future(migrate(guest.host, guest.uri(there), limit=LIMIT))
-            await follower.until(lambda: follower.phase is Phase.READY, LIMIT)
-            await guest.here.until(lambda: follower.departure.prepared_in, "state made ready")
+            await coordinator.until(lambda: coordinator.phase is Phase.READY, LIMIT)
+            await guest.here.until(lambda: coordinator.report.prepared_in, "state made ready")
             await guest.host.qmp.execute("migrate_cancel")
             with pytest.raises(MigrationFailed):
                 await moving
-            assert follower.departure.answers_carried == len(held) == 1
-            follower.switchover = Switchover.OWN
+            assert coordinator.report.answers_carried == len(held) == 1
+            coordinator.switchover = Switchover.OWN
             await more()
             await guest.leave(there)
 
@@ -84,7 +84,7 @@ def test_an_answer_that_no_processor_fetched_goes_along(
 
             monkeypatch.setattr(there.host, "_serve", note)
             outcome = await guest.move(there)
-            assert outcome.departure.answers_carried == len(held) == 1
+            assert outcome.report.answers_carried == len(held) == 1
             found = await more()
             assert found["back"] == 0
             # The loop asks for the same with the same registers again and again; the first was not among them.

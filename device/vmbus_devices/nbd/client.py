@@ -32,7 +32,7 @@ from vmbus_devices.nbd.handshake import Export, NbdError, negotiate
 from vmbus_devices.nbd.uri import Address
 from vmbus_devices.nbd.wire import Command, ExportFlag
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 _FIRST_RETRY = 0.05
 _LAST_RETRY = 1.0
@@ -288,7 +288,7 @@ class Client:
             reason = error.strerror
         with self._changed:
             if reason != self.trouble:
-                _log.warning("%s: %s", self.name, reason)
+                _logger.warning("%s: %s", self.name, reason)
             self.trouble = reason
             self._be_away()
             self._changed.notify_all()
@@ -303,7 +303,7 @@ class Client:
         """Be up until a connection breaks, or something else is wanted."""
         with self._changed:
             if self.trouble:
-                _log.warning("%s: connected", self.name)
+                _logger.warning("%s: connected", self.name)
             self.export = session[0].export
             self.sessions += 1
             self.trouble = ""
@@ -336,7 +336,7 @@ class Client:
             self._waiting.extendleft(reversed(left))
             if self._broken is not None and self._wanted and not self._interlude:
                 self.trouble = str(self._broken)
-                _log.warning("%s: %s", self.name, self.trouble)
+                _logger.warning("%s: %s", self.name, self.trouble)
                 self._be_away()
 
     def _watch(self, session: list[Connection]) -> None:
@@ -356,8 +356,8 @@ class Client:
         error: Exception = NbdError("the receiver of replies failed")
         try:
             error = connection.serve()
-        except Exception:  # noqa: BLE001 - it must cost no more than this connection
-            _log.exception("%s: please report this", self.name)
+        except Exception:
+            _logger.exception("%s: please report this", self.name)
         self._lost(connection, error)
 
     def _lost(self, connection: Connection, error: Exception) -> None:

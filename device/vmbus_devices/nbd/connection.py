@@ -42,7 +42,7 @@ from vmbus_devices.nbd.wire import (
     Command,
 )
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 _AT_ONCE = 256
 """Pieces of replies that are taken before the event loop's other work has a turn."""
@@ -59,8 +59,8 @@ _KNOWN_ERRORS = {
 }
 """The protocol's error numbers; they are Linux's."""
 
-_MOST_EXTENTS = 64
-_MOST_STATUS = 4 + (1 << 20)
+_MAX_EXTENTS = 64
+_MAX_STATUS = 4 + (1 << 20)
 """Bytes of a chunk BLOCK_STATUS."""
 _LENGTH = struct.Struct(">I")
 _OFFSET = struct.Struct(">Q")
@@ -239,8 +239,8 @@ class Connection:
             return None
         except (OSError, NbdError) as error:
             return error
-        except Exception as error:  # noqa: BLE001 - our bug: it must cost no more than this connection
-            _log.exception("a reply could not be taken; please report this")
+        except Exception as error:
+            _logger.exception("a reply could not be taken; please report this")
             return error
         return None
 
@@ -293,7 +293,7 @@ class Connection:
             yield [memoryview(place)]
             yield self._part(request, _OFFSET.unpack(place)[0], length - _OFFSET.size)
         else:
-            if length > _MOST_STATUS:
+            if length > _MAX_STATUS:
                 raise NbdError(f"the server breaks the NBD protocol: a chunk {kind} of {length} bytes")
             data = bytearray(length)
             yield [memoryview(data)]
@@ -350,7 +350,7 @@ class Connection:
 
     def _extents(self, request: Request, data: bytes) -> None:
         at, end = request.offset, request.offset + request.length
-        for place in range(0, min(len(data), _MOST_EXTENTS * EXTENT.size), EXTENT.size):
+        for place in range(0, min(len(data), _MAX_EXTENTS * EXTENT.size), EXTENT.size):
             extent = EXTENT.parse(data[place : place + EXTENT.size])
             step = min(extent.length, end - at)
             if not step:

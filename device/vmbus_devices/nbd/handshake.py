@@ -40,8 +40,8 @@ from vmbus_devices.nbd.wire import (
     OptionRequest,
 )
 
-_MOST_ANSWERS = 64
-_MOST_DATA = 2 * MAX_STRING
+_MAX_ANSWERS = 64
+_MAX_DATA = 2 * MAX_STRING
 _LARGEST = 1 << 62
 
 
@@ -125,7 +125,7 @@ class _Negotiation:
 
     def _answer(self, option: Option) -> tuple[OptionReply, bytes]:
         reply = OPTION_REPLY.parse(receive(self.connection, OPTION_REPLY.size))
-        if reply.magic != OPTION_REPLY_MAGIC or reply.option != option or reply.length > _MOST_DATA:
+        if reply.magic != OPTION_REPLY_MAGIC or reply.option != option or reply.length > _MAX_DATA:
             raise NbdError(f"the server breaks the NBD protocol: its answer to {option.name} is {reply}")
         return reply, receive(self.connection, reply.length)
 
@@ -139,7 +139,7 @@ class _Negotiation:
             META_CONTEXT_REQUEST.build(MetaContextRequest(self.name, (BASE_ALLOCATION,))),
         )
         found = None
-        for _ in range(_MOST_ANSWERS):
+        for _ in range(_MAX_ANSWERS):
             reply, data = self._answer(Option.SET_META_CONTEXT)
             if reply.answer == OptionAnswer.META_CONTEXT:
                 context = META_CONTEXT.parse(data)
@@ -155,7 +155,7 @@ class _Negotiation:
         self._ask(Option.GO, GO_REQUEST.build(GoRequest(self.name, (Info.BLOCK_SIZE,))))
         export = None
         minimum, preferred, maximum = 1, 4096, DEFAULT_MAXIMUM
-        for _ in range(_MOST_ANSWERS):
+        for _ in range(_MAX_ANSWERS):
             reply, data = self._answer(Option.GO)
             if reply.answer == OptionAnswer.ACK:
                 if export is None:

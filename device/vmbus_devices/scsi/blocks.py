@@ -34,7 +34,7 @@ from vmbus_devices.scsi.request import Request
 from vmbus_devices.scsi.sense import CheckCondition
 from vmbus_devices.scsi.unit import LogicalUnit
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class WriteErrors(enum.Enum):
@@ -186,7 +186,7 @@ class BlockUnit(LogicalUnit):
             return
         sense = Sense.WRITE_ERROR if write else Sense.READ_ERROR
         if not isinstance(error, OSError):
-            _log.error("%s: the back end failed", self.identity.serial, exc_info=error)
+            _logger.error("%s: the back end failed", self.identity.serial, exc_info=error)
             sense = Sense.TARGET_FAILURE
         elif error.errno in _FULL:
             sense = Sense.SPACE_ALLOCATION_FAILED

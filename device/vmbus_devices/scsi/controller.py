@@ -59,9 +59,9 @@ if TYPE_CHECKING:
 NAMESPACE = uuid.UUID("5f5f8f0e-0d3c-4b57-b0a6-3f2f7a9c6a41")
 """Instance GUIDs of controllers are derived from their names, so that they stay the same."""
 
-MOST_QUEUES = 8
-MOST_TARGETS = 2
-MOST_LUNS = 64
+MAX_QUEUES = 8
+MAX_TARGETS = 2
+MAX_LUNS = 64
 
 _EXECUTE = int(Operation.EXECUTE_SRB)
 _RESETS = (Operation.RESET_LUN, Operation.RESET_ADAPTER, Operation.RESET_BUS)
@@ -75,7 +75,7 @@ class Controller(Device):
     """
 
     max_packet = 80  # what Linux has room for: a descriptor and 64 bytes
-    look_window = 300e-6  # so long until a guest has taken one answer, and sends the next request
+    poll_window = 300e-6  # so long until a guest has taken one answer, and sends the next request
 
     def __init__(
         self,
@@ -127,10 +127,10 @@ class Controller(Device):
 
     def free_lun(self, target: int) -> int:
         """The first LUN without a unit. Raises :class:`~vmbus.errors.UsageError`."""
-        free = next((lun for lun in range(MOST_LUNS) if (target, lun) not in self.units), None)
+        free = next((lun for lun in range(MAX_LUNS) if (target, lun) not in self.units), None)
         if free is None:
             raise UsageError(
-                f"controller {self.controller}: all {MOST_LUNS} LUNs of target {target} are taken"
+                f"controller {self.controller}: all {MAX_LUNS} LUNs of target {target} are taken"
             )
         return free
 
@@ -222,7 +222,7 @@ class Controller(Device):
     def let_go(self, limit: float) -> bool:
         return not [unit for unit in tuple(self.units.values()) if not unit.backend.join(limit)]
 
-    def goes_on(self) -> None:
+    def guest_resumed(self) -> None:
         for unit in tuple(self.units.values()):
             for request in unit.take_kept():
                 if not self._active:

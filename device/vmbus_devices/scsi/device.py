@@ -15,7 +15,7 @@ from vmbus.errors import UsageError
 from vmbus.wire.storvsp import ProtocolVersion
 
 from vmbus_devices.scsi.blocks import ReadErrors, WriteErrors
-from vmbus_devices.scsi.controller import MOST_LUNS, MOST_QUEUES, MOST_TARGETS, Controller
+from vmbus_devices.scsi.controller import MAX_LUNS, MAX_QUEUES, MAX_TARGETS, Controller
 from vmbus_devices.scsi.drive import DriveOptions, Format, Media, open_drive
 from vmbus_devices.scsi.file import Cache
 from vmbus_devices.scsi.image import DetectZeroes, ImageServers
@@ -43,8 +43,8 @@ class Scsi(Controller):
         media: Annotated[
             Media | None, Help("what the guest sees (default disk, cdrom for an image named .iso)")
         ] = None,
-        target: Annotated[int, Help("SCSI target", least=0, most=MOST_TARGETS - 1)] = 0,
-        lun: Annotated[int | None, Help("LUN (default: the next free)", least=0, most=MOST_LUNS - 1)] = None,
+        target: Annotated[int, Help("SCSI target", least=0, most=MAX_TARGETS - 1)] = 0,
+        lun: Annotated[int | None, Help("LUN (default: the next free)", least=0, most=MAX_LUNS - 1)] = None,
         controller: Annotated[str, Help("lines that name the same one share it")] = "scsi",
         readonly: Annotated[bool, Help("refuse writes, share the image")] = False,
         cache: Annotated[Cache, Help("as QEMU's")] = Cache.NONE,
@@ -69,7 +69,7 @@ class Scsi(Controller):
         fault: Annotated[str, Help("faults to have: error@8-15;delay:0.5@*;short:0.5@100-; see docs")] = "",
         queues: Annotated[
             int,
-            Help("of the controller: channels, as many as the guest has vCPUs", least=1, most=MOST_QUEUES),
+            Help("of the controller: channels, as many as the guest has vCPUs", least=1, most=MAX_QUEUES),
         ] = 8,
         transfer: Annotated[
             int, Help("of the controller: most KiB of one request", least=4, most=1024)

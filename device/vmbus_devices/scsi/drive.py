@@ -19,7 +19,7 @@ from vmbus_devices.scsi.disk import Disk
 from vmbus_devices.scsi.faults import FaultPlan, parse_faults
 from vmbus_devices.scsi.file import Cache, FileBackend
 from vmbus_devices.scsi.image import DetectZeroes, ImageBackend, ImageFile, ImageServers, probe
-from vmbus_devices.scsi.nbd import LEAST_MAXIMUM, NbdBackend
+from vmbus_devices.scsi.nbd import MIN_MAXIMUM, NbdBackend
 
 _SIZE = re.compile(r"(\d+)([KMGT]?)", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -149,7 +149,7 @@ def _nbd(options: DriveOptions, uri: str, *, read_only: bool) -> Backend:
     try:
         if export.flags & ExportFlag.READ_ONLY and not read_only:
             raise UserError(f"{uri}: the server lets nobody write to it; say readonly=on")
-        if export.maximum < LEAST_MAXIMUM:
+        if export.maximum < MIN_MAXIMUM:
             raise UserError(f"{uri}: the server takes no more than {export.maximum} bytes in a request")
     except BaseException:
         client.close()

@@ -31,7 +31,7 @@ from vmbus.errors import DeviceError, UserError
 
 from vmbus_devices.scsi.backend import Backend
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 SECTOR = 512
 ZEROS = memoryview(bytes(1 << 20))
@@ -93,7 +93,9 @@ class FileBackend(Backend):
                     if error.errno != errno.EINVAL:
                         raise
                     self.direct = False
-                    _log.warning("%s: the file system has no direct I/O; the page cache is used", self.path)
+                    _logger.warning(
+                        "%s: the file system has no direct I/O; the page cache is used", self.path
+                    )
             return os.open(self.path, flags)
         except OSError as error:
             hint = "; readonly=on does not write to it" if error.errno in (errno.EACCES, errno.EROFS) else ""
@@ -110,7 +112,7 @@ class FileBackend(Backend):
                 raise DeviceError(
                     f"the image {self.path} is used by another guest; readonly=on for both shares it"
                 ) from error
-            _log.info("%s: the file system has no locks: %s", self.path, error.strerror)
+            _logger.info("%s: the file system has no locks: %s", self.path, error.strerror)
 
     def unlock(self) -> None:
         with contextlib.suppress(OSError):  # no locks here

@@ -31,7 +31,7 @@ _THREADS = 4
 _STEP = 1 << 30
 """Bytes of one request without data."""
 _ZEROS = memoryview(bytes(1 << 20))
-LEAST_MAXIMUM = 1 << 20
+MIN_MAXIMUM = 1 << 20
 """Bytes that a server must take in one request."""
 
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 _NOTHING = 0xFFFF
-_MOST_UNITS = 256
-_MOST_PACKETS = 65536
+_MAX_UNITS = 256
+_MAX_PACKETS = 65536
 
 UNIT = c.Struct(
     "target" / c.Int8ul,
@@ -152,7 +152,7 @@ def restore_controller(controller: Controller, state: bytes) -> None:
         packets = [_packet(each) for each in saved.packets]
     except (c.ConstructError, UnicodeError, ValueError, KeyError) as error:
         raise DeviceError(f"{name}: saved state is damaged: {error}") from error
-    if len(units) > _MOST_UNITS or len(packets) > _MOST_PACKETS:
+    if len(units) > _MAX_UNITS or len(packets) > _MAX_PACKETS:
         raise DeviceError(f"{name}: saved state is damaged: {len(units)} units, {len(packets)} packets")
     if protocol is not None and protocol > controller.max_version:
         raise DeviceError(

@@ -42,12 +42,12 @@ from vmbus_devices.scsi.request import Request
 from vmbus_devices.scsi.sense import CheckCondition
 from vmbus_devices.scsi.statistics import UnitStatistics
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 VENDOR = b"Msft    "
 """Linux's driver knows what a host of this name can do, and Windows what it boots from."""
 
-MOST_ATTENTIONS = 8
+MAX_ATTENTIONS = 8
 
 Command = Callable[[Request], None]
 
@@ -128,7 +128,7 @@ class LogicalUnit(ABC):
 
     def attention(self, sense: Sense) -> None:
         """Tell the guest with its next command."""
-        if sense not in self.attentions and len(self.attentions) < MOST_ATTENTIONS:
+        if sense not in self.attentions and len(self.attentions) < MAX_ATTENTIONS:
             self.attentions.append(sense)
 
     def keep(self, request: Request, why: str) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from vmbus.bus.server import Bus
 
 
-class OfferedChannels:
+class ChannelList:
     """What ``bus`` offers."""
 
     def __init__(self, bus: Bus) -> None:
@@ -99,11 +99,11 @@ class OfferedChannels:
         """Revoke the sub-channels of ``channel``; whether the guest has been told about all."""
         if channel.offer.subchannel_index:
             return True
-        told = True
+        device_notified = True
         for sub in self._subchannels(channel):
             self.revoke(sub)
-            told = told and sub.state in (ChannelState.REVOKED, ChannelState.RELEASED)
-        return told
+            device_notified = device_notified and sub.state in (ChannelState.REVOKED, ChannelState.RELEASED)
+        return device_notified
 
     def release(self, channel: Channel) -> None:
         """``channel`` is released: its id is free. It stays unless it was taken away or ends with its guest."""

@@ -87,7 +87,7 @@ _WHILE_DISCONNECTED = frozenset(
 )
 
 
-class Reception:
+class MessageDispatcher:
     """Reads, checks and hands on the guest's messages."""
 
     def __init__(self, bus: Bus) -> None:

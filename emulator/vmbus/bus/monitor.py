@@ -58,9 +58,9 @@ class MonitorScan:
                 self._timer = None
         elif self._timer is None:
             latency = min(channel.offer.monitor_latency for channel in monitored) / 10_000_000
-            self._timer = self._timers.call_later(max(latency, SHORTEST_INTERVAL), self._look)
+            self._timer = self._timers.call_later(max(latency, SHORTEST_INTERVAL), self._polling)
 
-    def _look(self) -> None:
+    def _polling(self) -> None:
         self._timer = None
         page = self._page()
         monitored = self._monitored() if page else []

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from vmbus.bus.channel.channel import Channel
 from vmbus.bus.channel.endpoint import Endpoint
 from vmbus.bus.channel.gpadl import GpadlTable
-from vmbus.bus.channel_list import OfferedChannels
+from vmbus.bus.channel_list import ChannelList
 from vmbus.bus.contact import (
     DEFAULT_FEATURES,
     HOME,
@@ -39,7 +39,7 @@ from vmbus.bus.contact import (
     check_monitor_pages,
     decide,
 )
-from vmbus.bus.messages import MAX_UNDELIVERED, PROMISED, PostResult, Reception
+from vmbus.bus.messages import MAX_UNDELIVERED, PROMISED, MessageDispatcher, PostResult
 from vmbus.bus.monitor import MonitorScan, set_interrupt_bit, take_interrupt_bits
 from vmbus.bus.offers import Offer
 from vmbus.bus.outbox import Outbox, Outgoing, Target
@@ -69,7 +69,7 @@ from vmbus.wire.messages import (
 )
 from vmbus.wire.version import NO_FEATURES, Feature, Version
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 MAX_INBOX = 16
 """Guest messages that a paused bus keeps; the guest is told to retry the next."""
@@ -97,11 +97,11 @@ class Bus:
         self.connection = Connection()
         self.gpadls = GpadlTable(memory)
         self.outbox = Outbox(synic)
-        self.refusals = Refusals("bus", logger)
+        self.refusals = Refusals("bus", _logger)
         self.paused = False
-        self.offered = OfferedChannels(self)
+        self.offered = ChannelList(self)
         self._inbox: deque[tuple[int, bytes, bool]] = deque()
-        self._reception = Reception(self)
+        self._reception = MessageDispatcher(self)
         self._monitor = MonitorScan(memory, timers, self._monitor_page, self._with_ids)
         self._abandoning = False
         synic.connect_event_port(SHARED_EVENT_CONNECTION_ID, self._shared_doorbell)
@@ -125,8 +125,8 @@ class Bus:
         self._inbox.append((connection_id, payload, trusted))
         return PostResult.OK
 
-    def promises(self, payload: bytes) -> bool:
-        """Whether the guest can be told now that this message is taken, and :meth:`keep_promise` acts on it next.
+    def can_acknowledge_early(self, payload: bytes) -> bool:
+        """Whether a message can be answered with success before :meth:`handle_acknowledged` acts on it.
 
         So its processor need not wait for what the message causes. Not for messages that may have to be put off:
         those to a guest that does not take its answers, or whose answers go elsewhere than the connection's.
@@ -137,7 +137,7 @@ class Bus:
             and self.outbox.undelivered(self.connection.target) < MAX_UNDELIVERED
         )
 
-    def keep_promise(self, connection_id: int, payload: bytes) -> None:
+    def handle_acknowledged(self, connection_id: int, payload: bytes) -> None:
         """Act on a message that was promised; nothing else may have come between."""
         self._reception.receive(connection_id, payload, False, promised=True)
 
@@ -315,7 +315,7 @@ class Bus:
         try:
             taken = self.listener.connect(request)
         except Exception:
-            logger.exception("socket listener failed")
+            _logger.exception("socket listener failed")
             taken = False
         if not taken:
             self.refuse_socket(request)
@@ -434,7 +434,7 @@ class Bus:
         connection.monitor_pages = outcome.monitor_pages
         connection.client_id = request.client_id
         connection.trusted = request.trusted and Feature.CONFIDENTIAL_CHANNELS in outcome.features
-        logger.info("connected: version %s, features %#x", outcome.version, outcome.features)
+        _logger.info("connected: version %s, features %#x", outcome.version, outcome.features)
         self.send(answer_agreement(outcome))
 
     # ---- signals

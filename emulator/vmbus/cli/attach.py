@@ -14,7 +14,7 @@ from vmbus.cli.devices import registry
 from vmbus.cli.options import add_host_options, device_lines, host_options
 from vmbus.cli.serving import CONTROL_COMMANDS
 from vmbus.machine import rundir
-from vmbus.machine.host import Ending, Host
+from vmbus.machine.host import ExitReason, Host
 from vmbus.machine.migration.side_channel import CarrierAddress
 from vmbus.machine.served import Served
 
@@ -77,9 +77,9 @@ async def _attach(arguments: argparse.Namespace) -> int:
                 f"attached to QEMU {host.facts.version} (process {host.facts.pid}) as {directory.name}",
                 file=sys.stderr,
             )
-            ending = await served.serve()
+            exit_reason = await served.serve()
     finally:
         shutil.rmtree(directory.path, ignore_errors=True)
-    if ending is not Ending.STOPPED:
-        print(f"QEMU (process {host.facts.pid}) ended: {ending.value}", file=sys.stderr)
+    if exit_reason is not ExitReason.STOPPED:
+        print(f"QEMU (process {host.facts.pid}) ended: {exit_reason.value}", file=sys.stderr)
     return 0

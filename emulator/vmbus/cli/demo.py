@@ -26,7 +26,7 @@ from vmbus.cli.status import channel_table
 from vmbus.errors import UserError
 from vmbus.machine.gateway import build as gateway_build
 from vmbus.machine.guest import Guest
-from vmbus.machine.host import Ending
+from vmbus.machine.host import ExitReason
 from vmbus.machine.migration import snapshots
 from vmbus.machine.qemu.launch import GuestOptions
 from vmbus.machine.served import status
@@ -256,8 +256,8 @@ class Demo:
             raise UserError(f"the migration lost something: {before} became {after}")
         self.screen.say(
             f"  {self._at()}  migrated live into a new QEMU: it stood still for {outcome.downtime * 1000:.0f} ms, "
-            f"{outcome.departure.prepared_in * 1000:.1f} of them for {len(outcome.departure.channels)} channels "
-            f"({outcome.departure.state_bytes} bytes)"
+            f"{outcome.report.prepared_in * 1000:.1f} of them for {len(outcome.report.channels)} channels "
+            f"({outcome.report.state_bytes} bytes)"
         )
         self.screen.say(
             f"  {self._at()}  heartbeat {before['sequence']} was before, {after['sequence']} is after: "
@@ -297,10 +297,10 @@ class Demo:
             self.screen.say(
                 f"  {self._at()}  shutdown asked for over its channel; the guest answers: {result}"
             )
-            ending = await self.serving
-        self.result["shutdown"] = {"answer": str(result), "ending": ending.value}
-        if ending is not Ending.POWERED_OFF:
-            raise UserError(f"the guest did not power off: {ending.value}")
+            exit_reason = await self.serving
+        self.result["shutdown"] = {"answer": str(result), "ending": exit_reason.value}
+        if exit_reason is not ExitReason.POWERED_OFF:
+            raise UserError(f"the guest did not power off: {exit_reason.value}")
         self.screen.say(f"  {self._at()}  the guest powered off")
 
     def _at(self) -> str:

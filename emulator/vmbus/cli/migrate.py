@@ -16,7 +16,7 @@ from vmbus.cli.table import table
 from vmbus.errors import UsageError, UserError
 from vmbus.machine import rundir
 from vmbus.machine.control import ask
-from vmbus.machine.host import Ending, Host
+from vmbus.machine.host import ExitReason, Host
 from vmbus.machine.migration.addresses import descriptor_number
 from vmbus.machine.migration.drive import MigrationFailed, migrate
 from vmbus.machine.migration.side_channel import CarrierAddress
@@ -264,7 +264,7 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
     except (KeyError, ValueError) as error:
         raise MigrationFailed(f"not a request to migrate: {error}") from error
     if not request.get("keep"):
-        asyncio.get_running_loop().call_later(_LEAVE, host.stop, Ending.MIGRATED)
+        asyncio.get_running_loop().call_later(_LEAVE, host.stop, ExitReason.MIGRATED)
     return outcome.as_dict()
 
 
@@ -284,16 +284,16 @@ async def take_back(host: Host, request: Mapping[str, Any]) -> object:
 
 async def wait_ready(host: Host, request: Mapping[str, Any]) -> object:
     """The control socket's ``wait-ready``: answered when QEMU may be told to go on."""
-    follower = host.migration
+    coordinator = host.migration
     limit = float(request.get("timeout", 600))
     try:
-        ready = await follower.until_ready(limit)
+        ready = await coordinator.until_ready(limit)
     except TimeoutError:
         raise MigrationFailed(f"no migration was ready within {limit:g} s") from None
     if not ready:
-        departure = follower.departure
-        raise MigrationFailed(f"the migration ended before that: {departure.refusal or departure.status}")
-    return follower.departure.as_dict()
+        report = coordinator.report
+        raise MigrationFailed(f"the migration ended before that: {report.refusal or report.status}")
+    return coordinator.report.as_dict()
 
 
 async def progress(host: Host, request: Mapping[str, Any]) -> object:

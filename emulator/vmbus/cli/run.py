@@ -23,7 +23,7 @@ from vmbus.errors import UsageError, UserError
 from vmbus.machine import rundir
 from vmbus.machine.gateway import build as gateway_build
 from vmbus.machine.guest import Guest, emulator_options
-from vmbus.machine.host import Ending, Host, HostOptions
+from vmbus.machine.host import ExitReason, Host, HostOptions
 from vmbus.machine.migration.addresses import descriptor_number
 from vmbus.machine.migration.drive import arrived, receive
 from vmbus.machine.migration.side_channel import CarrierAddress
@@ -282,8 +282,8 @@ async def run_guest(decided: Plan, output: Callable[[bytes], object] | None) -> 
                     "Ctrl-C ends it",
                     file=sys.stderr,
                 )
-            ending = await guest.served.serve()
-            if ending is Ending.QEMU_GONE:
+            exit_reason = await guest.served.serve()
+            if exit_reason is ExitReason.QEMU_GONE:
                 raise UserError(f"QEMU ended unexpectedly:\n{guest.process.messages()}")
             return 0
         return await _command(guest, output, under_way=decided.incoming is not None)
@@ -313,16 +313,16 @@ async def _command(guest: Guest, output: Callable[[bytes], object], *, under_way
         sys.stdout.flush()
 
     reading = asyncio.ensure_future(read())
-    ending = await guest.served.serve()
-    if ending in (Ending.STOPPED, Ending.MIGRATED):
+    exit_reason = await guest.served.serve()
+    if exit_reason in (ExitReason.STOPPED, ExitReason.MIGRATED):
         reading.cancel()  # the port stays open as long as QEMU
     with contextlib.suppress(asyncio.CancelledError):
         await reading
     if received.status is not None:
         return received.status
-    if ending is Ending.STOPPED:
+    if exit_reason is ExitReason.STOPPED:
         return 130
-    if ending is Ending.MIGRATED:
+    if exit_reason is ExitReason.MIGRATED:
         print("vmbus run: the guest has moved, and its command goes on there", file=sys.stderr)
         return 0
     raise UserError(_explain(guest, received))

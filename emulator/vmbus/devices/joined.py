@@ -52,12 +52,12 @@ def completed(
     """
     found: dict[tuple[str, str], _Given] = {}
     for text in there:
-        _look(text, class_of, found)
-    looked = [(text, _look(text, class_of, found)) for text in texts]
+        _polling(text, class_of, found)
+    looked = [(text, _polling(text, class_of, found)) for text in texts]
     return [_complete(text, given) for text, given in looked]
 
 
-def _look(
+def _polling(
     text: str, class_of: Callable[[str], type[Device]], found: dict[tuple[str, str], _Given]
 ) -> _Given | None:
     name, values = split_device(text)

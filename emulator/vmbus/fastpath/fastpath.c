@@ -37,7 +37,7 @@ EXPORT struct fastpath *fastpath_open(void)
         return NULL;
     }
     path->event_fd = path->uring.event_fd;
-    for (uint32_t i = 0; i < MOST_SLOTS; i++)
+    for (uint32_t i = 0; i < MAX_SLOTS; i++)
         path->slot[i].next_free = i + 1;
     path->first_free = 0;
     return path;

@@ -21,13 +21,13 @@
 #include "layout.h"
 
 #define FASTPATH_VERSION 2
-#define MOST_REGIONS 8
-#define MOST_UNITS 256
-#define MOST_SLOTS 512
-#define MOST_EVENTS 512
-#define MOST_PAGES 513 /* 2 MiB that begin within a page */
-#define MOST_NOTED 4096
-#define MOST_BUCKETS 256
+#define MAX_REGIONS 8
+#define MAX_UNITS 256
+#define MAX_SLOTS 512
+#define MAX_EVENTS 512
+#define MAX_PAGES 513 /* 2 MiB that begin within a page */
+#define MAX_NOTED 4096
+#define MAX_BUCKETS 256
 #define BUCKET_BIAS 128 /* bucket of a second; 4 buckets an octave */
 #define ANSWER_STRIDE 96
 
@@ -53,7 +53,7 @@ struct unit { /* shared with Python */
     uint64_t reads, writes, bytes_read, bytes_written;
     uint32_t depth, most_depth;
     uint64_t least_ns, greatest_ns;
-    uint32_t buckets[MOST_BUCKETS];
+    uint32_t buckets[MAX_BUCKETS];
 };
 
 enum { EVENT_ANSWER = 0, EVENT_GIVEN_BACK = 1 };
@@ -86,9 +86,9 @@ struct slot {
     uint32_t next_free;
     uint64_t begun_ns;
     uint8_t request[LONGEST_ANSWER];
-    uint8_t packet[16 + 16 + MOST_PAGES * 8 + 64 + 64];
-    struct piece piece[MOST_PAGES];
-    struct iovec iov[MOST_PAGES];
+    uint8_t packet[16 + 16 + MAX_PAGES * 8 + 64 + 64];
+    struct piece piece[MAX_PAGES];
+    struct iovec iov[MAX_PAGES];
 };
 
 struct uring {
@@ -115,18 +115,18 @@ struct fastpath {
     uint64_t note_pages;
     uint64_t spin_ns;      /* longest look for a completion */
     uint64_t idle_spin_ns; /* and for a packet, with no transfer under way */
-    struct region region[MOST_REGIONS];
-    struct unit unit[MOST_UNITS];
-    struct event event[MOST_EVENTS];
-    struct noted noted[MOST_NOTED];
-    uint8_t output[MOST_EVENTS * ANSWER_STRIDE];
+    struct region region[MAX_REGIONS];
+    struct unit unit[MAX_UNITS];
+    struct event event[MAX_EVENTS];
+    struct noted noted[MAX_NOTED];
+    uint8_t output[MAX_EVENTS * ANSWER_STRIDE];
     /* private */
     struct uring uring;
     uint32_t first_free;
-    uint32_t waiting[MOST_EVENTS]; /* slots of null units: done already */
+    uint32_t waiting[MAX_EVENTS]; /* slots of null units: done already */
     uint32_t waiting_count;
     uint64_t usual_ns; /* how long a transfer takes, by and by */
-    struct slot slot[MOST_SLOTS];
+    struct slot slot[MAX_SLOTS];
 };
 
 /* fastpath.c */

@@ -66,7 +66,7 @@ static void count(struct fastpath *path, const struct slot *slot)
     if (spent > unit->greatest_ns)
         unit->greatest_ns = spent;
     int bucket = (int)floor(log2((double)spent * 1e-9) * 4) + BUCKET_BIAS;
-    unit->buckets[bucket < 0 ? 0 : bucket >= MOST_BUCKETS ? MOST_BUCKETS - 1 : bucket]++;
+    unit->buckets[bucket < 0 ? 0 : bucket >= MAX_BUCKETS ? MAX_BUCKETS - 1 : bucket]++;
     if (slot->is_write) {
         unit->writes++;
         unit->bytes_written += slot->length;
@@ -131,12 +131,12 @@ static void done(struct fastpath *path, uint32_t number, int64_t result)
 /* The packet of slot ``number``, which was given back. */
 EXPORT const uint8_t *fastpath_packet(const struct fastpath *path, uint32_t number)
 {
-    return path->slot[number < MOST_SLOTS ? number : 0].packet;
+    return path->slot[number < MAX_SLOTS ? number : 0].packet;
 }
 
 /*
  * Look what is done: path->event, as many as path->events says, and path->noted. A packet that is given back lies in
- * its slot (event.offset) until the next take(). Call again if it returns MOST_EVENTS.
+ * its slot (event.offset) until the next take(). Call again if it returns MAX_EVENTS.
  */
 EXPORT uint32_t fastpath_reap(struct fastpath *path)
 {
@@ -148,12 +148,12 @@ EXPORT uint32_t fastpath_reap(struct fastpath *path)
     for (uint32_t i = 0; i < path->waiting_count; i++)
         done(path, path->waiting[i], path->slot[path->waiting[i]].length);
     path->waiting_count = 0;
-    while (head != tail && path->events < MOST_EVENTS && path->noted_ranges + MOST_PAGES < MOST_NOTED) {
+    while (head != tail && path->events < MAX_EVENTS && path->noted_ranges + MAX_PAGES < MAX_NOTED) {
         const struct io_uring_cqe *entry = (const struct io_uring_cqe *)ring->cqes + (head & ring->cq_mask);
         uint64_t number = entry->user_data;
         int32_t result = entry->res;
         head++;
-        if (number >= MOST_SLOTS || !path->slot[number].in_use)
+        if (number >= MAX_SLOTS || !path->slot[number].in_use)
             continue;
         uint64_t spent = now_ns() - path->slot[number].begun_ns;
         path->usual_ns = path->usual_ns ? (path->usual_ns * 7 + spent) / 8 : spent;

@@ -144,17 +144,17 @@ static int take_one(struct fastpath *path, uint32_t channel, const int16_t *unit
     uint64_t byte_count = get32(range + GPA_RANGE_BYTE_COUNT);
     uint32_t byte_offset = get32(range + GPA_RANGE_BYTE_OFFSET);
     uint64_t pages = (byte_offset + byte_count + PAGE - 1) >> PAGE_SHIFT;
-    if (!byte_count || byte_offset >= PAGE || pages > MOST_PAGES ||
+    if (!byte_count || byte_offset >= PAGE || pages > MAX_PAGES ||
         DESCRIPTOR_SIZE + GPA_DIRECT_HEADER_SIZE + GPA_RANGE_HEADER_SIZE + pages * 8 > data)
         return 0;
 
     const uint8_t *request = packet + data;
     if (get32(request + REQUEST_OPERATION) != OPERATION_EXECUTE_SRB || request[REQUEST_PATH] ||
-        request[REQUEST_TARGET] >= MOST_TARGETS || request[REQUEST_LUN] >= MOST_LUNS ||
+        request[REQUEST_TARGET] >= MAX_TARGETS || request[REQUEST_LUN] >= MAX_LUNS ||
         request[REQUEST_CDB_LENGTH] > CDB_SIZE)
         return 0;
-    int16_t number = units[request[REQUEST_TARGET] * MOST_LUNS + request[REQUEST_LUN]];
-    if (number < 0 || number >= MOST_UNITS)
+    int16_t number = units[request[REQUEST_TARGET] * MAX_LUNS + request[REQUEST_LUN]];
+    if (number < 0 || number >= MAX_UNITS)
         return 0;
     struct unit *unit = &path->unit[number];
     struct command command;
@@ -170,7 +170,7 @@ static int take_one(struct fastpath *path, uint32_t channel, const int16_t *unit
         return 0;
 
     uint32_t place = path->first_free;
-    if (place >= MOST_SLOTS)
+    if (place >= MAX_SLOTS)
         return 0;
     struct slot *slot = &path->slot[place];
     slot->length = (uint32_t)length;
@@ -186,7 +186,7 @@ static int take_one(struct fastpath *path, uint32_t channel, const int16_t *unit
     memset(slot->request, 0, sizeof(slot->request));
     memcpy(slot->request, request, slot->answer_size);
     if (unit->flags & UNIT_NULL) {
-        if (path->waiting_count >= MOST_EVENTS)
+        if (path->waiting_count >= MAX_EVENTS)
             return 0;
         path->waiting[path->waiting_count++] = place;
     } else if (!uring_put(&path->uring, slot, place, unit, command.lba << unit->block_shift,
@@ -203,7 +203,7 @@ static int take_one(struct fastpath *path, uint32_t channel, const int16_t *unit
 
 /*
  * Take packets from ``at`` of a private copy of ``length`` bytes, of which the guest has committed ``known`` from there
- * on, ``limit`` at most and only until the first that is not plain. ``units``: target * MOST_LUNS + LUN to a unit's
+ * on, ``limit`` at most and only until the first that is not plain. ``units``: target * MAX_LUNS + LUN to a unit's
  * number, or -1. How many; ``consumed``: their bytes, trailers included.
  */
 EXPORT uint32_t fastpath_take(struct fastpath *path, uint32_t channel, const int16_t *units, const uint8_t *buffer,

@@ -21,10 +21,10 @@ int uring_open(struct uring *ring)
     ring->event_fd = -1;
     /* Completions wait until they are looked for, instead of interrupting this thread one by one (Linux 6.1). */
     params.flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG;
-    ring->fd = (int)syscall(SYS_io_uring_setup, MOST_SLOTS, &params);
+    ring->fd = (int)syscall(SYS_io_uring_setup, MAX_SLOTS, &params);
     if (ring->fd < 0) {
         memset(&params, 0, sizeof(params));
-        ring->fd = (int)syscall(SYS_io_uring_setup, MOST_SLOTS, &params);
+        ring->fd = (int)syscall(SYS_io_uring_setup, MAX_SLOTS, &params);
     }
     if (ring->fd < 0)
         return -1;

@@ -48,7 +48,7 @@ from vmbus.wire.msr import (
     Msr,
 )
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 _MASK64 = (1 << 64) - 1
 _DEFAULT_FEATURES = Features()
 _ENABLE = 1
@@ -73,7 +73,7 @@ class Partition:
     ) -> None:
         self.features = features
         self.vp_count = vp_count
-        self.refusals = Refusals("partition", _log)
+        self.refusals = Refusals("partition", _logger)
         self._memory = memory
         self._clock = clock
         self._events = events or PartitionEvents()
@@ -285,7 +285,7 @@ class Partition:
         if value == 0 and not self.hypercall_value & _LOCKED:
             self.hypercall_value &= ~_ENABLE
         self._events.guest_os_changed(value)
-        _log.debug("guest OS: %s (%#x)", describe_guest_os(value), value)
+        _logger.debug("guest OS: %s (%#x)", describe_guest_os(value), value)
 
     def _write_hypercall(self, vp: int, value: int) -> None:
         if self.hypercall_value & _LOCKED:
@@ -307,7 +307,7 @@ class Partition:
 
     def _write_reset(self, vp: int, value: int) -> None:
         if value & _RESET:
-            _log.debug("the guest asks for a reset")
+            _logger.debug("the guest asks for a reset")
             self._events.reset_requested()
 
     def _write_reference_tsc(self, vp: int, value: int) -> None:

@@ -23,10 +23,10 @@ from typing import Any
 
 from vmbus.errors import UserError, VmbusError
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 _LINE_LIMIT = 1 << 20
 _READ_SIZE = 1 << 16
-_MOST_DESCRIPTORS = 8
+_MAX_DESCRIPTORS = 8
 _BACKLOG = 16
 
 Handler = Callable[[Mapping[str, Any]], Awaitable[object]]
@@ -81,7 +81,7 @@ class ControlServer:
                 requests.close_descriptors()
                 await asyncio.get_running_loop().sock_sendall(connection, answer)
         except (OSError, ValueError, asyncio.CancelledError) as error:
-            _log.debug("control connection ended: %r", error)
+            _logger.debug("control connection ended: %r", error)
         finally:
             requests.close_descriptors()
             connection.close()
@@ -116,7 +116,7 @@ class _Requests:
                 raise ValueError(f"a request of more than {_LINE_LIMIT} bytes")
             await self._readable()
             try:
-                data, descriptors, _, _ = socket.recv_fds(self._connection, _READ_SIZE, _MOST_DESCRIPTORS)
+                data, descriptors, _, _ = socket.recv_fds(self._connection, _READ_SIZE, _MAX_DESCRIPTORS)
             except BlockingIOError:
                 continue
             for number in descriptors:

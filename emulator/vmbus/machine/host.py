@@ -45,7 +45,7 @@ from vmbus.machine.gateway.traps import Fault, Trap
 from vmbus.machine.io.fastpath import CompiledFastPath
 from vmbus.machine.io.workers import WorkerThreads
 from vmbus.machine.memory import MappedMemory
-from vmbus.machine.migration.coordinator import Follower, Phase, Switchover
+from vmbus.machine.migration.coordinator import Coordinator, Phase, Switchover
 from vmbus.machine.qemu.discovery import QemuFacts, discover
 from vmbus.machine.qemu.local_apics import LocalApics
 from vmbus.machine.qemu.qmp import Qmp
@@ -54,10 +54,10 @@ from vmbus.wire.gateway import GuestState, TrapKind
 from vmbus.wire.hypercall import CallCode, HvStatus
 from vmbus.wire.version import Version
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
-class Ending(Enum):
+class ExitReason(Enum):
     """Why :meth:`Host.serve` returned."""
 
     POWERED_OFF = "powered off"
@@ -163,7 +163,7 @@ class Host:
         loop = asyncio.get_running_loop()
         self._loop = loop
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._ended: asyncio.Future[Ending] = loop.create_future()
+        self._ended: asyncio.Future[ExitReason] = loop.create_future()
         self._shutdown_reason: str | None = None
         self._lost_because: QemuError | None = None
         self.memory = MappedMemory.map_file(
@@ -205,7 +205,7 @@ class Host:
         #: Why devices stopped the guest, until it goes on.
         self.stopped_because: list[str] = []
         self.devices: list[AttachedDevice] = []
-        self.migration = Follower(self, switchover=options.switchover)
+        self.migration = Coordinator(self, switchover=options.switchover)
         self._promised: tuple[int, bytes] | None = None
         self._tsc_page_waits = False
         self._gateway_again: asyncio.Handle | None = None
@@ -236,7 +236,7 @@ class Host:
             let_go = options.reset and await succession.reset_guest(qmp, gateway)
             host = cls(facts, qmp, qtest, gateway, options)
             if not facts.atomic:
-                _log.warning(
+                _logger.warning(
                     "this QEMU can have one vCPU only, and its guest's locked instructions are not atomic: now and "
                     "then a signal is lost, and a channel hangs. Start it with -smp 1,maxcpus=2"
                 )
@@ -264,8 +264,8 @@ class Host:
 
     def channel_end(self, device: Device) -> ChannelIo:
         """The host's end of a channel of ``device`` that is about to be offered."""
-        longest = device.look_window if self._spare else min(device.look_window, Device.look_window)
-        return ChannelIo(device, self._loop, look_window=longest)
+        longest = device.poll_window if self._spare else min(device.poll_window, Device.poll_window)
+        return ChannelIo(device, self._loop, poll_window=longest)
 
     def add_device(self, device: Device) -> AttachedDevice:
         """Offer one more device; the guest sees it at once if it has asked for offers."""
@@ -295,7 +295,7 @@ class Host:
         self.background(self._follow_life())
 
     def _message(self, vp: int, connection_id: int, payload: bytes) -> int:
-        if self.bus.promises(payload):  # acted on when the vCPU has its answer and goes on
+        if self.bus.can_acknowledge_early(payload):  # acted on when the vCPU has its answer and goes on
             self._promised = (connection_id, payload)
             return HvStatus.SUCCESS
         result = self.bus.message(vp, connection_id, payload)
@@ -359,8 +359,8 @@ class Host:
             self.gateway.answer_fault(trap, Fault.UD)
         except (GatewayError, QemuGone):
             raise
-        except Exception:  # noqa: BLE001  our bug: it must cost the guest an error, not its life
-            _log.exception(
+        except Exception:
+            _logger.exception(
                 "a %s of vCPU %d could not be answered; please report this", trap.kind.name, trap.vcpu
             )
             if trap.kind is TrapKind.VMCALL:
@@ -375,17 +375,17 @@ class Host:
 
     def _keep_promise(self, connection_id: int, payload: bytes) -> None:
         try:
-            self.bus.keep_promise(connection_id, payload)
+            self.bus.handle_acknowledged(connection_id, payload)
         except (GatewayError, QemuGone):
             raise
-        except Exception:  # noqa: BLE001  our bug: it must cost the guest an answer, not its life
-            _log.exception("a message of the guest could not be acted on; please report this")
+        except Exception:
+            _logger.exception("a message of the guest could not be acted on; please report this")
 
     # --- the guest's life --------------------------------------------------------------------------------
 
     async def _follow_life(self) -> None:
         async for name, data in self.qmp.events():
-            _log.debug("QMP event %s %s", name, data)
+            _logger.debug("QMP event %s %s", name, data)
             if name == "RESET":
                 self.events.resets += 1
                 self.reset()
@@ -408,7 +408,7 @@ class Host:
         if not self.stopped_because:
             self.background(self._stop_guest())
         if reason not in self.stopped_because and len(self.stopped_because) < _KEEP:
-            _log.warning("the guest is stopped: %s", reason)
+            _logger.warning("the guest is stopped: %s", reason)
             self.stopped_because.append(reason)
 
     async def _stop_guest(self) -> None:
@@ -418,20 +418,20 @@ class Host:
         self.stopped_because.clear()
         for attached in tuple(self.devices):
             try:
-                attached.device.goes_on()
-            except Exception:  # noqa: BLE001  it must not take the others along
-                _log.exception("%s does not go on; please report this", attached.device.name)
+                attached.device.guest_resumed()
+            except Exception:
+                _logger.exception("%s does not go on; please report this", attached.device.name)
 
     def reset(self) -> None:
         """The machine was reset: everything that the guest had set up is gone, the offers stay."""
-        _log.info("the machine was reset")
+        _logger.info("the machine was reset")
         self.gateway.forget_requests()
         self.bus.reset()
         self.partition.reset()
 
     def _crashed(self, report: CrashReport) -> None:
         if len(self.events.crashes) < _KEEP:
-            _log.warning("the guest reports a crash: %s", report)
+            _logger.warning("the guest reports a crash: %s", report)
             self.events.crashes.append(report)
 
     def background(self, work: Coroutine[Any, Any, None]) -> None:
@@ -446,7 +446,7 @@ class Host:
             if isinstance(error, QemuGone):
                 self._lost(error)
             elif isinstance(error, QemuError):
-                self._end(Ending.QEMU_GONE, error)
+                self._end(ExitReason.QEMU_GONE, error)
             elif not self._ended.done():
                 self._ended.set_exception(error)
 
@@ -456,30 +456,30 @@ class Host:
         if self._shutdown_reason:
             self._ended_by_itself(error)
         elif self._lost_because is None:
-            _log.info("%s", error)
+            _logger.info("%s", error)
             self._lost_because = error
             self._loop.call_later(_LAST_WORDS, self._ended_by_itself, error)
 
     def _ended_by_itself(self, error: QemuError | None) -> None:
         if self.migration.phase is Phase.LEFT:  # QEMU is ended when nobody needs it any more
-            self._end(Ending.MIGRATED, error)
+            self._end(ExitReason.MIGRATED, error)
         else:
-            self._end(Ending.POWERED_OFF if self._shutdown_reason else Ending.QEMU_GONE, error)
+            self._end(ExitReason.POWERED_OFF if self._shutdown_reason else ExitReason.QEMU_GONE, error)
 
-    def _end(self, ending: Ending, error: Exception | None) -> None:
+    def _end(self, exit_reason: ExitReason, error: Exception | None) -> None:
         if error is not None:
-            _log.info("%s: %s", ending.value, error)
+            _logger.info("%s: %s", exit_reason.value, error)
         self._leave_gateway()
         if not self._ended.done():
-            self._ended.set_result(ending)
+            self._ended.set_result(exit_reason)
 
-    async def serve(self) -> Ending:
+    async def serve(self) -> ExitReason:
         """Serve the guest until QEMU ends or :meth:`stop` is called."""
         return await asyncio.shield(self._ended)
 
-    def stop(self, ending: Ending = Ending.STOPPED) -> None:
+    def stop(self, exit_reason: ExitReason = ExitReason.STOPPED) -> None:
         """Let :meth:`serve` return; QEMU goes on, its guest waits for the next emulator."""
-        self._end(ending, None)
+        self._end(exit_reason, None)
 
     async def close(self) -> None:
         """Let go of QEMU and of guest memory."""
@@ -493,14 +493,14 @@ class Host:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.migration.close()
         if not await self.workers.settle(SETTLE_LIMIT):
-            _log.warning(
+            _logger.warning(
                 "%d pieces of devices' work are not done; they are left behind", self.workers.unfinished
             )
         for attached in self.devices:
             attached.device.stop()
         for attached in self.devices:
             if not await asyncio.to_thread(attached.device.let_go, SETTLE_LIMIT):
-                _log.warning("%s has not let go of all it has", attached.device.name)
+                _logger.warning("%s has not let go of all it has", attached.device.name)
         self.workers.close()
         self.gateway.close()
         self.qtest.close()

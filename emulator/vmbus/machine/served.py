@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from vmbus import __version__
 from vmbus.machine.control import ControlServer, Handler
-from vmbus.machine.host import Ending, Host
+from vmbus.machine.host import ExitReason, Host
 
 #: A command of the control socket: given the host and the request.
 HostCommand = Callable[[Host, Mapping[str, Any]], Awaitable[object]]
@@ -59,7 +59,7 @@ class Served:
         await self.stop_listening()
         await self.host.close()
 
-    async def serve(self) -> Ending:
+    async def serve(self) -> ExitReason:
         """Serve until QEMU ends, the control socket asks to stop, or SIGINT or SIGTERM comes."""
         loop = asyncio.get_running_loop()
         signals = (signal.SIGINT, signal.SIGTERM)
@@ -68,9 +68,9 @@ class Served:
         try:
             while True:
                 host = self.host
-                ending = await host.serve()
+                exit_reason = await host.serve()
                 if host is self.host:
-                    return ending
+                    return exit_reason
         finally:
             for number in signals:
                 loop.remove_signal_handler(number)
@@ -119,7 +119,7 @@ def status(host: Host, name: str) -> dict[str, Any]:
             "phase": host.migration.phase.value,
             "ready": host.migration.ready,
             "switchover": host.migration.switchover.value,
-            "refusal": host.migration.departure.refusal,
+            "refusal": host.migration.report.refusal,
             "load_refused": host.migration.load_refused,
         },
         "partition": host.partition.status(),

@@ -23,7 +23,7 @@ from vmbus.machine.gateway.client import Gateway
 from vmbus.machine.qemu.qmp import Qmp
 from vmbus.wire.gateway import GuestState
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 _LIMIT = 30.0
 """Seconds that QEMU may take for a cancellation, or a reset."""
@@ -44,7 +44,7 @@ async def end_migration(qmp: Qmp) -> bool:
         while (status := (await qmp.execute("query-migrate")).get("status")) in _OUTGOING:
             if not found:
                 found = True
-                _log.warning(
+                _logger.warning(
                     "a migration of this guest is under way (%s), and the emulator that prepared for it is gone: "
                     "it is cancelled",
                     status,

@@ -152,7 +152,7 @@ class DeviceChannel:
 
     def freeze(self) -> ChannelState:
         if self._view is None:
-            self._view = self._look()
+            self._view = self._polling()
         return self._view
 
     def unfreeze(self) -> None:
@@ -180,7 +180,7 @@ class DeviceChannel:
 
     # --- private -------------------------------------------------------------------------------------------
 
-    def _look(self) -> ChannelState:
+    def _polling(self) -> ChannelState:
         channel, io = self.channel, self.io
         if io.state is IoState.CLOSED and channel.is_open and not self._adopted():
             raise DeviceError(f"{io.device.name}: the channel is open and its device is not")

@@ -227,7 +227,7 @@ class LoopbackGuest:
         timers: FakeTimers | None = None,
         scattered: bool = True,
         start: bool = True,
-        look_window: float = 0.0,
+        poll_window: float = 0.0,
     ) -> None:
         self.device = device
         self.memory = memory or FakeMemory(4 << 20)
@@ -242,7 +242,7 @@ class LoopbackGuest:
         self.channel = FakeChannel(
             device.offer(), self.memory.pages(pfns[:count]), self.memory.pages(pfns[count:])
         )
-        self.io = ChannelIo(device, self.timers, clock=lambda: self.timers.seconds, look_window=look_window)
+        self.io = ChannelIo(device, self.timers, clock=lambda: self.timers.seconds, poll_window=poll_window)
         self.writer = RingWriter(self.channel.incoming)
         self.reader = RingReader(self.channel.outgoing, device.max_packet)
         self.doorbells = 0

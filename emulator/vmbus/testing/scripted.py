@@ -200,8 +200,8 @@ class ScriptedGuest:
     def post(self, payload: bytes, *, connection_id: int | None = None, **more: Any) -> PostResult:
         """Post a message as the machine does (a promise where the bus gives one), and take nothing."""
         connection = self.connection_id if connection_id is None else connection_id
-        if not more and self.bus.promises(payload):
-            self.bus.keep_promise(connection, payload)
+        if not more and self.bus.can_acknowledge_early(payload):
+            self.bus.handle_acknowledged(connection, payload)
             return PostResult.OK
         return self.bus.message(0, connection, payload, **more)
 

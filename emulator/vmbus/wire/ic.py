@@ -241,12 +241,12 @@ HEARTBEAT_BODY = Record(
 
 _HEARTBEAT = derive_struct(HEARTBEAT_BODY.struct)
 
-HEARTBEAT_LEAST = 8
+HEARTBEAT_MIN_BODY = 8
 """Bytes of body that an answer must have: the sequence; a shorter one than the host's 40 leaves out the rest."""
 
 
 def parse_heartbeat(body: bytes) -> HeartbeatBody:
-    """The body of an answer of at least ``HEARTBEAT_LEAST`` bytes; what is missing reads as zeros."""
+    """The body of an answer of at least ``HEARTBEAT_MIN_BODY`` bytes; what is missing reads as zeros."""
     return HeartbeatBody(*_HEARTBEAT.unpack(body[: _HEARTBEAT.size].ljust(_HEARTBEAT.size, b"\0")))
 
 

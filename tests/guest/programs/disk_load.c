@@ -23,7 +23,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MOST_DEPTH = 256, MOST_JOBS = 16 };
+enum { MAX_DEPTH = 256, MAX_JOBS = 16 };
 
 struct load {
     const char *device;
@@ -75,8 +75,8 @@ static struct result run(const struct load *load, long job, long jobs)
     if (syscall(SYS_io_setup, load->depth, &context) < 0)
         die("io_setup");
 
-    struct iocb requests[MOST_DEPTH], *pointers[MOST_DEPTH];
-    struct io_event events[MOST_DEPTH];
+    struct iocb requests[MAX_DEPTH], *pointers[MAX_DEPTH];
+    struct io_event events[MAX_DEPTH];
     memset(requests, 0, sizeof(requests));
     for (long i = 0; i < load->depth; i++) {
         void *buffer;
@@ -146,7 +146,7 @@ int main(int argc, char **argv)
         else
             return 2;
     }
-    if (load.depth < 1 || load.depth > MOST_DEPTH || load.block < 512 || jobs < 1 || jobs > MOST_JOBS)
+    if (load.depth < 1 || load.depth > MAX_DEPTH || load.block < 512 || jobs < 1 || jobs > MAX_JOBS)
         return 2;
 
     struct result all = {0};

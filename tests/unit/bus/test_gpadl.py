@@ -132,13 +132,13 @@ def test_revoked_channel_answers_gpadls_without_its_device(
     shared = connected.share(1)
     connected.bus.revoke(channel)
     connected.take()
-    told = list(endpoint.calls)
+    device_notified = list(endpoint.calls)
     assert connected.post_ranges(1, whole(8), ID + 5) == ok(gpadl_id=ID + 5)
     assert connected.teardown(1, ID + 5) == [GpadlTorndown(ID + 5)]
     assert connected.teardown(1, shared) == [GpadlTorndown(shared)]
     connected.ask(parts[1])
     assert connected.ask(parts[2]) == ok(gpadl_id=ID + 9)
-    assert endpoint.calls == told
+    assert endpoint.calls == device_notified
     connected.release(1)
     assert connected.bus.gpadls.gpadls == 0
 

@@ -118,7 +118,7 @@ int main(int argc, char **argv)
                                       .blocks = BLOCKS,
                                       .block_shift = 9,
                                       .max_transfer = 1 << 18};
-    int16_t units[MOST_TARGETS * MOST_LUNS];
+    int16_t units[MAX_TARGETS * MAX_LUNS];
     memset(units, 0xff, sizeof(units));
     units[0] = 0;
     units[1] = 1;
@@ -148,7 +148,7 @@ int main(int argc, char **argv)
         path->notes[next() % (RAM >> 12)] = 1;
         if (next() % 4 == 0)
             reap(path, &answers, &returned);
-        if (path->in_flight > MOST_SLOTS / 2 && !drain(path, MOST_SLOTS / 4, &answers, &returned))
+        if (path->in_flight > MAX_SLOTS / 2 && !drain(path, MAX_SLOTS / 4, &answers, &returned))
             return 1;
     }
     if (!drain(path, 0, &answers, &returned))

@@ -11,7 +11,7 @@ import pytest
 from vmbus.errors import InternalError, QemuGone
 from vmbus.hypervisor.faults import GeneralProtection, UndefinedOpcode
 from vmbus.machine.gateway.traps import Fault, Trap
-from vmbus.machine.host import Ending, Host
+from vmbus.machine.host import ExitReason, Host
 from vmbus.machine.migration.coordinator import Phase
 from vmbus.machine.qemu.local_apics import LocalApics
 from vmbus.wire.gateway import TrapKind
@@ -94,7 +94,7 @@ def test_an_interrupt_after_qemus_end_is_told_once_and_raises_nothing() -> None:
 
 
 def test_how_a_guest_ended_is_told_by_qmp_and_not_by_the_socket_that_broke_first() -> None:
-    async def ending(*, shut_down: bool) -> Ending:
+    async def exit_reason(*, shut_down: bool) -> ExitReason:
         loop = asyncio.get_running_loop()
         host = Host.__new__(Host)
         host._loop = loop
@@ -111,8 +111,8 @@ def test_how_a_guest_ended_is_told_by_qmp_and_not_by_the_socket_that_broke_first
             host._ended_by_itself(None)
         return await host.serve()
 
-    assert asyncio.run(ending(shut_down=True)) is Ending.POWERED_OFF
-    assert asyncio.run(ending(shut_down=False)) is Ending.QEMU_GONE
+    assert asyncio.run(exit_reason(shut_down=True)) is ExitReason.POWERED_OFF
+    assert asyncio.run(exit_reason(shut_down=False)) is ExitReason.QEMU_GONE
 
 
 class SlowBus:
@@ -122,10 +122,10 @@ class SlowBus:
         self.order = order
         self.bug = bug
 
-    def promises(self, payload: bytes) -> bool:
+    def can_acknowledge_early(self, payload: bytes) -> bool:
         return True
 
-    def keep_promise(self, connection_id: int, payload: bytes) -> None:
+    def handle_acknowledged(self, connection_id: int, payload: bytes) -> None:
         self.order.append((connection_id, payload))
         if self.bug is not None:
             raise self.bug

@@ -49,14 +49,14 @@ async def write(name: str) -> None:
             echo = guest.device("echo")
             await guest.here.until(lambda: echo.status()["requests"] > 5000, "echoes")
             kept: list[bytes] = []
-            follower = guest.host.migration
-            save = follower.save
+            coordinator = guest.host.migration
+            save = coordinator.save
 
             async def keep() -> bytes:
                 kept.append(await save())
                 return kept[-1]
 
-            follower.save = keep  # type: ignore[method-assign]
+            coordinator.save = keep  # type: ignore[method-assign]
             await snapshots.save(guest.host, name)
             facts = guest.host.facts
             regions = [asdict(region) for region in facts.ram_regions]

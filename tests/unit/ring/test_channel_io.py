@@ -737,7 +737,7 @@ def test_a_saved_channel_goes_on_elsewhere(device: Recorder) -> None:
 
     heir = Recorder(ignore)
     heir.start(DeviceEnvironment(guest.memory, guest.timers, guest.timers.now))
-    io = ChannelIo(heir, guest.timers, look_window=0)
+    io = ChannelIo(heir, guest.timers, poll_window=0)
     io.adopt(state)
     interrupts = guest.interrupts
     io.restored(guest.channel)
@@ -822,7 +822,7 @@ class Clock:
 def looking_guest(device: Recorder) -> tuple[LoopbackGuest, Clock]:
     guest = LoopbackGuest(device)
     clock = Clock()
-    guest.io = ChannelIo(device, guest.timers, clock=clock, look_window=100e-6)
+    guest.io = ChannelIo(device, guest.timers, clock=clock, poll_window=100e-6)
     guest.open()
     return guest, clock
 

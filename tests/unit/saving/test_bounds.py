@@ -28,7 +28,7 @@ from tests.unit.saving.test_golden import IDENTITY, MEMORY, STATE
 
 FEW = 2
 """Packets of the largest size that are allowed here, so that the test is quick."""
-MOST_MEMORY = 60 << 20
+MAX_MEMORY = 60 << 20
 """Bytes; each packet alone takes 5 MiB."""
 HEADER = replace(STATE.channel, identity=ChannelIdentity(*IDENTITY, 0))
 PACKET = SavedPacket(
@@ -99,7 +99,7 @@ def test_pages_that_nobody_can_name_are_refused_before_they_cost_memory(make: Ca
     finally:
         tracemalloc.stop()
     assert refused.value.reason is Reason.INCONSISTENT
-    assert most < MOST_MEMORY
+    assert most < MAX_MEMORY
 
 
 def test_as_many_pages_as_a_guest_can_name_are_taken() -> None:

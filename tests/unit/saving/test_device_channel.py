@@ -363,7 +363,7 @@ class TestOnARealBus:
         guest = ScriptedGuest.on_fakes()
         self.device = Keeper()
         self.device.start(DeviceEnvironment(guest.memory, guest.timers, guest.timers.now))
-        self.io = ChannelIo(self.device, guest.timers, look_window=0.0)
+        self.io = ChannelIo(self.device, guest.timers, poll_window=0.0)
         real = guest.bus.offer(self.device.offer(), self.io)
         self.bus_channel: BusChannel = real
         self.saver = ChannelSaver()
@@ -416,7 +416,7 @@ class TestOnARealBus:
         other = ScriptedGuest.on_fakes()
         device = Keeper()
         device.start(DeviceEnvironment(other.memory, other.timers, other.timers.now))
-        io = ChannelIo(device, other.timers, look_window=0.0)
+        io = ChannelIo(device, other.timers, poll_window=0.0)
         saver = ChannelSaver()
         channel = DeviceChannel(saver, other.bus.offer(device.offer(), io), io)
         saver.pause(channel)

@@ -103,12 +103,12 @@ def test_what_failed_is_done_again_when_the_guest_goes_on() -> None:
         second = guest.start(READ, read=512, at=8)
         assert guest.answers() == []
         assert device.status()["in_flight"] == 2
-        device.goes_on()  # nothing was mended
+        device.guest_resumed()  # nothing was mended
         guest.run()
         assert guest.answers() == []
         assert len(guest.stops) == 4
         backend.number = 0
-        device.goes_on()
+        device.guest_resumed()
         guest.run()
         answers = guest.answers()
         assert [answer.transaction_id for answer in answers] == [first, second]
@@ -128,7 +128,7 @@ def test_a_discard_is_kept_too() -> None:
         guest.start(bytes((0x42, 0, 0, 0, 0, 0, 0, 0, len(unmap), 0)), write=unmap)
         assert guest.answers() == []
         backend.number = 0
-        device.goes_on()
+        device.guest_resumed()
         guest.run()
         assert [answer.good for answer in guest.answers()] == [True]
         assert backend.data[4096:8192] == bytes(4096)
@@ -148,7 +148,7 @@ def test_what_was_kept_is_saved_and_done_where_the_guest_goes_on() -> None:
         assert packet.payload[28:38] == WRITE
         # The migration failed: it is done here after all.
         backend.number = 0
-        device.goes_on()
+        device.guest_resumed()
         guest.run()
         assert [answer.good for answer in guest.answers()] == [True]
         assert there.data == bytes(BLOCKS * 512)
@@ -161,7 +161,7 @@ def test_a_reset_aborts_what_was_kept() -> None:
         guest.start(WRITE, write=b"x" * 512)
         assert guest.status(RESET_BUS) == 0
         assert device.status()["in_flight"] == 0
-        device.goes_on()
+        device.guest_resumed()
         guest.run()
         assert guest.answers() == []
 

@@ -41,7 +41,7 @@ from vmbus.wire.messages import (
     OpenResult,
 )
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class Channel:
@@ -69,7 +69,7 @@ class Channel:
         """The guest is gone, or starts over."""
         self.released_by_guest = False
         self.counters = ChannelCounters()
-        self.refusals = Refusals(f"channel {offer.name or offer.interface_id}", logger)
+        self.refusals = Refusals(f"channel {offer.name or offer.interface_id}", _logger)
         self.calls = EndpointCalls(self.refusals)
         self._host = host
 
@@ -350,7 +350,7 @@ class Channel:
         """Rescind, and offer again with the same id once the guest has released it."""
         self.refusals.refuse("not-restored", "the channel is rescinded and offered anew")
         for gpadl in self.gpadls.values():
-            gpadl.told = False
+            gpadl.device_notified = False
         if not self.offered:
             self.abandoned = True
             self._closed()

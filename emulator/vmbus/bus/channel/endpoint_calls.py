@@ -13,7 +13,7 @@ from typing import NamedTuple
 from vmbus.errors import DeviceError, GuestError
 from vmbus.refusals import Refusals
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class Outcome(NamedTuple):
@@ -45,7 +45,7 @@ class EndpointCalls:
             self._refusals.refuse("device-error", f"{name}: {broken}")
             error = broken
         except Exception as bug:
-            logger.exception("%s: %s() failed", self._refusals.owner, name)
+            _logger.exception("%s: %s() failed", self._refusals.owner, name)
             self._refusals.refuse("device-exception", f"{name}: {type(bug).__name__}")
             error = DeviceError(f"{name}(): {type(bug).__name__}: {bug}")
         finally:

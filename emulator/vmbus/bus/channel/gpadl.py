@@ -71,12 +71,12 @@ class Assembly:
 
 @dataclass(slots=True)
 class Gpadl:
-    """A complete list. ``told``: the endpoint knows of it."""
+    """A complete list. ``device_notified``: the endpoint knows of it."""
 
     gpadl_id: int
     ranges: tuple[GpaRange, ...]
     state: GpadlState = GpadlState.ACCEPTED
-    told: bool = False
+    device_notified: bool = False
 
     @property
     def page_count(self) -> int:

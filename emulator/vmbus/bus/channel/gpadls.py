@@ -2,8 +2,8 @@
 
     accepted --TEARDOWN--> tearing down --device let go--> TORNDOWN
 
-A list that the device knows (``told``) is the guest's again only when the device says so. While the device opens
-or closes, teardowns wait: it may be using any of the pages.
+A list that the device knows (``device_notified``) is the guest's again only when the device says so. While the
+device opens or closes, teardowns wait: it may be using any of the pages.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SharedPages:
     @property
     def all_back(self) -> bool:
         """Whether the device knows of none."""
-        return not self._going and not any(gpadl.told for gpadl in self.by_id.values())
+        return not self._going and not any(gpadl.device_notified for gpadl in self.by_id.values())
 
     def add(self, assembly: Assembly, *, tell: bool) -> Exception | None:
         """A list is complete: check it, tell the device. Why it was refused, or None."""
@@ -44,10 +44,10 @@ class SharedPages:
         self.by_id[gpadl.gpadl_id] = gpadl
         if not tell:
             return None
-        gpadl.told = True
+        gpadl.device_notified = True
         error = channel.calls.call("gpadl_created", channel.endpoint.gpadl_created, channel, gpadl).error
         if error is not None:
-            gpadl.told = False
+            gpadl.device_notified = False
             self._forget(gpadl)
         return error
 
@@ -58,7 +58,7 @@ class SharedPages:
         for gpadl in list(self.by_id.values()):
             if gpadl.state is not GpadlState.TEARING_DOWN or gpadl.gpadl_id in self._going:
                 continue
-            if gpadl.told:
+            if gpadl.device_notified:
                 self._take_back(gpadl)
             else:
                 self._answer(gpadl)
@@ -66,7 +66,7 @@ class SharedPages:
     def take_all_back(self) -> None:
         """The channel leaves."""
         for gpadl in list(self.by_id.values()):
-            if gpadl.told and gpadl.gpadl_id not in self._going:
+            if gpadl.device_notified and gpadl.gpadl_id not in self._going:
                 self._take_back(gpadl)
 
     def finish_teardown(self, gpadl: Gpadl) -> None:
@@ -98,7 +98,7 @@ class SharedPages:
 
     def _back(self, gpadl: Gpadl) -> None:
         self._going.discard(gpadl.gpadl_id)
-        gpadl.told = False
+        gpadl.device_notified = False
         if gpadl.state is GpadlState.TEARING_DOWN:
             self._answer(gpadl)
         self._channel.leave_when_idle()

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, cast
 from vmbus.bus.io.device import Device
 from vmbus.bus.io.io_timer import IoTimer
 from vmbus.bus.io.output import Output, Transactions
-from vmbus.bus.io.polling import Look
+from vmbus.bus.io.polling import AdaptivePolling
 from vmbus.bus.io.ring import IncomingRing, OutgoingRing, ring_status
 from vmbus.bus.io.state import ChannelIoState, IoCounters, IoState, OpenChannel
 from vmbus.errors import DeviceError, GuestError, InternalError, ProtocolError, RingError
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from vmbus.bus.channel.channel import Channel
     from vmbus.bus.channel.gpadl import Gpadl
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 TURN_PACKETS = 64
 """Packets taken in one turn."""
@@ -87,7 +87,7 @@ class ChannelIo:
         timers: Timers,
         *,
         clock: Callable[[], float] = time.monotonic,
-        look_window: float | None = None,
+        poll_window: float | None = None,
     ) -> None:
         self.device = device
         self.timers = timers
@@ -95,13 +95,13 @@ class ChannelIo:
         #: Why the channel failed: a reason of an error, or ``device-error``; empty otherwise.
         self.failure = ""
         self.counters = IoCounters()
-        self.refusals = Refusals(device.name, _log)
+        self.refusals = Refusals(device.name, _logger)
         self.subchannels: list[ChannelIo] = []
         #: Compiled code that takes plain packets, if the device has any; its requests are not among the owed.
         self.fast: FastChannel | None = None
         self._fast_before: FastChannel | None = None
         self._clock = clock
-        self._look = Look(device.look_window if look_window is None else look_window, clock)
+        self._polling = AdaptivePolling(device.poll_window if poll_window is None else poll_window, clock)
         self._channel: OpenChannel | None = None
         self._incoming: IncomingRing | None = None
         self._outgoing: OutgoingRing | None = None
@@ -297,7 +297,7 @@ class ChannelIo:
         if offers is None or self.subchannel_index or self.subchannels:
             raise DeviceError(f"{self.device.name}: sub-channels cannot be offered here or now")
         for index in range(1, count + 1):
-            io = ChannelIo(self.device, self.timers, clock=self._clock, look_window=self._look.longest)
+            io = ChannelIo(self.device, self.timers, clock=self._clock, poll_window=self._polling.longest)
             self.subchannels.append(io)
             io._channel = offers.offer(replace(self.channel.offer, subchannel_index=index), io)
 
@@ -420,7 +420,7 @@ class ChannelIo:
     def signalled(self, channel: OpenChannel) -> None:
         """The guest's doorbell."""
         self.counters.doorbells += 1
-        self._look.doorbell()
+        self._polling.doorbell()
         self._schedule()
 
     def gpadl_created(self, channel: OpenChannel, gpadl: Gpadl) -> None:
@@ -476,7 +476,7 @@ class ChannelIo:
         if self.state is not _RUNNING or self._incoming is None:
             return
         self._in_turn = True
-        self._look.awake()
+        self._polling.awake()
         self.counters.turns += 1
         try:
             self._work(self._incoming)
@@ -523,14 +523,14 @@ class ChannelIo:
             if signal:
                 self._signal()
         if left < TURN_PACKETS:
-            self._look.found()
+            self._polling.found()
         if self._room_wanted and not self._output.blocked:
             self._schedule()
         if self._may_take() and not self._scheduled:
-            if not empty or self._look.again() or incoming.unmask():
+            if not empty or self._polling.again() or incoming.unmask():
                 self._schedule()
             else:
-                self._look.sleeps()
+                self._polling.sleeps()
 
     def _fast_looks(self, incoming: IncomingRing, looked: bool) -> bool:
         """The ring is empty: look for what compiled code has under way, or once a turn for the guest to come back.
@@ -538,7 +538,7 @@ class ChannelIo:
         Whether there is anything new.
         """
         fast = self.fast
-        if fast is None or not (fast.in_flight or (self._look.looking and not looked)):
+        if fast is None or not (fast.in_flight or (self._polling.looking and not looked)):
             return False
         return fast.wait(incoming.watched()) or incoming.available > 0
 
@@ -610,7 +610,7 @@ class ChannelIo:
             self._device_failed(error)
 
     def _device_failed(self, error: Exception) -> None:
-        _log.error("%s: the device failed", self.device.name, exc_info=error)
+        _logger.error("%s: the device failed", self.device.name, exc_info=error)
         self._fail("device-error", repr(error))
 
     def _fail(self, reason: str, detail: str) -> None:
@@ -626,7 +626,7 @@ class ChannelIo:
         if self.failure:
             report["failure"] = self.failure
         report |= {field.name: getattr(self.counters, field.name) for field in fields(self.counters)}
-        report["looks_hit"] = self._look.hits
+        report["looks_hit"] = self._polling.hits
         report["owed"] = self._owed.total
         report["backlog"] = self._output.bytes
         report["refusals"] = dict(self.refusals.counts)

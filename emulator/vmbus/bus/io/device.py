@@ -107,7 +107,7 @@ class DeviceEnvironment:
     fast_path: FastPath | None = None
     """Compiled code for plain reads and writes, where there is one."""
     stop_guest: Callable[[str], None] | None = None
-    """Stop the guest's processors, for the reason given, until somebody lets it go on (:meth:`Device.goes_on`).
+    """Stop the guest's processors, for the reason given, until somebody lets it go on (:meth:`Device.guest_resumed`).
     ``None`` where that cannot be done."""
 
 
@@ -123,7 +123,7 @@ class Device(ABC):
     A guest that is sent a longer one loses its place in the ring for good, so sending one is an error.
     """
 
-    look_window: ClassVar[float] = 100e-6
+    poll_window: ClassVar[float] = 100e-6
     """Longest time, in seconds, for which an empty ring is looked at before the host sleeps.
 
     See :mod:`vmbus.bus.io.polling`. Worth setting where a guest usually takes longer to come back.
@@ -207,7 +207,7 @@ class Device(ABC):
         While work on guest memory is under way call ``io.channel.defer_close()``, and ``finish_close()`` later.
         """
 
-    def goes_on(self) -> None:
+    def guest_resumed(self) -> None:
         """The guest was stopped and runs again, here."""
 
     def gpadl_created(self, io: ChannelIo, gpadl: Gpadl) -> None:

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-MOST_LOOKS = 64
+MAX_LOOKS = 64
 """Looks in a row that find nothing, whatever the clock says."""
 
 
-class Look:
+class AdaptivePolling:
     """The window of one ring. ``longest`` in seconds, 0 for never; ``clock`` gives seconds."""
 
     __slots__ = ("_clock", "_last_packet", "_looks", "_slept_at", "hits", "longest", "window")
@@ -64,7 +64,7 @@ class Look:
 
     def again(self) -> bool:
         """The ring is empty: whether to look once more."""
-        if self.window and self._looks < MOST_LOOKS and self._clock() - self._last_packet < self.window:
+        if self.window and self._looks < MAX_LOOKS and self._clock() - self._last_packet < self.window:
             self._looks += 1
             return True
         self._looks = 0

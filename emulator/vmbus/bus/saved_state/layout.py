@@ -149,7 +149,7 @@ _GPADL = Record(
     "gpadl_id" / c.Int32ul,
     "ranges" / Members(Nested(_RANGE)),
     "tearing_down" / _FLAG,
-    "told" / _FLAG,
+    "device_notified" / _FLAG,
 )
 _ASSEMBLY = Record(
     AssemblyRecord,

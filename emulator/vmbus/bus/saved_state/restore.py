@@ -96,7 +96,7 @@ def thaw_gpadl(record: GpadlRecord) -> Gpadl:
         GpaRange(each.byte_count, each.byte_offset, pfns_of_runs(each.runs)) for each in record.ranges
     )
     state = GpadlState.TEARING_DOWN if record.tearing_down else GpadlState.ACCEPTED
-    return Gpadl(record.gpadl_id, ranges, state, record.told)
+    return Gpadl(record.gpadl_id, ranges, state, record.device_notified)
 
 
 def thaw_assembly(record: AssemblyRecord) -> Assembly:

@@ -34,12 +34,12 @@ class RangeRecord:
 
 @dataclass(frozen=True, slots=True)
 class GpadlRecord:
-    """A complete GPADL. ``told``: its device knows of it."""
+    """A complete GPADL. ``device_notified``: its device knows of it."""
 
     gpadl_id: int
     ranges: tuple[RangeRecord, ...]
     tearing_down: bool = False
-    told: bool = True
+    device_notified: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def gpadl_record(gpadl: Gpadl) -> GpadlRecord:
     ranges = tuple(
         RangeRecord(each.byte_count, each.byte_offset, tuple(runs(each.pfns))) for each in gpadl.ranges
     )
-    return GpadlRecord(gpadl.gpadl_id, ranges, gpadl.state is GpadlState.TEARING_DOWN, gpadl.told)
+    return GpadlRecord(gpadl.gpadl_id, ranges, gpadl.state is GpadlState.TEARING_DOWN, gpadl.device_notified)
 
 
 def assembly_record(assembly: Assembly) -> AssemblyRecord:

@@ -24,17 +24,17 @@ from array import array
 from collections.abc import Callable
 
 from vmbus.errors import InternalError, MissingRequirement
-from vmbus.machine.io.fastpath_build import LIBRARY, MOST_LUNS, MOST_TARGETS
+from vmbus.machine.io.fastpath_build import LIBRARY, MAX_LUNS, MAX_TARGETS
 from vmbus.machine.memory import MappedMemory
 from vmbus.ports import FastCounts, FastOwner, FastUnit
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 _VERSION = 2
-_MOST_REGIONS = 8
-_MOST_UNITS = 256
-_MOST_EVENTS = 512
-_MOST_NOTED = 4096
+_MAX_REGIONS = 8
+_MAX_UNITS = 256
+_MAX_EVENTS = 512
+_MAX_NOTED = 4096
 _ANSWER_STRIDE = 96
 _BUCKETS = 256
 _BUCKET_BIAS = 128
@@ -95,11 +95,11 @@ class _Shared(ctypes.Structure):
         ("note_pages", ctypes.c_uint64),
         ("spin_ns", ctypes.c_uint64),
         ("idle_spin_ns", ctypes.c_uint64),
-        ("region", _Region * _MOST_REGIONS),
-        ("unit", _Unit * _MOST_UNITS),
-        ("event", ctypes.c_uint8 * (_EVENT.size * _MOST_EVENTS)),
-        ("noted", _Noted * _MOST_NOTED),
-        ("output", ctypes.c_uint8 * (_ANSWER_STRIDE * _MOST_EVENTS)),
+        ("region", _Region * _MAX_REGIONS),
+        ("unit", _Unit * _MAX_UNITS),
+        ("event", ctypes.c_uint8 * (_EVENT.size * _MAX_EVENTS)),
+        ("noted", _Noted * _MAX_NOTED),
+        ("output", ctypes.c_uint8 * (_ANSWER_STRIDE * _MAX_EVENTS)),
     ]
 
 
@@ -178,7 +178,7 @@ class CompiledFastPath:
         self._output = memoryview(shared.output).cast("B")
         self._channels: dict[int, CompiledFastChannel] = {}
         self._next_channel = 0
-        self._free_units = list(range(_MOST_UNITS))[::-1]
+        self._free_units = list(range(_MAX_UNITS))[::-1]
         self._armed = True
         self._retry = False
         #: Taken so far.
@@ -200,16 +200,16 @@ class CompiledFastPath:
         """
         if os.environ.get("VMBUS_FASTPATH") == "off":
             return None
-        if len(memory.regions) > _MOST_REGIONS:
+        if len(memory.regions) > _MAX_REGIONS:
             return None
         try:
             library = _Library(str(LIBRARY.build()))
         except (MissingRequirement, InternalError, OSError) as error:
-            _log.warning("disks are slower than they could be: %s", error)
+            _logger.warning("disks are slower than they could be: %s", error)
             return None
         place = library.open()
         if not place:
-            _log.info("no io_uring (%s): no fast path", os.strerror(ctypes.get_errno()))
+            _logger.info("no io_uring (%s): no fast path", os.strerror(ctypes.get_errno()))
             return None
         shared = _Shared.from_address(place)
         if shared.version != _VERSION or library.size() != ctypes.sizeof(_Shared):
@@ -284,7 +284,7 @@ class CompiledFastPath:
 
     def open_channel(self, owner: FastOwner, units: array[int]) -> CompiledFastChannel:
         """See :meth:`vmbus.ports.FastPath.open_channel`."""
-        if len(units) != MOST_TARGETS * MOST_LUNS or units.itemsize != 2:
+        if len(units) != MAX_TARGETS * MAX_LUNS or units.itemsize != 2:
             raise InternalError(f"{len(units)} units of {units.itemsize} bytes")
         number = self._next_channel
         self._next_channel = (number + 1) & 0xFFFFFFFF
@@ -325,7 +325,7 @@ class CompiledFastPath:
         total = count
         while count:
             self._hand_over(count)
-            if count < _MOST_EVENTS and not self._shared.noted_ranges:
+            if count < _MAX_EVENTS and not self._shared.noted_ranges:
                 break
             count = library.reap(place)
             total += count
@@ -387,7 +387,7 @@ class CompiledFastPath:
             return
         self._loop.remove_reader(self._shared.event_fd)
         if self.in_flight:
-            _log.warning("%d transfers are under way; the fast path is left open", self.in_flight)
+            _logger.warning("%d transfers are under way; the fast path is left open", self.in_flight)
             return
         self._events.release()
         self._output.release()

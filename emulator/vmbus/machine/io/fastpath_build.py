@@ -12,8 +12,8 @@ from vmbus.wire.storvsp import Direction, Operation, SrbStatus
 
 SOURCE = Path(__file__).parents[2] / "fastpath"
 
-MOST_TARGETS = 2
-MOST_LUNS = 64
+MAX_TARGETS = 2
+MAX_LUNS = 64
 """Places that the table of units has; what is beyond takes the ordinary way."""
 
 
@@ -37,8 +37,8 @@ def layout() -> str:
         "DIRECTION_IN": Direction.IN,
         "CDB_FUA": scsi.FUA,
         "CDB_PROTECT": scsi.PROTECT,
-        "MOST_TARGETS": MOST_TARGETS,
-        "MOST_LUNS": MOST_LUNS,
+        "MAX_TARGETS": MAX_TARGETS,
+        "MAX_LUNS": MAX_LUNS,
     }
     for declaration, prefix in (
         (packet.DESCRIPTOR, "DESCRIPTOR"),

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 
 from vmbus.machine.io.addresses import address_of
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 ENTRIES = 256
 """Transfers that are handed to the kernel at once; twice as many may be under way, more wait here."""
@@ -100,7 +100,7 @@ class Uring:
             fd = _call(_SETUP, ENTRIES, ctypes.addressof(buffer))
             return cls(loop, fd, _PARAMS.unpack(buffer.raw))
         except (OSError, AttributeError, NotImplementedError) as error:
-            _log.info("no io_uring (%s): files are read and written by threads", error)
+            _logger.info("no io_uring (%s): files are read and written by threads", error)
             if fd >= 0:
                 os.close(fd)
             return None
@@ -178,8 +178,8 @@ class Uring:
         for done, result in finished:
             try:
                 done(result)
-            except Exception:  # noqa: BLE001 - it must not take the others along
-                _log.exception("the end of a transfer failed")
+            except Exception:
+                _logger.exception("the end of a transfer failed")
         if self._waiting:
             self._refill()
 
@@ -193,7 +193,7 @@ class Uring:
         if self._fd < 0:
             return
         if self._pending:
-            _log.warning("%d transfers are under way; the ring is left open", len(self._pending))
+            _logger.warning("%d transfers are under way; the ring is left open", len(self._pending))
             return
         self._loop.remove_reader(self._event)
         self._sq_words.release()

@@ -20,7 +20,7 @@ from functools import partial
 from vmbus.machine.io.fastpath import CompiledFastPath
 from vmbus.machine.io.uring import Uring
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 Work = Callable[[], None]
 Done = Callable[[Exception | None], None]
@@ -157,8 +157,8 @@ class WorkerThreads:
             self._unfinished -= 1
             try:
                 done(error)
-            except Exception:  # noqa: BLE001 - it must not take the others along
-                _log.exception("the end of a piece of work failed")
+            except Exception:
+                _logger.exception("the end of a piece of work failed")
         self.ended()
 
     async def settle(self, limit: float) -> bool:

@@ -35,7 +35,7 @@ _WITHOUT_MEMORY = ("cpr-transfer",)
 
 
 @dataclass(frozen=True, slots=True)
-class Manner:
+class Configuration:
     """How the next migration goes. ``refusal``: why it cannot, or empty."""
 
     mode: str
@@ -56,13 +56,13 @@ class Manner:
         return ""
 
 
-async def manner(qmp: Qmp) -> Manner:
+async def read_configuration(qmp: Qmp) -> Configuration:
     """What QEMU is set up for now."""
     capabilities = await qmp.execute("query-migrate-capabilities")
     parameters = await qmp.execute("query-migrate-parameters")
     on = {str(each["capability"]) for each in capabilities if each["state"]}
     mode = str(parameters.get("mode", _NORMAL))
-    return Manner(
+    return Configuration(
         mode=mode,
         memory_stays="x-ignore-shared" in on or mode in _WITHOUT_MEMORY,
         answered="return-path" in on,

@@ -16,8 +16,8 @@ monitor page             the reserved end
 reference TSC page       any
 =======================  ===================================================================================
 
-Buffers are marked as soon as they are full while a migration is under way (:class:`EarlyMarks`): they are what a
-guest that reads from disks has most of, and afterwards they have no byte of the host's any more. Everything else
+Buffers are marked as soon as they are full while a migration is under way (:class:`DirtyPageTracker`): they are what
+a guest that reads from disks has most of, and afterwards they have no byte of the host's any more. Everything else
 waits for the pause (:class:`WrittenPages`). Pages of the guest's own without any such byte (answers of small
 devices) are read then, and go along in the emulator's state (:mod:`vmbus.saving.pages`): nothing is written to
 them here, so whoever lets the guest go on has lost nothing. Only when they are more than a state carries are the
@@ -58,7 +58,7 @@ _GUESTS_AT_ONCE = 16
 """Pages between two looks at whether the guest stands still: some 0.1 ms."""
 
 
-class EarlyMarks:
+class DirtyPageTracker:
     """Marks the buffers of transfers before the guest is told of their completion, while a migration is under way."""
 
     def __init__(self, memory: MappedMemory, qtest: Qtest, workers: WorkerThreads) -> None:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from vmbus.errors import QemuError, UserError
 from vmbus.machine.migration.addresses import handed_over, structured, two_way
-from vmbus.machine.migration.configuration import CAPABILITIES, cpr_transfer, manner
+from vmbus.machine.migration.configuration import CAPABILITIES, cpr_transfer, read_configuration
 from vmbus.machine.migration.coordinator import Phase
-from vmbus.machine.migration.report import ENDED, Departure
+from vmbus.machine.migration.report import ENDED, Report
 from vmbus.machine.migration.side_channel import CarrierAddress
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Outcome:
     downtime: float
     memory_bytes: int
     passes: int
-    departure: Departure
+    report: Report
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON knows it."""
@@ -49,7 +49,7 @@ class Outcome:
             "downtime": self.downtime,
             "memory_bytes": self.memory_bytes,
             "passes": self.passes,
-            **self.departure.as_dict(),
+            **self.report.as_dict(),
         }
 
 
@@ -77,27 +77,27 @@ async def migrate(
     Raises :class:`MigrationFailed` when it stays here: refused, failed, cancelled, or not done in ``limit``
     seconds.
     """
-    follower = host.migration
+    coordinator = host.migration
     if host.facts.dbus_address is None and carrier is None:
         raise MigrationFailed(
             "this QEMU runs without -object dbus-vmstate, which carries the emulator's state: "
             "`vmbus qemu-args --migratable` prints the options; or let the emulators do it, with --carrier"
         )
-    if follower.phase is not Phase.IDLE:
-        raise MigrationFailed(f"the guest cannot be migrated now: it is {follower.phase.value}")
+    if coordinator.phase is not Phase.IDLE:
+        raise MigrationFailed(f"the guest cannot be migrated now: it is {coordinator.phase.value}")
     qmp = host.qmp
-    if refusal := (await manner(qmp)).refusal:
+    if refusal := (await read_configuration(qmp)).refusal:
         raise MigrationFailed(f"{refusal}; the guest goes on here")
     wanted = {**dict.fromkeys(CAPABILITIES, True), "return-path": two_way(uri, descriptor)}
     await qmp.execute(
         "migrate-set-capabilities",
         {"capabilities": [{"capability": name, "state": state} for name, state in wanted.items()]},
     )
-    follower.departure = Departure()
+    coordinator.report = Report()
     async with contextlib.AsyncExitStack() as stack:
         try:
             if carrier is not None:
-                await stack.enter_async_context(follower.beside.carrying(carrier))
+                await stack.enter_async_context(coordinator.side_channel.carrying(carrier))
             address = await stack.enter_async_context(handed_over(qmp, uri, descriptor))
             if cpr is not None:
                 await stack.enter_async_context(cpr_transfer(qmp))
@@ -110,16 +110,16 @@ async def migrate(
             else:
                 arguments = {"uri": address}
             host.memory.take_dirty()  # QEMU begins with all of memory
-            follower.early.begin()
+            coordinator.early.begin()
             await qmp.execute("migrate", arguments)
         except QemuError as error:
-            follower.early.end()
+            coordinator.early.end()
             raise MigrationFailed(str(error)) from error
         found = await _followed(host, progress, limit)
     if found["status"] != "completed":
         # Of one that was cancelled QEMU describes what the end of its connection looked like.
         described = None if found["status"] == "cancelled" else found.get("error-desc")
-        why = follower.departure.refusal or described or f"it was {found['status']}"
+        why = coordinator.report.refusal or described or f"it was {found['status']}"
         raise MigrationFailed(f"{why}; the guest goes on here")
     ram = found.get("ram", {})
     return Outcome(
@@ -127,7 +127,7 @@ async def migrate(
         downtime=found.get("downtime", 0) / 1000,
         memory_bytes=ram.get("transferred", 0),
         passes=ram.get("dirty-sync-count", 0),
-        departure=follower.departure,
+        report=coordinator.report,
     )
 
 
@@ -137,9 +137,9 @@ async def _followed(host: Host, progress: Progress | None, limit: float) -> dict
         async with asyncio.timeout(limit):
             return await _ended(host, progress)
     except TimeoutError:
-        follower = host.migration
+        coordinator = host.migration
         with contextlib.suppress(TimeoutError):  # in ``setup`` a cancel may hang QEMU, but it may be for ever
-            await follower.until(lambda: follower.departure.status != "setup", _SETUP_LIMIT)
+            await coordinator.until(lambda: coordinator.report.status != "setup", _SETUP_LIMIT)
         with contextlib.suppress(QemuError):
             await host.qmp.execute("migrate_cancel")
         await _ended(host, None)
@@ -148,7 +148,7 @@ async def _followed(host: Host, progress: Progress | None, limit: float) -> dict
 
 async def _ended(host: Host, progress: Progress | None) -> dict[str, Any]:
     """Wait for the end of a migration."""
-    follower = host.migration
+    coordinator = host.migration
     while True:
         found: dict[str, Any] = await host.qmp.execute("query-migrate")
         status = str(found.get("status"))
@@ -157,10 +157,10 @@ async def _ended(host: Host, progress: Progress | None) -> dict[str, Any]:
         if status in ENDED:
             # The answer may overtake the event, and only that ends the follower's part.
             with contextlib.suppress(TimeoutError):
-                await follower.until(lambda: follower.departure.ended, _EVENT_LIMIT)
+                await coordinator.until(lambda: coordinator.report.ended, _EVENT_LIMIT)
             return found
         with contextlib.suppress(TimeoutError):  # between them it stands still, and QEMU has better to do
-            await follower.until(lambda: follower.departure.ended, _POLL)
+            await coordinator.until(lambda: coordinator.report.ended, _POLL)
 
 
 async def receive(
@@ -182,19 +182,19 @@ async def arrived(host: Host, limit: float | None = 600.0) -> None:
 
     Raises :class:`MigrationFailed` if it did not come.
     """
-    follower = host.migration
+    coordinator = host.migration
     async with asyncio.timeout(limit):
-        while follower.phase in (Phase.INCOMING, Phase.LOADED):
+        while coordinator.phase in (Phase.INCOMING, Phase.LOADED):
             found = await host.qmp.execute("query-migrate")
             if found.get("status") == "failed":
                 raise MigrationFailed(
-                    follower.load_refused or found.get("error-desc", "the migration failed")
+                    coordinator.load_refused or found.get("error-desc", "the migration failed")
                 )
-            if found.get("status") == "completed" and follower.phase is Phase.LOADED:
+            if found.get("status") == "completed" and coordinator.phase is Phase.LOADED:
                 state = await host.qmp.execute("query-status")
                 if state["status"] == "paused":
                     return
             with contextlib.suppress(TimeoutError):
-                await follower.until(lambda: follower.phase is Phase.IDLE, _ARRIVAL_POLL)
-    if follower.phase is Phase.LOST:
-        raise MigrationFailed(follower.load_refused)
+                await coordinator.until(lambda: coordinator.phase is Phase.IDLE, _ARRIVAL_POLL)
+    if coordinator.phase is Phase.LOST:
+        raise MigrationFailed(coordinator.load_refused)

@@ -45,7 +45,7 @@ from vmbus.wire.saved import RECORDS, ChannelIdentity, SavedSection, parse_recor
 if TYPE_CHECKING:
     from vmbus.machine.host import Host
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class HypervisorSection:

@@ -13,7 +13,7 @@ ENDED = frozenset({"completed", "failed", "cancelled"})
 
 
 @dataclass(slots=True)
-class Departure:
+class Report:
     """What the emulator did for the last migration (or snapshot) of its guest. Times in seconds."""
 
     state_bytes: int = 0

@@ -46,7 +46,7 @@ from vmbus.wire.frame import (
     parse_frame,
 )
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 _LIMIT = 20.0
 """Seconds for a greeting, or for a frame and its verdict; the guest stands still meanwhile."""
@@ -197,14 +197,14 @@ class IncomingCarrier:
                     rest = await reader.readexactly(frame_size(start) - len(start))
                     self._frame = self._sound(start + rest)
                 except (VmbusError, EOFError) as error:
-                    _log.error("a state was refused: %s", error)
+                    _logger.error("a state was refused: %s", error)
                     verdict = Verdict(0, str(error).encode()[:1000])
                 else:
                     verdict = Verdict(1, b"")
                 writer.write(VERDICT.build(verdict))
                 await writer.drain()
         except (OSError, EOFError, TimeoutError) as error:
-            _log.info("a source went away: %r", error)
+            _logger.info("a source went away: %r", error)
         finally:
             writer.close()
 
@@ -239,7 +239,7 @@ class IncomingCarrier:
         return found
 
 
-class SecondCarrier:
+class SideChannel:
     """Both ends, as one guest has them."""
 
     def __init__(self, qmp: Qmp) -> None:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vmbus.errors import QemuError, UserError
-from vmbus.machine.migration.configuration import manner
+from vmbus.machine.migration.configuration import read_configuration
 from vmbus.machine.migration.coordinator import SETTLE_LIMIT, Phase
-from vmbus.machine.migration.report import Departure
+from vmbus.machine.migration.report import Report
 from vmbus.machine.qemu.launch import SNAPSHOT_NODE
 
 if TYPE_CHECKING:
@@ -38,22 +38,22 @@ class Snapshot:
     date: int
 
 
-async def save(host: Host, tag: str, *, limit: float = 600.0) -> Departure:
+async def save(host: Host, tag: str, *, limit: float = 600.0) -> Report:
     """Save the guest as ``tag``, then let it go on if it ran. Raises :class:`SnapshotFailed`."""
     nodes = await _nodes(host)
     if tag in [each.tag for each in await listed(host)]:
         raise SnapshotFailed(f"there is a snapshot {tag} already; delete it first, or choose another name")
     await _check_capabilities(host)
     ran = await _stop(host)
-    follower = host.migration
+    coordinator = host.migration
     try:
-        await follower.make_ready()
-        if follower.departure.refusal:
-            raise SnapshotFailed(f"the guest cannot be saved: {follower.departure.refusal}")
+        await coordinator.make_ready()
+        if coordinator.report.refusal:
+            raise SnapshotFailed(f"the guest cannot be saved: {coordinator.report.refusal}")
         await _job(host, "snapshot-save", tag, nodes, limit)
-        return follower.departure
+        return coordinator.report
     finally:
-        follower.phase = Phase.IDLE
+        coordinator.phase = Phase.IDLE
         if ran:
             await host.qmp.cont()
 
@@ -65,22 +65,22 @@ async def load(host: Host, tag: str, *, limit: float = 600.0) -> None:
         raise SnapshotFailed(f"there is no snapshot {tag}; `vmbus snapshot list` shows what there is")
     await _check_capabilities(host)
     ran = await _stop(host)
-    follower = host.migration
-    follower.state.hold()
+    coordinator = host.migration
+    coordinator.state.hold()
     if not await host.workers.settle(SETTLE_LIMIT):
         if ran:
             await host.qmp.cont()
         raise SnapshotFailed("a device's work did not end in time, nothing was changed; try again")
-    follower.state.forget()
-    follower.expect()
+    coordinator.state.forget()
+    coordinator.expect()
     try:
         await _job(host, "snapshot-load", tag, nodes, limit)
     except SnapshotFailed as error:
-        follower.abandon()
-        why = follower.load_refused or str(error)
+        coordinator.abandon()
+        why = coordinator.load_refused or str(error)
         raise SnapshotFailed(f"{why}; the guest stays stopped: load another snapshot, or reset it") from error
-    if follower.phase is not Phase.LOADED:
-        follower.abandon()
+    if coordinator.phase is not Phase.LOADED:
+        coordinator.abandon()
         raise SnapshotFailed(f"{tag} was made without the emulator's state; the guest stays stopped")
     if ran:
         await host.qmp.cont()
@@ -107,13 +107,13 @@ async def listed(host: Host) -> list[Snapshot]:
 
 async def _nodes(host: Host, *phases: Phase) -> list[str]:
     """The images that take part: every writable qcow2 node; the first is where memory goes."""
-    follower = host.migration
+    coordinator = host.migration
     if host.facts.dbus_address is None:
         raise SnapshotFailed(
             "this QEMU runs without -object dbus-vmstate, which carries the emulator's state"
         )
-    if follower.phase not in (phases or (Phase.IDLE,)):
-        raise SnapshotFailed(f"not now: the guest is {follower.phase.value}")
+    if coordinator.phase not in (phases or (Phase.IDLE,)):
+        raise SnapshotFailed(f"not now: the guest is {coordinator.phase.value}")
     found = [
         str(node["node-name"])
         for node in await host.qmp.execute("query-named-block-nodes")
@@ -128,7 +128,7 @@ async def _nodes(host: Host, *phases: Phase) -> list[str]:
 
 async def _check_capabilities(host: Host) -> None:
     """What is set for migrations holds for snapshots too: with ``x-ignore-shared`` one would have no memory."""
-    if why := (await manner(host.qmp)).snapshot_refusal:
+    if why := (await read_configuration(host.qmp)).snapshot_refusal:
         raise SnapshotFailed(f"not with what is set for migrations: {why}; nothing was changed")
 
 

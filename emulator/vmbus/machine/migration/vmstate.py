@@ -8,7 +8,7 @@ hands it back. So the state travels with a migration, a snapshot or a file, whoe
     QEMU  ── Load(state) ──→  answer, or an error: then the load fails
 
 Both are answered from what was prepared before: neither may ask QEMU for anything, or both wait until the
-time-out of 25 seconds. An error that Save() returns QEMU only logs; see ``follower`` for how a refusal travels.
+time-out of 25 seconds. An error that Save() returns QEMU only logs; see ``coordinator`` for how a refusal travels.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dbus_fast.errors import DBusError
 from vmbus.errors import MissingRequirement, QemuUnsuitable, VmbusError
 from vmbus.machine.qemu.child import end_with_parent
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 HELPER_ID = "vmbus-emulator"
 """Under which QEMU knows the emulator's state; ``id-list`` of the ``dbus-vmstate`` object."""
@@ -196,10 +196,10 @@ class VmStateHelper:
                 self._keeper.load(bytes(message.body[0]))
                 answer = Message.new_method_return(message)
         except VmbusError as error:
-            _log.error("%s: %s", message.member, error)
+            _logger.error("%s: %s", message.member, error)
             answer = Message.new_error(message, _FAILED, str(error))
-        except Exception as error:  # noqa: BLE001 - QEMU waits for an answer, whatever happened
-            _log.exception("%s failed", message.member)
+        except Exception as error:
+            _logger.exception("%s failed", message.member)
             answer = Message.new_error(message, _FAILED, f"internal error: {error!r}")
         if self._bus.connected:
             await self._bus.send(answer)

@@ -96,7 +96,7 @@ class QemuProcess:
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
         self.process = process
-        self._log = log
+        self._logger = log
 
     @classmethod
     def start(
@@ -122,7 +122,7 @@ class QemuProcess:
     def messages(self, lines: int = 12) -> str:
         """The end of what QEMU printed."""
         try:
-            return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
+            return "\n".join(self._logger.read_text(errors="replace").splitlines()[-lines:])
         except FileNotFoundError:
             return ""
 

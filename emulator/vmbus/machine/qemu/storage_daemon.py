@@ -24,7 +24,7 @@ from vmbus.errors import DeviceError, MissingRequirement, UserError
 from vmbus.machine.qemu.child import end_with_parent
 from vmbus.provision.qemu import QemuBinary, find_qemu
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 START_LIMIT = 30.0
 """Seconds in which an image has to be open."""
@@ -181,7 +181,7 @@ class StorageDaemon:
             try:
                 process.wait(STOP_LIMIT)
             except subprocess.TimeoutExpired:
-                _log.warning("the storage daemon of %s does not end and is killed", self._image.path)
+                _logger.warning("the storage daemon of %s does not end and is killed", self._image.path)
                 process.kill()
                 process.wait()
             for stream in (process.stdin, process.stdout):
@@ -190,7 +190,7 @@ class StorageDaemon:
                         stream.close()
         if self._messages is not None:
             if text := self.messages():
-                _log.info("the storage daemon of %s said: %s", self._image.path, text)
+                _logger.info("the storage daemon of %s said: %s", self._image.path, text)
             self._messages.close()
             self._messages = None
 

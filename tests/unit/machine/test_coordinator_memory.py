@@ -1,0 +1,364 @@
+"""Guest memory over migrations that somebody else begins and cancels, at any moment of the emulator's part.
+
+QEMU is a model: it copies memory page by page, knows what the guest writes and what is written through its qtest
+socket, and knows nothing of what the emulator stores in the mapping. The guest writes whatever is its own, at every
+moment that it runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vmbus.errors import QemuError
+from vmbus.machine.memory import MappedMemory, RamRegion
+from vmbus.machine.migration.carried_pages import CarriedPages, read
+from vmbus.machine.migration.coordinator import Coordinator, Phase, Switchover
+from vmbus.ports import PAGE_SIZE
+from vmbus.saving import (
+    ChannelSaver,
+    Reason,
+    Restore,
+    SavedState,
+    StateRefused,
+    read_machine,
+    save_machine,
+)
+from vmbus.saving.pages import MAX_CARRIED
+
+from tests.unit.machine.test_dirty_pages import host_of
+
+PAGES = 512
+THEIRS = range(60, 60 + 20)
+MANY = range(256, 256 + MAX_CARRIED + 37)
+SHARED = {16: 4, 24: 0, 40: 6, 41: 15 * 256, 42: 0, 0x33: 4095}
+"""Pages that host and guest both write → the byte of each that is the host's."""
+TURNS = 60
+"""Of the event loop, in which the emulator has done its part."""
+
+
+class Qemu:
+    """QEMU and the guest in it; also its QMP and its qtest socket."""
+
+    def __init__(self, cancel_at: int | None = None) -> None:
+        self.ram = bytearray(b"\1" * (PAGES * PAGE_SIZE))
+        self.memory = MappedMemory(memoryview(self.ram), [RamRegion(0, len(self.ram), 0)])
+        self.dirty = set(range(PAGES))
+        self.sent = bytearray(len(self.ram))
+        self.status = "none"
+        self.runs = True
+        self.stopped_before = False
+        self.coordinator: Coordinator
+        self.moments = 0
+        self.cancel_at = cancel_at
+        self.marks = 0
+        self.lost = 0
+        self.settled = asyncio.Event()
+        self.settled.set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._loop = asyncio.get_running_loop()
+
+    # --- the guest
+
+    def moment(self) -> None:
+        """Something happens between any two steps of the emulator."""
+        self.moments += 1
+        if self.moments == self.cancel_at:
+            self.cancel()
+        if self.runs:
+            for page in (*THEIRS, *SHARED):
+                self.guest_writes(page)
+
+    def guest_writes(self, page: int) -> None:
+        """Every byte of a page but the host's."""
+        start = page * PAGE_SIZE
+        kept = self.ram[start + SHARED[page]] if page in SHARED else None
+        self.ram[start : start + PAGE_SIZE] = bytes([self.moments & 0xFF]) * PAGE_SIZE
+        if kept is not None:
+            self.ram[start + SHARED[page]] = kept
+        self.dirty.add(page)
+
+    # --- migrations
+
+    def tell(self, name: str, **data: object) -> None:
+        self._loop.call_soon(self.coordinator.event, name, data)
+
+    def begin(self) -> None:
+        self.dirty = set(range(PAGES))
+        self._become("setup")
+
+    def copy(self) -> None:
+        self._become("active")
+        self._pass()
+
+    def pause(self) -> None:
+        self.runs = False
+        if not self.stopped_before:
+            self.tell("STOP")
+        self._become("pre-switchover")
+
+    def cancel(self) -> None:
+        if self.status in ("pre-switchover", "active", "setup"):
+            self._become("cancelled")
+            if not self.stopped_before:
+                self.runs = True
+                self.tell("RESUME")
+
+    def _become(self, status: str) -> None:
+        self.status = status
+        self.tell("MIGRATION", status=status)
+
+    def _pass(self) -> None:
+        for page in self.dirty:
+            part = slice(page * PAGE_SIZE, (page + 1) * PAGE_SIZE)
+            self.sent[part] = self.ram[part]
+        self.dirty = set()
+
+    # --- QMP
+
+    async def execute(self, command: str, arguments: object = None) -> Any:
+        await asyncio.sleep(0)
+        self.moment()
+        answer: object = {}
+        if command == "query-migrate":
+            answer = {"status": self.status}
+        elif command == "query-migrate-capabilities":
+            answer = [{"capability": "return-path", "state": True}]
+        elif command == "migrate_cancel":
+            self.cancel()
+        elif command == "migrate-continue":
+            if self.status != "pre-switchover":
+                raise QemuError("not in the right state")
+            self._pass()
+            self._become("completed")
+        await asyncio.sleep(0)
+        self.moment()
+        return answer
+
+    # --- qtest
+
+    def mark(self, bytes_there: Sequence[tuple[int, int]]) -> None:
+        for gpa, value in bytes_there:
+            self.moment()
+            page = gpa // PAGE_SIZE
+            if self.runs and SHARED.get(page) != gpa % PAGE_SIZE:
+                self.lost += self.ram[gpa] != value
+            self.ram[gpa] = value
+            self.dirty.add(page)
+            self.marks += 1
+        self.moment()
+
+    # --- the rest of a host
+
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def settle(self, limit: float) -> bool:
+        self.moment()
+        await self.settled.wait()
+        self.moment()
+        return True
+
+    async def quiet(self) -> None:
+        for _ in range(TURNS):
+            self.moment()
+            await asyncio.sleep(0)
+        assert not (self._tasks and self.settled.is_set())
+        if self.status in ("cancelled", "completed"):
+            assert self.memory.filled is None, "buffers are marked early only while a migration is under way"
+
+
+class State:
+    """A host without channels; ``refuses``: why it cannot be saved."""
+
+    def __init__(self, qemu: Qemu) -> None:
+        self.qemu = qemu
+        self.refuses = ""
+
+    def hold(self) -> None:
+        self.qemu.moment()
+
+    freeze = thaw = hold
+
+    def names(self) -> dict[Any, str]:
+        return {}
+
+    def save(self, buffer_size: int, *, memory_stays: bool, pages: Sequence[int], limit: int) -> SavedState:
+        if self.refuses:
+            raise StateRefused(Reason.DEVICE_FAILED, self.refuses)
+        self.qemu.moment()
+        found = read(self.qemu.memory, pages)
+        self.qemu.moment()
+        return save_machine(ChannelSaver(), [], pages=found, limit=limit)
+
+
+def followed(cancel_at: int | None = None) -> Qemu:
+    qemu = Qemu(cancel_at)
+    host = host_of(qemu.memory)
+    host.qtest = host.qmp = qemu
+    host.workers = SimpleNamespace(settle=qemu.settle, fast_path=None)
+    host.clock = SimpleNamespace(stop=lambda: None)
+    host.gateway = SimpleNamespace(unclaimed=list)
+    host.background = qemu.background
+    qemu.coordinator = Coordinator(host)  # type: ignore[arg-type]
+    qemu.coordinator._helper = object()  # type: ignore[assignment]
+    qemu.coordinator.state = State(qemu)  # type: ignore[assignment]
+    return qemu
+
+
+async def until_the_pause(qemu: Qemu, theirs: Sequence[int] = THEIRS) -> None:
+    """A migration whose guest's devices answer it while memory is copied."""
+    await copied(qemu, theirs)
+    qemu.pause()
+
+
+async def copied(qemu: Qemu, theirs: Sequence[int] = THEIRS) -> None:
+    """The same, as far as QEMU has copied all memory once."""
+    qemu.begin()
+    await qemu.quiet()
+    qemu.copy()
+    await asyncio.sleep(0)
+    for page in (*theirs, *SHARED):
+        qemu.memory.write(page * PAGE_SIZE + 2048, b"from the host")
+
+
+async def arrives(qemu: Qemu) -> bytes:
+    """What the target has in its memory."""
+    assert qemu.coordinator.phase is Phase.LEFT
+    state = read_machine(await qemu.coordinator.save())
+    target = MappedMemory(memoryview(qemu.sent), [RamRegion(0, len(qemu.sent), 0)])
+    Restore(ChannelSaver(), [], memory=CarriedPages(target)).apply(state)
+    return bytes(qemu.sent)
+
+
+def test_the_target_has_every_byte_and_nothing_of_the_guests_own_was_written_back() -> None:
+    async def story() -> None:
+        qemu = followed()
+        await until_the_pause(qemu)
+        before = bytes(qemu.ram)
+        await qemu.quiet()
+        assert await arrives(qemu) == bytes(qemu.ram) == before
+        assert qemu.marks == qemu.coordinator.report.pages_marked == len(SHARED)
+        assert qemu.coordinator.report.pages_carried == len(THEIRS)
+
+    asyncio.run(story())
+
+
+def test_pages_beyond_what_a_state_carries_are_marked() -> None:
+    async def story() -> None:
+        qemu = followed()
+        await until_the_pause(qemu, MANY)
+        await qemu.quiet()
+        assert await arrives(qemu) == bytes(qemu.ram)
+        assert qemu.marks == len(SHARED) + 37
+        assert qemu.coordinator.report.pages_carried == MAX_CARRIED
+
+    asyncio.run(story())
+
+
+async def cancelled_at(moment: int) -> Qemu:
+    """Cancelled then, if QEMU still lets itself be cancelled; the next migration loses nothing either way."""
+    qemu = followed()
+    await until_the_pause(qemu)
+    qemu.cancel_at = qemu.moments + moment
+    await qemu.quiet()
+    if qemu.status == "cancelled":
+        assert qemu.coordinator.phase is Phase.IDLE
+        assert not qemu.coordinator.ready
+        await until_the_pause(qemu)
+        await qemu.quiet()
+        assert await arrives(qemu) == bytes(qemu.ram)
+        qemu.status = "cancelled"
+    return qemu
+
+
+def test_whoever_cancels_at_any_moment_loses_no_byte_of_the_guests() -> None:
+    async def story() -> None:
+        moment, last = 0, "cancelled"
+        while last == "cancelled":
+            moment += 1
+            qemu = await cancelled_at(moment)
+            last = qemu.status
+            assert qemu.lost == 0, moment
+            assert qemu.coordinator.report.pages_carried == len(THEIRS)
+        assert moment > 2 * len(SHARED)
+
+    asyncio.run(story())
+
+
+def test_bytes_would_be_lost_if_these_pages_were_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the model above is good for."""
+    monkeypatch.setitem(globals(), "read", lambda memory, pages: [])
+
+    async def story() -> None:
+        assert sum([(await cancelled_at(moment)).lost for moment in range(1, 40)])
+
+    asyncio.run(story())
+
+
+def test_a_guest_that_cannot_be_saved_loses_nothing_when_it_can() -> None:
+    async def story() -> None:
+        qemu = followed()
+        state: Any = qemu.coordinator.state
+        state.refuses = "a disk in the middle of something"
+        await until_the_pause(qemu)
+        await qemu.quiet()
+        assert qemu.status == "cancelled"
+        assert qemu.marks == qemu.coordinator.report.pages_carried == 0
+        state.refuses = ""
+        await until_the_pause(qemu)
+        await qemu.quiet()
+        assert await arrives(qemu) == bytes(qemu.ram)
+
+    asyncio.run(story())
+
+
+def test_a_migration_that_begins_before_the_last_one_is_wound_up_loses_nothing() -> None:
+    """A device has much to do: its work for the one ends when the next one has copied memory."""
+
+    async def story() -> None:
+        qemu = followed()
+        qemu.settled.clear()
+        await until_the_pause(qemu)
+        await qemu.quiet()
+        qemu.cancel()
+        await qemu.quiet()
+        await copied(qemu)
+        qemu.runs = False  # or it would tell QEMU of the page itself
+        qemu.settled.set()
+        await qemu.quiet()
+        qemu.pause()
+        await qemu.quiet()
+        assert await arrives(qemu) == bytes(qemu.ram)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("why", ["cancelled", "refused"])
+def test_a_guest_that_was_stopped_before_can_leave_at_the_second_attempt(why: str) -> None:
+    async def story() -> None:
+        qemu = followed()
+        qemu.runs, qemu.stopped_before = False, True
+        state: Any = qemu.coordinator.state
+        if why == "refused":
+            state.refuses = "a disk in the middle of something"
+        else:
+            qemu.coordinator.switchover = Switchover.OBSERVE
+        await until_the_pause(qemu)
+        await qemu.quiet()
+        qemu.cancel()
+        await qemu.quiet()
+        assert qemu.status == "cancelled"
+        assert qemu.coordinator.phase is Phase.IDLE
+        assert not qemu.coordinator.ready
+        state.refuses, qemu.coordinator.switchover = "", Switchover.OWN
+        await until_the_pause(qemu)
+        await qemu.quiet()
+        assert await arrives(qemu) == bytes(qemu.ram)
+
+    asyncio.run(story())

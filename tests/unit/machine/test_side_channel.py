@@ -1,0 +1,191 @@
+"""The second carrier without a machine: frames, and who says what over a socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vmbus.errors import MalformedError, UsageError, UserError
+from vmbus.machine.migration.side_channel import CarrierAddress, IncomingCarrier, OutgoingCarrier
+from vmbus.saving import Reason, StateRefused
+from vmbus.wire.frame import FRAME_HEADER, REFERENCE, Reference, build_frame, frame_size, parse_frame
+
+MACHINE, OTHER, MIGRATION = UUID(int=1), UUID(int=2), UUID(int=3)
+STATE = bytes(range(256)) * 3
+
+
+def frame(state: bytes = STATE, *, machine: UUID = MACHINE, ran: bool = True) -> bytes:
+    return build_frame(machine=machine, migration=MIGRATION, ran=ran, writer="vmbus-emulator 1", state=state)
+
+
+@given(st.binary(max_size=300), st.booleans())
+def test_a_frame_comes_back_as_it_was(state: bytes, ran: bool) -> None:
+    data = frame(state, ran=ran)
+    found = parse_frame(data)
+    assert (found.state, found.ran, found.machine, found.migration) == (state, ran, MACHINE, MIGRATION)
+    assert found.writer == "vmbus-emulator 1"
+    assert found.digest == data[-32:]
+    assert frame_size(data[: FRAME_HEADER.size]) == len(data)
+
+
+@given(st.data())
+def test_a_frame_with_any_byte_changed_is_refused(data: st.DataObject) -> None:
+    sound = frame()
+    place = data.draw(st.integers(0, len(sound) - 1))
+    changed = sound[place] ^ data.draw(st.integers(1, 255))
+    with pytest.raises(MalformedError):
+        parse_frame(sound[:place] + bytes((changed,)) + sound[place + 1 :])
+
+
+@given(st.integers(0, len(frame()) - 1))
+def test_a_frame_that_ends_early_is_refused(length: int) -> None:
+    with pytest.raises(MalformedError):
+        parse_frame(frame()[:length])
+
+
+def test_a_frame_with_something_behind_it_is_refused() -> None:
+    with pytest.raises(MalformedError, match="trailing"):
+        parse_frame(frame() + b"\0")
+
+
+def test_a_frame_that_is_too_large_is_refused_before_it_is_read() -> None:
+    header = FRAME_HEADER.parse(frame())
+    with pytest.raises(MalformedError, match="too-large"):
+        frame_size(FRAME_HEADER.build(type(header)(1, 0, 1, MACHINE, MIGRATION, 1 << 40, bytes(32))))
+
+
+def test_a_reference_is_no_state() -> None:
+    reference = REFERENCE.build(Reference(frame()[-32:]))
+    assert REFERENCE.parse(reference).digest == parse_frame(frame()).digest
+    with pytest.raises(MalformedError):
+        REFERENCE.parse(b"VMBc" + reference[4:])
+
+
+def test_an_address_has_a_kind_and_a_path() -> None:
+    assert str(CarrierAddress.parse("unix:/a/b")) == "unix:/a/b"
+    for text in ("tcp:1:2", "unix:", "/a/b"):
+        with pytest.raises(UsageError, match="unix:PATH"):
+            CarrierAddress.parse(text)
+
+
+# --- a socket -------------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def target(
+    address: CarrierAddress, check: Callable[[bytes], None] = lambda _: None
+) -> AsyncIterator[IncomingCarrier]:
+    found = await IncomingCarrier.listen(address, MACHINE, check)
+    try:
+        yield found
+    finally:
+        await found.close()
+
+
+def test_the_source_goes_on_when_the_target_has_accepted(tmp_path: Path) -> None:
+    address = CarrierAddress("unix", tmp_path / "c")
+
+    async def story() -> None:
+        async with target(address) as there:
+            source = await OutgoingCarrier.open(address, MACHINE)
+            with pytest.raises(StateRefused, match="no state has come"):
+                there.frame()
+            await source.deliver(frame())
+            assert there.frame().state == STATE
+            assert there.frame(frame()[-32:]).state == STATE
+            with pytest.raises(StateRefused, match="another migration"):
+                there.frame(bytes(32))
+            await source.close()
+        assert not address.path.exists()
+
+    asyncio.run(story())
+
+
+def refuse(state: bytes) -> None:
+    raise StateRefused(Reason.NOT_THERE, "no such channel")
+
+
+@pytest.mark.parametrize(
+    ("data", "check", "why"),
+    [
+        pytest.param(frame()[:-1] + b"x", lambda _: None, "damaged", id="damaged"),
+        pytest.param(frame(machine=OTHER), lambda _: None, "state of machine", id="another machine"),
+        pytest.param(frame(), refuse, "no such channel", id="not accepted"),
+    ],
+)
+def test_what_the_target_refuses_it_does_not_keep(
+    tmp_path: Path, data: bytes, check: Callable[[bytes], None], why: str
+) -> None:
+    address = CarrierAddress("unix", tmp_path / "c")
+
+    async def story() -> None:
+        async with target(address, check) as there:
+            source = await OutgoingCarrier.open(address, MACHINE)
+            with pytest.raises(StateRefused, match=why):
+                await source.deliver(data)
+            with pytest.raises(StateRefused, match="no state has come"):
+                there.frame()
+            await source.close()
+
+    asyncio.run(story())
+
+
+def test_a_target_that_goes_away_before_it_has_answered_has_not_accepted(tmp_path: Path) -> None:
+    address = CarrierAddress("unix", tmp_path / "c")
+
+    def dies(state: bytes) -> None:
+        raise ConnectionResetError
+
+    async def story() -> None:
+        async with target(address, dies):
+            source = await OutgoingCarrier.open(address, MACHINE)
+            with pytest.raises(StateRefused, match="did not say"):
+                await source.deliver(frame())
+            await source.close()
+
+    asyncio.run(story())
+
+
+def test_nobody_and_another_machine_are_told_before_anything_happens(tmp_path: Path) -> None:
+    address = CarrierAddress("unix", tmp_path / "c")
+
+    async def story() -> None:
+        with pytest.raises(UserError, match="start the target with --carrier"):
+            await OutgoingCarrier.open(address, MACHINE)
+        async with target(address):
+            with pytest.raises(UserError, match="waits for machine"):
+                await OutgoingCarrier.open(address, OTHER)
+
+    asyncio.run(story())
+
+
+# --- a file ---------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    address = CarrierAddress("file", tmp_path / "state")
+
+    async def story() -> None:
+        source = await OutgoingCarrier.open(address, MACHINE)
+        await source.deliver(frame())
+        assert [path.name for path in tmp_path.iterdir()] == ["state"]
+        assert address.path.stat().st_mode & 0o777 == 0o600
+        async with target(address) as there:
+            assert there.frame().state == STATE
+            address.path.write_bytes(frame()[:-5])
+            with pytest.raises(MalformedError, match="truncated"):
+                there.frame()
+            address.path.unlink()
+            with pytest.raises(StateRefused, match="cannot read the state"):
+                there.frame()
+        address.path.mkdir()
+        with pytest.raises(StateRefused, match="cannot write"):
+            await source.deliver(frame())
+
+    asyncio.run(story())
