@@ -1,6 +1,7 @@
 """The heartbeat: whether the guest is alive, and how long a round trip takes.
 
-Source: spec/devices.md 1.3. Every ``interval`` the guest gets a sequence number, and returns it plus one.
+Source: docs/protocol/devices.md#heartbeat. Every ``interval`` the guest gets a sequence number, and returns it plus
+one.
 
     | contact | event                                  | then  |
     | unknown | an answer                              | alive |

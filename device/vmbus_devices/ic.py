@@ -1,7 +1,8 @@
 """The base of the integration components: framing, negotiation, one request at a time.
 
-Source: spec/devices.md 1.1, 1.2. The guest never speaks first here: the host negotiates versions when the
-channel opens, then asks, and the guest answers each request once, with its IC transaction id.
+Source: docs/protocol/devices.md#integration-component-framing,
+docs/protocol/devices.md#integration-component-negotiation. The guest never speaks first here: the host negotiates
+versions when the channel opens, then asks, and the guest answers each request once, with its IC transaction id.
 
     | state       | event                          | then                                               |
     | CLOSED      | guest opens                    | NEGOTIATING; the lists of versions go out          |
@@ -71,7 +72,8 @@ _logger = logging.getLogger(__name__)
 
 NEGOTIATION_PATIENCE = 30.0
 """Seconds after which a guest that has not answered is mentioned in the log. Nothing is sent again: the request
-lies in the ring, and a guest whose service starts late answers it late (spec/devices.md 11)."""
+lies in the ring, and a guest whose service starts late answers it late
+(docs/protocol/devices.md#time-limits-of-linux)."""
 
 
 class IcState(enum.Enum):

@@ -1,7 +1,7 @@
 """Shutdown: asks the guest to power off, restart or hibernate.
 
-Source: spec/devices.md 1.4. The guest's answer is its intention: "ok" comes before it acts. That the machine is
-off is seen from QEMU, not here.
+Source: docs/protocol/devices.md#shutdown. The guest's answer is its intention: "ok" comes before it acts. That the
+machine is off is seen from QEMU, not here.
 
     | outcome     | means                                                                           |
     | OK          | the guest has begun                                                             |

@@ -1,7 +1,7 @@
 """Time synchronisation: tells the guest what time it is.
 
-Source: spec/devices.md 1.5. After negotiation one *sync* (the guest sets its clock), then *samples* (Linux feeds
-them to the PTP clock "hyperv"), each ``interval`` seconds after the answer to the one before.
+Source: docs/protocol/devices.md#time-synchronisation. After negotiation one *sync* (the guest sets its clock), then
+*samples* (Linux feeds them to the PTP clock "hyperv"), each ``interval`` seconds after the answer to the one before.
 
     | message version | what goes out                                             | guests correct for the way  |
     | 1.0, 3.0        | host time                                                 | no                          |

@@ -1,7 +1,8 @@
 """What a controller answers itself: REPORT LUNS, and everything for a unit that is not there.
 
-Source: spec/devices.md 3.6. INQUIRY says with valid data that there is no unit, REPORT LUNS always answers, the rest
-fails with INVALID_LUN on path 0, and with INVALID_TARGET_ID on other paths: Linux takes INVALID_LUN for path 0.
+Source: docs/protocol/devices.md#storage-units. INQUIRY says with valid data that there is no unit, REPORT LUNS always
+answers, the rest fails with INVALID_LUN on path 0, and with INVALID_TARGET_ID on other paths: Linux takes INVALID_LUN
+for path 0.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The storage controller: StorVSP, the host's end of Linux's hv_storvsc and Windows's storvsc.
 
-Source: spec/devices.md 3. A controller has units at (target, LUN), a primary channel over which driver and host
-agree (:mod:`vmbus_devices.scsi.handshake`), and sub-channels. Commands come over any of them, and are answered there.
+Source: docs/protocol/devices.md#storage-identity. A controller has units at (target, LUN), a primary channel over
+which driver and host agree (:mod:`vmbus_devices.scsi.handshake`), and sub-channels. Commands come over any of them,
+and are answered there.
 
     | packet                  | before READY         | READY                                                       |
     |  3 execute SRB          | INVALID_DEVICE_STATE | to the unit; answered when it is done                       |

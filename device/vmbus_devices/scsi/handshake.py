@@ -1,4 +1,6 @@
-"""How a guest's driver and the host agree, before the first command (spec/devices.md 3.3).
+"""How a guest's driver and the host agree, before the first command.
+
+Source: docs/protocol/devices.md#storage-handshake.
 
     BEGIN --7--> VERSION --9--> PROPERTIES --10--> END --8--> READY
                   ^    | unknown version             | 13       | 13

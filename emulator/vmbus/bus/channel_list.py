@@ -1,4 +1,6 @@
-"""The channels that are offered, or were and are not released yet, and their ids (spec/vmbus.md 5.8, 5.12).
+"""The channels that are offered, or were and are not released yet, and their ids.
+
+Source: docs/protocol/messages.md#offers, docs/protocol/messages.md#rescind-and-release.
 
 An id is taken from the offer to its release; a device that was taken away and comes back before that takes over
 the id of its predecessor. A device that comes back while its predecessor is still leaving waits for it, and so

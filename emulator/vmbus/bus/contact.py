@@ -1,4 +1,6 @@
-"""Contact between guest and host: versions, features, pages (spec/vmbus.md 5.2, 5.6, 5.7).
+"""Contact between guest and host: versions, features, pages.
+
+Source: docs/protocol/messages.md#initiate-contact, docs/protocol/messages.md#version-response.
 
     disconnected --INITIATE_CONTACT ok--> connected --UNLOAD--> disconnecting --all let go--> disconnected
                                               '--INITIATE_CONTACT--> disconnecting --all let go--> contact again

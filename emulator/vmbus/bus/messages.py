@@ -1,4 +1,6 @@
-"""Messages from the guest: what is let in, and who handles it (spec/vmbus.md 5.3, 5.15).
+"""Messages from the guest: what is let in, and who handles it.
+
+Source: docs/protocol/messages.md#message-table, docs/protocol/messages.md#wrong-messages.
 
 A message is a private copy of what the guest posted. Too short, unknown, not for a host, not of this version, or
 not now: counted, logged, and no answer, as Hyper-V does; where the guest waits for an answer, the handler gives

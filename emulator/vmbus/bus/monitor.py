@@ -1,4 +1,6 @@
-"""Doorbells that are bits in guest memory: monitor pages and the old interrupt page (spec/vmbus.md 5.14).
+"""Doorbells that are bits in guest memory: monitor pages and the old interrupt page.
+
+Source: docs/protocol/messages.md#monitor-pages.
 
 The guest sets bits with a locked instruction; the host has no such thing on guest memory. So a word is cleared
 whole, and then every channel that has a bit in it is signalled: a bit that was set between the look and the

@@ -1,4 +1,4 @@
-"""What is offered to the guest, and under which channel ids (spec/vmbus.md 5.8).
+"""What is offered to the guest, and under which channel ids (docs/protocol/messages.md#offers).
 
 Offers go out in the order (interface, order, instance), with the lowest free ids, so that the same devices get
 the same ids on every connection. An offer with an absolute order precedes all that have none.

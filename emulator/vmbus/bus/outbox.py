@@ -1,4 +1,6 @@
-"""Messages on their way to the guest (spec/vmbus.md 4.3, 5.13, 8.2).
+"""Messages on their way to the guest.
+
+Source: docs/protocol/discovery.md#message-delivery, docs/protocol/messages.md#unload.
 
     flowing --hold--> held --release--> flowing
 

@@ -1,4 +1,6 @@
-"""The bus: one guest's connection and the channels that are offered to it (spec/vmbus.md 5, 8).
+"""The bus: one guest's connection and the channels that are offered to it.
+
+Source: docs/protocol/messages.md#message-table, docs/protocol/messages.md#life-cycle.
 
 ``Bus`` is a pure state machine. The hypervisor part calls :meth:`Bus.message` for every HvPostMessage and the
 event ports for every HvSignalEvent; devices call :meth:`Bus.offer` and :meth:`Bus.revoke`. It talks to the guest

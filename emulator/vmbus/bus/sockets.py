@@ -1,4 +1,7 @@
-"""Sockets over VMBus (hvsock): who answers a guest's TL_CONNECT_REQUEST (spec/vmbus.md 10.3)."""
+"""Sockets over VMBus (hvsock): who answers a guest's TL_CONNECT_REQUEST.
+
+Source: docs/protocol/messages.md#socket-connect.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a guest sees of Hyper-V: CPUID, MSRs, hypercalls, SynIC, reference time (spec/vmbus.md 1 to 4).
+"""What a guest sees of Hyper-V: CPUID, MSRs, hypercalls, SynIC, reference time.
+
+Source: docs/protocol/discovery.md.
 
 A pure state machine: :class:`~vmbus.hypervisor.partition.Partition` is given guest memory, interrupts, a clock
 and timers (:mod:`vmbus.ports`) and is driven by traps. It knows neither QEMU nor VMBus.

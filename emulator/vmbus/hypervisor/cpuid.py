@@ -1,4 +1,6 @@
-"""The CPUID leaves of the hypervisor range (spec/vmbus.md 1.2 to 1.6).
+"""The CPUID leaves of the hypervisor range.
+
+Source: docs/protocol/discovery.md#cpuid-leaves, docs/protocol/discovery.md#published-cpuid-values.
 
 A leaf of 0x40000000 to 0x400000FF that is not in the table is all zeros: nothing else may answer there, and no
 second hypervisor signature may show up at a higher base.

@@ -1,4 +1,6 @@
-"""Crash registers: what a guest says when it dies (spec/vmbus.md 2.7, TLFS 2.6).
+"""Crash registers: what a guest says when it dies.
+
+Source: docs/protocol/discovery.md#crash-registers, TLFS 2.6.
 
 The guest stores five parameters, then writes the control register; with its ``message`` bit, P3 and P4 are
 address and length of a text. Parameters are latched at that write and the guest goes on running.

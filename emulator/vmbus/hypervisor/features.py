@@ -1,4 +1,6 @@
-"""What of Hyper-V is offered to the guest: one switch a feature (spec/vmbus.md 1.4 to 1.6).
+"""What of Hyper-V is offered to the guest: one switch a feature.
+
+Source: docs/protocol/discovery.md#privileges-and-features, docs/protocol/discovery.md#published-cpuid-values.
 
 The switches rule both what CPUID says (:mod:`vmbus.hypervisor.cpuid`) and which MSRs exist
 (:mod:`vmbus.hypervisor.msrs`), so that the two cannot disagree. Always offered, because no guest finds the

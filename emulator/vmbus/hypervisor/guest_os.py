@@ -1,4 +1,7 @@
-"""Who the guest says it is: GUEST_OS_ID decoded (TLFS 3.6, spec/vmbus.md 2)."""
+"""Who the guest says it is: GUEST_OS_ID decoded.
+
+Source: TLFS 3.6, docs/protocol/discovery.md#operating-system-and-hypercall-page.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Hypercalls: registers, checks, and the two that VMBus lives on (spec/vmbus.md 3).
+"""Hypercalls: registers, checks, and the two that VMBus lives on.
+
+Source: docs/protocol/discovery.md#hypercalls.
 
 Where TLFS, OpenVMM and QEMU differ, the status follows TLFS, then OpenVMM:
 

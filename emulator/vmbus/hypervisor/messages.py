@@ -1,4 +1,6 @@
-"""Messages that wait for their slot, and the slot itself (spec/vmbus.md 2.8 and 4.3, TLFS 11.8).
+"""Messages that wait for their slot, and the slot itself.
+
+Source: docs/protocol/discovery.md#message-page, docs/protocol/discovery.md#message-delivery, TLFS 11.8.
 
 A slot of the message page holds one message; the guest frees it by clearing the type word, and writes EOM if it
 finds the ``pending`` flag set. Guest processors run while the host writes, so the order of stores matters:

@@ -1,8 +1,9 @@
 """The table of synthetic MSRs: which exist for the features offered, and what reads and writes them.
 
-An MSR that is not in the table raises #GP, so does writing a read-only one (spec/vmbus.md 2). Not offered at
-all, because they would need the local APIC or have no use for a guest of this emulator: EOI, ICR, TPR
-(0x40000070 to 72), SIRBP, GUEST_IDLE, statistics, debug, re-enlightenment and nested MSRs.
+An MSR that is not in the table raises #GP, so does writing a read-only one
+(docs/protocol/discovery.md#synthetic-msrs). Not offered at all, because they would need the local APIC or have no use
+for a guest of this emulator: EOI, ICR, TPR (0x40000070 to 72), SIRBP, GUEST_IDLE, statistics, debug, re-enlightenment
+and nested MSRs.
 """
 
 from __future__ import annotations

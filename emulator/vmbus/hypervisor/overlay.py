@@ -1,7 +1,7 @@
 """Guest pages that registers name: SIMP, SIEFP, VP assist page, reference TSC page, hypercall page.
 
 Hyper-V lays pages of its own over the guest's addresses. Here the guest's RAM page is used in place, which a
-guest cannot tell apart as long as it does not look below (spec/vmbus.md 2.2).
+guest cannot tell apart as long as it does not look below (docs/protocol/discovery.md#synic-pages).
 
     enable  page named           what happens
     ------  -------------------  ----------------------------------------------------------------

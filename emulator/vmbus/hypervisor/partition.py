@@ -1,4 +1,6 @@
-"""The partition: everything that a guest sees of Hyper-V, as one object driven by traps (spec/vmbus.md 1 to 4).
+"""The partition: everything that a guest sees of Hyper-V, as one object driven by traps.
+
+Source: docs/protocol/discovery.md.
 
     GUEST_OS_ID   HYPERCALL        hypercalls
     -----------   ---------------  -----------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""Reference time, and the page that lets a guest compute it from its TSC (spec/vmbus.md 2.5, TLFS 12.5 to 12.7).
+"""Reference time, and the page that lets a guest compute it from its TSC.
+
+Source: docs/protocol/discovery.md#reference-tsc-page, TLFS 12.5 to 12.7.
 
     time = (tsc * scale >> 64) + offset      in units of 100 ns, 128-bit product
 

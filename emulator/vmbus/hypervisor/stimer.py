@@ -1,4 +1,6 @@
-"""Synthetic timers, four a virtual processor (spec/vmbus.md 2.6, TLFS 12.3).
+"""Synthetic timers, four a virtual processor.
+
+Source: docs/protocol/discovery.md#synthetic-timers, TLFS 12.3.
 
     event                          effect
     -----------------------------  ---------------------------------------------------------------------------

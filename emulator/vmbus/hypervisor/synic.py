@@ -1,4 +1,6 @@
-"""Synthetic interrupt controllers: one a virtual processor, 16 sources (SINTs) each (spec/vmbus.md 2.2 to 2.4, 4).
+"""Synthetic interrupt controllers: one a virtual processor, 16 sources (SINTs) each.
+
+Source: docs/protocol/discovery.md#synic-pages, docs/protocol/discovery.md#interrupts-to-the-guest.
 
 What a SINT does with a message or an event:
 

@@ -19,7 +19,8 @@ BUS_MODULE = "hv_vmbus"
 
 @dataclass(frozen=True, slots=True)
 class DeviceKind:
-    """A VMBus device type (spec/vmbus.md 5.17), Linux's drivers for it, and what makes it useful to a program."""
+    """A VMBus device type (docs/protocol/messages.md#interface-guids), Linux's drivers for it, and what makes it
+    useful to a program."""
 
     interface_id: UUID
     name: str
@@ -50,7 +51,8 @@ DEVICES = (
     ),
     DeviceKind(UUID("da0a7802-e377-4aac-8e77-0558eb1073f8"), "video", ("hyperv_drm", "hyperv_fb")),
     DeviceKind(UUID("44c4f61d-4444-4400-9d52-802e27ede19f"), "PCI pass-through", ("pci_hyperv",)),
-    # Sockets have a GUID for each service; this one is the template of AF_VSOCK ports (spec/vmbus.md 10.1).
+    # Sockets have a GUID for each service; this one is the template of AF_VSOCK ports
+    # (docs/protocol/messages.md#sockets).
     DeviceKind(UUID("00000000-facb-11e6-bd58-64006a7986d3"), "sockets (hvsock)", ("hv_sock",)),
 )
 _KINDS = {kind.interface_id: kind for kind in DEVICES}

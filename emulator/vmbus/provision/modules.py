@@ -5,7 +5,7 @@ The modules themselves are the truth (their ``.modinfo`` section), as a folder t
 ``modules.builtin.modinfo``.
 
 A VMBus driver's alias is ``vmbus:`` and the interface type GUID's 16 bytes as they are on the wire, in hexadecimal
-(spec/vmbus.md 5.17; the wire form has the first three groups little-endian).
+(docs/protocol/messages.md#interface-guids; the wire form has the first three groups little-endian).
 """
 
 from __future__ import annotations

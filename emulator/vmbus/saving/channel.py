@@ -1,6 +1,7 @@
 """Saving and restoring one channel: begin, continue, end; restore from buffers of whole chunks.
 
-Source: spec/save-restore-and-migration.md 1.6, 1.7 (the KMCL functions of a VMBus server), docs/saved-state.md.
+Source: docs/protocol/saving.md#saving-a-channel, docs/protocol/saving.md#silent-cases (the KMCL functions of a VMBus
+server), docs/saved-state.md.
 
     saving     idle ──save_begin──▶ saving ──save_continue → SUCCESS──▶ saved ──save_end──▶ idle, frozen
                                       │ save_end                                             │ start

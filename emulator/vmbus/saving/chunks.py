@@ -1,6 +1,6 @@
 """Whole chunks in a buffer, checked: magic, versions, length, checksum, order within a save run.
 
-Source: spec/save-restore-and-migration.md 1.7, docs/saved-state.md. Nothing here changes anything.
+Source: docs/protocol/saving.md#silent-cases, docs/saved-state.md. Nothing here changes anything.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The callbacks of a device for its outgoing packets: SavePacket and RestorePacket.
 
-Source: spec/save-restore-and-migration.md 1.6 (5, 6), 1.7. SavePacket is asked with an empty buffer; one that
+Source: docs/protocol/saving.md#packet-callbacks. SavePacket is asked with an empty buffer; one that
 needs room says how much, and is asked again with that; it may change its mind ``SAVE_PACKET_RETRIES`` times.
 """
 

@@ -1,7 +1,7 @@
 """What is saved of a channel, and what a channel must be able to do to be saved and restored.
 
-Source: spec/save-restore-and-migration.md 1.5 to 1.7, docs/saved-state.md. A :class:`ChannelState` is one consistent
-view; as chunks it is, in this order:
+Source: docs/protocol/saving.md#channel-axes, docs/protocol/saving.md#saved-content, docs/saved-state.md. A
+:class:`ChannelState` is one consistent view; as chunks it is, in this order:
 
     CHANNEL      header: identity, axes, open parameters, GPADL references, limits
     OUTSTANDING  each packet that is in the ring (or was read from it by the guest) and not completed

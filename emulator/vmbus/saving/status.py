@@ -1,6 +1,6 @@
 """NTSTATUS values that saving and restoring return, by their documented names.
 
-Source: spec/save-restore-and-migration.md 1.2, 1.7. Compare values, never the severity bits: two results that
+Source: docs/protocol/saving.md#status-values. Compare values, never the severity bits: two results that
 mean "fine so far" (``STATUS_BUFFER_OVERFLOW``, ``STATUS_MORE_PROCESSING_REQUIRED``) are not of the success class.
 """
 

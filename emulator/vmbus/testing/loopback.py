@@ -1,6 +1,6 @@
 """The guest's end of a channel, in memory: for tests of rings and of devices, without a guest.
 
-``RingWriter`` and ``RingReader`` are the guest's side of spec/vmbus.md 7, written apart from
+``RingWriter`` and ``RingReader`` are the guest's side of docs/protocol/rings.md, written apart from
 :mod:`vmbus.bus.io.ring` and :mod:`vmbus.wire.packet` on purpose: they count raw free bytes, as guests do, and
 build packets from ``struct`` formats of their own. So each side tests the other.
 

@@ -1,6 +1,6 @@
 """The chunk: the unit that saved state is written and read in, never split over two buffers.
 
-Source: spec/save-restore-and-migration.md 1.7 (the layout is this project's own), docs/saved-state.md. Little-endian:
+Source: docs/protocol/saving.md#silent-cases (the layout is this project's own), docs/saved-state.md. Little-endian:
 
     | Off | Size | Field                                                                          |
     |   0 |    4 | magic ``VMBc``                                                                 |

@@ -1,4 +1,7 @@
-"""CPUID leaves of the hypervisor range, 0x40000000 to 0x400000FF (spec/vmbus.md 1.3 to 1.6, TLFS 2.4)."""
+"""CPUID leaves of the hypervisor range, 0x40000000 to 0x400000FF.
+
+Source: docs/protocol/discovery.md#cpuid-leaves, docs/protocol/discovery.md#privileges-and-features, TLFS 2.4.
+"""
 
 from __future__ import annotations
 

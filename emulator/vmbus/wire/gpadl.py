@@ -1,4 +1,6 @@
-"""GPADL messages 8 to 12 and their range data (spec/vmbus.md 6.1, 6.2).
+"""GPADL messages 8 to 12 and their range data.
+
+Source: docs/protocol/messages.md#gpadl-messages, docs/protocol/messages.md#gpa-ranges.
 
 ``GPADL_HEADER`` and ``GPADL_BODY`` are followed by range data up to the end of the message; ``size`` of their
 declarations is where it begins.

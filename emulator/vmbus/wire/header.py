@@ -1,4 +1,6 @@
-"""Numbers and the 8-byte header of channel messages (spec/vmbus.md 5.3, 5.5).
+"""Numbers and the 8-byte header of channel messages.
+
+Source: docs/protocol/messages.md#message-table, docs/protocol/messages.md#message-header.
 
 A channel message is the payload of HvPostMessage (guest to host) or of a SynIC message slot (host to guest): at
 most 240 bytes, of which the first 8 are the header. ``channel_message`` declares a message with its header, so

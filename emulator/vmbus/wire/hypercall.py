@@ -1,4 +1,7 @@
-"""Hypercalls: control word, status codes and the input blocks of the two that VMBus needs (spec/vmbus.md 3)."""
+"""Hypercalls: control word, status codes and the input blocks of the two that VMBus needs.
+
+Source: docs/protocol/discovery.md#hypercalls.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ class CallCode(IntEnum):
 
 
 class HvStatus(IntEnum):
-    """Status codes, bits 15:0 of a hypercall's result (spec/vmbus.md 3.3)."""
+    """Status codes, bits 15:0 of a hypercall's result.
+
+    Source: docs/protocol/discovery.md#hypercall-status.
+    """
 
     SUCCESS = 0x00
     INVALID_HYPERCALL_CODE = 0x02

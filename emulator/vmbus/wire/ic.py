@@ -1,6 +1,7 @@
 """Messages of the integration components: heartbeat, shutdown, time synchronisation and their kin.
 
-Source: spec/devices.md 1.1 to 1.5. On the ring each one is an in-band packet whose payload is
+Source: docs/protocol/devices.md#integration-component-framing. On the ring each one is an in-band packet whose
+payload is
 
     | Off | Size | What                                       |
     |   0 |    8 | pipe header (:mod:`vmbus.wire.pipe`)    |

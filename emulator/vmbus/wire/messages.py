@@ -1,4 +1,4 @@
-"""Channel messages 1 to 29 (spec/vmbus.md 5.3 to 5.13).
+"""Channel messages 1 to 29 (docs/protocol/messages.md#message-table).
 
 Every message has a frozen dataclass and a declaration of the same name in capitals. Where a message grew with
 the protocol, each form has a declaration of its own; ``MESSAGES`` says who sends a number, from which version
@@ -415,7 +415,8 @@ class Sender(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class MessageRule:
-    """One row of the table in spec/vmbus.md 5.3; ``longer`` are (feature or version, declaration) of later forms."""
+    """One row of the table in docs/protocol/messages.md#message-table; ``longer`` are (feature or version,
+    declaration) of later forms."""
 
     sender: Sender
     record: Record[Any]

@@ -1,4 +1,4 @@
-"""Monitor and interrupt pages (spec/vmbus.md 5.14).
+"""Monitor and interrupt pages (docs/protocol/messages.md#monitor-pages).
 
 A monitor page has 4 trigger groups of 32 bits; monitor id m is bit ``m % 32`` of group ``m // 32``. The
 interrupt page, used below 2.4, has one bit a channel in each half: host to guest, then guest to host.

@@ -1,4 +1,7 @@
-"""Synthetic model-specific registers: numbers, reset values and layouts (spec/vmbus.md 2)."""
+"""Synthetic model-specific registers: numbers, reset values and layouts.
+
+Source: docs/protocol/discovery.md#synthetic-msrs.
+"""
 
 from __future__ import annotations
 

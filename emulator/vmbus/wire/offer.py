@@ -1,4 +1,7 @@
-"""OFFERCHANNEL and what lies in its user-defined area (spec/vmbus.md 5.8, 10.2)."""
+"""OFFERCHANNEL and what lies in its user-defined area.
+
+Source: docs/protocol/messages.md#offers, docs/protocol/messages.md#socket-offer.
+"""
 
 from __future__ import annotations
 

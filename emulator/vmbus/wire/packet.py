@@ -1,6 +1,6 @@
 """Packets in a ring buffer: descriptor, extension, payload, trailer.
 
-Source: spec/vmbus.md 7.2-7.4, 7.8; the ranges of GPA-direct packets 6.2.
+Source: docs/protocol/rings.md#packet-format, docs/protocol/rings.md#corruption; docs/protocol/messages.md#gpa-ranges.
 
     | Off             | Size | Field                                                            |
     |               0 |    2 | type                                                             |
@@ -14,8 +14,8 @@ Source: spec/vmbus.md 7.2-7.4, 7.8; the ranges of GPA-direct packets 6.2.
 
 What a guest can get wrong falls in two classes. A descriptor that cannot be trusted for the place of the next
 packet, or that no guest may send, is a :class:`~vmbus.errors.RingError`: the channel stops. A packet whose
-frame is sound but whose list of ranges is not (row 59) is still a packet: it has no ranges, and ``error`` says
-why; whoever takes packets off the ring answers it, and the channel goes on.
+frame is sound but whose list of ranges is not (docs/conformance.md#row-59) is still a packet: it has no ranges, and
+``error`` says why; whoever takes packets off the ring answers it, and the channel goes on.
 
     | RingError reason               | found                                                          |
     | invalid-descriptor-lengths     | data offset < 2 (3 for types 7, 9), > length, or length > what |

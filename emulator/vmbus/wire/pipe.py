@@ -1,6 +1,6 @@
 """The pipe header: what stands in front of every payload on a channel that was offered in pipe mode.
 
-Source: spec/vmbus.md 7.10, spec/devices.md 0.2.
+Source: docs/protocol/rings.md#pipe-framing.
 
     | Off | Size | Field                          |
     |   0 |    4 | packet type                    |

@@ -1,6 +1,6 @@
 """The control page of a ring buffer: the first page of each ring, the data pages follow it.
 
-Source: spec/vmbus.md 7.1. Indices are byte offsets into the data area.
+Source: docs/protocol/rings.md#control-page. Indices are byte offsets into the data area.
 
     | Off  | Size | Field             | Written by |
     |    0 |    4 | write index       | writer     |

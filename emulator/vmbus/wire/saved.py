@@ -1,6 +1,6 @@
 """Saved state: the records that chunks (:mod:`vmbus.wire.chunk`) carry.
 
-Source: spec/save-restore-and-migration.md 1.6 (the layouts are this project's own), docs/saved-state.md.
+Source: docs/protocol/saving.md#saving-a-channel (the layouts are this project's own), docs/saved-state.md.
 
 Little-endian. Lengths and counts are varints (:mod:`vmbus.wire.pfn_runs`), page lists are runs. There is one
 form only of every record: what does not build to the same bytes again is malformed. A record's layout never
@@ -103,7 +103,8 @@ CHANNEL_IDENTITY = Record(
 
 @dataclass(frozen=True, slots=True)
 class SavedOpen:
-    """The guest's OPENCHANNEL (spec/vmbus.md 5.10). ``downstream_offset`` is in pages; ``user_data`` up to 120 bytes.
+    """The guest's OPENCHANNEL (docs/protocol/messages.md#open-channel). ``downstream_offset`` is in pages;
+    ``user_data`` up to 120 bytes.
 
     ``event_flag`` and ``connection_id`` are ``None`` unless the guest chose them.
     """
@@ -143,7 +144,7 @@ SAVED_GPADL = Record(SavedGpadl, "gpadl_id" / c.Int32ul, "page_count" / c.Int32u
 
 
 class ChannelAxes(enum.IntFlag):
-    """The axes of a channel's state (spec/save-restore-and-migration.md 1.5); open and paused are independent.
+    """The axes of a channel's state (docs/protocol/saving.md#channel-axes); open and paused are independent.
 
     HELD: its device asked for no more packets for the time being.
     """
@@ -216,7 +217,10 @@ SAVED_CHANNEL = Record(
 
 @dataclass(frozen=True, slots=True)
 class SavedPacket:
-    """A packet of either direction; ``kind`` and ``flags`` are those of its descriptor (spec/vmbus.md 7.2)."""
+    """A packet of either direction; ``kind`` and ``flags`` are those of its descriptor.
+
+    Source: docs/protocol/rings.md#packet-format.
+    """
 
     kind: int
     flags: int

@@ -1,6 +1,6 @@
 """SCSI as disks and CD-ROMs speak it: commands, sense data, and the data of commands about the device.
 
-Source: spec/devices.md 3.7; SPC-4, SBC-3, MMC-6. All integers are big-endian.
+Source: docs/protocol/devices.md#storage-commands; SPC-4, SBC-3, MMC-6. All integers are big-endian.
 """
 
 from __future__ import annotations

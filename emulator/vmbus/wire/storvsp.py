@@ -1,9 +1,9 @@
 """Packets of the storage device (StorVSP).
 
-Source: spec/devices.md 3.1 to 3.5. Every packet, either way, is a header and a union, 64 bytes in all; guests of
-Windows 7's protocol (4.2) and before know a form without the last 16 bytes of the request block. There is no pipe
-header. Answers are completions with the transaction id of the request, as long as the request was, and no longer
-than 64 bytes.
+Source: docs/protocol/devices.md#storage-packet, docs/protocol/devices.md#storage-results. Every packet, either way,
+is a header and a union, 64 bytes in all; guests of Windows 7's protocol (4.2) and before know a form without the last
+16 bytes of the request block. There is no pipe header. Answers are completions with the transaction id of the
+request, as long as the request was, and no longer than 64 bytes.
 
     | Off | Size | Field                               |
     |   0 |    4 | operation (:class:`Operation`)      |

@@ -1,4 +1,7 @@
-"""Pages shared with the synthetic interrupt controller and the reference clock (spec/vmbus.md 2.5 to 2.9)."""
+"""Pages shared with the synthetic interrupt controller and the reference clock.
+
+Source: docs/protocol/discovery.md#reference-tsc-page, docs/protocol/discovery.md#message-page.
+"""
 
 from __future__ import annotations
 

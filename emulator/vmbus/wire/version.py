@@ -1,4 +1,7 @@
-"""Versions of the VMBus protocol and the feature flags of version 6.0 (spec/vmbus.md 5.2)."""
+"""Versions of the VMBus protocol and the feature flags of version 6.0.
+
+Source: docs/protocol/messages.md#versions.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 /*
- * A VMBus ring buffer seen from the guest's user space (spec/vmbus.md 7).
+ * A VMBus ring buffer seen from the guest's user space (docs/protocol/rings.md).
  *
  * One `struct ring` is one direction. Sending: ring_put() as often as wanted, then ring_publish(), which says
  * whether the other side has to be signalled; when there was no room, ring_wait_for_room() after that. Receiving: ring_get() as often as wanted, then ring_release(),

@@ -1,6 +1,6 @@
 /*
  * A VMBus channel in the hands of a user program: finding the device, opening it through uio_hv_generic, signals
- * in both directions (spec/devices.md 8.1).
+ * in both directions (docs/protocol/devices.md#generic-channels).
  *
  * For tests of the program itself there is a second kind of link, without any kernel: a file that holds both
  * rings and some pages, and a socket in the place of /dev/uioN that carries the same four bytes.

@@ -1,4 +1,6 @@
-"""The bus against a model of it that a person can check by reading (spec/vmbus.md 5.15, 5.16).
+"""The bus against a model of it that a person can check by reading.
+
+Source: docs/protocol/messages.md#wrong-messages, docs/protocol/messages.md#channel-states.
 
 Each step is one thing that a guest, a device or the host does; the model says exactly what the host must answer
 to it. So each waiting call of the guest gets exactly one answer, and after an UNLOAD nothing is left.

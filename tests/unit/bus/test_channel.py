@@ -1,4 +1,7 @@
-"""Opening, closing, modifying, stopping; reserved channels; endpoints that misbehave (spec/vmbus.md 5.10 to 5.16)."""
+"""Opening, closing, modifying, stopping; reserved channels; endpoints that misbehave.
+
+Source: docs/protocol/messages.md#open-channel, docs/protocol/messages.md#channel-states.
+"""
 
 from __future__ import annotations
 

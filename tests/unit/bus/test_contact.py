@@ -1,4 +1,7 @@
-"""Contact, versions, features, UNLOAD (spec/vmbus.md 5.2, 5.6, 5.7, 8.2, 8.3)."""
+"""Contact, versions, features, UNLOAD.
+
+Source: docs/protocol/messages.md#initiate-contact, docs/protocol/messages.md#unload.
+"""
 
 from __future__ import annotations
 
@@ -412,7 +415,7 @@ def test_machine_reset_with_a_slow_close_makes_the_next_contact_wait(guest: Scri
 
 
 def test_trace_of_a_linux_guest_is_byte_for_byte_as_specified() -> None:
-    """The first steps of spec/vmbus.md 9."""
+    """The first steps of docs/protocol/messages.md#example-trace."""
     guest = ScriptedGuest.on_fakes(memory_size=20 << 20)
     contact = bytes.fromhex(
         "0e000000000000000300050000000000020000000000000000402301000000000050230100000000"

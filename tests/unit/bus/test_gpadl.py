@@ -1,4 +1,4 @@
-"""GPADLs: assembly, checks, limits, teardown (spec/vmbus.md 6)."""
+"""GPADLs: assembly, checks, limits, teardown (docs/protocol/messages.md#gpadl)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Monitored notification: doorbells that are bits in a page (spec/vmbus.md 5.14)."""
+"""Monitored notification: doorbells that are bits in a page.
+
+Source: docs/protocol/messages.md#monitor-pages.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Offers, ids, hot add and remove, sub-channels (spec/vmbus.md 5.8, 5.12)."""
+"""Offers, ids, hot add and remove, sub-channels.
+
+Source: docs/protocol/messages.md#offers, docs/protocol/messages.md#rescind-and-release.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Socket channels: who connects, who is refused (spec/vmbus.md 10)."""
+"""Socket channels: who connects, who is refused (docs/protocol/messages.md#sockets)."""
 
 from __future__ import annotations
 

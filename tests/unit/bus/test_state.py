@@ -1,4 +1,4 @@
-"""Saving and restoring the bus (spec/save-restore-and-migration.md 2.1)."""
+"""Saving and restoring the bus (docs/protocol/saving.md#bus-state)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The heartbeat against a scripted guest (spec/devices.md 1.3)."""
+"""The heartbeat against a scripted guest (docs/protocol/devices.md#heartbeat)."""
 
 from __future__ import annotations
 

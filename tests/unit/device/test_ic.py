@@ -1,4 +1,8 @@
-"""Framing, negotiation and refusals that all integration components share (spec/devices.md 1.1, 1.2)."""
+"""Framing, negotiation and refusals that all integration components share.
+
+Source: docs/protocol/devices.md#integration-component-framing,
+docs/protocol/devices.md#integration-component-negotiation.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shutdown against a scripted guest (spec/devices.md 1.4)."""
+"""Shutdown against a scripted guest (docs/protocol/devices.md#shutdown)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time synchronisation against a scripted guest (spec/devices.md 1.5)."""
+"""Time synchronisation against a scripted guest (docs/protocol/devices.md#time-synchronisation)."""
 
 from __future__ import annotations
 

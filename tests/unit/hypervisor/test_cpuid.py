@@ -1,4 +1,7 @@
-"""CPUID leaves (spec/vmbus.md 1.2 to 1.6)."""
+"""CPUID leaves.
+
+Source: docs/protocol/discovery.md#cpuid-leaves, docs/protocol/discovery.md#published-cpuid-values.
+"""
 
 from __future__ import annotations
 

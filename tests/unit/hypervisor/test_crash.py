@@ -1,4 +1,4 @@
-"""Crash registers (spec/vmbus.md 2.7)."""
+"""Crash registers (docs/protocol/discovery.md#crash-registers)."""
 
 from __future__ import annotations
 

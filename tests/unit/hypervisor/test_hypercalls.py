@@ -1,4 +1,4 @@
-"""HvPostMessage, HvSignalEvent and everything else (spec/vmbus.md 3)."""
+"""HvPostMessage, HvSignalEvent and everything else (docs/protocol/discovery.md#hypercalls)."""
 
 from __future__ import annotations
 

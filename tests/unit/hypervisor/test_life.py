@@ -1,4 +1,5 @@
-"""A guest's life as Linux leads it (spec/vmbus.md 1.7 and 8): boot, unload, kexec, crash, hibernation, reset."""
+"""A guest's life as Linux leads it (docs/protocol/discovery.md#boot-sequence, docs/protocol/messages.md#life-cycle):
+boot, unload, kexec, crash, hibernation, reset."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from tests.unit.hypervisor.scripted_guest import LINUX_6_1, MASKED, VECTOR, Scri
 
 
 class Linux:
-    """The MSR traffic of a Linux kernel, step by step as in spec/vmbus.md 1.7."""
+    """The MSR traffic of a Linux kernel, step by step as in docs/protocol/discovery.md#boot-sequence."""
 
     def __init__(self, guest: ScriptedGuest) -> None:
         self.guest = guest

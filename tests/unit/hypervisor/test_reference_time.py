@@ -1,4 +1,4 @@
-"""Reference time and the reference TSC page (spec/vmbus.md 2.5)."""
+"""Reference time and the reference TSC page (docs/protocol/discovery.md#reference-tsc-page)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Synthetic MSRs: existence, scope, reset values and what they refuse (spec/vmbus.md 2)."""
+"""Synthetic MSRs: existence, scope, reset values and what they refuse.
+
+Source: docs/protocol/discovery.md#synthetic-msrs.
+"""
 
 from __future__ import annotations
 

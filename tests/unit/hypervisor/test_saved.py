@@ -1,4 +1,7 @@
-"""Export and import of a partition (spec/vmbus.md 8, conformance 55)."""
+"""Export and import of a partition.
+
+Source: docs/protocol/saving.md#hypervisor-state, docs/conformance.md#row-55.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Synthetic timers (spec/vmbus.md 2.6)."""
+"""Synthetic timers (docs/protocol/discovery.md#synthetic-timers)."""
 
 from __future__ import annotations
 

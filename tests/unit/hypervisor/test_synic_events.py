@@ -1,4 +1,7 @@
-"""Event flags (spec/vmbus.md 2.9 and 4.4)."""
+"""Event flags.
+
+Source: docs/protocol/discovery.md#event-flags-page, docs/protocol/discovery.md#event-delivery.
+"""
 
 from __future__ import annotations
 

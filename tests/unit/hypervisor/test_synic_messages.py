@@ -1,4 +1,4 @@
-"""Delivery of messages into slots (spec/vmbus.md 4.3)."""
+"""Delivery of messages into slots (docs/protocol/discovery.md#message-delivery)."""
 
 from __future__ import annotations
 

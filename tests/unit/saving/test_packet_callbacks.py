@@ -1,4 +1,4 @@
-"""SavePacket, RestorePacket and VmbPacketRestore: spec/save-restore-and-migration.md 1.6 (5, 6) and 1.7."""
+"""SavePacket, RestorePacket and VmbPacketRestore: docs/protocol/saving.md#packet-callbacks."""
 
 from __future__ import annotations
 

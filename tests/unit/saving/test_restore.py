@@ -1,4 +1,4 @@
-"""RestoreFromBuffer: spec/save-restore-and-migration.md 1.6 (4) and the rows of 1.7."""
+"""RestoreFromBuffer: docs/protocol/saving.md#silent-cases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SaveBegin, SaveContinue, SaveEnd: spec/save-restore-and-migration.md 1.6 and the rows of 1.7."""
+"""SaveBegin, SaveContinue, SaveEnd: docs/protocol/saving.md#saving-a-channel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Channel messages: sizes, offsets, and that what is built is parsed again (spec/vmbus.md 5.3 to 5.14)."""
+"""Channel messages: sizes, offsets, and that what is built is parsed again.
+
+Source: docs/protocol/messages.md#message-table.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +91,7 @@ def test_arrays_of_the_monitor_page_lie_where_the_specification_says() -> None:
 
 
 def test_gpadl_header_is_as_in_the_trace() -> None:
-    """Step 10 of spec/vmbus.md 9."""
+    """Step 8 of docs/protocol/messages.md#example-trace."""
     (message,) = split_gpadl(1, 0xE1E10, [GpaRange(0x8000, 0, list(range(8)))])
     assert message[:28] == bytes.fromhex(
         "08000000000000000100000010 1e0e00480001000080000000000000".replace(" ", "")

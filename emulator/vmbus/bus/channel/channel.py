@@ -1,4 +1,6 @@
-"""One channel of the bus, as the host sees it (spec/vmbus.md 5.10 to 5.13, 5.16, 6.5, 6.6).
+"""One channel of the bus, as the host sees it.
+
+Source: docs/protocol/messages.md#open-channel, docs/protocol/messages.md#channel-states.
 
     released --offer--> closed --OPEN--> opening --device--> open --CLOSE--> closing --device--> closed
                           |                                                    '-OPEN-> closing, re-open

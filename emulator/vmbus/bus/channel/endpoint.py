@@ -11,7 +11,7 @@ An endpoint that cannot finish at once says so from inside the call, and finishe
 
 Until it finishes, the guest gets no answer (OPENCHANNEL_RESULT, GPADL_TORNDOWN, UNLOAD_RESPONSE), and its pages
 may still be used. After ``closed`` (or ``finish_close``) no ring page, and after ``gpadl_torn_down`` no page of
-that GPADL may be touched again (spec/vmbus.md 5.11, 5.13, 6.5).
+that GPADL may be touched again (docs/protocol/messages.md#close-channel, docs/protocol/messages.md#gpadl-teardown).
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""GPADLs: lists of guest pages that a guest shares with a channel (spec/vmbus.md 6).
+"""GPADLs: lists of guest pages that a guest shares with a channel.
+
+Source: docs/protocol/messages.md#gpadl.
 
     (none) --HEADER--> in progress --last BODY--> accepted --TEARDOWN--> tearing down --device let go--> (none)
 

@@ -1,4 +1,6 @@
-"""The GPADLs of one channel: told to its device, taken back from it (spec/vmbus.md 6.5).
+"""The GPADLs of one channel: told to its device, taken back from it.
+
+Source: docs/protocol/messages.md#gpadl-teardown.
 
     accepted --TEARDOWN--> tearing down --device let go--> TORNDOWN
 

@@ -1,4 +1,7 @@
-"""What a guest may open a channel with: rings, and signals of its own choice (spec/vmbus.md 5.10, 6.6)."""
+"""What a guest may open a channel with: rings, and signals of its own choice.
+
+Source: docs/protocol/messages.md#open-channel, docs/protocol/messages.md#ring-gpadl.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Signals of one channel: interrupts to the guest, and doorbells of its choice (spec/vmbus.md 4.1, 5.10, 5.13).
+"""Signals of one channel: interrupts to the guest, and doorbells of its choice.
+
+Source: docs/protocol/messages.md#open-channel, docs/protocol/messages.md#modify-channel.
 
     target None  --OPEN, MODIFYCHANNEL--> target VP --close--> None
 

@@ -1,4 +1,7 @@
-"""What a channel is made of: its states, what the guest asked for, and what it needs of its bus (spec 5.16)."""
+"""What a channel is made of: its states, what the guest asked for, and what it needs of its bus.
+
+Source: docs/protocol/messages.md#channel-states.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ChannelState(enum.Enum):
-    """States of spec/vmbus.md 5.16."""
+    """States of docs/protocol/messages.md#channel-states."""
 
     RELEASED = "released"
     CLOSED = "closed"

@@ -1,6 +1,6 @@
 """The host's end of a device's channel: drains one ring, hands packets to the device, fills the other.
 
-Source: spec/vmbus.md 7.5-7.8.
+Source: docs/protocol/rings.md#writing, docs/protocol/rings.md#reading.
 
     CLOSED --opened--> RUNNING --pause--> PAUSED --resume--> RUNNING
                           |                 |

@@ -118,7 +118,9 @@ class Device(ABC):
     """Short and unique among the devices of a machine; counters and logs are kept under it."""
 
     max_packet: ClassVar[int] = 4096
-    """Longest packet, in bytes without trailer, that the guest's driver takes (spec/devices.md 0.3).
+    """Longest packet, in bytes without trailer, that the guest's driver takes.
+
+    Source: docs/protocol/devices.md#largest-packet.
 
     A guest that is sent a longer one loses its place in the ring for good, so sending one is an error.
     """

@@ -1,7 +1,8 @@
 """The guest memory that a packet names, checked, as one run of bytes.
 
-Source: spec/vmbus.md 6.2, 7.3. The shape of ranges was checked when the packet was parsed; whether the page
-numbers are RAM is checked here, before anything is read or written.
+Source: docs/protocol/messages.md#gpa-ranges, docs/protocol/rings.md#gpa-direct-packets. The shape of ranges was
+checked when the packet was parsed; whether the page numbers are RAM is checked here, before anything is read or
+written.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The two rings of an open channel, from the host's side: :class:`IncomingRing`, :class:`OutgoingRing`.
 
-Source: spec/vmbus.md 7. The guest runs while the host looks. Therefore
+Source: docs/protocol/rings.md. The guest runs while the host looks. Therefore
 
 * each index is loaded once and checked; the host's own index (read index of the incoming ring, write index of
   the outgoing one) is loaded when the ring is made, and only stored from then on: what the guest writes there
@@ -110,7 +110,10 @@ class IncomingRing(_Ring):
         self._known = 0
 
     def initialize(self) -> None:
-        """When a channel opens: no signals until the host goes idle (7.1)."""
+        """When a channel opens: no signals until the host goes idle.
+
+        Source: docs/protocol/rings.md#ring-initialization.
+        """
         self._store(INTERRUPT_MASK, 1)
         self._masked = True
 
@@ -269,7 +272,10 @@ class OutgoingRing(_Ring):
         self._waiting = self._load(PENDING_SEND_SIZE) != 0
 
     def initialize(self) -> None:
-        """When a channel opens: the host uses pending send sizes, and waits for nothing yet (7.1)."""
+        """When a channel opens: the host uses pending send sizes, and waits for nothing yet.
+
+        Source: docs/protocol/rings.md#ring-initialization.
+        """
         self._store(FEATURE_BITS, FEATURE_PENDING_SEND_SIZE)
         self._store(PENDING_SEND_SIZE, 0)
         self._waiting = False

@@ -1,4 +1,4 @@
-"""Whether a saved state of the bus can be gone on with here (spec/save-restore-and-migration.md 2.1).
+"""Whether a saved state of the bus can be gone on with here (docs/protocol/saving.md#bus-state).
 
 A state comes from a file or another process, perhaps damaged, perhaps written by somebody else: it is checked
 like a guest's message, whole, before anything changes.

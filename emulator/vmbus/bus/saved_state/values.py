@@ -1,4 +1,4 @@
-"""The state of the bus as plain values, for whoever saves it (spec/save-restore-and-migration.md 2.1).
+"""The state of the bus as plain values, for whoever saves it (docs/protocol/saving.md#bus-state).
 
 Nothing here refers to a live object. Rings are not part of it: they are guest memory. Messages that the SynIC
 has queued already belong to the hypervisor part. Page lists are runs of (first page frame number, count).

@@ -1,7 +1,7 @@
 """A partition as records (:mod:`vmbus.hypervisor.saved_state.values`), back again, and as a status for people.
 
 Importing touches no guest memory: pages that SIMP and SIEFP name hold messages and flags that the guest has yet
-to see, so they are not zeroed, and queued messages stay behind them (conformance 55).
+to see, so they are not zeroed, and queued messages stay behind them (docs/conformance.md#row-55).
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A partition's state as plain records, for saving it and putting it back (spec/vmbus.md 8, conformance 55).
+"""A partition's state as plain records, for saving it and putting it back.
+
+Source: docs/protocol/saving.md#hypervisor-state, docs/conformance.md#row-55.
 
 Pages of the guest (message slots, event flags, hypercall page, reference TSC page) are guest RAM and travel with
 it; here is only what is not in RAM.

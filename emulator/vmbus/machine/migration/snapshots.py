@@ -1,4 +1,6 @@
-"""Snapshots of a running guest, in a qcow2 image that QEMU has open (spec/save-restore-and-migration.md 3.9).
+"""Snapshots of a running guest, in a qcow2 image that QEMU has open.
+
+Source: docs/protocol/migration.md#snapshots.
 
     save    stop, freeze, make the state ready, snapshot-save (QEMU asks for the state), continue
     load    stop, forget, snapshot-load (QEMU hands the state over), continue

@@ -1,4 +1,6 @@
-"""The carrier: QEMU's ``dbus-vmstate``, and the emulator as its helper (spec/save-restore-and-migration.md 4.4).
+"""The carrier: QEMU's ``dbus-vmstate``, and the emulator as its helper.
+
+Source: docs/protocol/migration.md#dbus-vmstate.
 
 QEMU's object ``dbus-vmstate`` is a client of a D-Bus daemon, private to the guest. When QEMU saves a machine it
 asks every owner of the name ``org.qemu.VMState1`` for its state and puts it into its stream; when it loads one, it

@@ -2,7 +2,8 @@
 
 ``qemu-config/vmbus.asl`` is the same table in source form and ``qemu-config/vmbus.aml`` what :func:`vmbus_table`
 returns; tests hold the three together. The hardware id has five characters, which ``iasl`` takes for a mistake
-(compile with ``-f``) and every guest accepts. ``_CRS`` must exist, empty is enough (spec/vmbus.md 1.8).
+(compile with ``-f``) and every guest accepts. ``_CRS`` must exist, empty is enough
+(docs/protocol/discovery.md#acpi-device).
 """
 
 from __future__ import annotations
