@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vmbus.errors import GuestAddressError, GuestError
 from vmbus.hypervisor.features import Features
@@ -46,7 +47,22 @@ from vmbus.wire.hypercall import (
     HvStatus,
 )
 
-MessageHandler = Callable[[int, int, bytes], int | None]
+
+@dataclass(frozen=True, slots=True)
+class AcknowledgedEarly:
+    """A message port's result: the message is accepted, and ``act`` acts on it once its processor has the answer."""
+
+    act: Callable[[], None]
+
+
+class HypercallResult(NamedTuple):
+    """The 64-bit result word, and what to call after the processor has it (None: nothing)."""
+
+    value: int
+    act_afterwards: Callable[[], None] | None = None
+
+
+MessageHandler = Callable[[int, int, bytes], int | AcknowledgedEarly | None]
 """(vp, connection id, payload) -> status (None: success); the payload is a private copy of 0 to 240 bytes."""
 
 _CODE = CONTROL.build(Control(code=0xFFFF))
@@ -132,16 +148,21 @@ class Hypercalls:
         control = _FAST | CallCode.SIGNAL_EVENT
         return (DoorbellRule(control, first_connection, count, first=0, result=HvStatus.SUCCESS),)
 
-    def call(self, vp: int, registers: HypercallRegisters) -> int:
-        """The result word, 64 bits."""
+    def call(self, vp: int, registers: HypercallRegisters) -> HypercallResult:
+        """Answer one hypercall; the caller calls ``act_afterwards`` once the processor has the answer."""
         control = registers.control
         code = control & _CODE
         status: int
+        act_afterwards: Callable[[], None] | None = None
         try:
             if code == CallCode.SIGNAL_EVENT:
                 status = self._signal_event(control, registers.input)
             elif code == CallCode.POST_MESSAGE:
-                status = self._post_message(vp, control, registers.input)
+                accepted = self._post_message(vp, control, registers.input)
+                if isinstance(accepted, AcknowledgedEarly):
+                    status, act_afterwards = HvStatus.SUCCESS, accepted.act
+                else:
+                    status = accepted
             elif code == CallCode.NOTIFY_LONG_SPIN_WAIT:
                 status = HvStatus.SUCCESS
             else:
@@ -152,7 +173,7 @@ class Hypercalls:
         if status:
             statuses = self.counters.statuses
             statuses[status] = statuses.get(status, 0) + 1
-        return int(status)
+        return HypercallResult(int(status), act_afterwards)
 
     def _signal_event(self, control: int, argument: int) -> HvStatus:
         _check_simple(control)
@@ -176,7 +197,7 @@ class Hypercalls:
         signalled()
         return HvStatus.SUCCESS
 
-    def _post_message(self, vp: int, control: int, argument: int) -> int:
+    def _post_message(self, vp: int, control: int, argument: int) -> int | AcknowledgedEarly:
         _check_simple(control)
         if control & _FAST:
             raise _Refused(HvStatus.INVALID_HYPERCALL_INPUT, "post-message-fast")

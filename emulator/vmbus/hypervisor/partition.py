@@ -28,7 +28,7 @@ from vmbus.hypervisor.events import PartitionEvents
 from vmbus.hypervisor.faults import GeneralProtection, UndefinedOpcode
 from vmbus.hypervisor.features import Features
 from vmbus.hypervisor.guest_os import describe_guest_os
-from vmbus.hypervisor.hypercalls import HypercallRegisters, Hypercalls, MessageHandler
+from vmbus.hypervisor.hypercalls import HypercallRegisters, HypercallResult, Hypercalls, MessageHandler
 from vmbus.hypervisor.msrs import MsrTable
 from vmbus.hypervisor.overlay import PageOverlay
 from vmbus.hypervisor.reference_time import GuestClock, ReferenceTime
@@ -122,8 +122,8 @@ class Partition:
             self.refusals.refuse(fault.reason, fault.detail)
             raise
 
-    def hypercall(self, vp: int, registers: HypercallRegisters) -> int:
-        """VMCALL at CPL 0 on ``vp``; the 64-bit result. Raises :class:`UndefinedOpcode` without a hypercall page."""
+    def hypercall(self, vp: int, registers: HypercallRegisters) -> HypercallResult:
+        """VMCALL at CPL 0 on ``vp``. Raises :class:`UndefinedOpcode` without a hypercall page."""
         self._check_vp(vp)
         if not self.hypercall_value & _ENABLE:
             self.refusals.refuse("hypercall-page-not-enabled", f"VP {vp}")

@@ -14,6 +14,7 @@ answers at once. The life of a host:
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import time
@@ -36,7 +37,7 @@ from vmbus.hypervisor.crash import CrashReport
 from vmbus.hypervisor.events import PartitionEvents
 from vmbus.hypervisor.faults import GeneralProtection, UndefinedOpcode
 from vmbus.hypervisor.features import Features
-from vmbus.hypervisor.hypercalls import HypercallRegisters
+from vmbus.hypervisor.hypercalls import AcknowledgedEarly, HypercallRegisters
 from vmbus.hypervisor.partition import Partition
 from vmbus.machine import takeover as succession
 from vmbus.machine.clock import TcgClock
@@ -206,7 +207,6 @@ class Host:
         self.stopped_because: list[str] = []
         self.devices: list[AttachedDevice] = []
         self.migration = Coordinator(self, switchover=options.switchover)
-        self._promised: tuple[int, bytes] | None = None
         self._tsc_page_waits = False
         self._gateway_again: asyncio.Handle | None = None
         self.gateway_traps = 0
@@ -294,10 +294,9 @@ class Host:
         self.look_at_gateway()
         self.background(self._follow_life())
 
-    def _message(self, vp: int, connection_id: int, payload: bytes) -> int:
-        if self.bus.can_acknowledge_early(payload):  # acted on when the vCPU has its answer and goes on
-            self._promised = (connection_id, payload)
-            return HvStatus.SUCCESS
+    def _message(self, vp: int, connection_id: int, payload: bytes) -> int | AcknowledgedEarly:
+        if self.bus.can_acknowledge_early(payload):
+            return AcknowledgedEarly(functools.partial(self._handle_acknowledged, connection_id, payload))
         result = self.bus.message(vp, connection_id, payload)
         return HvStatus.SUCCESS if result is PostResult.OK else HvStatus.INSUFFICIENT_BUFFERS
 
@@ -340,6 +339,7 @@ class Host:
 
     def _serve(self, trap: Trap) -> None:
         self.gateway_traps += 1
+        act_afterwards = None
         try:
             if trap.kind is TrapKind.WRMSR:
                 self.partition.write_msr(trap.vcpu, trap.msr, trap.msr_value)
@@ -347,7 +347,7 @@ class Host:
             elif trap.kind is TrapKind.RDMSR:
                 value = self.partition.read_msr(trap.vcpu, trap.msr)
             else:
-                value = self.partition.hypercall(
+                value, act_afterwards = self.partition.hypercall(
                     trap.vcpu,
                     HypercallRegisters(
                         trap.long_mode, trap.rax, trap.rbx, trap.rcx, trap.rdx, trap.rsi, trap.rdi, trap.r8
@@ -369,11 +369,10 @@ class Host:
                 self.gateway.answer_fault(trap, Fault.GP)
         else:
             self.gateway.answer(trap, value)
-            if self._promised is not None:
-                promised, self._promised = self._promised, None
-                self._keep_promise(*promised)
+            if act_afterwards is not None:
+                act_afterwards()
 
-    def _keep_promise(self, connection_id: int, payload: bytes) -> None:
+    def _handle_acknowledged(self, connection_id: int, payload: bytes) -> None:
         try:
             self.bus.handle_acknowledged(connection_id, payload)
         except (GatewayError, QemuGone):

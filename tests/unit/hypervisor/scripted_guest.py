@@ -193,7 +193,10 @@ class ScriptedGuest:
                 rdi=second >> 32,
                 rsi=second & mask,
             )
-        return self.partition.hypercall(vp, registers)
+        result = self.partition.hypercall(vp, registers)
+        if result.act_afterwards is not None:
+            result.act_afterwards()
+        return result.value
 
     def post(
         self,

@@ -70,7 +70,7 @@ class HostileGuest(ScriptedGuest):
             r8=second,
         )
         with contextlib.suppress(UndefinedOpcode):
-            assert self.partition.hypercall(vp, registers) in {int(status) for status in HvStatus}
+            assert self.partition.hypercall(vp, registers).value in {int(status) for status in HvStatus}
 
     def do_poke(self, gpa: int, data: bytes) -> None:
         self.memory.write(gpa, data)

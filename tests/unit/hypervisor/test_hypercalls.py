@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vmbus.errors import ProtocolError
 from vmbus.hypervisor import Features, HypercallRegisters
+from vmbus.hypervisor.hypercalls import AcknowledgedEarly
 from vmbus.wire.hypercall import (
     CONTROL,
     POST_MESSAGE_INPUT,
@@ -98,6 +99,19 @@ def test_post_message_refusal(
 def test_port_with_a_full_queue_makes_the_guest_retry(running: ScriptedGuest) -> None:
     running.partition.connect_message_port(1, lambda *message: HvStatus.INSUFFICIENT_BUFFERS)
     assert running.post() == 0x13
+
+
+def test_port_that_acknowledges_early_acts_after_the_answer(running: ScriptedGuest) -> None:
+    acted: list[bytes] = []
+    running.partition.connect_message_port(
+        1, lambda vp, connection_id, payload: AcknowledgedEarly(lambda: acted.append(payload))
+    )
+    running.memory.write(0x1000, POST_MESSAGE_STRUCT.pack(1, 1, 3, b"abc"))
+    registers = HypercallRegisters(long_mode=True, rcx=POST, rdx=0x1000)
+    value, act_afterwards = running.partition.hypercall(0, registers)
+    assert value == HvStatus.SUCCESS and act_afterwards is not None and acted == []
+    act_afterwards()
+    assert acted == [b"abc"]
 
 
 def test_payload_shorter_than_a_header_is_accepted(running: ScriptedGuest, messages: Messages) -> None:
@@ -236,7 +250,7 @@ def test_registers_beyond_32_bits_do_not_count_in_32_bit_mode(
     registers = HypercallRegisters(
         long_mode=False, rax=high | POST, rdx=high, rbx=high, rcx=high | 0x1000, rdi=high, rsi=high
     )
-    assert running.partition.hypercall(0, registers) == HvStatus.SUCCESS
+    assert running.partition.hypercall(0, registers).value == HvStatus.SUCCESS
     assert len(messages) == 2
 
 

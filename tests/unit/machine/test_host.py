@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from vmbus.errors import InternalError, QemuGone
 from vmbus.hypervisor.faults import GeneralProtection, UndefinedOpcode
+from vmbus.hypervisor.hypercalls import AcknowledgedEarly, HypercallResult
 from vmbus.machine.gateway.traps import Fault, Trap
 from vmbus.machine.host import ExitReason, Host
 from vmbus.machine.migration.coordinator import Phase
@@ -42,9 +43,10 @@ def serve(kind: TrapKind, outcome: int | Exception) -> list[object]:
     host = Host.__new__(Host)
     recorder = Recorder()
     host.gateway_traps = 0
-    host._promised = None
     host.gateway = recorder  # type: ignore[assignment]
-    host.partition = SimpleNamespace(read_msr=act, write_msr=act, hypercall=act)  # type: ignore[assignment]
+    host.partition = SimpleNamespace(  # type: ignore[assignment]
+        read_msr=act, write_msr=act, hypercall=lambda *_: HypercallResult(act())
+    )
     host._serve(Trap(0, 0, 1, kind, True, *[0] * 10))
     return recorder.answers
 
@@ -116,7 +118,7 @@ def test_how_a_guest_ended_is_told_by_qmp_and_not_by_the_socket_that_broke_first
 
 
 class SlowBus:
-    """A bus that promises everything, and may break when it acts."""
+    """A bus that acknowledges everything early, and may fail when it acts."""
 
     def __init__(self, order: list[object], bug: Exception | None) -> None:
         self.order = order
@@ -132,14 +134,19 @@ class SlowBus:
 
 
 @pytest.mark.parametrize("bug", [None, KeyError("x")])
-def test_a_promised_message_is_answered_first_and_acted_on_next(bug: Exception | None) -> None:
+def test_an_acknowledged_message_is_answered_first_and_acted_on_next(bug: Exception | None) -> None:
     host = Host.__new__(Host)
     recorder = Recorder()
     host.gateway_traps = 0
-    host._promised = None
     host.gateway = recorder  # type: ignore[assignment]
     host.bus = SlowBus(recorder.answers, bug)  # type: ignore[assignment]
-    host.partition = SimpleNamespace(hypercall=lambda *_: host._message(0, 1, b"message"))  # type: ignore[assignment]
+
+    def hypercall(*_: object) -> HypercallResult:
+        accepted = host._message(0, 1, b"message")
+        assert isinstance(accepted, AcknowledgedEarly)
+        return HypercallResult(HvStatus.SUCCESS, accepted.act)
+
+    host.partition = SimpleNamespace(hypercall=hypercall)  # type: ignore[assignment]
     for _ in range(2):
         host._serve(Trap(0, 0, 1, TrapKind.VMCALL, True, *[0] * 10))
     assert recorder.answers == [HvStatus.SUCCESS, (1, b"message")] * 2
