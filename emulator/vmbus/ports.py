@@ -7,10 +7,9 @@ event loop's), none of them blocks.
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 PAGE_SIZE = 4096
 
@@ -174,99 +173,133 @@ class Workers(Protocol):
         """Begin the transfers that were asked for; without it they begin in the next turn of the event loop."""
 
 
-@dataclass(slots=True)
-class FastUnit:
-    """A disk whose plain reads and writes compiled code may do: those that are in no way special."""
-
-    fd: int
-    """Of a file whose bytes at an offset are those of the disk; -1: no data moves (measurements)."""
-    block_size: int
-    blocks: int
-    max_transfer: int
-    """Bytes of one request."""
-    alignment: int
-    """Of memory, in bytes."""
-    through_flags: int
-    """Of pwritev2(2), for a write with FUA."""
-    readable: bool = False
-    writable: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class FastCounts:
-    """What compiled code did for a unit since it was last asked. Latencies in seconds."""
-
-    reads: int
-    writes: int
-    bytes_read: int
-    bytes_written: int
-    most_depth: int
-    least: float
-    greatest: float
-    latencies: Mapping[int, int]
-    """Bucket of :class:`vmbus.devices.histogram.Histogram` → how many."""
-
-
 class FastOwner(Protocol):
-    """Who gets what comes out of a :class:`FastChannel`."""
+    """The receiver of what a :class:`FastChannel` produces."""
 
     def fast_answers(self, channel: FastChannel, packets: list[bytes]) -> None:
-        """Completion packets for the guest, whole but for their trailers; that many requests have ended."""
+        """Send completion packets, complete but for their trailers; that many requests have ended."""
 
     def fast_returned(self, channel: FastChannel, packet: bytes) -> None:
-        """A packet without trailer that was taken, and has to be done in the ordinary way after all."""
+        """Process a packet, given without trailer, that was taken but has to be done in Python after all."""
 
 
 class FastChannel(Protocol):
-    """Plain reads and writes of one open channel, done by compiled code."""
+    """Compiled code that processes some packets of one open channel."""
 
     @property
     def in_flight(self) -> int:
         """Requests taken that have not ended."""
 
     def take(self, buffer: bytes, at: int, known: int, limit: int) -> tuple[int, int]:
-        """Take packets from ``buffer[at:]``, of which ``known`` bytes are committed: as many as are plain.
+        """Take up to ``limit`` packets from ``buffer[at:]``, of which ``known`` bytes are committed.
 
-        ``buffer`` is a private copy of a ring's bytes. Returns how many, and their bytes with trailers. What is not
-        plain, or damaged, stays for who parses it in the ordinary way.
+        ``buffer`` is a private copy of a ring's bytes. Returns the number of packets, and their bytes with trailers.
+        Stops at the first packet that is damaged or that compiled code does not process.
         """
 
     def submit(self) -> None:
-        """Begin what was taken, and hand over what has ended."""
+        """Begin what was taken, and pass on what has ended."""
 
     def wait(self, watched: tuple[int, int]) -> bool:
-        """Look for a moment, and only where that is likely to help, for something that ends; whether it did.
+        """Wait a moment for a request to end, where that is likely to help; return whether one did.
 
-        ``watched``: address in this process and value of a 32-bit word; when it changes that is an end, too. 0: none.
+        ``watched``: address in this process and value of a 32-bit word; a change of it ends the wait, too. 0: none.
         """
 
     def sleeps(self) -> bool:
-        """Nobody looks from now on: be told by the event loop. True: something has ended already."""
+        """Have the event loop woken by what ends from now on. Return True if something has ended already."""
 
     def close(self) -> None:
-        """Nothing more is taken; what is under way is handed over still."""
+        """Take nothing more; the results of what is under way are still passed on."""
 
 
-class FastPath(Protocol):
-    """Compiled code between rings and files, where there is one (:mod:`vmbus.machine.io.fastpath`)."""
+@dataclass(frozen=True, slots=True)
+class NativeMemory:
+    """Guest RAM and its logs for compiled code: addresses in this process, 0 for what does not exist."""
 
-    def add_unit(self, unit: FastUnit) -> int | None:
-        """A number for a unit; ``None`` when there are no more."""
+    address: int
+    size: int
+    """Bytes of the file of guest RAM, which is mapped at ``address``."""
+    dirty: int
+    """A byte for each page of the file; set to 1 after a store."""
+    notes: int
+    """A byte for each guest page, not 0 where code was translated from it (:mod:`vmbus.machine.memory`)."""
+    note_pages: int
+    """Guest pages that have a note."""
+    regions: tuple[tuple[int, int, int], ...]
+    """``(guest physical address, bytes, offset in the file)`` of each range of RAM."""
 
-    def change_unit(self, number: int, unit: FastUnit) -> None:
-        """It is different now; what was taken goes on as it was."""
 
-    def remove_unit(self, number: int) -> None:
-        """Its number may be given to another one. None of its requests may be under way."""
+class NativeGuestMemory(Protocol):
+    """Guest memory that compiled code or the kernel stores into by itself.
 
-    def depth(self, number: int) -> int:
-        """Requests of a unit that are under way."""
+    After such a store the code marks the pages in ``dirty``, and after a fence checks and clears the notes of the
+    pages; where a note was set, it calls :meth:`write_through`.
+    """
 
-    def counts(self, number: int) -> FastCounts:
-        """What was done since this was last asked."""
+    def native(self) -> NativeMemory:
+        """Return where the memory is."""
 
-    def open_channel(self, owner: FastOwner, units: array[int]) -> FastChannel:
-        """For a channel that opened. ``units``: target * 64 + LUN → number or -1, 128 signed 16-bit integers."""
+    def filled_by_kernel(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Check the notes of ``(gpa, length)``, each within a page, and mark them for a migration under way."""
+
+    def write_through(self, gpa: int, length: int) -> None:
+        """Have QEMU drop translations of ``[gpa, gpa + length)``, whose note was found and cleared."""
+
+
+class EventLoop(Timers, Protocol):
+    """Timers and file descriptors; an asyncio event loop is one."""
+
+    def add_reader(self, fd: int, callback: Callable[[], None], /) -> object:
+        """Call ``callback`` whenever ``fd`` is readable."""
+
+    def remove_reader(self, fd: int, /) -> object:
+        """End that."""
+
+
+class NativeEngine(Protocol):
+    """Compiled code of a device that moves data between guest memory and files; one for each machine."""
+
+    @property
+    def in_flight(self) -> int:
+        """Transfers of all channels that have not ended."""
+
+    def report_ranges(self, on: bool) -> None:
+        """Switch reports of every range stored, to :meth:`NativeGuestMemory.filled_by_kernel`, on or off.
+
+        A range is reported before the guest gets the completion.
+        """
+
+    def close(self) -> None:
+        """Release all resources. While transfers are under way nothing is: the kernel still stores into memory."""
+
+
+EngineT = TypeVar("EngineT", bound=NativeEngine)
+
+
+class NativeServices(Protocol):
+    """What a device with compiled code gets of the machine (``DeviceEnvironment.native``)."""
+
+    @property
+    def loop(self) -> EventLoop:
+        """The event loop."""
+
+    @property
+    def memory(self) -> NativeGuestMemory:
+        """Guest memory."""
+
+    @property
+    def spare_processor(self) -> bool:
+        """Whether the host has a processor to spare for busy waits."""
+
+    def engine(self, open_engine: Callable[[NativeServices], EngineT | None], /) -> EngineT | None:
+        """Return the machine's engine that ``open_engine`` makes: the first call opens it, later ones return it.
+
+        ``None`` where ``open_engine`` returned that. The machine closes engines after all devices were stopped.
+        """
+
+    def transfers_ended(self) -> None:
+        """Report that transfers of an engine have ended; called after their results were passed on."""
 
 
 class Synic(Protocol):

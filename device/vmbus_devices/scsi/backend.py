@@ -37,7 +37,7 @@ class Backend(ABC):
     flush_needed: bool = True
     fd: int = -1
     """A file whose bytes at an offset are those of the disk, if there is one: it can do without a thread."""
-    through_flags: int = 0
+    fua_flags: int = 0
     """Flags of pwritev2(2) for a write that is safe on the medium afterwards."""
     """False: flushes are answered without doing anything (cache=unsafe, or nothing to flush)."""
     starts: bool = False
@@ -55,8 +55,8 @@ class Backend(ABC):
         """Fill ``views`` from ``offset`` on."""
 
     @abstractmethod
-    def write(self, offset: int, views: Sequence[memoryview], *, through: bool = False) -> None:
-        """Store ``views`` at ``offset``; ``through``: it is safe on the medium afterwards (FUA)."""
+    def write(self, offset: int, views: Sequence[memoryview], *, fua: bool = False) -> None:
+        """Store ``views`` at ``offset``; ``fua``: it is safe on the medium afterwards (FUA)."""
 
     def use(self, workers: Workers) -> None:
         """Before the first request: where its work can be done."""
@@ -67,7 +67,7 @@ class Backend(ABC):
         views: list[memoryview],
         length: int,
         write: bool,
-        through: bool,
+        fua: bool,
         ended: Callable[[Exception | None], None],
     ) -> None:
         """Begin a read or a write; never blocks. ``ended`` is called once, in any thread. See :attr:`starts`."""
@@ -136,7 +136,7 @@ class NullBackend(Backend):
     def read(self, offset: int, views: Sequence[memoryview]) -> None:
         """Nothing is stored."""
 
-    def write(self, offset: int, views: Sequence[memoryview], *, through: bool = False) -> None:
+    def write(self, offset: int, views: Sequence[memoryview], *, fua: bool = False) -> None:
         """Nothing is read."""
 
     def discard(self, offset: int, length: int) -> None:
@@ -167,7 +167,7 @@ class MemoryBackend(Backend):
             view[:] = data[offset : offset + length]
             offset += length
 
-    def write(self, offset: int, views: Sequence[memoryview], *, through: bool = False) -> None:
+    def write(self, offset: int, views: Sequence[memoryview], *, fua: bool = False) -> None:
         for view in views:
             length = len(view)
             self.data[offset : offset + length] = view

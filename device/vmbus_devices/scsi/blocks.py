@@ -116,7 +116,7 @@ class BlockUnit(LogicalUnit):
         views: list[memoryview],
         length: int,
         write: bool,
-        through: bool,
+        fua: bool,
         done: Callable[[Exception | None], None],
     ) -> None:
         """Move the data of a command: without a thread where that is possible."""
@@ -124,7 +124,7 @@ class BlockUnit(LogicalUnit):
 
         def work() -> None:
             if write:
-                backend.write(offset, views, through=through)
+                backend.write(offset, views, fua=fua)
             else:
                 backend.read(offset, views)
 
@@ -137,7 +137,7 @@ class BlockUnit(LogicalUnit):
                 self.environment.workers.run(work, done)  # it came to a part only: all of it once more
 
         if backend.fd >= 0 and self.environment is not None:
-            flags = backend.through_flags if through else 0
+            flags = backend.fua_flags if fua else 0
             if self.environment.workers.transfer(backend.fd, offset, views, write, flags, transferred):
                 return
         elif (
@@ -145,7 +145,7 @@ class BlockUnit(LogicalUnit):
             and self.environment is not None
             and (ended := self.environment.workers.expect(done)) is not None
         ):
-            backend.start(offset, views, length, write, through, ended)
+            backend.start(offset, views, length, write, fua, ended)
             return
         self._submit(work, done)
 

@@ -30,6 +30,7 @@ from vmbus.wire.scsi import Opcode, ScsiStatus, Sense
 from vmbus.wire.storvsp import (
     CDB_SIZE,
     HEADER_SIZE,
+    MAX_LUNS,
     PACKET_SIZE,
     SCSI_INTERFACE,
     SHORT_PACKET_SIZE,
@@ -46,7 +47,9 @@ from vmbus.wire.storvsp import (
 )
 
 from vmbus_devices.scsi.absent import execute_without
-from vmbus_devices.scsi.fast_units import FastUnits
+from vmbus_devices.scsi.fast.build import LIBRARY
+from vmbus_devices.scsi.fast.path import FastPath
+from vmbus_devices.scsi.fast.units import FastUnits
 from vmbus_devices.scsi.handshake import OPERATIONS, Handshake
 from vmbus_devices.scsi.request import Request
 from vmbus_devices.scsi.resets import Resets
@@ -61,8 +64,6 @@ NAMESPACE = uuid.UUID("5f5f8f0e-0d3c-4b57-b0a6-3f2f7a9c6a41")
 """Instance GUIDs of controllers are derived from their names, so that they stay the same."""
 
 MAX_QUEUES = 8
-MAX_TARGETS = 2
-MAX_LUNS = 64
 
 _EXECUTE = int(Operation.EXECUTE_SRB)
 _RESETS = (Operation.RESET_LUN, Operation.RESET_ADAPTER, Operation.RESET_BUS)
@@ -75,6 +76,7 @@ class Controller(Device):
     Everything that is an option is in :class:`vmbus_devices.scsi.device.Scsi`.
     """
 
+    native_libraries = (LIBRARY,)
     max_packet = 80  # what Linux has room for: a descriptor and 64 bytes
     poll_window = 300e-6  # so long until a guest has taken one answer, and sends the next request
 
@@ -106,6 +108,7 @@ class Controller(Device):
         self._waiting_subchannels: list[ChannelIo] = []
         self._removed: list[LogicalUnit] = []
         self.pending: list[tuple[int, Packet]] = []
+        self._fast_path: FastPath | None = None
         self._fast_units: FastUnits | None = None
 
     def new_handshake(self) -> Handshake:
@@ -164,7 +167,7 @@ class Controller(Device):
             raise UsageError(f"controller {self.controller}: there is no target {target} LUN {lun}")
         self._removed.append(unit)
         if self._fast_units is not None:
-            self._fast_units.leave((target, lun))
+            self._fast_units.remove((target, lun))
         for request in unit.take_kept():
             request.finish(SrbStatus.ABORTED)
         self._close_removed()
@@ -205,8 +208,10 @@ class Controller(Device):
 
     def start(self, environment: DeviceEnvironment) -> None:
         super().start(environment)
-        if environment.fast_path is not None:
-            self._fast_units = FastUnits(environment.fast_path)
+        if environment.native is not None:
+            self._fast_path = environment.native.engine(FastPath.open)
+        if self._fast_path is not None:
+            self._fast_units = FastUnits(self._fast_path)
         for unit in self.units.values():
             unit.start(environment)
 
@@ -247,9 +252,8 @@ class Controller(Device):
         self._open_fast(io)
 
     def _open_fast(self, io: ChannelIo) -> None:
-        fast = self.environment.fast_path
-        if fast is not None and self._fast_units is not None:
-            io.fast = fast.open_channel(io, self._fast_units.table)
+        if self._fast_path is not None and self._fast_units is not None:
+            io.fast = self._fast_path.open_channel(io, self._fast_units.table)
 
     def fast_ready(self, io: ChannelIo) -> bool:
         if not self._active or not self.handshake.ready or self._fast_units is None:

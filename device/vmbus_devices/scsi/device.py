@@ -12,10 +12,10 @@ from vmbus.devices.joined import Whole
 from vmbus.devices.line import join_device, split_device
 from vmbus.devices.options import Help
 from vmbus.errors import UsageError
-from vmbus.wire.storvsp import ProtocolVersion
+from vmbus.wire.storvsp import MAX_LUNS, MAX_TARGETS, ProtocolVersion
 
 from vmbus_devices.scsi.blocks import ReadErrors, WriteErrors
-from vmbus_devices.scsi.controller import MAX_LUNS, MAX_QUEUES, MAX_TARGETS, Controller
+from vmbus_devices.scsi.controller import MAX_QUEUES, Controller
 from vmbus_devices.scsi.drive import DriveOptions, Format, Media, open_drive
 from vmbus_devices.scsi.file import Cache
 from vmbus_devices.scsi.image import DetectZeroes, ImageServers

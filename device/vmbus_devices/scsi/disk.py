@@ -6,7 +6,6 @@ import mmap
 from collections.abc import Callable, Mapping
 
 from vmbus.errors import GuestError, MalformedError
-from vmbus.ports import FastUnit
 from vmbus.wire.scsi import (
     BLOCK_CHARACTERISTICS,
     BLOCK_LIMITS,
@@ -45,6 +44,7 @@ from vmbus.wire.scsi import (
 
 from vmbus_devices.scsi.backend import Backend, NullBackend
 from vmbus_devices.scsi.blocks import BlockUnit
+from vmbus_devices.scsi.fast.path import FastUnit
 from vmbus_devices.scsi.faults import FaultPlan
 from vmbus_devices.scsi.request import Request
 from vmbus_devices.scsi.reservations import Reservations
@@ -112,23 +112,23 @@ class Disk(BlockUnit):
             self._commands[Opcode.UNMAP] = self._unmap
 
     @property
-    def plain(self) -> bool:
+    def fast_path_eligible(self) -> bool:
         return not self.attentions and not self.faults.faults
 
     def fast_unit(self) -> FastUnit | None:
         backend = self.backend
         if backend.fd < 0 and not isinstance(backend, NullBackend):
             return None
-        plain = self.plain
+        eligible = self.fast_path_eligible
         return FastUnit(
             fd=backend.fd,
             block_size=self.block_size,
             blocks=self.blocks,
             max_transfer=self.max_transfer,
             alignment=backend.alignment,
-            through_flags=backend.through_flags,
-            readable=plain,
-            writable=plain and not self.read_only,
+            fua_flags=backend.fua_flags,
+            readable=eligible,
+            writable=eligible and not self.read_only,
         )
 
     # --- what it is ----------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ class Disk(BlockUnit):
     def _write(self, request: Request) -> None:
         flags, lba, blocks = self._transfer_range(request)
         self._writable()
-        through = bool(flags & FUA) or request.cdb[0] in _VERIFYING
+        fua = bool(flags & FUA) or request.cdb[0] in _VERIFYING
         if not blocks:
             request.succeed()
             return
@@ -232,11 +232,9 @@ class Disk(BlockUnit):
             bad = faults.bad_block(lba, blocks, write=True)
             blocks = faults.blocks(lba, blocks, write=True)
             if (delay := faults.delay(lba, blocks, write=True)) > 0:
-                self._later(
-                    request, delay, lambda: self._write_from(request, lba, blocks, runs, through, bad)
-                )
+                self._later(request, delay, lambda: self._write_from(request, lba, blocks, runs, fua, bad))
                 return
-        self._write_from(request, lba, blocks, runs, through, bad)
+        self._write_from(request, lba, blocks, runs, fua, bad)
 
     def _write_from(
         self,
@@ -244,7 +242,7 @@ class Disk(BlockUnit):
         lba: int,
         blocks: int,
         runs: list[tuple[int, int]],
-        through: bool,
+        fua: bool,
         bad: int | None,
     ) -> None:
         if bad is not None:
@@ -272,7 +270,7 @@ class Disk(BlockUnit):
             else:
                 self.failed(request, error, write=True)
 
-        self._move(offset, views, length, True, through, done)
+        self._move(offset, views, length, True, fua, done)
 
     def _change(self, request: Request, work: Callable[[], None], transferred: int = 0) -> None:
         """Something that changes blocks without data of the guest's."""

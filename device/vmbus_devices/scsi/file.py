@@ -69,7 +69,7 @@ class FileBackend(Backend):
         self.direct = cache in (Cache.NONE, Cache.DIRECTSYNC)
         self.write_cache = cache in (Cache.NONE, Cache.WRITEBACK, Cache.UNSAFE)
         self.flush_needed = cache in (Cache.NONE, Cache.WRITEBACK)
-        self.through_flags = os.RWF_DSYNC if self.flush_needed else 0
+        self.fua_flags = os.RWF_DSYNC if self.flush_needed else 0
         self.fd = self._open()
         try:
             self._block_device = stat.S_ISBLK(os.fstat(self.fd).st_mode)
@@ -140,9 +140,9 @@ class FileBackend(Backend):
                 raise OSError(errno.EIO, f"{self.path} ends at {offset + done}")
             done += step
 
-    def write(self, offset: int, views: Sequence[memoryview], *, through: bool = False) -> None:
+    def write(self, offset: int, views: Sequence[memoryview], *, fua: bool = False) -> None:
         wanted = sum([len(view) for view in views])
-        flags = self.through_flags if through else 0
+        flags = self.fua_flags if fua else 0
         done = os.pwritev(self.fd, views, offset, flags)
         while done < wanted:
             step = os.pwritev(self.fd, _behind(views, done), offset + done, flags)

@@ -61,9 +61,9 @@ class NbdBackend(Backend):
         self._fua = bool(flags & ExportFlag.FUA)
         self._zeroes = bool(flags & ExportFlag.WRITE_ZEROES)
         self._allocation = export.allocation is not None
-        self._always_through = cache in (Cache.WRITETHROUGH, Cache.DIRECTSYNC)
+        self._always_fua = cache in (Cache.WRITETHROUGH, Cache.DIRECTSYNC)
         self._flushes = bool(flags & ExportFlag.FLUSH)
-        self.write_cache = self._flushes and not self._always_through
+        self.write_cache = self._flushes and not self._always_fua
         self.flush_needed = self.write_cache and cache is not Cache.UNSAFE
         self.can_discard = can_discard and not read_only and bool(flags & ExportFlag.TRIM)
         self.discard_granularity = export.preferred if self.can_discard else 0
@@ -79,17 +79,17 @@ class NbdBackend(Backend):
         views: list[memoryview],
         length: int,
         write: bool,
-        through: bool,
+        fua: bool,
         ended: Callable[[Exception | None], None],
     ) -> None:
         submit = self.client.submit
         if not write:
             submit(Request(Command.READ, offset, length, ended, views))
             return
-        through = self._through(through)
-        flags = int(CommandFlag.FUA) if through and self._fua else 0
+        fua = self._needs_fua(fua)
+        flags = int(CommandFlag.FUA) if fua and self._fua else 0
         done: Callable[[OSError | None], None] = ended
-        if through and not self._fua and self._flushes:
+        if fua and not self._fua and self._flushes:
 
             def written(error: OSError | None) -> None:
                 if error is not None:
@@ -100,19 +100,19 @@ class NbdBackend(Backend):
             done = written
         submit(Request(Command.WRITE, offset, length, done, views, flags))
 
-    def _through(self, asked: bool) -> bool:
-        return self._always_through or (asked and self.flush_needed)
+    def _needs_fua(self, asked: bool) -> bool:
+        return self._always_fua or (asked and self.flush_needed)
 
     # --- in a thread -------------------------------------------------------------------------------------------
 
     def read(self, offset: int, views: Sequence[memoryview]) -> None:
         self.client.call(Command.READ, offset, sum([len(view) for view in views]), list(views), 0)
 
-    def write(self, offset: int, views: Sequence[memoryview], *, through: bool = False) -> None:
-        through = self._through(through)
-        flags = int(CommandFlag.FUA) if through and self._fua else 0
+    def write(self, offset: int, views: Sequence[memoryview], *, fua: bool = False) -> None:
+        fua = self._needs_fua(fua)
+        flags = int(CommandFlag.FUA) if fua and self._fua else 0
         self.client.call(Command.WRITE, offset, sum([len(view) for view in views]), list(views), flags)
-        if through and not self._fua and self._flushes:
+        if fua and not self._fua and self._flushes:
             self.client.call(Command.FLUSH, 0, 0, [], 0)
 
     def flush(self) -> None:
@@ -126,7 +126,7 @@ class NbdBackend(Backend):
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         if self._zeroes:
             flags = 0 if unmap else int(CommandFlag.NO_HOLE)
-            if self._always_through and self._fua:
+            if self._always_fua and self._fua:
                 flags |= CommandFlag.FUA
             self._in_steps(Command.WRITE_ZEROES, offset, length, flags)
             return

@@ -6,7 +6,8 @@ from collections import Counter
 from typing import Any
 
 from vmbus.devices.histogram import Histogram
-from vmbus.ports import FastPath
+
+from vmbus_devices.scsi.fast.path import FastPath
 
 
 class UnitStatistics:
@@ -20,7 +21,7 @@ class UnitStatistics:
         "errors",
         "flushes",
         "latency",
-        "most_depth",
+        "max_depth",
         "reads",
         "requests",
         "writes",
@@ -30,7 +31,7 @@ class UnitStatistics:
         self.requests = 0
         self.reads = self.writes = self.flushes = 0
         self.bytes_read = self.bytes_written = 0
-        self._depth = self.most_depth = 0
+        self._depth = self.max_depth = 0
         self._fast: tuple[FastPath, int] | None = None
         self.errors: Counter[str] = Counter()
         self.latency = Histogram()
@@ -39,25 +40,25 @@ class UnitStatistics:
         """A request came."""
         self.requests += 1
         self._depth += 1
-        if self._depth > self.most_depth:
-            self.most_depth = self._depth
+        if self._depth > self.max_depth:
+            self.max_depth = self._depth
 
     @property
     def depth(self) -> int:
         """Requests that have not ended."""
         return self._depth + (self._fast[0].depth(self._fast[1]) if self._fast else 0)
 
-    def follow(self, fast: FastPath, number: int) -> None:
-        """Compiled code does some of the unit's requests, and counts them."""
+    def attach_fast(self, fast: FastPath, number: int) -> None:
+        """Include what compiled code counts for the unit under that number."""
         self._fast = (fast, number)
 
-    def unfollow(self) -> None:
-        """It does no more."""
+    def detach_fast(self) -> None:
+        """End that; what was counted is kept."""
         self.absorb()
         self._fast = None
 
     def absorb(self) -> None:
-        """Add what compiled code counted since it was last asked."""
+        """Add what compiled code counted since the last call."""
         if self._fast is None:
             return
         fast, number = self._fast
@@ -67,9 +68,9 @@ class UnitStatistics:
         self.writes += counts.writes
         self.bytes_read += counts.bytes_read
         self.bytes_written += counts.bytes_written
-        self.most_depth = max(self.most_depth, counts.most_depth)
+        self.max_depth = max(self.max_depth, counts.max_depth)
         if counts.latencies:
-            self.latency.merge(counts.latencies, counts.least, counts.greatest)
+            self.latency.merge(counts.latencies, counts.min_latency, counts.max_latency)
 
     def ended(self, seconds: float) -> None:
         """It was answered, ``seconds`` later."""
@@ -96,7 +97,7 @@ class UnitStatistics:
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "queue_depth": self.depth,
-            "most_queue_depth": self.most_depth,
+            "most_queue_depth": self.max_depth,
             "errors": dict(self.errors),
             "latency": latency,
         }

@@ -19,7 +19,6 @@ from typing import Any
 
 from vmbus.bus.io.device import DeviceEnvironment
 from vmbus.errors import InternalError
-from vmbus.ports import FastUnit
 from vmbus.wire.scsi import (
     INQUIRY,
     DeviceType,
@@ -38,6 +37,7 @@ from vmbus.wire.scsi import (
 )
 
 from vmbus_devices.scsi.backend import Backend
+from vmbus_devices.scsi.fast.path import FastUnit
 from vmbus_devices.scsi.request import Request
 from vmbus_devices.scsi.sense import CheckCondition
 from vmbus_devices.scsi.statistics import UnitStatistics
@@ -118,12 +118,12 @@ class LogicalUnit(ABC):
         return False
 
     @property
-    def plain(self) -> bool:
-        """Whether a read or write now is like any other: nothing to tell, no fault to have."""
+    def fast_path_eligible(self) -> bool:
+        """Whether reads and writes have no special condition now: no pending unit attention, no fault."""
         return False
 
     def fast_unit(self) -> FastUnit | None:
-        """What compiled code needs to know for reads and writes; ``None`` if it cannot do them."""
+        """Return the unit's description for compiled code; ``None`` if that cannot do reads and writes."""
         return None
 
     def attention(self, sense: Sense) -> None:

@@ -7,11 +7,10 @@ import json
 from typing import Any
 
 from vmbus.cli.table import table
+from vmbus.devices.registry import Registry
 from vmbus.errors import VmbusError
-from vmbus.machine import native
 from vmbus.machine.gateway import build as gateway_build
-from vmbus.machine.io import fastpath_build
-from vmbus.machine.native import NativeLibrary
+from vmbus.native import NativeLibrary, compiler
 from vmbus.provision.doctor import Check, State, examine, healthy
 
 _EPILOG = """\
@@ -36,7 +35,8 @@ def add_parser(verbs: Any) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    checks = examine(more=[_compiled(each) for each in (gateway_build.LIBRARY, fastpath_build.LIBRARY)])
+    libraries = (gateway_build.LIBRARY, *Registry().native_libraries())
+    checks = examine(more=[_compiled(each) for each in libraries])
     if arguments.json:
         print(json.dumps([check.as_json() for check in checks], indent=2))
     else:
@@ -49,12 +49,12 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _compiled(library: NativeLibrary) -> Check:
-    name = library.what.removeprefix("the ")
+    name = library.name_in_reports
     built = library.path()
     if built.is_file():
         return Check(name, State.OK, f"built: {built}")
     try:
-        compiler = native.compiler()
+        command = compiler()
     except VmbusError as error:
         return Check(name, State.MISSING, "not built, and no C compiler", str(error))
-    return Check(name, State.OPTIONAL, f"not built yet ({compiler} is there)", "`vmbus setup` builds it")
+    return Check(name, State.OPTIONAL, f"not built yet ({command} is there)", "`vmbus setup` builds it")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from vmbus.cli.options import DEFAULT_GUEST
+from vmbus.devices.registry import Registry
 from vmbus.errors import MissingRequirement
 from vmbus.machine.gateway import build as gateway_build
-from vmbus.machine.io import fastpath_build
 from vmbus.provision.kernel import GUESTS, find_busybox, find_kernel
 from vmbus.provision.progress import for_stream
 from vmbus.provision.qemu import find_qemu
@@ -74,7 +74,7 @@ def main(arguments: argparse.Namespace) -> int:
             copy_system(system, arguments.system)
             system = arguments.system
 
-    fast_path = fastpath_build.LIBRARY.build()
+    built = {each.name_in_reports: str(each.build()) for each in Registry().native_libraries()}
     version = ".".join(map(str, found.qemu.version))
     if arguments.json:
         result = {
@@ -82,7 +82,7 @@ def main(arguments: argparse.Namespace) -> int:
             "guests": [{"name": kernel.name, "release": kernel.release} for kernel in found.kernels],
             "gateway": str(gateway),
             "system": str(system) if system is not None else None,
-            "fast_path": str(fast_path),
+            **{name.replace(" ", "_"): path for name, path in built.items()},
         }
         json.dump(result, sys.stdout)
         print()
@@ -94,7 +94,8 @@ def main(arguments: argparse.Namespace) -> int:
     if system is not None:
         print(f"Debian system {system}")
 
-    print(f"fast path {fast_path}")
+    for name, path in built.items():
+        print(f"{name} {path}")
     return 0
 
 
@@ -116,5 +117,6 @@ def _dry_run(guests: list[str], system: Path | None) -> int:
             print(f"guest {guest}: there (Linux {find_kernel(guest).release})")
         except MissingRequirement:
             print(f"guest {guest}: to be fetched")
-    print("gateway and fast path: built from source where they are not there yet")
+    names = ", ".join(["gateway", *[each.name_in_reports for each in Registry().native_libraries()]])
+    print(f"{names}: built from source where they are not there yet")
     return 0

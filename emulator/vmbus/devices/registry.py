@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
@@ -21,6 +22,9 @@ from vmbus.devices.joined import Joinable, completed
 from vmbus.devices.line import split_device
 from vmbus.devices.options import Option, options_of
 from vmbus.errors import DeviceError, UsageError
+from vmbus.native import NativeLibrary
+
+_logger = logging.getLogger(__name__)
 
 GROUP = "vmbus.devices"
 
@@ -121,6 +125,18 @@ class Registry:
                 device.stop()
             raise
         return devices
+
+    def native_libraries(self) -> list[NativeLibrary]:
+        """Return what the devices have compiled, each library once; a device that does not load is left out."""
+        found: list[NativeLibrary] = []
+        for name in self.names:
+            try:
+                libraries = self.load(name).native_libraries
+            except DeviceError as error:
+                _logger.warning("%s", error)
+                continue
+            found += [each for each in libraries if each not in found]
+        return found
 
     def help(self, name: str | None = None) -> str:
         """For ``--device help`` and ``--device NAME,help``: devices, or one device's options."""

@@ -43,7 +43,7 @@ from vmbus.machine import takeover as succession
 from vmbus.machine.clock import TcgClock
 from vmbus.machine.gateway.client import Gateway
 from vmbus.machine.gateway.traps import Fault, Trap
-from vmbus.machine.io.fastpath import CompiledFastPath
+from vmbus.machine.io.engines import NativeEngines
 from vmbus.machine.io.workers import WorkerThreads
 from vmbus.machine.memory import MappedMemory
 from vmbus.machine.migration.coordinator import Coordinator, Phase, Switchover
@@ -191,8 +191,8 @@ class Host:
         # Whoever looks for long instead of sleeping takes a processor, and with none to spare a vCPU's.
         self._spare = len(os.sched_getaffinity(0)) > len(facts.apic_ids)
         self.workers = WorkerThreads(loop)
-        self.workers.fast_path = CompiledFastPath.open(
-            loop, self.memory, self.workers.ended, spins=self._spare
+        self.workers.engines = NativeEngines(
+            loop, self.memory, self.workers.ended, spare_processor=self._spare
         )
         self.environment = DeviceEnvironment(
             memory=self.memory,
@@ -200,7 +200,7 @@ class Host:
             reference_time=self.partition.reference_time.now,
             offers=self.bus,
             workers=self.workers,
-            fast_path=self.workers.fast_path,
+            native=self.workers.engines,
             stop_guest=self.stop_guest,
         )
         #: Why devices stopped the guest, until it goes on.

@@ -27,7 +27,7 @@ from typing import Protocol
 
 from vmbus.errors import GuestAddressError, QemuUnsuitable
 from vmbus.machine.io.addresses import address_of
-from vmbus.ports import PAGE_SIZE
+from vmbus.ports import PAGE_SIZE, NativeMemory
 
 Buffer = bytes | bytearray | memoryview
 
@@ -69,19 +69,6 @@ class RamRegion:
     @property
     def end(self) -> int:
         return self.gpa + self.size
-
-
-@dataclass(frozen=True, slots=True)
-class NativeMemory:
-    """The same memory for compiled code: addresses in this process, 0 for what is not there."""
-
-    address: int
-    size: int
-    dirty: int
-    """A byte a page of the file."""
-    notes: int
-    """Of the gateway, a byte a guest page."""
-    note_pages: int
 
 
 class MappedPages:
@@ -360,7 +347,8 @@ class MappedMemory:
     def native(self) -> NativeMemory:
         """For compiled code, which answers for its stores as everything here does."""
         notes, note_pages = (0, 0) if self._code_pages is None else self._code_pages.native()
-        return NativeMemory(self.address, len(self._ram), address_of(self.dirty), notes, note_pages)
+        regions = tuple((region.gpa, region.size, region.offset) for region in self.regions)
+        return NativeMemory(self.address, len(self._ram), address_of(self.dirty), notes, note_pages, regions)
 
     def filled_by_kernel(self, ranges: Sequence[tuple[int, int]]) -> None:
         """``(gpa, length)``, each within a page, were stored and logged: see to code, and tell ``filled``."""

@@ -36,6 +36,9 @@ SHORT_PACKET_SIZE = 48
 HEADER_SIZE = 12
 CDB_SIZE = 16
 SENSE_SIZE = 20
+MAX_TARGETS = 2
+MAX_LUNS = 64
+"""Places of a controller: what Linux's driver scans, targets 0 and 1, and LUNs 0 to 63 of each."""
 
 
 class Operation(enum.IntEnum):

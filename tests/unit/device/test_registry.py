@@ -23,6 +23,7 @@ from vmbus.errors import DeviceError, UsageError
 from vmbus_devices.echo import Echo
 from vmbus_devices.heartbeat import Heartbeat
 from vmbus_devices.scsi import Scsi
+from vmbus_devices.scsi.fast.build import LIBRARY
 from vmbus_devices.shutdown import Shutdown
 from vmbus_devices.timesync import TimeSync
 
@@ -230,3 +231,33 @@ def test_parameters_without_help_are_no_options() -> None:
 def test_escaped_text_comes_back(name: str, values: dict[str, str]) -> None:
     text = name + "".join(f",{key}={value.replace(',', ',,')}" for key, value in values.items())
     assert split_device(text) == (name, values)
+
+
+# --- compiled code ---
+
+
+class Compiled(Sample):
+    """A device with a library of its own."""
+
+    native_libraries = (LIBRARY,)
+
+
+def test_setup_finds_the_libraries_of_installed_devices_each_once() -> None:
+    found = Registry(
+        [
+            EntryPoint("compiled", f"{__name__}:Compiled", GROUP),
+            EntryPoint("scsi", "vmbus_devices.scsi:Scsi", GROUP),
+            EntryPoint("sample", f"{__name__}:Sample", GROUP),
+        ]
+    )
+    assert found.native_libraries() == [LIBRARY]
+    assert LIBRARY.name_in_reports == "fast path"
+    assert LIBRARY in Registry().native_libraries()
+
+
+def test_a_device_that_does_not_load_has_no_libraries_and_is_named_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broken = EntryPoint("broken", "vmbus_devices.nowhere:Nothing", GROUP)
+    assert Registry([broken]).native_libraries() == []
+    assert "broken" in caplog.text

@@ -9,9 +9,10 @@ from typing import Any, Self
 
 import pytest
 from vmbus.machine.io.addresses import address_of
-from vmbus.machine.io.fastpath import CompiledFastPath
+from vmbus.machine.io.engines import NativeEngines
 from vmbus.machine.memory import MappedMemory, RamRegion
 from vmbus_devices.scsi import Scsi
+from vmbus_devices.scsi.fast.path import FastPath
 
 from tests.unit.scsi.scsi_guest import ScsiGuest
 
@@ -89,11 +90,12 @@ class FastGuest(ScsiGuest):
         memory = MappedMemory(
             memoryview(mmap.mmap(-1, RAM)), regions, code_pages=self.notes, through=self.through
         )
-        path = CompiledFastPath.open(self.loop, memory, lambda: None)  # type: ignore[arg-type]
+        engines = NativeEngines(self.loop, memory, lambda: None)
+        path = engines.engine(FastPath.open)
         if path is None:
             pytest.skip("no compiler, or no io_uring for us")
         self.path = path
-        super().__init__(device, memory=memory, fast_path=path, **options)
+        super().__init__(device, memory=memory, native=engines, **options)
         self.open()
         self.negotiate()
 

@@ -63,9 +63,9 @@ static uint32_t reap(struct fastpath *path, uint64_t *answers, uint64_t *returne
     uint32_t count = fastpath_wait(path, NULL, 0);
 
     for (uint32_t i = 0; i < count; i++) {
-        if (path->event[i].kind == EVENT_ANSWER)
+        if (path->shared.event[i].kind == EVENT_ANSWER)
             ++*answers;
-        else if (fastpath_packet(path, path->event[i].offset))
+        else if (fastpath_packet(path, path->shared.event[i].offset))
             ++*returned;
     }
     return count;
@@ -74,13 +74,13 @@ static uint32_t reap(struct fastpath *path, uint64_t *answers, uint64_t *returne
 /* Wait until no more than ``left`` are under way, as an event loop does. */
 static int drain(struct fastpath *path, uint32_t left, uint64_t *answers, uint64_t *returned)
 {
-    while (path->in_flight > left) {
-        struct pollfd event = {.fd = path->event_fd, .events = POLLIN};
+    while (path->shared.in_flight > left) {
+        struct pollfd event = {.fd = path->shared.event_fd, .events = POLLIN};
         uint64_t count;
         if (!fastpath_arm(path, 1)) {
             if (poll(&event, 1, 20000) <= 0)
                 return 0;
-            if (read(path->event_fd, &count, sizeof(count)) < 0)
+            if (read(path->shared.event_fd, &count, sizeof(count)) < 0)
                 return 0;
         }
         fastpath_arm(path, 0);
@@ -103,17 +103,17 @@ int main(int argc, char **argv)
     if (made < 0 || fd < 0 || ftruncate(made, BLOCKS * 512) < 0)
         return 1;
     close(made);
-    path->ram = malloc(RAM);
-    memset(path->ram, 0, RAM);
-    path->ram_size = RAM;
-    path->dirty = calloc(1, RAM >> 12);
-    path->notes = calloc(1, RAM >> 12);
-    path->note_pages = RAM >> 12;
-    path->region_count = 2;
-    path->region[0] = (struct region){0, HOLE, 0};
-    path->region[1] = (struct region){HIGH, HIGH + RAM - HOLE, (int64_t)HOLE - HIGH};
+    path->shared.ram = malloc(RAM);
+    memset(path->shared.ram, 0, RAM);
+    path->shared.ram_size = RAM;
+    path->shared.dirty = calloc(1, RAM >> 12);
+    path->shared.notes = calloc(1, RAM >> 12);
+    path->shared.note_pages = RAM >> 12;
+    path->shared.region_count = 2;
+    path->shared.region[0] = (struct region){0, HOLE, 0};
+    path->shared.region[1] = (struct region){HIGH, HIGH + RAM - HOLE, (int64_t)HOLE - HIGH};
     for (int i = 0; i < 2; i++)
-        path->unit[i] = (struct unit){.fd = i ? fd : -1,
+        path->shared.unit[i] = (struct unit){.fd = i ? fd : -1,
                                       .flags = UNIT_READS | UNIT_WRITES | (i ? 0 : UNIT_NULL),
                                       .blocks = BLOCKS,
                                       .block_shift = 9,
@@ -145,20 +145,20 @@ int main(int argc, char **argv)
         free(copy);
         if (fastpath_submit(path) < 0)
             return 1;
-        path->notes[next() % (RAM >> 12)] = 1;
+        path->shared.notes[next() % (RAM >> 12)] = 1;
         if (next() % 4 == 0)
             reap(path, &answers, &returned);
-        if (path->in_flight > MAX_SLOTS / 2 && !drain(path, MAX_SLOTS / 4, &answers, &returned))
+        if (path->shared.in_flight > MAX_SLOTS / 2 && !drain(path, MAX_SLOTS / 4, &answers, &returned))
             return 1;
     }
     if (!drain(path, 0, &answers, &returned))
         return 1;
     printf("{\"taken\": %llu, \"answers\": %llu, \"returned\": %llu, \"in_flight\": %u, \"depth\": %u}\n",
-           (unsigned long long)taken, (unsigned long long)answers, (unsigned long long)returned, path->in_flight,
-           path->unit[0].depth + path->unit[1].depth);
-    free(path->ram);
-    free(path->dirty);
-    free(path->notes);
+           (unsigned long long)taken, (unsigned long long)answers, (unsigned long long)returned,
+           path->shared.in_flight, path->shared.unit[0].depth + path->shared.unit[1].depth);
+    free(path->shared.ram);
+    free(path->shared.dirty);
+    free(path->shared.notes);
     close(fd);
     fastpath_close(path);
     return 0;

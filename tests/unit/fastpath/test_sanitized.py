@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from vmbus import native
 from vmbus.errors import MissingRequirement
-from vmbus.machine import native
-from vmbus.machine.io import fastpath_build
+from vmbus_devices.scsi.fast.build import SOURCE, layout
 
 HERE = Path(__file__).parent
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
@@ -18,7 +18,7 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g",
 @pytest.fixture(scope="session")
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fastpath")
-    (folder / "layout.h").write_text(fastpath_build.layout())
+    (folder / "layout.h").write_text(layout())
     try:
         command = native.compiler()
     except MissingRequirement as error:
@@ -30,9 +30,9 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-Wextra",
         "-Werror",
         f"-I{folder}",
-        f"-I{fastpath_build.SOURCE}",
+        f"-I{SOURCE}",
     )
-    sources = [str(path) for path in sorted(fastpath_build.SOURCE.glob("*.c"))]
+    sources = [str(path) for path in sorted(SOURCE.glob("*.c"))]
     target = folder / "harness"
     line = [command, *flags, *SANITIZERS, "-o", str(target), str(HERE / "harness.c"), *sources, "-lm"]
     subprocess.run(line, check=True)

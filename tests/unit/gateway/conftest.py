@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from vmbus import native
 from vmbus.errors import MissingRequirement
-from vmbus.machine import native
 from vmbus.machine.gateway import build as gateway_build
 
 from tests.unit.gateway.gateway_harness import Harness

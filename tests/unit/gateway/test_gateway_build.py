@@ -6,8 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from vmbus import native
 from vmbus.errors import MissingRequirement
-from vmbus.machine import native
 from vmbus.machine.gateway import build as gateway_build
 
 

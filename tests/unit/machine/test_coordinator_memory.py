@@ -201,7 +201,7 @@ def followed(cancel_at: int | None = None) -> Qemu:
     qemu = Qemu(cancel_at)
     host = host_of(qemu.memory)
     host.qtest = host.qmp = qemu
-    host.workers = SimpleNamespace(settle=qemu.settle, fast_path=None)
+    host.workers = SimpleNamespace(settle=qemu.settle, engines=None)
     host.clock = SimpleNamespace(stop=lambda: None)
     host.gateway = SimpleNamespace(unclaimed=list)
     host.background = qemu.background

@@ -114,7 +114,7 @@ def test_video_memory_is_not_marked(memory: MappedMemory) -> None:
 
 def test_a_buffer_is_marked_inside_of_what_was_stored(memory: MappedMemory) -> None:
     marks = Marks()
-    early = DirtyPageTracker(memory, marks, SimpleNamespace(fast_path=None))  # type: ignore[arg-type]
+    early = DirtyPageTracker(memory, marks, SimpleNamespace(engines=None))  # type: ignore[arg-type]
     early.begin()
     views = memory.writable([(0x64000 + 100, 8000), (0x70000, 4096)])
     for view in views.views:
@@ -159,8 +159,8 @@ def test_what_the_kernel_stored_is_marked_too_and_its_code_dropped() -> None:
     )
     marks = Marks()
     told: list[bool] = []
-    fast_path = SimpleNamespace(tell_ranges=told.append)
-    early = DirtyPageTracker(memory, marks, SimpleNamespace(fast_path=fast_path))  # type: ignore[arg-type]
+    engines = SimpleNamespace(report_ranges=told.append)
+    early = DirtyPageTracker(memory, marks, SimpleNamespace(engines=engines))  # type: ignore[arg-type]
     early.begin()
     early.begin()
     memory.dirty[0x64] = memory.dirty[0x65] = 1

@@ -154,7 +154,7 @@ def test_a_write_larger_than_the_socket_takes_does_not_block_who_asks(server: Se
 def test_flags_and_lengths_of_everything_else(server: Server, opened: Open) -> None:
     backend = opened(server)
     server.seen.clear()
-    backend.write(0, [memoryview(bytes(512))], through=True)
+    backend.write(0, [memoryview(bytes(512))], fua=True)
     backend.flush()
     backend.discard(512, 1024)
     backend.write_zeroes(0, 4096, unmap=False)
@@ -176,7 +176,7 @@ def test_what_a_server_cannot_do_is_done_another_way(server: Server, opened: Ope
     backend = opened(server)
     assert (backend.can_discard, backend.write_cache, backend.client.connections) == (False, True, 1)
     server.seen.clear()
-    backend.write(0, [memoryview(b"x" * 512)], through=True)
+    backend.write(0, [memoryview(b"x" * 512)], fua=True)
     backend.write_zeroes(0, 512, unmap=True)
     assert backend.extents(0, 8192) == [(0, 8192, True)]
     assert server.seen == [(WRITE, 0, 0, 512), (FLUSH_COMMAND, 0, 0, 0), (WRITE, 0, 0, 512)]
@@ -198,7 +198,7 @@ def test_cache_modes(server: Server, opened: Open, cache: Cache, seen: list[tupl
     backend = opened(server, cache=cache)
     server.seen.clear()
     backend.write(0, [memoryview(bytes(512))])
-    backend.write(0, [memoryview(bytes(512))], through=True)
+    backend.write(0, [memoryview(bytes(512))], fua=True)
     backend.flush()
     assert [each[:2] for each in server.seen] == seen
     assert backend.write_cache == (cache is not Cache.WRITETHROUGH)

@@ -9,7 +9,7 @@ from typing import Any
 from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.bus.io.device import DeviceEnvironment
 from vmbus.bus.offers import Offer
-from vmbus.ports import PAGE_SIZE, FastPath
+from vmbus.ports import PAGE_SIZE, NativeServices
 from vmbus.testing.fakes import FakeMemory
 from vmbus.testing.loopback import COMPLETION, FakeChannel, GuestPacket, LoopbackGuest, RingReader, RingWriter
 from vmbus_devices.scsi import Scsi
@@ -94,7 +94,7 @@ class ScsiGuest(LoopbackGuest):
         *,
         offers: bool = False,
         memory: Any = None,
-        fast_path: FastPath | None = None,
+        native: NativeServices | None = None,
         **options: Any,
     ) -> None:
         super().__init__(device, ring_pages=8, memory=memory or FakeMemory(8 << 20), start=False, **options)
@@ -108,7 +108,7 @@ class ScsiGuest(LoopbackGuest):
                 self.timers.now,
                 self.offers if offers else None,
                 self.workers,
-                fast_path,
+                native,
                 self.stops.append,
             )
         )

@@ -183,8 +183,8 @@ class Journal(MemoryBackend):
     def read(self, offset: int, views: Sequence[memoryview]) -> None:
         self._note("read", offset, sum(map(len, views)))
 
-    def write(self, offset: int, views: Sequence[memoryview], *, through: bool = False) -> None:
-        self._note("write", offset, sum(map(len, views)), through)
+    def write(self, offset: int, views: Sequence[memoryview], *, fua: bool = False) -> None:
+        self._note("write", offset, sum(map(len, views)), fua)
 
     def flush(self) -> None:
         self._note("flush")
@@ -236,7 +236,7 @@ def test_memory_that_is_not_aligned_goes_through_a_buffer() -> None:
     seen: list[int] = []
     read, write = backend.read, backend.write
     backend.read = lambda offset, views: (seen.append(len(views)), read(offset, views))[1]  # type: ignore
-    backend.write = lambda offset, views, through=False: (seen.append(len(views)), write(offset, views))[1]  # type: ignore
+    backend.write = lambda offset, views, fua=False: (seen.append(len(views)), write(offset, views))[1]  # type: ignore
     guest = ready(Disk(backend, "direct"))
     data = bytes(range(256)) * 32
     assert guest.write(4, data, offset=100).good

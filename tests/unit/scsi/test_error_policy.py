@@ -32,9 +32,9 @@ class Failing(MemoryBackend):
         self.check()
         super().read(offset, views)
 
-    def write(self, offset: int, views: Sequence[memoryview], *, through: bool = False) -> None:
+    def write(self, offset: int, views: Sequence[memoryview], *, fua: bool = False) -> None:
         self.check()
-        super().write(offset, views, through=through)
+        super().write(offset, views, fua=fua)
 
     def discard(self, offset: int, length: int) -> None:
         self.check()

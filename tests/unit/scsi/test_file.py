@@ -35,7 +35,7 @@ def aligned(data: bytes) -> memoryview:
 def test_every_cache_mode_keeps_what_was_written(image: Path, cache: Cache) -> None:
     backend = FileBackend(image, cache=cache)
     data = os.urandom(8192)
-    backend.write(4096, [aligned(data[:4096]), aligned(data[4096:])], through=True)
+    backend.write(4096, [aligned(data[:4096]), aligned(data[4096:])], fua=True)
     backend.flush()
     back = [aligned(bytes(4096)), aligned(bytes(4096))]
     backend.read(4096, back)

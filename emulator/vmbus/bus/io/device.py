@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vmbus.errors import DeviceError, GuestError
-from vmbus.ports import FastPath, GuestMemory, Timers, Workers
+from vmbus.ports import GuestMemory, NativeServices, Timers, Workers
 from vmbus.wire.packet import Packet
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from vmbus.bus.channel.gpadl import Gpadl
     from vmbus.bus.io.channel_io import ChannelIo
     from vmbus.bus.offers import Offer
+    from vmbus.native import NativeLibrary
 
 
 class Offers(Protocol):
@@ -104,8 +105,8 @@ class DeviceEnvironment:
     """``None`` where no sub-channels can be offered."""
     workers: Workers = field(default_factory=InlineWorkers)
     """Threads for what blocks."""
-    fast_path: FastPath | None = None
-    """Compiled code for plain reads and writes, where there is one."""
+    native: NativeServices | None = None
+    """For compiled code of the device; ``None`` where guest memory has no address in this process."""
     stop_guest: Callable[[str], None] | None = None
     """Stop the guest's processors, for the reason given, until somebody lets it go on (:meth:`Device.guest_resumed`).
     ``None`` where that cannot be done."""
@@ -130,6 +131,9 @@ class Device(ABC):
 
     See :mod:`vmbus.bus.io.polling`. Worth setting where a guest usually takes longer to come back.
     """
+
+    native_libraries: ClassVar[Sequence[NativeLibrary]] = ()
+    """What `vmbus setup` compiles for this device, and `vmbus doctor` reports."""
 
     line: str = ""
     """What stood after ``--device``; empty for a device that code has made."""

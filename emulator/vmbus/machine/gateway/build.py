@@ -1,10 +1,10 @@
-"""The trap gateway, compiled (:mod:`vmbus.machine.native`)."""
+"""The trap gateway, compiled (:mod:`vmbus.native`)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from vmbus.machine.native import NativeLibrary
+from vmbus.native import NativeLibrary
 
 SOURCE = Path(__file__).with_name("plugin")
 LIBRARY = NativeLibrary("vmbus-gateway", "the trap gateway", SOURCE)

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from vmbus.machine.io.fastpath import CompiledFastPath
+from vmbus.machine.io.engines import NativeEngines
 from vmbus.machine.io.uring import Uring
 
 _logger = logging.getLogger(__name__)
@@ -47,13 +47,13 @@ class WorkerThreads:
         self._settled: asyncio.Event | None = None
         self._uring: Uring | None = None
         self._uring_tried = False
-        #: Compiled code whose transfers are work too.
-        self.fast_path: CompiledFastPath | None = None
+        self.engines: NativeEngines | None = None
+        """Compiled code whose transfers are work too."""
 
     @property
     def unfinished(self) -> int:
         """Pieces of work whose ``done`` was not called yet."""
-        return self._unfinished + (self.fast_path.in_flight if self.fast_path else 0)
+        return self._unfinished + (self.engines.in_flight if self.engines else 0)
 
     def run(self, work: Work, done: Done, /) -> None:
         self._unfinished += 1
@@ -178,6 +178,6 @@ class WorkerThreads:
         if self._uring is not None:
             self._uring.close()
             self._uring = None
-        if self.fast_path is not None:
-            self.fast_path.close()
-            self.fast_path = None
+        if self.engines is not None:
+            self.engines.close()
+            self.engines = None

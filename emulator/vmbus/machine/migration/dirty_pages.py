@@ -82,8 +82,8 @@ class DirtyPageTracker:
             self._tell(False)
 
     def _tell(self, on: bool) -> None:
-        if self._workers.fast_path is not None:
-            self._workers.fast_path.tell_ranges(on)
+        if self._workers.engines is not None:
+            self._workers.engines.report_ranges(on)
 
     def _filled(self, stored: Sequence[tuple[int, int]]) -> None:
         memory = self._memory

@@ -1,25 +1,36 @@
-"""The fast path, compiled, with a header of layouts that is made from the declarations in ``wire``."""
+"""The fast path's C sources as a library, with a header made from the declarations of packets and structures."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from vmbus.machine.native import FLAGS, NativeLibrary
+from vmbus.native import FLAGS, NativeLibrary
 from vmbus.wire import packet, scsi, storvsp
 from vmbus.wire.gateway import offset_of
 from vmbus.wire.packet import PacketType
+from vmbus.wire.scsi import Opcode
 from vmbus.wire.storvsp import Direction, Operation, SrbStatus
 
-SOURCE = Path(__file__).parents[2] / "fastpath"
+from vmbus_devices.scsi.fast import shared
 
-MAX_TARGETS = 2
-MAX_LUNS = 64
-"""Places that the table of units has; what is beyond takes the ordinary way."""
+SOURCE = Path(__file__).parent
+
+_OPCODES = (
+    Opcode.READ_6,
+    Opcode.READ_10,
+    Opcode.READ_12,
+    Opcode.READ_16,
+    Opcode.WRITE_6,
+    Opcode.WRITE_10,
+    Opcode.WRITE_12,
+    Opcode.WRITE_16,
+)
 
 
 def layout() -> str:
-    """``layout.h``."""
-    values = {
+    """Return the text of ``layout.h``: constants, offsets of the packets' fields, and the shared structures."""
+    values: dict[str, int] = {
+        **shared.CONSTANTS,
         "DESCRIPTOR_SIZE": packet.DESCRIPTOR_SIZE,
         "TRAILER_SIZE": packet.TRAILER_SIZE,
         "GPA_DIRECT_HEADER_SIZE": packet.GPA_DIRECT_HEADER.sizeof(),
@@ -37,8 +48,9 @@ def layout() -> str:
         "DIRECTION_IN": Direction.IN,
         "CDB_FUA": scsi.FUA,
         "CDB_PROTECT": scsi.PROTECT,
-        "MAX_TARGETS": MAX_TARGETS,
-        "MAX_LUNS": MAX_LUNS,
+        "MAX_TARGETS": storvsp.MAX_TARGETS,
+        "MAX_LUNS": storvsp.MAX_LUNS,
+        **{f"OPCODE_{opcode.name}": opcode for opcode in _OPCODES},
     }
     for declaration, prefix in (
         (packet.DESCRIPTOR, "DESCRIPTOR"),
@@ -48,8 +60,22 @@ def layout() -> str:
     ):
         for field in declaration.subcons:
             values[f"{prefix}_{field.name.upper()}"] = offset_of(declaration, field.name)
-    lines = [f"#define {name} {int(value)}" for name, value in values.items()]
-    return "\n".join(["/* Made from the declarations in emulator/vmbus/wire. */", *lines, ""])
+    return "\n".join(
+        [
+            "/* Generated from the declarations in vmbus.wire and vmbus_devices.scsi.fast.shared. */",
+            "#ifndef LAYOUT_H",
+            "#define LAYOUT_H",
+            "",
+            "#include <stddef.h>",
+            "#include <stdint.h>",
+            "",
+            *[f"#define {name} {int(value)}" for name, value in values.items()],
+            "",
+            shared.declarations(),
+            "#endif",
+            "",
+        ]
+    )
 
 
 LIBRARY = NativeLibrary(

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* An io_uring of our own (io_uring(7)), without a library. */
+/* An io_uring (io_uring(7)) through its system calls, without liburing. */
 #include <errno.h>
 #include <linux/io_uring.h>
 #include <string.h>
@@ -19,7 +19,7 @@ int uring_open(struct uring *ring)
     memset(&params, 0, sizeof(params));
     memset(ring, 0, sizeof(*ring));
     ring->event_fd = -1;
-    /* Completions wait until they are looked for, instead of interrupting this thread one by one (Linux 6.1). */
+    /* Completions wait until they are collected, instead of interrupting this thread one by one (Linux 6.1). */
     params.flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG;
     ring->fd = (int)syscall(SYS_io_uring_setup, MAX_SLOTS, &params);
     if (ring->fd < 0) {
@@ -74,7 +74,7 @@ void uring_close(struct uring *ring)
     close(ring->fd);
 }
 
-/* Put a transfer in line; 0 if there is no room. */
+/* Queue a transfer; return 0 if the queue is full. */
 int uring_put(struct uring *ring, const struct slot *slot, uint32_t number, const struct unit *unit, uint64_t offset,
               uint32_t flags)
 {
@@ -100,21 +100,21 @@ int uring_put(struct uring *ring, const struct slot *slot, uint32_t number, cons
     return 1;
 }
 
-/* Whether completions can be had: they are in the ring, or would be if the kernel was asked. */
+/* Return whether completions are in the ring, or would be after uring_collect(). */
 int uring_ready(const struct uring *ring)
 {
     return *ring->cq_head != __atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE) ||
            (__atomic_load_n(ring->sq_flags, __ATOMIC_RELAXED) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW));
 }
 
-/* Have completions that wait put into the ring. */
+/* Have the kernel put outstanding completions into the ring. */
 void uring_collect(const struct uring *ring)
 {
     if (__atomic_load_n(ring->sq_flags, __ATOMIC_RELAXED) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW))
         syscall(SYS_io_uring_enter, ring->fd, 0, 0, IORING_ENTER_GETEVENTS, NULL, 0);
 }
 
-/* Hand what is in line to the kernel. What it did not take, or minus an errno that is not "try again". */
+/* Pass queued transfers to the kernel. Return the number left over, or a negative errno other than "try again". */
 EXPORT int fastpath_submit(struct fastpath *path)
 {
     struct uring *ring = &path->uring;

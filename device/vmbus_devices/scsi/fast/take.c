@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* From packets to transfers: what is checked here, and in which order, is what Python checks for the same packet. */
+/* From packets to transfers. The checks and their order are those of the Python code for the same packet. */
 #include <string.h>
 
 #include "fastpath.h"
@@ -40,35 +40,35 @@ static uint64_t big(const uint8_t *at, int bytes)
 }
 
 struct command {
-    int is_write, through;
+    int is_write, fua;
     uint64_t lba, blocks;
 };
 
-/* A READ or WRITE without protection information; 0 for anything else. */
+/* Parse a READ or WRITE without protection information; return 0 for anything else. */
 static int parse_command(const uint8_t *cdb, struct command *command)
 {
     uint8_t flags = 0;
 
     switch (cdb[0]) {
-    case 0x08:
-    case 0x0a:
+    case OPCODE_READ_6:
+    case OPCODE_WRITE_6:
         command->lba = big(cdb + 1, 3) & 0x1fffff;
         command->blocks = cdb[4] ? cdb[4] : 256;
         break;
-    case 0x28:
-    case 0x2a:
+    case OPCODE_READ_10:
+    case OPCODE_WRITE_10:
         flags = cdb[1];
         command->lba = big(cdb + 2, 4);
         command->blocks = big(cdb + 7, 2);
         break;
-    case 0xa8:
-    case 0xaa:
+    case OPCODE_READ_12:
+    case OPCODE_WRITE_12:
         flags = cdb[1];
         command->lba = big(cdb + 2, 4);
         command->blocks = big(cdb + 6, 4);
         break;
-    case 0x88:
-    case 0x8a:
+    case OPCODE_READ_16:
+    case OPCODE_WRITE_16:
         flags = cdb[1];
         command->lba = big(cdb + 2, 8);
         command->blocks = big(cdb + 10, 4);
@@ -76,28 +76,28 @@ static int parse_command(const uint8_t *cdb, struct command *command)
     default:
         return 0;
     }
-    command->is_write = (cdb[0] & 2) != 0;
-    command->through = (flags & CDB_FUA) != 0;
+    command->is_write = (cdb[0] & 2) != 0; /* in every group of opcodes */
+    command->fua = (flags & CDB_FUA) != 0;
     return !(flags & CDB_PROTECT) && command->blocks != 0;
 }
 
-/* Where guest page ``pfn`` lies in the file of guest RAM; 0 if it is no RAM. */
+/* Find the offset of guest page ``pfn`` in the file of guest RAM; return 0 if the page is not RAM. */
 static int locate(const struct fastpath *path, uint64_t pfn, uint64_t *offset)
 {
     if (pfn >> (64 - PAGE_SHIFT))
         return 0;
     uint64_t gpa = pfn << PAGE_SHIFT;
-    for (uint32_t i = 0; i < path->region_count; i++) {
-        const struct region *region = &path->region[i];
+    for (uint32_t i = 0; i < path->shared.region_count; i++) {
+        const struct region *region = &path->shared.region[i];
         if (gpa >= region->start && gpa < region->end && region->end - gpa >= PAGE) {
             *offset = gpa + (uint64_t)region->delta;
-            return *offset + PAGE <= path->ram_size;
+            return *offset + PAGE <= path->shared.ram_size;
         }
     }
     return 0;
 }
 
-/* The first slot->length bytes of the range, as runs of the file of guest RAM. */
+/* Fill slot->piece and slot->iov with the first slot->length bytes of the range; return 0 if that is not possible. */
 static int gather(const struct fastpath *path, struct slot *slot, const uint8_t *pfns, uint32_t inside,
                   uint32_t mask)
 {
@@ -122,12 +122,12 @@ static int gather(const struct fastpath *path, struct slot *slot, const uint8_t 
         const struct piece *piece = &slot->piece[i];
         if ((piece->offset | piece->length) & mask)
             return 0;
-        slot->iov[i] = (struct iovec){path->ram + piece->offset, piece->length};
+        slot->iov[i] = (struct iovec){path->shared.ram + piece->offset, piece->length};
     }
     return 1;
 }
 
-/* One packet of ``size`` bytes without trailer; 1 if it is under way. */
+/* Start the request in a packet of ``size`` bytes without trailer; return 0 if Python has to process the packet. */
 static int take_one(struct fastpath *path, uint32_t channel, const int16_t *units, const uint8_t *packet,
                     uint32_t size)
 {
@@ -156,7 +156,7 @@ static int take_one(struct fastpath *path, uint32_t channel, const int16_t *unit
     int16_t number = units[request[REQUEST_TARGET] * MAX_LUNS + request[REQUEST_LUN]];
     if (number < 0 || number >= MAX_UNITS)
         return 0;
-    struct unit *unit = &path->unit[number];
+    struct unit *unit = &path->shared.unit[number];
     struct command command;
     if (!parse_command(request + REQUEST_CDB, &command) ||
         !(unit->flags & (command.is_write ? UNIT_WRITES : UNIT_READS)) ||
@@ -190,21 +190,21 @@ static int take_one(struct fastpath *path, uint32_t channel, const int16_t *unit
             return 0;
         path->waiting[path->waiting_count++] = place;
     } else if (!uring_put(&path->uring, slot, place, unit, command.lba << unit->block_shift,
-                          command.is_write && command.through ? unit->through_flags : 0)) {
+                          command.is_write && command.fua ? unit->fua_flags : 0)) {
         return 0;
     }
     path->first_free = slot->next_free;
     slot->in_use = 1;
-    path->in_flight++;
-    if (++unit->depth > unit->most_depth)
-        unit->most_depth = unit->depth;
+    path->shared.in_flight++;
+    if (++unit->depth > unit->max_depth)
+        unit->max_depth = unit->depth;
     return 1;
 }
 
 /*
- * Take packets from ``at`` of a private copy of ``length`` bytes, of which the guest has committed ``known`` from there
- * on, ``limit`` at most and only until the first that is not plain. ``units``: target * MAX_LUNS + LUN to a unit's
- * number, or -1. How many; ``consumed``: their bytes, trailers included.
+ * Take packets from ``buffer + at``, a private copy of ``length`` bytes of which the guest has committed ``known`` from
+ * there on: ``limit`` at most, and only until the first that Python has to process. ``units``: target * MAX_LUNS + LUN
+ * to the number of a unit, or -1. Return the number of packets, and in ``consumed`` their bytes with trailers.
  */
 EXPORT uint32_t fastpath_take(struct fastpath *path, uint32_t channel, const int16_t *units, const uint8_t *buffer,
                               uint64_t length, uint64_t at, uint64_t known, uint32_t limit, uint64_t *consumed)

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* From transfers that are done to answers, or back to Python. */
+/* From completed transfers to completion packets, or back to Python. */
 #include <linux/io_uring.h>
 #include <math.h>
 #include <string.h>
@@ -19,17 +19,17 @@ static void put32(uint8_t *at, uint32_t value)
 }
 
 /*
- * The kernel stored into the pages of ``slot``: they are dirty, and where code was translated from them QEMU has to be
- * told. The order is that of GuestMemory: the store, a fence, then the look at the notes.
+ * Mark the pages of ``slot``, which the kernel stored into, as dirty, and record those from which QEMU translated code.
+ * The order is that of GuestMemory: the store, a fence, then the check of the notes.
  */
 static void stored(struct fastpath *path, const struct slot *slot)
 {
     for (uint32_t i = 0; i < slot->pieces; i++) {
         const struct piece *piece = &slot->piece[i];
         uint64_t first = piece->offset >> PAGE_SHIFT, last = (piece->offset + piece->length - 1) >> PAGE_SHIFT;
-        memset(path->dirty + first, 1, last - first + 1);
+        memset(path->shared.dirty + first, 1, last - first + 1);
     }
-    if (!path->notes)
+    if (!path->shared.notes)
         return;
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
     for (uint32_t i = 0; i < slot->pieces; i++) {
@@ -37,17 +37,17 @@ static void stored(struct fastpath *path, const struct slot *slot)
         for (uint64_t at = piece->offset, end = piece->offset + piece->length; at < end;) {
             uint64_t next = (at & ~(PAGE - 1)) + PAGE;
             uint64_t step = (next < end ? next : end) - at, gpa = 0;
-            for (uint32_t j = 0; j < path->region_count; j++) {
-                const struct region *region = &path->region[j];
+            for (uint32_t j = 0; j < path->shared.region_count; j++) {
+                const struct region *region = &path->shared.region[j];
                 uint64_t start = region->start + (uint64_t)region->delta;
                 if (at >= start && at - start < region->end - region->start)
                     gpa = at - (uint64_t)region->delta;
             }
             uint64_t page = gpa >> PAGE_SHIFT;
-            if (page >= path->note_pages || path->notes[page]) {
-                if (page < path->note_pages)
-                    path->notes[page] = 0;
-                path->noted[path->noted_ranges++] = (struct noted){gpa, step};
+            if (page >= path->shared.note_pages || path->shared.notes[page]) {
+                if (page < path->shared.note_pages)
+                    path->shared.notes[page] = 0;
+                path->shared.noted[path->shared.noted_ranges++] = (struct noted){gpa, step};
             }
             at += step;
         }
@@ -56,16 +56,16 @@ static void stored(struct fastpath *path, const struct slot *slot)
 
 static void count(struct fastpath *path, const struct slot *slot)
 {
-    struct unit *unit = &path->unit[slot->unit];
+    struct unit *unit = &path->shared.unit[slot->unit];
     uint64_t spent = now_ns() - slot->begun_ns;
 
     if (!spent)
         spent = 1;
-    if (!unit->least_ns || spent < unit->least_ns)
-        unit->least_ns = spent;
-    if (spent > unit->greatest_ns)
-        unit->greatest_ns = spent;
-    int bucket = (int)floor(log2((double)spent * 1e-9) * 4) + BUCKET_BIAS;
+    if (!unit->min_ns || spent < unit->min_ns)
+        unit->min_ns = spent;
+    if (spent > unit->max_ns)
+        unit->max_ns = spent;
+    int bucket = (int)floor(log2((double)spent * 1e-9) * BUCKETS_PER_OCTAVE) + BUCKET_BIAS;
     unit->buckets[bucket < 0 ? 0 : bucket >= MAX_BUCKETS ? MAX_BUCKETS - 1 : bucket]++;
     if (slot->is_write) {
         unit->writes++;
@@ -78,13 +78,13 @@ static void count(struct fastpath *path, const struct slot *slot)
 
 static void event(struct fastpath *path, const struct slot *slot, uint32_t kind, uint32_t offset, uint32_t length)
 {
-    path->event[path->events++] = (struct event){slot->channel, kind, offset, length};
+    path->shared.event[path->shared.events++] = (struct event){slot->channel, kind, offset, length};
 }
 
 static void answer(struct fastpath *path, const struct slot *slot)
 {
-    uint32_t offset = path->events * ANSWER_STRIDE;
-    uint8_t *packet = path->output + offset, *body = packet + DESCRIPTOR_SIZE;
+    uint32_t offset = path->shared.events * ANSWER_STRIDE;
+    uint8_t *packet = path->shared.output + offset, *body = packet + DESCRIPTOR_SIZE;
     uint32_t size = (DESCRIPTOR_SIZE + slot->answer_size + 7) & ~7u;
 
     memset(packet, 0, ANSWER_STRIDE);
@@ -111,32 +111,33 @@ static void done(struct fastpath *path, uint32_t number, int64_t result)
     struct slot *slot = &path->slot[number];
 
     if (result == slot->length) {
-        /* A unit without a file stores nothing. */
-        if (!slot->is_write && !(path->unit[slot->unit].flags & UNIT_NULL))
+        /* Nothing is stored for a unit without a file. */
+        if (!slot->is_write && !(path->shared.unit[slot->unit].flags & UNIT_NULL))
             stored(path, slot);
         count(path, slot);
         answer(path, slot);
     } else {
         if (!slot->is_write)
-            stored(path, slot); /* a part of it, perhaps */
-        event(path, slot, EVENT_GIVEN_BACK, number, slot->packet_size);
+            stored(path, slot); /* part of the data may have been stored */
+        event(path, slot, EVENT_RETURNED, number, slot->packet_size);
     }
-    path->unit[slot->unit].depth--;
-    path->in_flight--;
+    path->shared.unit[slot->unit].depth--;
+    path->shared.in_flight--;
     slot->in_use = 0;
     slot->next_free = path->first_free;
     path->first_free = number;
 }
 
-/* The packet of slot ``number``, which was given back. */
+/* Return the packet of slot ``number``, after an EVENT_RETURNED. */
 EXPORT const uint8_t *fastpath_packet(const struct fastpath *path, uint32_t number)
 {
     return path->slot[number < MAX_SLOTS ? number : 0].packet;
 }
 
 /*
- * Look what is done: path->event, as many as path->events says, and path->noted. A packet that is given back lies in
- * its slot (event.offset) until the next take(). Call again if it returns MAX_EVENTS.
+ * Report requests that have ended in shared.event, and ranges with translated code in shared.noted. Return the number
+ * of events; call again if it is MAX_EVENTS or if ranges were noted. The packet of an EVENT_RETURNED stays in its slot
+ * until the next fastpath_take().
  */
 EXPORT uint32_t fastpath_reap(struct fastpath *path)
 {
@@ -144,11 +145,11 @@ EXPORT uint32_t fastpath_reap(struct fastpath *path)
     uring_collect(ring);
     uint32_t head = *ring->cq_head, tail = __atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE);
 
-    path->events = path->noted_ranges = 0;
+    path->shared.events = path->shared.noted_ranges = 0;
     for (uint32_t i = 0; i < path->waiting_count; i++)
         done(path, path->waiting[i], path->slot[path->waiting[i]].length);
     path->waiting_count = 0;
-    while (head != tail && path->events < MAX_EVENTS && path->noted_ranges + MAX_PAGES < MAX_NOTED) {
+    while (head != tail && path->shared.events < MAX_EVENTS && path->shared.noted_ranges + MAX_PAGES < MAX_NOTED) {
         const struct io_uring_cqe *entry = (const struct io_uring_cqe *)ring->cqes + (head & ring->cq_mask);
         uint64_t number = entry->user_data;
         int32_t result = entry->res;
@@ -160,17 +161,22 @@ EXPORT uint32_t fastpath_reap(struct fastpath *path)
         done(path, (uint32_t)number, result);
     }
     __atomic_store_n(ring->cq_head, head, __ATOMIC_RELEASE);
-    return path->events;
+    return path->shared.events;
 }
 
 /*
- * reap(), but look for a while if nothing is done yet: for transfers where they usually do not take long, and where none
- * is under way for ``word``, the write index of a guest's ring, to be another than ``value`` (and with transfers for that
- * too).
+ * fastpath_reap(), after a short busy wait if nothing has ended yet: for a completion, where transfers usually end
+ * within spin_ns, and for ``word``, the write index of a guest's ring, to differ from ``value``. With no transfer under
+ * way the wait is for ``word`` alone, idle_spin_ns at most. ``word`` may be NULL.
  */
 EXPORT uint32_t fastpath_wait(struct fastpath *path, const uint32_t *word, uint32_t value)
 {
-    uint64_t spin = !path->in_flight ? path->idle_spin_ns : path->usual_ns < path->spin_ns ? path->spin_ns : 0;
+    uint64_t spin = 0;
+
+    if (!path->shared.in_flight)
+        spin = path->shared.idle_spin_ns;
+    else if (path->usual_ns < path->shared.spin_ns)
+        spin = path->shared.spin_ns;
 
     if (!path->waiting_count && spin) {
         uint64_t end = now_ns() + spin;
@@ -181,7 +187,7 @@ EXPORT uint32_t fastpath_wait(struct fastpath *path, const uint32_t *word, uint3
     return fastpath_reap(path);
 }
 
-/* Whether the event file descriptor tells of what is done. 1: something is done already. */
+/* Switch signals on the event file descriptor on or off. Return 1 if a transfer has ended already. */
 EXPORT uint32_t fastpath_arm(struct fastpath *path, uint32_t on)
 {
     struct uring *ring = &path->uring;

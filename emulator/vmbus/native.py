@@ -46,6 +46,11 @@ class NativeLibrary:
     generated: Mapping[str, str] = field(default_factory=dict)
     """More headers: name → text."""
 
+    @property
+    def name_in_reports(self) -> str:
+        """:attr:`what` without its article: "fast path"."""
+        return self.what.removeprefix("the ")
+
     def path(self, cache: Path | None = None) -> Path:
         """Where the library of this version is, or will be."""
         digest = hashlib.sha256(" ".join((*self.flags, *self.libraries)).encode())

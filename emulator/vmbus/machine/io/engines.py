@@ -1,0 +1,57 @@
+"""What devices with compiled code get of the machine, and the engines that they have opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from vmbus.ports import EngineT, EventLoop, NativeEngine, NativeGuestMemory, NativeServices
+
+
+class NativeEngines:
+    """:class:`~vmbus.ports.NativeServices` of one machine. ``ended`` is called when transfers have ended."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        memory: NativeGuestMemory,
+        ended: Callable[[], None],
+        *,
+        spare_processor: bool = True,
+    ) -> None:
+        self.loop = loop
+        self.memory = memory
+        self.spare_processor = spare_processor
+        self._ended = ended
+        self._engines: dict[Callable[[NativeServices], Any], NativeEngine | None] = {}
+        self._reports_ranges = False
+
+    def engine(self, open_engine: Callable[[NativeServices], EngineT | None], /) -> EngineT | None:
+        if open_engine not in self._engines:
+            opened = self._engines[open_engine] = open_engine(self)
+            if opened is not None and self._reports_ranges:
+                opened.report_ranges(True)
+        return cast("EngineT | None", self._engines[open_engine])
+
+    def transfers_ended(self) -> None:
+        self._ended()
+
+    @property
+    def in_flight(self) -> int:
+        """Transfers of all engines that have not ended."""
+        return sum([each.in_flight for each in self._opened()])
+
+    def report_ranges(self, on: bool) -> None:
+        """As :meth:`vmbus.ports.NativeEngine.report_ranges`, for engines opened now or later."""
+        self._reports_ranges = on
+        for each in self._opened():
+            each.report_ranges(on)
+
+    def close(self) -> None:
+        """Close all engines; no more can be opened usefully."""
+        for each in self._opened():
+            each.close()
+        self._engines.clear()
+
+    def _opened(self) -> list[NativeEngine]:
+        return [each for each in self._engines.values() if each is not None]

@@ -1,0 +1,95 @@
+"""Engines of devices with compiled code: one for each machine, counted as work, closed with it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, Self
+
+from vmbus.machine.io.engines import NativeEngines
+from vmbus.ports import NativeServices
+
+
+class Engine:
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self.calls: list[Any] = []
+
+    @classmethod
+    def open(cls, services: NativeServices) -> Self | None:
+        return cls()
+
+    @classmethod
+    def impossible(cls, services: NativeServices) -> Self | None:
+        return None
+
+    def report_ranges(self, on: bool) -> None:
+        self.calls.append(on)
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+class Other(Engine):
+    """Another device's."""
+
+
+def engines(ended: Any = None) -> NativeEngines:
+    nothing: Any = SimpleNamespace()
+    return NativeEngines(nothing, nothing, ended or (lambda: None))
+
+
+def test_devices_of_a_kind_share_one_engine() -> None:
+    opened = engines()
+    first = opened.engine(Engine.open)
+    assert first is not None
+    assert opened.engine(Engine.open) is first
+    assert opened.engine(Other.open) is not first
+
+
+def test_an_engine_that_cannot_be_opened_is_not_tried_again() -> None:
+    tries: list[NativeServices] = []
+
+    def refuse(services: NativeServices) -> Engine | None:
+        tries.append(services)
+        return None
+
+    opened = engines()
+    assert opened.engine(refuse) is None
+    assert opened.engine(refuse) is None
+    assert tries == [opened]
+    assert opened.in_flight == 0
+
+
+def test_transfers_of_all_engines_count() -> None:
+    opened = engines()
+    one, two = opened.engine(Engine.open), opened.engine(Other.open)
+    assert one is not None
+    assert two is not None
+    one.in_flight, two.in_flight = 2, 3
+    assert opened.in_flight == 5
+
+
+def test_ranges_are_reported_by_engines_opened_before_and_during_a_migration() -> None:
+    opened = engines()
+    before = opened.engine(Engine.open)
+    opened.report_ranges(True)
+    during = opened.engine(Other.open)
+    opened.report_ranges(False)
+    assert before is not None
+    assert during is not None
+    assert before.calls == [True, False]
+    assert during.calls == [True, False]
+
+
+def test_the_machine_hears_of_transfers_that_ended() -> None:
+    heard: list[bool] = []
+    engines(lambda: heard.append(True)).transfers_ended()
+    assert heard == [True]
+
+
+def test_all_engines_are_closed() -> None:
+    opened = engines()
+    both = [opened.engine(Engine.open), opened.engine(Other.open)]
+    opened.close()
+    assert [each.calls for each in both if each is not None] == [["close"], ["close"]]
+    assert opened.in_flight == 0
