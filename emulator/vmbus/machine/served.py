@@ -7,7 +7,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -29,10 +29,10 @@ class Served:
         """``commands``: what else the control socket answers."""
         self.host = host
         self.directory = directory
-        self._handlers: dict[str, Handler] = {"status": self._status, "stop": self._stop}
+        self.handlers: dict[str, Handler] = {"status": self._status, "stop": self._stop}
         for name, command in (commands or {}).items():
             self.add_command(name, command)
-        self._control = ControlServer(directory / "control.sock", self._handlers)
+        self._control = ControlServer(directory / "control.sock", _Commands(self))
 
     def add_command(self, name: str, command: HostCommand) -> None:
         """Let the control socket answer one more command."""
@@ -40,7 +40,7 @@ class Served:
         async def answer(request: Mapping[str, Any]) -> object:
             return await command(self.host, request)
 
-        self._handlers[name] = answer
+        self.handlers[name] = answer
 
     def replace(self, host: Host) -> None:
         """The guest has moved: ``host`` serves it from now on."""
@@ -81,6 +81,28 @@ class Served:
     async def _stop(self, request: Mapping[str, Any]) -> object:
         self.host.stop()
         return {}
+
+
+class _Commands(Mapping[str, Handler]):
+    """The commands of a control socket: those of ``served``, then those of the devices that it has at that time."""
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+
+    def _found(self) -> dict[str, Handler]:
+        commands: dict[str, Handler] = {}
+        for attached in reversed(self._served.host.devices):
+            commands |= attached.device.control_commands()
+        return commands | self._served.handlers
+
+    def __getitem__(self, name: str) -> Handler:
+        return self._found()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found())
+
+    def __len__(self) -> int:
+        return len(self._found())
 
 
 def status(host: Host, name: str) -> dict[str, Any]:

@@ -1,54 +1,92 @@
-"""The walk in docs/devices.md works as it stands."""
+"""docs/devices.md shows the package examples/adder as it is, and the package's own tests pass."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import textwrap
+import tomllib
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
-from vmbus.bus.io.device import Device
-from vmbus.devices.options import options_of
-from vmbus.devices.registry import Registry
-from vmbus.errors import DeviceError
+from vmbus.api import Registry, options_of
 from vmbus.wire import echo
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "devices.md"
+ROOT = Path(__file__).parents[3]
+DOCUMENT = ROOT / "docs" / "devices.md"
+ADDER = ROOT / "examples" / "adder"
 
 
-@pytest.fixture(scope="module")
-def names() -> dict[str, Any]:
-    blocks = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 4
-    namespace: dict[str, Any] = {"__name__": "walk"}
-    source = "\n".join(blocks).replace("from __future__ import annotations\n", "")
-    exec(compile(source, str(DOCUMENT), "exec", dont_inherit=True), namespace)
-    return namespace
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def test_the_test_of_the_walk_passes(names: dict[str, Any]) -> None:
-    names["test_adder"]()
+def without_blank_lines(text: str) -> str:
+    """Methods that are shown without their class are formatted as functions, two blank lines apart."""
+    return "".join(line for line in text.splitlines(keepends=True) if line.strip())
 
 
-def test_the_options_of_the_walk(names: dict[str, Any]) -> None:
-    assert [option.key for option in options_of(names["SavedAdder"])] == ["start"]
-    assert names["SavedAdder"](start=7).sum == 7
+@pytest.fixture
+def adder_tests(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(ADDER / "src")
+    spec = importlib.util.spec_from_file_location("adder_tests", ADDER / "tests" / "test_adder.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
 
 
-def test_the_state_of_the_walk(names: dict[str, Any]) -> None:
-    adder: Device = names["SavedAdder"](start=9)
-    later: Device = names["SavedAdder"]()
-    later.restore(adder.save())
-    assert later.status() == {"sum": 9}
-    with pytest.raises(DeviceError):
-        later.restore(adder.save()[:-1])
+@pytest.mark.parametrize("block", range(7))
+def test_what_the_tutorial_shows_is_in_the_package(block: int) -> None:
+    shown = blocks("python")
+    assert len(shown) == 7
+    files = [without_blank_lines(path.read_text()) for path in ADDER.rglob("*.py")]
+    text = without_blank_lines(shown[block])
+    assert any(form in file for form in (text, textwrap.indent(text, "    ")) for file in files), shown[block]
+
+
+def test_the_entry_point_of_the_tutorial_is_that_of_the_package() -> None:
+    [shown] = blocks("toml")
+    declared = tomllib.loads((ADDER / "pyproject.toml").read_text())
+    assert tomllib.loads(shown)["project"]["entry-points"] == declared["project"]["entry-points"]
+
+
+def every_case(module: ModuleType) -> Iterator[tuple[Callable[..., None], tuple[Any, ...]]]:
+    for name, test in vars(module).items():
+        if name.startswith("test_"):
+            marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+            for values in marks[0].args[1] if marks else [()]:
+                yield test, values
+
+
+def test_the_tests_of_the_package_pass(adder_tests: ModuleType) -> None:
+    cases = list(every_case(adder_tests))
+    assert len(cases) >= 6
+    for test, values in cases:
+        test(*values)
+
+
+def test_the_registry_makes_one_from_its_line(adder_tests: ModuleType) -> None:
+    entries = tomllib.loads((ADDER / "pyproject.toml").read_text())["project"]["entry-points"][
+        "vmbus.devices"
+    ]
+    registry = Registry([EntryPoint(name, value, "vmbus.devices") for name, value in entries.items()])
+    device = registry.create("adder,start=7,id=mine")
+    assert (device.name, device.status()) == ("mine", {"sum": 7})
 
 
 def test_guids_and_options_in_the_table_are_the_real_ones() -> None:
     text = DOCUMENT.read_text()
     assert str(echo.ECHO_INTERFACE) in text
     assert str(echo.ECHO_INSTANCE) in text
-    registry = Registry()
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    declared = pyproject["project"]["entry-points"]["vmbus.devices"]
+    registry = Registry([EntryPoint(name, value, "vmbus.devices") for name, value in declared.items()])
     for name in registry.names:
         row = next(line for line in text.splitlines() if line.startswith(f"| `{name}`"))
         assert set(re.findall(r"`(\w+)=", row)) == {option.key for option in options_of(registry.load(name))}

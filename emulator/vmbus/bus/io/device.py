@@ -31,7 +31,7 @@ from __future__ import annotations
 
 # ruff: noqa: B027 - most hooks are empty on purpose
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -46,6 +46,10 @@ if TYPE_CHECKING:
     from vmbus.bus.io.channel_io import ChannelIo
     from vmbus.bus.offers import Offer
     from vmbus.native import NativeLibrary
+
+
+ControlCommand = Callable[[Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
+"""Answers one command of the control socket: given the request's keys, it returns what JSON can hold."""
 
 
 class Offers(Protocol):
@@ -224,6 +228,15 @@ class Device(ABC):
 
     def status(self) -> dict[str, Any]:
         """What ``vmbus status`` shows: names and plain values."""
+        return {}
+
+    def control_commands(self) -> Mapping[str, ControlCommand]:
+        """Return the commands of the guest's control socket that this device answers, by name.
+
+        ``vmbus shutdown`` sends ``shutdown`` (keys ``action``: ``shutdown``, ``restart`` or ``hibernate``, and
+        ``force``) to the first device that has a command of that name, and expects ``result`` (text) and ``agreed``
+        (bool). Any other name is the device's own. A command raises :class:`~vmbus.errors.UserError` to refuse.
+        """
         return {}
 
     def save(self) -> bytes:

@@ -1,0 +1,1 @@
+"""A device for the VMBus host emulator: adds up what the guest sends."""
