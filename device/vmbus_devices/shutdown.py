@@ -17,11 +17,12 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import construct as c
+from vmbus.bus.io.device import ControlCommand
 from vmbus.devices.saved import SavedState
 from vmbus.errors import UsageError
 from vmbus.wire.codec import Record
@@ -153,6 +154,15 @@ class Shutdown(IntegrationComponent):
 
         self.shut_down(action, done, **details)
         return await answer
+
+    def control_commands(self) -> Mapping[str, ControlCommand]:
+        """Return ``shutdown``, which `vmbus shutdown` sends."""
+        return {"shutdown": self._shutdown_command}
+
+    async def _shutdown_command(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        action, force = str(request.get("action", "shutdown")), bool(request.get("force", False))
+        result = await self.ask(action, force=force)
+        return {"result": str(result), "agreed": result.outcome is ShutdownOutcome.OK}
 
     def ready(self) -> None:
         """Nothing is sent until somebody asks."""

@@ -17,13 +17,16 @@ while its commands are being worked on is given back to the guest when the last 
 
 from __future__ import annotations
 
+import asyncio
+import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vmbus.bus.io.device import Device, DeviceEnvironment
 from vmbus.bus.offers import Offer
-from vmbus.errors import GuestError, ProtocolError, UsageError
+from vmbus.devices.parts import Part
+from vmbus.errors import GuestError, ProtocolError, UsageError, UserError
 from vmbus.wire.offer import OfferFlags
 from vmbus.wire.packet import Packet
 from vmbus.wire.scsi import Opcode, ScsiStatus, Sense
@@ -65,6 +68,7 @@ NAMESPACE = uuid.UUID("5f5f8f0e-0d3c-4b57-b0a6-3f2f7a9c6a41")
 
 MAX_QUEUES = 8
 
+_PLACE = re.compile(r"(?:(\d+):)?(\d+)")
 _EXECUTE = int(Operation.EXECUTE_SRB)
 _RESETS = (Operation.RESET_LUN, Operation.RESET_ADAPTER, Operation.RESET_BUS)
 _SUCCESS = int(SrbStatus.SUCCESS)
@@ -182,6 +186,44 @@ class Controller(Device):
         if changed:
             self._enumerate()
         return changed
+
+    # --- vmbus.devices.parts.HasParts: what `vmbus device` calls ---
+
+    def parts(self) -> Mapping[str, Part]:
+        return {
+            part_name(place): Part(
+                type=unit.device_type.name.lower(),
+                line=self.line_of(place),
+                size=unit.blocks * unit.block_size,
+                status=unit.status(),
+            )
+            for place, unit in sorted(self.units.items())
+        }
+
+    def part_name(self, text: str) -> str | None:
+        place = _place(text)
+        return part_name(place) if place in self.units else None
+
+    def detach_part(self, name: str) -> None:
+        self.detach(*_place(name))
+
+    async def resize_part(self, name: str, size: int | None) -> None:
+        place = _place(name)
+        unit = self.units[place]
+        before = unit.blocks * unit.block_size
+        if size is None:
+            await asyncio.to_thread(unit.backend.look_again)
+        elif size < before:
+            raise UserError(f"{self.name}/{name} has {before} bytes, and a disk is never made smaller")
+        elif size % unit.block_size:
+            raise UserError(f"{size} bytes are no whole number of blocks of {unit.block_size}")
+        else:
+            await asyncio.to_thread(unit.backend.grow, size)
+        if self.units.get(place) is unit:
+            self.resize(*place)
+
+    def busy(self) -> bool:
+        return self._any_busy()
 
     def _enumerate(self) -> None:
         """Have the guest look for units that came or went."""
@@ -502,3 +544,14 @@ class Controller(Device):
                 raise
             except GuestError as error:
                 self.refused(io, packet, error)
+
+
+def part_name(place: tuple[int, int]) -> str:
+    """Return ``0:1`` for target 0, LUN 1."""
+    return f"{place[0]}:{place[1]}"
+
+
+def _place(text: str) -> tuple[int, int]:
+    """Return target and LUN of ``0:1`` or ``1`` (target 0); of anything else, a place that never has a unit."""
+    found = _PLACE.fullmatch(text)
+    return (int(found[1] or 0), int(found[2])) if found else (-1, -1)

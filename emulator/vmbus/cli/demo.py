@@ -13,13 +13,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO, TypeVar, cast
-
-from vmbus_devices.heartbeat import Heartbeat
-from vmbus_devices.shutdown import Shutdown
-from vmbus_devices.timesync import TimeSync
+from typing import Any, TextIO, cast
 
 from vmbus.bus.io.device import Device
+from vmbus.cli.devices import registry
 from vmbus.cli.options import DEFAULT_GUEST
 from vmbus.cli.run import guest_modules, make_image
 from vmbus.cli.status import channel_table
@@ -42,13 +39,15 @@ examples:
   vmbus demo --json | jq .heartbeat
 """
 
-#: The guest's battery clock says this at power-on, so that one can see the time being set.
+_DEVICES = ("heartbeat,interval=0", "shutdown", "timesync")
 _WRONG_TIME = "2001-02-03T04:05:06"
+"""What the guest's battery clock says at power-on, so that the time can be seen to change."""
+
 _BEATS = 2000
-_LIMIT = 180.0
+"""Heartbeats to wait for, each time."""
 
-
-_DeviceKind = TypeVar("_DeviceKind", bound=Device)
+_TIMEOUT = 180.0
+"""Seconds that any step may take."""
 
 
 def add_parser(verbs: Any) -> None:
@@ -65,10 +64,6 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--smp", type=int, default=2, metavar="N", help="vCPUs (default: 2)")
     parser.add_argument("--json", action="store_true", help="the results as one JSON object, nothing else")
     parser.set_defaults(action=main)
-
-
-def _devices() -> tuple[Device, ...]:
-    return Heartbeat(interval=0), Shutdown(), TimeSync()
 
 
 @dataclass
@@ -128,7 +123,7 @@ class Demo:
             f"booting an unmodified Linux {kernel.release} with {self.smp} vCPU{'s' if self.smp > 1 else ''} "
             f"in a stock QEMU {'.'.join(map(str, qemu.version))} (TCG)"
         )
-        devices = _devices()
+        devices = registry().create_all(_DEVICES)
         options = GuestOptions(
             kernel=kernel.vmlinuz,
             initrd=build_initramfs(
@@ -151,7 +146,7 @@ class Demo:
             memory_size=512 << 20,
             options=options,
             devices=devices,
-            new_devices=lambda lines: _devices(),
+            new_devices=registry().create_all,
         ) as guest:
             self.guest = guest
             self.serving = asyncio.ensure_future(guest.served.serve())
@@ -199,10 +194,10 @@ class Demo:
 
     def _heartbeat(self) -> dict[str, Any]:
         """The heartbeat device's figures, wherever the guest is now."""
-        return self._device(Heartbeat).status()
+        return self._device("heartbeat").status()
 
-    def _device(self, kind: type[_DeviceKind]) -> _DeviceKind:
-        return next(a.device for a in self.guest.host.devices if isinstance(a.device, kind))
+    def _device(self, name: str) -> Device:
+        return next(a.device for a in self.guest.host.devices if a.device.name == name)
 
     async def _more_beats(self, count: int) -> None:
         before = self._heartbeat()["answers"]
@@ -290,15 +285,14 @@ class Demo:
         return int(lines[-2].split()[0]) if len(lines) > 2 else 0
 
     async def _shut_down(self) -> None:
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._device(Shutdown).shut_down("shutdown", answer.set_result)
-        async with asyncio.timeout(_LIMIT):
-            result = await answer
+        shut_down = self._device("shutdown").control_commands()["shutdown"]
+        async with asyncio.timeout(_TIMEOUT):
+            result = (await shut_down({"action": "shutdown"}))["result"]
             self.screen.say(
                 f"  {self._at()}  shutdown asked for over its channel; the guest answers: {result}"
             )
             exit_reason = await self.serving
-        self.result["shutdown"] = {"answer": str(result), "ending": exit_reason.value}
+        self.result["shutdown"] = {"answer": result, "ending": exit_reason.value}
         if exit_reason is not ExitReason.POWERED_OFF:
             raise UserError(f"the guest did not power off: {exit_reason.value}")
         self.screen.say(f"  {self._at()}  the guest powered off")
@@ -331,7 +325,7 @@ class Demo:
     async def _until(
         self, condition: Callable[[], object], what: str, show: Callable[[], str] | None = None
     ) -> None:
-        end = time.monotonic() + _LIMIT
+        end = time.monotonic() + _TIMEOUT
         shown = 0.0
         while not condition():
             if self.serving.done() or time.monotonic() > end:

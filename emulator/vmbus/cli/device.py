@@ -10,15 +10,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from vmbus_devices.scsi.controller import Controller
-from vmbus_devices.scsi.drive import parse_size
-from vmbus_devices.scsi.unit import LogicalUnit
-
 from vmbus.bus.io.device import Device
 from vmbus.cli.devices import registry
 from vmbus.cli.table import table
 from vmbus.devices.joined import Joinable
-from vmbus.errors import UserError
+from vmbus.devices.parts import HasParts, Part
+from vmbus.errors import UsageError, UserError
 from vmbus.machine import rundir
 from vmbus.machine.control import ask
 from vmbus.machine.host import AttachedDevice, Host
@@ -39,11 +36,16 @@ The guest is told, and nothing is asked of it: unmount a disk before you remove 
 the guest moves (`vmbus migrate NAME`); for a target of your own give `vmbus run --incoming` the same devices.
 """
 
-_DISK = re.compile(r"(.+)/(?:(\d+):)?(\d+)")
-QUIET = 0.5
-"""Seconds without a request after which a guest is done with a controller that has no disks any more."""
-WITHDRAW_LIMIT = 10.0
-LIMIT = 120.0
+_SIZE = re.compile(r"(\d+)([KMGT]?)", re.IGNORECASE)
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+QUIET_PERIOD = 0.5
+"""Seconds without a request after which the guest has finished with a device whose parts were all detached."""
+
+WITHDRAW_TIMEOUT = 10.0
+"""Seconds to wait for that."""
+
+CONTROL_TIMEOUT = 120.0
 """Seconds that opening or resizing an image may take."""
 
 
@@ -88,11 +90,12 @@ def main(arguments: argparse.Namespace) -> int:
         request["device"] = arguments.device
     if action == "resize":
         size = arguments.size
-        if size is None and name is not None and _DISK.fullmatch(name):  # no guest's name has a slash
+        if size is None and name is not None and "/" in name:  # no guest's name has a slash
             name, request["device"], size = None, name, arguments.device
         if size is not None:
             request["size"] = parse_size(size)
-    found = ask(rundir.find(name) / "control.sock", "device", limit=LIMIT, **request)
+    control = rundir.find(name) / "control.sock"
+    found = ask(control, "device", limit=CONTROL_TIMEOUT, **request)
     if arguments.json:
         json.dump(found, sys.stdout, indent=2)
         print()
@@ -101,6 +104,16 @@ def main(arguments: argparse.Namespace) -> int:
     else:
         print(found["done"])
     return 0
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that ``20G`` stands for; a bare number is bytes. Raises :class:`~vmbus.errors.UsageError`."""
+    found = _SIZE.fullmatch(text)
+    if found is None or not int(found[1]):
+        raise UsageError(
+            f"{text!r} is not a size: write a number of bytes, or one with K, M, G or T, as in 20G"
+        )
+    return int(found[1]) * _UNITS[found[2].upper()]
 
 
 def render(devices: list[Mapping[str, Any]]) -> str:
@@ -112,16 +125,18 @@ def render(devices: list[Mapping[str, Any]]) -> str:
     return table(("device", "state", "made by --device"), rows)
 
 
-# --- in the emulator -----------------------------------------------------------------------------------------------
+# --- in the emulator ---
 
 
 async def answer(host: Host, request: Mapping[str, Any]) -> object:
-    """The control socket's ``device``."""
+    """Answer the control socket's ``device``."""
     action = request.get("action")
     if action == "list":
         return {"devices": [_listed(each) for each in host.devices]}
     if host.migration.phase is not Phase.IDLE:
-        raise UserError(f"the guest's devices cannot be changed now: it is {host.migration.phase.value}")
+        raise UserError(
+            f"devices cannot be changed while the guest is {host.migration.phase.value}; try again afterwards"
+        )
     if action == "add":
         return await _add(host, str(request.get("line", "")))
     if action == "remove":
@@ -129,32 +144,30 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
     if action == "resize":
         size = request.get("size")
         return await _resize(host, str(request.get("device", "")), None if size is None else int(size))
-    raise UserError(f"no such action: {action}")
+    raise UserError(f"unknown action {action!r}; known: add, list, remove, resize")
 
 
 def _listed(attached: AttachedDevice) -> dict[str, Any]:
     device = attached.device
-    disks = []
-    if isinstance(device, Controller):
-        for place, unit in sorted(device.units.items()):
-            disks.append({"name": disk_name(device, place), "line": device.line_of(place), **unit.status()})
     return {
         "name": device.name,
         "state": attached.channel.state.name.lower(),
         "instance": str(attached.channel.offer.instance_id),
         "line": device.line,
-        "disks": disks,
+        "disks": [
+            {"name": f"{device.name}/{name}", "line": part.line, **part.status, "type": part.type}
+            for name, part in _parts(device).items()
+        ],
     }
 
 
-def disk_name(device: Device, place: tuple[int, int]) -> str:
-    """``scsi/0:1``: what a disk is called."""
-    return f"{device.name}/{place[0]}:{place[1]}"
+def _parts(device: Device) -> Mapping[str, Part]:
+    return device.parts() if isinstance(device, HasParts) else {}
 
 
 async def _add(host: Host, line: str) -> dict[str, Any]:
-    there = [each for attached in host.devices for each in attached.device.lines()]
-    [line] = registry().completed([line], there)
+    present = [each for attached in host.devices for each in attached.device.lines()]
+    [line] = registry().completed([line], present)
     device = await asyncio.to_thread(registry().create, line)
     try:
         if found := _join(host, device):
@@ -169,91 +182,85 @@ async def _add(host: Host, line: str) -> dict[str, Any]:
 
 
 def _join(host: Host, device: Device) -> str:
-    """Make it a part of a device that is there; the name of the part, or nothing."""
+    """Make ``device`` part of a device that is present; return the part's name, or nothing if none takes it."""
     for attached in host.devices:
-        there = attached.device
-        before = set(there.units) if isinstance(there, Controller) else set()
-        if isinstance(there, Joinable) and there.join(device):
-            added = (
-                sorted(set(there.units) - before)
-                if isinstance(there, Controller)
-                else list[tuple[int, int]]()
-            )
-            return ", ".join(disk_name(there, place) for place in added) or there.name
+        present = attached.device
+        before = set(_parts(present))
+        if isinstance(present, Joinable) and present.join(device):
+            added = [f"{present.name}/{name}" for name in _parts(present) if name not in before]
+            return ", ".join(added) or present.name
     return ""
 
 
-def _find(host: Host, name: str) -> tuple[AttachedDevice, tuple[int, int] | None]:
-    """A device, or a disk of it. Raises :class:`~vmbus.errors.UserError`."""
+def _find(host: Host, name: str) -> tuple[AttachedDevice, str | None]:
+    """Return a device, and the name of its part if ``name`` is that of a part."""
     for attached in host.devices:
         if attached.device.name == name:
             return attached, None
-    if disk := _DISK.fullmatch(name):
-        place = (int(disk[2] or 0), int(disk[3]))
-        for attached in host.devices:
-            device = attached.device
-            if device.name == disk[1] and isinstance(device, Controller) and place in device.units:
-                return attached, place
+    owner, _, wanted = name.rpartition("/")
+    for attached in host.devices:
+        device = attached.device
+        if device.name == owner and isinstance(device, HasParts):
+            part = device.part_name(wanted)
+            if part is not None:
+                return attached, part
     known = [each.device.name for each in host.devices]
-    known += [
-        disk_name(each.device, place)
-        for each in host.devices
-        if isinstance(each.device, Controller)
-        for place in sorted(each.device.units)
-    ]
+    known += [f"{each.device.name}/{part}" for each in host.devices for part in _parts(each.device)]
     raise UserError(f"there is no device {name}; there are {', '.join(known)}")
 
 
 async def _remove(host: Host, name: str) -> dict[str, Any]:
-    attached, place = _find(host, name)
+    attached, part = _find(host, name)
     device = attached.device
-    if place is not None and isinstance(device, Controller):
-        device.detach(*place)
-    else:
-        if isinstance(device, Controller):
-            await _withdraw_disks(attached, device)
-        if attached in host.devices:
-            host.remove_device(attached)
+    if isinstance(device, HasParts):
+        if part is not None:
+            device.detach_part(part)
+            return {"name": name, "done": f"{name} is taken away"}
+        await _detach_parts(attached, device)
+    if attached in host.devices:
+        host.remove_device(attached)
     return {"name": name, "done": f"{name} is taken away"}
 
 
-async def _withdraw_disks(attached: AttachedDevice, controller: Controller) -> None:
-    """Take the disks away first, and wait until the guest has understood that.
+async def _detach_parts(attached: AttachedDevice, device: HasParts) -> None:
+    """Detach every part before the device itself, and wait until the guest has finished with them.
 
-    Linux never ends a request that was in a ring when its channel went.
+    Linux never ends a request that was in a ring when its channel was rescinded.
     """
-    for place in tuple(controller.units):
-        controller.detach(*place)
+    for name in tuple(device.parts()):
+        device.detach_part(name)
     channels = (attached.io, *attached.io.subchannels)
-    end = asyncio.get_running_loop().time() + WITHDRAW_LIMIT
+    end = asyncio.get_running_loop().time() + WITHDRAW_TIMEOUT
     seen = -1
     while asyncio.get_running_loop().time() < end:
         before, seen = seen, sum(each.status()["packets_in"] for each in channels)
-        if seen == before and not controller.status()["in_flight"]:
+        if seen == before and not device.busy():
             return
-        await asyncio.sleep(QUIET)
+        await asyncio.sleep(QUIET_PERIOD)
 
 
 async def _resize(host: Host, name: str, size: int | None) -> dict[str, Any]:
-    attached, place = _find(host, name)
-    controller = attached.device
-    if place is None or not isinstance(controller, Controller):
-        raise UserError(f"{name} is no disk: say which, as in {name}/0:0")
-    unit: LogicalUnit = controller.units[place]
-    before = unit.blocks * unit.block_size
-    if size is not None:
-        if size < before:
-            raise UserError(f"{name} has {before} bytes, and a disk is never made smaller")
-        if size % unit.block_size:
-            raise UserError(f"{size} bytes are no whole number of blocks of {unit.block_size}")
-        await asyncio.to_thread(unit.backend.grow, size)
-    else:
-        await asyncio.to_thread(unit.backend.look_again)
-    if controller.units.get(place) is not unit:
-        raise UserError(f"{name} was taken away meanwhile")
-    changed = controller.resize(*place)
-    now = unit.blocks * unit.block_size
-    return {"name": name, "size": now, "done": f"{name} has {now} bytes{'' if changed else ', as before'}"}
+    attached, part = _find(host, name)
+    device = attached.device
+    if not isinstance(device, HasParts):
+        raise UserError(f"{name} is no disk, so it has no size; `vmbus device list` shows the disks")
+    if part is None:
+        raise UserError(
+            f"{name} is no disk but a device with disks: say which, as in {_example(device, name)}"
+        )
+    before = device.parts()[part].size
+    if before is None:
+        raise UserError(f"{name} cannot be resized: it has no size")
+    await device.resize_part(part, size)
+    found = device.parts().get(part)
+    if found is None:
+        raise UserError(f"{name} was removed while it was resized")
+    unchanged = ", as before" if found.size == before else ""
+    return {"name": name, "size": found.size, "done": f"{name} has {found.size} bytes{unchanged}"}
+
+
+def _example(device: HasParts, name: str) -> str:
+    return f"{name}/{next(iter(device.parts()), '0:0')}"
 
 
 CONTROL_COMMANDS = {"device": answer}

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 from collections.abc import Mapping
 from typing import Any
-
-from vmbus_devices.shutdown import Shutdown, ShutdownOutcome, ShutdownResult
 
 from vmbus.errors import UserError
 from vmbus.machine import rundir
@@ -48,18 +45,12 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 async def answer(host: Host, request: Mapping[str, Any]) -> object:
-    """The control socket's ``shutdown``: waits for the guest's answer."""
+    """Answer the control socket's ``shutdown``: pass it to the device that can, and wait for the guest."""
     for attached in host.devices:
-        if isinstance(attached.device, Shutdown):
-            result: asyncio.Future[ShutdownResult] = asyncio.get_running_loop().create_future()
-            attached.device.shut_down(
-                str(request.get("action", "shutdown")),
-                result.set_result,
-                force=bool(request.get("force", False)),
-            )
-            found = await result
-            return {"result": str(found), "agreed": found.outcome is ShutdownOutcome.OK}
-    raise UserError("this guest is served without a shutdown device; offer it with --device shutdown")
+        command = attached.device.control_commands().get("shutdown")
+        if command is not None:
+            return await command(request)
+    raise UserError("this guest has no shutdown device to be asked over; serve it with --device shutdown")
 
 
 CONTROL_COMMANDS = {"shutdown": answer}
