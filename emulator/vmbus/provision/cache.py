@@ -23,7 +23,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from vmbus.errors import UserError
@@ -65,14 +65,14 @@ def locked(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[
 
 
 @contextlib.contextmanager
-def filling(folder: Path, stamp: dict[str, object]) -> Iterator[Path]:
+def filling(folder: Path, stamp: Mapping[str, object]) -> Iterator[Path]:
     """A temporary folder that becomes ``folder``, with ``stamp`` in it, if the block ends without an error."""
     make_folder(folder.parent)
     temporary = Path(tempfile.mkdtemp(prefix=".filling-", dir=folder.parent))
     temporary.chmod(0o755)
     try:
         yield temporary
-        (temporary / STAMP).write_text(json.dumps(stamp, indent=1, sort_keys=True) + "\n")
+        (temporary / STAMP).write_text(json.dumps(dict(stamp), indent=1, sort_keys=True) + "\n")
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)

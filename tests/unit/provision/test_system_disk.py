@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from vmbus.errors import MissingRequirement, UsageError, UserError
 from vmbus.provision import cache, system_disk
+from vmbus.provision.kernel import find_kernel
 from vmbus.provision.mirror import Mirror
 from vmbus.provision.progress import Silent
 
@@ -94,7 +95,7 @@ def test_what_mmdebstrap_says_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_a_new_kernel_is_a_new_disk(folder: Path) -> None:
     def made() -> Path:
-        guest = system_disk.kernel.find_kernel("debian-6.12", folder)
+        guest = find_kernel("debian-6.12", folder)
         return system_disk._place(folder, guest)
 
     before = made()
