@@ -21,10 +21,8 @@ def main() -> int:
     for library in (gateway_build.LIBRARY, *Registry().native_libraries()):
         standard = [flag for flag in library.flags if flag.startswith(("-std", "-D"))]
         with tempfile.TemporaryDirectory() as scratch:
-            for name, text in library.generated.items():
-                (Path(scratch) / name).write_text(text)
-            for source in sorted(library.source.glob("*.c")):
-                line = [compiler, *standard, *FLAGS, "-I", scratch, str(source)]
+            for source in library.write_sources(Path(scratch)):
+                line = [compiler, *standard, *FLAGS, str(source)]
                 found += subprocess.run(line, check=False).returncode != 0
                 files += 1
     if not found:

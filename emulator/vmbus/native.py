@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from vmbus.errors import InternalError, MissingRequirement
@@ -40,7 +41,8 @@ class NativeLibrary:
     """Of the file, without ending."""
     what: str
     """For messages."""
-    source: Path
+    source: Traversable
+    """A folder; ``importlib.resources.files`` gives one that is also found in a zipped package."""
     flags: tuple[str, ...] = FLAGS
     libraries: tuple[str, ...] = ()
     generated: Mapping[str, str] = field(default_factory=dict)
@@ -73,10 +75,8 @@ class NativeLibrary:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as scratch:
             target = Path(scratch) / library.name
-            for name, text in self.generated.items():
-                (Path(scratch) / name).write_text(text)
-            files = [str(path) for path in self._sources() if path.suffix == ".c"]
-            line = [command, *self.flags, "-I", scratch, "-o", str(target), *files, *self.libraries]
+            files = map(str, self.write_sources(Path(scratch)))
+            line = [command, *self.flags, "-o", str(target), *files, *self.libraries]
             result = subprocess.run(line, capture_output=True, text=True, check=False)
             if result.returncode:
                 if "stdio.h" in result.stderr:
@@ -87,5 +87,14 @@ class NativeLibrary:
             target.replace(library)  # whole or not at all, also when two build at once
         return library
 
-    def _sources(self) -> list[Path]:
-        return sorted([*self.source.glob("*.c"), *self.source.glob("*.h")])
+    def write_sources(self, folder: Path) -> list[Path]:
+        """Write all sources and generated headers into ``folder``; return the files to compile, sorted."""
+        for name, text in self.generated.items():
+            (folder / name).write_text(text)
+        for source in self._sources():
+            (folder / source.name).write_bytes(source.read_bytes())
+        return sorted(folder.glob("*.c"))
+
+    def _sources(self) -> list[Traversable]:
+        found = [each for each in self.source.iterdir() if each.name.endswith((".c", ".h"))]
+        return sorted(found, key=lambda each: each.name)

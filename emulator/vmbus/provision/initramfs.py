@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
+from importlib import resources
 from pathlib import Path
 
 from vmbus.errors import MissingRequirement, UsageError, UserError
@@ -41,7 +42,7 @@ _SYSTEM_FILES = {
     "/etc/group": "root:x:0:\n",
     "/etc/hostname": "vmbus-guest\n",
 }
-_INIT = Path(__file__).with_name("guest-init")
+_INIT = resources.files("vmbus.provision").joinpath("guest-init")
 
 
 def parse_add(argument: str) -> tuple[Path, str]:
@@ -108,11 +109,12 @@ def build_initramfs(
     busybox = find_busybox(folder)
     loaded, present = _modules(kernel, modules, available)
     libraries = programs.needed_libraries(path for path, _ in add)
-    inputs = [busybox, _INIT, *(path for path, _ in add), *libraries.values()]
+    inputs = [busybox, *(path for path, _ in add), *libraries.values()]
     inputs += [module.path for module in present if module.path is not None]
     key = _key(
         kernel.release,
         inputs,
+        hashlib.sha256(_INIT.read_bytes()).hexdigest(),
         [place for _, place in add],
         sorted(libraries),
         [module.name for module in loaded],

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 
 from vmbus.errors import MissingRequirement, UsageError, UserError
@@ -41,7 +42,7 @@ ROOT_PARTITION = 1
 _SIZE = 2 << 30
 _START = 1 << 20
 _FORMAT = 1
-_HOOK = Path(__file__).with_name("debian-system")
+_HOOK = resources.files("vmbus.provision").joinpath("debian-system")
 _LEFT_OUT = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/info/*", "/usr/share/locale/*")
 
 
@@ -121,7 +122,7 @@ def _sources(mirror: Mirror, work: Path) -> str:
 
 def _mmdebstrap(mirror: Mirror, guest: kernel.GuestKernel, work: Path) -> list[str]:
     hook = work / "debian-system"
-    shutil.copy(_HOOK, hook)
+    hook.write_bytes(_HOOK.read_bytes())
     hook.chmod(0o755)
     hook_line = shlex.join(["env", f"RELEASE={guest.release}", f"PACKAGES={' '.join(REPOSITORY)}", str(hook)])
     return [

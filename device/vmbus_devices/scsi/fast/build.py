@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
 
 from vmbus.native import FLAGS, NativeLibrary
@@ -81,7 +82,7 @@ def layout() -> str:
 LIBRARY = NativeLibrary(
     "vmbus-fastpath",
     "the fast path",
-    SOURCE,
+    resources.files(__package__),
     flags=(*FLAGS, "-D_GNU_SOURCE"),
     libraries=("-lm",),
     generated={"layout.h": layout()},

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
 
 from vmbus.native import NativeLibrary
 
 SOURCE = Path(__file__).with_name("plugin")
-LIBRARY = NativeLibrary("vmbus-gateway", "the trap gateway", SOURCE)
+LIBRARY = NativeLibrary("vmbus-gateway", "the trap gateway", resources.files(__package__).joinpath("plugin"))
 
 
 def library_path(cache: Path | None = None) -> Path:
