@@ -1,19 +1,18 @@
-"""What a guest sees of Hyper-V: CPUID, MSRs, hypercalls, SynIC, reference time.
+"""The hypervisor that a guest sees: CPUID, MSRs, hypercalls, SynIC, synthetic timers, reference time.
 
 Source: docs/protocol/discovery.md.
 
 A pure state machine: :class:`~vmbus.hypervisor.partition.Partition` is given guest memory, interrupts, a clock
-and timers (:mod:`vmbus.ports`) and is driven by traps. It knows neither QEMU nor VMBus.
+and timers (:mod:`vmbus.ports`) and is driven by traps. It depends neither on QEMU nor on VMBus.
 """
 
 from vmbus.hypervisor.cpuid import CpuidLeaf, cpuid_table
 from vmbus.hypervisor.crash import CrashReport
-from vmbus.hypervisor.events import PartitionEvents
-from vmbus.hypervisor.faults import GeneralProtection, GuestFault, UndefinedOpcode
 from vmbus.hypervisor.features import Features
 from vmbus.hypervisor.guest_os import describe_guest_os
-from vmbus.hypervisor.hypercalls import HypercallRegisters
-from vmbus.hypervisor.partition import Partition
+from vmbus.hypervisor.hypercalls import HypercallRegisters, UndefinedOpcode
+from vmbus.hypervisor.msrs import GeneralProtection
+from vmbus.hypervisor.partition import Partition, PartitionEvents
 from vmbus.hypervisor.reference_time import GuestClock
 from vmbus.hypervisor.saved_state.values import PartitionState
 
@@ -23,7 +22,6 @@ __all__ = [
     "Features",
     "GeneralProtection",
     "GuestClock",
-    "GuestFault",
     "HypercallRegisters",
     "Partition",
     "PartitionEvents",

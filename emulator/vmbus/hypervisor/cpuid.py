@@ -2,8 +2,8 @@
 
 Source: docs/protocol/discovery.md#cpuid-leaves, docs/protocol/discovery.md#published-cpuid-values.
 
-A leaf of 0x40000000 to 0x400000FF that is not in the table is all zeros: nothing else may answer there, and no
-second hypervisor signature may show up at a higher base.
+A leaf of 0x40000000 to 0x400000FF that is not in the table is all zeros, so that no second hypervisor signature
+appears at a higher base.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["CpuidLeaf", "cpuid_table"]
 
 
 def cpuid_table(features: Features, vp_count: int) -> tuple[CpuidLeaf, ...]:
-    """All leaves that are not zeros, and those between them, in order of their numbers."""
+    """Return the leaves of :class:`~vmbus.wire.cpuid.Leaf`, in order of their numbers."""
     vendor = tuple(int.from_bytes(VENDOR[start : start + 4], "little") for start in (0, 4, 8))
     version = HOST_VERSION.build(features.host_version)
     return (

@@ -1,9 +1,9 @@
-"""Crash registers: what a guest says when it dies.
+"""Crash registers: how a guest reports a crash.
 
 Source: docs/protocol/discovery.md#crash-registers, TLFS 2.6.
 
-The guest stores five parameters, then writes the control register; with its ``message`` bit, P3 and P4 are
-address and length of a text. Parameters are latched at that write and the guest goes on running.
+The guest stores five parameters, then writes the control register. With its ``message`` bit set, P3 and P4 are
+address (GPA) and length (bytes) of a text. The parameters are latched at that write; the guest continues to run.
 """
 
 from __future__ import annotations
@@ -15,13 +15,20 @@ from vmbus.ports import PAGE_SIZE, GuestMemory
 from vmbus.refusals import Refusals
 from vmbus.wire.msr import CRASH_CONTROL, CRASH_PARAMETER_COUNT, CrashControl
 
-CAPABILITIES = CRASH_CONTROL.build(CrashControl(message=True, notify=True))
-MESSAGE_MAX = PAGE_SIZE
+CONTROL_CAPABILITIES = CRASH_CONTROL.build(CrashControl(message=True, notify=True))
+"""CRASH_CTL as the guest reads it."""
+
+MAX_MESSAGE = PAGE_SIZE
+"""Bytes of a crash message that are read."""
 
 
 @dataclass(frozen=True, slots=True)
 class CrashReport:
-    """One report. ``message`` is decoded text without control characters but newline and tab."""
+    """A crash that the guest reported.
+
+    ``parameters``: P0 to P4. ``message``: text without control characters other than newline and tab; None if the
+    guest gave none, or one that is not in RAM.
+    """
 
     parameters: tuple[int, ...]
     control: CrashControl
@@ -30,12 +37,12 @@ class CrashReport:
 
 @dataclass(slots=True)
 class CrashRegisters:
-    """CRASH_P0 to P4; one set a partition."""
+    """CRASH_P0 to CRASH_P4; there is one set per partition."""
 
     parameters: list[int] = field(default_factory=lambda: [0] * CRASH_PARAMETER_COUNT)
 
-    def control_written(self, value: int, memory: GuestMemory, refusals: Refusals) -> CrashReport | None:
-        """The report that a write of CRASH_CTL makes; None if it does not ask for one."""
+    def write_control(self, value: int, memory: GuestMemory, refusals: Refusals) -> CrashReport | None:
+        """Write CRASH_CTL; return the report that the guest makes, or None without the ``notify`` bit."""
         control = CRASH_CONTROL.parse(value)
         if not control.notify:
             return None
@@ -47,9 +54,9 @@ class CrashRegisters:
 
 
 def _read_message(gpa: int, length: int, memory: GuestMemory, refusals: Refusals) -> str | None:
-    if length > MESSAGE_MAX:
-        refusals.refuse("crash-message-too-long", f"{length} bytes, {MESSAGE_MAX} are read")
-        length = MESSAGE_MAX
+    if length > MAX_MESSAGE:
+        refusals.refuse("crash-message-too-long", f"{length} bytes, only {MAX_MESSAGE} are read")
+        length = MAX_MESSAGE
     try:
         data = memory.read(gpa, length)
     except GuestAddressError as error:

@@ -1,4 +1,4 @@
-"""Who the guest says it is: GUEST_OS_ID decoded.
+"""The operating system that the guest identifies itself as: GUEST_OS_ID, decoded.
 
 Source: TLFS 3.6, docs/protocol/discovery.md#operating-system-and-hypercall-page.
 """
@@ -14,9 +14,9 @@ _LINUX = 1
 
 
 def describe_guest_os(os_id: int) -> str:
-    """A name and a version for people: ``Linux 6.1.0``; ``none`` for 0.
+    """Return name and version as text, such as ``Linux 6.1.0``; ``none`` for 0.
 
-    Linux writes its version code, where minor and patch numbers stop at 255.
+    Linux writes its version code, in which minor and patch numbers are at most 255.
     """
     if os_id == 0:
         return "none"

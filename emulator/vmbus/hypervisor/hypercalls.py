@@ -1,4 +1,4 @@
-"""Hypercalls: registers, checks, and the two that VMBus lives on.
+"""Hypercalls: registers, checks, and the two calls that VMBus uses (HvPostMessage, HvSignalEvent).
 
 Source: docs/protocol/discovery.md#hypercalls.
 
@@ -15,14 +15,14 @@ Where TLFS, OpenVMM and QEMU differ, the status follows TLFS, then OpenVMM:
                     more than 240 bytes                               5  (TLFS, OpenVMM; QEMU 3)
                     message type 0, or with bit 31                    5  (TLFS; QEMU 3)
                     unknown connection                                0x12
-                    anything the port says                            what the port says (0x13: full)
+                    refused by the message port                       the port's status (0x13: full)
     HvSignalEvent   not offered                                       6  access denied
                     reserved bits of the input                        3  (QEMU)
                     unknown connection                                0x12
                     flag number other than 0                          5  (TLFS; QEMU 0x11)
 
 The order of the rows is the order of the checks. HvNotifyLongSpinWait is a hint and succeeds. XMM registers are
-not looked at: fast calls of more than 16 bytes do not exist here.
+ignored: fast calls of more than 16 bytes of input are not offered.
 """
 
 from __future__ import annotations
@@ -48,15 +48,25 @@ from vmbus.wire.hypercall import (
 )
 
 
+class UndefinedOpcode(GuestError):
+    """#UD, to be injected into the guest: a hypercall while the hypercall page is not enabled.
+
+    :class:`~vmbus.hypervisor.partition.Partition` counts it by ``reason`` before it leaves the partition.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class AcknowledgedEarly:
-    """A message port's result: the message is accepted, and ``act`` acts on it once its processor has the answer."""
+    """A message port's result for an accepted message that is handled after its processor has the status.
+
+    The caller of the hypercall calls ``act`` once the status is in the processor's registers.
+    """
 
     act: Callable[[], None]
 
 
 class HypercallResult(NamedTuple):
-    """The 64-bit result word, and what to call after the processor has it (None: nothing)."""
+    """The 64-bit result word, and a function to call after the processor has it (None: there is none)."""
 
     value: int
     act_afterwards: Callable[[], None] | None = None
@@ -87,6 +97,7 @@ class HypercallRegisters:
 
     @property
     def control(self) -> int:
+        """The hypercall input value: call code, flags and repetition counts."""
         return self.rcx if self.long_mode else _pair(self.rdx, self.rax)
 
     @property
@@ -101,7 +112,7 @@ class HypercallRegisters:
 
 
 class _Refused(Exception):
-    """A check failed: the call ends with ``status``."""
+    """A failed check: the call ends with ``status``."""
 
     def __init__(self, status: HvStatus, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -112,16 +123,16 @@ class _Refused(Exception):
 
 @dataclass(slots=True)
 class HypercallCounters:
-    """How often something happened, since the partition was created."""
+    """Numbers of calls since the partition was created; a reset does not clear them."""
 
     messages: int = 0
     events: int = 0
     statuses: dict[int, int] = field(default_factory=dict)
-    """Of the calls that did not succeed: status -> how often."""
+    """Status -> number of calls that ended with it, for calls that did not succeed."""
 
 
 class Hypercalls:
-    """Answers hypercalls; message ports are those of :meth:`connect_message_port`."""
+    """Answers hypercalls, and holds the message ports (``message_ports``: connection id -> handler)."""
 
     def __init__(
         self,
@@ -138,10 +149,10 @@ class Hypercalls:
         self.counters = HypercallCounters()
 
     def doorbell_rules(self, first_connection: int, count: int) -> tuple[DoorbellRule, ...]:
-        """The rules for fast HvSignalEvent, flag 0, on ``count`` connections; doorbell 0 is the first of them.
+        """Return the rules that make fast HvSignalEvent (flag 0) on ``count`` connections doorbells.
 
-        The guest is told success even for a connection that is not there: it has no use for the status, and
-        waiting for one costs most of a channel's throughput.
+        Doorbell 0 is ``first_connection``. The guest gets HV_STATUS_SUCCESS even for a connection that does not
+        exist: guests ignore this status, and waiting for one costs most of a channel's throughput.
         """
         if not self._features.signal_events:
             return ()
@@ -149,7 +160,7 @@ class Hypercalls:
         return (DoorbellRule(control, first_connection, count, first=0, result=HvStatus.SUCCESS),)
 
     def call(self, vp: int, registers: HypercallRegisters) -> HypercallResult:
-        """Answer one hypercall; the caller calls ``act_afterwards`` once the processor has the answer."""
+        """Answer one hypercall; the caller calls ``act_afterwards`` once the processor has the result."""
         control = registers.control
         code = control & _CODE
         status: int
@@ -217,14 +228,13 @@ class Hypercalls:
         self.counters.messages += 1
         try:
             return handler(vp, connection_id, payload[:size]) or 0
-        except (
-            GuestError
-        ) as error:  # the call was in order, only its content is refused: as a host that ignores it
+        except GuestError as error:
+            # The call itself was valid, only the message in it is not: a host ignores such a message.
             self._refusals.refuse(error.reason, error.detail)
             return HvStatus.SUCCESS
 
     def _input(self, gpa: int, size: int) -> bytes:
-        """A copy of the input block."""
+        """Return a copy of the input block. Raises :class:`_Refused`."""
         if gpa % _INPUT_ALIGNMENT:
             raise _Refused(HvStatus.INVALID_ALIGNMENT, "hypercall-input-alignment", f"{gpa:#x}")
         if gpa % PAGE_SIZE + size > PAGE_SIZE:
@@ -236,7 +246,7 @@ class Hypercalls:
 
 
 def _check_simple(control: int) -> None:
-    """A call without repetitions takes none of the bits beside code and fast."""
+    """Refuse every control bit beside code and fast: these calls have no repetitions and no variable header."""
     if control & _NOT_IN_A_SIMPLE_CALL:
         raise _Refused(HvStatus.INVALID_HYPERCALL_INPUT, "hypercall-control", f"{control:#x}")
 

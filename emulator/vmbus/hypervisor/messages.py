@@ -1,14 +1,14 @@
-"""Messages that wait for their slot, and the slot itself.
+"""Messages for the guest, and the slots of the message page that they are written to.
 
 Source: docs/protocol/discovery.md#message-page, docs/protocol/discovery.md#message-delivery, TLFS 11.8.
 
-A slot of the message page holds one message; the guest frees it by clearing the type word, and writes EOM if it
+A slot of the message page holds one message. The guest frees it by clearing the type word, and writes EOM if it
 finds the ``pending`` flag set. Guest processors run while the host writes, so the order of stores matters:
 
-    slot free    payload, size, flags; fence; type last             -> WRITTEN, interrupt
-    slot in use  pending flag; fence; look at the type once more    -> BUSY, or as above if freed meanwhile
+    slot free    store payload, size, flags; fence; store the type          -> delivered, interrupt
+    slot in use  store the pending flag; fence; load the type once more     -> wait for EOM, or as above if freed
 
-The second look closes the gap in which the guest frees the slot before it can see the flag.
+The second load closes the race in which the guest frees the slot before it can see the flag.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from vmbus.wire.synic import (
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A channel message, or the notice that a synthetic timer expired (its payload is made on delivery)."""
+    """A channel message, or the message of an expired synthetic timer (its payload is built on delivery).
+
+    ``timer``: the timer's index, None for a channel message; ``expiration``: reference time in units of 100 ns.
+    """
 
     message_type: int
     payload: bytes = b""
@@ -41,12 +44,12 @@ _PENDING = bytes((MESSAGE_PENDING,))
 
 
 def slot_is_free(page: GuestPages, sint: int) -> bool:
-    """Whether the slot of ``sint`` may be written."""
+    """Return whether the slot of ``sint`` may be written."""
     return page.load_u32(sint * MESSAGE_SLOT_SIZE) == MessageType.NONE
 
 
 def claim_slot(page: GuestPages, sint: int, memory: GuestMemory) -> bool:
-    """Whether the slot is free; if not, the guest is asked for an EOM."""
+    """Return whether the slot of ``sint`` is free; if not, set its pending flag, so that the guest writes EOM."""
     if slot_is_free(page, sint):
         return True
     page.write(sint * MESSAGE_SLOT_SIZE + SLOT_FLAGS_OFFSET, _PENDING)
@@ -57,7 +60,10 @@ def claim_slot(page: GuestPages, sint: int, memory: GuestMemory) -> bool:
 def fill_slot(
     page: GuestPages, sint: int, message_type: int, payload: bytes, memory: GuestMemory, *, more: bool
 ) -> None:
-    """Write a free slot; ``more``: other messages wait behind this one. All 240 payload bytes are written."""
+    """Write a message to a free slot; ``more``: other messages are queued behind it.
+
+    All 240 payload bytes are written, so that nothing of an earlier message remains.
+    """
     base = sint * MESSAGE_SLOT_SIZE
     flags = MESSAGE_PENDING if more else 0
     image = MESSAGE_SLOT_STRUCT.pack(

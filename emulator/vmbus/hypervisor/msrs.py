@@ -1,9 +1,10 @@
 """The table of synthetic MSRs: which exist for the features offered, and what reads and writes them.
 
-An MSR that is not in the table raises #GP, so does writing a read-only one
-(docs/protocol/discovery.md#synthetic-msrs). Not offered at all, because they would need the local APIC or have no use
-for a guest of this emulator: EOI, ICR, TPR (0x40000070 to 72), SIRBP, GUEST_IDLE, statistics, debug, re-enlightenment
-and nested MSRs.
+Source: docs/protocol/discovery.md#synthetic-msrs.
+
+An access to an MSR that is not in the table raises #GP, and so does a write of a read-only one. Not offered at all,
+because they would need the local APIC or have no use in a guest of this emulator: EOI, ICR, TPR (0x40000070 to 72),
+SIRBP, GUEST_IDLE, statistics, debug, re-enlightenment and nested MSRs.
 """
 
 from __future__ import annotations
@@ -11,12 +12,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vmbus.hypervisor.faults import GeneralProtection
+from vmbus.errors import GuestError
+
+
+class GeneralProtection(GuestError):
+    """#GP, to be injected into the guest: an MSR that is not offered or not writable, or a value it does not accept.
+
+    :class:`~vmbus.hypervisor.partition.Partition` counts it by ``reason`` before it leaves the partition.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Register:
-    """``read(vp)`` and ``write(vp, value)``; None: that access raises #GP."""
+    """``read(vp)`` and ``write(vp, value)``; an access that is None raises #GP."""
 
     read: Callable[[int], int] | None
     write: Callable[[int, int], None] | None = None
@@ -31,16 +39,16 @@ class MsrTable:
     def add(
         self, msr: int, read: Callable[[int], int] | None, write: Callable[[int, int], None] | None = None
     ) -> None:
-        """``msr`` exists from now on."""
+        """Add ``msr`` to the table."""
         self._registers[msr] = Register(read, write)
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """The MSRs that exist, in ascending order."""
+        """Numbers of the MSRs in the table, in ascending order."""
         return tuple(sorted(self._registers))
 
     def read(self, vp: int, msr: int) -> int:
-        """Raises :class:`GeneralProtection` if it does not exist or cannot be read."""
+        """Read ``msr`` on ``vp``. Raises :class:`GeneralProtection` if it does not exist or cannot be read."""
         register = self._registers.get(msr)
         if register is None:
             raise GeneralProtection("msr-not-offered", f"read of {msr:#x} on VP {vp}")
@@ -49,7 +57,10 @@ class MsrTable:
         return register.read(vp)
 
     def write(self, vp: int, msr: int, value: int) -> None:
-        """Raises :class:`GeneralProtection` if it does not exist, is read-only or refuses the value."""
+        """Write ``msr`` on ``vp``.
+
+        Raises :class:`GeneralProtection` if it does not exist, is read-only or does not accept ``value``.
+        """
         register = self._registers.get(msr)
         if register is None:
             raise GeneralProtection("msr-not-offered", f"write of {msr:#x} on VP {vp}")

@@ -1,4 +1,4 @@
-"""The partition: everything that a guest sees of Hyper-V, as one object driven by traps.
+"""The partition: CPUID, MSRs, hypercalls, SynIC and timers of one guest, as one object driven by traps.
 
 Source: docs/protocol/discovery.md.
 
@@ -8,34 +8,42 @@ Source: docs/protocol/discovery.md.
     0             enable written   neither enable nor locked sticks (TLFS: identify yourself first); #UD
     id            0                #UD
     id            enable           served; the page was filled when it was enabled or moved
-    id -> 0       any              enable is cleared, the page is never written again
-    any           locked           as it was; writes of HYPERCALL raise #GP until reset
+    id -> 0       any              enable is cleared, the page is not written any more
+    any           locked           unchanged; writes of HYPERCALL raise #GP until reset
 
 Registers of the partition (GUEST_OS_ID, HYPERCALL, REFERENCE_TSC, crash, TSC_INVARIANT_CONTROL) read the same on
-every processor. HYPERCALL alone refuses a page that is not RAM (#GP): a guest would call into nothing.
+every processor. HYPERCALL is the only one that refuses a page that is not RAM (#GP): the guest would execute an
+address without memory.
 
-``pause`` freezes what the guest could notice: no message, event, timer or interrupt reaches it, until ``resume``.
-A state is exported and imported while paused.
+    running ──pause──▶ paused ──save──▶ paused ──resume──▶ running          (also after a migration that failed)
+    any ───────────restore─────────▶ paused ──resume──▶ running
+
+While the partition is paused no message, event, timer or interrupt reaches the guest; traps are still answered.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 from vmbus.errors import InternalError
-from vmbus.hypervisor.crash import CAPABILITIES, CrashRegisters
-from vmbus.hypervisor.events import PartitionEvents
-from vmbus.hypervisor.faults import GeneralProtection, UndefinedOpcode
+from vmbus.hypervisor.crash import CONTROL_CAPABILITIES, CrashRegisters, CrashReport
 from vmbus.hypervisor.features import Features
 from vmbus.hypervisor.guest_os import describe_guest_os
-from vmbus.hypervisor.hypercalls import HypercallRegisters, HypercallResult, Hypercalls, MessageHandler
-from vmbus.hypervisor.msrs import MsrTable
+from vmbus.hypervisor.hypercalls import (
+    HypercallRegisters,
+    HypercallResult,
+    Hypercalls,
+    MessageHandler,
+    UndefinedOpcode,
+)
+from vmbus.hypervisor.msrs import GeneralProtection, MsrTable
 from vmbus.hypervisor.overlay import PageOverlay
 from vmbus.hypervisor.reference_time import GuestClock, ReferenceTime
-from vmbus.hypervisor.saved_state import restore as saved
-from vmbus.hypervisor.saved_state.values import PartitionState
+from vmbus.hypervisor.saved_state.restore import check_state, restore_reference_time, restore_vp
+from vmbus.hypervisor.saved_state.values import PartitionState, save_reference_time, save_vp
 from vmbus.hypervisor.stimer import SyntheticTimers
-from vmbus.hypervisor.synic import Synic
+from vmbus.hypervisor.synic import Synic, SynicEvents
 from vmbus.ports import PAGE_SIZE, GuestMemory, Interrupts, Timers
 from vmbus.refusals import Refusals
 from vmbus.wire.gateway import DoorbellRule
@@ -59,8 +67,24 @@ _RESET = 1
 _PAGE_IMAGE = HYPERCALL_PAGE_CODE.ljust(PAGE_SIZE, bytes((HYPERCALL_PAGE_FILLER,)))
 
 
+class PartitionEvents(SynicEvents):
+    """Notifications of a :class:`Partition`; override those of interest.
+
+    They are called in the middle of a trap: return soon, and do not call back into the partition.
+    """
+
+    def guest_os_changed(self, os_id: int) -> None:
+        """GUEST_OS_ID changed; 0: the guest shuts down its use of Hyper-V (kexec, crash, hibernation, reset)."""
+
+    def crashed(self, report: CrashReport) -> None:
+        """The guest reported a crash; it continues to run (to unload drivers, to write a dump)."""
+
+    def reset_requested(self) -> None:
+        """The guest wrote RESET, which asks for a reset of the machine."""
+
+
 class Partition:
-    """One guest. All calls are made from one thread; none of them blocks."""
+    """The hypervisor side of one guest. All calls are made from one thread; none of them blocks."""
 
     def __init__(
         self,
@@ -105,7 +129,7 @@ class Partition:
     # --- traps ---
 
     def read_msr(self, vp: int, msr: int) -> int:
-        """RDMSR on ``vp``. Raises :class:`GeneralProtection`."""
+        """Handle RDMSR on ``vp``; return 64 bits. Raises :class:`GeneralProtection`."""
         self._check_vp(vp)
         try:
             return self._msrs.read(vp, msr)
@@ -114,7 +138,7 @@ class Partition:
             raise
 
     def write_msr(self, vp: int, msr: int, value: int) -> None:
-        """WRMSR of 64 bits on ``vp``. Raises :class:`GeneralProtection`."""
+        """Handle WRMSR of the 64-bit ``value`` on ``vp``. Raises :class:`GeneralProtection`."""
         self._check_vp(vp)
         try:
             self._msrs.write(vp, msr, value & _MASK64)
@@ -123,18 +147,21 @@ class Partition:
             raise
 
     def hypercall(self, vp: int, registers: HypercallRegisters) -> HypercallResult:
-        """VMCALL at CPL 0 on ``vp``. Raises :class:`UndefinedOpcode` without a hypercall page."""
+        """Handle VMCALL at CPL 0 on ``vp``. Raises :class:`UndefinedOpcode` while the hypercall page is not enabled.
+
+        The caller calls the result's ``act_afterwards`` once the processor has the result.
+        """
         self._check_vp(vp)
         if not self.hypercall_value & _ENABLE:
             self.refusals.refuse("hypercall-page-not-enabled", f"VP {vp}")
             raise UndefinedOpcode("hypercall-page-not-enabled", f"VP {vp}")
         return self.hypercalls.call(vp, registers)
 
-    # --- what the owner calls ---
+    # --- for the owner ---
 
     @property
     def msr_numbers(self) -> tuple[int, ...]:
-        """The MSRs that exist with the features offered, in ascending order."""
+        """Numbers of the MSRs that exist with the features offered, in ascending order."""
         return self._msrs.numbers
 
     def connect_message_port(self, connection_id: int, handler: MessageHandler) -> None:
@@ -142,28 +169,28 @@ class Partition:
         self.hypercalls.message_ports[connection_id] = handler
 
     def doorbell_rules(self, first_connection: int, count: int) -> tuple[DoorbellRule, ...]:
-        """Which hypercalls need not be waited for; their doorbells go to ``synic.ring_event_port``."""
+        """Return which hypercalls the gateway answers by itself; their doorbells go to ``synic.ring_event_port``."""
         return self.hypercalls.doorbell_rules(first_connection, count)
 
     def publish_reference_tsc(self) -> None:
-        """Write the reference TSC page anew, with a new sequence; no effect while the guest has none."""
+        """Write the reference TSC page with a new sequence number; no effect while the guest has not enabled it."""
         if self.reference_tsc.pages is not None:
             self.reference_time.publish(self.reference_tsc.pages)
 
     def pause(self) -> None:
-        """Let nothing reach the guest."""
+        """Let no message, event, timer or interrupt reach the guest until :meth:`resume`."""
         self.synic.pause()
         self.synthetic_timers.pause()
 
     def resume(self) -> None:
-        """End :meth:`pause`: deliver what waits, and interrupt where the guest has something to look at."""
+        """End :meth:`pause`: deliver what waits, and interrupt where flags or messages are present."""
         if self.reference_time.stale:
             self.publish_reference_tsc()
         self.synic.resume()
         self.synthetic_timers.resume()
 
     def reset(self) -> None:
-        """The machine was reset: power-on state. Message and event ports stay, counters go on."""
+        """Return to the power-on state, as a reset of the machine does. Ports and counters stay."""
         had_os = self.guest_os_id != 0
         self.guest_os_id = 0
         self.hypercall_value = 0
@@ -178,28 +205,78 @@ class Partition:
         if had_os:
             self._events.guest_os_changed(0)
 
-    def export_state(self) -> PartitionState:
-        """Everything that is not guest RAM."""
-        return saved.export_partition(self)
+    def save(self) -> PartitionState:
+        """Return everything that is not guest RAM. The partition should be paused: otherwise the state may change."""
+        return PartitionState(
+            guest_os_id=self.guest_os_id,
+            hypercall=self.hypercall_value,
+            reference_tsc=self.reference_tsc.value,
+            tsc_invariant_control=self.tsc_invariant_control,
+            crash_parameters=tuple(self.crash.parameters),
+            time=save_reference_time(self.reference_time),
+            vps=tuple(
+                save_vp(page, synic, timers)
+                for page, synic, timers in zip(
+                    self.assist_pages, self.synic.vps, self.synthetic_timers.vps, strict=True
+                )
+            ),
+        )
 
     def check_state(self, state: PartitionState) -> None:
-        """Raises :class:`~vmbus.errors.MalformedError` for a state that :meth:`import_state` would refuse."""
-        saved.check(state, self.vp_count)
+        """Raise :class:`~vmbus.errors.MalformedError` if :meth:`restore` would; change nothing."""
+        check_state(state, self.vp_count)
 
-    def import_state(self, state: PartitionState) -> None:
-        """Take over a saved state; guest memory is not touched. The partition is paused afterwards.
+    def restore(self, state: PartitionState) -> None:
+        """Put a saved state back; guest memory is not touched. The partition is paused afterwards.
 
-        Raises :class:`~vmbus.errors.MalformedError`, before anything changes, for a state that is not one of
-        this partition.
+        Raises :class:`~vmbus.errors.MalformedError`, before anything changes, for a state that this partition
+        cannot have.
         """
-        saved.check(state, self.vp_count)
+        check_state(state, self.vp_count)
         self.pause()
-        saved.import_partition(self, state)
+        self.guest_os_id = state.guest_os_id
+        self.hypercall_value = state.hypercall
+        self.tsc_invariant_control = state.tsc_invariant_control
+        self.crash.parameters[:] = state.crash_parameters
+        self.reference_tsc.restore(state.reference_tsc, None)
+        restore_reference_time(self.reference_time, state.time)
+        self.synthetic_timers.reset()
+        for vp, saved in enumerate(state.vps):
+            restore_vp(saved, self.assist_pages[vp], self.synic.vps[vp], self.synthetic_timers.vps[vp])
+        self.synic.restored()
         self._events.guest_os_changed(self.guest_os_id)
 
     def status(self) -> dict[str, object]:
-        """For people and programs; JSON-able."""
-        return saved.status(self)
+        """Return registers, timers and counters for ``vmbus status``, as values that JSON can represent."""
+        hypercall = HYPERCALL_PAGE.parse(self.hypercall_value)
+        time = self.reference_time
+        counters = self.hypercalls.counters
+        return {
+            "guest_os": describe_guest_os(self.guest_os_id),
+            "guest_os_id": f"{self.guest_os_id:#x}",
+            "hypercall_page": {
+                "enabled": hypercall.enable,
+                "locked": hypercall.locked,
+                "gpn": hypercall.gpn,
+            },
+            "reference_time": time.now(),
+            "reference_tsc": {
+                "enabled": self.reference_tsc.pages is not None,
+                "sequence": time.sequence,
+                "tsc_frequency": time.scaling.frequency if time.scaling else None,
+            },
+            "vps": [
+                {**synic.status(), "timers": self.synthetic_timers.status(synic.index)}
+                for synic in self.synic.vps
+            ],
+            "counters": {
+                **dataclasses.asdict(self.synic.counters),
+                "messages_posted": counters.messages,
+                "events_posted": counters.events,
+                "hypercall_failures": {f"{code:#x}": count for code, count in counters.statuses.items()},
+            },
+            "refusals": dict(self.refusals.counts),
+        }
 
     # --- the MSRs ---
 
@@ -213,7 +290,7 @@ class Partition:
         table.add(Msr.VP_ASSIST_PAGE, lambda vp: self.assist_pages[vp].value, self._write_assist_page)
         if features.reset:
             table.add(Msr.RESET, lambda vp: 0, self._write_reset)
-        if features.vp_runtime:  # nobody else runs on a processor of this partition: it runs all the time
+        if features.vp_runtime:  # the processors are not shared with other partitions: they run all the time
             table.add(Msr.VP_RUNTIME, lambda vp: self.reference_time.now())
         if features.reference_counter:
             table.add(Msr.TIME_REF_COUNT, lambda vp: self.reference_time.now() & _MASK64)
@@ -280,7 +357,7 @@ class Partition:
                 self.crash.parameters[index] = value
 
             table.add(Msr.CRASH_P0 + number, read, write)
-        table.add(Msr.CRASH_CTL, lambda vp: CAPABILITIES, self._write_crash_control)
+        table.add(Msr.CRASH_CTL, lambda vp: CONTROL_CAPABILITIES, self._write_crash_control)
 
     def _write_guest_os_id(self, vp: int, value: int) -> None:
         self.guest_os_id = value
@@ -309,7 +386,7 @@ class Partition:
 
     def _write_reset(self, vp: int, value: int) -> None:
         if value & _RESET:
-            _logger.debug("the guest asks for a reset")
+            _logger.debug("the guest requested a reset")
             self._events.reset_requested()
 
     def _write_reference_tsc(self, vp: int, value: int) -> None:
@@ -322,10 +399,10 @@ class Partition:
         self.tsc_invariant_control = value
 
     def _write_crash_control(self, vp: int, value: int) -> None:
-        report = self.crash.control_written(value, self._memory, self.refusals)
+        report = self.crash.write_control(value, self._memory, self.refusals)
         if report is not None:
             self._events.crashed(report)
 
     def _check_vp(self, vp: int) -> None:
         if not 0 <= vp < self.vp_count:
-            raise InternalError(f"VP {vp} of a partition with {self.vp_count}")
+            raise InternalError(f"VP {vp} does not exist: the partition has {self.vp_count}")

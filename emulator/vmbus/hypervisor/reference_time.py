@@ -4,15 +4,15 @@ Source: docs/protocol/discovery.md#reference-tsc-page, TLFS 12.5 to 12.7.
 
     time = (tsc * scale >> 64) + offset      in units of 100 ns, 128-bit product
 
-While such a page is in force, the counter MSR is computed by the same formula: the two readings of one clock
-agree. Before that, time is what the clock says.
+While a valid page is published, TIME_REF_COUNT is computed by the same formula, so that both readings agree. Before
+that, reference time is the clock's.
 
     state        time is        becomes
     -----------  -------------  -------------------------------------------------------------------
     free         clock.now()    following when a page is published and the guest's TSC is known
     following    the formula    free on reset; new scale and offset when the TSC's frequency changed
 
-Neither step lets time go back.
+No transition lets time go back.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ _SEQUENCE_SIZE = 4
 
 
 class GuestClock(Protocol):
-    """The clocks of the machine."""
+    """The clocks of the machine that the guest runs on."""
 
     def now(self) -> int:
-        """Reference time in units of 100 ns since the partition was created; never goes back."""
+        """Return reference time in units of 100 ns since the partition was created; it never goes back."""
 
     def guest_tsc(self) -> int:
-        """The guest's time stamp counter now, as RDTSC in the guest would read it."""
+        """Return the guest's time-stamp counter now, as RDTSC in the guest would read it."""
 
     @property
     def tsc_frequency(self) -> int:
-        """Of the guest's TSC, in Hz; 0 if not known."""
+        """Frequency of the guest's TSC in Hz; 0 if it is not known."""
 
     @property
     def apic_frequency(self) -> int:
-        """Input of the local APIC's timer before its divider, in Hz."""
+        """Input frequency of the local APIC's timer before its divider, in Hz."""
 
     @property
     def tsc_known(self) -> bool:
@@ -57,26 +57,26 @@ class GuestClock(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TscScaling:
-    """The formula's constants for a TSC of ``frequency`` Hz."""
+    """The formula's constants for a TSC of ``frequency`` Hz; ``offset`` in units of 100 ns."""
 
     frequency: int
     scale: int
     offset: int
 
     def time(self, tsc: int) -> int:
-        """Reference time at a TSC value."""
+        """Return reference time, in units of 100 ns, at the TSC value ``tsc``."""
         return (((tsc & _MASK64) * self.scale) >> 64) + self.offset
 
 
 def scale_for(frequency: int) -> int:
-    """The page's scale for a TSC of ``frequency`` Hz, or 0 where it does not fit 64 bits (10 MHz and less)."""
+    """Return the page's scale for a TSC of ``frequency`` Hz, or 0 if it does not fit 64 bits (10 MHz and less)."""
     if frequency <= UNITS_PER_SECOND:
         return 0
     return (UNITS_PER_SECOND << 64) // frequency
 
 
 def next_sequence(sequence: int) -> int:
-    """A sequence number that is neither of the two special ones."""
+    """Return the sequence number after ``sequence``, skipping the two with a special meaning."""
     sequence = (sequence + 1) & 0xFFFFFFFF
     return 1 if sequence in (TSC_SEQUENCE_INVALID, TSC_SEQUENCE_RESERVED) else sequence
 
@@ -90,10 +90,10 @@ class ReferenceTime:
         self._restored = False
         self.scaling: TscScaling | None = None
         self.sequence = TSC_SEQUENCE_INVALID
-        """Of the page that was published last."""
+        """Sequence number of the page that was published last."""
 
     def now(self) -> int:
-        """Units of 100 ns; never goes back."""
+        """Return reference time in units of 100 ns; it never goes back."""
         if self.scaling is not None and self._clock.tsc_known:
             time = self.scaling.time(self._clock.guest_tsc())
         else:
@@ -103,7 +103,7 @@ class ReferenceTime:
 
     @property
     def stale(self) -> bool:
-        """Whether the constants published are not those of the TSC as it runs now."""
+        """Whether the constants published do not match the present frequency of the TSC."""
         clock = self._clock
         return clock.tsc_known and (self.scaling is None or self.scaling.frequency != clock.tsc_frequency)
 
@@ -122,20 +122,20 @@ class ReferenceTime:
         page.store_u32(0, self.sequence)
 
     def restore(self, scaling: TscScaling | None, sequence: int, time: int) -> None:
-        """Take over saved constants; ``time`` is the reference time at the save."""
+        """Put saved constants back; ``time`` is the reference time at the save, in units of 100 ns."""
         self.scaling = scaling
         self.sequence = sequence
         self._floor = time
         self._restored = True
 
     def reset(self) -> None:
-        """Stop following the TSC (the machine's reset may change it); time goes on."""
+        """Stop following the TSC, which a reset of the machine may change; reference time continues."""
         self.now()
         self.scaling = None
         self._restored = False
 
     def _follow_tsc(self) -> None:
-        """Settle on scale and offset; time at this moment is what both the old and the new ones give."""
+        """Choose scale and offset so that the present time is the same by the old and the new constants."""
         clock = self._clock
         scale = scale_for(clock.tsc_frequency) if clock.tsc_known else 0
         if scale == 0:
@@ -144,7 +144,7 @@ class ReferenceTime:
         if self.scaling is not None and self.scaling.frequency == clock.tsc_frequency:
             return
         tsc = clock.guest_tsc()
-        # After a restore the old formula met another machine's TSC; the clock carries time over instead.
+        # After a restore the old constants belong to the TSC of another machine, so that only the clock has the time.
         now = max(clock.now(), self._floor) if self._restored else self.now()
         self._restored = False
         self.scaling = TscScaling(

@@ -1,47 +1,56 @@
-"""Synthetic timers, four a virtual processor.
+"""Synthetic timers, four per virtual processor.
 
 Source: docs/protocol/discovery.md#synthetic-timers, TLFS 12.3.
 
     event                          effect
     -----------------------------  ---------------------------------------------------------------------------
-    CONFIG written                 what ran stops, a message that still waits is void; enable: armed anew
-    COUNT = 0                      stops, enable cleared
-    COUNT = n                      enable set if auto-enable; enable: armed anew
+    CONFIG written                 stopped, a queued message is dropped; armed if enable is set
+    COUNT = 0                      stopped, enable cleared
+    COUNT = n                      enable set if auto-enable; armed if enable is set
     armed, one-shot                expires at reference time COUNT; at once if that is past
-    armed, periodic                expires COUNT from now, and so on
-    expired, one-shot              enable cleared; interrupt (direct) or message
-    expired, periodic              the same, and armed for the next multiple of COUNT that is still to come
+    armed, periodic                expires COUNT from now, then every COUNT
+    expired, one-shot              enable cleared; interrupt (direct mode) or message
+    expired, periodic              interrupt or message; armed for the next multiple of COUNT that is in the future
 
-A message whose slot is busy waits in the SINT's queue and is delivered after EOM; while it waits the timer goes
-on, but its further expirations are not queued up. A lazy periodic timer drops the expiration instead. A message
-timer on SINT0 cannot be enabled: the intercept SINT takes no timer messages.
+A message whose slot is busy waits in the SINT's queue and is delivered after EOM. While it waits the timer continues,
+but its further expirations add no message. A lazy periodic timer drops the message instead. A message timer on SINT0
+cannot be enabled: the intercept SINT takes no timer messages.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vmbus.hypervisor.faults import GeneralProtection
+from vmbus.hypervisor.msrs import GeneralProtection
 from vmbus.hypervisor.reference_time import UNITS_PER_SECOND, ReferenceTime
-from vmbus.hypervisor.synic import FIRST_VECTOR, Synic
+from vmbus.hypervisor.synic import MIN_VECTOR, Synic
 from vmbus.ports import Interrupts, TimerHandle, Timers
 from vmbus.wire.msr import STIMER_CONFIG, STIMER_COUNT
 
 ENABLE = 1
-SHORTEST_PERIOD = 1000
-"""100 us, in units of 100 ns: expirations of a shorter period are this far apart."""
+MIN_PERIOD = 1000
+"""Units of 100 ns (100 us in all): the period of a timer with a smaller COUNT."""
 
-LONGEST_SLEEP = 3600.0
+MAX_SLEEP = 3600.0
 """Seconds; a later expiration is waited for in several steps."""
 
-FIRST_NAP = 0.0001
-LONGEST_NAP = 0.05
-"""Seconds to sleep after waking too early, doubled each time: reference time stands still in a stopped guest."""
+MIN_RETRY_DELAY = 0.0001
+"""Seconds to wait after the first wake-up before the expiration, doubled each time.
+
+Reference time does not advance while the guest is stopped, so that wake-ups may come too early.
+"""
+
+MAX_RETRY_DELAY = 0.05
+"""Seconds to wait after many wake-ups before the expiration."""
 
 
 @dataclass(slots=True)
 class SyntheticTimer:
-    """Registers and state of one timer; ``expiration`` is reference time, None while it does not run."""
+    """Registers and state of one timer.
+
+    ``expiration``: reference time in units of 100 ns, None while the timer does not run. ``expired``: how often it
+    expired.
+    """
 
     vp: int
     index: int
@@ -50,7 +59,7 @@ class SyntheticTimer:
     expiration: int | None = None
     expired: int = 0
     early: int = 0
-    """How often in a row it woke before its time."""
+    """Number of wake-ups in a row that came before the expiration."""
     handle: TimerHandle | None = None
 
 
@@ -76,11 +85,14 @@ class SyntheticTimers:
         self.paused = False
 
     def write_config(self, vp: int, index: int, value: int) -> None:
-        """Raises :class:`GeneralProtection` for direct mode if it is not offered or its vector is below 16."""
+        """Write STIMERn_CONFIG of ``vp``; n is ``index``.
+
+        Raises :class:`GeneralProtection` for direct mode if it is not offered or its vector is below 16.
+        """
         config = STIMER_CONFIG.parse(value)
         if config.direct and not self._direct_offered:
             raise GeneralProtection("stimer-direct-not-offered", f"timer {index} of VP {vp}")
-        if config.direct and config.enable and config.vector < FIRST_VECTOR:
+        if config.direct and config.enable and config.vector < MIN_VECTOR:
             raise GeneralProtection("stimer-vector", f"timer {index} of VP {vp}: vector {config.vector}")
         timer = self.vps[vp][index]
         self._stop(timer)
@@ -88,6 +100,7 @@ class SyntheticTimers:
         self._arm_if_enabled(timer)
 
     def write_count(self, vp: int, index: int, value: int) -> None:
+        """Write STIMERn_COUNT of ``vp``; n is ``index``."""
         timer = self.vps[vp][index]
         self._stop(timer)
         timer.count = value
@@ -98,22 +111,31 @@ class SyntheticTimers:
         self._arm_if_enabled(timer)
 
     def pause(self) -> None:
-        """Let nothing expire until :meth:`resume`."""
+        """Let no timer expire until :meth:`resume`."""
         self.paused = True
         for timer in self._all():
             self._cancel(timer)
 
     def resume(self) -> None:
-        """Go on; what fell due meanwhile expires now."""
+        """End :meth:`pause`; timers whose expiration has passed expire now."""
         self.paused = False
         for timer in self._all():
             if timer.expiration is not None:
                 self._sleep(timer)
 
     def reset(self) -> None:
+        """Return all timers to the power-on state."""
         for timer in self._all():
             self._stop(timer)
             timer.config = timer.count = 0
+
+    def status(self, vp: int) -> dict[str, object]:
+        """Return the timers of ``vp`` that run or have run, for ``vmbus status``."""
+        return {
+            str(timer.index): {"expiration": timer.expiration, "expired": timer.expired}
+            for timer in self.vps[vp]
+            if timer.expiration is not None or timer.expired
+        }
 
     def _all(self) -> list[SyntheticTimer]:
         return [timer for vp in self.vps for timer in vp]
@@ -136,26 +158,26 @@ class SyntheticTimers:
             return
         if not config.enable or timer.count == 0:
             return
-        if config.direct and config.vector < FIRST_VECTOR:  # enabled by COUNT, after CONFIG was accepted
+        if config.direct and config.vector < MIN_VECTOR:  # enabled by COUNT, after CONFIG was accepted
             timer.config &= ~ENABLE
             return
         timer.expiration = self._time.now() + timer.count if config.periodic else timer.count
         self._sleep(timer)
 
     def _sleep(self, timer: SyntheticTimer) -> None:
-        """Wait for the expiration; one that has passed takes effect before this returns."""
+        """Wait for the expiration; handle it before returning if it has passed."""
         if self.paused or timer.expiration is None:
             return
         remaining = timer.expiration - self._time.now()
         if remaining <= 0:
             self._expire(timer, timer.expiration)
             return
-        seconds = min(remaining / UNITS_PER_SECOND, LONGEST_SLEEP)
+        seconds = min(remaining / UNITS_PER_SECOND, MAX_SLEEP)
         if timer.early:
-            seconds = max(seconds, min(FIRST_NAP * 2 ** min(timer.early, 16), LONGEST_NAP))
-        timer.handle = self._timers.call_later(seconds, lambda: self._woke(timer))
+            seconds = max(seconds, min(MIN_RETRY_DELAY * 2 ** min(timer.early, 16), MAX_RETRY_DELAY))
+        timer.handle = self._timers.call_later(seconds, lambda: self._wake_up(timer))
 
-    def _woke(self, timer: SyntheticTimer) -> None:
+    def _wake_up(self, timer: SyntheticTimer) -> None:
         timer.handle = None
         timer.early += 1
         self._sleep(timer)
@@ -165,11 +187,11 @@ class SyntheticTimers:
         timer.expired += 1
         timer.early = 0
         if config.periodic:
-            period = max(timer.count, SHORTEST_PERIOD)
+            period = max(timer.count, MIN_PERIOD)
             now = self._time.now()
             timer.expiration = max(expiration + period, now + period - (now - expiration) % period)
             remaining = (timer.expiration - now) / UNITS_PER_SECOND
-            timer.handle = self._timers.call_later(min(remaining, LONGEST_SLEEP), lambda: self._woke(timer))
+            timer.handle = self._timers.call_later(min(remaining, MAX_SLEEP), lambda: self._wake_up(timer))
         else:
             timer.expiration = None
             timer.config &= ~ENABLE

@@ -14,25 +14,25 @@ What a SINT does with a message or an event:
                                   queued until EOM
     on     polling   in use       the same without interrupt     the same without interrupt
 
-Queues are FIFO per (VP, SINT). They are looked at again on EOM of any processor (a crashing guest frees the slots
-of all of them from one), when SCONTROL, SIMP or a SINT is written, and, only while something waits behind a busy
-slot, by a slow timer: that repairs an EOM which a guest left out.
+Queues are FIFO per (VP, SINT). Delivery is tried again on EOM of any processor (a crashing guest frees the slots of
+all processors from one of them), when SCONTROL, SIMP or a SINT is written, and, only while a message waits behind a
+busy slot, by a slow timer: the timer covers guests that free a slot without EOM.
 
-An event flag that is seen set is not set again and not signalled again: its interrupt was requested when it was
-set, and the guest clears it before it looks at the ring. That conclusion needs the fence before the look. A SINT
-that becomes able to deliver while flags or a message are present gets a fresh interrupt.
+An event flag that is already set is not signalled again: its interrupt was requested when it was set, and the guest
+clears the flag before it reads the ring. This requires a fence between the store to the ring and the load of the
+flag. When a SINT becomes able to deliver while flags or a message are present, the guest gets a new interrupt.
 
-Nothing is written to the guest while ``paused``: messages queue up and events are remembered.
+Nothing is written to the guest while ``paused``: messages are queued, events are deferred.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 
 from vmbus.errors import InternalError
-from vmbus.hypervisor.events import PartitionEvents
-from vmbus.hypervisor.faults import GeneralProtection
 from vmbus.hypervisor.messages import Message, claim_slot, fill_slot, slot_is_free
+from vmbus.hypervisor.msrs import GeneralProtection
 from vmbus.hypervisor.overlay import PageOverlay
 from vmbus.hypervisor.reference_time import ReferenceTime
 from vmbus.hypervisor.vp_synic import SynicCounters, VpSynic
@@ -48,19 +48,36 @@ from vmbus.wire.synic import (
     TimerExpired,
 )
 
-QUEUE_LIMIT = 4096
-"""Messages that wait on one virtual processor, all its SINTs together; more are refused."""
+MAX_QUEUED_MESSAGES = 4096
+"""Channel messages in the queues of one virtual processor, all its SINTs together; more are refused."""
 
-POLL_FIRST = 0.005
-POLL_SLOWEST = 0.16
-"""Seconds between two looks at busy slots: doubled while nothing moves."""
+MIN_POLL_INTERVAL = 0.005
+"""Seconds until busy slots are polled for the first time; doubled after each poll that delivers nothing."""
 
-FIRST_VECTOR = 16
+MAX_POLL_INTERVAL = 0.16
+"""Seconds between two polls at most."""
+
+MIN_VECTOR = 16
+"""The lowest vector that a local APIC accepts."""
+
 _NO_FLAGS = bytes(EVENT_AREA_SIZE)
 
 
+class SynicEvents:
+    """Notifications of a :class:`Synic`; override those of interest.
+
+    They are called in the middle of a trap: return soon, and do not call back into the partition.
+    """
+
+    def synic_changed(self, vp: int) -> None:
+        """SCONTROL, SIMP, SIEFP or a SINT of ``vp`` was written."""
+
+    def auto_eoi_changed(self, vp: int, vectors: AbstractSet[int]) -> None:
+        """``vectors`` replaces the set of vectors of ``vp`` that the local APIC must end without an EOI."""
+
+
 class Synic:
-    """All controllers of a partition, and its event ports; implements :class:`vmbus.ports.Synic`."""
+    """The controllers of a partition, and its event ports; implements :class:`vmbus.ports.Synic`."""
 
     def __init__(
         self,
@@ -69,7 +86,7 @@ class Synic:
         interrupts: Interrupts,
         timers: Timers,
         time: ReferenceTime,
-        events: PartitionEvents,
+        events: SynicEvents,
         refusals: Refusals,
     ) -> None:
         self._memory = memory
@@ -92,41 +109,42 @@ class Synic:
         self._occupied: set[tuple[int, int]] = set()
         """(VP, SINT) whose queue is not empty."""
         self._busy: set[tuple[int, int]] = set()
-        """Those of them that wait behind a busy slot."""
+        """(VP, SINT) whose queue waits behind a busy slot; a subset of ``_occupied``."""
         self._poll: TimerHandle | None = None
-        self._poll_delay = POLL_FIRST
+        self._poll_delay = MIN_POLL_INTERVAL
 
-    # --- what the bus calls (vmbus.ports.Synic) ---
+    # --- for the bus (vmbus.ports.Synic) ---
 
     @property
     def vp_count(self) -> int:
+        """Number of virtual processors."""
         return len(self.vps)
 
     def post_message(self, vp: int, sint: int, payload: bytes) -> None:
         """Queue a channel message and deliver it if its slot is free.
 
         Raises :class:`InternalError` for more than 240 bytes. A processor or SINT that does not exist, and a
-        message beyond ``QUEUE_LIMIT``, are refused: a guest can bring about all three.
+        message beyond ``MAX_QUEUED_MESSAGES``, are counted as refusals: a guest can cause all three.
         """
         if len(payload) > MESSAGE_PAYLOAD_MAX:
             raise InternalError(f"a message of {len(payload)} bytes does not fit a slot")
         if not self._exists(vp, sint):
             return
         synic = self.vps[vp]
-        if synic.waiting >= QUEUE_LIMIT:
+        if synic.waiting >= MAX_QUEUED_MESSAGES:
             self._refusals.refuse("message-queue-full", f"VP {vp} SINT {sint}")
             return
         synic.waiting += 1
         self._queue(synic, sint, Message(MessageType.CHANNEL, bytes(payload)))
 
     def queued_messages(self, vp: int, sint: int) -> int:
-        """Channel messages that wait for the slot; the one in the slot does not count."""
+        """Return how many channel messages wait for the slot, without the one in the slot."""
         if not self._exists(vp, sint):
             return 0
         return sum(1 for message in self.vps[vp].queues[sint] if message.timer is None)
 
     def discard_messages(self) -> None:
-        """Forget the channel messages that are in no slot yet; those of synthetic timers stay."""
+        """Drop the channel messages that are in no slot yet; messages of synthetic timers stay."""
         for synic in self.vps:
             for sint, queue in enumerate(synic.queues):
                 kept = [message for message in queue if message.timer is not None]
@@ -136,7 +154,7 @@ class Synic:
             synic.waiting = 0
 
     def signal_event(self, vp: int, sint: int, flag: int) -> None:
-        """Set an event flag; the guest is interrupted unless it has yet to see the last time."""
+        """Set an event flag, and interrupt the guest unless the flag is set already."""
         if not self._exists(vp, sint):
             return
         if not 0 <= flag < EVENT_FLAG_COUNT:
@@ -144,7 +162,7 @@ class Synic:
             return
         synic = self.vps[vp]
         if self.paused:
-            synic.owed_events.add((sint, flag))
+            synic.deferred_events.add((sint, flag))
             return
         page = synic.siefp.pages
         if page is None or not synic.can_signal(sint):
@@ -157,19 +175,21 @@ class Synic:
         if word & bit:
             self.counters.events_already_set += 1
             return
-        # Not atomic: a flag that the guest clears meanwhile may come back, which costs it one look at a ring.
+        # Not atomic: a flag that the guest clears at this time may be set again, which costs it one read of a ring.
         page.store_u32(offset, word | bit)
         self.counters.events_signalled += 1
         self._interrupt(synic, sint)
 
     def connect_event_port(self, connection_id: int, signalled: Callable[[], None]) -> None:
+        """Let HvSignalEvent on ``connection_id`` call ``signalled``."""
         self.event_ports[connection_id] = signalled
 
     def disconnect_event_port(self, connection_id: int) -> None:
+        """Make ``connection_id`` unknown; no effect if it is."""
         self.event_ports.pop(connection_id, None)
 
     def ring_event_port(self, connection_id: int) -> None:
-        """HvSignalEvent on ``connection_id`` for which nobody waits any more; an unknown id is counted."""
+        """Handle HvSignalEvent on ``connection_id`` after its processor has the status; an unknown id is refused."""
         signalled = self.event_ports.get(connection_id)
         if signalled is None:
             self._refusals.refuse("doorbell-unknown-connection", f"{connection_id:#x}")
@@ -177,12 +197,12 @@ class Synic:
         self.counters.doorbells += 1
         signalled()
 
-    # --- what synthetic timers call ---
+    # --- for synthetic timers ---
 
     def post_timer(self, vp: int, sint: int, timer: int, expiration: int, *, droppable: bool) -> None:
-        """Queue the message of an expired timer; one that still waits is not doubled.
+        """Queue the message of an expired timer, unless an earlier one of this timer is still queued.
 
-        ``droppable``: a lazy timer, whose message is not kept when it cannot be delivered at once.
+        ``droppable``: drop the message if it cannot be delivered at once (lazy timers).
         """
         synic = self.vps[vp]
         if timer in synic.timers_waiting:
@@ -193,7 +213,7 @@ class Synic:
             self.withdraw_timer(vp, timer)
 
     def withdraw_timer(self, vp: int, timer: int) -> None:
-        """The timer was stopped or set anew: its message, if it still waits, is void."""
+        """Drop the queued message of a timer that was stopped or written."""
         synic = self.vps[vp]
         if timer not in synic.timers_waiting:
             return
@@ -208,27 +228,30 @@ class Synic:
     # --- registers ---
 
     def write_scontrol(self, vp: int, value: int) -> None:
+        """Write SCONTROL of ``vp``."""
         synic = self.vps[vp]
         before = self._deliverable(synic)
         synic.scontrol = value
         self._changed(synic, before)
 
     def write_siefp(self, vp: int, value: int) -> None:
+        """Write SIEFP of ``vp``."""
         synic = self.vps[vp]
         before = self._deliverable(synic)
         synic.siefp.write(value)
         self._changed(synic, before)
 
     def write_simp(self, vp: int, value: int) -> None:
+        """Write SIMP of ``vp``."""
         synic = self.vps[vp]
         before = self._deliverable(synic)
         synic.simp.write(value)
         self._changed(synic, before)
 
     def write_sint(self, vp: int, sint: int, value: int) -> None:
-        """Raises :class:`GeneralProtection` for vectors 0 to 15 on a SINT that is not masked."""
+        """Write SINT ``sint`` of ``vp``. Raises :class:`GeneralProtection` for an unmasked vector below 16."""
         parsed = SINT.parse(value)
-        if parsed.vector < FIRST_VECTOR and not parsed.masked:
+        if parsed.vector < MIN_VECTOR and not parsed.masked:
             raise GeneralProtection("sint-vector", f"SINT{sint} of VP {vp}: vector {parsed.vector}")
         synic = self.vps[vp]
         before = self._deliverable(synic)
@@ -238,11 +261,11 @@ class Synic:
         self._changed(synic, before)
 
     def end_of_message(self, vp: int) -> None:
-        """EOM was written on ``vp``; slots of all processors are looked at."""
+        """Write EOM on ``vp``: try delivery to the slots of all processors."""
         self.counters.end_of_message += 1
         self._deliver_all()
 
-    # --- life ---
+    # --- pause, reset, restore ---
 
     def pause(self) -> None:
         """Write nothing to the guest until :meth:`resume`."""
@@ -250,19 +273,19 @@ class Synic:
         self._stop_poll()
 
     def resume(self) -> None:
-        """Deliver what piled up, and interrupt once more where the guest has something to look at."""
+        """Deliver what was queued and deferred, and interrupt once more where flags or messages are present."""
         self.paused = False
         for synic in self.vps:
             for sint in range(SINT_COUNT):
                 self._remind(synic, sint)
-            owed = sorted(synic.owed_events)
-            synic.owed_events.clear()
-            for sint, flag in owed:
+            deferred = sorted(synic.deferred_events)
+            synic.deferred_events.clear()
+            for sint, flag in deferred:
                 self.signal_event(synic.index, sint, flag)
         self._deliver_all()
 
     def reset(self) -> None:
-        """Power-on state of all controllers; event ports stay."""
+        """Return all controllers to the power-on state; event ports stay."""
         for synic in self.vps:
             synic.siefp.reset()
             synic.simp.reset()
@@ -273,14 +296,14 @@ class Synic:
                 queue.clear()
             synic.waiting = 0
             synic.timers_waiting.clear()
-            synic.owed_events.clear()
+            synic.deferred_events.clear()
             self._note_auto_eoi(synic)
         self._occupied.clear()
         self._busy.clear()
         self._stop_poll()
 
     def restored(self) -> None:
-        """Saved registers and queues were put into ``vps``: bring what depends on them up to date."""
+        """Derive the other fields from the registers and queues that were restored into ``vps``."""
         self._occupied.clear()
         self._busy.clear()
         for synic in self.vps:
@@ -307,7 +330,7 @@ class Synic:
             self.counters.messages_behind_busy_slot += 1
 
     def _deliver(self, synic: VpSynic, sint: int) -> None:
-        """Move what can be moved from the queue into the slot."""
+        """Move messages from the queue to the slot until the slot is busy or the queue is empty."""
         queue = synic.queues[sint]
         key = (synic.index, sint)
         self._busy.discard(key)
@@ -329,7 +352,7 @@ class Synic:
                 more=bool(queue),
             )
             self.counters.messages_delivered += 1
-            self._poll_delay = POLL_FIRST
+            self._poll_delay = MIN_POLL_INTERVAL
             self._interrupt(synic, sint)
         self._occupied.discard(key)
         if not self._busy:
@@ -368,7 +391,7 @@ class Synic:
         self._events.synic_changed(synic.index)
 
     def _remind(self, synic: VpSynic, sint: int) -> None:
-        """Interrupt for what the guest has not taken yet: its slot, its flags."""
+        """Interrupt if a message is in the slot of ``sint`` or one of its flags is set."""
         messages, flags = synic.simp.pages, synic.siefp.pages
         if (messages is not None and synic.can_message(sint) and not slot_is_free(messages, sint)) or (
             flags is not None
@@ -399,13 +422,13 @@ class Synic:
         if self._poll is not None:
             self._poll.cancel()
             self._poll = None
-        self._poll_delay = POLL_FIRST
+        self._poll_delay = MIN_POLL_INTERVAL
 
     def _polled(self) -> None:
         self._poll = None
         if self.paused:
             return
         self.counters.polls += 1
-        self._poll_delay = min(self._poll_delay * 2, POLL_SLOWEST)
+        self._poll_delay = min(self._poll_delay * 2, MAX_POLL_INTERVAL)
         for vp, sint in sorted(self._busy):
             self._deliver(self.vps[vp], sint)

@@ -34,11 +34,10 @@ from vmbus.bus.server import Bus
 from vmbus.errors import GatewayError, QemuError, QemuGone
 from vmbus.hypervisor.cpuid import cpuid_table
 from vmbus.hypervisor.crash import CrashReport
-from vmbus.hypervisor.events import PartitionEvents
-from vmbus.hypervisor.faults import GeneralProtection, UndefinedOpcode
 from vmbus.hypervisor.features import Features
-from vmbus.hypervisor.hypercalls import AcknowledgedEarly, HypercallRegisters
-from vmbus.hypervisor.partition import Partition
+from vmbus.hypervisor.hypercalls import AcknowledgedEarly, HypercallRegisters, UndefinedOpcode
+from vmbus.hypervisor.msrs import GeneralProtection
+from vmbus.hypervisor.partition import Partition, PartitionEvents
 from vmbus.machine import takeover as succession
 from vmbus.machine.clock import TcgClock
 from vmbus.machine.gateway.client import Gateway

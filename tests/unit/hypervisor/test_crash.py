@@ -7,7 +7,7 @@ import logging
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vmbus.hypervisor.crash import MESSAGE_MAX
+from vmbus.hypervisor.crash import MAX_MESSAGE
 from vmbus.wire.msr import Msr
 
 from tests.unit.hypervisor.scripted_guest import LINUX_6_1, NOT_RAM, RAM_SIZE, ScriptedGuest
@@ -61,9 +61,9 @@ def test_text_ends_at_a_zero_byte(guest: ScriptedGuest) -> None:
 
 
 def test_text_is_bounded(guest: ScriptedGuest, caplog: pytest.LogCaptureFixture) -> None:
-    guest.memory.write(0x5000, b"x" * (MESSAGE_MAX + 100))
+    guest.memory.write(0x5000, b"x" * (MAX_MESSAGE + 100))
     with caplog.at_level(logging.WARNING):
-        assert crash_with_message(guest, 0x5000, 1 << 63) == "x" * MESSAGE_MAX
+        assert crash_with_message(guest, 0x5000, 1 << 63) == "x" * MAX_MESSAGE
     assert "crash-message-too-long" in caplog.text
 
 

@@ -86,11 +86,11 @@ class HostileGuest(ScriptedGuest):
 
     def do_migrate(self) -> None:
         self.partition.pause()
-        state = self.partition.export_state()
+        state = self.partition.save()
         self.move_to(self.make_partition())
         self.connect()
-        self.partition.import_state(state)
-        assert self.partition.export_state().vps == state.vps
+        self.partition.restore(state)
+        assert self.partition.save().vps == state.vps
         self.partition.resume()
 
     def do_reset(self) -> None:

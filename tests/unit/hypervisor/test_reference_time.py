@@ -148,12 +148,12 @@ def test_restored_time_goes_on_at_another_tsc_rate(guest: ScriptedGuest) -> None
     enable(guest)
     guest.timers.advance(5)
     guest.partition.pause()
-    state = guest.partition.export_state()
+    state = guest.partition.save()
     sequence = page_of(guest).sequence
     guest.timers.advance(0.2)
     guest.clock.tsc_base, guest.clock.tsc_frequency = 77, 3_000_000_000
     guest.move_to(guest.make_partition())
-    guest.partition.import_state(state)
+    guest.partition.restore(state)
     guest.partition.resume()
     assert page_of(guest).sequence == sequence + 1
     assert read_as_guest(guest) == guest.rd(Msr.TIME_REF_COUNT) >= state.time.time
@@ -163,13 +163,13 @@ def test_restored_time_goes_on_at_another_tsc_rate(guest: ScriptedGuest) -> None
 def test_restored_page_is_left_alone_at_the_same_rate(guest: ScriptedGuest) -> None:
     enable(guest)
     guest.partition.pause()
-    state = guest.partition.export_state()
+    state = guest.partition.save()
     before = page_of(guest)
     guest.move_to(guest.make_partition())
-    guest.partition.import_state(state)
+    guest.partition.restore(state)
     guest.partition.resume()
     assert page_of(guest) == before
-    assert dataclasses.replace(guest.partition.export_state(), time=state.time) == state
+    assert dataclasses.replace(guest.partition.save(), time=state.time) == state
 
 
 @settings(deadline=None)

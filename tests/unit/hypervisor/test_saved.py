@@ -22,9 +22,9 @@ from tests.unit.hypervisor.test_stimer import MILLISECOND, config
 def migrate(guest: ScriptedGuest) -> PartitionState:
     """To another partition on the same memory; it is not resumed yet."""
     guest.partition.pause()
-    state = guest.partition.export_state()
+    state = guest.partition.save()
     guest.move_to(guest.make_partition())
-    guest.partition.import_state(state)
+    guest.partition.restore(state)
     return state
 
 
@@ -62,7 +62,7 @@ def test_everything_survives_and_a_second_export_is_the_same() -> None:
         if msr not in (Msr.TIME_REF_COUNT, Msr.VP_RUNTIME)
     }
     state = migrate(guest)
-    assert guest.partition.export_state() == state
+    assert guest.partition.save() == state
     assert {key: guest.rd(key[1], key[0]) for key in registers} == registers
     assert guest.events.auto_eoi[-1] == (1, {VECTOR})
     assert guest.vmcall(0xFFFF) == 2
@@ -89,7 +89,7 @@ def test_events_owed_while_paused_are_part_of_the_state(running: ScriptedGuest) 
     running.partition.pause()
     running.synic.signal_event(1, 2, 9)
     state = migrate(running)
-    assert state.vps[1].owed_events == ((2, 9),)
+    assert state.vps[1].deferred_events == ((2, 9),)
     running.partition.resume()
     assert running.flags(1) == {9}
 
@@ -108,7 +108,7 @@ def test_source_goes_on_after_a_save_that_came_to_nothing(running: ScriptedGuest
     running.synic.post_message(0, 2, b"1")
     running.synic.post_message(0, 2, b"2")
     running.partition.pause()
-    running.partition.export_state()
+    running.partition.save()
     running.synic.post_message(0, 2, b"3")
     running.partition.resume()
     assert [running.take_message() for _ in range(4)] == [b"1", b"2", b"3", None]
@@ -151,12 +151,12 @@ def test_timers_go_on_where_they_were() -> None:
 
 def test_imported_timer_of_the_old_partition_is_called_off(running: ScriptedGuest) -> None:
     """Importing over a partition that runs (a snapshot is loaded) leaves nothing of its own behind."""
-    fresh = ScriptedGuest(vps=2).partition.export_state()
+    fresh = ScriptedGuest(vps=2).partition.save()
     running.synic.post_message(0, 2, b"1")
     running.synic.post_message(0, 2, b"2")
-    running.partition.import_state(fresh)
+    running.partition.restore(fresh)
     running.partition.resume()
-    assert running.partition.export_state() == fresh
+    assert running.partition.save() == fresh
     assert running.synic.queued_messages(0, 2) == 0
 
 
@@ -196,8 +196,8 @@ TIMER_MESSAGE = QueuedMessage(2, 0x80000010, b"", 1, 5)
         ("saved-message-type", lambda s: with_message(s, timer=1)),
         ("saved-message-timer", lambda s: with_vp(s, messages=(TIMER_MESSAGE, TIMER_MESSAGE))),
         ("saved-message-count", lambda s: with_vp(s, messages=(QueuedMessage(2, 1, b""),) * 4097)),
-        ("saved-event", lambda s: with_vp(s, owed_events=((2, 2048),))),
-        ("saved-event", lambda s: with_vp(s, owed_events=((16, 1),))),
+        ("saved-event", lambda s: with_vp(s, deferred_events=((2, 2048),))),
+        ("saved-event", lambda s: with_vp(s, deferred_events=((16, 1),))),
     ],
 )
 def test_impossible_state_is_refused_before_anything_changes(
@@ -205,11 +205,11 @@ def test_impossible_state_is_refused_before_anything_changes(
 ) -> None:
     running.synic.post_message(0, 2, b"1")
     running.synic.post_message(0, 2, b"2")
-    before = running.partition.export_state()
+    before = running.partition.save()
     with pytest.raises(MalformedError) as refused:
-        running.partition.import_state(damage(before))
+        running.partition.restore(damage(before))
     assert refused.value.reason == reason
-    assert running.partition.export_state() == before
+    assert running.partition.save() == before
     assert [running.take_message(), running.take_message()] == [b"1", b"2"]
 
 
@@ -226,6 +226,6 @@ def test_records_hold_plain_values_only(running: ScriptedGuest) -> None:
 
     running.synic.post_message(0, 2, b"1")
     running.synic.post_message(0, 2, b"2")
-    state = running.partition.export_state()
+    state = running.partition.save()
     check(state)
     assert isinstance(state.vps[0], VpState)

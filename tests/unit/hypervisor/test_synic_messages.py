@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from vmbus.errors import InternalError
-from vmbus.hypervisor.synic import POLL_FIRST, POLL_SLOWEST, QUEUE_LIMIT
+from vmbus.hypervisor.synic import MAX_POLL_INTERVAL, MAX_QUEUED_MESSAGES, MIN_POLL_INTERVAL
 from vmbus.ports import PAGE_SIZE
 from vmbus.wire.msr import Msr
 from vmbus.wire.synic import MESSAGE_SLOT, MESSAGE_SLOT_STRUCT, MessageSlot
@@ -212,10 +212,10 @@ def test_discarding_forgets_what_is_in_no_slot(running: ScriptedGuest) -> None:
 
 
 def test_queue_of_a_processor_is_bounded(running: ScriptedGuest) -> None:
-    for number in range(QUEUE_LIMIT + 10):
+    for number in range(MAX_QUEUED_MESSAGES + 10):
         running.synic.post_message(0, 2 + number % 2, b"flood")
     synic = running.synic.vps[0]
-    assert sum(map(len, synic.queues)) == QUEUE_LIMIT
+    assert sum(map(len, synic.queues)) == MAX_QUEUED_MESSAGES
     assert running.partition.refusals.counts["message-queue-full"] == 9
     running.synic.discard_messages()
     running.synic.post_message(0, 2, b"fits again")
@@ -237,7 +237,7 @@ def test_slot_freed_without_eom_is_found_by_the_slow_poll(running: ScriptedGuest
     running.synic.post_message(0, 2, b"1")
     running.synic.post_message(0, 2, b"2")
     running.free_slot()
-    running.timers.advance(POLL_FIRST)
+    running.timers.advance(MIN_POLL_INTERVAL)
     assert running.slot().payload.startswith(b"2")
 
 
@@ -246,7 +246,7 @@ def test_poll_slows_down_and_stops_with_the_last_message(running: ScriptedGuest)
     running.synic.post_message(0, 2, b"2")
     running.timers.advance(60)
     polls = running.synic.counters.polls
-    assert 0 < polls < 60 / POLL_SLOWEST + 10
+    assert 0 < polls < 60 / MAX_POLL_INTERVAL + 10
     running.take_message()
     running.timers.advance(60)
     assert running.synic.counters.polls == polls
@@ -332,9 +332,9 @@ class MessageOrder(RuleBasedStateMachine):
     @rule()
     def migrate(self) -> None:
         self.guest.partition.pause()
-        state = self.guest.partition.export_state()
+        state = self.guest.partition.save()
         self.guest.move_to(self.guest.make_partition())
-        self.guest.partition.import_state(state)
+        self.guest.partition.restore(state)
         self.post(1)
         self.guest.partition.resume()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from vmbus.errors import InternalError, QemuGone
-from vmbus.hypervisor.faults import GeneralProtection, UndefinedOpcode
+from vmbus.hypervisor import GeneralProtection, UndefinedOpcode
 from vmbus.hypervisor.hypercalls import AcknowledgedEarly, HypercallResult
 from vmbus.machine.gateway.traps import Fault, Trap
 from vmbus.machine.host import ExitReason, Host

@@ -21,7 +21,6 @@ from vmbus.bus.saved_state.values import (
     RangeRecord,
 )
 from vmbus.errors import MalformedError
-from vmbus.hypervisor.saved_state.layout import SAVED_HYPERVISOR, SavedAnswer, SavedHypervisor
 from vmbus.hypervisor.saved_state.values import (
     PageState,
     PartitionState,
@@ -30,6 +29,7 @@ from vmbus.hypervisor.saved_state.values import (
     TimerState,
     VpState,
 )
+from vmbus.machine.migration.hypervisor_layout import SAVED_HYPERVISOR, SavedAnswer, SavedHypervisor
 from vmbus.wire.saved import parse_record
 from vmbus.wire.version import Feature, Version
 

@@ -25,7 +25,12 @@ from vmbus.wire.plain import Blob, Guid, Maybe, Members, Nested, Text
 def all_records() -> list[tuple[str, Record[Any]]]:
     found: dict[int, tuple[str, Record[Any]]] = {}
     modules = [f"vmbus.wire.{module.name}" for module in pkgutil.iter_modules(vmbus.wire.__path__)]
-    for module in [*modules, "vmbus.bus.saved_state.layout", "vmbus.hypervisor.saved_state.layout"]:
+    for module in [
+        *modules,
+        "vmbus.bus.saved_state.layout",
+        "vmbus.hypervisor.saved_state.layout",
+        "vmbus.machine.migration.hypervisor_layout",
+    ]:
         for name, value in vars(importlib.import_module(module)).items():
             if isinstance(value, Record):
                 found.setdefault(id(value), (f"{module.rpartition('.')[2]}.{name}", value))

@@ -1,1 +1,1 @@
-"""The saved state of a partition: its values, their layout as bytes, and how they are restored."""
+"""The saved state of a partition: plain values, their layout in bytes, and their restoration."""

@@ -1,19 +1,29 @@
-"""A partition's state as plain records, for saving it and putting it back.
+"""A partition's state as plain values, and the functions that capture it from live objects.
 
 Source: docs/protocol/saving.md#hypervisor-state, docs/conformance.md#row-55.
 
-Pages of the guest (message slots, event flags, hypercall page, reference TSC page) are guest RAM and travel with
-it; here is only what is not in RAM.
+Nothing here refers to a live object. Guest pages (message slots, event flags, hypercall page, reference TSC page)
+are guest RAM and are transferred with it; these values are the state that is not in RAM.
+:class:`~vmbus.hypervisor.partition.Partition` puts them together in ``save``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from vmbus.hypervisor.overlay import PageOverlay
+from vmbus.hypervisor.reference_time import ReferenceTime
+from vmbus.hypervisor.stimer import SyntheticTimer
+from vmbus.hypervisor.vp_synic import VpSynic
 
 
 @dataclass(frozen=True, slots=True)
 class QueuedMessage:
-    """A message that is in no slot yet, in the order of its queue; a timer's has no payload."""
+    """A message that is not in its slot yet, in the order of its queue; a timer message has no payload.
+
+    ``expiration``: of a timer message, in units of 100 ns of reference time.
+    """
 
     sint: int
     message_type: int
@@ -24,7 +34,7 @@ class QueuedMessage:
 
 @dataclass(frozen=True, slots=True)
 class TimerState:
-    """One synthetic timer; ``expiration`` is reference time, None if it does not run."""
+    """One synthetic timer; ``expiration`` is reference time in units of 100 ns, None if the timer does not run."""
 
     config: int
     count: int
@@ -33,7 +43,7 @@ class TimerState:
 
 @dataclass(frozen=True, slots=True)
 class PageState:
-    """A page register, and the page that it had in use last."""
+    """A page register (SIMP, SIEFP), and the number of the page that was enabled last."""
 
     value: int = 0
     last_gpn: int | None = None
@@ -41,7 +51,7 @@ class PageState:
 
 @dataclass(frozen=True, slots=True)
 class VpState:
-    """One virtual processor; ``owed_events`` are (SINT, flag) signalled while the partition was paused."""
+    """One virtual processor; ``deferred_events`` are (SINT, flag) signalled while the partition was paused."""
 
     assist_page: int
     scontrol: int
@@ -50,12 +60,16 @@ class VpState:
     sints: tuple[int, ...]
     messages: tuple[QueuedMessage, ...]
     timers: tuple[TimerState, ...]
-    owed_events: tuple[tuple[int, int], ...] = ()
+    deferred_events: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceTimeState:
-    """``time`` is the reference time at the save; frequency 0: the TSC was not followed."""
+    """Reference time and the constants of the reference TSC page.
+
+    ``time``: reference time at the save, in units of 100 ns. ``frequency``: of the TSC, in Hz; 0 if reference time
+    did not follow the TSC, and then ``scale`` and ``offset`` are 0 as well.
+    """
 
     time: int
     sequence: int
@@ -66,7 +80,7 @@ class ReferenceTimeState:
 
 @dataclass(frozen=True, slots=True)
 class PartitionState:
-    """Everything of a partition that is not guest RAM."""
+    """The whole state of a partition that is not guest RAM."""
 
     guest_os_id: int
     hypercall: int
@@ -75,3 +89,37 @@ class PartitionState:
     crash_parameters: tuple[int, ...]
     time: ReferenceTimeState
     vps: tuple[VpState, ...]
+
+
+def save_reference_time(time: ReferenceTime) -> ReferenceTimeState:
+    """Capture reference time and the constants that were published last."""
+    scaling = time.scaling
+    return ReferenceTimeState(
+        time=time.now(),
+        sequence=time.sequence,
+        frequency=scaling.frequency if scaling else 0,
+        scale=scaling.scale if scaling else 0,
+        offset=scaling.offset if scaling else 0,
+    )
+
+
+def save_vp(assist_page: PageOverlay, synic: VpSynic, timers: Iterable[SyntheticTimer]) -> VpState:
+    """Capture one virtual processor."""
+    return VpState(
+        assist_page=assist_page.value,
+        scontrol=synic.scontrol,
+        siefp=_save_page(synic.siefp),
+        simp=_save_page(synic.simp),
+        sints=tuple(synic.sint_values),
+        messages=tuple(
+            QueuedMessage(sint, int(message.message_type), message.payload, message.timer, message.expiration)
+            for sint, queue in enumerate(synic.queues)
+            for message in queue
+        ),
+        timers=tuple(TimerState(timer.config, timer.count, timer.expiration) for timer in timers),
+        deferred_events=tuple(sorted(synic.deferred_events)),
+    )
+
+
+def _save_page(page: PageOverlay) -> PageState:
+    return PageState(page.value, page.last_gpn)

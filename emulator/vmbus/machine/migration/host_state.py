@@ -23,9 +23,9 @@ from vmbus.bus.saved_state.values import BusState
 from vmbus.errors import MalformedError
 from vmbus.hypervisor.features import Features
 from vmbus.hypervisor.reference_time import TscScaling
-from vmbus.hypervisor.saved_state.layout import SAVED_HYPERVISOR, SavedAnswer, SavedHypervisor
 from vmbus.machine.gateway.traps import Unclaimed
 from vmbus.machine.migration import carried_pages, shared_memory
+from vmbus.machine.migration.hypervisor_layout import SAVED_HYPERVISOR, SavedAnswer, SavedHypervisor
 from vmbus.saving import (
     ChannelSaver,
     ChannelState,
@@ -73,7 +73,7 @@ class HypervisorSection:
             tsc=host.clock.stopped_at or 0,
             tsc_frequency=host.clock.tsc_frequency,
             answers=tuple(SavedAnswer(*answer) for answer in host.gateway.unclaimed()),
-            partition=host.partition.export_state(),
+            partition=host.partition.save(),
         )
         return SavedSection(self.name, self.version, SAVED_HYPERVISOR.build(saved))
 
@@ -99,7 +99,7 @@ class HypervisorSection:
         if time.frequency and saved.tsc:  # what a guest that computes time itself has seen
             now = max(now, TscScaling(time.frequency, time.scale, time.offset).time(saved.tsc))
         same = host.clock.restore(saved.tsc_frequency, saved.tsc, now, time.time, same_host=self.same_host)
-        host.partition.import_state(saved.partition)
+        host.partition.restore(saved.partition)
         if not same:  # the guest asks for the time until its TSC is known here
             host.partition.publish_reference_tsc()
         host.gateway.carry(
