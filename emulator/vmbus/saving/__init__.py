@@ -1,12 +1,12 @@
-"""Save and restore of channels and of the whole machine, without a machine: no QEMU, no event loop.
+"""Saving and restoring of channels and of whole machines; depends neither on QEMU nor on an event loop.
 
-``channel`` is the contract for one channel (begin, continue, end, restore), ``state`` what a channel must be able
-to do for it, ``stream`` and ``loading`` are the whole machine. Declarations are in :mod:`vmbus.wire.saved`.
+``channel`` has the KMCL functions for one channel (begin, continue, end, restore), ``state`` the protocol that a
+channel implements for them, ``device_channel`` the implementation for channels of the bus. ``stream`` saves a whole
+machine and ``loading`` restores it. Declarations are in :mod:`vmbus.wire.saved`.
 """
 
 from vmbus.saving.channel import ChannelSaver, SaveResult
 from vmbus.saving.loading import MachineState, Restore, SectionTarget, read_machine
-from vmbus.saving.refusal import Reason, StateRefused
 from vmbus.saving.state import (
     ChannelState,
     OutgoingPacket,
@@ -16,7 +16,7 @@ from vmbus.saving.state import (
     SavePacket,
     SavePacketResult,
 )
-from vmbus.saving.status import NtStatus
+from vmbus.saving.status import NtStatus, Reason, StateRefused
 from vmbus.saving.stream import SavedState, refusal_stream, save_machine
 
 __all__ = [

@@ -1,9 +1,9 @@
-"""Saving and restoring one channel: begin, continue, end; restore from buffers of whole chunks.
+"""Saving and restoring one channel: begin, continue, end; restoring from buffers of whole chunks.
 
 Source: docs/protocol/saving.md#saving-a-channel, docs/protocol/saving.md#silent-cases (the KMCL functions of a VMBus
 server), docs/saved-state.md.
 
-    saving     idle ──save_begin──▶ saving ──save_continue → SUCCESS──▶ saved ──save_end──▶ idle, frozen
+    saving     idle ──save_begin──▶ saving ──save_continue → SUCCESS──▶ saved ──save_end──▶ idle, view kept
                                       │ save_end                                             │ start
                                       ▼                                                      ▼
                                     idle, as before save_begin                              active
@@ -11,12 +11,12 @@ server), docs/saved-state.md.
                  ▲ disable (from any of them)                   │ a device's callback fails
                  └──────────────────────────── broken ◀─────────┘
 
-A channel that is active cannot be saved: :meth:`ChannelSaver.pause` first. Between ``save_begin`` and the end of an
-aborted save, and after a successful one until ``start``, the channel is frozen: what was saved stays true.
+A channel that is active cannot be saved: call :meth:`ChannelSaver.pause` first. From ``save_begin`` to the end of an
+aborted save, or after a complete one to ``start``, the channel keeps its view: the state that was saved stays true.
 
-A restore changes nothing until the buffer with the last chunk has been checked; then everything is applied, and
-the RestorePacket callbacks run in the order of the save. :meth:`ChannelSaver.refusal` tells why the last call on a
-channel was refused. No function may be called from inside a packet callback, except ``packet_restore``.
+A restore changes nothing until the buffer with the last chunk has been checked. Then everything is applied, and the
+RestorePacket callbacks run in the order of the save. :meth:`ChannelSaver.refusal` returns why the last call on a
+channel was refused. No function except ``packet_restore`` may be called from inside a packet callback.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from enum import Enum
 from typing import Any, NamedTuple
 
 from vmbus.errors import VmbusError
 from vmbus.saving.chunks import encode
 from vmbus.saving.packets import restore_packet, save_packet
-from vmbus.saving.refusal import Reason, StateRefused
 from vmbus.saving.state import Assembly, ChannelState, OutgoingPacket, Packet, SavableChannel
-from vmbus.saving.status import NtStatus
+from vmbus.saving.status import NtStatus, Reason, StateRefused
 from vmbus.wire.chunk import ChunkKind
 from vmbus.wire.saved import SAVED_PACKET, SavedOutgoing, SavedPacket
 
@@ -45,7 +44,10 @@ _BadState = NtStatus.STATUS_INVALID_DEVICE_STATE
 
 
 class SaveResult(NamedTuple):
-    """What SaveContinue returns. ``bytes_required``: for any progress in the next call; 0 if that cannot be told."""
+    """The result of SaveContinue.
+
+    ``bytes_required``: size of the buffer that the next call needs to make progress; 0 if it is not known.
+    """
 
     status: NtStatus
     bytes_filled: int = 0
@@ -53,20 +55,26 @@ class SaveResult(NamedTuple):
 
 
 class _Restore(Enum):
-    FRESH = auto()
-    PARTIAL = auto()
-    RESTORED = auto()
-    BROKEN = auto()
+    """How far a restore is; the value is for messages."""
+
+    FRESH = "not begun"
+    PARTIAL = "incomplete"
+    RESTORED = "complete"
+    BROKEN = "failed: disable the channel first"
 
 
 @dataclass(slots=True)
 class _Save:
-    """A save context. ``rendered`` holds the chunks that are built: at most one more than were handed out."""
+    """A save context.
+
+    ``cursor``: number of chunks that were handed out. ``pending``: chunks that were built and not handed out, from
+    the cursor on. ``kept_view``: whether the channel kept a view before this save.
+    """
 
     save_id: int
     records: list[tuple[ChunkKind, Any]]
     changes: int
-    was_frozen: bool
+    kept_view: bool
     cursor: int = 0
     pending: list[bytes] = field(default_factory=list)
     invalid: bool = False
@@ -80,8 +88,10 @@ class _Save:
 class _Context:
     channel: SavableChannel
     save: _Save | None = None
-    frozen: bool = False
+    keeps_view: bool = False
+    """``channel.take_view`` was called, and ``channel.drop_view`` was not."""
     busy: bool = False
+    """A callback of the device is running."""
     phase: _Restore = _Restore.FRESH
     assembly: Assembly = field(default_factory=Assembly)
     handed_over: SavedPacket | None = None
@@ -95,42 +105,46 @@ class ChannelSaver:
         self._save_ids = save_ids
         self._contexts: dict[int, _Context] = {}
 
-    # --- state control -------------------------------------------------------------------------------------
+    # --- pause, start, disable ---
 
     def pause(self, channel: SavableChannel) -> NtStatus:
-        """VmbChannelPause: take no more packets. No effect on a paused channel."""
+        """VmbChannelPause: stop taking packets. No effect on a paused channel."""
         if self._context(channel).busy:
-            return self._refuse(channel, _BadState, "pause from inside a packet callback")
+            return self._refuse(
+                channel, _BadState, "the channel cannot be paused from inside a packet callback"
+            )
         if not channel.paused:
             channel.pause()
         return NtStatus.STATUS_SUCCESS
 
     def start(self, channel: SavableChannel) -> NtStatus:
-        """VmbChannelStart: go on, also after a save (a migration that was cancelled) or a restore.
+        """VmbChannelStart: take packets again, also after a save (a migration that was cancelled) or a restore.
 
-        ``STATUS_INVALID_DEVICE_STATE`` while a save is under way, while chunks of a restore are missing, and
-        after a failed one.
+        ``STATUS_INVALID_DEVICE_STATE`` during a save, while chunks of a restore are missing, and after a failed
+        restore.
         """
         context = self._context(channel)
         if context.busy or context.save is not None:
-            return self._refuse(channel, _BadState, "start during a save")
+            return self._refuse(channel, _BadState, "the channel cannot be started during a save")
         if context.phase in (_Restore.PARTIAL, _Restore.BROKEN):
-            return self._refuse(channel, _BadState, f"start after a restore that is {context.phase.name}")
-        if context.frozen:
-            context.frozen = False
-            channel.unfreeze()
+            return self._refuse(channel, _BadState, f"its restore is {context.phase.value}")
+        if context.keeps_view:
+            context.keeps_view = False
+            channel.drop_view()
         channel.start()
         return NtStatus.STATUS_SUCCESS
 
     def disable(self, channel: SavableChannel) -> NtStatus:
-        """VmbChannelDisable: revoke the channel; a restore that is half done or failed is forgotten.
+        """VmbChannelDisable: revoke the channel, and drop a restore that is incomplete or failed.
 
-        A save that is under way fails with its next call and must still be ended.
+        A save in progress fails at its next call and must still be ended.
         """
         context = self._context(channel)
         if context.busy:
-            return self._refuse(channel, _BadState, "disable from inside a packet callback")
-        context.phase, context.assembly, context.frozen = _Restore.FRESH, Assembly(), False
+            return self._refuse(
+                channel, _BadState, "the channel cannot be disabled from inside a packet callback"
+            )
+        context.phase, context.assembly, context.keeps_view = _Restore.FRESH, Assembly(), False
         if context.save is not None:
             context.save.invalid = True
         else:
@@ -139,40 +153,45 @@ class ChannelSaver:
         return NtStatus.STATUS_SUCCESS
 
     def refusal(self, channel: SavableChannel) -> StateRefused | None:
-        """Why the last call for this channel was refused, or ``None`` if it was not."""
+        """Return why the last call for this channel was refused, or ``None`` if it was not."""
         context = self._contexts.get(id(channel))
         return context.refusal if context else None
 
     def restored(self, channel: SavableChannel) -> bool:
-        """Whether a restore of this channel is complete (and the channel was not disabled since)."""
+        """Return whether a restore of this channel is complete (and the channel was not disabled since)."""
         context = self._contexts.get(id(channel))
         return context is not None and context.phase is _Restore.RESTORED
 
-    # --- saving --------------------------------------------------------------------------------------------
+    # --- saving ---
 
     def save_begin(self, channel: SavableChannel) -> NtStatus:
-        """VmbChannelSaveBegin: freeze a consistent view of a channel that is not active.
+        """VmbChannelSaveBegin: take a consistent view of a channel that is not active.
 
         ``STATUS_INVALID_PARAMETER_1`` for the guest's end of a channel, ``STATUS_INVALID_DEVICE_STATE`` if it is
-        active, being saved, half restored or broken, ``STATUS_UNSUCCESSFUL`` if its device cannot be saved.
+        active, being saved, or its restore is incomplete or failed, ``STATUS_UNSUCCESSFUL`` if its device cannot be
+        saved.
         """
         context = self._context(channel)
         if not channel.is_server:
-            return self._refuse(channel, NtStatus.STATUS_INVALID_PARAMETER_1, "not the server's end")
+            return self._refuse(
+                channel,
+                NtStatus.STATUS_INVALID_PARAMETER_1,
+                "this is the guest's end of the channel, only the server's end can be saved and restored",
+            )
         if context.busy or context.save is not None:
-            return self._refuse(channel, _BadState, "a save is under way")
+            return self._refuse(channel, _BadState, "a save is in progress, end it first")
         if context.phase in (_Restore.PARTIAL, _Restore.BROKEN):
             return self._refuse(channel, _BadState, f"its restore is {context.phase.name}")
         if channel.open and not channel.paused:
-            return self._refuse(channel, _BadState, "the channel is active")
+            return self._refuse(channel, _BadState, "the channel is active, pause it first")
         try:
-            state = channel.freeze()
+            state = channel.take_view()
         except VmbusError as error:
             return self._refuse(
                 channel, NtStatus.STATUS_UNSUCCESSFUL, str(error), Reason.DEVICE_FAILED, cause=error
             )
-        context.save = _Save(self._save_ids(), list(state.records()), channel.changes, context.frozen)
-        context.frozen = True
+        context.save = _Save(self._save_ids(), list(state.records()), channel.changes, context.keeps_view)
+        context.keeps_view = True
         context.refusal = None
         return NtStatus.STATUS_SUCCESS
 
@@ -181,63 +200,63 @@ class ChannelSaver:
     ) -> SaveResult:
         """VmbChannelSaveContinue: write as many whole chunks as fit into the first ``size`` bytes of ``buffer``.
 
-        ``STATUS_SUCCESS``: that was all (again and again, with nothing filled, if called once more).
+        ``STATUS_SUCCESS``: all chunks are written (a further call writes nothing and succeeds as well).
         ``STATUS_BUFFER_OVERFLOW``: some chunks were written, more remain. ``STATUS_BUFFER_TOO_SMALL``: nothing was
-        written. Any other status, and one of these with nothing required: a failure, of the caller or of the
-        device's SavePacket callback. Then nothing was written and the cursor has not moved.
+        written. Any other status, and one of the last two with 0 bytes required, is a failure of the caller or of
+        the device's SavePacket callback: nothing was written, and the save can be continued.
         """
         context = self._context(channel)
         save = context.save
         if save is None or context.busy:
-            return SaveResult(self._refuse(channel, _BadState, "no save is under way"))
-        if self._overtaken(context, save):
+            return SaveResult(self._refuse(channel, _BadState, "no save is in progress, begin one first"))
+        if self._changed_since_begin(context, save):
             return SaveResult(self._refuse(channel, _BadState, "the channel's state changed during the save"))
         context.refusal = None
         if save.complete:
             return SaveResult(NtStatus.STATUS_SUCCESS)
         if size < 0 or (buffer is None and size):
             status = _BadSize if size < 0 else _BadBuffer
-            return SaveResult(self._refuse(channel, status, f"{size} bytes and no buffer"))
+            return SaveResult(self._refuse(channel, status, f"no buffer for {size} bytes"))
         view = memoryview(bytearray()) if buffer is None else memoryview(buffer)
         if view.readonly or not view.c_contiguous:
-            return SaveResult(self._refuse(channel, _BadBuffer, "the buffer cannot be written"))
+            return SaveResult(self._refuse(channel, _BadBuffer, "the buffer is read-only or not contiguous"))
         if size > view.nbytes:
             return SaveResult(self._refuse(channel, _BadSize, f"{size} bytes of a {view.nbytes}-byte buffer"))
         return self._fill(context, save, view.cast("B")[:size])
 
     def save_end(self, channel: SavableChannel) -> None:
-        """VmbChannelSaveEnd: drop the context. Without a complete save, the channel is as before ``save_begin``.
+        """VmbChannelSaveEnd: drop the context. After an incomplete save the channel is as before ``save_begin``.
 
-        After a complete one it stays frozen until :meth:`start` or :meth:`save_cancel`. No effect, but a line in
-        the log, if no save is under way.
+        After a complete save it keeps its view until :meth:`start` or :meth:`save_cancel`. Without a save in
+        progress this only logs a line.
         """
         context = self._context(channel)
         if context.save is None or context.busy:
-            _logger.info("%s: end of a save that was not begun", channel.identity)
+            _logger.info("%s: SaveEnd without a save in progress", channel.identity)
             return
         save, context.save = context.save, None
         if not save.complete or save.invalid:
-            self._thaw(context, to=save.was_frozen)
+            self._drop_view(context, unless=save.kept_view)
 
     def save_cancel(self, channel: SavableChannel) -> None:
-        """The save is not wanted any more: the channel is as before it, complete or not, and not started.
+        """Undo a save, complete or not: the channel is as before ``save_begin``, and is not started.
 
-        Not a KMCL function: for who saves several channels and fails at one of them.
+        This is not a KMCL function. It is for a caller that saves several channels and fails at one of them.
         """
         context = self._context(channel)
         if context.busy:
-            _logger.warning("%s: a save is cancelled from inside a packet callback", channel.identity)
+            _logger.warning("%s: a save cannot be cancelled from inside a packet callback", channel.identity)
             return
         save, context.save = context.save, None
-        self._thaw(context, to=save is not None and save.was_frozen)
+        self._drop_view(context, unless=save is not None and save.kept_view)
 
     def chunks_saved(self, channel: SavableChannel) -> int:
-        """How many chunks of the save that is under way were handed out."""
+        """Return how many chunks of the save in progress were handed out."""
         save = self._context(channel).save
         return save.cursor if save is not None else 0
 
     def _fill(self, context: _Context, save: _Save, view: memoryview) -> SaveResult:
-        """Gather first, write then: a SavePacket callback that fails leaves the buffer alone."""
+        """Build the chunks first, then write them: a SavePacket callback that fails leaves the buffer unchanged."""
         fitting = filled = 0
         required = 0
         while save.cursor + fitting < len(save.records):
@@ -250,9 +269,9 @@ class ChannelSaver:
             filled += required
             fitting += 1
             required = 0
-        if self._overtaken(context, save):
+        if self._changed_since_begin(context, save):
             return SaveResult(
-                self._refuse(context.channel, _BadState, "a callback changed the channel's state")
+                self._refuse(context.channel, _BadState, "a SavePacket callback changed the channel's state")
             )
         view[:filled] = b"".join(save.pending[:fitting])
         del save.pending[:fitting]
@@ -264,7 +283,7 @@ class ChannelSaver:
         return SaveResult(NtStatus.STATUS_BUFFER_OVERFLOW, filled, required)
 
     def _render(self, context: _Context, save: _Save, ahead: int) -> NtStatus:
-        """Build the chunk that is ``ahead`` of the cursor, unless it is there already."""
+        """Build chunk ``cursor + ahead`` unless it is pending already."""
         if ahead < len(save.pending):
             return NtStatus.STATUS_SUCCESS
         index = save.cursor + ahead
@@ -282,27 +301,30 @@ class ChannelSaver:
         save.pending.append(encode(kind, record, save_id=save.save_id, index=index, last=last))
         return NtStatus.STATUS_SUCCESS
 
-    def _overtaken(self, context: _Context, save: _Save) -> bool:
+    def _changed_since_begin(self, context: _Context, save: _Save) -> bool:
+        """Return whether the channel changed after ``save_begin``; the save is invalid then."""
         channel = context.channel
         if channel.changes != save.changes or (channel.open and not channel.paused):
             save.invalid = True
         return save.invalid
 
-    def _thaw(self, context: _Context, *, to: bool) -> None:
-        if context.frozen and not to:
-            context.channel.unfreeze()
-        context.frozen = context.frozen and to
+    def _drop_view(self, context: _Context, *, unless: bool) -> None:
+        """Let the channel drop its view, unless an earlier save keeps it."""
+        if context.keeps_view and not unless:
+            context.channel.drop_view()
+        context.keeps_view = context.keeps_view and unless
 
-    # --- restoring -----------------------------------------------------------------------------------------
+    # --- restoring ---
 
     def restore_from_buffer(
         self, channel: SavableChannel, buffer: bytes | bytearray | memoryview | None, size: int | None = None
     ) -> NtStatus:
         """VmbChannelRestoreFromBuffer: take the whole chunks in the first ``size`` bytes (all if ``None``).
 
-        ``STATUS_MORE_PROCESSING_REQUIRED``: fine, and more chunks are to come. ``STATUS_SUCCESS``: that was the
-        last one, the channel is restored, paused. Everything else is a failure; no chunk of this buffer was taken
-        and nothing has changed, unless a device's callback failed: then the channel is unusable until disabled.
+        ``STATUS_MORE_PROCESSING_REQUIRED``: the chunks were accepted, more are expected. ``STATUS_SUCCESS``: the last
+        chunk was accepted, the channel is restored and paused. Any other status is a failure: no chunk of this buffer
+        was taken and nothing has changed, unless a callback of the device failed. Then the channel is unusable until
+        it is disabled.
         """
         context = self._context(channel)
         try:
@@ -313,11 +335,13 @@ class ChannelSaver:
             return self._refuse(channel, error.status, error.detail, error.reason, cause=error)
 
     def check_restore(self, channel: SavableChannel, records: tuple[bytes, ...]) -> None:
-        """Everything that restoring ``records`` checks, and nothing that it changes. Raises :class:`StateRefused`."""
+        """Make all checks of a restore of ``records`` and change nothing. Raises :class:`StateRefused`."""
         context = self._context(channel)
         self._check_ready(context)
         if context.phase is not _Restore.FRESH:
-            raise StateRefused(Reason.WRONG_STATE, "another restore is half done", _BadState)
+            raise StateRefused(
+                Reason.WRONG_STATE, "another restore is in progress, disable the channel first", _BadState
+            )
         assembly = Assembly()
         for record in records:
             assembly = assembly.take(record)
@@ -325,14 +349,14 @@ class ChannelSaver:
         self._check_state(channel, assembly)
 
     def packet_allocate(self, channel: SavableChannel) -> Packet:
-        """VmbPacketAllocate: a fresh packet object, for a RestorePacket callback to fill."""
+        """VmbPacketAllocate: return a new packet object for a RestorePacket callback to fill."""
         return Packet(channel)
 
     def packet_restore(self, packet: Packet, buffer: bytes | bytearray | memoryview) -> NtStatus:
-        """VmbPacketRestore: make a fresh packet the one whose library state the running callback was given.
+        """VmbPacketRestore: fill a new packet with the library state that the running callback was given.
 
-        ``STATUS_INVALID_PARAMETER_1`` for a packet that is in use, ``_2`` for other bytes than those of the
-        callback, ``STATUS_INVALID_DEVICE_STATE`` outside of one.
+        ``STATUS_INVALID_PARAMETER_1`` for a packet that is filled already, ``STATUS_INVALID_PARAMETER_2`` for other
+        bytes than those of the callback, ``STATUS_INVALID_DEVICE_STATE`` outside of a RestorePacket callback.
         """
         context = self._contexts.get(id(packet.channel))
         if context is None or context.handed_over is None:
@@ -350,7 +374,7 @@ class ChannelSaver:
         channel = context.channel
         self._check_ready(context)
         if buffer is None:
-            raise StateRefused(Reason.WRONG_STATE, "no buffer", _BadBuffer)
+            raise StateRefused(Reason.WRONG_STATE, "no buffer was given", _BadBuffer)
         data = bytes(buffer)
         size = len(data) if size is None else size
         if not 0 < size <= len(data):
@@ -368,24 +392,37 @@ class ChannelSaver:
         channel = context.channel
         if not channel.is_server:
             raise StateRefused(
-                Reason.WRONG_STATE, "not the server's end", NtStatus.STATUS_INVALID_PARAMETER_1
+                Reason.WRONG_STATE,
+                "this is the guest's end of the channel, only the server's end can be saved and restored",
+                NtStatus.STATUS_INVALID_PARAMETER_1,
             )
-        if context.busy or context.save is not None or context.frozen:
-            raise StateRefused(Reason.WRONG_STATE, "the channel is being saved", _BadState)
+        if context.busy or context.save is not None or context.keeps_view:
+            raise StateRefused(
+                Reason.WRONG_STATE,
+                "the channel is being saved or keeps the view of a save, start it first",
+                _BadState,
+            )
         if context.phase in (_Restore.RESTORED, _Restore.BROKEN):
-            raise StateRefused(Reason.WRONG_STATE, f"the channel is {context.phase.name} already", _BadState)
+            raise StateRefused(Reason.WRONG_STATE, f"its restore is {context.phase.value}", _BadState)
         if channel.open or not channel.paused:
-            raise StateRefused(Reason.WRONG_STATE, "the channel is open or started", _BadState)
+            raise StateRefused(
+                Reason.WRONG_STATE,
+                "the channel is open or active, a restore needs a closed and paused one",
+                _BadState,
+            )
 
     def _check_channel(self, channel: SavableChannel, assembly: Assembly) -> None:
         header = assembly.header
         if header is not None and header.identity != channel.identity:
             raise StateRefused(
-                Reason.FOREIGN_CHANNEL, f"the state of {header.identity}, this is {channel.identity}"
+                Reason.FOREIGN_CHANNEL,
+                f"the state is of channel {header.identity}, this is channel {channel.identity}",
             )
         if assembly.has_packets and channel.restore_packet is None:
             raise StateRefused(
-                Reason.NO_RESTORE_CALLBACK, "packets were saved", NtStatus.STATUS_NOT_SUPPORTED
+                Reason.NO_RESTORE_CALLBACK,
+                "the state has packets, and the device has no RestorePacket callback",
+                NtStatus.STATUS_NOT_SUPPORTED,
             )
 
     def _check_state(self, channel: SavableChannel, assembly: Assembly) -> ChannelState:
@@ -406,14 +443,14 @@ class ChannelSaver:
         except StateRefused:
             raise
         except Exception as error:
-            _logger.exception("%s: restoring raised", channel.identity)
+            _logger.exception("%s: restoring raised an exception", channel.identity)
             raise StateRefused(
                 Reason.DEVICE_FAILED, f"{error!r}", NtStatus.STATUS_UNSUCCESSFUL, changed=True
             ) from error
         finally:
             context.busy, context.handed_over = False, None
 
-    # --- both ----------------------------------------------------------------------------------------------
+    # --- saving and restoring ---
 
     def _context(self, channel: SavableChannel) -> _Context:
         # The context holds the channel, so that the id cannot become another object's.
@@ -428,7 +465,7 @@ class ChannelSaver:
         *,
         cause: VmbusError | None = None,
     ) -> NtStatus:
-        """Remember and log why; an error of the caller, the device or the source, never of a guest."""
+        """Store and log a refusal; its cause is the caller, the device or the source, never the guest."""
         if isinstance(cause, StateRefused):
             reason, detail = cause.reason, cause.detail
         self._context(channel).refusal = StateRefused(reason, detail, status)

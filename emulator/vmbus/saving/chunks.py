@@ -1,6 +1,6 @@
-"""Whole chunks in a buffer, checked: magic, versions, length, checksum, order within a save run.
+"""Encoding of chunks, and reading of whole chunks: checks magic, versions, length, checksum and order.
 
-Source: docs/protocol/saving.md#silent-cases, docs/saved-state.md. Nothing here changes anything.
+Source: docs/protocol/saving.md#silent-cases, docs/saved-state.md. Functions without side effects.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vmbus.errors import MalformedError
-from vmbus.saving.refusal import Reason, StateRefused
+from vmbus.saving.status import Reason, StateRefused
 from vmbus.wire.chunk import (
     CHUNK_HEADER,
     FORMAT_VERSION,
@@ -24,14 +24,14 @@ from vmbus.wire.chunk import (
 from vmbus.wire.saved import RECORDS, SavedPacket, newest, parse_record
 
 MAX_PACKET_PAGES = 1 << 20
-"""Pages that all packets of a state may name: a run of very many takes a few bytes, and some megabytes here."""
+"""Pages that all packets of a state may name together: a run of pages takes few bytes there, 8 bytes a page here."""
 
 _KINDS = {int(kind): kind for kind in ChunkKind}
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A sound chunk, of a kind that this release knows."""
+    """A valid chunk of a kind that this release knows; ``record``: its dataclass of :mod:`vmbus.wire.saved`."""
 
     kind: ChunkKind
     record: Any
@@ -42,9 +42,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """How far a save run has been read: its id (``None`` before the first chunk) and the next chunk's index.
+    """How far a save run has been read.
 
-    ``pages``: how many pages of guest memory its packets name.
+    ``save_id``: ``None`` before the first chunk. ``index``: of the next chunk. ``pages``: number of pages of guest
+    memory that the packets so far name.
     """
 
     save_id: int | None = None
@@ -54,7 +55,7 @@ class Position:
 
 
 def encode(kind: ChunkKind, record: Any, *, save_id: int, index: int, last: bool) -> bytes:
-    """A chunk with the newest version of ``record``."""
+    """Return the bytes of a chunk with the newest version of ``record``."""
     version = newest(kind)
     return build_chunk(
         kind,
@@ -69,10 +70,10 @@ def encode(kind: ChunkKind, record: Any, *, save_id: int, index: int, last: bool
 def read_chunks(
     buffer: bytes | bytearray | memoryview, position: Position, *, once: frozenset[ChunkKind] = frozenset()
 ) -> tuple[list[Chunk], Position]:
-    """All chunks of ``buffer``, which continue a save run at ``position``; and where it stands then.
+    """Parse all chunks of ``buffer``, which continue a save run at ``position``; return them and the new position.
 
-    Chunks of unknown kinds that may be skipped count, but are not among those returned. Of a kind in ``once`` a
-    second one is refused before it is parsed: a few bytes may name very many pages. Raises :class:`StateRefused`.
+    Chunks of unknown kinds that may be skipped are counted but not returned. A second chunk of a kind in ``once`` is
+    refused before it is parsed, because few bytes may name very many pages. Raises :class:`StateRefused`.
     """
     data = bytes(buffer)
     chunks: list[Chunk] = []
@@ -83,29 +84,32 @@ def read_chunks(
         header, end = _header(data, at)
         if position.save_id is not None and header.save_id != position.save_id:
             raise StateRefused(
-                Reason.FOREIGN_SAVE, f"save id {header.save_id:#x}, expected {position.save_id:#x}"
+                Reason.FOREIGN_SAVE, f"chunk of save {header.save_id:#x}, expected {position.save_id:#x}"
             )
         if header.index != position.index:
             reason = Reason.REPEATED if header.index < position.index else Reason.OUT_OF_ORDER
-            raise StateRefused(reason, f"chunk {header.index} where {position.index} is expected")
+            raise StateRefused(reason, f"chunk {header.index}, expected {position.index}")
         last = bool(header.flags & ChunkFlags.LAST)
         position = Position(header.save_id, header.index + 1, last, position.pages)
         kind = _KINDS.get(header.kind)
         if kind is not None:
             if kind in once and any(each.kind == kind for each in chunks):
-                raise StateRefused(Reason.INCONSISTENT, f"chunk {header.index}: another {kind.name} record")
+                raise StateRefused(Reason.INCONSISTENT, f"chunk {header.index}: a second {kind.name} record")
             record = _record(kind, header.version, data[at + HEADER_SIZE : end], header.index)
             if isinstance(record, SavedPacket):
                 position = replace(position, pages=count_pages(record, position.pages))
             chunks.append(Chunk(kind, record, header.save_id, header.index, last))
         elif not header.flags & ChunkFlags.IGNORABLE:
-            raise StateRefused(Reason.UNKNOWN_KIND, f"chunk {header.index} is of kind {header.kind:#x}")
+            raise StateRefused(
+                Reason.UNKNOWN_KIND,
+                f"chunk {header.index} is of kind {header.kind:#x}, which this release does not know",
+            )
         at = end
     return chunks, position
 
 
 def count_pages(packet: SavedPacket, pages: int) -> int:
-    """``pages`` and those that ``packet`` names. Raises :class:`StateRefused` for more than any guest can name."""
+    """Return ``pages`` plus the pages that ``packet`` names. Raises :class:`StateRefused` above the maximum."""
     pages += sum(len(each.pfns) for each in packet.ranges)
     if pages > MAX_PACKET_PAGES:
         raise StateRefused(
@@ -115,26 +119,31 @@ def count_pages(packet: SavedPacket, pages: int) -> int:
 
 
 def _header(data: bytes, at: int) -> tuple[ChunkHeader, int]:
-    """The header of the chunk at ``at``, which is there as a whole and undamaged; and where it ends."""
+    """Check the chunk at ``at``; return its header and the offset of its end. Raises :class:`StateRefused`."""
     left = len(data) - at
     if not data.startswith(MAGIC[:left], at):
-        raise StateRefused(Reason.DAMAGED, f"no chunk at byte {at}: {data[at : at + 4].hex()}")
+        raise StateRefused(Reason.DAMAGED, f"no chunk magic at byte {at}: {data[at : at + 4].hex()}")
     if left < HEADER_SIZE:
-        raise StateRefused(Reason.TRUNCATED, f"{left} bytes of a chunk's header at byte {at}")
+        raise StateRefused(Reason.TRUNCATED, f"only {left} bytes of a chunk header at byte {at}")
     header = CHUNK_HEADER.parse(data[at : at + HEADER_SIZE])
     if header.format_version != FORMAT_VERSION:
-        # The place of the checksum is a matter of the format: nothing more can be said of such a chunk.
+        # Another format may have its checksum elsewhere, so that nothing else of this chunk can be checked.
         reason = Reason.TOO_NEW if header.format_version > FORMAT_VERSION else Reason.TOO_OLD
         raise StateRefused(
             reason, f"chunk format {header.format_version}, this release reads {FORMAT_VERSION}"
         )
     end = at + HEADER_SIZE + header.length
     if end > len(data):
-        raise StateRefused(Reason.TRUNCATED, f"chunk at byte {at} needs {end - len(data)} bytes more")
+        raise StateRefused(
+            Reason.TRUNCATED, f"the last {end - len(data)} bytes of the chunk at byte {at} are missing"
+        )
     if chunk_crc(memoryview(data)[at:end]) != header.crc:
-        raise StateRefused(Reason.DAMAGED, f"checksum of the chunk at byte {at}")
+        raise StateRefused(Reason.DAMAGED, f"the checksum of the chunk at byte {at} is wrong")
     if header.flags & ~int(ChunkFlags.LAST | ChunkFlags.IGNORABLE):
-        raise StateRefused(Reason.TOO_NEW, f"chunk {header.index} has flags {header.flags:#x}")
+        raise StateRefused(
+            Reason.TOO_NEW,
+            f"chunk {header.index} has flags {header.flags:#x}, which this release does not know",
+        )
     return header, end
 
 

@@ -1,17 +1,17 @@
-"""A device's channel on the bus, as what can be saved: ``Channel`` and its ``ChannelIo`` together.
+"""A channel of the bus and its device's end, as one channel that can be saved: ``Channel`` and ``ChannelIo``.
 
-Source: docs/saved-state.md; :mod:`vmbus.bus.io.channel_io`. What is whose:
+Source: docs/saved-state.md; :mod:`vmbus.bus.io.channel_io`. Which part saves what:
 
-    | state                                              | saved by                                        |
-    | offer, relid, open request, GPADLs, target VP      | the bus; here as a cross-check                  |
-    | packets sent and not completed, packets owed       | here: their transaction ids                     |
-    | packets and completions that found no room         | here: all of them, in order                     |
-    | the contents of both, and what else a device knows | the device, in the primary channel's chunks     |
+    | state                                                   | saved by                                    |
+    | offer, relid, open request, GPADLs, target VP           | the bus; this module saves a cross-check    |
+    | packets sent and taken, not completed                   | this module: their transaction ids          |
+    | packets and completions for which the ring had no room  | this module: all of them, in order          |
+    | payloads of the outstanding packets, the device's state | the device, in the primary channel's chunks |
 
-``ChannelIo`` keeps ids and no contents: an OUTSTANDING or a TAKEN chunk of such a channel has no payload, its
-device carries what it needs to go on in ``Device.save``, and goes on in ``Device.resumed``.
+``ChannelIo`` keeps transaction ids but no payloads: OUTSTANDING and TAKEN chunks of such a channel have an empty
+payload. The device saves what it needs to continue in ``Device.save``, and continues in ``Device.resumed``.
 
-A restore leaves the ``ChannelIo`` closed, with what it adopted. When guest memory is complete the bus calls its
+A restore leaves the ``ChannelIo`` closed, with the adopted state. When guest memory is complete the bus calls its
 ``restored``, and the channel runs.
 """
 
@@ -49,13 +49,14 @@ from vmbus.wire.saved import (
 )
 
 NO_TARGET_VP = 0xFFFFFFFF
-"""A guest that wants no interrupts names this virtual processor."""
+"""The virtual processor that a guest names if it wants no interrupts."""
 
 REDIRECT_INTERRUPT = 1
+"""Flag of a saved open request: the guest asked for interrupt redirection."""
 
 
 class BusChannel(Protocol):
-    """What is needed of a :class:`~vmbus.bus.channel.channel.Channel`."""
+    """The part of :class:`~vmbus.bus.channel.channel.Channel` that is used here."""
 
     offer: Offer
     state: BusState
@@ -66,7 +67,7 @@ class BusChannel(Protocol):
 
     @property
     def connection_id(self) -> int | None:
-        """The HvSignalEvent connection of the offer."""
+        """Connection id of the offer, for HvSignalEvent."""
 
     @property
     def is_open(self) -> bool:
@@ -86,7 +87,7 @@ class BusChannel(Protocol):
 class DeviceChannel:
     """A :class:`~vmbus.saving.state.SavableChannel` over a channel of the bus and its device's end.
 
-    One is made when the channel is offered, and used for as long as the channel exists.
+    There is one for each channel, for as long as the channel exists.
     """
 
     is_server = True
@@ -100,7 +101,7 @@ class DeviceChannel:
         self._changes = 0
         self._seen: tuple[object, ...] = ()
 
-    # --- what a saver asks ---------------------------------------------------------------------------------
+    # --- SavableChannel: properties ---
 
     @property
     def identity(self) -> ChannelIdentity:
@@ -131,7 +132,7 @@ class DeviceChannel:
     def restore_packet(self) -> RestorePacket | None:
         return self._restore_packet
 
-    # --- what a saver does ---------------------------------------------------------------------------------
+    # --- SavableChannel: operations ---
 
     def pause(self) -> None:
         self._switched += 1
@@ -144,32 +145,35 @@ class DeviceChannel:
         self.channel.start()
 
     def disable(self) -> None:
-        """Forget what was adopted; taking the offer back is the bus's."""
+        """Drop the adopted state; the bus revokes the offer."""
         self._switched += 1
         self._view = None
         if self.io.state is IoState.CLOSED:
             self.io.adopt(ChannelIoState())
 
-    def freeze(self) -> ChannelState:
+    def take_view(self) -> ChannelState:
         if self._view is None:
-            self._view = self._polling()
+            self._view = self._state()
         return self._view
 
-    def unfreeze(self) -> None:
+    def drop_view(self) -> None:
         self._view = None
 
     def check_restore(self, state: ChannelState) -> str | None:
         offer, saved = self.channel.offer, state.channel
         if (saved.offer_flags, saved.mmio_megabytes) != (int(offer.flags), offer.mmio_megabytes):
-            return f"offered with flags {saved.offer_flags:#x} and {saved.mmio_megabytes} MiB, now otherwise"
+            return (
+                f"its offer had flags {saved.offer_flags:#x} and {saved.mmio_megabytes} MiB of MMIO space, "
+                f"here it has {int(offer.flags):#x} and {offer.mmio_megabytes} MiB"
+            )
         if saved.max_packet_size > self.io.device.max_packet:
-            return f"packets of {saved.max_packet_size} bytes, {self.io.device.max_packet} here"
+            return f"its packets have up to {saved.max_packet_size} bytes, here at most {self.io.device.max_packet}"
         if state.device and offer.subchannel_index:
-            return "a sub-channel with the state of a device"
+            return "a sub-channel has the state of a device"
         try:
             _io_state(state)
         except (RingError, ValueError) as error:
-            return f"a packet that cannot be sent: {error}"
+            return f"it has a packet that cannot be sent: {error}"
         return None
 
     def apply_restore(self, state: ChannelState) -> None:
@@ -178,12 +182,12 @@ class DeviceChannel:
         if not self.channel.offer.subchannel_index:
             self.io.device.restore(state.device)
 
-    # --- private -------------------------------------------------------------------------------------------
+    # --- private ---
 
-    def _polling(self) -> ChannelState:
+    def _state(self) -> ChannelState:
         channel, io = self.channel, self.io
         if io.state is IoState.CLOSED and channel.is_open and not self._adopted():
-            raise DeviceError(f"{io.device.name}: the channel is open and its device is not")
+            raise DeviceError(f"{io.device.name} cannot be saved: its channel is open, but the device is not")
         kept = io.snapshot()
         queue = tuple(_queued(packet) for packet in kept.output)
         awaited = dict(kept.awaited)
@@ -231,14 +235,14 @@ class DeviceChannel:
         except VmbusError:
             raise
         except Exception as error:
-            raise DeviceError(f"{device.name} cannot be saved: {error!r}") from error
+            raise DeviceError(f"{device.name} cannot be saved: Device.save raised {error!r}") from error
 
     def _adopted(self) -> bool:
-        """Whether the device's end waits for the bus to say that guest memory is complete."""
+        """Return whether the device's end was restored and waits until guest memory is complete."""
         return self._saver.restored(self)
 
     def _restore_packet(self, channel: SavableChannel, library: bytes, saved: bytes) -> NtStatus:
-        """The device has its own state and needs no packet objects: take each for the queue it is in."""
+        """Fill a packet object that is not used: the device's own state describes its packets."""
         return self._saver.packet_restore(self._saver.packet_allocate(channel), library)
 
 
@@ -256,14 +260,17 @@ def _open(request: OpenRequest) -> SavedOpen:
 
 
 def _known_by_id(transaction_id: int) -> SavedPacket:
+    """Return the record of a packet of which only the transaction id is kept."""
     return SavedPacket(PacketType.IN_BAND, COMPLETION_REQUESTED, transaction_id, b"")
 
 
 def _each(times: dict[int, int]) -> list[int]:
+    """Invert :func:`_count`."""
     return [number for number, count in times.items() for _ in range(count)]
 
 
 def _count(numbers: list[int]) -> tuple[tuple[int, int], ...]:
+    """Return (number, how often it occurs), in order of first occurrence."""
     times: dict[int, int] = {}
     for number in numbers:
         times[number] = times.get(number, 0) + 1
@@ -271,11 +278,11 @@ def _count(numbers: list[int]) -> tuple[tuple[int, int], ...]:
 
 
 def _queued(packet: bytes) -> OutgoingPacket | SavedCompletion:
-    """A packet of the output queue, without trailer."""
+    """Return the record of a packet of the output queue, which has no trailer."""
     size = len(packet) + TRAILER_SIZE
     found = parse_packet(packet + bytes(TRAILER_SIZE), 0, size)
     if found is None or found.error is not None:
-        raise DeviceError(f"a packet of {len(packet)} bytes in the output queue is none")
+        raise DeviceError(f"the output queue has {len(packet)} bytes that are not a valid packet")
     if found.kind is PacketType.COMPLETION:
         return SavedCompletion(found.transaction_id, found.payload)
     return OutgoingPacket(
@@ -291,7 +298,7 @@ def _queued(packet: bytes) -> OutgoingPacket | SavedCompletion:
 
 
 def _built(each: OutgoingPacket | SavedCompletion) -> bytes:
-    """The inverse of :func:`_queued`. Raises RingError, or ValueError for a packet that no host sends."""
+    """Invert :func:`_queued`. Raises RingError, or ValueError for a packet that no host sends."""
     if isinstance(each, SavedCompletion):
         return build_packet(PacketType.COMPLETION, each.payload, transaction_id=each.transaction_id)
     packet = each.packet
@@ -300,9 +307,11 @@ def _built(each: OutgoingPacket | SavedCompletion) -> bytes:
         extension = build_transfer_pages(*packet.transfer_pages)
     kind = PacketType(packet.kind)
     if kind not in (PacketType.IN_BAND, PacketType.TRANSFER_PAGES) or packet.ranges:
-        raise ValueError(f"a packet of kind {packet.kind} with {len(packet.ranges)} ranges")
+        raise ValueError(f"kind {packet.kind} with {len(packet.ranges)} GPA ranges")
     if (kind is PacketType.TRANSFER_PAGES) != (packet.transfer_pages is not None):
-        raise ValueError(f"a packet of kind {packet.kind}, and its transfer pages")
+        raise ValueError(
+            f"kind {packet.kind} {'without' if packet.transfer_pages is None else 'with'} transfer pages"
+        )
     return build_packet(
         kind,
         packet.payload,
@@ -313,7 +322,7 @@ def _built(each: OutgoingPacket | SavedCompletion) -> bytes:
 
 
 def _io_state(state: ChannelState) -> ChannelIoState:
-    """What a ``ChannelIo`` adopts. Raises RingError or ValueError."""
+    """Return the state that a ``ChannelIo`` adopts. Raises RingError or ValueError."""
     awaited = [each.packet.transaction_id for each in state.outstanding]
     for each in state.queue:
         if isinstance(each, OutgoingPacket) and each.packet.flags & COMPLETION_REQUESTED:

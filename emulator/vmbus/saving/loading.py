@@ -1,12 +1,12 @@
-"""Reading a machine's state: everything is checked before anything is applied.
+"""Reading and restoring of a machine's state: everything is checked before anything is applied.
 
 Source: docs/saved-state.md; the layout is in :mod:`vmbus.saving.stream`.
 
-    bytes ──read_machine──▶ MachineState ──Restore(...).check──▶ every part agrees ──apply──▶ restored
+    bytes ──read_machine──▶ MachineState ──Restore(...).check──▶ accepted by all parts ──apply──▶ restored
 
-``read_machine`` needs no machine: it finds damage, foreign or missing chunks and versions that are too new.
-``check`` asks the channels, the bus and the hypervisor part that are there. Only ``apply`` changes something, and
-only a device's callback can still fail in it.
+``read_machine`` needs no machine: it finds damage, foreign or missing chunks and versions of later releases.
+``check`` asks the channels, the bus and the hypervisor section of a machine. Only ``apply`` changes something, and
+only a callback of a device can still fail in it.
 """
 
 from __future__ import annotations
@@ -18,22 +18,21 @@ from typing import Protocol
 from vmbus.saving.channel import ChannelSaver
 from vmbus.saving.chunks import Chunk, Position, count_pages, read_chunks
 from vmbus.saving.pages import PagesTarget, check_order
-from vmbus.saving.refusal import Reason, StateRefused
 from vmbus.saving.state import Assembly, ChannelState, SavableChannel
-from vmbus.saving.status import NtStatus
+from vmbus.saving.status import NtStatus, Reason, StateRefused
 from vmbus.wire.chunk import HEADER_SIZE, ChunkKind
 from vmbus.wire.saved import SAVED_END, ChannelIdentity, SavedEnd, SavedMemory, SavedPages, SavedSection
 
 MAX_CHANNELS = 2048
-"""Channel ids are event flag numbers: there are not more."""
+"""Channels of one state: channel ids are event flag numbers, of which there are 2048."""
 
 _ONCE = frozenset(ChunkKind) - {ChunkKind.CHANNEL_RECORDS, ChunkKind.PAGES}
-"""What a machine's state has one of."""
+"""Kinds of chunks of which a machine's state has at most one."""
 
 
 @dataclass(frozen=True, slots=True)
 class SavedChannelState:
-    """One channel of a machine's state: the buffers to restore it from, and what they say."""
+    """One channel of a machine's state: the buffers to restore it from, and the state that they contain."""
 
     records: tuple[bytes, ...]
     state: ChannelState
@@ -45,39 +44,39 @@ class SavedChannelState:
 
 @dataclass(frozen=True, slots=True)
 class MachineState:
-    """A machine's state that is sound in itself."""
+    """A machine's state whose parts do not contradict each other."""
 
     writer: str
     hypervisor: SavedSection | None
     bus: SavedSection | None
     channels: tuple[SavedChannelState, ...]
     memory: SavedMemory | None = None
-    """Guest memory was not copied: what the target maps has to be this."""
+    """Description of guest memory if it was not copied: the target must map this memory."""
     pages: tuple[SavedPages, ...] = ()
-    """Guest memory that comes with the state, and is newer than what came otherwise."""
+    """Pages of guest memory that are newer than those that QEMU transferred."""
 
 
 class SectionTarget(Protocol):
-    """The hypervisor part or the bus, as what takes its section of a state."""
+    """The hypervisor section or the bus section of a machine, which its part of a state is restored into."""
 
     def check_restore(self, section: SavedSection, channels: Sequence[ChannelState]) -> str | None:
-        """Why ``section`` cannot be applied (its form, its version, what it says), or ``None``; changes nothing.
+        """Return why ``section`` cannot be applied (its form, its version, its content), or ``None``; change nothing.
 
-        ``channels`` are those of the same state, to be held against the section: GPADLs, open parameters.
+        ``channels``: those of the same state, for cross-checks of GPADLs and open parameters.
         """
 
     def apply_restore(self, section: SavedSection) -> None:
-        """Be in that state. Does not fail on what :meth:`check_restore` accepted."""
+        """Enter the state of ``section``. Must not fail for a section that :meth:`check_restore` accepted."""
 
 
 def read_machine(data: bytes) -> MachineState:
-    """The state that ``data`` is. Raises :class:`StateRefused`, with the source's reason if it refused to save."""
+    """Parse a machine's state. Raises :class:`StateRefused`, with the source's reason if it refused to save."""
     chunks, position = read_chunks(data, Position(), once=_ONCE)
     if not position.complete:
-        raise StateRefused(Reason.TRUNCATED, f"{len(data)} bytes, and the last chunk is not among them")
+        raise StateRefused(Reason.TRUNCATED, f"the last chunk is missing after {len(data)} bytes")
     kinds = [chunk.kind for chunk in chunks]
     if len(chunks) < 2 or kinds[0] != ChunkKind.MACHINE or kinds[-1] != ChunkKind.END:
-        raise StateRefused(Reason.INCONSISTENT, "not the state of a machine")
+        raise StateRefused(Reason.INCONSISTENT, "the chunks are not the state of a machine")
     if kinds[1] == ChunkKind.REFUSAL:
         refusal = chunks[1].record
         raise StateRefused(
@@ -95,7 +94,10 @@ def read_machine(data: bytes) -> MachineState:
         if chunk.kind in (ChunkKind.HYPERVISOR, ChunkKind.BUS) and not (channels or pages):
             late = memory is not None or (chunk.kind == ChunkKind.HYPERVISOR and sections)
             if late:
-                raise StateRefused(Reason.INCONSISTENT, f"chunk {chunk.index}: {chunk.kind.name} comes late")
+                raise StateRefused(
+                    Reason.INCONSISTENT,
+                    f"chunk {chunk.index}: a {chunk.kind.name} record after records that it must precede",
+                )
             sections[chunk.kind] = chunk.record
         elif chunk.kind == ChunkKind.MEMORY and not (channels or pages):
             memory = chunk.record
@@ -104,12 +106,17 @@ def read_machine(data: bytes) -> MachineState:
         elif chunk.kind == ChunkKind.CHANNEL_RECORDS and not pages:
             channel = _read_channel(chunk.record.identity, chunk.record.records)
             if channel.identity in channels or len(channels) == MAX_CHANNELS:
-                raise StateRefused(Reason.INCONSISTENT, f"channel {channel.identity} is one too many")
+                raise StateRefused(
+                    Reason.INCONSISTENT,
+                    f"channel {channel.identity} is listed twice, or beyond {MAX_CHANNELS} channels",
+                )
             channels[channel.identity] = channel
             for packet in channel.state.packets():
                 named = count_pages(packet, named)
         else:
-            raise StateRefused(Reason.INCONSISTENT, f"chunk {chunk.index} has no place in a machine's state")
+            raise StateRefused(
+                Reason.INCONSISTENT, f"chunk {chunk.index}: a {chunk.kind.name} record out of place"
+            )
     check_order(pages)
     return MachineState(
         chunks[0].record.writer,
@@ -123,7 +130,7 @@ def read_machine(data: bytes) -> MachineState:
 
 @dataclass(frozen=True, slots=True)
 class Restore:
-    """A machine that a state is to be restored into: its channels paused and not open."""
+    """The restore of a state into a machine whose channels are paused and not open."""
 
     saver: ChannelSaver
     channels: Sequence[SavableChannel]
@@ -132,15 +139,18 @@ class Restore:
     memory: PagesTarget | None = None
 
     def check(self, state: MachineState) -> None:
-        """Whether all of ``state`` has its place here. Raises :class:`StateRefused`; changes nothing.
+        """Check that all parts of this machine accept ``state``; change nothing. Raises :class:`StateRefused`.
 
-        Channels that are here and not in the state are left as they are: they were added since.
+        Channels of this machine that are not in the state are not affected: they were added after the save.
         """
         there = self._by_identity()
         for saved in state.channels:
             channel = there.get(saved.identity)
             if channel is None:
-                raise StateRefused(Reason.NOT_THERE, f"no channel {saved.identity} is offered here")
+                raise StateRefused(
+                    Reason.NOT_THERE,
+                    f"the state has channel {saved.identity}, which this machine does not offer",
+                )
             try:
                 self.saver.check_restore(channel, saved.records)
             except StateRefused as error:
@@ -150,22 +160,22 @@ class Restore:
         states = [saved.state for saved in state.channels]
         for name, section, target in self._sections(state):
             if target is None:
-                raise StateRefused(Reason.NOT_THERE, f"nothing here takes the state of the {name}")
+                raise StateRefused(Reason.NOT_THERE, f"this machine does not restore the state of the {name}")
             why = target.check_restore(section, states)
             if why is not None:
                 raise StateRefused(Reason.NOT_ACCEPTED, f"{name}: {why}")
         if state.pages:
             if self.memory is None:
-                raise StateRefused(Reason.NOT_THERE, "nothing here takes pages of guest memory")
+                raise StateRefused(Reason.NOT_THERE, "this machine does not restore pages of guest memory")
             why = self.memory.check_pages(state.pages)
             if why is not None:
                 raise StateRefused(Reason.NOT_ACCEPTED, f"guest memory: {why}")
 
     def apply(self, state: MachineState) -> None:
-        """Check, then restore: pages of guest memory, hypervisor part, bus, channels, which stay paused until
-        ``saver.start``.
+        """Check, then restore pages of guest memory, hypervisor section, bus section and channels, in this order.
 
-        Raises :class:`StateRefused`; ``changed`` tells whether anything was applied before.
+        Channels stay paused until ``saver.start``. Raises :class:`StateRefused`; its ``changed`` is true if anything
+        was applied before.
         """
         self.check(state)
         if self.memory is not None:
@@ -194,9 +204,9 @@ class Restore:
 
     def _sections(self, state: MachineState) -> Iterable[tuple[str, SavedSection, SectionTarget | None]]:
         if state.hypervisor is not None:
-            yield "hypervisor part", state.hypervisor, self.hypervisor
+            yield "hypervisor section", state.hypervisor, self.hypervisor
         if state.bus is not None:
-            yield "bus", state.bus, self.bus
+            yield "bus section", state.bus, self.bus
 
 
 def _read_channel(identity: ChannelIdentity, records: tuple[bytes, ...]) -> SavedChannelState:
@@ -208,7 +218,10 @@ def _read_channel(identity: ChannelIdentity, records: tuple[bytes, ...]) -> Save
     except StateRefused as error:
         raise StateRefused(error.reason, f"channel {identity}: {error.detail}", error.status) from error
     if state.channel.identity != identity:
-        raise StateRefused(Reason.FOREIGN_CHANNEL, f"{state.channel.identity} under the name of {identity}")
+        raise StateRefused(
+            Reason.FOREIGN_CHANNEL,
+            f"the record of channel {identity} has the state of {state.channel.identity}",
+        )
     return SavedChannelState(records, state)
 
 
@@ -217,5 +230,5 @@ def _check_end(data: bytes, end: Chunk, count: int) -> None:
     if not end.last or end.record != SavedEnd(count - 1, size):
         raise StateRefused(
             Reason.INCONSISTENT,
-            f"{count - 1} chunks in {size} bytes are not the {end.record!r} that were written",
+            f"{count - 1} chunks in {size} bytes were read, and {end.record!r} were written",
         )

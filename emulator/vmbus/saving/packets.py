@@ -1,7 +1,7 @@
-"""The callbacks of a device for its outgoing packets: SavePacket and RestorePacket.
+"""Calls of a device's packet callbacks, SavePacket and RestorePacket, for its outgoing packets.
 
-Source: docs/protocol/saving.md#packet-callbacks. SavePacket is asked with an empty buffer; one that
-needs room says how much, and is asked again with that; it may change its mind ``SAVE_PACKET_RETRIES`` times.
+Source: docs/protocol/saving.md#packet-callbacks. SavePacket is called with an empty buffer first. If it needs a
+buffer it returns the size, and is called again with one; it may ask for a larger one ``SAVE_PACKET_RETRIES`` times.
 """
 
 from __future__ import annotations
@@ -9,22 +9,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from vmbus.saving.refusal import Reason, StateRefused
 from vmbus.saving.state import OutgoingPacket, SavableChannel
-from vmbus.saving.status import NtStatus
+from vmbus.saving.status import NtStatus, Reason, StateRefused
 from vmbus.wire.saved import SAVED_PACKET, SavedPacket
 
 _logger = logging.getLogger(__name__)
 
 SAVE_PACKET_RETRIES = 3
-"""How often a SavePacket callback may ask for yet more room than it was given."""
+"""How often a SavePacket callback may ask for a larger buffer than the one it asked for first."""
 
 MAX_PACKET_BLOB = 1 << 24
-"""Most bytes that a SavePacket callback may ask for."""
+"""Bytes that a SavePacket callback may ask for."""
 
 
 def save_packet(channel: SavableChannel, packet: SavedPacket) -> bytes:
-    """What the device keeps about ``packet``; nothing if it registered no callback.
+    """Call SavePacket for ``packet``; return the device's state of it, empty without a callback.
 
     Raises :class:`StateRefused` with the callback's status.
     """
@@ -37,7 +36,7 @@ def save_packet(channel: SavableChannel, packet: SavedPacket) -> bytes:
         try:
             status, needed = callback(channel, packet, memoryview(buffer))
         except Exception:
-            _logger.exception("%s: SavePacket raised", channel.identity)
+            _logger.exception("%s: SavePacket raised an exception", channel.identity)
             status, needed = NtStatus.STATUS_UNSUCCESSFUL, 0
         if status == NtStatus.STATUS_SUCCESS:
             if 0 <= needed <= len(buffer):
@@ -46,15 +45,15 @@ def save_packet(channel: SavableChannel, packet: SavedPacket) -> bytes:
         if not len(buffer) < needed <= MAX_PACKET_BLOB:
             break
         buffer = bytearray(needed)
-    detail = f"SavePacket for transaction {packet.transaction_id:#x}: {status!s}"
+    detail = f"SavePacket for transaction {packet.transaction_id:#x} returned {status!s}"
     raise StateRefused(Reason.DEVICE_FAILED, detail, status)
 
 
 def restore_packet(channel: SavableChannel, outgoing: OutgoingPacket, *, taken: Callable[[], bool]) -> None:
-    """Have the device take ``outgoing``. ``taken``: whether VmbPacketRestore has made a packet object of it.
+    """Call RestorePacket for ``outgoing``. ``taken`` returns whether VmbPacketRestore has filled a packet object.
 
-    Raises :class:`StateRefused` with the callback's status; a callback that succeeds and has lost the packet has
-    failed as well.
+    Raises :class:`StateRefused` with the callback's status; a callback that succeeds without VmbPacketRestore has
+    lost the packet and counts as failed.
     """
     callback = channel.restore_packet
     status = NtStatus.STATUS_NOT_SUPPORTED
@@ -63,5 +62,5 @@ def restore_packet(channel: SavableChannel, outgoing: OutgoingPacket, *, taken: 
     if status == NtStatus.STATUS_SUCCESS and not taken():
         status = NtStatus.STATUS_UNSUCCESSFUL
     if status != NtStatus.STATUS_SUCCESS:
-        detail = f"RestorePacket for transaction {outgoing.packet.transaction_id:#x}: {status!s}"
+        detail = f"RestorePacket for transaction {outgoing.packet.transaction_id:#x} returned {status!s}"
         raise StateRefused(Reason.DEVICE_FAILED, detail, status, changed=True)

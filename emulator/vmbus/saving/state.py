@@ -1,16 +1,16 @@
-"""What is saved of a channel, and what a channel must be able to do to be saved and restored.
+"""The saved state of a channel, and the protocol that a channel implements to be saved and restored.
 
 Source: docs/protocol/saving.md#channel-axes, docs/protocol/saving.md#saved-content, docs/saved-state.md. A
 :class:`ChannelState` is one consistent view; as chunks it is, in this order:
 
     CHANNEL      header: identity, axes, open parameters, GPADL references, limits
-    OUTSTANDING  each packet that is in the ring (or was read from it by the guest) and not completed
-    UNSENT       } what found no room in the ring, in one queue: each packet that the host sends,
-    COMPLETION   } and each completion that it owes the guest
-    TAKEN        each packet that was taken off the ring and not completed, in order
+    OUTSTANDING  each packet of the host that is in the ring, or was read from it by the guest, and is not completed
+    UNSENT       } the output queue, for which the ring had no room, in order: each packet that the host sends, and
+    COMPLETION   } each completion of a packet of the guest
+    TAKEN        each packet of the guest that was taken off the ring and is not completed, in order
     DEVICE       the device's own state, if it has any
 
-It never contains bytes or indices of a ring: those are guest memory.
+The state contains no bytes or indices of a ring: those are guest memory.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 from vmbus.errors import MalformedError
 from vmbus.saving.chunks import Chunk, Position, count_pages, read_chunks
-from vmbus.saving.refusal import Reason, StateRefused
-from vmbus.saving.status import NtStatus
+from vmbus.saving.status import NtStatus, Reason, StateRefused
 from vmbus.wire.chunk import ChunkKind
 from vmbus.wire.saved import (
     SAVED_PACKET,
@@ -39,7 +38,7 @@ from vmbus.wire.saved import (
 
 @dataclass(frozen=True, slots=True)
 class OutgoingPacket:
-    """A packet that the host sent or wants to send, and what its device keeps about it."""
+    """A packet that the host sent or wants to send; ``device``: the state that SavePacket gave for it."""
 
     packet: SavedPacket
     device: bytes = b""
@@ -47,7 +46,7 @@ class OutgoingPacket:
 
 @dataclass(frozen=True, slots=True)
 class ChannelState:
-    """Everything that a restored channel needs to go on; see the module's table."""
+    """Everything that a restored channel needs to continue; see the module's table."""
 
     channel: SavedChannel
     outstanding: tuple[OutgoingPacket, ...] = ()
@@ -56,16 +55,16 @@ class ChannelState:
     device: bytes = b""
 
     def outgoing(self) -> tuple[OutgoingPacket, ...]:
-        """The packets that SavePacket and RestorePacket are called for, in order."""
+        """Return the packets that SavePacket and RestorePacket are called for, in order."""
         return self.outstanding + tuple(each for each in self.queue if isinstance(each, OutgoingPacket))
 
     def packets(self) -> Iterator[SavedPacket]:
-        """Every packet of either direction."""
+        """Yield every packet of either direction."""
         yield from (each.packet for each in self.outgoing())
         yield from self.taken
 
     def records(self) -> Iterator[tuple[ChunkKind, Any]]:
-        """What the chunks carry, in order; of outgoing packets the :class:`OutgoingPacket` itself."""
+        """Yield the records of the chunks, in order; outgoing packets as :class:`OutgoingPacket`."""
         yield ChunkKind.CHANNEL, self.channel
         for outgoing in self.outstanding:
             yield ChunkKind.OUTSTANDING, outgoing
@@ -88,10 +87,10 @@ _PLACES = {
 
 
 class SavePacketResult(NamedTuple):
-    """What a SavePacket callback answers.
+    """The result of a SavePacket callback.
 
-    ``bytes_needed``: with ``STATUS_SUCCESS`` how many bytes of the buffer are the packet's state; with a failure
-    how many it would take (more than the buffer has), or 0 when more room would not help.
+    ``bytes_needed``: with ``STATUS_SUCCESS``, the size of the packet's state at the start of the buffer. With a
+    failure, the buffer size that it needs (more than the buffer has), or 0 if a larger buffer would not help.
     """
 
     status: NtStatus
@@ -99,7 +98,7 @@ class SavePacketResult(NamedTuple):
 
 
 class Packet:
-    """An outgoing packet object (VMBPACKET) that a device allocated and VmbPacketRestore fills, once."""
+    """An outgoing packet object (VMBPACKET) that a device allocates and VmbPacketRestore fills once."""
 
     __slots__ = ("channel", "state")
 
@@ -112,31 +111,33 @@ SavePacket = Callable[["SavableChannel", SavedPacket, memoryview], SavePacketRes
 """EvtVmbChannelSavePacket: called with an empty buffer first, then with one of the size it asked for."""
 
 RestorePacket = Callable[["SavableChannel", bytes, bytes], NtStatus]
-"""EvtVmbChannelRestorePacket(channel, library buffer, saved buffer): see ``ChannelSaver.packet_restore``."""
+"""EvtVmbChannelRestorePacket, called with channel, library buffer and saved buffer.
+
+It passes the library buffer to ``ChannelSaver.packet_restore``."""
 
 
 class SavableChannel(Protocol):
-    """A channel as saving sees it. All calls come from one thread; none blocks."""
+    """A channel that can be saved and restored. All calls come from one thread; none may block."""
 
     @property
     def identity(self) -> ChannelIdentity:
-        """What makes it the same channel in another process."""
+        """Identity of the channel, equal in every process that serves the same guest."""
 
     @property
     def is_server(self) -> bool:
-        """Whether this is the host's end; only that can be saved."""
+        """Whether this is the host's end; only the host's end can be saved."""
 
     @property
     def open(self) -> bool:
-        """Whether the guest has it open, and traffic can flow over this object."""
+        """Whether the guest has opened the channel and packets can be exchanged."""
 
     @property
     def paused(self) -> bool:
-        """Whether new packets are held back; true as well for one that was never started."""
+        """Whether no packets are taken; also true for a channel that was never started."""
 
     @property
     def changes(self) -> int:
-        """Another number after each open, close, start, pause and revocation; freezing is none of these."""
+        """A number that differs after each open, close, start, pause and revocation; not after :meth:`take_view`."""
 
     @property
     def save_packet(self) -> SavePacket | None:
@@ -147,50 +148,50 @@ class SavableChannel(Protocol):
         """The device's callback, if it registered one."""
 
     def pause(self) -> None:
-        """Take no more packets. Work on those already taken may go on."""
+        """Stop taking packets. Work on packets that were taken may continue."""
 
     def start(self) -> None:
-        """Leave the paused state: take packets, write what is queued."""
+        """Leave the paused state: take packets, send what is queued."""
 
     def disable(self) -> None:
-        """Revoke the offer, forget everything."""
+        """Revoke the offer and drop all state."""
 
-    def freeze(self) -> ChannelState:
-        """Stand still and say what there is, with empty ``device`` blobs of outgoing packets.
+    def take_view(self) -> ChannelState:
+        """Return a consistent view, with empty ``device`` states of outgoing packets.
 
-        Until :meth:`unfreeze` neither the rings nor anything of the view change; what ends meanwhile (a read
-        from a disk) waits inside. Called on a frozen channel it gives the same view again. Raises
-        :class:`~vmbus.errors.DeviceError` or :class:`StateRefused` and is then not frozen.
+        Until :meth:`drop_view` neither the rings nor the state behind the view change; the end of work that was in
+        progress (a read from a disk) is handled after it. A further call returns the same view. Raises
+        :class:`~vmbus.errors.DeviceError` or :class:`StateRefused`; then there is no view.
         """
 
-    def unfreeze(self) -> None:
-        """As before :meth:`freeze`, in the same axes."""
+    def drop_view(self) -> None:
+        """Undo :meth:`take_view`: the channel is as before it, in the same axes."""
 
     def check_restore(self, state: ChannelState) -> str | None:
-        """Why ``state`` cannot be applied here, or ``None``; changes nothing, asks the device as well."""
+        """Return why ``state`` cannot be applied here, or ``None``; change nothing. The device is asked as well."""
 
     def apply_restore(self, state: ChannelState) -> None:
-        """Be in ``state``, paused, with nothing sent and no guest memory written.
+        """Enter ``state``, paused, without sending anything and without writing guest memory.
 
-        Packets of ``state.taken`` are handed to the device again when the channel starts, each once. Does not
-        fail on a state that :meth:`check_restore` accepted; what it raises leaves the channel unusable.
+        Packets of ``state.taken`` are handed to the device again when the channel starts, each once. Must not fail
+        for a state that :meth:`check_restore` accepted: after an exception the channel is unusable.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """The chunks of one channel so far. Taking a buffer gives a new one: what is refused has no effect."""
+    """The chunks of one channel so far; immutable, so that a refused buffer has no effect."""
 
     position: Position = field(default_factory=Position)
     chunks: tuple[Chunk, ...] = ()
 
     @property
     def complete(self) -> bool:
-        """Whether the last chunk has come."""
+        """Whether the last chunk has been read."""
         return self.position.complete
 
     def take(self, buffer: bytes | bytearray | memoryview) -> Assembly:
-        """With all chunks of ``buffer``, in whole chunks. Raises :class:`StateRefused`."""
+        """Return a new assembly with the whole chunks of ``buffer`` added. Raises :class:`StateRefused`."""
         return _first(bytes(buffer)) if self == Assembly() else self._take(buffer)
 
     def _take(self, buffer: bytes | bytearray | memoryview) -> Assembly:
@@ -200,34 +201,41 @@ class Assembly:
         for index, chunk in enumerate(chunks):
             kind = chunk.kind
             if kind >= ChunkKind.MACHINE:
-                raise StateRefused(Reason.INCONSISTENT, f"chunk {chunk.index} is not one of a channel")
+                raise StateRefused(
+                    Reason.INCONSISTENT,
+                    f"chunk {chunk.index} is a {kind.name} record, which channels do not have",
+                )
             if (kind == ChunkKind.CHANNEL) != (index == 0):
-                raise StateRefused(Reason.INCONSISTENT, f"chunk {chunk.index} is a {kind.name} record")
+                raise StateRefused(
+                    Reason.INCONSISTENT,
+                    f"chunk {chunk.index} is a {kind.name} record, a channel header must be first",
+                )
             place = _PLACES[kind]
             if place < rank or place == rank == _PLACES[ChunkKind.DEVICE]:
                 raise StateRefused(
-                    Reason.INCONSISTENT, f"chunk {chunk.index}: a {kind.name} record comes late"
+                    Reason.INCONSISTENT,
+                    f"chunk {chunk.index}: a {kind.name} record after records that it must precede",
                 )
             rank = place
         if position.complete and not chunks:
-            raise StateRefused(Reason.INCONSISTENT, "no channel header")
+            raise StateRefused(Reason.INCONSISTENT, "the state has no channel header")
         return Assembly(position, chunks)
 
     @property
     def header(self) -> SavedChannel | None:
-        """The channel header, once it is there."""
+        """The channel header, None before it has been read."""
         return self.chunks[0].record if self.chunks else None
 
     @property
     def has_packets(self) -> bool:
-        """Whether there is a packet that a RestorePacket callback has to take."""
+        """Whether there is a packet that RestorePacket must be called for."""
         return any(chunk.kind in (ChunkKind.OUTSTANDING, ChunkKind.UNSENT) for chunk in self.chunks)
 
     def state(self) -> ChannelState:
-        """The state that the chunks are. Raises :class:`StateRefused` if they contradict each other."""
+        """Return the channel's state. Raises :class:`StateRefused` if the chunks contradict each other."""
         header = self.header
         if header is None or not self.complete:
-            raise StateRefused(Reason.TRUNCATED, f"{len(self.chunks)} chunks, and none is the last")
+            raise StateRefused(Reason.TRUNCATED, f"{len(self.chunks)} chunks without the last one")
         outstanding: list[OutgoingPacket] = []
         queue: list[OutgoingPacket | SavedCompletion] = []
         taken: list[SavedPacket] = []
@@ -251,12 +259,12 @@ class Assembly:
 
 @functools.lru_cache(maxsize=2048)
 def _first(buffer: bytes) -> Assembly:
-    """A machine's state is read, then checked, then restored, while its guest stands still: it is parsed once."""
+    """Parse a channel's first buffer, once: a state is read, checked and restored while its guest is paused."""
     return Assembly()._take(buffer)
 
 
 def forget_parsed() -> None:
-    """Nobody needs the parsed buffers any more."""
+    """Drop the buffers that were parsed, after a restore."""
     _first.cache_clear()
 
 
@@ -265,20 +273,20 @@ def _outgoing(chunk: Chunk) -> OutgoingPacket:
         return OutgoingPacket(parse_record(SAVED_PACKET, chunk.record.library), chunk.record.device)
     except MalformedError as error:
         raise StateRefused(
-            Reason.DAMAGED, f"chunk {chunk.index}: library state of a packet: {error.detail}"
+            Reason.DAMAGED, f"chunk {chunk.index}: the library state of a packet is not valid: {error.detail}"
         ) from error
 
 
 def _check(state: ChannelState) -> None:
-    """Contradictions that can be seen without the channel."""
+    """Refuse contradictions that can be found without the channel."""
     header = state.channel
     if bool(header.axes & ChannelAxes.OPEN) != (header.open is not None):
-        raise StateRefused(Reason.INCONSISTENT, "open, and no open parameters, or the reverse")
+        raise StateRefused(Reason.INCONSISTENT, "the open axis and the open parameters contradict each other")
     gpadls = [each.gpadl_id for each in header.gpadls]
     if len(set(gpadls)) != len(gpadls):
-        raise StateRefused(Reason.INCONSISTENT, "a GPADL that is listed twice")
+        raise StateRefused(Reason.INCONSISTENT, "a GPADL is listed twice")
     if header.open is not None and header.open.ring_gpadl not in gpadls:
         raise StateRefused(Reason.INCONSISTENT, f"the rings' GPADL {header.open.ring_gpadl:#x} is not listed")
     owed = any(isinstance(each, SavedCompletion) for each in state.queue)
     if header.open is None and (state.outstanding or state.taken or owed):
-        raise StateRefused(Reason.INCONSISTENT, "transactions of a channel that is not open")
+        raise StateRefused(Reason.INCONSISTENT, "packets or completions of a channel that is not open")

@@ -1,18 +1,18 @@
-"""A whole machine's state as one string of bytes, for whatever carries it (QEMU's stream, a file).
+"""A whole machine's state as one byte string, for QEMU's migration stream, a side channel or a file.
 
 Source: docs/saved-state.md. The chunks, in this order, all with one save id:
 
-    MACHINE           who wrote it
-    HYPERVISOR, BUS   at most one each, opaque here, with a form and a version of their own
+    MACHINE           name and version of the emulator that saved
+    HYPERVISOR, BUS   at most one each, opaque to this package, with a form and a version of their own
     MEMORY            if guest memory is not copied: which file it is
-    CHANNEL_RECORDS   for each channel, what SaveContinue filled
-    PAGES             pages of guest memory that nobody else carries, any number of chunks that still fit
-    END               the last chunk: how many chunks and bytes came before
+    CHANNEL_RECORDS   for each channel, the buffers that SaveContinue filled
+    PAGES             pages of guest memory that QEMU does not transfer, as many chunks as fit
+    END               the last chunk: the number of chunks and bytes before it
 
-A source that cannot save sends MACHINE, REFUSAL, END instead: what carries the state may have no way to fail on
-the source's side, so the target fails, with the source's reason.
+A source that cannot save sends MACHINE, REFUSAL, END instead: dbus-vmstate cannot fail a migration at the source, so
+the target fails it, with the source's reason.
 
-Reading is :mod:`vmbus.saving.loading`.
+:mod:`vmbus.saving.loading` reads it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from typing import Any
 from vmbus import __version__
 from vmbus.saving.channel import ChannelSaver
 from vmbus.saving.chunks import encode
-from vmbus.saving.refusal import Reason, StateRefused
 from vmbus.saving.state import SavableChannel
-from vmbus.saving.status import NtStatus
+from vmbus.saving.status import NtStatus, Reason, StateRefused
 from vmbus.wire.chunk import HEADER_SIZE, ChunkKind
 from vmbus.wire.saved import (
     SAVED_END,
@@ -42,18 +41,18 @@ from vmbus.wire.saved import (
 )
 
 STREAM_LIMIT = 1 << 20
-"""What ``dbus-vmstate`` carries for one helper: 1 MiB."""
+"""Bytes that ``dbus-vmstate`` carries for one helper: 1 MiB."""
 
 _END_SIZE = HEADER_SIZE + SAVED_END.size
 """Bytes of the last chunk."""
 
 BUFFER_SIZE = 64 * 1024
-"""First size of the buffer that channels are saved into; it grows when a chunk needs more."""
+"""Initial size, in bytes, of the buffer that channels are saved into; it grows when a chunk needs more."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelStatistics:
-    """How the save of one channel went. ``size``: bytes of its chunks; ``statuses``: one a SaveContinue."""
+    """Figures of the save of one channel. ``size``: bytes of its chunks; ``statuses``: one per SaveContinue."""
 
     identity: ChannelIdentity
     chunks: int
@@ -63,12 +62,12 @@ class ChannelStatistics:
 
 @dataclass(frozen=True, slots=True)
 class SavedState:
-    """A machine's state as bytes, and what it consists of."""
+    """A machine's state as bytes, and its contents."""
 
     data: bytes
     channels: tuple[ChannelStatistics, ...]
     pages: tuple[int, ...] = ()
-    """Frame numbers of the pages that it carries."""
+    """Page frame numbers of the pages of guest memory that it has."""
 
 
 def save_machine(
@@ -83,12 +82,13 @@ def save_machine(
     limit: int = STREAM_LIMIT,
     save_id: int | None = None,
 ) -> SavedState:
-    """Save all ``channels``, which are paused or not open, and the parts that are given.
+    """Save all ``channels``, which must be paused or not open, and the sections that are given.
 
-    The buffer that they are saved into has ``buffer_size`` bytes and grows to what a chunk needs. All channels
-    are frozen before the first one is saved, and stay so until ``saver.start``. Of ``pages`` (in ascending order, see
-    :mod:`vmbus.saving.pages`) as many go along as fit into ``limit`` bytes. Raises :class:`StateRefused` when a
-    channel cannot be saved, or when the rest alone has more than ``limit`` bytes; then every channel is as it was.
+    The buffer that channels are saved into has ``buffer_size`` bytes and grows to the size that a chunk needs. The
+    save of every channel begins before the first one continues, and every channel keeps its view until
+    ``saver.start``. As many of ``pages`` (in ascending order, see :mod:`vmbus.saving.pages`) are added as fit into
+    ``limit`` bytes. Raises :class:`StateRefused` if a channel cannot be saved, or if the state without pages has more
+    than ``limit`` bytes; then every channel is as before.
     """
     saved_from = list(channels)
     begun: list[SavableChannel] = []
@@ -117,7 +117,7 @@ def save_machine(
         if len(data) > limit:
             raise StateRefused(
                 Reason.TOO_LARGE,
-                f"{len(data)} bytes of state, at most {limit} can be carried",
+                f"{len(data)} bytes of state, at most {limit} can be transferred",
                 NtStatus.STATUS_BUFFER_OVERFLOW,
             )
     except BaseException:
@@ -130,7 +130,7 @@ def save_machine(
 
 
 def refusal_stream(error: StateRefused, *, save_id: int | None = None) -> bytes:
-    """What to send instead of a state: who reads it fails with :attr:`Reason.REFUSED_AT_SOURCE` and this reason."""
+    """Return what to send instead of a state: reading it raises :attr:`Reason.REFUSED_AT_SOURCE` with ``error``."""
     refusal = SavedRefusal(str(error.reason), error.detail)
     return _stream([(ChunkKind.REFUSAL, refusal)], save_id)[0]
 
@@ -172,7 +172,7 @@ def _stream(
     pages: Sequence[SavedPages] = (),
     limit: int = 0,
 ) -> tuple[bytes, tuple[int, ...]]:
-    """All ``parts``, of ``pages`` what fits into ``limit`` bytes, and the frame numbers of those."""
+    """Return the bytes of ``parts`` and of the ``pages`` that fit into ``limit`` bytes, and those pages' numbers."""
     identifier = secrets.randbits(64) if save_id is None else save_id
     data = bytearray()
     first = (ChunkKind.MACHINE, SavedMachine(f"vmbus-emulator {__version__}"))

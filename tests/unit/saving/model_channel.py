@@ -112,7 +112,7 @@ class ModelChannel:
         self.paused = True
         self.enabled = True
         self.changes = 0
-        self.frozen = False
+        self.view_taken = False
         self.opening: SavedOpen | None = None
         self.gpadls: tuple[SavedGpadl, ...] = ()
         self.outstanding: dict[int, SavedPacket] = {}
@@ -164,8 +164,8 @@ class ModelChannel:
         return number
 
     def finish(self, transaction_id: int, payload: bytes = b"done....") -> None:
-        """Complete a packet that was taken; while frozen this waits."""
-        if self.frozen:
+        """Complete a packet that was taken; the completion waits while a view is taken."""
+        if self.view_taken:
             self._held.append(lambda: self.finish(transaction_id, payload))
             return
         packet = next(each for each in self.taken if each.transaction_id == transaction_id)
@@ -208,16 +208,16 @@ class ModelChannel:
         self._forget()
         self.changes += 1
 
-    def freeze(self) -> ChannelState:
+    def take_view(self) -> ChannelState:
         if self.device.refuses_save:
             raise DeviceError("cannot be saved now")
-        self.frozen = True
+        self.view_taken = True
         return self.view()
 
-    def unfreeze(self) -> None:
-        if not self.frozen:
-            raise InternalError("not frozen")
-        self.frozen = False
+    def drop_view(self) -> None:
+        if not self.view_taken:
+            raise InternalError("no view was taken")
+        self.view_taken = False
         held, self._held = self._held, []
         for action in held:
             action()
@@ -271,7 +271,7 @@ class ModelChannel:
             (
                 self.view(),
                 self.ring,
-                self.frozen,
+                self.view_taken,
                 self.paused,
                 device.notes,
                 device.given,
@@ -299,7 +299,7 @@ class ModelChannel:
 
     def _run(self) -> None:
         """What a running channel does: writes what is queued, takes what is there."""
-        if self.frozen or self.paused or not self.open:
+        if self.view_taken or self.paused or not self.open:
             return
         ring = self.ring
         while self.queue and len(ring.to_guest) < ring.room:

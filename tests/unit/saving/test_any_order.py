@@ -42,10 +42,10 @@ class AnyOrder(RuleBasedStateMachine):
         self.sent: list[int] = []
         self.arrived: list[int] = []
 
-    # --- the guest; it runs while the channel is not frozen
+    # --- the guest; it runs while the channel is no view was taken
 
     def guest_runs(self) -> bool:
-        return not self.channel.frozen
+        return not self.channel.view_taken
 
     @precondition(guest_runs)
     @rule()
@@ -69,10 +69,10 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(size=st.integers(0, 50))
     def device_sends(self, size: int) -> None:
-        if not self.channel.frozen:
+        if not self.channel.view_taken:
             self.sent.append(self.channel.send(bytes(size), note=bytes(size)))
 
-    @precondition(lambda self: self.channel.taken and not self.channel.frozen)
+    @precondition(lambda self: self.channel.taken and not self.channel.view_taken)
     @rule(data=st.data())
     def device_finishes(self, data: st.DataObject) -> None:
         self.channel.finish(data.draw(st.sampled_from(self.channel.taken)).transaction_id)

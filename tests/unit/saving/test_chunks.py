@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vmbus.errors import MalformedError
 from vmbus.saving.chunks import Position, encode, read_chunks
-from vmbus.saving.refusal import Reason, StateRefused
+from vmbus.saving.status import Reason, StateRefused
 from vmbus.wire.chunk import CHUNK_HEADER, HEADER_SIZE, ChunkKind, build_chunk, chunk_crc
 from vmbus.wire.saved import RECORDS, SAVED_MACHINE, parse_record
 

@@ -203,12 +203,12 @@ class TestMove:
         fill(source)
         view = source.channel
         target = moved(source)
-        assert target.channel.freeze() == view.freeze()
-        target.channel.unfreeze()
+        assert target.channel.take_view() == view.take_view()
+        target.channel.drop_view()
         target.resume()
         target.saver.pause(target.channel)
         (again,) = read_machine(save_machine(target.saver, [target.channel]).data).channels
-        assert again.state == target.channel.freeze()
+        assert again.state == target.channel.take_view()
 
     def test_cancelled_migration_goes_on(self, source: Process) -> None:
         fill(source)
@@ -245,7 +245,7 @@ class TestView:
         source.saver.pause(source.channel)
         source.io.send(b"first", transaction_id=1, completion_requested=True)
         fill_one(source)
-        state = source.channel.freeze()
+        state = source.channel.take_view()
         kinds = [type(each) for each in state.queue]
         assert kinds == [OutgoingPacket, SavedCompletion, OutgoingPacket]
         assert state.outstanding == ()
@@ -257,21 +257,21 @@ class TestView:
         source.io.send(b"b", transaction_id=0, completion_requested=True)
         source.guest.run()
         target = moved(source)
-        state = target.channel.freeze()
+        state = target.channel.take_view()
         assert [packet.transaction_id for packet in state.taken] == [7, 7, 7]
         assert [each.packet.transaction_id for each in state.outstanding] == [0, 0]
 
-    def test_what_ends_after_the_freeze_is_not_seen(self, source: Process) -> None:
+    def test_work_that_ends_after_the_view_is_not_in_it(self, source: Process) -> None:
         source.guest.send(b"request1", transaction_id=1, completion_requested=True)
         source.saver.pause(source.channel)
         assert source.saver.save_begin(source.channel) == OK
-        before = source.channel.freeze()
+        before = source.channel.take_view()
         source.device.finish(source.io, 1)
         source.guest.run()
-        assert source.channel.freeze() == before
+        assert source.channel.take_view() == before
         assert source.guest.receive() == []
         source.saver.save_end(source.channel)
-        assert source.channel.freeze() != before
+        assert source.channel.take_view() != before
 
 
 def fill_one(source: Process) -> None:
@@ -302,7 +302,7 @@ class TestWhen:
         target = moved(source)
         target.saver.disable(target.channel)
         target.bus_channel.is_open = False
-        assert target.channel.freeze().queue == ()
+        assert target.channel.take_view().queue == ()
 
 
 class TestRefusals:
@@ -346,7 +346,7 @@ class TestRefusals:
     def test_packets_that_no_host_sends(self, source: Process) -> None:
         fill(source)
         source.saver.pause(source.channel)
-        state = source.channel.freeze()
+        state = source.channel.take_view()
         first = next(each for each in state.queue if isinstance(each, OutgoingPacket))
         target = Process()
         for kind in (7, 9, 11, 99):
@@ -376,7 +376,7 @@ class TestOnARealBus:
         gpadl = guest.open_channel(relid, vp=2)
         extra = guest.share(relid, 100)
         self.saver.pause(self.channel)
-        header = self.channel.freeze().channel
+        header = self.channel.take_view().channel
         assert header.axes == ChannelAxes.ENABLED | ChannelAxes.OPEN | ChannelAxes.PAUSED
         assert (header.relid, header.connection_id) == (relid, 0x2000 | relid)
         assert header.open is not None
@@ -386,7 +386,7 @@ class TestOnARealBus:
 
     def test_channel_that_is_offered_and_not_open(self, guest: ScriptedGuest) -> None:
         assert self.saver.save_begin(self.channel) == OK
-        header = self.channel.freeze().channel
+        header = self.channel.take_view().channel
         assert header.axes == ChannelAxes.ENABLED
         assert header.open is None
 

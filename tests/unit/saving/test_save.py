@@ -46,7 +46,7 @@ class TestBegin:
         channel.start()
         channel.guest_opens()
         assert saver.save_begin(channel) == BAD_STATE
-        assert not channel.frozen
+        assert not channel.view_taken
         refusal = saver.refusal(channel)
         assert refusal is not None and refusal.reason == Reason.WRONG_STATE
 
@@ -239,7 +239,7 @@ class TestEnd:
         before = channel.everything()
         with caplog.at_level("INFO"):
             saver.save_end(channel)
-        assert "not begun" in caplog.text
+        assert "SaveEnd without a save in progress" in caplog.text
         assert channel.everything() == before
 
     def test_second_end_is_harmless(self, saver: ChannelSaver) -> None:
@@ -296,7 +296,7 @@ class TestEnd:
         saver.start(channel)
         assert [each.transaction_id for each in channel.completions] == [0xA1, 0xA2]
 
-    def test_cancel_of_a_complete_save_thaws_without_starting(self, saver: ChannelSaver) -> None:
+    def test_cancel_of_a_complete_save_drops_the_view_without_starting(self, saver: ChannelSaver) -> None:
         channel = busy_channel()
         before = channel.everything()
         save(saver, channel)
@@ -314,9 +314,9 @@ class TestEnd:
         save(saver, channel)
         saver.save_begin(channel)
         saver.save_end(channel)
-        assert channel.frozen
+        assert channel.view_taken
         assert saver.start(channel) == OK
-        assert not channel.frozen
+        assert not channel.view_taken
 
 
 class TestStateChangeDuringASave:
@@ -332,7 +332,7 @@ class TestStateChangeDuringASave:
         assert buffer == bytes(1 << 16)
         assert saver.save_begin(channel) == BAD_STATE
         saver.save_end(channel)
-        assert not channel.frozen
+        assert not channel.view_taken
 
     def test_revocation_through_the_saver(self, saver: ChannelSaver) -> None:
         channel = busy_channel()

@@ -154,7 +154,7 @@ class TestSaving:
         before = [each.everything() for each in source]
         size = len(saved(source))
         for each in source:
-            each.frozen = False
+            each.view_taken = False
         with pytest.raises(StateRefused, match=f"{size} bytes") as caught:
             save_machine(fixed_saver(), source, hypervisor=HYPERVISOR, bus=BUS, limit=size - 1)
         assert caught.value.reason == Reason.TOO_LARGE
@@ -168,13 +168,13 @@ class TestSaving:
             save_machine(ChannelSaver(), [channel])
         assert caught.value.reason == Reason.TOO_LARGE
 
-    def test_channels_are_frozen_until_they_are_started(self) -> None:
+    def test_channels_keep_their_view_until_they_are_started(self) -> None:
         source, saver = machine(), ChannelSaver()
         save_machine(saver, source)
-        assert all(each.frozen for each in source)
+        assert all(each.view_taken for each in source)
         for each in source:
             assert saver.start(each) == OK
-        assert not any(each.frozen for each in source)
+        assert not any(each.view_taken for each in source)
 
     @pytest.mark.parametrize("failing", [0, 1, 2])
     def test_one_channel_that_cannot_be_saved_leaves_all_as_they_were(self, failing: int) -> None:
