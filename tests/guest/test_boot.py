@@ -47,65 +47,55 @@ def complaints(console: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("kernel", "smp", "machine", "memory", "append"), MATRIX)
-def test_a_kernel_boots_connects_and_keeps_its_heartbeat(
+async def test_a_kernel_boots_connects_and_keeps_its_heartbeat(
     tmp_path: Path, kernel: str, smp: int, machine: str, memory: int, append: str
 ) -> None:
-    async def story() -> None:
-        async with boot(
-            tmp_path,
-            kernel=kernel,
-            smp=smp,
-            machine=machine,
-            memory=memory,
-            append=append,
-            devices=("heartbeat,interval=0.1", "shutdown", "timesync"),
-            extra=("-rtc", "base=2001-02-03T04:05:06"),
-            command=["while :; do date -u +%s; usleep 100000; done"],
-        ) as guest:
-            await guest.until(lambda: guest.host.bus.status()["version"], "agreed version")
-            await guest.until(
-                lambda: [c["state"] for c in guest.status()["channels"]] == ["open"] * 3,
-                "three open channels",
-            )
-            await guest.until(
-                lambda: guest.channel("heartbeat")["details"]["answers"] >= 10, "ten heartbeats"
-            )
-            await guest.until(lambda: guest.output.count(b"\n") > 2, "the guest's clock")
+    async with boot(
+        tmp_path,
+        kernel=kernel,
+        smp=smp,
+        machine=machine,
+        memory=memory,
+        append=append,
+        devices=("heartbeat,interval=0.1", "shutdown", "timesync"),
+        extra=("-rtc", "base=2001-02-03T04:05:06"),
+        command=["while :; do date -u +%s; usleep 100000; done"],
+    ) as guest:
+        await guest.until(lambda: guest.host.bus.status()["version"], "agreed version")
+        await guest.until(
+            lambda: [c["state"] for c in guest.status()["channels"]] == ["open"] * 3,
+            "three open channels",
+        )
+        await guest.until(lambda: guest.channel("heartbeat")["details"]["answers"] >= 10, "ten heartbeats")
+        await guest.until(lambda: guest.output.count(b"\n") > 2, "the guest's clock")
 
-            found = guest.status()
-            console = guest.console()
-            assert "Hypervisor detected: Microsoft Hyper-V" in console
-            assert found["bus"]["version"] in ("5.3", "6.0")
-            assert str(found["partition"]["guest_os"]).startswith("Linux ")
-            assert len(found["partition"]["vps"]) == smp
-            assert all(vp["synic_enabled"] for vp in found["partition"]["vps"])
-            assert found["bus"]["gpadls"] == 3
-            assert found["partition"]["refusals"] == {}
-            assert found["bus"]["refusals"] == {}
-            assert all(channel["refusals"] == {} for channel in found["channels"])
-            assert nothing_lost(guest)
+        found = guest.status()
+        console = guest.console()
+        assert "Hypervisor detected: Microsoft Hyper-V" in console
+        assert found["bus"]["version"] in ("5.3", "6.0")
+        assert str(found["partition"]["guest_os"]).startswith("Linux ")
+        assert len(found["partition"]["vps"]) == smp
+        assert all(vp["synic_enabled"] for vp in found["partition"]["vps"])
+        assert found["bus"]["gpadls"] == 3
+        assert found["partition"]["refusals"] == {}
+        assert found["bus"]["refusals"] == {}
+        assert all(channel["refusals"] == {} for channel in found["channels"])
+        assert nothing_lost(guest)
 
-            def clock() -> int:
-                return int(guest.output.split(b"\n")[-2])
+        def clock() -> int:
+            return int(guest.output.split(b"\n")[-2])
 
-            await guest.until(lambda: abs(clock() - time.time()) < 5, "clock set by time synchronisation")
-            result: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-            guest.device("shutdown").shut_down("shutdown", result.set_result)
-            assert str(await asyncio.wait_for(result, LIMIT)) == "ok"
-            await guest.finish()
-            assert complaints(guest.console()) == []
-
-    asyncio.run(story())
+        await guest.until(lambda: abs(clock() - time.time()) < 5, "clock set by time synchronisation")
+        result: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        guest.device("shutdown").shut_down("shutdown", result.set_result)
+        assert str(await asyncio.wait_for(result, LIMIT)) == "ok"
+        await guest.finish()
+        assert complaints(guest.console()) == []
 
 
 @pytest.mark.parametrize("version", [Version.WIN8, Version.WIN8_1, Version.WIN10, Version.WIN10_RS3_1])
-def test_a_guest_takes_the_newest_version_that_is_offered(tmp_path: Path, version: Version) -> None:
-    async def story() -> None:
-        async with boot(tmp_path, host_options=HostOptions(max_version=version)) as guest:
-            await guest.until(lambda: guest.host.bus.status()["version"], "agreed version")
-            await guest.until(
-                lambda: guest.channel("heartbeat")["details"]["answers"] >= 3, "three heartbeats"
-            )
-            assert guest.host.bus.status()["version"] == str(version)
-
-    asyncio.run(story())
+async def test_a_guest_takes_the_newest_version_that_is_offered(tmp_path: Path, version: Version) -> None:
+    async with boot(tmp_path, host_options=HostOptions(max_version=version)) as guest:
+        await guest.until(lambda: guest.host.bus.status()["version"], "agreed version")
+        await guest.until(lambda: guest.channel("heartbeat")["details"]["answers"] >= 3, "three heartbeats")
+        assert guest.host.bus.status()["version"] == str(version)

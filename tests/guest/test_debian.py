@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 from pathlib import Path
 
@@ -39,54 +38,51 @@ def overlay(folder: Path) -> Path:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("disk", ["raw", "overlay"])
-def test_debian_lives_on_the_disk(tmp_path: Path, disk: str) -> None:
+async def test_debian_lives_on_the_disk(tmp_path: Path, disk: str) -> None:
     image = system_copy(tmp_path) if disk == "raw" else overlay(tmp_path)
 
-    async def story() -> None:
-        options = "" if disk == "raw" else ",format=qcow2"
-        async with boot_debian(tmp_path, f"image={image}{options}") as (guest, shell):
-            assert await shell.does("systemctl is-system-running --wait") == "running", await shell.run(
-                "systemctl --failed"
-            )
-            assert await shell.does("systemctl is-active multi-user.target") == "active"
-            assert await shell.does("systemd-detect-virt") == "microsoft"
-            assert await shell.does("findmnt -no SOURCE,FSTYPE /") == "/dev/sda1 ext4"
+    options = "" if disk == "raw" else ",format=qcow2"
+    async with boot_debian(tmp_path, f"image={image}{options}") as (guest, shell):
+        assert await shell.does("systemctl is-system-running --wait") == "running", await shell.run(
+            "systemctl --failed"
+        )
+        assert await shell.does("systemctl is-active multi-user.target") == "active"
+        assert await shell.does("systemd-detect-virt") == "microsoft"
+        assert await shell.does("findmnt -no SOURCE,FSTYPE /") == "/dev/sda1 ext4"
 
-            status, _ = await shell.run("jq --version")
-            assert status == 127
-            await shell.does(f"apt-get -q update {FROM_ITS_OWN_REPOSITORY}")
-            await shell.does("apt-get -qy install jq")
-            assert await shell.does("echo '[1, 23]' | jq -M '.[1]'") == "23"
+        status, _ = await shell.run("jq --version")
+        assert status == 127
+        await shell.does(f"apt-get -q update {FROM_ITS_OWN_REPOSITORY}")
+        await shell.does("apt-get -qy install jq")
+        assert await shell.does("echo '[1, 23]' | jq -M '.[1]'") == "23"
 
-            await shell.does(f"cat >prog.c <<'END'\n{PROGRAM}\nEND")
-            await shell.does("gcc -O2 -Wall -o /usr/local/bin/prog prog.c")
-            status, output = await shell.run("prog")
-            assert (status, output) == (42, f"{await shell.does('uname -r')} 14")
+        await shell.does(f"cat >prog.c <<'END'\n{PROGRAM}\nEND")
+        await shell.does("gcc -O2 -Wall -o /usr/local/bin/prog prog.c")
+        status, output = await shell.run("prog")
+        assert (status, output) == (42, f"{await shell.does('uname -r')} 14")
 
-            boot_id = await shell.does("cat /proc/sys/kernel/random/boot_id")
-            machine_id = await shell.does("cat /etc/machine-id")
-            assert len(machine_id) == 32
-            shell.send("systemctl reboot")
-            await guest.until(lambda: guest.host.events.resets == 1, "the reboot")
-            await shell.ready()
-            assert await shell.does("cat /proc/sys/kernel/random/boot_id") != boot_id
-            assert await shell.does("cat /etc/machine-id") == machine_id
-            assert await shell.does("systemctl is-system-running --wait") == "running"
-            assert await shell.run("prog") == (status, output)
-            # what is left out of the image is missing, nothing is changed
-            _, verified = await shell.run("dpkg --verify jq libjq1 libonig5 libc6 gcc-14")
-            assert [line for line in verified.splitlines() if not line.startswith("missing ")] == []
+        boot_id = await shell.does("cat /proc/sys/kernel/random/boot_id")
+        machine_id = await shell.does("cat /etc/machine-id")
+        assert len(machine_id) == 32
+        shell.send("systemctl reboot")
+        await guest.until(lambda: guest.host.events.resets == 1, "the reboot")
+        await shell.ready()
+        assert await shell.does("cat /proc/sys/kernel/random/boot_id") != boot_id
+        assert await shell.does("cat /etc/machine-id") == machine_id
+        assert await shell.does("systemctl is-system-running --wait") == "running"
+        assert await shell.run("prog") == (status, output)
+        # what is left out of the image is missing, nothing is changed
+        _, verified = await shell.run("dpkg --verify jq libjq1 libonig5 libc6 gcc-14")
+        assert [line for line in verified.splitlines() if not line.startswith("missing ")] == []
 
-            unit = units(guest)["0:0"]
-            assert set(unit["errors"]) <= ASKED_IN_VAIN
-            assert unit["flushes"] > 0
-            assert complaints(guest.console()) == []
-            assert nothing_lost(guest)
-            assert all(channel["refusals"] == {} for channel in guest.status()["channels"])
-            shell.send("systemctl poweroff")
-            await guest.finish()
-
-    asyncio.run(story())
+        unit = units(guest)["0:0"]
+        assert set(unit["errors"]) <= ASKED_IN_VAIN
+        assert unit["flushes"] > 0
+        assert complaints(guest.console()) == []
+        assert nothing_lost(guest)
+        assert all(channel["refusals"] == {} for channel in guest.status()["channels"])
+        shell.send("systemctl poweroff")
+        await guest.finish()
     if disk == "overlay":
         qemu_img("check", "-q", str(image))
         whole = tmp_path / "whole.img"

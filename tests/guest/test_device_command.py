@@ -24,78 +24,75 @@ WATCH = (
 )
 
 
-def test_devices_come_go_grow_and_move(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_devices_come_go_grow_and_move(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = tmp_path / "first.img", tmp_path / "second,.qcow2"
     first.write_bytes(bytes(8 * MIB))
     qemu_img("create", "-q", "-f", "qcow2", second, "16M")
 
-    async def story() -> None:
-        async with boot(
-            tmp_path,
-            smp=2,
-            memory=256,
-            devices=("heartbeat", f"scsi,image={first},queues=2"),
-            load=MODULES,
-            command=[WATCH],
-        ) as guest:
-            name = guest.guest.directory.name
+    async with boot(
+        tmp_path,
+        smp=2,
+        memory=256,
+        devices=("heartbeat", f"scsi,image={first},queues=2"),
+        load=MODULES,
+        command=[WATCH],
+    ) as guest:
+        name = guest.guest.directory.name
 
-            async def vmbus(*words: str) -> str:
-                capsys.readouterr()
-                status = await asyncio.to_thread(main, ["device", words[0], name, *words[1:]])
-                captured = capsys.readouterr()
-                return captured.out if status == 0 else f"{status}: {captured.err}"
+        async def vmbus(*words: str) -> str:
+            capsys.readouterr()
+            status = await asyncio.to_thread(main, ["device", words[0], name, *words[1:]])
+            captured = capsys.readouterr()
+            return captured.out if status == 0 else f"{status}: {captured.err}"
 
-            async def sees(text: str) -> None:
-                await guest.until(
-                    lambda: guest.output.decode().rstrip().endswith(f"disks {text}".rstrip()),
-                    f"disks {text!r}",
-                )
+        async def sees(text: str) -> None:
+            await guest.until(
+                lambda: guest.output.decode().rstrip().endswith(f"disks {text}".rstrip()),
+                f"disks {text!r}",
+            )
 
-            await sees("sda:8192")
-            path = str(second).replace(",", ",,")
-            line = f"scsi,image={path},format=qcow2,queues=2,serial=late"
-            assert await vmbus("add", line) == "scsi/0:1 is there\n"
-            await sees("sda:8192 sdb:16384")
-            assert await vmbus("resize", "scsi/0:0", "12M") == f"scsi/0:0 has {12 * MIB} bytes\n"
-            assert await vmbus("resize", "scsi/0:1", "32M") == f"scsi/0:1 has {32 * MIB} bytes\n"
-            await sees("sda:12288 sdb:32768")
-            assert (await vmbus("add", "echo")) == "echo is offered\n"
-            await guest.until(lambda: guest.channel("echo"), "the echo device")
-            added = await vmbus("add", "scsi,format=memory,size=4M,controller=other,serial=far")
-            assert added == "other is offered\n"
-            await sees("sda:12288 sdb:32768 sdc:4096")
-            # The disk that came first goes, and the others keep their places over a move.
-            assert await vmbus("remove", "scsi/0:0") == "scsi/0:0 is taken away\n"
-            await sees("sdb:32768 sdc:4096")
-            before = json.loads(await vmbus("list", "--json"))["devices"]
-            await guest.guest.move(limit=LIMIT)
-            after = json.loads(await vmbus("list", "--json"))["devices"]
-            assert [each["name"] for each in after] == [each["name"] for each in before]
-            assert [disk["name"] for each in after for disk in each["disks"]] == ["scsi/0:1", "other/0:0"]
-            assert after[1]["disks"][0]["serial"] == "late"
-            table = await vmbus("list")
-            assert "scsi/0:1" in table
-            assert "second,,.qcow2" in table
-            assert await vmbus("resize", "scsi/0:1", "64M") == f"scsi/0:1 has {64 * MIB} bytes\n"
-            await sees("sdb:65536 sdc:4096")
-            assert b"sdc-failed" not in guest.output
-            assert await vmbus("remove", "other") == "other is taken away\n"  # under load
-            await guest.says("sdc-failed")
-            assert await vmbus("remove", "scsi/0:1") == "scsi/0:1 is taken away\n"
-            await sees("")
-            assert "is never made smaller" not in await vmbus("list")
-            for words, message in (
-                (("remove", "scsi/0:1"), "there is no device scsi/0:1"),
-                (("resize", "echo", "1G"), "is no disk"),
-                (("add", "echo"), "a name (id=)"),
-                (("add", "scsi,image=/nowhere"), "No such file"),
-                (("add", "nonsense"), "no device 'nonsense'"),
-            ):
-                answer = await vmbus(*words)
-                assert answer.startswith("1: ")
-                assert message in answer
-            assert complaints(guest.console()) == []
-
-    asyncio.run(story())
+        await sees("sda:8192")
+        path = str(second).replace(",", ",,")
+        line = f"scsi,image={path},format=qcow2,queues=2,serial=late"
+        assert await vmbus("add", line) == "scsi/0:1 is there\n"
+        await sees("sda:8192 sdb:16384")
+        assert await vmbus("resize", "scsi/0:0", "12M") == f"scsi/0:0 has {12 * MIB} bytes\n"
+        assert await vmbus("resize", "scsi/0:1", "32M") == f"scsi/0:1 has {32 * MIB} bytes\n"
+        await sees("sda:12288 sdb:32768")
+        assert (await vmbus("add", "echo")) == "echo is offered\n"
+        await guest.until(lambda: guest.channel("echo"), "the echo device")
+        added = await vmbus("add", "scsi,format=memory,size=4M,controller=other,serial=far")
+        assert added == "other is offered\n"
+        await sees("sda:12288 sdb:32768 sdc:4096")
+        # The disk that came first goes, and the others keep their places over a move.
+        assert await vmbus("remove", "scsi/0:0") == "scsi/0:0 is taken away\n"
+        await sees("sdb:32768 sdc:4096")
+        before = json.loads(await vmbus("list", "--json"))["devices"]
+        await guest.guest.move(limit=LIMIT)
+        after = json.loads(await vmbus("list", "--json"))["devices"]
+        assert [each["name"] for each in after] == [each["name"] for each in before]
+        assert [disk["name"] for each in after for disk in each["disks"]] == ["scsi/0:1", "other/0:0"]
+        assert after[1]["disks"][0]["serial"] == "late"
+        table = await vmbus("list")
+        assert "scsi/0:1" in table
+        assert "second,,.qcow2" in table
+        assert await vmbus("resize", "scsi/0:1", "64M") == f"scsi/0:1 has {64 * MIB} bytes\n"
+        await sees("sdb:65536 sdc:4096")
+        assert b"sdc-failed" not in guest.output
+        assert await vmbus("remove", "other") == "other is taken away\n"  # under load
+        await guest.says("sdc-failed")
+        assert await vmbus("remove", "scsi/0:1") == "scsi/0:1 is taken away\n"
+        await sees("")
+        assert "is never made smaller" not in await vmbus("list")
+        for words, message in (
+            (("remove", "scsi/0:1"), "there is no device scsi/0:1"),
+            (("resize", "echo", "1G"), "is no disk"),
+            (("add", "echo"), "a name (id=)"),
+            (("add", "scsi,image=/nowhere"), "No such file"),
+            (("add", "nonsense"), "no device 'nonsense'"),
+        ):
+            answer = await vmbus(*words)
+            assert answer.startswith("1: ")
+            assert message in answer
+        assert complaints(guest.console()) == []
     assert "No errors" in qemu_img("check", "-f", "qcow2", second)

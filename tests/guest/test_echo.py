@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,39 +15,35 @@ from tests.guest.test_boot import KERNELS, complaints
 pytestmark = pytest.mark.guest
 
 
-def run_client(
+async def run_client(
     tmp_path: Path, program: Path, *options: str, kernel: str = "debian-6.12", smp: int = 1
 ) -> tuple[int | None, dict, dict]:
     """``(exit status, what the client reports, the channel's status)``."""
-
-    async def story() -> tuple[int | None, dict, dict]:
-        async with boot(
-            tmp_path,
-            kernel=kernel,
-            smp=smp,
-            # uio_hv_generic of 6.1 refuses a channel that is signalled by hypercall.
-            devices=(*DEFAULT_DEVICES, f"echo,monitor={'on' if kernel == 'debian-6.1' else 'off'}"),
-            load=(*LOADED_MODULES, "uio_hv_generic"),
-            add=[(program, "/bin/echo_client")],
-            command=["echo_client", *options],
-        ) as guest:
-            status = await guest.finish()
-            assert complaints(guest.console()) == []
-            lines = guest.output.decode().splitlines()
-            assert lines, guest.tail()
-            try:
-                return status, json.loads(lines[-1]), guest.channel("echo")
-            except ValueError:
-                raise AssertionError(guest.tail()) from None
-
-    return asyncio.run(story())
+    async with boot(
+        tmp_path,
+        kernel=kernel,
+        smp=smp,
+        # uio_hv_generic of 6.1 refuses a channel that is signalled by hypercall.
+        devices=(*DEFAULT_DEVICES, f"echo,monitor={'on' if kernel == 'debian-6.1' else 'off'}"),
+        load=(*LOADED_MODULES, "uio_hv_generic"),
+        add=[(program, "/bin/echo_client")],
+        command=["echo_client", *options],
+    ) as guest:
+        status = await guest.finish()
+        assert complaints(guest.console()) == []
+        lines = guest.output.decode().splitlines()
+        assert lines, guest.tail()
+        try:
+            return status, json.loads(lines[-1]), guest.channel("echo")
+        except ValueError:
+            raise AssertionError(guest.tail()) from None
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_everything_that_is_sent_comes_back_unchanged(
+async def test_everything_that_is_sent_comes_back_unchanged(
     tmp_path: Path, guest_program: Callable[[str], Path], kernel: str
 ) -> None:
-    status, report, channel = run_client(
+    status, report, channel = await run_client(
         tmp_path,
         guest_program("echo_client"),
         *(
@@ -72,14 +67,14 @@ def test_everything_that_is_sent_comes_back_unchanged(
     assert channel["opens"] >= 3
 
 
-def test_code_that_the_host_writes_into_a_page_is_the_code_that_runs(
+async def test_code_that_the_host_writes_into_a_page_is_the_code_that_runs(
     tmp_path: Path, guest_program: Callable[[str], Path]
 ) -> None:
-    status, report, _ = run_client(tmp_path, guest_program("echo_client"), "--fill-code", "40")
+    status, report, _ = await run_client(tmp_path, guest_program("echo_client"), "--fill-code", "40")
     assert status == 0, report
 
 
-def test_without_the_notes_of_code_pages_stale_code_runs(
+async def test_without_the_notes_of_code_pages_stale_code_runs(
     tmp_path: Path, guest_program: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shows that the test above can fail: the same guest with plain stores through the mapping."""
@@ -89,5 +84,5 @@ def test_without_the_notes_of_code_pages_stale_code_runs(
         return plain(cls, path, regions, code_pages=None, through=through)
 
     monkeypatch.setattr(MappedMemory, "map_file", classmethod(blind))
-    status, report, _ = run_client(tmp_path, guest_program("echo_client"), "--fill-code", "40")
+    status, report, _ = await run_client(tmp_path, guest_program("echo_client"), "--fill-code", "40")
     assert status != 0, report

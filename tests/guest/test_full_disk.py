@@ -34,14 +34,14 @@ def small_file_system(path: Path, size: int) -> Iterator[Path]:
         subprocess.run(["umount", "-l", path], check=True)
 
 
-def test_a_guest_waits_for_room_and_loses_nothing(tmp_path: Path) -> None:
+async def test_a_guest_waits_for_room_and_loses_nothing(tmp_path: Path) -> None:
     script = WAIT.format("sda") + (
         "dd if=/dev/urandom of=/root/f bs=64k count=192 2>/dev/null; "
         "dd if=/root/f of=/dev/sda bs=64k oflag=direct 2>/dev/null; echo written $?; "
         "dd if=/dev/sda bs=64k count=192 iflag=direct 2>/dev/null | cmp - /root/f && echo the-same"
     )
 
-    async def story(folder: Path) -> None:
+    with small_file_system(tmp_path / "full", 6 * MIB) as folder:
         image = folder / "disk.img"
         image.touch()
         os.truncate(image, 32 * MIB)
@@ -67,6 +67,3 @@ def test_a_guest_waits_for_room_and_loses_nothing(tmp_path: Path) -> None:
             assert guest.output.split() == [b"written", b"0", b"the-same"]
             assert set(units(guest)["0:0"]["errors"]) <= {"5/24/00", "5/20/00"}
             assert complaints(guest.console()) == []
-
-    with small_file_system(tmp_path / "full", 6 * MIB) as folder:
-        asyncio.run(story(folder))

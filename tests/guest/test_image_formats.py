@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 from pathlib import Path
 
@@ -34,55 +33,51 @@ def qemu_img(*words: object) -> str:
     return subprocess.run(line, check=True, capture_output=True, text=True).stdout
 
 
-def test_a_guest_moves_with_its_overlay_under_load(tmp_path: Path) -> None:
-    mke2fs, e2fsck = e2fs("mke2fs"), e2fs("e2fsck")
+async def test_a_guest_moves_with_its_overlay_under_load(tmp_path: Path) -> None:
     files = tmp_path / "files"
     files.mkdir()
     (files / "base").write_text("from-below\n")
     base, overlay = tmp_path / "base.img", tmp_path / "overlay.qcow2"
-    subprocess.run([mke2fs, "-q", "-t", "ext4", "-d", files, base, "64M"], check=True)
+    assert e2fs("mke2fs", "-q", "-t", "ext4", "-d", files, base, "64M") == 0
     before = base.read_bytes()
     qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", overlay)
 
-    async def story() -> None:
-        async with boot(
-            tmp_path,
-            smp=2,
-            memory=256,
-            devices=("heartbeat,interval=0.2", f"scsi,image={overlay},format=qcow2"),
-            load=MODULES,
-            command=[SCRIPT],
-        ) as guest:
-            await guest.says("written")
-            await guest.says("removed")
-            await guest.until(lambda: overlay.stat().st_blocks * 512 < 8 * MIB, "room given back")
-            assert units(guest)["0:0"]["bytes_written"] > 16 * MIB
+    async with boot(
+        tmp_path,
+        smp=2,
+        memory=256,
+        devices=("heartbeat,interval=0.2", f"scsi,image={overlay},format=qcow2"),
+        load=MODULES,
+        command=[SCRIPT],
+    ) as guest:
+        await guest.says("written")
+        await guest.says("removed")
+        await guest.until(lambda: overlay.stat().st_blocks * 512 < 8 * MIB, "room given back")
+        assert units(guest)["0:0"]["bytes_written"] > 16 * MIB
 
-            async def guest_resumed() -> None:
-                rounds = guest.output.count(b"round-")
-                await guest.until(lambda: guest.output.count(b"round-") >= rounds + 2, "two more rounds")
+        async def guest_resumed() -> None:
+            rounds = guest.output.count(b"round-")
+            await guest.until(lambda: guest.output.count(b"round-") >= rounds + 2, "two more rounds")
 
-            await guest_resumed()
-            for _ in range(2):
-                await guest.guest.move(limit=LIMIT)
-                await guest_resumed()
-            new_devices, guest.guest._new_devices = guest.guest._new_devices, lambda lines: []
-            with pytest.raises(MigrationFailed):
-                await guest.guest.move(limit=LIMIT)
-            guest.guest._new_devices = new_devices
-            await guest_resumed()
+        await guest_resumed()
+        for _ in range(2):
             await guest.guest.move(limit=LIMIT)
             await guest_resumed()
-            found = units(guest)["0:0"]
-            assert (found["backend"], found["format"]) == ("image", "qcow2")
-            assert set(found["errors"]) <= {"5/24/00", "5/20/00"}
-            assert b"bad" not in guest.output, guest.tail()
-            assert guest.output.startswith(b"from-below")
-            assert complaints(guest.console()) == []
-
-    asyncio.run(story())
+        new_devices, guest.guest._new_devices = guest.guest._new_devices, lambda lines: []
+        with pytest.raises(MigrationFailed):
+            await guest.guest.move(limit=LIMIT)
+        guest.guest._new_devices = new_devices
+        await guest_resumed()
+        await guest.guest.move(limit=LIMIT)
+        await guest_resumed()
+        found = units(guest)["0:0"]
+        assert (found["backend"], found["format"]) == ("image", "qcow2")
+        assert set(found["errors"]) <= {"5/24/00", "5/20/00"}
+        assert b"bad" not in guest.output, guest.tail()
+        assert guest.output.startswith(b"from-below")
+        assert complaints(guest.console()) == []
     assert base.read_bytes() == before
     assert "No errors" in qemu_img("check", "-f", "qcow2", overlay)
     qemu_img("convert", "-O", "raw", overlay, tmp_path / "all.img")
     # The guest was cut off in the middle of its work: the journal is played back, and all is well.
-    assert subprocess.run([e2fsck, "-fy", tmp_path / "all.img"], capture_output=True).returncode in (0, 1)
+    assert e2fs("e2fsck", "-fy", tmp_path / "all.img") in (0, 1)

@@ -35,26 +35,23 @@ async def beats(guest: Booted, more: int = 3) -> None:
     )
 
 
-def test_a_reboot_inside_one_qemu(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with boot(tmp_path) as guest:
-            await guest.until(lambda: guest.host.partition.guest_os_id, "the first boot")
+async def test_a_reboot_inside_one_qemu(tmp_path: Path) -> None:
+    async with boot(tmp_path) as guest:
+        await guest.until(lambda: guest.host.partition.guest_os_id, "the first boot")
+        await beats(guest)
+        for _ in range(2):
+            before = guest.host.events.resets
+            result: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+            guest.device("shutdown").shut_down("restart", result.set_result)
+            assert str(await asyncio.wait_for(result, LIMIT)) == "ok"
+            # Linux tries several ways to reset a machine; QEMU may tell of more than one.
+            await guest.until(lambda n=before: guest.host.events.resets > n, "the reset")
+            await guest.until(lambda: guest.host.bus.status()["version"] is None, "a clean bus")
+            assert guest.host.bus.status()["gpadls"] == 0
+            await guest.until(lambda: guest.channel("heartbeat")["state"] == "open", "the next boot")
             await beats(guest)
-            for _ in range(2):
-                before = guest.host.events.resets
-                result: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-                guest.device("shutdown").shut_down("restart", result.set_result)
-                assert str(await asyncio.wait_for(result, LIMIT)) == "ok"
-                # Linux tries several ways to reset a machine; QEMU may tell of more than one.
-                await guest.until(lambda n=before: guest.host.events.resets > n, "the reset")
-                await guest.until(lambda: guest.host.bus.status()["version"] is None, "a clean bus")
-                assert guest.host.bus.status()["gpadls"] == 0
-                await guest.until(lambda: guest.channel("heartbeat")["state"] == "open", "the next boot")
-                await beats(guest)
-            assert guest.host.bus.status()["gpadls"] == 3
-            assert complaints(guest.console()) == []
-
-    asyncio.run(story())
+        assert guest.host.bus.status()["gpadls"] == 3
+        assert complaints(guest.console()) == []
 
 
 def second_kernel(words: str) -> tuple[list[tuple[Path, str]], str]:
@@ -64,94 +61,82 @@ def second_kernel(words: str) -> tuple[list[tuple[Path, str]], str]:
     return [(kernel.vmlinuz, "/vmlinuz"), (initramfs, "/initrd")], " ".join(KERNEL_ARGUMENTS)
 
 
-def test_kexec_into_a_second_kernel(tmp_path: Path, guest_program: Callable[[str], Path]) -> None:
+async def test_kexec_into_a_second_kernel(tmp_path: Path, guest_program: Callable[[str], Path]) -> None:
     added, line = second_kernel(
         "echo second kernel: $(ls /sys/bus/vmbus/devices | wc -l) devices; read line </dev/ttyS1"
     )
 
-    async def story() -> None:
-        async with boot(
-            tmp_path,
-            memory=1024,
-            add=[(guest_program("kexec"), "/bin/kexec"), *added],
-            command=[f"echo first; kexec /vmlinuz /initrd '{line}'"],
-        ) as guest:
-            await beats(guest)
-            await guest.says("second kernel: 3 devices")
-            await beats(guest)
-            assert guest.host.events.resets == 0
-            await guest.until(lambda: guest.host.bus.status()["gpadls"] == 3, "all GPADLs")
-            guest.tell("enough")
-            assert await guest.finish() == 0
-            assert complaints(guest.console()) == []
-
-    asyncio.run(story())
+    async with boot(
+        tmp_path,
+        memory=1024,
+        add=[(guest_program("kexec"), "/bin/kexec"), *added],
+        command=[f"echo first; kexec /vmlinuz /initrd '{line}'"],
+    ) as guest:
+        await beats(guest)
+        await guest.says("second kernel: 3 devices")
+        await beats(guest)
+        assert guest.host.events.resets == 0
+        await guest.until(lambda: guest.host.bus.status()["gpadls"] == 3, "all GPADLs")
+        guest.tell("enough")
+        assert await guest.finish() == 0
+        assert complaints(guest.console()) == []
 
 
-def test_a_crash_kernel_connects_after_a_panic(tmp_path: Path, guest_program: Callable[[str], Path]) -> None:
+async def test_a_crash_kernel_connects_after_a_panic(
+    tmp_path: Path, guest_program: Callable[[str], Path]
+) -> None:
     added, line = second_kernel(
         "echo crash kernel: $(ls /sys/bus/vmbus/devices | wc -l) devices; read line </dev/ttyS1"
     )
 
-    async def story() -> None:
-        async with boot(
-            tmp_path,
-            memory=1024,
-            smp=2,
-            append="crashkernel=320M",
-            add=[(guest_program("kexec"), "/bin/kexec"), *added],
-            command=[
-                f"kexec -p /vmlinuz /initrd '{line} nr_cpus=1' && echo loaded && echo c > /proc/sysrq-trigger"
-            ],
-        ) as guest:
-            await guest.until(lambda: guest.host.events.crashes, "a crash report")
-            await guest.says("crash kernel: 3 devices")
-            await guest.until(lambda: guest.host.bus.status()["gpadls"] == 3, "all GPADLs")
-            guest.tell("enough")
-            assert await guest.finish() == 0
-
-    asyncio.run(story())
+    async with boot(
+        tmp_path,
+        memory=1024,
+        smp=2,
+        append="crashkernel=320M",
+        add=[(guest_program("kexec"), "/bin/kexec"), *added],
+        command=[
+            f"kexec -p /vmlinuz /initrd '{line} nr_cpus=1' && echo loaded && echo c > /proc/sysrq-trigger"
+        ],
+    ) as guest:
+        await guest.until(lambda: guest.host.events.crashes, "a crash report")
+        await guest.says("crash kernel: 3 devices")
+        await guest.until(lambda: guest.host.bus.status()["gpadls"] == 3, "all GPADLs")
+        guest.tell("enough")
+        assert await guest.finish() == 0
 
 
-def test_every_driver_is_unloaded_and_loaded_fifty_times(tmp_path: Path) -> None:
+async def test_every_driver_is_unloaded_and_loaded_fifty_times(tmp_path: Path) -> None:
     script = (
         "for i in $(seq 50); do rmmod hv_utils; rmmod hv_vmbus || exit 1; "
         "modprobe hv_vmbus && modprobe hv_utils || exit 2; echo round $i; done"
     )
 
-    async def story() -> None:
-        async with boot(tmp_path, command=[script]) as guest:
-            await guest.says("round 3\n")
-            await guest.until(
-                lambda: guest.host.bus.status()["gpadls"] == 3, "all GPADLs of the present round"
-            )
-            before = descriptors()
-            await guest.says("round 50\n")
-            assert descriptors() <= before
-            assert await guest.finish() == 0
-            assert complaints(guest.console()) == []
-            assert guest.channel("heartbeat")["opens"] >= 51
-            assert guest.host.bus.status()["gpadls"] <= 3
-
-    asyncio.run(story())
+    async with boot(tmp_path, command=[script]) as guest:
+        await guest.says("round 3\n")
+        await guest.until(lambda: guest.host.bus.status()["gpadls"] == 3, "all GPADLs of the present round")
+        before = descriptors()
+        await guest.says("round 50\n")
+        assert descriptors() <= before
+        assert await guest.finish() == 0
+        assert complaints(guest.console()) == []
+        assert guest.channel("heartbeat")["opens"] >= 51
+        assert guest.host.bus.status()["gpadls"] <= 3
 
 
-def test_a_panic_unloads_the_bus_and_reports_five_parameters(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with boot(
-            tmp_path, command=["echo ready; echo c > /proc/sysrq-trigger"], append="panic=0"
-        ) as guest:
-            await guest.until(lambda: guest.host.events.crashes, "a crash report")
-            report = guest.host.events.crashes[0]
-            assert len(report.parameters) == 5
-            assert report.message is not None and "sysrq triggered crash" in report.message
-            await guest.until(lambda: guest.host.bus.status()["version"] is None, "the bus to be unloaded")
-            assert guest.host.bus.status()["gpadls"] == 0
-
-    asyncio.run(story())
+async def test_a_panic_unloads_the_bus_and_reports_five_parameters(tmp_path: Path) -> None:
+    async with boot(
+        tmp_path, command=["echo ready; echo c > /proc/sysrq-trigger"], append="panic=0"
+    ) as guest:
+        await guest.until(lambda: guest.host.events.crashes, "a crash report")
+        report = guest.host.events.crashes[0]
+        assert len(report.parameters) == 5
+        assert report.message is not None and "sysrq triggered crash" in report.message
+        await guest.until(lambda: guest.host.bus.status()["version"] is None, "the bus to be unloaded")
+        assert guest.host.bus.status()["gpadls"] == 0
 
 
-def test_a_cpu_with_bound_channels_is_moved_from_or_refused(tmp_path: Path) -> None:
+async def test_a_cpu_with_bound_channels_is_moved_from_or_refused(tmp_path: Path) -> None:
     script = (
         "read line </dev/ttyS1; echo 0 > /sys/devices/system/cpu/cpu1/online; cat /sys/devices/system/cpu/online; "
         "echo 1 > /sys/devices/system/cpu/cpu1/online; cat /sys/devices/system/cpu/online; "
@@ -159,69 +144,56 @@ def test_a_cpu_with_bound_channels_is_moved_from_or_refused(tmp_path: Path) -> N
         "read line </dev/ttyS1"
     )
 
-    async def story() -> None:
-        async with boot(tmp_path, smp=2, command=[script]) as guest:
-            await beats(guest)
-            guest.tell("begin")
-            await guest.says("last: ")
-            await guest.says(" .")
-            await beats(guest)
-            assert b"last: 0-1 ." in guest.output, guest.tail()
-            guest.tell("enough")
-            assert await guest.finish() == 0
-            assert complaints(guest.console()) == []
-
-    asyncio.run(story())
+    async with boot(tmp_path, smp=2, command=[script]) as guest:
+        await beats(guest)
+        guest.tell("begin")
+        await guest.says("last: ")
+        await guest.says(" .")
+        await beats(guest)
+        assert b"last: 0-1 ." in guest.output, guest.tail()
+        guest.tell("enough")
+        assert await guest.finish() == 0
+        assert complaints(guest.console()) == []
 
 
 @pytest.mark.parametrize("timers", ["message", "direct"])
-def test_synthetic_timers_drive_a_guest(tmp_path: Path, timers: str) -> None:
-    async def story() -> None:
-        async with boot(
-            tmp_path,
-            smp=2,
-            host_options=HostOptions(features=Features(stimer=True, stimer_direct=timers == "direct")),
-            command=[
-                "cat /sys/devices/system/clockevents/clockevent0/current_device; "
-                "for i in 1 2 3 4 5; do sleep 0.2; done; echo slept"
-            ],
-        ) as guest:
-            assert await guest.finish() == 0
-            assert b"Hyper-V clockevent" in guest.output, guest.tail()
-            assert b"slept" in guest.output
-
-    asyncio.run(story())
+async def test_synthetic_timers_drive_a_guest(tmp_path: Path, timers: str) -> None:
+    async with boot(
+        tmp_path,
+        smp=2,
+        host_options=HostOptions(features=Features(stimer=True, stimer_direct=timers == "direct")),
+        command=[
+            "cat /sys/devices/system/clockevents/clockevent0/current_device; "
+            "for i in 1 2 3 4 5; do sleep 0.2; done; echo slept"
+        ],
+    ) as guest:
+        assert await guest.finish() == 0
+        assert b"Hyper-V clockevent" in guest.output, guest.tail()
+        assert b"slept" in guest.output
 
 
-def test_a_guest_that_uses_auto_eoi(tmp_path: Path) -> None:
+async def test_a_guest_that_uses_auto_eoi(tmp_path: Path) -> None:
     """In xAPIC mode: the gateway reaches the local APIC through its memory page."""
-
-    async def story() -> None:
-        async with boot(
-            tmp_path,
-            host_options=HostOptions(features=Features(deprecate_auto_eoi=False)),
-            smp=2,
-            append="nox2apic",
-        ) as guest:
-            await guest.until(lambda: guest.channel("heartbeat")["state"] == "open", "the channel")
-            await beats(guest, 20)
-            sints = guest.status()["partition"]["vps"][0]["sints"]
-            assert sints["2"]["auto_eoi"] is True
-
-    asyncio.run(story())
+    async with boot(
+        tmp_path,
+        host_options=HostOptions(features=Features(deprecate_auto_eoi=False)),
+        smp=2,
+        append="nox2apic",
+    ) as guest:
+        await guest.until(lambda: guest.channel("heartbeat")["state"] == "open", "the channel")
+        await beats(guest, 20)
+        sints = guest.status()["partition"]["vps"][0]["sints"]
+        assert sints["2"]["auto_eoi"] is True
 
 
-def test_qemu_killed_leaves_nothing(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with boot(tmp_path) as guest:
-            await beats(guest)
-            directory, memory = guest.guest.directory.path, guest.guest.directory.memory
-            guest.guest.process.process.kill()
-            exit_reason = await asyncio.wait_for(guest._serving, LIMIT)
-            assert exit_reason is ExitReason.QEMU_GONE
-        assert not directory.exists()
-        assert not memory.exists()
-
+async def test_qemu_killed_leaves_nothing(tmp_path: Path) -> None:
     before = descriptors()
-    asyncio.run(story())
+    async with boot(tmp_path) as guest:
+        await beats(guest)
+        directory, memory = guest.guest.directory.path, guest.guest.directory.memory
+        guest.guest.process.process.kill()
+        exit_reason = await asyncio.wait_for(guest._serving, LIMIT)
+        assert exit_reason is ExitReason.QEMU_GONE
+    assert not directory.exists()
+    assert not memory.exists()
     assert descriptors() <= before

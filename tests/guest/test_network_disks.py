@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import os
@@ -80,7 +79,7 @@ def served(image: Path, path: Path) -> Iterator[Server]:
         server.kill()
 
 
-def test_a_server_that_is_killed_under_load_and_comes_back(tmp_path: Path) -> None:
+async def test_a_server_that_is_killed_under_load_and_comes_back(tmp_path: Path) -> None:
     """One disk waits for its server, the other one does not."""
     image = tmp_path / "disk.img"
     image.write_bytes(os.urandom(8 * MIB))
@@ -102,7 +101,7 @@ def test_a_server_that_is_killed_under_load_and_comes_back(tmp_path: Path) -> No
         + "|| echo bad-read; n=$((n + 1)); echo round-$n; done"
     )
 
-    async def story(server: Server) -> None:
+    with served(image, tmp_path / "n") as server:
         async with boot(
             tmp_path,
             smp=2,
@@ -128,6 +127,3 @@ def test_a_server_that_is_killed_under_load_and_comes_back(tmp_path: Path) -> No
             assert (found["connections"], found["sessions"]) == (4, sessions + 1)
             assert set(found["errors"]) <= {"5/24/00", "5/20/00"}
             assert complaints(guest.console()) == []
-
-    with served(image, tmp_path / "n") as server:
-        asyncio.run(story(server))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
@@ -16,54 +15,45 @@ pytestmark = pytest.mark.guest
 
 
 @pytest.mark.conformance(35)
-def test_a_channel_moves_to_another_processor(tmp_path: Path) -> None:
+async def test_a_channel_moves_to_another_processor(tmp_path: Path) -> None:
     script = (
         "for cpu in 1 0 1 0 1; do for f in /sys/bus/vmbus/devices/fd149e91*/channels/*/cpu; "
         "do echo $cpu > $f || exit 1; cat $f; done; usleep 300000; done; echo moved; sleep 1000"
     )
 
-    async def story() -> None:
-        async with boot(tmp_path, smp=2, command=[script]) as guest:
-            await guest.says("moved")
-            await guest.until(lambda: guest.channel("heartbeat")["target_vp"] == 1, "the new target")
-            await beats(guest)
-            assert guest.output.split()[:5] == [b"1", b"0", b"1", b"0", b"1"]
-            assert nothing_lost(guest)
-            assert complaints(guest.console()) == []
-
-    asyncio.run(story())
+    async with boot(tmp_path, smp=2, command=[script]) as guest:
+        await guest.says("moved")
+        await guest.until(lambda: guest.channel("heartbeat")["target_vp"] == 1, "the new target")
+        await beats(guest)
+        assert guest.output.split()[:5] == [b"1", b"0", b"1", b"0", b"1"]
+        assert nothing_lost(guest)
+        assert complaints(guest.console()) == []
 
 
 @pytest.mark.conformance(18)
 @pytest.mark.conformance(19)
 @pytest.mark.conformance(20)
-def test_a_device_comes_and_goes_while_the_guest_runs(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with boot(tmp_path, load=(*LOADED_MODULES, "uio_hv_generic")) as guest:
-            await beats(guest)
-            for _ in range(30):
-                attached = guest.host.add_device(Registry().create("echo"))
-                await guest.until(lambda a=attached: a.channel.relid, "an offer")
-                guest.host.remove_device(attached)
-                await guest.until(lambda: len(guest.status()["channels"]) == 3, "the offer to be released")
-            await beats(guest)
-            assert guest.console().count("Unknown GUID") >= 1
-            assert complaints(guest.console()) == []
-
-    asyncio.run(story())
+async def test_a_device_comes_and_goes_while_the_guest_runs(tmp_path: Path) -> None:
+    async with boot(tmp_path, load=(*LOADED_MODULES, "uio_hv_generic")) as guest:
+        await beats(guest)
+        for _ in range(30):
+            attached = guest.host.add_device(Registry().create("echo"))
+            await guest.until(lambda a=attached: a.channel.relid, "an offer")
+            guest.host.remove_device(attached)
+            await guest.until(lambda: len(guest.status()["channels"]) == 3, "the offer to be released")
+        await beats(guest)
+        assert guest.console().count("Unknown GUID") >= 1
+        assert complaints(guest.console()) == []
 
 
 @pytest.mark.conformance(20)
-def test_a_storm_of_offers_and_rescinds(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with boot(tmp_path, devices=DEFAULT_DEVICES) as guest:
-            await beats(guest)
-            for _ in range(200):  # nobody waits for the guest
-                guest.host.remove_device(guest.host.add_device(Registry().create("echo")))
-            await guest.until(
-                lambda: len(guest.status()["channels"]) == 3, "every rescinded channel to be released"
-            )
-            await beats(guest)
-            assert complaints(guest.console()) == []
-
-    asyncio.run(story())
+async def test_a_storm_of_offers_and_rescinds(tmp_path: Path) -> None:
+    async with boot(tmp_path, devices=DEFAULT_DEVICES) as guest:
+        await beats(guest)
+        for _ in range(200):  # nobody waits for the guest
+            guest.host.remove_device(guest.host.add_device(Registry().create("echo")))
+        await guest.until(
+            lambda: len(guest.status()["channels"]) == 3, "every rescinded channel to be released"
+        )
+        await beats(guest)
+        assert complaints(guest.console()) == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import os
 import re
@@ -36,11 +35,12 @@ def units(guest: Booted, name: str = "scsi") -> dict[str, dict]:
     return guest.channel(name)["details"]["units"]
 
 
-def e2fs(name: str) -> str:
+def e2fs(name: str, *words: object) -> int:
+    """Run a program of e2fsprogs; return its exit status."""
     found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     if found is None:
         pytest.skip(f"{name} (package e2fsprogs) is not installed")
-    return found
+    return subprocess.run([found, *map(str, words)], stdout=subprocess.DEVNULL, check=False).returncode
 
 
 def calm(guest: Booted) -> None:
@@ -52,39 +52,35 @@ def calm(guest: Booted) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_file_system_survives_a_reboot(tmp_path: Path, kernel: str) -> None:
-    mke2fs, e2fsck = e2fs("mke2fs"), e2fs("e2fsck")
+async def test_a_file_system_survives_a_reboot(tmp_path: Path, kernel: str) -> None:
     image = tmp_path / "disk.img"
     image.touch()
     os.truncate(image, 128 * MIB)
-    subprocess.run([mke2fs, "-q", "-t", "ext4", image], check=True)
+    assert e2fs("mke2fs", "-q", "-t", "ext4", image) == 0
     modules = tuple(each for each in FILE_SYSTEM if kernel == "debian-6.1" or each != "crc32c_generic")
 
-    def run(command: str) -> str:
-        async def story() -> str:
-            async with boot(
-                tmp_path,
-                kernel=kernel,
-                smp=2,
-                devices=(*DEFAULT_DEVICES, f"scsi,image={image}"),
-                load=modules,
-                command=[WAIT.format("sda") + command],
-            ) as guest:
-                assert await guest.finish() == 0, guest.tail()
-                calm(guest)
-                return guest.output.decode()
+    async def run(command: str) -> str:
+        async with boot(
+            tmp_path,
+            kernel=kernel,
+            smp=2,
+            devices=(*DEFAULT_DEVICES, f"scsi,image={image}"),
+            load=modules,
+            command=[WAIT.format("sda") + command],
+        ) as guest:
+            assert await guest.finish() == 0, guest.tail()
+            calm(guest)
+            return guest.output.decode()
 
-        return asyncio.run(story())
-
-    written = run(
+    written = await run(
         "mkdir -p /mnt; mount -t ext4 /dev/sda /mnt || exit 1; mkdir /mnt/d; "
         "for i in $(seq 40); do dd if=/dev/urandom of=/mnt/d/$i bs=4k count=$((i * 3)) 2>/dev/null || exit 2; done; "
         "rm /mnt/d/7 /mnt/d/14; cd /mnt/d; md5sum * >/mnt/sums || exit 3; cat /mnt/sums; cd /; "
         "sync; umount /mnt || exit 4"
     )
     assert written.count("\n") == 38
-    subprocess.run([e2fsck, "-fn", image], check=True, stdout=subprocess.DEVNULL)
-    checked = run(
+    assert e2fs("e2fsck", "-fn", image) == 0
+    checked = await run(
         "mkdir -p /mnt; mount -t ext4 /dev/sda /mnt || exit 1; cd /mnt/d; md5sum -c /mnt/sums >/root/out || exit 2; "
         "grep -c OK /root/out; cat /mnt/sums; cd /; umount /mnt"
     )
@@ -92,7 +88,7 @@ def test_a_file_system_survives_a_reboot(tmp_path: Path, kernel: str) -> None:
 
 
 @pytest.mark.parametrize("by", ["io_uring", "threads"])
-def test_direct_reads_and_writes_of_every_size_and_place(
+async def test_direct_reads_and_writes_of_every_size_and_place(
     tmp_path: Path, by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if by == "threads":
@@ -109,26 +105,23 @@ def test_direct_reads_and_writes_of_every_size_and_place(
         "done; sync; md5sum </dev/sda"
     )
 
-    async def story() -> None:
-        async with boot(
-            tmp_path, smp=2, devices=(f"scsi,image={image}",), load=MODULES, command=[script]
-        ) as guest:
-            assert await guest.finish() == 0, guest.tail()
-            calm(guest)
-            lines = guest.output.decode().split()
-            assert lines[0] == lines[2] == before
-            assert lines[4] == hashlib.md5(image.read_bytes()).hexdigest() != before
-            found = units(guest)["0:0"]
-            assert found["direct"]
-            assert set(found["errors"]) <= ASKED_IN_VAIN
-            assert found["bytes_read"] >= 2 * 16 * MIB
-            assert found["bytes_written"] >= 17 * (512 + 1536 + 4096 + 65536 + 524288)
-            assert guest.channel("scsi")["details"]["subchannels"] == 1
-
-    asyncio.run(story())
+    async with boot(
+        tmp_path, smp=2, devices=(f"scsi,image={image}",), load=MODULES, command=[script]
+    ) as guest:
+        assert await guest.finish() == 0, guest.tail()
+        calm(guest)
+        lines = guest.output.decode().split()
+        assert lines[0] == lines[2] == before
+        assert lines[4] == hashlib.md5(image.read_bytes()).hexdigest() != before
+        found = units(guest)["0:0"]
+        assert found["direct"]
+        assert set(found["errors"]) <= ASKED_IN_VAIN
+        assert found["bytes_read"] >= 2 * 16 * MIB
+        assert found["bytes_written"] >= 17 * (512 + 1536 + 4096 + 65536 + 524288)
+        assert guest.channel("scsi")["details"]["subchannels"] == 1
 
 
-def test_discarded_blocks_take_no_room_on_the_host(tmp_path: Path) -> None:
+async def test_discarded_blocks_take_no_room_on_the_host(tmp_path: Path) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(os.urandom(16 * MIB))
     script = WAIT.format("sda") + (
@@ -136,53 +129,45 @@ def test_discarded_blocks_take_no_room_on_the_host(tmp_path: Path) -> None:
         "dd if=/dev/sda bs=1M skip=1 count=8 iflag=direct 2>/dev/null | md5sum"
     )
 
-    async def story() -> None:
-        async with boot(tmp_path, devices=(f"scsi,image={image}",), load=MODULES, command=[script]) as guest:
-            assert await guest.finish() == 0, guest.tail()
-            most, digest, _ = guest.output.decode().split()
-            assert int(most) > 8 * MIB
-            assert digest == hashlib.md5(bytes(8 * MIB)).hexdigest()
-            calm(guest)
-
-    asyncio.run(story())
+    async with boot(tmp_path, devices=(f"scsi,image={image}",), load=MODULES, command=[script]) as guest:
+        assert await guest.finish() == 0, guest.tail()
+        most, digest, _ = guest.output.decode().split()
+        assert int(most) > 8 * MIB
+        assert digest == hashlib.md5(bytes(8 * MIB)).hexdigest()
+        calm(guest)
     assert image.stat().st_blocks * 512 <= 9 * MIB
 
 
-def test_disks_come_and_go_and_grow_while_the_guest_runs(tmp_path: Path) -> None:
+async def test_disks_come_and_go_and_grow_while_the_guest_runs(tmp_path: Path) -> None:
     images = [tmp_path / f"{number}.img" for number in range(2)]
     for image in images:
         image.write_bytes(bytes(8 * MIB))
 
-    async def story() -> None:
-        async with boot(
-            tmp_path,
-            smp=2,
-            devices=(f"scsi,image={images[0]}",),
-            load=MODULES,
-            command=[
-                "while :; do echo $(awk '/sd/ {print $4 \":\" $3}' /proc/partitions); usleep 200000; done"
-            ],
-        ) as guest:
-            device = guest.device("scsi")
-            assert isinstance(device, Scsi)
+    async with boot(
+        tmp_path,
+        smp=2,
+        devices=(f"scsi,image={images[0]}",),
+        load=MODULES,
+        command=["while :; do echo $(awk '/sd/ {print $4 \":\" $3}' /proc/partitions); usleep 200000; done"],
+    ) as guest:
+        device = guest.device("scsi")
+        assert isinstance(device, Scsi)
 
-            def sees(text: str) -> bool:
-                return guest.output.decode().endswith(f"\n{text}\n")
+        def sees(text: str) -> bool:
+            return guest.output.decode().endswith(f"\n{text}\n")
 
-            await guest.until(lambda: sees("sda:8192"), "one disk")
-            assert device.attach(open_drive(DriveOptions(str(images[1])), "second")) == 1
-            await guest.until(lambda: sees("sda:8192 sdb:8192"), "a second disk")
-            os.truncate(images[1], 24 * MIB)
-            assert device.resize(0, 1)
-            await guest.until(lambda: sees("sda:8192 sdb:24576"), "a larger disk")
-            device.detach(0, 1)
-            await guest.until(lambda: sees("sda:8192"), "one disk again")
-            assert complaints(guest.console()) == []
-
-    asyncio.run(story())
+        await guest.until(lambda: sees("sda:8192"), "one disk")
+        assert device.attach(open_drive(DriveOptions(str(images[1])), "second")) == 1
+        await guest.until(lambda: sees("sda:8192 sdb:8192"), "a second disk")
+        os.truncate(images[1], 24 * MIB)
+        assert device.resize(0, 1)
+        await guest.until(lambda: sees("sda:8192 sdb:24576"), "a larger disk")
+        device.detach(0, 1)
+        await guest.until(lambda: sees("sda:8192"), "one disk again")
+        assert complaints(guest.console()) == []
 
 
-def test_several_controllers_targets_and_a_cdrom(tmp_path: Path) -> None:
+async def test_several_controllers_targets_and_a_cdrom(tmp_path: Path) -> None:
     disc = tmp_path / "disc.iso"
     disc.write_bytes(os.urandom(3 * MIB))
     script = "".join(WAIT.format(name) for name in ("sda", "sdb", "sdc", "sr0")) + (
@@ -190,35 +175,32 @@ def test_several_controllers_targets_and_a_cdrom(tmp_path: Path) -> None:
         "$(dd if=$d/device/vpd_pg80 bs=1 skip=4 2>/dev/null) $(cat $d/device/block/sd?/ro 2>/dev/null); done"
     )
 
-    async def story() -> None:
-        async with boot(
-            tmp_path,
-            smp=4,
-            devices=(
-                "scsi,format=memory,size=8M,serial=first",
-                "scsi,format=memory,size=8M,target=1,lun=7,serial=far,readonly=on",
-                f"scsi,image={disc},serial=disc",
-                "scsi,format=memory,size=8M,controller=other,serial=other",
-            ),
-            load=(*MODULES, "sr_mod"),
-            command=[script],
-        ) as guest:
-            assert await guest.finish() == 0, guest.tail()
-            lines = guest.output.decode().splitlines()
-            assert lines[0].split()[0] == hashlib.md5(disc.read_bytes()).hexdigest()
-            found = {tuple(line.split()[0].split(":")[1:]): line.split()[1:] for line in lines[1:5]}
-            hosts = {line.split()[0].split(":")[0] for line in lines[1:5]}
-            assert hosts == {"0", "1"}
-            kinds = sorted(" ".join(line.split()[1:]) for line in lines[1:5])
-            assert kinds == ["0 far 1", "0 first 0", "0 other 0", "5 disc"]
-            assert ("0", "1", "7") in found
-            assert guest.channel("scsi")["details"]["subchannels"] == 3
-            assert complaints(guest.console()) == []
-
-    asyncio.run(story())
+    async with boot(
+        tmp_path,
+        smp=4,
+        devices=(
+            "scsi,format=memory,size=8M,serial=first",
+            "scsi,format=memory,size=8M,target=1,lun=7,serial=far,readonly=on",
+            f"scsi,image={disc},serial=disc",
+            "scsi,format=memory,size=8M,controller=other,serial=other",
+        ),
+        load=(*MODULES, "sr_mod"),
+        command=[script],
+    ) as guest:
+        assert await guest.finish() == 0, guest.tail()
+        lines = guest.output.decode().splitlines()
+        assert lines[0].split()[0] == hashlib.md5(disc.read_bytes()).hexdigest()
+        found = {tuple(line.split()[0].split(":")[1:]): line.split()[1:] for line in lines[1:5]}
+        hosts = {line.split()[0].split(":")[0] for line in lines[1:5]}
+        assert hosts == {"0", "1"}
+        kinds = sorted(" ".join(line.split()[1:]) for line in lines[1:5])
+        assert kinds == ["0 far 1", "0 first 0", "0 other 0", "5 disc"]
+        assert ("0", "1", "7") in found
+        assert guest.channel("scsi")["details"]["subchannels"] == 3
+        assert complaints(guest.console()) == []
 
 
-def test_a_bad_block_is_an_error_in_the_guest_and_the_rest_is_read(tmp_path: Path) -> None:
+async def test_a_bad_block_is_an_error_in_the_guest_and_the_rest_is_read(tmp_path: Path) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(os.urandom(4 * MIB))
     script = WAIT.format("sda") + (
@@ -226,24 +208,21 @@ def test_a_bad_block_is_an_error_in_the_guest_and_the_rest_is_read(tmp_path: Pat
         "dd if=/dev/sda bs=4k count=256 iflag=direct 2>/dev/null | md5sum"
     )
 
-    async def story() -> None:
-        async with boot(
-            tmp_path,
-            devices=(f"scsi,image={image},fault=read-error@2048-2055",),
-            load=MODULES,
-            command=[script],
-        ) as guest:
-            assert await guest.finish() == 0, guest.tail()
-            error, digest = guest.output.decode().splitlines()
-            assert error == "1"
-            assert digest.split()[0] == hashlib.md5(image.read_bytes()[:MIB]).hexdigest()
-            assert "Unrecovered read error" in guest.console()
-            assert set(units(guest)["0:0"]["errors"]) - ASKED_IN_VAIN == {"3/11/00"}
-
-    asyncio.run(story())
+    async with boot(
+        tmp_path,
+        devices=(f"scsi,image={image},fault=read-error@2048-2055",),
+        load=MODULES,
+        command=[script],
+    ) as guest:
+        assert await guest.finish() == 0, guest.tail()
+        error, digest = guest.output.decode().splitlines()
+        assert error == "1"
+        assert digest.split()[0] == hashlib.md5(image.read_bytes()[:MIB]).hexdigest()
+        assert "Unrecovered read error" in guest.console()
+        assert set(units(guest)["0:0"]["errors"]) - ASKED_IN_VAIN == {"3/11/00"}
 
 
-def test_the_driver_can_be_reloaded_under_its_disks(tmp_path: Path) -> None:
+async def test_the_driver_can_be_reloaded_under_its_disks(tmp_path: Path) -> None:
     script = WAIT.format("sda") + (
         "dd if=/dev/urandom of=/root/f bs=64k count=16 2>/dev/null; "
         "dd if=/root/f of=/dev/sda bs=64k oflag=direct 2>/dev/null; "
@@ -253,20 +232,17 @@ def test_the_driver_can_be_reloaded_under_its_disks(tmp_path: Path) -> None:
         "dd if=/dev/$(awk '/sd/ {print $4}' /proc/partitions) bs=64k count=16 iflag=direct 2>/dev/null | md5sum"
     )
 
-    async def story() -> None:
-        async with boot(
-            tmp_path, smp=2, devices=("scsi,format=memory,size=8M",), load=MODULES, command=[script]
-        ) as guest:
-            assert await guest.finish() == 0, guest.tail()
-            first, second = guest.output.decode().splitlines()
-            assert first == second
-            assert guest.channel("scsi")["opens"] == 4
-            calm(guest)
-
-    asyncio.run(story())
+    async with boot(
+        tmp_path, smp=2, devices=("scsi,format=memory,size=8M",), load=MODULES, command=[script]
+    ) as guest:
+        assert await guest.finish() == 0, guest.tail()
+        first, second = guest.output.decode().splitlines()
+        assert first == second
+        assert guest.channel("scsi")["opens"] == 4
+        calm(guest)
 
 
-def test_a_guest_that_is_reset_under_load_finds_its_disk_again(tmp_path: Path) -> None:
+async def test_a_guest_that_is_reset_under_load_finds_its_disk_again(tmp_path: Path) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(16 * MIB))
     script = WAIT.format("sda") + (
@@ -274,25 +250,22 @@ def test_a_guest_that_is_reset_under_load_finds_its_disk_again(tmp_path: Path) -
         "sleep 1; echo b >/proc/sysrq-trigger; sleep 60"
     )
 
-    async def story() -> None:
-        async with boot(
-            tmp_path, smp=2, devices=(f"scsi,image={image}",), load=MODULES, command=[script]
-        ) as guest:
-            for count in (1, 2, 3):
-                await guest.until(lambda count=count: guest.host.events.resets > count, f"reset {count}")
-                written = units(guest)["0:0"]["bytes_written"]
-                await guest.until(
-                    lambda written=written: units(guest)["0:0"]["bytes_written"] > written + 4 * MIB,
-                    "writes after a reset",
-                )
-            assert set(units(guest)["0:0"]["errors"]) <= ASKED_IN_VAIN
-            assert guest.channel("scsi")["refusals"] == {}
-
-    asyncio.run(story())
+    async with boot(
+        tmp_path, smp=2, devices=(f"scsi,image={image}",), load=MODULES, command=[script]
+    ) as guest:
+        for count in (1, 2, 3):
+            await guest.until(lambda count=count: guest.host.events.resets > count, f"reset {count}")
+            written = units(guest)["0:0"]["bytes_written"]
+            await guest.until(
+                lambda written=written: units(guest)["0:0"]["bytes_written"] > written + 4 * MIB,
+                "writes after a reset",
+            )
+        assert set(units(guest)["0:0"]["errors"]) <= ASKED_IN_VAIN
+        assert guest.channel("scsi")["refusals"] == {}
 
 
 @pytest.mark.parametrize("smp", [1, 2])
-def test_a_guest_migrates_while_it_writes_and_reads(tmp_path: Path, smp: int) -> None:
+async def test_a_guest_migrates_while_it_writes_and_reads(tmp_path: Path, smp: int) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(64 * MIB))
     script = WAIT.format("sda") + (
@@ -304,26 +277,23 @@ def test_a_guest_migrates_while_it_writes_and_reads(tmp_path: Path, smp: int) ->
         "|| echo bad-read; n=$((n + 1)); echo round-$n; done"
     )
 
-    async def story() -> None:
-        async with journey(
-            tmp_path, smp=smp, devices=("heartbeat", f"scsi,image={image}"), load=MODULES, command=[script]
-        ) as guest:
-            await guest.here.says("round-2")
+    async with journey(
+        tmp_path, smp=smp, devices=("heartbeat", f"scsi,image={image}"), load=MODULES, command=[script]
+    ) as guest:
+        await guest.here.says("round-2")
 
-            def rounds() -> int:
-                return guest.here.output.count(b"round-")
+        def rounds() -> int:
+            return guest.here.output.count(b"round-")
 
-            for _ in range(4):
-                before = rounds()
-                outcome = await guest.move()
-                assert outcome.report.statuses[-1] == "completed"
-                await guest.here.until(lambda before=before: rounds() >= before + 2, "two more rounds")
-            assert b"bad" not in guest.here.output, guest.here.tail()
-            found = guest.here.channel("scsi")
-            assert found["details"]["stage"] == "ready"
-            assert found["details"]["subchannels"] == smp - 1
-            assert set(found["details"]["units"]["0:0"]["errors"]) <= ASKED_IN_VAIN
-            assert complaints(guest.here.console()) == []
-            assert not re.search(r"I/O error|Sense Key", guest.here.console())
-
-    asyncio.run(story())
+        for _ in range(4):
+            before = rounds()
+            outcome = await guest.move()
+            assert outcome.report.statuses[-1] == "completed"
+            await guest.here.until(lambda before=before: rounds() >= before + 2, "two more rounds")
+        assert b"bad" not in guest.here.output, guest.here.tail()
+        found = guest.here.channel("scsi")
+        assert found["details"]["stage"] == "ready"
+        assert found["details"]["subchannels"] == smp - 1
+        assert set(found["details"]["units"]["0:0"]["errors"]) <= ASKED_IN_VAIN
+        assert complaints(guest.here.console()) == []
+        assert not re.search(r"I/O error|Sense Key", guest.here.console())

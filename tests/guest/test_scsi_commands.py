@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 from collections.abc import Callable
@@ -208,32 +207,29 @@ SWEEPS: dict[tuple[str, int], dict[int, dict[str, str]]] = {
 """Every opcode that is not refused with 5/20/00, and what comes of it without data, with a buffer in, and out."""
 
 
-def run(tmp_path: Path, program: Path, script: str) -> str:
+async def run(tmp_path: Path, program: Path, script: str) -> str:
     """The output of ``script`` in a guest that has a disk ``$disk`` and a disc ``$disc``."""
     image, disc = tmp_path / "blocks.img", tmp_path / "disc.iso"
     image.touch()
     os.truncate(image, DISK)
     disc.write_bytes(os.urandom(DISC))
 
-    async def story() -> str:
-        async with boot(
-            tmp_path,
-            smp=2,
-            root="LABEL=debian",
-            devices=(
-                f"scsi,image={system_image()},readonly=on",
-                f"scsi,image={image},serial=blocks",
-                f"scsi,image={disc},serial=disc",
-            ),
-            load=("hv_vmbus", "sr_mod", "sg"),
-            add=[(program, "/bin/scsi_commands")],
-            command=[FIND + script],
-        ) as guest:
-            assert await guest.finish() == 0, guest.tail()
-            healthy(guest)
-            return guest.output.decode(errors="replace")
-
-    return asyncio.run(story())
+    async with boot(
+        tmp_path,
+        smp=2,
+        root="LABEL=debian",
+        devices=(
+            f"scsi,image={system_image()},readonly=on",
+            f"scsi,image={image},serial=blocks",
+            f"scsi,image={disc},serial=disc",
+        ),
+        load=("hv_vmbus", "sr_mod", "sg"),
+        add=[(program, "/bin/scsi_commands")],
+        command=[FIND + script],
+    ) as guest:
+        assert await guest.finish() == 0, guest.tail()
+        healthy(guest)
+        return guest.output.decode(errors="replace")
 
 
 def healthy(guest: Booted) -> None:
@@ -243,11 +239,11 @@ def healthy(guest: Booted) -> None:
         assert channel["state"] == "open"
 
 
-def test_sg3_utils_find_a_disk_and_a_drive_as_they_should_be(
+async def test_sg3_utils_find_a_disk_and_a_drive_as_they_should_be(
     tmp_path: Path, guest_program: Callable[[str], Path]
 ) -> None:
     script = "".join(f"echo '@@'; {{ {line}; }} 2>&1; echo \"@$?\"\n" for line, _, _ in SG3_UTILS)
-    output = run(tmp_path, guest_program("scsi_commands"), script)
+    output = await run(tmp_path, guest_program("scsi_commands"), script)
     parts = output.split("@@\n")[1:]
     assert len(parts) == len(SG3_UTILS)
     wrong = []
@@ -258,7 +254,7 @@ def test_sg3_utils_find_a_disk_and_a_drive_as_they_should_be(
     assert not wrong, "\n".join(wrong)
 
 
-def test_every_edge_and_every_opcode_gets_its_answer(
+async def test_every_edge_and_every_opcode_gets_its_answer(
     tmp_path: Path, guest_program: Callable[[str], Path]
 ) -> None:
     edges = {"disk": EDGES, "disc": DRIVE_EDGES}
@@ -272,7 +268,7 @@ def test_every_edge_and_every_opcode_gets_its_answer(
     script += "echo @after; dd if=/dev/urandom of=/tmp/mib bs=1M count=1 status=none; "
     script += "dd if=/tmp/mib of=$disk bs=64k oflag=direct status=none; "
     script += "dd if=$disk bs=128k count=8 iflag=direct status=none | cmp - /tmp/mib && echo same\n"
-    output = run(tmp_path, guest_program("scsi_commands"), script)
+    output = await run(tmp_path, guest_program("scsi_commands"), script)
     found = {part.split("\n", 1)[0]: part.splitlines()[1:] for part in output.split("@")[1:]}
     assert found.pop("after") == ["same"]
     wrong = {}

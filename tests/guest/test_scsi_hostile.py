@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 from collections.abc import Callable
@@ -36,37 +35,34 @@ cmp /root/f /root/g || exit 4
 """
 
 
-def test_a_channel_that_is_misused_fails_alone_and_works_again(
+async def test_a_channel_that_is_misused_fails_alone_and_works_again(
     tmp_path: Path, guest_program: Callable[[str], Path]
 ) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(os.urandom(16 * MIB))
 
-    async def story() -> None:
-        async with boot(
-            tmp_path,
-            smp=2,
-            devices=(*DEFAULT_DEVICES, f"scsi,image={image}"),
-            load=(*LOADED_MODULES, "hv_storvsc", "sd_mod", "uio_hv_generic"),
-            add=[(guest_program("storvsc_fuzz"), "/bin/storvsc_fuzz")],
-            command=[SCRIPT],
-        ) as guest:
-            assert await guest.finish() == 0, guest.tail()
-            report = json.loads(guest.output.decode().splitlines()[-1])
-            assert report["ok"]
-            assert sum(report[each] for each in ("good", "checked", "invalid", "other")) == EPOCHS * REQUESTS
-            assert min(report["good"], report["checked"], report["invalid"]) > EPOCHS
-            found = guest.channel("scsi")
-            assert found["opens"] == EPOCHS + 2
-            assert found["io"]["state"] == "running"
-            assert {"not-ram", "storvsp-unknown-operation"} <= set(found["io"]["refusals"])
-            assert "device-error" not in found["io"]["refusals"]
-            assert units(guest)["0:0"]["queue_depth"] == 0
-            assert nothing_lost(guest)
-            assert complaints(guest.console()) == []
-            for channel in guest.status()["channels"]:
-                assert channel["state"] == "open"
-                if channel["device"] != "scsi":
-                    assert channel["refusals"] == channel["io"]["refusals"] == {}
-
-    asyncio.run(story())
+    async with boot(
+        tmp_path,
+        smp=2,
+        devices=(*DEFAULT_DEVICES, f"scsi,image={image}"),
+        load=(*LOADED_MODULES, "hv_storvsc", "sd_mod", "uio_hv_generic"),
+        add=[(guest_program("storvsc_fuzz"), "/bin/storvsc_fuzz")],
+        command=[SCRIPT],
+    ) as guest:
+        assert await guest.finish() == 0, guest.tail()
+        report = json.loads(guest.output.decode().splitlines()[-1])
+        assert report["ok"]
+        assert sum(report[each] for each in ("good", "checked", "invalid", "other")) == EPOCHS * REQUESTS
+        assert min(report["good"], report["checked"], report["invalid"]) > EPOCHS
+        found = guest.channel("scsi")
+        assert found["opens"] == EPOCHS + 2
+        assert found["io"]["state"] == "running"
+        assert {"not-ram", "storvsp-unknown-operation"} <= set(found["io"]["refusals"])
+        assert "device-error" not in found["io"]["refusals"]
+        assert units(guest)["0:0"]["queue_depth"] == 0
+        assert nothing_lost(guest)
+        assert complaints(guest.console()) == []
+        for channel in guest.status()["channels"]:
+            assert channel["state"] == "open"
+            if channel["device"] != "scsi":
+                assert channel["refusals"] == channel["io"]["refusals"] == {}

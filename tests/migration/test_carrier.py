@@ -48,119 +48,113 @@ def dying(there: Booted, gone: bool) -> Callable[[bytes], None]:
     return check
 
 
-def test_a_qemu_without_dbus(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with journey(tmp_path, dbus=False, extra=("-uuid", UUID)) as guest:
-            await more_beats(guest)
-            assert guest.host.facts.dbus_address is None
-            socket = CarrierAddress("unix", tmp_path / "c.sock")
-            for _ in range(2):  # who came that way leaves that way
-                await moved(guest, socket)
-            await moved(guest, CarrierAddress("file", tmp_path / "state"))
-
-            # Nothing to carry it, nobody there, another machine: it does not even begin.
-            with pytest.raises(MigrationFailed, match="with --carrier"):
-                await migrate(guest.host, f"unix:{tmp_path}/nobody", limit=LIMIT)
-            with pytest.raises(UserError, match="no emulator takes a state"):
-                await migrate(guest.host, f"unix:{tmp_path}/nobody", carrier=socket, limit=LIMIT)
-            there = await listening(guest, socket, uuid=UUID.replace("1", "6"))
-            with pytest.raises(UserError, match="waits for machine 66666666"):
-                await migrate(guest.host, guest.uri(there), carrier=socket, limit=LIMIT)
-            await guest.leave(there)
-            await more_beats(guest)
-
-            # Somebody else drives, and nothing carries the state: the guest stays.
-            there = await listening(guest, socket)
-            coordinator = guest.host.migration
-            await guest.host.qmp.execute("migrate", {"uri": guest.uri(there)})
-            await coordinator.until(
-                lambda: coordinator.report.statuses[-1:] in (["cancelled"], ["failed"]), LIMIT
-            )
-            assert "nothing carries" in coordinator.report.refusal
-            await guest.leave(there)
-            await more_beats(guest)
-
-            # The target has other devices: it says so before QEMU may go on.
-            there = await guest.begin(replace(guest.options, incoming=True), devices=("shutdown",))
-            await receive(there.host, guest.uri(there), carrier=socket)
-            with pytest.raises(MigrationFailed, match=r"not-there.*goes on here"):
-                await migrate(guest.host, guest.uri(there), carrier=socket, limit=LIMIT)
-            await guest.leave(there)
-            await more_beats(guest)
-
-            # The target's QEMU dies, and then its emulator's end of the socket, before there is an answer.
-            for gone in (False, True):
-                there = await listening(guest, socket)
-                incoming = there.host.migration.side_channel._incoming
-                assert incoming is not None
-                incoming._check = dying(there, gone)
-                with pytest.raises(MigrationFailed, match="goes on here"):
-                    await migrate(guest.host, guest.uri(there), carrier=socket, limit=LIMIT)
-                await guest.leave(there)
-                await more_beats(guest)
-
+async def test_a_qemu_without_dbus(tmp_path: Path) -> None:
+    async with journey(tmp_path, dbus=False, extra=("-uuid", UUID)) as guest:
+        await more_beats(guest)
+        assert guest.host.facts.dbus_address is None
+        socket = CarrierAddress("unix", tmp_path / "c.sock")
+        for _ in range(2):  # who came that way leaves that way
             await moved(guest, socket)
-            assert guest.device("heartbeat").status()["odd_answers"] == 0
+        await moved(guest, CarrierAddress("file", tmp_path / "state"))
 
-    asyncio.run(story())
+        # Nothing to carry it, nobody there, another machine: it does not even begin.
+        with pytest.raises(MigrationFailed, match="with --carrier"):
+            await migrate(guest.host, f"unix:{tmp_path}/nobody", limit=LIMIT)
+        with pytest.raises(UserError, match="no emulator takes a state"):
+            await migrate(guest.host, f"unix:{tmp_path}/nobody", carrier=socket, limit=LIMIT)
+        there = await listening(guest, socket, uuid=UUID.replace("1", "6"))
+        with pytest.raises(UserError, match="waits for machine 66666666"):
+            await migrate(guest.host, guest.uri(there), carrier=socket, limit=LIMIT)
+        await guest.leave(there)
+        await more_beats(guest)
+
+        # Somebody else drives, and nothing carries the state: the guest stays.
+        there = await listening(guest, socket)
+        coordinator = guest.host.migration
+        await guest.host.qmp.execute("migrate", {"uri": guest.uri(there)})
+        await coordinator.until(
+            lambda: coordinator.report.statuses[-1:] in (["cancelled"], ["failed"]), LIMIT
+        )
+        assert "nothing carries" in coordinator.report.refusal
+        await guest.leave(there)
+        await more_beats(guest)
+
+        # The target has other devices: it says so before QEMU may go on.
+        there = await guest.begin(replace(guest.options, incoming=True), devices=("shutdown",))
+        await receive(there.host, guest.uri(there), carrier=socket)
+        with pytest.raises(MigrationFailed, match=r"not-there.*goes on here"):
+            await migrate(guest.host, guest.uri(there), carrier=socket, limit=LIMIT)
+        await guest.leave(there)
+        await more_beats(guest)
+
+        # The target's QEMU dies, and then its emulator's end of the socket, before there is an answer.
+        for gone in (False, True):
+            there = await listening(guest, socket)
+            incoming = there.host.migration.side_channel._incoming
+            assert incoming is not None
+            incoming._check = dying(there, gone)
+            with pytest.raises(MigrationFailed, match="goes on here"):
+                await migrate(guest.host, guest.uri(there), carrier=socket, limit=LIMIT)
+            await guest.leave(there)
+            await more_beats(guest)
+
+        await moved(guest, socket)
+        assert guest.device("heartbeat").status()["odd_answers"] == 0
 
 
 OLD = "from another migration"
 
 
 @pytest.mark.parametrize("harms", [("truncated", "damaged", "missing"), (OLD,)], ids="-".join)
-def test_a_file_that_is_not_the_guests_is_refused_and_the_guest_taken_back(
+async def test_a_file_that_is_not_the_guests_is_refused_and_the_guest_taken_back(
     tmp_path: Path, harms: tuple[str, ...]
 ) -> None:
     path = tmp_path / "state"
     carrier = CarrierAddress("file", path)
 
-    async def story() -> None:
-        dbus = OLD in harms  # QEMU's stream says which frame is meant
-        async with journey(tmp_path, dbus=dbus, extra=("-uuid", UUID)) as guest:
-            await more_beats(guest)
-            if dbus:
-                await moved(guest, carrier)
-            old = path.read_bytes() if path.exists() else b""
-            for harm in harms:
-                there = await listening(guest, carrier)
-                coordinator = guest.host.migration
-                before = coordinator.report
-                with guest_waits(coordinator):
-                    moving = asyncio.ensure_future(
-                        migrate(guest.host, guest.uri(there), carrier=carrier, limit=LIMIT)
-                    )
-                    await coordinator.until(
-                        lambda coordinator=coordinator, before=before: (
-                            coordinator.report is not before and coordinator.ready
-                        ),
-                        LIMIT,
-                    )
-                    data = path.read_bytes()
-                    if harm == "truncated":
-                        path.write_bytes(data[:-1])
-                    elif harm == "damaged":
-                        path.write_bytes(data[:100] + bytes((data[100] ^ 1,)) + data[101:])
-                    elif harm == "missing":
-                        path.unlink()
-                    else:
-                        path.write_bytes(old)
-                    await guest.host.qmp.execute("migrate-continue", {"state": "pre-switchover"})
-                    if dbus:
-                        with pytest.raises(MigrationFailed, match="goes on here"):
-                            await moving
-                    else:
+    dbus = OLD in harms  # QEMU's stream says which frame is meant
+    async with journey(tmp_path, dbus=dbus, extra=("-uuid", UUID)) as guest:
+        await more_beats(guest)
+        if dbus:
+            await moved(guest, carrier)
+        old = path.read_bytes() if path.exists() else b""
+        for harm in harms:
+            there = await listening(guest, carrier)
+            coordinator = guest.host.migration
+            before = coordinator.report
+            with guest_waits(coordinator):
+                moving = asyncio.ensure_future(
+                    migrate(guest.host, guest.uri(there), carrier=carrier, limit=LIMIT)
+                )
+                await coordinator.until(
+                    lambda coordinator=coordinator, before=before: (
+                        coordinator.report is not before and coordinator.ready
+                    ),
+                    LIMIT,
+                )
+                data = path.read_bytes()
+                if harm == "truncated":
+                    path.write_bytes(data[:-1])
+                elif harm == "damaged":
+                    path.write_bytes(data[:100] + bytes((data[100] ^ 1,)) + data[101:])
+                elif harm == "missing":
+                    path.unlink()
+                else:
+                    path.write_bytes(old)
+                await guest.host.qmp.execute("migrate-continue", {"state": "pre-switchover"})
+                if dbus:
+                    with pytest.raises(MigrationFailed, match="goes on here"):
                         await moving
-                with pytest.raises(MigrationFailed):
-                    await arrived(there.host, limit=LIMIT)
-                assert (await there.host.qmp.execute("query-status"))["status"] != "running"
-                await guest.leave(there)
-                if not dbus:
-                    assert coordinator.phase is Phase.LEFT
-                    await coordinator.take_back()
-                await more_beats(guest)
-
-    asyncio.run(story())
+                else:
+                    await moving
+            with pytest.raises(MigrationFailed):
+                await arrived(there.host, limit=LIMIT)
+            assert (await there.host.qmp.execute("query-status"))["status"] != "running"
+            await guest.leave(there)
+            if not dbus:
+                assert coordinator.phase is Phase.LEFT
+                await coordinator.take_back()
+            await more_beats(guest)
 
 
 @contextlib.contextmanager
@@ -170,22 +164,19 @@ def guest_waits(coordinator: Coordinator) -> Iterator[None]:
     coordinator.switchover = Switchover.OWN
 
 
-def test_more_state_than_qemu_carries(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with journey(tmp_path, extra=("-uuid", UUID)) as guest:
-            await more_beats(guest)
-            device = guest.device("heartbeat")
-            device.__class__ = Large
-            carrier = CarrierAddress("unix", tmp_path / "c.sock")
-            there = await listening(guest, carrier)
-            there.device("heartbeat").__class__ = Large
-            outcome = await migrate(guest.host, guest.uri(there), carrier=carrier, limit=LIMIT)
-            assert outcome.report.state_bytes > 2 << 20
-            await arrived(there.host, limit=LIMIT)
-            await guest.settle_at(there)
-            await more_beats(guest)
-
-    asyncio.run(story())
+async def test_more_state_than_qemu_carries(tmp_path: Path) -> None:
+    async with journey(tmp_path, extra=("-uuid", UUID)) as guest:
+        await more_beats(guest)
+        device = guest.device("heartbeat")
+        device.__class__ = Large
+        carrier = CarrierAddress("unix", tmp_path / "c.sock")
+        there = await listening(guest, carrier)
+        there.device("heartbeat").__class__ = Large
+        outcome = await migrate(guest.host, guest.uri(there), carrier=carrier, limit=LIMIT)
+        assert outcome.report.state_bytes > 2 << 20
+        await arrived(there.host, limit=LIMIT)
+        await guest.settle_at(there)
+        await more_beats(guest)
 
 
 class Large(Unsavable):

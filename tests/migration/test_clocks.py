@@ -37,49 +37,44 @@ class Clocks:
 
 
 @pytest.mark.parametrize("smp", [1, 2])
-def test_no_clock_of_the_guest_steps_back_over_migrations(
+async def test_no_clock_of_the_guest_steps_back_over_migrations(
     tmp_path: Path, guest_program: Callable[[str], Path], smp: int
 ) -> None:
-    async def story() -> None:
-        async with journey(
-            tmp_path,
-            smp=smp,
-            add=[(guest_program("clocks"), "/bin/clocks")],
-            load=(*LOADED_MODULES, "msr"),
-            command=["clocks"],
-        ) as guest:
-            clocks = Clocks(guest)
-            first, begun = await clocks.more(5), time.monotonic()
-            sequences = []
-            stood_still = 0.0
-            for _ in range(MOVES):
-                before = len(clocks.lines())
-                outcome = await guest.move()
-                stood_still += outcome.downtime
-                await clocks.more()
-                sequences.append(guest.host.partition.reference_time.sequence)
-                # The move is between two of these readings.
-                jump = max(line["gap_us"] for line in clocks.lines()[before:]) / 1e6
-                assert jump <= outcome.downtime + SLACK, outcome
-            # A guest that is stopped and goes on in the same QEMU.
-            stopped = time.monotonic()
-            await guest.host.qmp.execute("stop")
-            await asyncio.sleep(0.3)
-            await guest.host.qmp.execute("cont")
-            stood_still += time.monotonic() - stopped
-            last, ended = await clocks.more(5), time.monotonic()
-            assert last["back"] == 0
-            # One formula gives both. While the TSC is sampled anew the counter may lag, and it may lead by half the
-            # time for which a vCPU was kept from its processor in the middle of the first sample.
-            assert last["apart_max_ns"] < 50_000_000, last
-            assert last["apart_min_ns"] > -100_000_000, last
-            # All in all the guest has lived as long as it ran: not longer, and not shorter.
-            for clock in ("monotonic_ns", "reference_ns"):
-                lived = (last[clock] - first[clock]) / 1e9
-                assert lived <= ended - begun + SLACK, clock
-                assert lived >= ended - begun - stood_still - SLACK, clock
-            assert sequences == sorted(set(sequences)), (
-                "a TSC page that was published anew has a new sequence"
-            )
-
-    asyncio.run(story())
+    async with journey(
+        tmp_path,
+        smp=smp,
+        add=[(guest_program("clocks"), "/bin/clocks")],
+        load=(*LOADED_MODULES, "msr"),
+        command=["clocks"],
+    ) as guest:
+        clocks = Clocks(guest)
+        first, begun = await clocks.more(5), time.monotonic()
+        sequences = []
+        stood_still = 0.0
+        for _ in range(MOVES):
+            before = len(clocks.lines())
+            outcome = await guest.move()
+            stood_still += outcome.downtime
+            await clocks.more()
+            sequences.append(guest.host.partition.reference_time.sequence)
+            # The move is between two of these readings.
+            jump = max(line["gap_us"] for line in clocks.lines()[before:]) / 1e6
+            assert jump <= outcome.downtime + SLACK, outcome
+        # A guest that is stopped and goes on in the same QEMU.
+        stopped = time.monotonic()
+        await guest.host.qmp.execute("stop")
+        await asyncio.sleep(0.3)
+        await guest.host.qmp.execute("cont")
+        stood_still += time.monotonic() - stopped
+        last, ended = await clocks.more(5), time.monotonic()
+        assert last["back"] == 0
+        # One formula gives both. While the TSC is sampled anew the counter may lag, and it may lead by half the
+        # time for which a vCPU was kept from its processor in the middle of the first sample.
+        assert last["apart_max_ns"] < 50_000_000, last
+        assert last["apart_min_ns"] > -100_000_000, last
+        # All in all the guest has lived as long as it ran: not longer, and not shorter.
+        for clock in ("monotonic_ns", "reference_ns"):
+            lived = (last[clock] - first[clock]) / 1e9
+            assert lived <= ended - begun + SLACK, clock
+            assert lived >= ended - begun - stood_still - SLACK, clock
+        assert sequences == sorted(set(sequences)), "a TSC page that was published anew has a new sequence"

@@ -119,7 +119,7 @@ def test_a_guest_moves_is_saved_and_leaves_for_another_process(tmp_path: Path) -
                 process.communicate(timeout=30)
 
 
-def test_somebody_else_drives_over_descriptors_and_asks_when_to_go_on(tmp_path: Path) -> None:
+async def test_somebody_else_drives_over_descriptors_and_asks_when_to_go_on(tmp_path: Path) -> None:
     options = ("--memory", "256M", "--device", "heartbeat,interval=0.1", "--switchover", "observe")
     command = ("--", "sh", "-c", f"{COUNT}; exit 6")
 
@@ -158,7 +158,7 @@ def test_somebody_else_drives_over_descriptors_and_asks_when_to_go_on(tmp_path: 
             second = run("b", "--incoming", f"fd:{number}", descriptors=[number])
             there.close()
             until((tmp_path / "vmbus" / "b" / "control.sock").exists, "target")
-            asyncio.run(drive(here))
+            await drive(here)
         output, errors = source.communicate(timeout=LIMIT)
         assert source.returncode == 0, errors
         assert "has moved" in errors
@@ -188,7 +188,7 @@ def test_somebody_else_drives_over_descriptors_and_asks_when_to_go_on(tmp_path: 
                 process.communicate(timeout=30)
 
 
-def test_a_guest_is_taken_back_and_then_leaves_beside_qemus_stream(tmp_path: Path) -> None:
+async def test_a_guest_is_taken_back_and_then_leaves_beside_qemus_stream(tmp_path: Path) -> None:
     options = ("--memory", "256M", "--device", "heartbeat,interval=0.05")
     count = ["i=0; while i=$((i+1)); do echo $i; usleep 50000; done"]
     command = ("--", "sh", "-c", *count)
@@ -202,7 +202,7 @@ def test_a_guest_is_taken_back_and_then_leaves_beside_qemus_stream(tmp_path: Pat
     async def says(*words: str, status: int = 0) -> str:
         return await asyncio.to_thread(asked, tmp_path, *words, status=status)
 
-    async def story() -> None:
+    try:
         source = run("a")
         await source.more_beats("a")
         assert "nothing to take back: it is idle" in await says("migrate", "a", "--take-back", status=1)
@@ -262,15 +262,9 @@ def test_a_guest_is_taken_back_and_then_leaves_beside_qemus_stream(tmp_path: Pat
             assert target.process.returncode == 0, errors
         numbers = [int(word) for word in (first + second).split()]
         assert numbers == list(range(1, len(numbers) + 1))  # what it said in the void came again
-
-    async def whole() -> None:
-        try:
-            await story()
-        finally:
-            for emulator in started:
-                await emulator.stop()
-
-    asyncio.run(whole())
+    finally:
+        for emulator in started:
+            await emulator.stop()
 
 
 WAY_BACK = {"capability": "return-path", "state": True}

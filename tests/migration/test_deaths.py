@@ -45,21 +45,18 @@ async def listening(folder: Path, options: GuestOptions) -> AsyncIterator[Booted
 
 
 @pytest.mark.parametrize("moment", [*BEFORE, *AFTER])
-def test_the_source_loses_its_emulator(tmp_path: Path, moment: str) -> None:
-    async def story() -> None:
-        here, incoming = travellers(machine(tmp_path))
-        async with own_qemu(tmp_path / "a", here) as source, listening(tmp_path, incoming) as there:
-            emulator = source.attach(dies=moment)
-            await source.attached()
-            await emulator.more_beats("a")
-            await source.send(f"unix:{tmp_path}/migration.sock")
-            await emulator.killed()
-            if moment in AFTER:
-                await it_has_left(source, there)
-            else:
-                await it_has_stayed(source, there, moment)
-
-    asyncio.run(story())
+async def test_the_source_loses_its_emulator(tmp_path: Path, moment: str) -> None:
+    here, incoming = travellers(machine(tmp_path))
+    async with own_qemu(tmp_path / "a", here) as source, listening(tmp_path, incoming) as there:
+        emulator = source.attach(dies=moment)
+        await source.attached()
+        await emulator.more_beats("a")
+        await source.send(f"unix:{tmp_path}/migration.sock")
+        await emulator.killed()
+        if moment in AFTER:
+            await it_has_left(source, there)
+        else:
+            await it_has_stayed(source, there, moment)
 
 
 async def it_has_left(source: OwnQemu, there: Booted) -> None:
@@ -95,90 +92,84 @@ async def it_has_stayed(source: OwnQemu, there: Booted, moment: str) -> None:
         await successor.more_beats("a")
 
 
-def test_the_target_loses_its_emulator(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with journey(tmp_path, devices=("heartbeat,interval=0.05", "shutdown", "timesync")) as guest:
-            await more_beats(guest)
-            _, incoming = travellers(guest.options)
-            host = guest.host
-            for moment in ("setup", "active", "loading"):
-                async with own_qemu(tmp_path / moment, incoming) as there:
-                    uri = f"unix:{tmp_path}/{moment}.sock"
-                    emulator = there.attach(dies=moment)
-                    await there.attached()
-                    await there.receive(uri)
-                    with pytest.raises(MigrationFailed, match="goes on here"):
-                        await migrate(host, uri, limit=LIMIT)
-                    await emulator.killed()
-                    await more_beats(guest)
-
-            # The target has another emulator in time.
-            async with own_qemu(tmp_path / "b", incoming) as there:
-                uri = f"unix:{tmp_path}/b.sock"
-                emulator = there.attach(dies="active")
+async def test_the_target_loses_its_emulator(tmp_path: Path) -> None:
+    async with journey(tmp_path, devices=("heartbeat,interval=0.05", "shutdown", "timesync")) as guest:
+        await more_beats(guest)
+        _, incoming = travellers(guest.options)
+        host = guest.host
+        for moment in ("setup", "active", "loading"):
+            async with own_qemu(tmp_path / moment, incoming) as there:
+                uri = f"unix:{tmp_path}/{moment}.sock"
+                emulator = there.attach(dies=moment)
                 await there.attached()
                 await there.receive(uri)
-                await host.qmp.execute("migrate-set-parameters", {"max-bandwidth": 4 << 20})
-                moving = asyncio.ensure_future(migrate(host, uri, limit=LIMIT))
+                with pytest.raises(MigrationFailed, match="goes on here"):
+                    await migrate(host, uri, limit=LIMIT)
                 await emulator.killed()
-                # The control socket of the one that died is still there.
-                (tmp_path / "vmbus" / "b" / "control.sock").unlink()
-                emulator = there.attach()
+                await more_beats(guest)
+
+        # The target has another emulator in time.
+        async with own_qemu(tmp_path / "b", incoming) as there:
+            uri = f"unix:{tmp_path}/b.sock"
+            emulator = there.attach(dies="active")
+            await there.attached()
+            await there.receive(uri)
+            await host.qmp.execute("migrate-set-parameters", {"max-bandwidth": 4 << 20})
+            moving = asyncio.ensure_future(migrate(host, uri, limit=LIMIT))
+            await emulator.killed()
+            # The control socket of the one that died is still there.
+            (tmp_path / "vmbus" / "b" / "control.sock").unlink()
+            emulator = there.attach()
+            await there.attached()
+            await host.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 30})
+            await moving
+            answered = beats(guest)
+            await emulator.more_beats("b")
+            assert await emulator.beats("b") > answered
+            assert host.migration.fenced
+
+            # Somebody lets the source go on: it must not.
+            await host.qmp.execute("cont")
+            await until(lambda: is_paused(host), "stopped source")
+            await asyncio.sleep(0.2)  # nothing more is served
+            assert beats(guest) == answered
+            await emulator.more_beats("b")
+
+        # That QEMU has ended now, guest and all: the source still has what it sent.
+        await host.migration.take_back()
+        await more_beats(guest)
+        with pytest.raises(UserError, match="nothing to take back"):
+            await host.migration.take_back()
+
+        # It dies when it has everything: the guest is there, and held, until somebody gives it up.
+        for moment in ("loaded", "running"):
+            async with own_qemu(tmp_path / moment, incoming) as there:
+                uri = f"unix:{tmp_path}/{moment}.sock"
+                emulator = there.attach(dies=moment)
                 await there.attached()
-                await host.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 30})
-                await moving
-                answered = beats(guest)
-                await emulator.more_beats("b")
-                assert await emulator.beats("b") > answered
+                await there.receive(uri)
+                await migrate(host, uri, limit=LIMIT)
+                await emulator.killed()
+                status, said = await there.attach().ended()
+                assert status == 1
+                assert "known only to the emulator" in said
                 assert host.migration.fenced
-
-                # Somebody lets the source go on: it must not.
-                await host.qmp.execute("cont")
-                await until(lambda: is_paused(host), "stopped source")
-                await asyncio.sleep(0.2)  # nothing more is served
-                assert beats(guest) == answered
-                await emulator.more_beats("b")
-
-            # That QEMU has ended now, guest and all: the source still has what it sent.
             await host.migration.take_back()
             await more_beats(guest)
-            with pytest.raises(UserError, match="nothing to take back"):
-                await host.migration.take_back()
+        await guest.move()
+        await more_beats(guest)
+        assert guest.device("heartbeat").status()["odd_answers"] == 0
 
-            # It dies when it has everything: the guest is there, and held, until somebody gives it up.
-            for moment in ("loaded", "running"):
-                async with own_qemu(tmp_path / moment, incoming) as there:
-                    uri = f"unix:{tmp_path}/{moment}.sock"
-                    emulator = there.attach(dies=moment)
-                    await there.attached()
-                    await there.receive(uri)
-                    await migrate(host, uri, limit=LIMIT)
-                    await emulator.killed()
-                    status, said = await there.attach().ended()
-                    assert status == 1
-                    assert "known only to the emulator" in said
-                    assert host.migration.fenced
-                await host.migration.take_back()
-                await more_beats(guest)
-            await guest.move()
+
+async def test_the_target_is_killed(tmp_path: Path) -> None:
+    async with journey(tmp_path) as guest:
+        await more_beats(guest)
+        for moment in ("setup", "active", "pre-switchover", "device", "completed"):
+            await leave_for_a_target_that_dies(guest, moment)
             await more_beats(guest)
-            assert guest.device("heartbeat").status()["odd_answers"] == 0
-
-    asyncio.run(story())
-
-
-def test_the_target_is_killed(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with journey(tmp_path) as guest:
-            await more_beats(guest)
-            for moment in ("setup", "active", "pre-switchover", "device", "completed"):
-                await leave_for_a_target_that_dies(guest, moment)
-                await more_beats(guest)
-            await guest.move()
-            await more_beats(guest)
-            assert guest.device("heartbeat").status()["odd_answers"] == 0
-
-    asyncio.run(story())
+        await guest.move()
+        await more_beats(guest)
+        assert guest.device("heartbeat").status()["odd_answers"] == 0
 
 
 async def leave_for_a_target_that_dies(guest: Journey, moment: str) -> None:
@@ -215,42 +206,39 @@ async def leave_for_a_target_that_dies(guest: Journey, moment: str) -> None:
 
 
 @pytest.mark.parametrize("moment", ["ready", "completed", "loading"])
-def test_an_emulator_that_started_its_qemu_takes_it_along(tmp_path: Path, moment: str) -> None:
+async def test_an_emulator_that_started_its_qemu_takes_it_along(tmp_path: Path, moment: str) -> None:
     """``vmbus run`` on both sides; who dies at ``loading`` is the target."""
     at_target = moment == "loading"
 
-    async def story() -> None:
-        options = ("--memory", "256M", "--device", "heartbeat,interval=0.05")
-        uri = f"unix:{tmp_path}/migration.sock"
-        source = Emulator.start(tmp_path, "run", "--name", "a", *options, dies="" if at_target else moment)
-        target = None
-        try:
+    options = ("--memory", "256M", "--device", "heartbeat,interval=0.05")
+    uri = f"unix:{tmp_path}/migration.sock"
+    source = Emulator.start(tmp_path, "run", "--name", "a", *options, dies="" if at_target else moment)
+    target = None
+    try:
+        await source.more_beats("a")
+        pid = qemu_of(await asked(tmp_path, "status", "a", "--json"))
+        target = Emulator.start(
+            tmp_path, "run", "--name", "b", "--incoming", uri, *options, dies=moment if at_target else ""
+        )
+        await until(lambda: exists(tmp_path / "migration.sock"), "listening target")
+        moving = Emulator.start(tmp_path, "migrate", "a", uri)
+        await (target if at_target else source).killed()
+        status, said = await moving.ended()
+        if moment == "loading":
+            assert status == 1
+            assert "goes on here" in said
             await source.more_beats("a")
-            pid = qemu_of(await asked(tmp_path, "status", "a", "--json"))
-            target = Emulator.start(
-                tmp_path, "run", "--name", "b", "--incoming", uri, *options, dies=moment if at_target else ""
-            )
-            await until(lambda: exists(tmp_path / "migration.sock"), "listening target")
-            moving = Emulator.start(tmp_path, "migrate", "a", uri)
-            await (target if at_target else source).killed()
-            status, said = await moving.ended()
-            if moment == "loading":
-                assert status == 1
-                assert "goes on here" in said
-                await source.more_beats("a")
-            else:
-                await until(lambda: is_gone(Path(f"/proc/{pid}")), "end of the QEMU")
-            if moment == "completed":  # before that, what its QEMU had not sent yet is lost with it
-                await target.more_beats("b")
-            elif not at_target:
-                status, said = await target.ended()
-                assert status == 1, said
-        finally:
-            for emulator in (source, target):
-                if emulator is not None:
-                    await emulator.stop()
-
-    asyncio.run(story())
+        else:
+            await until(lambda: is_gone(Path(f"/proc/{pid}")), "end of the QEMU")
+        if moment == "completed":  # before that, what its QEMU had not sent yet is lost with it
+            await target.more_beats("b")
+        elif not at_target:
+            status, said = await target.ended()
+            assert status == 1, said
+    finally:
+        for emulator in (source, target):
+            if emulator is not None:
+                await emulator.stop()
 
 
 async def asked(folder: Path, *words: str) -> str:

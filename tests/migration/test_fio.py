@@ -6,7 +6,6 @@ checks are on another disk.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import random
 import re
@@ -141,58 +140,53 @@ async def back_and_forth(guest: Journey, image: Path, tag: str) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_not_one_block_is_wrong_over_migrations_and_snapshots(tmp_path: Path) -> None:
+async def test_not_one_block_is_wrong_over_migrations_and_snapshots(tmp_path: Path) -> None:
     system = system_image()
     image = tmp_path / "data.img"
     image.touch()
     os.truncate(image, SIZE)
 
-    async def story() -> None:
-        async with journey(
-            tmp_path,
-            smp=2,
-            devices=(
-                "heartbeat,interval=0.1",
-                "shutdown",
-                f"scsi,image={system},readonly=on",
-                f"scsi,image={image}",
-            ),
-            root="LABEL=debian",
-            command=[SCRIPT],
-            snapshots=True,
-        ) as guest:
-            await more_requests(guest, 1000)
-            for number in range(3):
-                await back_and_forth(guest, image, f"snapshot-{number}")
-                await more_requests(guest)
-            for _ in range(MOVES):
-                outcome = await guest.move()
-                assert outcome.report.statuses[-1] == "completed"
-                await more_requests(guest)
-            await more_rounds(guest, 2)
-            assert guest.moves == MOVES
-            found = guest.here.status()
-            disks = [channel for channel in found["channels"] if channel["device"] == "scsi"]
-            assert [channel["subchannel"] for channel in disks] == [0, 1]
-            assert all(channel["refusals"] == {} for channel in found["channels"])
-            for unit in disks[0]["details"]["units"].values():
-                assert set(unit["errors"]) <= ASKED_IN_VAIN
-            assert complaints(guest.here.console()) == []
-            assert not re.search(r"I/O error|Sense Key|hung_task", guest.here.console())
+    async with journey(
+        tmp_path,
+        smp=2,
+        devices=(
+            "heartbeat,interval=0.1",
+            "shutdown",
+            f"scsi,image={system},readonly=on",
+            f"scsi,image={image}",
+        ),
+        root="LABEL=debian",
+        command=[SCRIPT],
+        snapshots=True,
+    ) as guest:
+        await more_requests(guest, 1000)
+        for number in range(3):
+            await back_and_forth(guest, image, f"snapshot-{number}")
+            await more_requests(guest)
+        for _ in range(MOVES):
+            outcome = await guest.move()
+            assert outcome.report.statuses[-1] == "completed"
+            await more_requests(guest)
+        await more_rounds(guest, 2)
+        assert guest.moves == MOVES
+        found = guest.here.status()
+        disks = [channel for channel in found["channels"] if channel["device"] == "scsi"]
+        assert [channel["subchannel"] for channel in disks] == [0, 1]
+        assert all(channel["refusals"] == {} for channel in found["channels"])
+        for unit in disks[0]["details"]["units"].values():
+            assert set(unit["errors"]) <= ASKED_IN_VAIN
+        assert complaints(guest.here.console()) == []
+        assert not re.search(r"I/O error|Sense Key|hung_task", guest.here.console())
 
-            output = guest.here.output
-            rng = random.Random(1)
+        output = guest.here.output
+        rng = random.Random(1)
 
-            def spoiled() -> bool:
-                """Another block is not what was written: fio finds that."""
-                with image.open("r+b") as file:
-                    file.seek(rng.randrange(SIZE // 4096) * 4096)
-                    file.write(rng.randbytes(4096))
-                return (
-                    b"verify: bad" in output or b"verify failed" in output
-                )  # a header, or what is behind it
+        def spoiled() -> bool:
+            """Another block is not what was written: fio finds that."""
+            with image.open("r+b") as file:
+                file.seek(rng.randrange(SIZE // 4096) * 4096)
+                file.write(rng.randbytes(4096))
+            return b"verify: bad" in output or b"verify failed" in output  # a header, or what is behind it
 
-            await guest.here.until(spoiled, "fio to find a wrong block")
-            assert b"failed: round" in output
-
-    asyncio.run(story())
+        await guest.here.until(spoiled, "fio to find a wrong block")
+        assert b"failed: round" in output

@@ -49,87 +49,84 @@ async def under_way(guest: Journey, there: Booted) -> asyncio.Task[Outcome]:
     return moving
 
 
-def test_a_guest_that_cannot_leave_goes_on_and_can_leave_later(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with journey(tmp_path, devices=("heartbeat,interval=0.05", "shutdown")) as guest:
-            host = guest.host
-            device = guest.device("heartbeat")
-            device.__class__ = Unsavable
-            await more_beats(guest)
+async def test_a_guest_that_cannot_leave_goes_on_and_can_leave_later(tmp_path: Path) -> None:
+    async with journey(tmp_path, devices=("heartbeat,interval=0.05", "shutdown")) as guest:
+        host = guest.host
+        device = guest.device("heartbeat")
+        device.__class__ = Unsavable
+        await more_beats(guest)
 
-            # Nobody listens.
-            with pytest.raises(MigrationFailed, match="goes on here"):
-                await migrate(host, f"unix:{tmp_path}/nobody.sock", limit=LIMIT)
-            await more_beats(guest)
+        # Nobody listens.
+        with pytest.raises(MigrationFailed, match="goes on here"):
+            await migrate(host, f"unix:{tmp_path}/nobody.sock", limit=LIMIT)
+        await more_beats(guest)
 
-            # A device that cannot be saved: the reason comes out, the guest stays.
-            there = await guest.target()
-            device.reason = "a disk in the middle of something"
-            with pytest.raises(MigrationFailed, match="in the middle of something"):
-                await migrate(host, guest.uri(there), limit=LIMIT)
-            device.reason = ""
-            await more_beats(guest)
-            with pytest.raises(MigrationFailed):
-                await arrived(there.host, limit=LIMIT)
-            await guest.leave(there)
+        # A device that cannot be saved: the reason comes out, the guest stays.
+        there = await guest.target()
+        device.reason = "a disk in the middle of something"
+        with pytest.raises(MigrationFailed, match="in the middle of something"):
+            await migrate(host, guest.uri(there), limit=LIMIT)
+        device.reason = ""
+        await more_beats(guest)
+        with pytest.raises(MigrationFailed):
+            await arrived(there.host, limit=LIMIT)
+        await guest.leave(there)
 
-            # More state than QEMU's carrier takes.
-            there = await guest.target()
-            device.size = 2 << 20
-            with pytest.raises(MigrationFailed, match="too-large"):
-                await migrate(host, guest.uri(there), limit=LIMIT)
-            device.size = 0
-            await more_beats(guest)
-            await guest.leave(there)
+        # More state than QEMU's carrier takes.
+        there = await guest.target()
+        device.size = 2 << 20
+        with pytest.raises(MigrationFailed, match="too-large"):
+            await migrate(host, guest.uri(there), limit=LIMIT)
+        device.size = 0
+        await more_beats(guest)
+        await guest.leave(there)
 
-            # The target has another set of devices: its Load() says so, the source hears of it.
-            there = await guest.target(devices=("shutdown",))
-            with pytest.raises(MigrationFailed, match="goes on here"):
-                await migrate(host, guest.uri(there), limit=LIMIT)
-            assert "not-there" in there.host.migration.load_refused
-            await more_beats(guest)
-            await guest.leave(there)
+        # The target has another set of devices: its Load() says so, the source hears of it.
+        there = await guest.target(devices=("shutdown",))
+        with pytest.raises(MigrationFailed, match="goes on here"):
+            await migrate(host, guest.uri(there), limit=LIMIT)
+        assert "not-there" in there.host.migration.load_refused
+        await more_beats(guest)
+        await guest.leave(there)
 
-            # The target dies while the guest is on its way.
-            there = await guest.target()
-            await host.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
-            moving = await under_way(guest, there)
-            there.guest.process.process.kill()
-            with pytest.raises(MigrationFailed, match="goes on here"):
-                await moving
-            await more_beats(guest)
-            await guest.leave(there)
+        # The target dies while the guest is on its way.
+        there = await guest.target()
+        await host.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
+        moving = await under_way(guest, there)
+        there.guest.process.process.kill()
+        with pytest.raises(MigrationFailed, match="goes on here"):
+            await moving
+        await more_beats(guest)
+        await guest.leave(there)
 
-            # Cancelled while memory is sent.
-            there = await guest.target()
-            moving = await under_way(guest, there)
-            await host.qmp.execute("migrate_cancel")
-            with pytest.raises(MigrationFailed, match="goes on here"):
-                await moving
-            assert host.migration.report.statuses[-1] == "cancelled"
-            await host.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 30})
-            await more_beats(guest)
-            await guest.leave(there)
+        # Cancelled while memory is sent.
+        there = await guest.target()
+        moving = await under_way(guest, there)
+        await host.qmp.execute("migrate_cancel")
+        with pytest.raises(MigrationFailed, match="goes on here"):
+            await moving
+        assert host.migration.report.statuses[-1] == "cancelled"
+        await host.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 30})
+        await more_beats(guest)
+        await guest.leave(there)
 
-            # Cancelled at the last moment: the state is made, the guest stands.
-            there = await guest.target()
-            host.migration.switchover = Switchover.OBSERVE
-            moving = asyncio.ensure_future(migrate(host, guest.uri(there), limit=LIMIT))
-            await host.migration.until(lambda: host.migration.phase is Phase.READY, LIMIT)
-            answered = beats(guest)
-            await asyncio.sleep(0.2)  # a guest that stands does not answer, and a frozen host does not ask
-            assert beats(guest) == answered
-            await host.qmp.execute("migrate_cancel")
-            with pytest.raises(MigrationFailed, match="goes on here"):
-                await moving
-            host.migration.switchover = Switchover.OWN
-            await more_beats(guest)
-            await guest.leave(there)
+        # Cancelled at the last moment: the state is made, the guest stands.
+        there = await guest.target()
+        host.migration.switchover = Switchover.OBSERVE
+        moving = asyncio.ensure_future(migrate(host, guest.uri(there), limit=LIMIT))
+        await host.migration.until(lambda: host.migration.phase is Phase.READY, LIMIT)
+        answered = beats(guest)
+        await asyncio.sleep(0.2)  # a guest that stands does not answer, and a frozen host does not ask
+        assert beats(guest) == answered
+        await host.qmp.execute("migrate_cancel")
+        with pytest.raises(MigrationFailed, match="goes on here"):
+            await moving
+        host.migration.switchover = Switchover.OWN
+        await more_beats(guest)
+        await guest.leave(there)
 
-            # And after all that it leaves.
-            await guest.move()
-            await more_beats(guest, 20)
-            assert guest.device("heartbeat").status()["odd_answers"] == 0
-            assert guest.here.channel("heartbeat")["refusals"] == {}
-
-    asyncio.run(story())
+        # And after all that it leaves.
+        await guest.move()
+        await more_beats(guest, 20)
+        assert guest.device("heartbeat").status()["odd_answers"] == 0
+        assert guest.here.channel("heartbeat")["refusals"] == {}

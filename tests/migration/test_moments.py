@@ -67,114 +67,95 @@ def shares_partly(guest: Journey) -> bool:
 
 
 @pytest.mark.parametrize("smp", [1, 2])
-def test_while_the_guest_boots(tmp_path: Path, guest_program: Program, smp: int) -> None:
-    async def story() -> None:
-        async with echoing(tmp_path, guest_program, ECHOING, smp=smp) as guest:
-            seen = set()
-            while b"started" not in guest.here.output:
-                await guest.here.until(
-                    lambda: guest.host.gateway_traps or b"started" in guest.here.output,
-                    "the boot to go on",
-                )
-                await guest.move()
-                status = guest.here.status()
-                seen.add(
-                    (status["bus"]["state"], len([c for c in status["channels"] if c["state"] == "open"]))
-                )
-            assert len(seen) > 1, seen  # more than one state of the bus was moved
-            await guest.here.says("started")
-            await guest_resumed(guest)
-
-    asyncio.run(story())
+async def test_while_the_guest_boots(tmp_path: Path, guest_program: Program, smp: int) -> None:
+    async with echoing(tmp_path, guest_program, ECHOING, smp=smp) as guest:
+        seen = set()
+        while b"started" not in guest.here.output:
+            await guest.here.until(
+                lambda: guest.host.gateway_traps or b"started" in guest.here.output,
+                "the boot to go on",
+            )
+            await guest.move()
+            status = guest.here.status()
+            seen.add((status["bus"]["state"], len([c for c in status["channels"] if c["state"] == "open"])))
+        assert len(seen) > 1, seen  # more than one state of the bus was moved
+        await guest.here.says("started")
+        await guest_resumed(guest)
 
 
-def test_while_channels_are_opened_and_closed(tmp_path: Path, guest_program: Program) -> None:
-    async def story() -> None:
-        async with echoing(
-            tmp_path,
-            guest_program,
-            "while echo_client --count 50 --cycles 20; do :; done; echo failed",
-            smp=2,
-        ) as guest:
-            await guest.here.says("}")
-            for _ in range(4):
-                opens = guest.here.channel("echo")["opens"]
-                went_well(await guest.move())
-                await guest.here.until(
-                    lambda before=opens: guest.here.channel("echo")["opens"] > before + 2, "opened channels"
-                )
-            unharmed(guest)
-
-    asyncio.run(story())
+async def test_while_channels_are_opened_and_closed(tmp_path: Path, guest_program: Program) -> None:
+    async with echoing(
+        tmp_path,
+        guest_program,
+        "while echo_client --count 50 --cycles 20; do :; done; echo failed",
+        smp=2,
+    ) as guest:
+        await guest.here.says("}")
+        for _ in range(4):
+            opens = guest.here.channel("echo")["opens"]
+            went_well(await guest.move())
+            await guest.here.until(
+                lambda before=opens: guest.here.channel("echo")["opens"] > before + 2, "opened channels"
+            )
+        unharmed(guest)
 
 
-def test_while_modules_come_and_go(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with journey(
-            tmp_path,
-            smp=2,
-            command=[
-                "i=0; while rmmod hv_utils && rmmod hv_vmbus && modprobe hv_vmbus && modprobe hv_utils; "
-                "do i=$((i+1)); echo round $i; done; echo failed"
-            ],
-        ) as guest:
-            await guest.here.says("round 1")
-            for _ in range(4):
-                await guest.move()
-                rounds = guest.here.output.count(b"round")
-                await guest.here.until(
-                    lambda before=rounds: guest.here.output.count(b"round") > before, "another round"
-                )
-            unharmed(guest)
-
-    asyncio.run(story())
+async def test_while_modules_come_and_go(tmp_path: Path) -> None:
+    async with journey(
+        tmp_path,
+        smp=2,
+        command=[
+            "i=0; while rmmod hv_utils && rmmod hv_vmbus && modprobe hv_vmbus && modprobe hv_utils; "
+            "do i=$((i+1)); echo round $i; done; echo failed"
+        ],
+    ) as guest:
+        await guest.here.says("round 1")
+        for _ in range(4):
+            await guest.move()
+            rounds = guest.here.output.count(b"round")
+            await guest.here.until(
+                lambda before=rounds: guest.here.output.count(b"round") > before, "another round"
+            )
+        unharmed(guest)
 
 
-def test_in_the_middle_of_a_gpadl_of_many_messages(tmp_path: Path, guest_program: Program) -> None:
+async def test_in_the_middle_of_a_gpadl_of_many_messages(tmp_path: Path, guest_program: Program) -> None:
     """uio_hv_generic shares 31 MiB in one list, when it takes a device."""
-
-    async def story() -> None:
-        async with echoing(
-            tmp_path,
-            guest_program,
-            "echo started; while echo_client --count 100 && rmmod uio_hv_generic && modprobe uio_hv_generic; "
-            "do :; done; echo failed",
-        ) as guest:
-            await guest.here.says("started")
-            for _ in range(4):
-                await caught(guest, lambda: shares_partly(guest))
-                await guest.move()
-                assert shares_partly(guest)
-                await guest.host.qmp.execute("cont")
-                reports = guest.here.output.count(b"}\n")
-                await guest.here.until(
-                    lambda before=reports: guest.here.output.count(b"}\n") > before + 1, "echoes after that"
-                )
-            unharmed(guest)
-
-    asyncio.run(story())
+    async with echoing(
+        tmp_path,
+        guest_program,
+        "echo started; while echo_client --count 100 && rmmod uio_hv_generic && modprobe uio_hv_generic; "
+        "do :; done; echo failed",
+    ) as guest:
+        await guest.here.says("started")
+        for _ in range(4):
+            await caught(guest, lambda: shares_partly(guest))
+            await guest.move()
+            assert shares_partly(guest)
+            await guest.host.qmp.execute("cont")
+            reports = guest.here.output.count(b"}\n")
+            await guest.here.until(
+                lambda before=reports: guest.here.output.count(b"}\n") > before + 1, "echoes after that"
+            )
+        unharmed(guest)
 
 
-def test_with_a_ring_that_is_full(tmp_path: Path, guest_program: Program) -> None:
+async def test_with_a_ring_that_is_full(tmp_path: Path, guest_program: Program) -> None:
     """The host sends faster than the guest reads: packets wait for room, and go along."""
-
-    async def story() -> None:
-        async with echoing(
-            tmp_path,
-            guest_program,
-            "echo started; while echo_client --count 2000 --burst 4096 --generate 20000 --size 4000; do :; done; "
-            "echo failed",
-        ) as guest:
-            await guest.here.says("started")
-            for _ in range(4):
-                io = echo_io(guest)
-                await caught(guest, lambda io=io: io.backlog)
-                await guest.move()
-                await guest.host.qmp.execute("cont")
-                await more_beats(guest)
-            await guest_resumed(guest)
-
-    asyncio.run(story())
+    async with echoing(
+        tmp_path,
+        guest_program,
+        "echo started; while echo_client --count 2000 --burst 4096 --generate 20000 --size 4000; do :; done; "
+        "echo failed",
+    ) as guest:
+        await guest.here.says("started")
+        for _ in range(4):
+            io = echo_io(guest)
+            await caught(guest, lambda io=io: io.backlog)
+            await guest.move()
+            await guest.host.qmp.execute("cont")
+            await more_beats(guest)
+        await guest_resumed(guest)
 
 
 class Slow(Echo):
@@ -216,47 +197,41 @@ BURST = 1200
 """Requests that the guest sends before it wants an answer: more than both rings hold."""
 
 
-def test_with_a_ring_that_the_guest_has_filled(tmp_path: Path, guest_program: Program) -> None:
+async def test_with_a_ring_that_the_guest_has_filled(tmp_path: Path, guest_program: Program) -> None:
     """The guest sends faster than the host takes: it waits for room, and is told when there is some."""
+    async with echoing(
+        tmp_path,
+        guest_program,
+        f"echo started; while echo_client --count {50 * BURST} --burst {BURST} --size {PACKET} "
+        "--answers completion; do :; done; echo failed",
+    ) as guest:
+        await guest.here.says("started")
+        for _ in range(2):
+            # Both rings are full: the guest waits for the host, and the host for the guest.
+            io = echo_io(guest)
+            await caught(guest, lambda io=io: waits_for_each_other(io))
+            went_well(await guest.move())
+            await guest.host.qmp.execute("cont")
+            requests = guest.device("echo").status()["requests"]
+            await guest.here.until(
+                lambda before=requests: guest.device("echo").status()["requests"] > before + 2 * BURST,
+                "echoes after that",
+            )
 
-    async def story() -> None:
-        async with echoing(
-            tmp_path,
-            guest_program,
-            f"echo started; while echo_client --count {50 * BURST} --burst {BURST} --size {PACKET} "
-            "--answers completion; do :; done; echo failed",
-        ) as guest:
-            await guest.here.says("started")
-            for _ in range(2):
-                # Both rings are full: the guest waits for the host, and the host for the guest.
-                io = echo_io(guest)
-                await caught(guest, lambda io=io: waits_for_each_other(io))
-                went_well(await guest.move())
-                await guest.host.qmp.execute("cont")
-                requests = guest.device("echo").status()["requests"]
-                await guest.here.until(
-                    lambda before=requests: guest.device("echo").status()["requests"] > before + 2 * BURST,
-                    "echoes after that",
-                )
-
-                # The host takes nothing, there or here: only room that comes later can wake the guest.
-                echo_io(guest).hold()
-                await guest.here.until(lambda: waits_for_room(echo_io(guest)), "a ring that is full")
-                went_well(await guest.move())
-                io, device = echo_io(guest), guest.device("echo")
-                await more_beats(guest)  # whatever it was told when it arrived, it knows now
-                assert waits_for_room(io)
-                assert io.counters.packets_in == io.counters.packets_out == 0
-                device.__class__, device.kept = Slow, []
-                io.release()
-                await guest.here.until(
-                    lambda io=io: io.counters.packets_in >= BURST, "more than the ring held"
-                )
-                assert io.counters.packets_out == 0
-                device.catch_up(io)
-                await guest.here.until(
-                    lambda io=io: io.counters.packets_out > 3 * BURST, "echoes after those that were late"
-                )
-            await guest_resumed(guest)
-
-    asyncio.run(story())
+            # The host takes nothing, there or here: only room that comes later can wake the guest.
+            echo_io(guest).hold()
+            await guest.here.until(lambda: waits_for_room(echo_io(guest)), "a ring that is full")
+            went_well(await guest.move())
+            io, device = echo_io(guest), guest.device("echo")
+            await more_beats(guest)  # whatever it was told when it arrived, it knows now
+            assert waits_for_room(io)
+            assert io.counters.packets_in == io.counters.packets_out == 0
+            device.__class__, device.kept = Slow, []
+            io.release()
+            await guest.here.until(lambda io=io: io.counters.packets_in >= BURST, "more than the ring held")
+            assert io.counters.packets_out == 0
+            device.catch_up(io)
+            await guest.here.until(
+                lambda io=io: io.counters.packets_out > 3 * BURST, "echoes after those that were late"
+            )
+        await guest_resumed(guest)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
@@ -19,48 +18,42 @@ COUNT = (
 )
 
 
-def test_name_output_and_status_of_a_command_survive_moves(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with boot(
-            tmp_path,
-            devices=("heartbeat,interval=0.05", "shutdown"),
-            command=[COUNT],
-        ) as guest:
-            await guest.says("10\n")
-            pids = {guest.guest.process.pid}
-            for share in (False, True, True):
-                answers = guest.device("heartbeat").status()["answers"]
-                outcome = await guest.guest.move(share_memory=share, limit=LIMIT)
-                assert (outcome.memory_bytes < 4 << 20) == share
-                pids.add(guest.guest.process.pid)
-                await guest.until(
-                    lambda before=answers: guest.device("heartbeat").status()["answers"] > before,
-                    "heartbeats after the move",
-                )
-            assert len(pids) == 4
-            guest.tell("enough")
-            assert await guest.finish() == 7
-            numbers = [int(word) for word in guest.output.split()]
-            assert numbers == list(range(1, len(numbers) + 1))
-            assert complaints(guest.console()) == []
-            assert guest.console().count("Linux version") == 1  # one console, from the boot to the end
-
-    asyncio.run(story())
-
-
-def test_a_guest_that_cannot_move_stays(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with boot(tmp_path, devices=("heartbeat,interval=0.05", "shutdown")) as guest:
-            await guest.until(lambda: guest.device("heartbeat").status()["answers"] > 3, "heartbeats")
-            before = sorted(path.name for path in guest.guest.directory.path.iterdir())
-            guest.guest._new_devices = lambda lines: []
-            for share in (False, True):
-                with pytest.raises(MigrationFailed, match="not-there"):
-                    await guest.guest.move(share_memory=share, limit=LIMIT)
+async def test_name_output_and_status_of_a_command_survive_moves(tmp_path: Path) -> None:
+    async with boot(
+        tmp_path,
+        devices=("heartbeat,interval=0.05", "shutdown"),
+        command=[COUNT],
+    ) as guest:
+        await guest.says("10\n")
+        pids = {guest.guest.process.pid}
+        for share in (False, True, True):
             answers = guest.device("heartbeat").status()["answers"]
+            outcome = await guest.guest.move(share_memory=share, limit=LIMIT)
+            assert (outcome.memory_bytes < 4 << 20) == share
+            pids.add(guest.guest.process.pid)
             await guest.until(
-                lambda: guest.device("heartbeat").status()["answers"] > answers + 3, "heartbeats after that"
+                lambda before=answers: guest.device("heartbeat").status()["answers"] > before,
+                "heartbeats after the move",
             )
-            assert sorted(path.name for path in guest.guest.directory.path.iterdir()) == before
+        assert len(pids) == 4
+        guest.tell("enough")
+        assert await guest.finish() == 7
+        numbers = [int(word) for word in guest.output.split()]
+        assert numbers == list(range(1, len(numbers) + 1))
+        assert complaints(guest.console()) == []
+        assert guest.console().count("Linux version") == 1  # one console, from the boot to the end
 
-    asyncio.run(story())
+
+async def test_a_guest_that_cannot_move_stays(tmp_path: Path) -> None:
+    async with boot(tmp_path, devices=("heartbeat,interval=0.05", "shutdown")) as guest:
+        await guest.until(lambda: guest.device("heartbeat").status()["answers"] > 3, "heartbeats")
+        before = sorted(path.name for path in guest.guest.directory.path.iterdir())
+        guest.guest._new_devices = lambda lines: []
+        for share in (False, True):
+            with pytest.raises(MigrationFailed, match="not-there"):
+                await guest.guest.move(share_memory=share, limit=LIMIT)
+        answers = guest.device("heartbeat").status()["answers"]
+        await guest.until(
+            lambda: guest.device("heartbeat").status()["answers"] > answers + 3, "heartbeats after that"
+        )
+        assert sorted(path.name for path in guest.guest.directory.path.iterdir()) == before

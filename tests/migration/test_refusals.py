@@ -55,67 +55,64 @@ def deaf_listener() -> Any:
         yield f"tcp:127.0.0.1:{listener.getsockname()[1]}"
 
 
-def test_a_migration_may_be_cancelled_at_every_status(tmp_path: Path, guest_program: Program) -> None:
-    async def story() -> None:
-        async with under_load(tmp_path, guest_program) as guest, somebody(guest) as other:
-            coordinator = guest.host.migration
+async def test_a_migration_may_be_cancelled_at_every_status(tmp_path: Path, guest_program: Program) -> None:
+    async with under_load(tmp_path, guest_program) as guest, somebody(guest) as other:
+        coordinator = guest.host.migration
 
-            async def cancel() -> None:
-                await other.execute("migrate_cancel")
+        async def cancel() -> None:
+            await other.execute("migrate_cancel")
 
-            assert await status(guest) == "none"
+        assert await status(guest) == "none"
+        await cancel()
+        await guest_resumed(guest)
+
+        with deaf_listener() as uri:
+            await other.execute("migrate", {"uri": uri})
+            await told(coordinator, "setup")
+            assert await status(guest) == "setup"
             await cancel()
-            await guest_resumed(guest)
+            await told(coordinator, "cancelling")  # until the connection is made or refused
+        await told(coordinator, "cancelled")
+        await guest_resumed(guest)
 
-            with deaf_listener() as uri:
-                await other.execute("migrate", {"uri": uri})
-                await told(coordinator, "setup")
-                assert await status(guest) == "setup"
-                await cancel()
-                await told(coordinator, "cancelling")  # until the connection is made or refused
-            await told(coordinator, "cancelled")
-            await guest_resumed(guest)
+        # While it is cancelled, and when it is.
+        there = await guest.target()
+        await put(guest.host, {}, {"max-bandwidth": 1 << 20})
+        await other.execute("migrate", {"uri": guest.uri(there)})
+        await told(coordinator, "active")
+        await asyncio.gather(*(guest.host.qmp.execute("migrate_cancel") for _ in range(3)), cancel())
+        await told(coordinator, "cancelled")
+        assert "cancelling" in coordinator.report.statuses
+        await cancel()
+        assert await status(guest) == "cancelled"
+        await put(guest.host, {}, {"max-bandwidth": 1 << 30})
+        await guest_resumed(guest)
+        await guest.leave(there)
 
-            # While it is cancelled, and when it is.
-            there = await guest.target()
-            await put(guest.host, {}, {"max-bandwidth": 1 << 20})
-            await other.execute("migrate", {"uri": guest.uri(there)})
-            await told(coordinator, "active")
-            await asyncio.gather(*(guest.host.qmp.execute("migrate_cancel") for _ in range(3)), cancel())
-            await told(coordinator, "cancelled")
-            assert "cancelling" in coordinator.report.statuses
-            await cancel()
-            assert await status(guest) == "cancelled"
-            await put(guest.host, {}, {"max-bandwidth": 1 << 30})
-            await guest_resumed(guest)
-            await guest.leave(there)
+        there = await guest.target()
+        coordinator.switchover = Switchover.OBSERVE
+        await other.execute("migrate", {"uri": guest.uri(there)})
+        assert await coordinator.until_ready(LIMIT)
+        await cancel()
+        await told(coordinator, "cancelled")
+        coordinator.switchover = Switchover.OWN
+        await guest_resumed(guest)
+        await guest.leave(there)
 
-            there = await guest.target()
-            coordinator.switchover = Switchover.OBSERVE
-            await other.execute("migrate", {"uri": guest.uri(there)})
-            assert await coordinator.until_ready(LIMIT)
-            await cancel()
-            await told(coordinator, "cancelled")
-            coordinator.switchover = Switchover.OWN
-            await guest_resumed(guest)
-            await guest.leave(there)
+        await other.execute("migrate", {"uri": f"unix:{tmp_path}/nobody"})
+        await told(coordinator, "failed")
+        await cancel()
+        assert await status(guest) == "failed"
+        await guest_resumed(guest)
 
-            await other.execute("migrate", {"uri": f"unix:{tmp_path}/nobody"})
-            await told(coordinator, "failed")
-            await cancel()
-            assert await status(guest) == "failed"
-            await guest_resumed(guest)
-
-            there = await guest.target()
-            went_well(await migrate(guest.host, guest.uri(there), limit=LIMIT))
-            await cancel()
-            assert await status(guest) == "completed"
-            assert coordinator.phase is Phase.LEFT
-            await arrived(there.host, limit=LIMIT)
-            await guest.settle_at(there)
-            await guest_resumed(guest)
-
-    asyncio.run(story())
+        there = await guest.target()
+        went_well(await migrate(guest.host, guest.uri(there), limit=LIMIT))
+        await cancel()
+        assert await status(guest) == "completed"
+        assert coordinator.phase is Phase.LEFT
+        await arrived(there.host, limit=LIMIT)
+        await guest.settle_at(there)
+        await guest_resumed(guest)
 
 
 IMPOSSIBLE: list[tuple[str, Mapping[str, bool]]] = [
@@ -128,104 +125,94 @@ IMPOSSIBLE: list[tuple[str, Mapping[str, bool]]] = [
 ]
 
 
-def test_what_cannot_work_is_refused_before_it_begins_and_cancelled_if_somebody_began_it(
+async def test_what_cannot_work_is_refused_before_it_begins_and_cancelled_if_somebody_began_it(
     tmp_path: Path, guest_program: Program
 ) -> None:
-    async def story() -> None:
-        async with contextlib.AsyncExitStack() as stack:
-            guest = await stack.enter_async_context(under_load(tmp_path, guest_program))
-            other = await stack.enter_async_context(somebody(guest))
-            coordinator = guest.host.migration
-            known = {each["capability"] for each in await other.execute("query-migrate-capabilities")}
-            refused = []
-            sink = tmp_path / "sink"
-            await stack.enter_async_context(await asyncio.start_unix_server(swallow, str(sink)))
-            for name, capabilities in IMPOSSIBLE:
-                if not known.issuperset(capabilities):
-                    continue
-                # QEMU lets nobody have both.
-                await put(guest.host, {"pause-before-switchover": name != "background-snapshot"})
-                await put(guest.host, {"return-path": name == "x-colo"})
-                try:
-                    await put(guest.host, capabilities)
-                except QemuError:  # not on this host, or not with this machine
-                    continue
-                with pytest.raises(MigrationFailed, match=f"^{name}: .*; the guest goes on here"):
-                    await migrate(guest.host, f"file:{tmp_path}/guest", limit=LIMIT)
-                before = coordinator.report
-                await other.execute("migrate", {"uri": f"unix:{sink}"})
-                await coordinator.until(lambda before=before: coordinator.report is not before, LIMIT)
-                await told(coordinator, "cancelled", "failed")
-                await guest.here.until(
-                    lambda name=name: coordinator.report.refusal.startswith(name), "reason"
-                )
-                if (
-                    name == "x-colo"
-                ):  # not before QEMU has its connection: it might wait for the target's word
-                    with deaf_listener() as uri:
-                        await other.execute("migrate", {"uri": uri})
-                        await told(coordinator, "setup")
-                        await guest.here.until(lambda: coordinator.report.refusal, "reason")
-                        await more_beats(guest)
-                        assert coordinator.report.statuses == ["setup"]
-                    await told(coordinator, "failed")
-                await put(guest.host, dict.fromkeys(capabilities, False))
-                await put(guest.host, {"pause-before-switchover": True})
-                await guest_resumed(guest)
-                refused.append(name)
-            assert {"postcopy-ram", "release-ram", "x-colo"} <= set(refused), refused
-            went_well(await guest.move())
+    async with contextlib.AsyncExitStack() as stack:
+        guest = await stack.enter_async_context(under_load(tmp_path, guest_program))
+        other = await stack.enter_async_context(somebody(guest))
+        coordinator = guest.host.migration
+        known = {each["capability"] for each in await other.execute("query-migrate-capabilities")}
+        refused = []
+        sink = tmp_path / "sink"
+        await stack.enter_async_context(await asyncio.start_unix_server(swallow, str(sink)))
+        for name, capabilities in IMPOSSIBLE:
+            if not known.issuperset(capabilities):
+                continue
+            # QEMU lets nobody have both.
+            await put(guest.host, {"pause-before-switchover": name != "background-snapshot"})
+            await put(guest.host, {"return-path": name == "x-colo"})
+            try:
+                await put(guest.host, capabilities)
+            except QemuError:  # not on this host, or not with this machine
+                continue
+            with pytest.raises(MigrationFailed, match=f"^{name}: .*; the guest goes on here"):
+                await migrate(guest.host, f"file:{tmp_path}/guest", limit=LIMIT)
+            before = coordinator.report
+            await other.execute("migrate", {"uri": f"unix:{sink}"})
+            await coordinator.until(lambda before=before: coordinator.report is not before, LIMIT)
+            await told(coordinator, "cancelled", "failed")
+            await guest.here.until(lambda name=name: coordinator.report.refusal.startswith(name), "reason")
+            if name == "x-colo":  # not before QEMU has its connection: it might wait for the target's word
+                with deaf_listener() as uri:
+                    await other.execute("migrate", {"uri": uri})
+                    await told(coordinator, "setup")
+                    await guest.here.until(lambda: coordinator.report.refusal, "reason")
+                    await more_beats(guest)
+                    assert coordinator.report.statuses == ["setup"]
+                await told(coordinator, "failed")
+            await put(guest.host, dict.fromkeys(capabilities, False))
+            await put(guest.host, {"pause-before-switchover": True})
             await guest_resumed(guest)
+            refused.append(name)
+        assert {"postcopy-ram", "release-ram", "x-colo"} <= set(refused), refused
+        went_well(await guest.move())
+        await guest_resumed(guest)
 
-    asyncio.run(story())
 
-
-def test_channels_descriptor_sets_and_addresses_that_make_no_sense(
+async def test_channels_descriptor_sets_and_addresses_that_make_no_sense(
     tmp_path: Path, guest_program: Program
 ) -> None:
-    async def story() -> None:
-        async with under_load(tmp_path, guest_program) as guest:
-            coordinator = guest.host.migration
-            async with somebody(guest) as other:
-                main = {"channel-type": "main", "addr": structured(f"unix:{tmp_path}/nobody")}
-                for wrong in (
-                    {"uri": f"unix:{tmp_path}/nobody", "channels": [main]},
-                    {},
-                    {"channels": []},
-                    {"channels": [main, main]},
-                    {"uri": "nonsense"},
-                    {"uri": "unix:"},
-                ):
-                    with pytest.raises(QemuError):
-                        await other.execute("migrate", wrong)
-                assert coordinator.report.statuses == []
-                await guest_resumed(guest)
-
-                # As channels.
-                there = await guest.target()
-                main["addr"] = structured(guest.uri(there))
-                await other.execute("migrate", {"channels": [main]})
-                await told(coordinator, "completed")
-            await arrived(there.host, limit=LIMIT)
-            await guest.settle_at(there)
+    async with under_load(tmp_path, guest_program) as guest:
+        coordinator = guest.host.migration
+        async with somebody(guest) as other:
+            main = {"channel-type": "main", "addr": structured(f"unix:{tmp_path}/nobody")}
+            for wrong in (
+                {"uri": f"unix:{tmp_path}/nobody", "channels": [main]},
+                {},
+                {"channels": []},
+                {"channels": [main, main]},
+                {"uri": "nonsense"},
+                {"uri": "unix:"},
+            ):
+                with pytest.raises(QemuError):
+                    await other.execute("migrate", wrong)
+            assert coordinator.report.statuses == []
             await guest_resumed(guest)
 
-            # Into a set of descriptors that somebody gave QEMU, and out of one.
-            file = tmp_path / "guest"
-            file.write_bytes(b"header".ljust(4096, b"."))
-            uri = "file:/dev/fdset/7,offset=0x1000"
-            async with somebody(guest) as other:
-                await give(other, file, "ab")
-                went_well(await migrate(guest.host, uri, limit=LIMIT))
-            assert file.read_bytes()[:4096].rstrip(b".") == b"header"
-            there = await guest.begin(replace(guest.options, incoming=True))
-            await give(there.host.qmp, file, "rb")
-            await receive(there.host, uri)
-            await arrived(there.host, limit=LIMIT)
-            await guest.settle_at(there)
-            await guest_resumed(guest)
+            # As channels.
+            there = await guest.target()
+            main["addr"] = structured(guest.uri(there))
+            await other.execute("migrate", {"channels": [main]})
+            await told(coordinator, "completed")
+        await arrived(there.host, limit=LIMIT)
+        await guest.settle_at(there)
+        await guest_resumed(guest)
 
-    asyncio.run(story())
+        # Into a set of descriptors that somebody gave QEMU, and out of one.
+        file = tmp_path / "guest"
+        file.write_bytes(b"header".ljust(4096, b"."))
+        uri = "file:/dev/fdset/7,offset=0x1000"
+        async with somebody(guest) as other:
+            await give(other, file, "ab")
+            went_well(await migrate(guest.host, uri, limit=LIMIT))
+        assert file.read_bytes()[:4096].rstrip(b".") == b"header"
+        there = await guest.begin(replace(guest.options, incoming=True))
+        await give(there.host.qmp, file, "rb")
+        await receive(there.host, uri)
+        await arrived(there.host, limit=LIMIT)
+        await guest.settle_at(there)
+        await guest_resumed(guest)
 
 
 async def give(qmp: Qmp, file: Path, mode: str) -> None:

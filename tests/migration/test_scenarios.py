@@ -26,128 +26,111 @@ WAYS: list[tuple[dict[str, bool], dict[str, Any]]] = [
 ]
 
 
-def test_over_tcp(tmp_path: Path, guest_program: Program) -> None:
-    async def story() -> None:
-        async with under_load(tmp_path, guest_program) as guest:
-            # Who arrived one way leaves that way, and the next one.
-            for capabilities, parameters in [way for way in WAYS for _ in range(2)]:
-                await put(guest.host, dict.fromkeys(("multifd", "xbzrle", "switchover-ack"), False))
-                there = await place(guest, capabilities, parameters)
-                uri = await tcp_uri(there)
-                went_well(await migrate(guest.host, uri, limit=LIMIT))
-                await arrived(there.host, limit=LIMIT)
-                await guest.settle_at(there)
-                await guest_resumed(guest)
-
-    asyncio.run(story())
-
-
-def test_through_a_command(tmp_path: Path, guest_program: Program) -> None:
-    async def story() -> None:
-        async with under_load(tmp_path, guest_program) as guest:
-            pipe = tmp_path / "pipe"
-            os.mkfifo(pipe)
-            there = await place(guest, {})
-            await receive(there.host, f"exec:cat < {pipe}")
-            went_well(await migrate(guest.host, f"exec:cat > {pipe}", limit=LIMIT))
+async def test_over_tcp(tmp_path: Path, guest_program: Program) -> None:
+    async with under_load(tmp_path, guest_program) as guest:
+        # Who arrived one way leaves that way, and the next one.
+        for capabilities, parameters in [way for way in WAYS for _ in range(2)]:
+            await put(guest.host, dict.fromkeys(("multifd", "xbzrle", "switchover-ack"), False))
+            there = await place(guest, capabilities, parameters)
+            uri = await tcp_uri(there)
+            went_well(await migrate(guest.host, uri, limit=LIMIT))
             await arrived(there.host, limit=LIMIT)
             await guest.settle_at(there)
             await guest_resumed(guest)
 
-            # The command has more to do than to pass it on.
-            packed = tmp_path / "packed.gz"
-            went_well(await migrate(guest.host, f"exec:gzip -1 > {packed}", limit=LIMIT))
-            there = await place(guest, {})
-            await receive(there.host, f"exec:gzip -dc < {packed}")
-            await arrived(there.host, limit=LIMIT)
-            await guest.settle_at(there)
-            await guest_resumed(guest)
 
-    asyncio.run(story())
+async def test_through_a_command(tmp_path: Path, guest_program: Program) -> None:
+    async with under_load(tmp_path, guest_program) as guest:
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        there = await place(guest, {})
+        await receive(there.host, f"exec:cat < {pipe}")
+        went_well(await migrate(guest.host, f"exec:cat > {pipe}", limit=LIMIT))
+        await arrived(there.host, limit=LIMIT)
+        await guest.settle_at(there)
+        await guest_resumed(guest)
+
+        # The command has more to do than to pass it on.
+        packed = tmp_path / "packed.gz"
+        went_well(await migrate(guest.host, f"exec:gzip -1 > {packed}", limit=LIMIT))
+        there = await place(guest, {})
+        await receive(there.host, f"exec:gzip -dc < {packed}")
+        await arrived(there.host, limit=LIMIT)
+        await guest.settle_at(there)
+        await guest_resumed(guest)
 
 
 HEADER = b"what stands before the offset belongs to somebody else".ljust(4096, b".")
 
 
-def test_into_a_file_and_out_of_it(tmp_path: Path, guest_program: Program) -> None:
-    async def story() -> None:
-        async with under_load(tmp_path, guest_program) as guest:
-            for offset, mapped in ((0, False), (len(HEADER), False), (0, True), (len(HEADER), True)):
-                capabilities = {"mapped-ram": mapped}
-                file = tmp_path / f"guest-{offset}-{mapped}"
-                file.write_bytes(HEADER[:offset])
-                uri = f"file:{file}" + (f",offset={offset:#x}" if offset else "")
-                await put(guest.host, capabilities)
-                went_well(await migrate(guest.host, uri, limit=LIMIT))
-                assert file.read_bytes()[:offset] == HEADER[:offset]
+async def test_into_a_file_and_out_of_it(tmp_path: Path, guest_program: Program) -> None:
+    async with under_load(tmp_path, guest_program) as guest:
+        for offset, mapped in ((0, False), (len(HEADER), False), (0, True), (len(HEADER), True)):
+            capabilities = {"mapped-ram": mapped}
+            file = tmp_path / f"guest-{offset}-{mapped}"
+            file.write_bytes(HEADER[:offset])
+            uri = f"file:{file}" + (f",offset={offset:#x}" if offset else "")
+            await put(guest.host, capabilities)
+            went_well(await migrate(guest.host, uri, limit=LIMIT))
+            assert file.read_bytes()[:offset] == HEADER[:offset]
 
-                # Nobody needs the guest's old place for this.
-                there = await place(guest, {})
-                await put(there.host, capabilities)
-                await receive(there.host, uri)
-                await arrived(there.host, limit=LIMIT)
-                await guest.settle_at(there)
-                await guest_resumed(guest)
-
-    asyncio.run(story())
+            # Nobody needs the guest's old place for this.
+            there = await place(guest, {})
+            await put(there.host, capabilities)
+            await receive(there.host, uri)
+            await arrived(there.host, limit=LIMIT)
+            await guest.settle_at(there)
+            await guest_resumed(guest)
 
 
-def test_a_guest_that_writes_too_fast_is_slowed_down_until_it_can_leave(
+async def test_a_guest_that_writes_too_fast_is_slowed_down_until_it_can_leave(
     tmp_path: Path, guest_program: Program
 ) -> None:
-    async def story() -> None:
-        # Not zeros: those cost nothing to send.
-        writer = "dd if=/dev/urandom of=/from bs=1M count=24 2>/dev/null; while :; do cp /from /to; done &"
-        async with under_load(tmp_path, guest_program, side_channel=writer) as guest:
-            slow = {
-                "max-bandwidth": 24 << 20,
-                "downtime-limit": 1,
-                "throttle-trigger-threshold": 10,
-                "cpu-throttle-initial": 30,
-                "max-cpu-throttle": 60,
-            }
-            there = await place(guest, {"auto-converge": True}, slow)
-            uri = await tcp_uri(there)
-            throttled: list[int] = []
+    # Not zeros: those cost nothing to send.
+    writer = "dd if=/dev/urandom of=/from bs=1M count=24 2>/dev/null; while :; do cp /from /to; done &"
+    async with under_load(tmp_path, guest_program, side_channel=writer) as guest:
+        slow = {
+            "max-bandwidth": 24 << 20,
+            "downtime-limit": 1,
+            "throttle-trigger-threshold": 10,
+            "cpu-throttle-initial": 30,
+            "max-cpu-throttle": 60,
+        }
+        there = await place(guest, {"auto-converge": True}, slow)
+        uri = await tcp_uri(there)
+        throttled: list[int] = []
 
-            def watch(found: dict[str, Any]) -> None:
-                if percentage := found.get("cpu-throttle-percentage", 0):
-                    throttled.append(percentage)
+        def watch(found: dict[str, Any]) -> None:
+            if percentage := found.get("cpu-throttle-percentage", 0):
+                throttled.append(percentage)
 
-            moving = asyncio.ensure_future(migrate(guest.host, uri, progress=watch, limit=2 * LIMIT))
-            await guest.here.until(lambda: throttled or moving.done(), "throttling", LIMIT)
-            assert throttled
-            await put(guest.host, {}, {"max-bandwidth": 1 << 30, "downtime-limit": 1000})
-            went_well(await moving)
+        moving = asyncio.ensure_future(migrate(guest.host, uri, progress=watch, limit=2 * LIMIT))
+        await guest.here.until(lambda: throttled or moving.done(), "throttling", LIMIT)
+        assert throttled
+        await put(guest.host, {}, {"max-bandwidth": 1 << 30, "downtime-limit": 1000})
+        went_well(await moving)
+        await arrived(there.host, limit=LIMIT)
+        await guest.settle_at(there)
+        await guest_resumed(guest)
+
+
+async def test_a_place_with_another_uuid_is_refused(tmp_path: Path, guest_program: Program) -> None:
+    uuid = ("-uuid", "11111111-2222-4333-8444-555555555555")
+    async with under_load(tmp_path, guest_program, extra=uuid) as guest:
+        other = replace(guest.options, incoming=True, extra=("-uuid", "66666666-7777-4888-8999-aaaaaaaaaaaa"))
+        there = await guest.begin(other)
+        for station in (guest.here, there):
+            await put(station.host, {"validate-uuid": True})
+        uri = await tcp_uri(there)
+        with pytest.raises(MigrationFailed, match="goes on here"):
+            await migrate(guest.host, uri, limit=LIMIT)
+        with pytest.raises(MigrationFailed):
             await arrived(there.host, limit=LIMIT)
-            await guest.settle_at(there)
-            await guest_resumed(guest)
+        await guest.leave(there)
+        await guest_resumed(guest)
 
-    asyncio.run(story())
-
-
-def test_a_place_with_another_uuid_is_refused(tmp_path: Path, guest_program: Program) -> None:
-    async def story() -> None:
-        uuid = ("-uuid", "11111111-2222-4333-8444-555555555555")
-        async with under_load(tmp_path, guest_program, extra=uuid) as guest:
-            other = replace(
-                guest.options, incoming=True, extra=("-uuid", "66666666-7777-4888-8999-aaaaaaaaaaaa")
-            )
-            there = await guest.begin(other)
-            for station in (guest.here, there):
-                await put(station.host, {"validate-uuid": True})
-            uri = await tcp_uri(there)
-            with pytest.raises(MigrationFailed, match="goes on here"):
-                await migrate(guest.host, uri, limit=LIMIT)
-            with pytest.raises(MigrationFailed):
-                await arrived(there.host, limit=LIMIT)
-            await guest.leave(there)
-            await guest_resumed(guest)
-
-            there = await place(guest, {"validate-uuid": True})
-            went_well(await migrate(guest.host, await tcp_uri(there), limit=LIMIT))
-            await arrived(there.host, limit=LIMIT)
-            await guest.settle_at(there)
-            await guest_resumed(guest)
-
-    asyncio.run(story())
+        there = await place(guest, {"validate-uuid": True})
+        went_well(await migrate(guest.host, await tcp_uri(there), limit=LIMIT))
+        await arrived(there.host, limit=LIMIT)
+        await guest.settle_at(there)
+        await guest_resumed(guest)

@@ -31,97 +31,90 @@ async def arrives(guest: Journey, there: Booted) -> None:
     await guest_resumed(guest)
 
 
-def test_a_handover_on_one_host_copies_no_memory(tmp_path: Path, guest_program: Program) -> None:
-    async def story() -> None:
-        async with under_load(tmp_path, guest_program, image=True) as guest:
-            # A place with a memory file of its own has no guest in it: refused there, and the guest goes on.
-            there = await place(guest, SHARED)
-            with pytest.raises(MigrationFailed, match="goes on here"):
-                await migrate(guest.host, await tcp_uri(there), limit=LIMIT)
-            assert "in another file" in there.host.migration.load_refused
-            await guest_resumed(guest)
-            await guest.leave(there)
+async def test_a_handover_on_one_host_copies_no_memory(tmp_path: Path, guest_program: Program) -> None:
+    async with under_load(tmp_path, guest_program, image=True) as guest:
+        # A place with a memory file of its own has no guest in it: refused there, and the guest goes on.
+        there = await place(guest, SHARED)
+        with pytest.raises(MigrationFailed, match="goes on here"):
+            await migrate(guest.host, await tcp_uri(there), limit=LIMIT)
+        assert "in another file" in there.host.migration.load_refused
+        await guest_resumed(guest)
+        await guest.leave(there)
 
-            for _ in range(2):
-                there = await place(guest, SHARED, memory_of=guest.here)
-                outcome = await migrate(guest.host, await tcp_uri(there), limit=LIMIT)
-                went_well(outcome)
-                assert outcome.memory_bytes < LEAST
-                await arrives(guest, there)
-
-            # What holds for migrations holds for snapshots too, which would have no memory.
-            with pytest.raises(SnapshotFailed, match="x-ignore-shared"):
-                await snapshots.save(guest.host, "empty")
-            assert await snapshots.listed(guest.host) == []
-            await guest_resumed(guest)
-            await put(guest.host, {"x-ignore-shared": False})
-            outcome = await guest.move()
-            went_well(outcome)
-            assert outcome.memory_bytes > LEAST
-            await guest_resumed(guest)
-
-    asyncio.run(story())
-
-
-def test_a_target_that_fails_has_not_touched_the_memory_it_shares(
-    tmp_path: Path, guest_program: Program
-) -> None:
-    async def story() -> None:
-        async with under_load(tmp_path, guest_program) as guest:
-            for _ in range(2):
-                there = await guest.begin(
-                    replace(guest.options, incoming=True), devices=("shutdown",), memory_of=guest.here
-                )
-                for station in (guest.here, there):
-                    await put(station.host, SHARED)
-                with pytest.raises(MigrationFailed, match="goes on here"):
-                    await migrate(guest.host, await tcp_uri(there), limit=LIMIT)
-                assert "not-there" in there.host.migration.load_refused
-                await guest_resumed(guest)
-                await guest.leave(there)
+        for _ in range(2):
             there = await place(guest, SHARED, memory_of=guest.here)
-            went_well(await migrate(guest.host, await tcp_uri(there), limit=LIMIT))
-            await arrives(guest, there)
-
-    asyncio.run(story())
-
-
-def test_cpr_reboot_with_memory_in_the_file_and_beside_it(tmp_path: Path, guest_program: Program) -> None:
-    async def story() -> None:
-        async with under_load(tmp_path, guest_program) as guest:
-            reboot = {"mode": "cpr-reboot"}
-            uri = f"file:{tmp_path}/guest"
-            await put(guest.host, {}, reboot)
-            outcome = await migrate(guest.host, uri, limit=LIMIT)
-            went_well(outcome)
-            assert outcome.memory_bytes > LEAST
-            there = await place(guest, {}, reboot)
-            await receive(there.host, uri)
-            await arrives(guest, there)
-
-            await put(guest.host, SHARED)
-            outcome = await migrate(guest.host, uri, limit=LIMIT)
+            outcome = await migrate(guest.host, await tcp_uri(there), limit=LIMIT)
             went_well(outcome)
             assert outcome.memory_bytes < LEAST
-
-            # The guest goes on where it was: its memory is then newer than the file.
-            await guest.host.qmp.execute("cont")
-            await guest_resumed(guest)
-            there = await place(guest, SHARED, reboot, memory_of=guest.here)
-            await guest.host.qmp.execute("stop")
-            await receive(there.host, uri)
-            with pytest.raises(MigrationFailed, match="not as the guest left it"):
-                await arrived(there.host, limit=LIMIT)
-            await guest.leave(there)
-            await guest.host.qmp.execute("cont")
-            await guest_resumed(guest)
-
-            went_well(await migrate(guest.host, uri, limit=LIMIT))
-            there = await place(guest, SHARED, reboot, memory_of=guest.here)
-            await receive(there.host, uri)
             await arrives(guest, there)
 
-    asyncio.run(story())
+        # What holds for migrations holds for snapshots too, which would have no memory.
+        with pytest.raises(SnapshotFailed, match="x-ignore-shared"):
+            await snapshots.save(guest.host, "empty")
+        assert await snapshots.listed(guest.host) == []
+        await guest_resumed(guest)
+        await put(guest.host, {"x-ignore-shared": False})
+        outcome = await guest.move()
+        went_well(outcome)
+        assert outcome.memory_bytes > LEAST
+        await guest_resumed(guest)
+
+
+async def test_a_target_that_fails_has_not_touched_the_memory_it_shares(
+    tmp_path: Path, guest_program: Program
+) -> None:
+    async with under_load(tmp_path, guest_program) as guest:
+        for _ in range(2):
+            there = await guest.begin(
+                replace(guest.options, incoming=True), devices=("shutdown",), memory_of=guest.here
+            )
+            for station in (guest.here, there):
+                await put(station.host, SHARED)
+            with pytest.raises(MigrationFailed, match="goes on here"):
+                await migrate(guest.host, await tcp_uri(there), limit=LIMIT)
+            assert "not-there" in there.host.migration.load_refused
+            await guest_resumed(guest)
+            await guest.leave(there)
+        there = await place(guest, SHARED, memory_of=guest.here)
+        went_well(await migrate(guest.host, await tcp_uri(there), limit=LIMIT))
+        await arrives(guest, there)
+
+
+async def test_cpr_reboot_with_memory_in_the_file_and_beside_it(
+    tmp_path: Path, guest_program: Program
+) -> None:
+    async with under_load(tmp_path, guest_program) as guest:
+        reboot = {"mode": "cpr-reboot"}
+        uri = f"file:{tmp_path}/guest"
+        await put(guest.host, {}, reboot)
+        outcome = await migrate(guest.host, uri, limit=LIMIT)
+        went_well(outcome)
+        assert outcome.memory_bytes > LEAST
+        there = await place(guest, {}, reboot)
+        await receive(there.host, uri)
+        await arrives(guest, there)
+
+        await put(guest.host, SHARED)
+        outcome = await migrate(guest.host, uri, limit=LIMIT)
+        went_well(outcome)
+        assert outcome.memory_bytes < LEAST
+
+        # The guest goes on where it was: its memory is then newer than the file.
+        await guest.host.qmp.execute("cont")
+        await guest_resumed(guest)
+        there = await place(guest, SHARED, reboot, memory_of=guest.here)
+        await guest.host.qmp.execute("stop")
+        await receive(there.host, uri)
+        with pytest.raises(MigrationFailed, match="not as the guest left it"):
+            await arrived(there.host, limit=LIMIT)
+        await guest.leave(there)
+        await guest.host.qmp.execute("cont")
+        await guest_resumed(guest)
+
+        went_well(await migrate(guest.host, uri, limit=LIMIT))
+        there = await place(guest, SHARED, reboot, memory_of=guest.here)
+        await receive(there.host, uri)
+        await arrives(guest, there)
 
 
 def cpr_place(guest: Journey, channel: Path) -> asyncio.Task[Booted]:
@@ -132,35 +125,29 @@ def cpr_place(guest: Journey, channel: Path) -> asyncio.Task[Booted]:
     return asyncio.ensure_future(guest.begin(options, memory_of=guest.here))
 
 
-def test_cpr_transfer(tmp_path: Path, guest_program: Program) -> None:
-    async def story() -> None:
-        async with under_load(tmp_path, guest_program, extra=AUX_SHARED) as guest:
-            for number in range(2):
-                channel, main = tmp_path / f"cpr{number}", tmp_path / f"main{number}"
-                coming = cpr_place(guest, channel)
-                await guest.here.until(channel.exists, "channel for descriptors")
-                moving = asyncio.ensure_future(
-                    migrate(guest.host, f"unix:{main}", cpr=f"unix:{channel}", limit=LIMIT)
-                )
-                there = await coming
-                await receive(there.host, f"unix:{main}")
-                outcome = await moving
-                went_well(outcome)
-                assert outcome.memory_bytes < 1 << 20
-                await arrives(guest, there)
-
-    asyncio.run(story())
+async def test_cpr_transfer(tmp_path: Path, guest_program: Program) -> None:
+    async with under_load(tmp_path, guest_program, extra=AUX_SHARED) as guest:
+        for number in range(2):
+            channel, main = tmp_path / f"cpr{number}", tmp_path / f"main{number}"
+            coming = cpr_place(guest, channel)
+            await guest.here.until(channel.exists, "channel for descriptors")
+            moving = asyncio.ensure_future(
+                migrate(guest.host, f"unix:{main}", cpr=f"unix:{channel}", limit=LIMIT)
+            )
+            there = await coming
+            await receive(there.host, f"unix:{main}")
+            outcome = await moving
+            went_well(outcome)
+            assert outcome.memory_bytes < 1 << 20
+            await arrives(guest, there)
 
 
-def test_cpr_exec_is_refused(tmp_path: Path, guest_program: Program) -> None:
-    async def story() -> None:
-        async with under_load(tmp_path, guest_program, extra=AUX_SHARED) as guest:
-            await put(guest.host, {}, {"mode": "cpr-exec", "cpr-exec-command": ["false"]})
-            with pytest.raises(MigrationFailed, match="cpr-exec: QEMU would become another program"):
-                await migrate(guest.host, f"file:{tmp_path}/guest", limit=LIMIT)
-            await guest_resumed(guest)
-            await put(guest.host, {}, {"mode": "normal"})
-            went_well(await guest.move())
-            await guest_resumed(guest)
-
-    asyncio.run(story())
+async def test_cpr_exec_is_refused(tmp_path: Path, guest_program: Program) -> None:
+    async with under_load(tmp_path, guest_program, extra=AUX_SHARED) as guest:
+        await put(guest.host, {}, {"mode": "cpr-exec", "cpr-exec-command": ["false"]})
+        with pytest.raises(MigrationFailed, match="cpr-exec: QEMU would become another program"):
+            await migrate(guest.host, f"file:{tmp_path}/guest", limit=LIMIT)
+        await guest_resumed(guest)
+        await put(guest.host, {}, {"mode": "normal"})
+        went_well(await guest.move())
+        await guest_resumed(guest)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
@@ -34,52 +33,49 @@ def since_it_jumped(found: list[int]) -> list[int]:
     return found[jumps[-1] if jumps else 0 :]
 
 
-def test_a_guest_goes_back_to_a_snapshot_as_often_as_asked(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with journey(tmp_path, command=COUNT, snapshots=True) as guest:
-            host = guest.host
-            await more_beats(guest)
-            before_save = (await count_on(guest, 5))[-1]
-            report = await snapshots.save(host, "first")
-            assert report.state_bytes > 0
-            after_save = (await count_on(guest, 1))[-1]
-            await more_beats(guest)
-            await count_on(guest, 20)
-            sequence = guest.device("heartbeat").status()["sequence"]
-            for _ in range(2):
-                before = len(numbers(guest))
-                await snapshots.load(host, "first")
-                assert guest.device("heartbeat").status()["sequence"] < sequence
-                # It counts on from where it was saved; a line that was under way then may come in two halves.
-                later = since_it_jumped((await count_on(guest, 20))[before:])
-                assert before_save <= later[0] <= after_save + 3
-                assert len(later) > 10
-                await more_beats(guest, 10)
+async def test_a_guest_goes_back_to_a_snapshot_as_often_as_asked(tmp_path: Path) -> None:
+    async with journey(tmp_path, command=COUNT, snapshots=True) as guest:
+        host = guest.host
+        await more_beats(guest)
+        before_save = (await count_on(guest, 5))[-1]
+        report = await snapshots.save(host, "first")
+        assert report.state_bytes > 0
+        after_save = (await count_on(guest, 1))[-1]
+        await more_beats(guest)
+        await count_on(guest, 20)
+        sequence = guest.device("heartbeat").status()["sequence"]
+        for _ in range(2):
+            before = len(numbers(guest))
+            await snapshots.load(host, "first")
+            assert guest.device("heartbeat").status()["sequence"] < sequence
+            # It counts on from where it was saved; a line that was under way then may come in two halves.
+            later = since_it_jumped((await count_on(guest, 20))[before:])
+            assert before_save <= later[0] <= after_save + 3
+            assert len(later) > 10
+            await more_beats(guest, 10)
+        await snapshots.save(host, "second")
+        await more_beats(guest)
+        assert [each.tag for each in await snapshots.listed(host)] == ["first", "second"]
+        with pytest.raises(SnapshotFailed, match="already"):
             await snapshots.save(host, "second")
-            await more_beats(guest)
-            assert [each.tag for each in await snapshots.listed(host)] == ["first", "second"]
-            with pytest.raises(SnapshotFailed, match="already"):
-                await snapshots.save(host, "second")
-            await snapshots.delete(host, "first")
-            with pytest.raises(SnapshotFailed, match="no snapshot first"):
-                await snapshots.load(host, "first")
-            await more_beats(guest)
-            await snapshots.load(host, "second")
-            await more_beats(guest)
-            await count_on(guest, 10)
-            assert guest.device("heartbeat").status()["odd_answers"] == 0
-            found = guest.here.status()
-            assert found["bus"]["refusals"] == {}
-            assert all(channel["refusals"] == {} for channel in found["channels"])
-            assert complaints(guest.here.console()) == []
+        await snapshots.delete(host, "first")
+        with pytest.raises(SnapshotFailed, match="no snapshot first"):
+            await snapshots.load(host, "first")
+        await more_beats(guest)
+        await snapshots.load(host, "second")
+        await more_beats(guest)
+        await count_on(guest, 10)
+        assert guest.device("heartbeat").status()["odd_answers"] == 0
+        found = guest.here.status()
+        assert found["bus"]["refusals"] == {}
+        assert all(channel["refusals"] == {} for channel in found["channels"])
+        assert complaints(guest.here.console()) == []
 
-            # Behind the emulator's back: what QEMU saves then cannot be loaded, and says why.
-            await host.qmp.monitor("savevm behind")
-            await more_beats(guest)
-            with pytest.raises(SnapshotFailed, match="behind the emulator's back"):
-                await snapshots.load(host, "behind")
-            await snapshots.load(host, "second")
-            await host.qmp.execute("cont")
-            await more_beats(guest)
-
-    asyncio.run(story())
+        # Behind the emulator's back: what QEMU saves then cannot be loaded, and says why.
+        await host.qmp.monitor("savevm behind")
+        await more_beats(guest)
+        with pytest.raises(SnapshotFailed, match="behind the emulator's back"):
+            await snapshots.load(host, "behind")
+        await snapshots.load(host, "second")
+        await host.qmp.execute("cont")
+        await more_beats(guest)

@@ -7,7 +7,6 @@ ordinary run does seventy-two in all.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import statistics
 from pathlib import Path
@@ -26,26 +25,23 @@ LOOK_EVERY = 10
 
 @pytest.mark.parametrize("smp", [1, 2])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_to_and_fro_under_load(tmp_path: Path, guest_program: Program, kernel: str, smp: int) -> None:
-    async def story() -> None:
-        async with under_load(tmp_path, guest_program, kernel=kernel, smp=smp) as guest:
-            downtimes, prepared = [], []
-            for move in range(1, MOVES + 1):
-                requests = guest.device("echo").status()["requests"]
-                outcome = await guest.move()
-                went_well(outcome)
-                downtimes.append(outcome.downtime * 1e3)
-                prepared.append(outcome.report.prepared_in * 1e3)
-                await guest.here.until(
-                    lambda before=requests: guest.device("echo").status()["requests"] > before, "more echoes"
-                )
-                if move % LOOK_EVERY == 0:
-                    await guest_resumed(guest)
-            await guest_resumed(guest)
-            print(
-                f"\n{kernel}, {smp} vCPUs: {MOVES} migrations, {guest.device('echo').status()['requests']} requests; "
-                f"stood still for {statistics.median(downtimes):.0f} ms (median), {max(downtimes):.0f} (most), the "
-                f"emulator's part {statistics.median(prepared):.1f} and {max(prepared):.1f} ms"
+async def test_to_and_fro_under_load(tmp_path: Path, guest_program: Program, kernel: str, smp: int) -> None:
+    async with under_load(tmp_path, guest_program, kernel=kernel, smp=smp) as guest:
+        downtimes, prepared = [], []
+        for move in range(1, MOVES + 1):
+            requests = guest.device("echo").status()["requests"]
+            outcome = await guest.move()
+            went_well(outcome)
+            downtimes.append(outcome.downtime * 1e3)
+            prepared.append(outcome.report.prepared_in * 1e3)
+            await guest.here.until(
+                lambda before=requests: guest.device("echo").status()["requests"] > before, "more echoes"
             )
-
-    asyncio.run(story())
+            if move % LOOK_EVERY == 0:
+                await guest_resumed(guest)
+        await guest_resumed(guest)
+        print(
+            f"\n{kernel}, {smp} vCPUs: {MOVES} migrations, {guest.device('echo').status()['requests']} requests; "
+            f"stood still for {statistics.median(downtimes):.0f} ms (median), {max(downtimes):.0f} (most), the "
+            f"emulator's part {statistics.median(prepared):.1f} and {max(prepared):.1f} ms"
+        )

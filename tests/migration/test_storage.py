@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import random
 from pathlib import Path
@@ -30,36 +29,33 @@ done
 """
 
 
-def test_what_was_written_is_read_over_migrations(tmp_path: Path) -> None:
+async def test_what_was_written_is_read_over_migrations(tmp_path: Path) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(32 << 20))
 
-    async def story() -> None:
-        async with journey(
-            tmp_path,
-            smp=2,  # with a sub-channel
-            devices=("heartbeat,interval=0.1", "shutdown", f"scsi,image={image}"),
-            load=(*LOADED_MODULES, "hv_storvsc", "sd_mod"),
-            command=[SCRIPT],
-        ) as guest:
-            output = guest.here.output
-            await guest.here.says("round 2")
-            for _ in range(4):
-                await guest.move()
-                rounds = output.count(b"round")
-                await guest.here.until(
-                    lambda rounds=rounds: output.count(b"round") > rounds + 1 or b"failed" in output,
-                    "two more rounds",
-                )
-            assert b"failed" not in output, output
-            found = guest.here.status()
-            disks = [channel for channel in found["channels"] if channel["device"] == "scsi"]
-            assert [channel["subchannel"] for channel in disks] == [0, 1]
-            assert all(channel["state"] == "open" for channel in disks)
-            assert all(channel["refusals"] == {} for channel in found["channels"])
-            assert complaints(guest.here.console()) == []
-
-    asyncio.run(story())
+    async with journey(
+        tmp_path,
+        smp=2,  # with a sub-channel
+        devices=("heartbeat,interval=0.1", "shutdown", f"scsi,image={image}"),
+        load=(*LOADED_MODULES, "hv_storvsc", "sd_mod"),
+        command=[SCRIPT],
+    ) as guest:
+        output = guest.here.output
+        await guest.here.says("round 2")
+        for _ in range(4):
+            await guest.move()
+            rounds = output.count(b"round")
+            await guest.here.until(
+                lambda rounds=rounds: output.count(b"round") > rounds + 1 or b"failed" in output,
+                "two more rounds",
+            )
+        assert b"failed" not in output, output
+        found = guest.here.status()
+        disks = [channel for channel in found["channels"] if channel["device"] == "scsi"]
+        assert [channel["subchannel"] for channel in disks] == [0, 1]
+        assert all(channel["state"] == "open" for channel in disks)
+        assert all(channel["refusals"] == {} for channel in found["channels"])
+        assert complaints(guest.here.console()) == []
 
 
 READING = """
@@ -72,35 +68,30 @@ done
 """
 
 
-def test_what_was_read_is_marked_before_the_guest_is_told_of_it(tmp_path: Path) -> None:
+async def test_what_was_read_is_marked_before_the_guest_is_told_of_it(tmp_path: Path) -> None:
     """Pages that a disk was read into while memory was sent: the second look finds them in the guest's cache."""
     image = tmp_path / "disk.img"
     content = random.Random(1).randbytes(32 << 20)
     image.write_bytes(content)
     right = hashlib.md5(content, usedforsecurity=False).hexdigest()
 
-    async def story() -> None:
-        async with journey(
-            tmp_path,
-            devices=("heartbeat,interval=0.1", "shutdown", f"scsi,image={image}"),
-            load=(*LOADED_MODULES, "hv_storvsc", "sd_mod"),
-            command=[READING],
-        ) as guest:
-            output = guest.here.output
-            await guest.here.says("again")
-            early = pause = 0
-            for _ in range(3):
-                report = (await guest.move()).report
-                early += report.pages_marked_early
-                pause += report.pages_marked
-                looks = output.count(b"again")
-                await guest.here.until(
-                    lambda before=looks: output.count(b"again") > before + 1, "two more looks"
-                )
-            looked = [line.split()[1] for line in output.decode().splitlines()[:-1] if line.endswith("-")]
-            assert set(looked) == {right}
-            assert early > 1000
-            assert pause < early / 4  # rings, SynIC, and small answers
-            assert complaints(guest.here.console()) == []
-
-    asyncio.run(story())
+    async with journey(
+        tmp_path,
+        devices=("heartbeat,interval=0.1", "shutdown", f"scsi,image={image}"),
+        load=(*LOADED_MODULES, "hv_storvsc", "sd_mod"),
+        command=[READING],
+    ) as guest:
+        output = guest.here.output
+        await guest.here.says("again")
+        early = pause = 0
+        for _ in range(3):
+            report = (await guest.move()).report
+            early += report.pages_marked_early
+            pause += report.pages_marked
+            looks = output.count(b"again")
+            await guest.here.until(lambda before=looks: output.count(b"again") > before + 1, "two more looks")
+        looked = [line.split()[1] for line in output.decode().splitlines()[:-1] if line.endswith("-")]
+        assert set(looked) == {right}
+        assert early > 1000
+        assert pause < early / 4  # rings, SynIC, and small answers
+        assert complaints(guest.here.console()) == []

@@ -54,41 +54,40 @@ async def wakes(guest: Journey) -> None:
 
 
 @pytest.mark.parametrize("smp", [1, 2])
-def test_a_sleeping_guest_is_moved_and_wakes_there(tmp_path: Path, guest_program: Program, smp: int) -> None:
-    async def story() -> None:
-        # On q35, QEMU 11.1 lets a Linux guest sleep only once, with or without this emulator.
-        pc = ("-machine", "pc")
-        async with under_load(
-            tmp_path, guest_program, smp=smp, side_channel=SLEEPER, image=True, extra=pc
-        ) as guest:
-            # Nobody moves it.
-            await falls_asleep(guest)
-            await wakes(guest)
+async def test_a_sleeping_guest_is_moved_and_wakes_there(
+    tmp_path: Path, guest_program: Program, smp: int
+) -> None:
+    # On q35, QEMU 11.1 lets a Linux guest sleep only once, with or without this emulator.
+    pc = ("-machine", "pc")
+    async with under_load(
+        tmp_path, guest_program, smp=smp, side_channel=SLEEPER, image=True, extra=pc
+    ) as guest:
+        # Nobody moves it.
+        await falls_asleep(guest)
+        await wakes(guest)
 
-            # It sleeps all the way.
-            await falls_asleep(guest)
-            went_well(await guest.move())
-            assert await run_state(guest) == "suspended"
-            await wakes(guest)
+        # It sleeps all the way.
+        await falls_asleep(guest)
+        went_well(await guest.move())
+        assert await run_state(guest) == "suspended"
+        await wakes(guest)
 
-            # It sleeps, and is stopped besides.
-            await falls_asleep(guest)
-            await guest.host.qmp.execute("stop")
-            there = await guest.target()
-            went_well(await migrate(guest.host, guest.uri(there), limit=LIMIT))
-            await arrived(there.host, limit=LIMIT)
-            await guest.settle_at(there)
-            assert await run_state(guest) == "paused"
-            await guest.host.qmp.execute("cont")
-            assert await run_state(guest) == "suspended"
-            await wakes(guest)
+        # It sleeps, and is stopped besides.
+        await falls_asleep(guest)
+        await guest.host.qmp.execute("stop")
+        there = await guest.target()
+        went_well(await migrate(guest.host, guest.uri(there), limit=LIMIT))
+        await arrived(there.host, limit=LIMIT)
+        await guest.settle_at(there)
+        assert await run_state(guest) == "paused"
+        await guest.host.qmp.execute("cont")
+        assert await run_state(guest) == "suspended"
+        await wakes(guest)
 
-            # In a snapshot, too.
-            await falls_asleep(guest)
-            await snapshots.save(guest.host, "asleep")
-            assert await run_state(guest) == "suspended"
-            await wakes(guest)
-            await snapshots.load(guest.host, "asleep")
-            await wakes(guest)
-
-    asyncio.run(story())
+        # In a snapshot, too.
+        await falls_asleep(guest)
+        await snapshots.save(guest.host, "asleep")
+        assert await run_state(guest) == "suspended"
+        await wakes(guest)
+        await snapshots.load(guest.host, "asleep")
+        await wakes(guest)

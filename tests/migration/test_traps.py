@@ -36,59 +36,56 @@ async def hold_traps(guest: Journey, monkeypatch: pytest.MonkeyPatch) -> list[Tr
     return held
 
 
-def test_an_answer_that_no_processor_fetched_goes_along(
+async def test_an_answer_that_no_processor_fetched_goes_along(
     tmp_path: Path, guest_program: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def story() -> None:
-        async with journey(
-            tmp_path,
-            add=[(guest_program("clocks"), "/bin/clocks")],
-            load=(*LOADED_MODULES, "msr"),
-            command=["clocks"],
-        ) as guest:
+    async with journey(
+        tmp_path,
+        add=[(guest_program("clocks"), "/bin/clocks")],
+        load=(*LOADED_MODULES, "msr"),
+        command=["clocks"],
+    ) as guest:
 
-            def lines() -> list[bytes]:
-                return guest.here.output.splitlines(True)[:-1]
+        def lines() -> list[bytes]:
+            return guest.here.output.splitlines(True)[:-1]
 
-            async def more() -> dict:
-                wanted = len(lines()) + 4
-                await guest.here.until(lambda: len(lines()) >= wanted, "four more lines")
-                return json.loads(lines()[-1])
+        async def more() -> dict:
+            wanted = len(lines()) + 4
+            await guest.here.until(lambda: len(lines()) >= wanted, "four more lines")
+            return json.loads(lines()[-1])
 
-            await more()
-            # It comes back: the answer is fetched here.
-            held = await hold_traps(guest, monkeypatch)
-            there = await guest.target()
-            coordinator = guest.host.migration
-            coordinator.switchover = Switchover.OBSERVE
-            moving = asyncio.ensure_future(migrate(guest.host, guest.uri(there), limit=LIMIT))
-            await coordinator.until(lambda: coordinator.phase is Phase.READY, LIMIT)
-            await guest.here.until(lambda: coordinator.report.prepared_in, "state made ready")
-            await guest.host.qmp.execute("migrate_cancel")
-            with pytest.raises(MigrationFailed):
-                await moving
-            assert coordinator.report.answers_carried == len(held) == 1
-            coordinator.switchover = Switchover.OWN
-            await more()
-            await guest.leave(there)
+        await more()
+        # It comes back: the answer is fetched here.
+        held = await hold_traps(guest, monkeypatch)
+        there = await guest.target()
+        coordinator = guest.host.migration
+        coordinator.switchover = Switchover.OBSERVE
+        moving = asyncio.ensure_future(migrate(guest.host, guest.uri(there), limit=LIMIT))
+        await coordinator.until(lambda: coordinator.phase is Phase.READY, LIMIT)
+        await guest.here.until(lambda: coordinator.report.prepared_in, "state made ready")
+        await guest.host.qmp.execute("migrate_cancel")
+        with pytest.raises(MigrationFailed):
+            await moving
+        assert coordinator.report.answers_carried == len(held) == 1
+        coordinator.switchover = Switchover.OWN
+        await more()
+        await guest.leave(there)
 
-            # It leaves: the answer is fetched there, and nobody is asked again.
-            held = await hold_traps(guest, monkeypatch)
-            there = await guest.target()
-            asked: list[tuple[int, ...]] = []
-            serve = there.host._serve
+        # It leaves: the answer is fetched there, and nobody is asked again.
+        held = await hold_traps(guest, monkeypatch)
+        there = await guest.target()
+        asked: list[tuple[int, ...]] = []
+        serve = there.host._serve
 
-            def note(trap: Trap) -> None:
-                asked.append(trap.identity)
-                serve(trap)
+        def note(trap: Trap) -> None:
+            asked.append(trap.identity)
+            serve(trap)
 
-            monkeypatch.setattr(there.host, "_serve", note)
-            outcome = await guest.move(there)
-            assert outcome.report.answers_carried == len(held) == 1
-            found = await more()
-            assert found["back"] == 0
-            # The loop asks for the same with the same registers again and again; the first was not among them.
-            assert there.host.gateway._carried == {}
-            assert asked
-
-    asyncio.run(story())
+        monkeypatch.setattr(there.host, "_serve", note)
+        outcome = await guest.move(there)
+        assert outcome.report.answers_carried == len(held) == 1
+        found = await more()
+        assert found["back"] == 0
+        # The loop asks for the same with the same registers again and again; the first was not among them.
+        assert there.host.gateway._carried == {}
+        assert asked

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 import time
 import xml.etree.ElementTree
@@ -68,7 +67,7 @@ async def facts(folder: Path) -> QemuFacts:
 
 
 @pytest.mark.parametrize("form", ["argv", "readconfig", "libvirt"])
-def test_every_form_makes_a_qemu_that_can_be_attached_to(tmp_path: Path, form: str) -> None:
+async def test_every_form_makes_a_qemu_that_can_be_attached_to(tmp_path: Path, form: str) -> None:
     wanted = options(tmp_path)
     words = wanted.argv()
     if form == "readconfig":
@@ -79,7 +78,7 @@ def test_every_form_makes_a_qemu_that_can_be_attached_to(tmp_path: Path, form: s
         body = libvirt(wanted.options()).split("-->\n", 1)[1].replace("qemu:", "")
         words = [child.get("value", "") for child in xml.etree.ElementTree.fromstring(body)]
     with qemu(tmp_path, ["-machine", "q35", *words]):
-        found = asyncio.run(facts(tmp_path))
+        found = await facts(tmp_path)
     assert found.ram_path == wanted.memory_path
     assert found.ram_size == wanted.memory_size
     assert found.gateway_socket == str(wanted.gateway_socket)
@@ -90,9 +89,9 @@ def test_every_form_makes_a_qemu_that_can_be_attached_to(tmp_path: Path, form: s
 
 @pytest.mark.parametrize("machine", ["q35", "pc"])
 @pytest.mark.parametrize("mebibytes", [64, 2048, 3584, 6144])
-def test_the_layout_of_ram_is_found(tmp_path: Path, machine: str, mebibytes: int) -> None:
+async def test_the_layout_of_ram_is_found(tmp_path: Path, machine: str, mebibytes: int) -> None:
     with qemu(tmp_path, ["-machine", machine, "-smp", "3", *options(tmp_path, mebibytes).argv()]):
-        found = asyncio.run(facts(tmp_path))
+        found = await facts(tmp_path)
     assert sum(region.size for region in found.ram_regions) == mebibytes << 20
     low, *high = found.ram_regions
     assert low.gpa == 0 and low.offset == 0 and low.end <= 4 << 30
@@ -102,12 +101,12 @@ def test_the_layout_of_ram_is_found(tmp_path: Path, machine: str, mebibytes: int
     assert len(found.apic_ids) == 3
 
 
-def test_each_missing_option_is_named_alone(tmp_path: Path) -> None:
+async def test_each_missing_option_is_named_alone(tmp_path: Path) -> None:
     words = options(tmp_path).argv()
     at = words.index("-qtest")
     del words[at : at + 2]
     with qemu(tmp_path, words), pytest.raises(QemuUnsuitable) as refused:
-        asyncio.run(facts(tmp_path))
+        await facts(tmp_path)
     assert "-qtest unix:" in str(refused.value)
     assert "-plugin PATH" not in str(refused.value)
     assert "memory-backend-file" not in str(refused.value)

@@ -1,0 +1,60 @@
+"""A test fails with the exception of a task that nothing awaited.
+
+asyncio reports such an exception when the task is collected, and only to its logger: without this, the task's work
+is missing and the test passes, or waits until its timeout.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import logging
+from collections.abc import Generator
+
+import pytest
+
+
+class LostExceptions(logging.Handler):
+    """What event loops reported to asyncio's logger."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.found: list[str] = []
+        self.setFormatter(logging.Formatter("%(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(self.format(record))
+
+    def check(self, item: pytest.Item) -> None:
+        """Fail if a loop reported an exception since the last call."""
+        if inspect.iscoroutinefunction(getattr(item, "obj", None)):
+            gc.collect()  # a task and its exception's traceback refer to each other
+        found, self.found = self.found, []
+        if found:
+            pytest.fail("the event loop reported:\n" + "\n".join(found), pytrace=False)
+
+
+_lost = LostExceptions()
+
+
+def pytest_configure() -> None:
+    logging.getLogger("asyncio").addHandler(_lost)
+
+
+def pytest_unconfigure() -> None:
+    logging.getLogger("asyncio").removeHandler(_lost)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    result = yield  # a test that fails by itself says more than what it left behind
+    _lost.check(item)
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    """Check once more: fixtures and the end of the loop have ended tasks by now."""
+    result = yield
+    _lost.check(item)
+    return result
