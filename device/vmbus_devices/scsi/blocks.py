@@ -30,8 +30,7 @@ from vmbus.wire.scsi import (
 
 from vmbus_devices.scsi.backend import Backend
 from vmbus_devices.scsi.faults import FaultPlan
-from vmbus_devices.scsi.request import Request
-from vmbus_devices.scsi.sense import CheckCondition
+from vmbus_devices.scsi.request import CheckCondition, Request
 from vmbus_devices.scsi.unit import LogicalUnit
 
 _logger = logging.getLogger(__name__)

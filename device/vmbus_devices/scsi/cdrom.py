@@ -10,8 +10,7 @@ from vmbus.wire.scsi import DeviceType, ModePage, Opcode, Sense, cdb_allocation
 from vmbus_devices.scsi.backend import Backend
 from vmbus_devices.scsi.blocks import BlockUnit
 from vmbus_devices.scsi.faults import FaultPlan
-from vmbus_devices.scsi.request import Request
-from vmbus_devices.scsi.sense import CheckCondition
+from vmbus_devices.scsi.request import CheckCondition, Request
 
 BLOCK_SIZE = 2048
 _FRAMES = 75

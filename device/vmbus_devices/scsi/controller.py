@@ -20,16 +20,16 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vmbus.bus.io.device import Device, DeviceEnvironment
 from vmbus.bus.offers import Offer
 from vmbus.devices.parts import Part
-from vmbus.errors import GuestError, ProtocolError, UsageError, UserError
+from vmbus.errors import DeviceError, GuestError, ProtocolError, UsageError, UserError
 from vmbus.wire.offer import OfferFlags
 from vmbus.wire.packet import Packet
-from vmbus.wire.scsi import Opcode, ScsiStatus, Sense
+from vmbus.wire.scsi import NO_DEVICE, Opcode, ScsiStatus, Sense, cdb_allocation, lun_list
 from vmbus.wire.storvsp import (
     CDB_SIZE,
     HEADER_SIZE,
@@ -49,15 +49,20 @@ from vmbus.wire.storvsp import (
     parse_request,
 )
 
-from vmbus_devices.scsi.absent import execute_without
 from vmbus_devices.scsi.fast.build import LIBRARY
 from vmbus_devices.scsi.fast.path import FastPath
 from vmbus_devices.scsi.fast.units import FastUnits
 from vmbus_devices.scsi.handshake import OPERATIONS, Handshake
-from vmbus_devices.scsi.request import Request
+from vmbus_devices.scsi.request import CheckCondition, Request, ReservationConflict
 from vmbus_devices.scsi.resets import Resets
-from vmbus_devices.scsi.saved import restore_controller, save_controller
-from vmbus_devices.scsi.sense import CheckCondition, ReservationConflict
+from vmbus_devices.scsi.saved import (
+    SavedController,
+    build_state,
+    check_unit,
+    parse_state,
+    restore_unit,
+    save_unit,
+)
 from vmbus_devices.scsi.unit import LogicalUnit
 
 if TYPE_CHECKING:
@@ -419,7 +424,7 @@ class Controller(Device):
         self._requests[io].add(request)
         unit = None if srb.path else self.units.get((srb.target, srb.lun))
         if unit is not None and srb.cdb[0] != Opcode.REPORT_LUNS:
-            request.unit = unit
+            request.statistics = unit.statistics
             unit.statistics.began()
             self._do(request, unit)
         else:
@@ -428,7 +433,7 @@ class Controller(Device):
     def _do(self, request: Request, unit: LogicalUnit | None) -> None:
         try:
             if unit is None:
-                execute_without(request, self.units)
+                _execute_without_unit(request, self.units)
             elif request.srb.cdb_length > CDB_SIZE:
                 raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
             else:
@@ -446,11 +451,11 @@ class Controller(Device):
         io = request.io
         requests = self._requests[io]
         requests.discard(request)
-        unit = request.unit
-        if unit is not None:
-            unit.statistics.ended(self.clock() - request.begun)
+        statistics = request.statistics
+        if statistics is not None:
+            statistics.ended(self.clock() - request.begun)
             if srb_status != _SUCCESS:
-                unit.statistics.error(srb_status, sense)
+                statistics.error(srb_status, sense)
         status = Status.SUCCESS
         if srb_status != _SUCCESS:
             status = nt_status(srb_status)
@@ -505,12 +510,40 @@ class Controller(Device):
         }
 
     def save(self) -> bytes:
-        state = save_controller(self)
-        self._deactivate()  # whoever goes on with the guest may use the images
+        handshake = self.handshake
+        state = build_state(
+            self.name,
+            SavedController(
+                handshake.stage,
+                handshake.version,
+                handshake.subchannels,
+                self.max_transfer,
+                tuple(save_unit(place, unit) for place, unit in sorted(self.units.items())),
+                tuple(self.outstanding()),
+            ),
+        )
+        self._deactivate()  # the emulator that continues the guest locks the images
         return state
 
     def restore(self, state: bytes) -> None:
-        restore_controller(self, state)
+        saved = parse_state(self.name, state)
+        if saved.version is not None and saved.version > self.max_version:
+            raise DeviceError(
+                f"{self.name}: the guest agreed to protocol {saved.version}, here version={self.max_version} is set"
+            )
+        if saved.max_transfer > self.max_transfer:
+            transfer = saved.max_transfer >> 10
+            raise DeviceError(
+                f"{self.name}: the guest may send requests of {transfer} KiB; set transfer={transfer}"
+            )
+        for each in saved.units:
+            check_unit(self.name, each, self.units.get(each.place))
+        for each in saved.units:
+            restore_unit(each, self.units[each.place])
+        self.handshake = self.new_handshake()
+        self.handshake.stage, self.handshake.version = saved.stage, saved.version
+        self.handshake.subchannels = saved.subchannels
+        self.pending = list(saved.packets)
 
     def outstanding(self) -> list[tuple[int, Packet]]:
         """What the guest waits for, as channel and packet, oldest first; for saving."""
@@ -555,3 +588,21 @@ def _place(text: str) -> tuple[int, int]:
     """Return target and LUN of ``0:1`` or ``1`` (target 0); of anything else, a place that never has a unit."""
     found = _PLACE.fullmatch(text)
     return (int(found[1] or 0), int(found[2])) if found else (-1, -1)
+
+
+def _execute_without_unit(request: Request, places: Iterable[tuple[int, int]]) -> None:
+    """Execute REPORT LUNS, or a command for a unit that does not exist; ``places``: target and LUN of each unit.
+
+    Source: docs/protocol/devices.md#storage-units. INQUIRY answers with valid data that there is no unit, REPORT LUNS
+    always answers, the rest fails with INVALID_LUN on path 0, where Linux evaluates it, and with INVALID_TARGET_ID on
+    other paths.
+    """
+    srb, cdb = request.srb, request.cdb
+    if cdb[0] == Opcode.REPORT_LUNS:
+        luns = [] if srb.path else sorted(lun for target, lun in places if target == srb.target)
+        request.give(lun_list(luns), cdb_allocation(cdb))
+    elif cdb[0] == Opcode.INQUIRY and not cdb[1] & 1:
+        # With the additional length: Linux warns of an answer shorter than 36 bytes.
+        request.give(bytes((NO_DEVICE, 0, 0, 0, 31)) + bytes(31), cdb_allocation(cdb))
+    else:
+        request.finish(SrbStatus.INVALID_TARGET_ID if srb.path else SrbStatus.INVALID_LUN)

@@ -46,9 +46,8 @@ from vmbus_devices.scsi.backend import Backend, NullBackend
 from vmbus_devices.scsi.blocks import BlockUnit
 from vmbus_devices.scsi.fast.path import FastUnit
 from vmbus_devices.scsi.faults import FaultPlan
-from vmbus_devices.scsi.request import Request
+from vmbus_devices.scsi.request import CheckCondition, Request
 from vmbus_devices.scsi.reservations import Reservations
-from vmbus_devices.scsi.sense import CheckCondition
 
 MAX_UNMAP_DESCRIPTORS = 256
 MAX_UNMAP_BLOCKS = 0xFFFFFFFF

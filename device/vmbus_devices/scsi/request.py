@@ -1,10 +1,10 @@
-"""One command of a guest on its way through a unit.
+"""One command of a guest on its way through a unit, and the errors with which it can end.
 
     packet --Request--> LogicalUnit.execute --+--> succeed(), check(), finish()                    at once
                                               +--> (threads, timers) --> succeed(), check(), ...   later
 
-Exactly one of them is called, once. The data buffer is guest memory that the packet names; it is looked at by nobody
-but through here, and only as far as the guest's transfer length says.
+Exactly one of these methods is called, once. The data buffer is guest memory that the packet names; it is accessed
+through this class only, and only up to the guest's transfer length.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from vmbus.bus.io.guest_buffer import gpa_runs
 from vmbus.errors import GuestError
 from vmbus.ports import GuestMemory
 from vmbus.wire.packet import Packet
-from vmbus.wire.scsi import ScsiStatus, Sense
+from vmbus.wire.scsi import ScsiStatus, Sense, sense_data
 from vmbus.wire.storvsp import AUTOSENSE_VALID, Direction, ScsiRequest, SrbStatus
 
-from vmbus_devices.scsi.sense import CheckCondition
+from vmbus_devices.scsi.statistics import UnitStatistics
 
 if TYPE_CHECKING:
     from vmbus.bus.io.channel_io import ChannelIo
-
-    from vmbus_devices.scsi.unit import LogicalUnit
 
 Finished = Callable[["Request", int, int, int, bytes], None]
 """Called with SRB status, SCSI status, bytes transferred, sense data."""
@@ -32,10 +30,30 @@ Finished = Callable[["Request", int, int, int, bytes], None]
 _CHECKED = SrbStatus.ERROR | AUTOSENSE_VALID
 
 
+class ReservationConflict(Exception):
+    """The command ends with the status RESERVATION CONFLICT, which has no sense data."""
+
+
+class CheckCondition(Exception):
+    """The command is refused or has failed with CHECK CONDITION; the guest gets ``sense``.
+
+    Raised by units, caught by the controller. ``information``: the first LBA that failed.
+    """
+
+    def __init__(self, sense: Sense, information: int | None = None) -> None:
+        super().__init__(sense.name)
+        self.sense = sense
+        self.information = information
+
+    def data(self) -> bytes:
+        """Return 18 bytes of sense data."""
+        return sense_data(self.sense, self.information)
+
+
 class Request:
     """A command, its buffer, and how to answer it. Times in seconds."""
 
-    __slots__ = ("_finished", "begun", "cancel", "cdb", "io", "packet", "srb", "unit", "wanted")
+    __slots__ = ("_finished", "begun", "cancel", "cdb", "io", "packet", "srb", "statistics", "wanted")
 
     def __init__(
         self, io: ChannelIo, packet: Packet, srb: ScsiRequest, begun: float, finished: Finished
@@ -44,15 +62,15 @@ class Request:
         self.packet = packet
         self.srb = srb
         self.begun = begun
-        #: The unit that works on it; ``None`` for one that is not there.
-        self.unit: LogicalUnit | None = None
-        #: While it only waits: call this to have it given up (it does not answer).
+        self.statistics: UnitStatistics | None = None
+        """Of the unit that executes the command; ``None`` for a unit that does not exist."""
         self.cancel: Callable[[], None] | None = None
+        """Set while the command only waits: ends that, without an answer."""
         self._finished = finished
-        #: 16 bytes; whatever a shorter CDB leaves over is the guest's business.
         self.cdb = srb.cdb
-        #: Bytes that the guest lets the command transfer.
+        """16 bytes; behind the end of a shorter CDB they may be anything."""
         self.wanted = srb.transfer_length
+        """Bytes that the guest lets the command transfer."""
 
     @property
     def memory(self) -> GuestMemory:
@@ -60,7 +78,7 @@ class Request:
         return self.io.memory
 
     def runs(self, length: int) -> list[tuple[int, int]]:
-        """``(address, bytes)`` of the first ``length`` bytes of the buffer.
+        """Return ``(address, bytes)`` of the first ``length`` bytes of the buffer.
 
         Raises :class:`CheckCondition` when the guest's buffer is shorter.
         """
@@ -79,30 +97,30 @@ class Request:
         return runs
 
     def output(self, length: int) -> bytes:
-        """A copy of ``length`` bytes that the guest sends along (a parameter list)."""
+        """Return a copy of ``length`` bytes that the guest sends (a parameter list)."""
         read = self.memory.read
         return b"".join([read(gpa, step) for gpa, step in self.output_runs(length)])
 
     def input_runs(self, length: int) -> list[tuple[int, int]]:
-        """Where ``length`` bytes for the guest go."""
+        """Return where ``length`` bytes for the guest go."""
         if self.srb.direction == Direction.OUT:
             raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
         return self.runs(length)
 
     def output_runs(self, length: int) -> list[tuple[int, int]]:
-        """Where ``length`` bytes of the guest are."""
+        """Return where ``length`` bytes of the guest are."""
         if self.srb.direction == Direction.IN:
             raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
         return self.runs(length)
 
-    # --- one of these, once ----------------------------------------------------------------------------------
+    # --- results: one of these, once ---
 
     def succeed(self, transferred: int = 0) -> None:
-        """GOOD, after ``transferred`` bytes."""
+        """End with GOOD, after ``transferred`` bytes."""
         self._finished(self, SrbStatus.SUCCESS, ScsiStatus.GOOD, transferred, b"")
 
     def give(self, data: bytes, allocation: int) -> None:
-        """GOOD, with ``data`` about the device: as much as the CDB's allocation length and the buffer allow."""
+        """End with GOOD and ``data``, cut to the CDB's allocation length and the guest's buffer."""
         length = min(len(data), allocation, self.wanted)
         if length:
             done = 0
@@ -112,22 +130,22 @@ class Request:
         self.succeed(length)
 
     def check(self, condition: CheckCondition) -> None:
-        """CHECK CONDITION, with sense data."""
+        """End with CHECK CONDITION and sense data."""
         self._finished(self, _CHECKED, ScsiStatus.CHECK_CONDITION, 0, condition.data())
 
     def conflict(self) -> None:
-        """RESERVATION CONFLICT.
+        """End with RESERVATION CONFLICT.
 
-        There is no sense data with it; but where it is not marked as valid, Linux looks at no SCSI status either,
-        and takes the failure for one of the host (storvsc_handle_error).
+        It has no sense data. The SRB status says that sense data is valid all the same: otherwise Linux does not
+        evaluate the SCSI status, and treats the failure as one of the host (storvsc_handle_error).
         """
         self._finished(self, _CHECKED, ScsiStatus.RESERVATION_CONFLICT, 0, b"")
 
     def finish(self, srb_status: int) -> None:
-        """End without the unit's having a say: no such unit, aborted, malformed."""
+        """End with an SRB status and no SCSI status: no such unit, aborted, malformed."""
         self._finished(self, srb_status, ScsiStatus.GOOD, 0, b"")
 
     def refuse(self, error: GuestError) -> None:
-        """End because the request itself is wrong (memory that is not RAM); counted under its reason."""
+        """End a request that is itself wrong (memory that is not RAM); counted under the error's reason."""
         self.io.refusals.refuse(error.reason, error.detail)
         self.finish(SrbStatus.INVALID_REQUEST)

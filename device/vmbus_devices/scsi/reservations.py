@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from vmbus.errors import MalformedError
 from vmbus.wire.scsi import RESERVATION_LIST, Sense
 
-from vmbus_devices.scsi.sense import CheckCondition, ReservationConflict
+from vmbus_devices.scsi.request import CheckCondition, ReservationConflict
 
 REGISTER, RESERVE, RELEASE, CLEAR, PREEMPT, PREEMPT_AND_ABORT, REGISTER_AND_IGNORE = range(7)
 READ_KEYS, READ_RESERVATION, REPORT_CAPABILITIES = range(3)

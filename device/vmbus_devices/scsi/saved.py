@@ -1,14 +1,15 @@
 """What a storage controller keeps over a migration or a snapshot.
 
-The work in threads has ended before a device is saved, so what is outstanding are commands that wait: for a fault
-to let them go, for a reset to be answered. They are saved as the packets they came in, and done anew where the guest
-goes on. Images are not part of it: both sides must have the same, and only one may use it at a time.
+Work in threads has ended before a device is saved, so the commands that are left only wait: for the delay of a fault,
+or for the end of a reset. They are saved as the packets in which they came, and executed again where the guest
+continues. Images are not part of the state: both sides must have the same ones, and only one side may use them at a
+time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import construct as c
 from vmbus.errors import DeviceError, InternalError
@@ -20,9 +21,7 @@ from vmbus_devices.scsi.cdrom import CdRom
 from vmbus_devices.scsi.disk import Disk
 from vmbus_devices.scsi.handshake import Stage
 from vmbus_devices.scsi.reservations import TYPES, Reservations
-
-if TYPE_CHECKING:
-    from vmbus_devices.scsi.controller import Controller
+from vmbus_devices.scsi.unit import LogicalUnit
 
 VERSION = 1
 _NOTHING = 0xFFFF
@@ -42,7 +41,7 @@ UNIT = c.Struct(
     "reservation_type" / c.Int8ul,
     "reservation_generation" / c.Int64ul,
 )
-"""``flags``: of a CD-ROM, 1 there is a disc, 2 it must stay. ``attentions``: key, code, qualifier each."""
+"""``flags``: of a CD-ROM drive, 1: a disc is loaded, 2: it is locked. ``attentions``: key, code, qualifier each."""
 
 PACKET = c.Struct(
     "channel" / c.Int16ul,
@@ -80,6 +79,7 @@ class SavedUnit:
     """One unit of a saved controller."""
 
     place: tuple[int, int]
+    """Target and LUN."""
     type: int
     flags: int
     block_size: int
@@ -89,43 +89,92 @@ class SavedUnit:
     reservations: Reservations
 
 
-def save_controller(controller: Controller) -> bytes:
-    """``Device.save``. Images are free for the next one who wants them afterwards."""
-    handshake = controller.handshake
-    units = [
-        {
-            "target": target,
-            "lun": lun,
-            "type": unit.device_type,
-            "flags": unit.loaded | unit.locked << 1 if isinstance(unit, CdRom) else 0,
-            "block_size": unit.block_size,
-            "blocks": unit.blocks,
-            "serial": unit.identity.serial,
-            "attentions": [bytes(sense.value) for sense in unit.attentions],
-            "reservation_key": held.key,
-            "reservation_type": held.type,
-            "reservation_generation": held.generation,
-        }
-        for (target, lun), unit in sorted(controller.units.items())
-        for held in [unit.reservations if isinstance(unit, Disk) else Reservations()]
-    ]
+@dataclass(frozen=True, slots=True)
+class SavedController:
+    """The values of a saved controller."""
+
+    stage: Stage
+    version: ProtocolVersion | None
+    subchannels: int | None
+    max_transfer: int
+    """Bytes."""
+    units: tuple[SavedUnit, ...]
+    packets: tuple[tuple[int, Packet], ...]
+    """Channel and packet of each command without an answer, oldest first."""
+
+
+def save_unit(place: tuple[int, int], unit: LogicalUnit) -> SavedUnit:
+    """Return the values of a unit."""
+    return SavedUnit(
+        place,
+        unit.device_type,
+        unit.loaded | unit.locked << 1 if isinstance(unit, CdRom) else 0,
+        unit.block_size,
+        unit.blocks,
+        unit.identity.serial,
+        tuple(unit.attentions),
+        unit.reservations if isinstance(unit, Disk) else Reservations(),
+    )
+
+
+def check_unit(name: str, saved: SavedUnit, unit: LogicalUnit | None) -> None:
+    """Raise :class:`~vmbus.errors.DeviceError` if ``unit`` of controller ``name`` is not the one that was saved."""
+    where = f"{name}: target {saved.place[0]} LUN {saved.place[1]}"
+    if unit is None:
+        raise DeviceError(f"{where} is missing here")
+    found = (unit.device_type, unit.block_size, unit.blocks, unit.identity.serial)
+    wanted = (saved.type, saved.block_size, saved.blocks, saved.serial)
+    for what, here, there in zip(
+        ("type", "block size", "number of blocks", "serial"), found, wanted, strict=True
+    ):
+        if here != there:
+            raise DeviceError(f"{where} has another {what}: {here}, it was {there}")
+
+
+def restore_unit(saved: SavedUnit, unit: LogicalUnit) -> None:
+    """Give a unit, which was checked, its saved state."""
+    unit.attentions = list(saved.attentions)
+    if isinstance(unit, CdRom):
+        unit.loaded, unit.locked = bool(saved.flags & 1), bool(saved.flags & 2)
+    if isinstance(unit, Disk):
+        unit.reservations = saved.reservations
+
+
+def build_state(name: str, saved: SavedController) -> bytes:
+    """Return the saved state of controller ``name``. Raises :class:`~vmbus.errors.InternalError`."""
     state = {
         "version": VERSION,
-        "stage": handshake.stage.value,
-        "protocol": handshake.version or 0,
-        "subchannels": _NOTHING if handshake.subchannels is None else handshake.subchannels,
-        "max_transfer": controller.max_transfer,
-        "units": units,
-        "packets": [_built(channel, packet) for channel, packet in controller.outstanding()],
+        "stage": saved.stage.value,
+        "protocol": saved.version or 0,
+        "subchannels": _NOTHING if saved.subchannels is None else saved.subchannels,
+        "max_transfer": saved.max_transfer,
+        "units": [_built_unit(each) for each in saved.units],
+        "packets": [_built_packet(channel, packet) for channel, packet in saved.packets],
         "end": None,
     }
     try:
         return bytes(CONTROLLER.build(state))
     except c.ConstructError as error:
-        raise InternalError(f"{controller.name} cannot be saved: {error}") from error
+        raise InternalError(f"{name} cannot be saved: {error}") from error
 
 
-def _built(channel: int, packet: Packet) -> dict[str, Any]:
+def _built_unit(saved: SavedUnit) -> dict[str, Any]:
+    return {
+        "target": saved.place[0],
+        "lun": saved.place[1],
+        "type": saved.type,
+        "flags": saved.flags,
+        "block_size": saved.block_size,
+        "blocks": saved.blocks,
+        "serial": saved.serial,
+        "attentions": [bytes(sense.value) for sense in saved.attentions],
+        "reservation_key": saved.reservations.key,
+        "reservation_type": saved.reservations.type,
+        "reservation_generation": saved.reservations.generation,
+    }
+
+
+def _built_packet(channel: int, packet: Packet) -> dict[str, Any]:
     return {
         "channel": channel,
         "kind": packet.kind,
@@ -136,57 +185,35 @@ def _built(channel: int, packet: Packet) -> dict[str, Any]:
     }
 
 
-def restore_controller(controller: Controller, state: bytes) -> None:
-    """``Device.restore``: everything is checked before anything changes."""
-    name = controller.name
+def parse_state(name: str, state: bytes) -> SavedController:
+    """Return the values in a saved state of controller ``name``.
+
+    Raises :class:`~vmbus.errors.DeviceError` for state that is damaged or has another version.
+    """
     if len(state) < 2:
-        raise DeviceError(f"{name}: {len(state)} bytes are no saved state")
+        raise DeviceError(f"{name}: saved state is damaged: it has {len(state)} bytes")
     version = int.from_bytes(state[:2], "little")
     if version != VERSION:
-        raise DeviceError(f"{name}: saved state has version {version}, this emulator knows {VERSION}")
+        raise DeviceError(
+            f"{name}: saved state has version {version}; this emulator reads version {VERSION} only"
+        )
     try:
         saved = CONTROLLER.parse(state)
-        stage = Stage(saved.stage)
-        protocol = ProtocolVersion(saved.protocol) if saved.protocol else None
-        units = [_unit(each) for each in saved.units]
-        packets = [_packet(each) for each in saved.packets]
+        found = SavedController(
+            Stage(saved.stage),
+            ProtocolVersion(saved.protocol) if saved.protocol else None,
+            None if saved.subchannels == _NOTHING else saved.subchannels,
+            saved.max_transfer,
+            tuple(_unit(each) for each in saved.units),
+            tuple(_packet(each) for each in saved.packets),
+        )
     except (c.ConstructError, UnicodeError, ValueError, KeyError) as error:
         raise DeviceError(f"{name}: saved state is damaged: {error}") from error
-    if len(units) > _MAX_UNITS or len(packets) > _MAX_PACKETS:
-        raise DeviceError(f"{name}: saved state is damaged: {len(units)} units, {len(packets)} packets")
-    if protocol is not None and protocol > controller.max_version:
+    if len(found.units) > _MAX_UNITS or len(found.packets) > _MAX_PACKETS:
         raise DeviceError(
-            f"{name}: the guest agreed to protocol {protocol}, version={controller.max_version} here"
+            f"{name}: saved state is damaged: {len(found.units)} units, {len(found.packets)} packets"
         )
-    if saved.max_transfer > controller.max_transfer:
-        raise DeviceError(f"{name}: requests of {saved.max_transfer >> 10} KiB were promised; set transfer=")
-    for each in units:
-        _check(controller, each)
-    for each in units:
-        unit = controller.units[each.place]
-        unit.attentions = list(each.attentions)
-        if isinstance(unit, CdRom):
-            unit.loaded, unit.locked = bool(each.flags & 1), bool(each.flags & 2)
-        if isinstance(unit, Disk):
-            unit.reservations = each.reservations
-    handshake = controller.handshake = controller.new_handshake()
-    handshake.stage, handshake.version = stage, protocol
-    handshake.subchannels = None if saved.subchannels == _NOTHING else saved.subchannels
-    controller.pending = packets
-
-
-def _check(controller: Controller, saved: SavedUnit) -> None:
-    unit = controller.units.get(saved.place)
-    where = f"{controller.name}: target {saved.place[0]} LUN {saved.place[1]}"
-    if unit is None:
-        raise DeviceError(f"{where} is missing here")
-    found = (unit.device_type, unit.block_size, unit.blocks, unit.identity.serial)
-    wanted = (saved.type, saved.block_size, saved.blocks, saved.serial)
-    for what, here, there in zip(
-        ("type", "block size", "number of blocks", "serial"), found, wanted, strict=True
-    ):
-        if here != there:
-            raise DeviceError(f"{where} has another {what}: {here}, it was {there}")
+    return found
 
 
 def _unit(saved: Any) -> SavedUnit:
@@ -204,7 +231,9 @@ def _unit(saved: Any) -> SavedUnit:
 
 def _reservations(saved: Any) -> Reservations:
     if saved.reservation_type and (saved.reservation_type not in TYPES or not saved.reservation_key):
-        raise ValueError(f"a reservation of type {saved.reservation_type}")
+        raise ValueError(
+            f"an impossible reservation: type {saved.reservation_type}, key {saved.reservation_key:#x}"
+        )
     return Reservations(saved.reservation_key, saved.reservation_type, saved.reservation_generation)
 
 
@@ -215,7 +244,7 @@ def _packet(saved: Any) -> tuple[int, Packet]:
         pages += len(each.pfns)
         need = (each.byte_offset + each.byte_count + 4095) >> 12
         if each.byte_offset >= 4096 or not each.byte_count or need != len(each.pfns):
-            raise ValueError("a range that no packet has")
+            raise ValueError("a packet with an impossible range")
         ranges.append(GpaRange(each.byte_count, each.byte_offset, tuple(each.pfns)))
     if len(ranges) > MAX_RANGES or pages > MAX_PFNS or len(saved.payload) > 4 * PACKET_SIZE:
         raise ValueError("a packet that is too large")

@@ -2,7 +2,7 @@
 
     execute(request) --> refused by sense | unit attention | the command's method --> request.succeed(), give(), ...
 
-A method that raises :class:`~vmbus_devices.scsi.sense.CheckCondition` refuses the command. A pending unit attention
+A method that raises :class:`~vmbus_devices.scsi.request.CheckCondition` refuses the command. A pending unit attention
 is reported once, in place of the next command's result; INQUIRY, REPORT LUNS and REQUEST SENSE are answered
 regardless (SPC-4 5.6).
 """
@@ -38,8 +38,7 @@ from vmbus.wire.scsi import (
 
 from vmbus_devices.scsi.backend import Backend
 from vmbus_devices.scsi.fast.path import FastUnit
-from vmbus_devices.scsi.request import Request
-from vmbus_devices.scsi.sense import CheckCondition
+from vmbus_devices.scsi.request import CheckCondition, Request
 from vmbus_devices.scsi.statistics import UnitStatistics
 
 _logger = logging.getLogger(__name__)
