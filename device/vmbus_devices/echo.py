@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 COUNTERS = ("requests", "refused", "echoed_bytes", "filled_bytes", "summed_bytes", "generated")
 
 PIECE = 64
-"""Packets that GENERATE sends before others get their turn."""
+"""Packets that GENERATE sends before the event loop serves its other callers."""
 
 
 class EchoRefusal(GuestError):
@@ -142,7 +142,7 @@ class Echo(Device):
         self.counts = dict.fromkeys(COUNTERS, 0)
         self._generation: Generation | None = None
 
-    # --- what a device must have: an offer, and an answer to packets -----------------------------------------
+    # --- what a device must have: an offer, and an answer to packets ---
 
     def offer(self) -> Offer:
         """A plain channel. The GUIDs are how a guest's driver, or its user, finds the device."""
@@ -168,7 +168,7 @@ class Echo(Device):
             raise EchoRefusal(EchoStatus.UNKNOWN_OPERATION, f"{header.operation}")
 
     def refused(self, io: ChannelIo, packet: Packet, error: GuestError) -> None:
-        """Tell the guest why. Its packet may be anything, so what cannot be parsed is answered with zeros."""
+        """Answer with the reason. The packet may contain anything; if its header cannot be parsed, zeros are used."""
         self.counts["refused"] += 1
         if isinstance(error, EchoRefusal):
             status = error.status
@@ -181,31 +181,31 @@ class Echo(Device):
             header = parse_header(packet.payload)
         self._answer(io, packet, header, b"", status)
 
-    # --- what else a device may be told ----------------------------------------------------------------------
+    # --- other events ---
 
     def closed(self, io: ChannelIo) -> None:
-        """The guest is gone: so is what it asked for. The next open starts from zero."""
+        """Drop the generation under way: the next open starts from zero."""
         self._generation = None
 
     def writable(self, io: ChannelIo) -> None:
-        """Everything sent is in the ring (asked for with ``notify_room``): the time to send more."""
+        """Send more: all that was sent is in the ring (requested with ``notify_room``)."""
         self._send_generated(io)
 
     def status(self) -> dict[str, Any]:
-        """For ``vmbus status``."""
+        """Return what ``vmbus status`` shows."""
         return dict(self.counts)
 
-    # --- saving: one explicit record, never the objects themselves -------------------------------------------
+    # --- saving: one explicit record, never the objects themselves ---
 
     def save(self) -> bytes:
-        """The counters, and a generation under way. Requests and answers are in the rings, and saved there."""
+        """Return counters and a generation under way. Requests and answers are in the rings, and saved there."""
         going = self._generation or Generation(0, 0, 0, 0)
         return ECHO_SAVED.save(
             EchoSaved(**self.counts, next=going.next, count=going.count, size=going.size, burst=going.burst)
         )
 
     def restore(self, state: bytes) -> None:
-        """The inverse. Check everything before changing anything: the state may come from anywhere."""
+        """Restore what :meth:`save` returned. Check all of it before any change: the state may come from anywhere."""
         saved = ECHO_SAVED.load(state, self.name)
         self.counts = {counter: getattr(saved, counter) for counter in COUNTERS}
         self._generation = None
@@ -213,14 +213,14 @@ class Echo(Device):
             self._generation = Generation(saved.next, saved.count, saved.size, saved.burst)
 
     def resumed(self, io: ChannelIo) -> None:
-        """In place of ``opened`` after a restore: take up what was under way."""
+        """Continue a generation after a restore; called in place of ``opened``."""
         if self._generation is not None:
             io.notify_room()
 
-    # --- requests --------------------------------------------------------------------------------------------
+    # --- requests ---
 
     def _parse(self, packet: Packet) -> tuple[EchoHeader, bytes]:
-        """Header and data. The payload is padded to 8 bytes: only the header knows how long the data is."""
+        """Return header and data. The payload is padded to 8 bytes; the header has the length of the data."""
         if packet.kind is PacketType.TRANSFER_PAGES:
             raise EchoRefusal(EchoStatus.MALFORMED, "a packet of type 7")
         header = ECHO_HEADER.parse(
@@ -229,7 +229,8 @@ class Echo(Device):
         data = packet.payload[ECHO_HEADER.size :]
         if header.length > len(data):
             raise EchoRefusal(
-                EchoStatus.MALFORMED, f"{header.length} bytes of data promised, {len(data)} sent"
+                EchoStatus.MALFORMED,
+                f"the header announces {header.length} bytes of data, {len(data)} were sent",
             )
         data = data[: header.length]
         if zlib.crc32(data) != header.checksum:
@@ -240,8 +241,8 @@ class Echo(Device):
         ranges, source = _ranges(io, packet, data)
         if not source:
             raise EchoRefusal(EchoStatus.MALFORMED, "nothing to fill with")
-        # GuestBuffer checks that all of it is RAM before the first byte is written, and writes through
-        # GuestMemory: the only way that QEMU learns of (stale translated code, dirty pages).
+        # GuestBuffer checks that all of it is RAM before the first byte is written. It writes through GuestMemory,
+        # the only way in which QEMU's translated code and its dirty log stay correct.
         buffer = GuestBuffer(io.memory, ranges)
         buffer.write((source * (buffer.length // len(source) + 1))[: buffer.length])
         self.counts["filled_bytes"] += buffer.length
@@ -283,11 +284,11 @@ class Echo(Device):
             if going.next == going.count:
                 self._generation = None
                 return
-        # Ask to be called again once all of this is in the ring. While it is full that is when the guest makes
-        # room: it is asked for a signal, and nothing polls.
+        # writable() is called once all of this is in the ring. While the ring is full, that is when the guest has
+        # made room and signals: nothing polls.
         io.notify_room()
 
-    # --- answers ---------------------------------------------------------------------------------------------
+    # --- answers ---
 
     def _answer(
         self,
@@ -297,13 +298,13 @@ class Echo(Device):
         data: bytes,
         status: EchoStatus = EchoStatus.OK,
     ) -> None:
-        """``io.answer`` completes what asked for a completion, and sends an in-band packet otherwise."""
+        """Answer with ``io.answer``: a completion if one was requested, an in-band packet otherwise."""
         crc = zlib.crc32(data)
         io.answer(packet, build_header(header.operation, status, len(data), header.sequence, crc) + data)
 
 
 def _ranges(io: ChannelIo, packet: Packet, data: bytes) -> tuple[list[GpaRange], bytes]:
-    """The guest memory that a request names, and the data behind the list of it, if there is a list."""
+    """Return the guest memory that a request names, and the data that follows."""
     if packet.kind is PacketType.GPA_DIRECT:
         ranges, rest = list(packet.ranges), data
     else:
@@ -323,7 +324,7 @@ def _ranges(io: ChannelIo, packet: Packet, data: bytes) -> tuple[list[GpaRange],
 
 
 def _named_range(io: ChannelIo, wanted: EchoRange) -> GpaRange:
-    """The pages of a range that the guest names by address, or by a place in a GPADL of the channel."""
+    """Return the pages of a range that the guest names by address, or by an offset in a GPADL of the channel."""
     if not 0 < wanted.length <= MAX_TRANSFER:
         raise EchoRefusal(EchoStatus.TOO_LARGE, f"a range of {wanted.length} bytes")
     first, offset = divmod(wanted.address, PAGE_SIZE)

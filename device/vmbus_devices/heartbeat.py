@@ -1,4 +1,4 @@
-"""The heartbeat: whether the guest is alive, and how long a round trip takes.
+"""The heartbeat: shows whether the guest is alive, and measures round trips.
 
 Source: docs/protocol/devices.md#heartbeat. Every ``interval`` the guest gets a sequence number, and returns it plus
 one.
@@ -9,7 +9,7 @@ one.
     | lost    | an answer                              | alive |
     | any     | the guest closes the channel           | unknown |
 
-While a beat is unanswered no other one is sent, so a guest that hangs does not find a full ring when it wakes.
+While a beat is unanswered no other one is sent, so the ring of a guest that hangs does not fill up.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ from vmbus_devices.ic import IC_SAVED_BYTES, IntegrationComponent
 _logger = logging.getLogger(__name__)
 
 DEFAULT_INTERVAL = 2.0
-"""Seconds; what Hyper-V does. Also how often a silent guest is noticed when beats go as fast as they can."""
+"""Seconds, as on Hyper-V. With interval=0, also the time after which an unanswered beat counts as missed."""
 MISSED_BEATS = 3
 
 
 class Contact(enum.Enum):
-    """What is known of the guest."""
+    """The state of the guest, as far as its answers show."""
 
     UNKNOWN = "unknown"
     ALIVE = "alive"
@@ -60,7 +60,7 @@ class Contact(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class HeartbeatSaved:
-    """Kept over a restore besides what every component keeps."""
+    """What the heartbeat keeps over a restore, besides what every component keeps."""
 
     sequence: int
     sent: int
@@ -80,21 +80,23 @@ HEARTBEAT_SAVED = SavedState(
 
 
 class Heartbeat(IntegrationComponent):
-    """Asks the guest, again and again, whether it is alive."""
+    """Checks at intervals whether the guest answers."""
 
     name = "heartbeat"
     interface_id = HEARTBEAT_INTERFACE
     instance_id = HEARTBEAT_INSTANCE
     message_type = IcMessageType.HEARTBEAT
     message_versions = (IcVersion(1, 0), IcVersion(3, 0))
-    least_body = HEARTBEAT_MIN_BODY
+    min_body = HEARTBEAT_MIN_BODY
 
     def __init__(
         self,
         *,
         interval: Annotated[
             float,
-            Help("seconds between two beats; 0: the next when the last is answered", least=0, most=86400),
+            Help(
+                "seconds between two beats; 0: send the next as soon as one is answered", least=0, most=86400
+            ),
         ] = DEFAULT_INTERVAL,
         clock: Callable[[], float] = time.perf_counter,
         contact_changed: Callable[[Contact], None] | None = None,
@@ -105,11 +107,11 @@ class Heartbeat(IntegrationComponent):
         self.contact = Contact.UNKNOWN
         self.contact_changed = contact_changed
         self.sequence = 0
-        """Of the next beat."""
+        """Sequence number of the next beat."""
         self.sent = 0
         self.answers = 0
         self.missed = 0
-        """Intervals without an answer, in a row."""
+        """Consecutive intervals without an answer."""
         self.missed_total = 0
         self.odd_answers = 0
         """Answers with a status, or with another sequence than the one sent plus one."""
@@ -125,15 +127,15 @@ class Heartbeat(IntegrationComponent):
         self._beat()
         self._arm()
 
-    def taken_up(self) -> None:
-        """After a restore; the beat that is under way counts, its time does not."""
+    def ready_again(self) -> None:
+        """Continue after a restore; the round trip of a beat under way is not measured."""
         self._sent_at = None
         if not self.pending:
             self._beat()
         self._arm()
 
     def answered(self, header: IcHeader, body: bytes) -> None:
-        """The guest is alive."""
+        """Count the answer: the guest is alive."""
         self.answers += 1
         if self._sent_at is not None:
             self.round_trips.add(self._clock() - self._sent_at)
@@ -149,22 +151,22 @@ class Heartbeat(IntegrationComponent):
             self._beat()
 
     def unanswered(self) -> None:
-        """An answer that could not be taken is no sign of life that means anything."""
+        """Count a refused answer as a missed beat."""
         self._miss()
 
     def disconnected(self, pending: bool) -> None:
-        """Nothing is known of the guest any more."""
+        """Set the contact to unknown."""
         self._disarm()
         self.missed = 0
         self._contact(Contact.UNKNOWN)
 
     def stop(self) -> None:
-        """No more beats."""
+        """Send no more beats."""
         self._disarm()
         super().stop()
 
     def status(self) -> dict[str, Any]:
-        """Contact, counters, round-trip times."""
+        """Return contact, counters, and round-trip times."""
         try:
             application = ApplicationState(self.application_state).name.lower()
         except ValueError:
@@ -181,12 +183,12 @@ class Heartbeat(IntegrationComponent):
         }
 
     def save(self) -> bytes:
-        """Versions, sequence and counters."""
+        """Return versions, sequence and counters."""
         own = HeartbeatSaved(self.sequence, self.sent, self.answers, self.application_state)
         return super().save() + HEARTBEAT_SAVED.save(own)
 
     def restore(self, state: bytes) -> None:
-        """The inverse of :meth:`save`."""
+        """Restore what :meth:`save` returned."""
         own = HEARTBEAT_SAVED.load(state[IC_SAVED_BYTES:], self.name)
         super().restore(state[:IC_SAVED_BYTES])
         self.sequence, self.sent, self.answers = own.sequence, own.sent, own.answers

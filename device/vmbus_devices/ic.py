@@ -8,7 +8,7 @@ versions when the channel opens, then asks, and the guest answers each request o
     | CLOSED      | guest opens                    | NEGOTIATING; the lists of versions go out          |
     | NEGOTIATING | answer with one of each list   | READY, ``ready()``                                 |
     | NEGOTIATING | answer with none               | UNSUPPORTED                                        |
-    | NEGOTIATING | an answer to something else    | stale (of before a restore): dropped               |
+    | NEGOTIATING | an answer to something else    | stale (from before a restore): dropped             |
     | READY       | answer to the pending request  | ``answered()``                                     |
     | READY       | damaged answer                 | refused; ``unanswered()``                          |
     | READY       | no answer in time              | ``overdue()``; the request stays pending           |
@@ -26,7 +26,7 @@ Refusals are counted by the channel, under these reasons:
     | ic-stale-answer      | the answer to no request, or not to the pending one                            |
     | ic-wrong-type        | the id of the pending request, the type of another component                   |
     | ic-bad-version       | a version that was not offered, or an impossible number of them                |
-    | ic-short-body        | a body shorter than the message type's least                                   |
+    | ic-short-body        | a body shorter than the message type's minimum                                 |
 """
 
 from __future__ import annotations
@@ -70,10 +70,9 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-NEGOTIATION_PATIENCE = 30.0
-"""Seconds after which a guest that has not answered is mentioned in the log. Nothing is sent again: the request
-lies in the ring, and a guest whose service starts late answers it late
-(docs/protocol/devices.md#time-limits-of-linux)."""
+NEGOTIATION_TIMEOUT = 30.0
+"""Seconds without an answer after which the log says so. The offer is not sent again: it stays in the ring, and a
+guest whose service starts late answers it late (docs/protocol/devices.md#time-limits-of-linux)."""
 
 
 class IcState(enum.Enum):
@@ -116,15 +115,15 @@ IC_SAVED_BYTES = IC_SAVED.size
 
 
 class IntegrationComponent(Device):
-    """One integration component. A subclass names itself, its versions, and what it does when it is ready."""
+    """One integration component. A subclass defines its identity, its versions, and what it does when ready."""
 
     interface_id: ClassVar[uuid.UUID]
     instance_id: ClassVar[uuid.UUID]
     message_type: ClassVar[IcMessageType]
     message_versions: tuple[IcVersion, ...]
-    """What is offered, lowest first. Read when the channel opens."""
-    least_body: ClassVar[int] = 0
-    """Bytes of body that an answer must have."""
+    """The versions that are offered, lowest first. Read when the channel opens."""
+    min_body: ClassVar[int] = 0
+    """Bytes of body that an answer must have at least."""
 
     def __init__(self) -> None:
         self.state = IcState.CLOSED
@@ -137,58 +136,60 @@ class IntegrationComponent(Device):
         self._next_transaction = 1
         self._timer: TimerHandle | None = None
 
-    # --- for subclasses --------------------------------------------------------------------------------------
+    # --- for subclasses ---
 
     @abc.abstractmethod
     def ready(self) -> None:
-        """Versions are agreed on: requests may be sent from now on."""
+        """Called when the versions are negotiated: requests may be sent from now on."""
 
     @abc.abstractmethod
     def answered(self, header: IcHeader, body: bytes) -> None:
-        """The answer to the pending request, with at least ``least_body`` bytes of body (if its status is 0)."""
+        """Called with the answer to the pending request; its body has at least ``min_body`` bytes if status is 0."""
 
     def unanswered(self) -> None:
-        """The answer came, but was refused: there is no pending request any more."""
+        """Called when the answer was refused; no request is pending any more."""
 
     def overdue(self) -> None:
-        """The time that :meth:`request` gave has passed. The answer may still come."""
+        """Called when the timeout of :meth:`request` has passed. The answer may still come."""
 
     def disconnected(self, pending: bool) -> None:
-        """The guest closed the channel; ``pending``: without answering the request that was under way."""
+        """Called when the guest closed the channel; ``pending``: a request had no answer yet."""
 
     @property
     def pending(self) -> bool:
-        """Whether a request waits for its answer."""
+        """Whether a request has no answer yet."""
         return self.state is IcState.READY and self._pending is not None
 
-    def request(self, body: bytes, *, patience: float | None = None) -> None:
-        """Send a request; ``overdue`` is called after ``patience`` seconds without an answer.
+    def request(self, body: bytes, *, timeout: float | None = None) -> None:
+        """Send a request; ``overdue`` is called after ``timeout`` seconds without an answer.
 
         Guests take one request at a time. Raises :class:`~vmbus.errors.InternalError` while one is pending,
         or when the component is not ready.
         """
         if self.state is not IcState.READY or self._pending is not None:
-            raise InternalError(f"{self.name}: a request while {self.state.value}, pending: {self._pending}")
+            raise InternalError(
+                f"{self.name}: a request in state {self.state.value}, with request {self._pending} pending"
+            )
         transaction = self._next_transaction
         self._next_transaction = (transaction + 1) % 256
         self._send(self.message_type, transaction, body)
         self._pending = transaction
-        if patience is not None:
-            self.expect(patience)
+        if timeout is not None:
+            self.expect(timeout)
 
-    def expect(self, patience: float) -> None:
-        """Have ``overdue`` called if the pending request's answer does not come in ``patience`` seconds."""
-        self._after(patience, self.overdue)
+    def expect(self, timeout: float) -> None:
+        """Have ``overdue`` called if the pending request has no answer within ``timeout`` seconds."""
+        self._after(timeout, self.overdue)
 
     def abandon(self) -> None:
-        """Wait for the pending request's answer no longer: should it come, it is stale."""
+        """Drop the pending request: an answer that still comes is stale."""
         self._pending = None
         self._cancel()
 
-    # --- Device ----------------------------------------------------------------------------------------------
+    # --- Device ---
 
     def offer(self) -> Offer:
-        """A channel in message mode, as Hyper-V offers all its integration components."""
+        """Return the offer of a channel in message mode, as Hyper-V offers its integration components."""
         return Offer(
             interface_id=self.interface_id,
             instance_id=self.instance_id,
@@ -203,19 +204,19 @@ class IntegrationComponent(Device):
         self._negotiate()
 
     def resumed(self, io: ChannelIo) -> None:
-        """Go on where the saved component was; negotiate if it had not come to an end."""
+        """Continue where the saved component was; negotiate if the negotiation had not ended."""
         self._io = io
         if self.state is IcState.READY:
-            self.taken_up()
+            self.ready_again()
         else:
             self._negotiate()
 
-    def taken_up(self) -> None:
-        """In place of :meth:`ready` after a restore with the versions of before."""
+    def ready_again(self) -> None:
+        """Called in place of :meth:`ready` after a restore that kept the negotiated versions."""
         self.ready()
 
     def closed(self, io: ChannelIo) -> None:
-        """Forget everything that was agreed on."""
+        """Clear what was negotiated."""
         self._cancel()
         pending = self.pending
         self.state = IcState.CLOSED
@@ -226,11 +227,11 @@ class IntegrationComponent(Device):
         self.disconnected(pending)
 
     def stop(self) -> None:
-        """Cancel what is under way."""
+        """Cancel the timer."""
         self._cancel()
 
     def packet(self, io: ChannelIo, packet: Packet) -> None:
-        """An answer of the guest's."""
+        """Take an answer of the guest."""
         if packet.kind is not PacketType.IN_BAND:
             raise GuestError("ic-unexpected-packet", f"type {packet.kind}")
         header, body = _parse(packet.payload)
@@ -239,20 +240,20 @@ class IntegrationComponent(Device):
             self._negotiated(body)
         else:
             self._take_answer(header, body)
-        if packet.completion_requested:  # no real guest asks for one, but it is owed
+        if packet.completion_requested:  # no known guest requests one
             io.complete(packet.transaction_id)
 
     def status(self) -> dict[str, Any]:
-        """State and versions."""
+        """Return state and versions."""
         report: dict[str, Any] = {"state": self.state.value}
         if self.version is not None:
             report |= {"framework": str(self.framework), "version": str(self.version)}
         return report
 
-    # --- saving ----------------------------------------------------------------------------------------------
+    # --- saving ---
 
     def save(self) -> bytes:
-        """Versions, and the transaction that waits for its answer. Subclasses append their own record."""
+        """Return versions, and the pending transaction. Subclasses append their own record."""
         none = IcVersion(0, 0)
         framework, version = self.framework or none, self.version or none
         return IC_SAVED.save(
@@ -280,12 +281,12 @@ class IntegrationComponent(Device):
             return
         if framework not in FRAMEWORK_VERSIONS or version not in self.message_versions:
             raise DeviceError(
-                f"{self.name}: versions {framework} and {version} were agreed on, but are not offered here"
+                f"{self.name}: versions {framework} and {version} were negotiated, but are not offered here"
             )
         self.state, self.framework, self.version = IcState.READY, framework, version
         self._pending = saved.pending_transaction if saved.pending else None
 
-    # --- private ---------------------------------------------------------------------------------------------
+    # --- private ---
 
     def _negotiate(self) -> None:
         self.state = IcState.NEGOTIATING
@@ -293,7 +294,7 @@ class IntegrationComponent(Device):
         self._pending = None
         offer = NegotiateOffer(FRAMEWORK_VERSIONS, self.message_versions)
         self._send(IcMessageType.NEGOTIATE, 0, NEGOTIATE_OFFER.build(offer))
-        self._after(NEGOTIATION_PATIENCE, self._still_negotiating)
+        self._after(NEGOTIATION_TIMEOUT, self._still_negotiating)
 
     def _still_negotiating(self) -> None:
         _logger.info("%s: the guest has not answered the offer of versions yet", self.name)
@@ -307,7 +308,7 @@ class IntegrationComponent(Device):
         if counts == (0, 0):
             self.state = IcState.UNSUPPORTED
             _logger.warning(
-                "%s: the guest knows none of the versions %s",
+                "%s: the guest supports none of the versions %s",
                 self.name,
                 ", ".join(map(str, self.message_versions)),
             )
@@ -335,14 +336,14 @@ class IntegrationComponent(Device):
         if header.message_type != self.message_type:
             self.unanswered()
             raise GuestError("ic-wrong-type", f"{header.message_type}")
-        if header.status == IcStatus.OK and len(body) < self.least_body:
+        if header.status == IcStatus.OK and len(body) < self.min_body:
             self.unanswered()
-            raise GuestError("ic-short-body", f"{len(body)} bytes, at least {self.least_body}")
+            raise GuestError("ic-short-body", f"{len(body)} bytes, at least {self.min_body}")
         self.answered(header, body)
 
     def _send(self, message_type: IcMessageType, transaction: int, body: bytes) -> None:
         if self._io is None:
-            raise InternalError(f"{self.name}: nothing can be sent while closed")
+            raise InternalError(f"{self.name}: a message while the channel is closed")
         none = IcVersion(0, 0)
         header = IcHeader(
             framework=self.framework or none,
@@ -366,7 +367,7 @@ class IntegrationComponent(Device):
 
 
 def _parse(payload: bytes) -> tuple[IcHeader, bytes]:
-    """Header and body of an answer; the payload is padded to 8 bytes."""
+    """Return header and body of an answer; the payload is padded to 8 bytes."""
     if len(payload) < BODY_OFFSET:
         raise GuestError("ic-short", f"{len(payload)} bytes")
     pipe, header = parse_message(payload)

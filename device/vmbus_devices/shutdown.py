@@ -1,15 +1,15 @@
 """Shutdown: asks the guest to power off, restart or hibernate.
 
-Source: docs/protocol/devices.md#shutdown. The guest's answer is its intention: "ok" comes before it acts. That the
-machine is off is seen from QEMU, not here.
+Source: docs/protocol/devices.md#shutdown. The guest answers "ok" before it acts, so the answer announces an
+intention. QEMU reports the end of the machine.
 
     | outcome     | means                                                                           |
-    | OK          | the guest has begun                                                             |
+    | OK          | the guest will do it                                                            |
     | FAILED      | the guest refuses; ``status`` says why (hibernation without S4, ...)            |
-    | NOT_READY   | nothing was asked: no driver in the guest has opened the channel and negotiated |
-    | IN_PROGRESS | nothing was asked: another request waits for its answer                         |
-    | NO_ANSWER   | asked, but the guest has not answered in time                                   |
-    | GONE        | asked, but the guest closed the channel before it answered                      |
+    | NOT_READY   | nothing was sent: no driver in the guest has opened the channel and negotiated  |
+    | IN_PROGRESS | nothing was sent: another request has no answer yet                             |
+    | NO_ANSWER   | the guest has not answered in time                                              |
+    | GONE        | the guest closed the channel before it answered                                 |
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from vmbus_devices.ic import IC_SAVED_BYTES, IntegrationComponent
 
 _logger = logging.getLogger(__name__)
 
-PATIENCE = 30.0
-"""Seconds for an answer. Guests answer before they act, so only one that hangs needs longer."""
+ANSWER_TIMEOUT = 30.0
+"""Seconds for an answer. Guests answer before they act, so only a guest that hangs needs longer."""
 
 
 class ShutdownAction(enum.Enum):
-    """What the guest is asked to do."""
+    """What is requested of the guest."""
 
     SHUTDOWN = "shutdown"
     RESTART = "restart"
@@ -64,7 +64,7 @@ _ACTION_FLAGS = {
 
 
 class ShutdownOutcome(enum.Enum):
-    """How a request ended; see the table above."""
+    """The end of a request; see the table above."""
 
     OK = "ok"
     FAILED = "failed"
@@ -95,7 +95,7 @@ Done = Callable[[ShutdownResult], None]
 
 @dataclass(frozen=True, slots=True)
 class ShutdownSaved:
-    """Kept over a restore; who asked cannot be kept, what the guest says is logged then."""
+    """What shutdown keeps over a restore. The caller of a request cannot be kept; its result is logged."""
 
     requests: int
 
@@ -131,7 +131,7 @@ class Shutdown(IntegrationComponent):
         """Ask the guest. ``done`` is called exactly once, perhaps before this returns.
 
         ``force``: the guest shall not wait for its programs. ``timeout`` (seconds) and ``message`` are for the
-        guest's users; Linux looks at neither. Raises :class:`~vmbus.errors.UsageError` for an action that
+        guest's users; Linux ignores both. Raises :class:`~vmbus.errors.UsageError` for an action that
         does not exist, or a message or number that does not fit; ``done`` is not called then.
         """
         body = _body(action, force, reason, timeout, message)
@@ -142,7 +142,7 @@ class Shutdown(IntegrationComponent):
         else:
             self.requests += 1
             self._done = done
-            self.request(body, patience=PATIENCE)
+            self.request(body, timeout=ANSWER_TIMEOUT)
 
     async def ask(self, action: ShutdownAction | str, **details: Any) -> ShutdownResult:
         """:meth:`shut_down` for coroutines."""
@@ -165,47 +165,47 @@ class Shutdown(IntegrationComponent):
         return {"result": str(result), "agreed": result.outcome is ShutdownOutcome.OK}
 
     def ready(self) -> None:
-        """Nothing is sent until somebody asks."""
+        """Wait for a request."""
 
-    def taken_up(self) -> None:
-        """After a restore: the answer of a pending request is still awaited, by this object alone."""
+    def ready_again(self) -> None:
+        """Continue to wait for the answer to a pending request after a restore."""
         if self.pending:
-            self.expect(PATIENCE)
+            self.expect(ANSWER_TIMEOUT)
 
     def answered(self, header: IcHeader, body: bytes) -> None:
-        """The guest has decided."""
+        """End the request with the guest's status."""
         if header.status == IcStatus.OK:
             self._end(ShutdownResult(ShutdownOutcome.OK))
         else:
             self._end(ShutdownResult(ShutdownOutcome.FAILED, header.status))
 
     def unanswered(self) -> None:
-        """Whatever the guest meant, it was no answer."""
+        """End the request: its answer was refused."""
         self._end(ShutdownResult(ShutdownOutcome.NO_ANSWER))
 
     def overdue(self) -> None:
-        """Wait no longer; another request may be made."""
+        """End the request, so that another one may be made."""
         self.abandon()
         self._end(ShutdownResult(ShutdownOutcome.NO_ANSWER))
 
     def disconnected(self, pending: bool) -> None:
-        """The guest went, perhaps because it does as it was told."""
+        """End the request: the guest closed the channel, perhaps as part of its shutdown."""
         if pending:
             self._end(ShutdownResult(ShutdownOutcome.GONE))
 
     def status(self) -> dict[str, Any]:
-        """State, and the last result."""
+        """Return the state, and the last result."""
         report = super().status() | {"requests": self.requests, "pending": self.pending}
         if self.last_result is not None:
             report["last_result"] = str(self.last_result)
         return report
 
     def save(self) -> bytes:
-        """Versions, and whether an answer is awaited."""
+        """Return versions, and whether a request is pending."""
         return super().save() + SHUTDOWN_SAVED.save(ShutdownSaved(self.requests))
 
     def restore(self, state: bytes) -> None:
-        """The inverse of :meth:`save`."""
+        """Restore what :meth:`save` returned."""
         own = SHUTDOWN_SAVED.load(state[IC_SAVED_BYTES:], self.name)
         super().restore(state[:IC_SAVED_BYTES])
         self.requests = own.requests
@@ -227,14 +227,15 @@ def _body(action: ShutdownAction | str, force: bool, reason: int, timeout: int, 
         flags = _ACTION_FLAGS[ShutdownAction(action)]
     except ValueError as error:
         allowed = ", ".join(each.value for each in ShutdownAction)
-        raise UsageError(f"{action!r}: a guest can be asked to {allowed}") from error
+        raise UsageError(f"{action!r}: not one of {allowed}") from error
     if force:
         flags |= ShutdownFlags.FORCE
     text = message.encode("utf-16-le", errors="replace")
     if len(text) > SHUTDOWN_MESSAGE_BYTES - 2:
-        raise UsageError(f"a message of {len(message)} characters; at most {SHUTDOWN_MESSAGE_BYTES // 2 - 1}")
+        limit = SHUTDOWN_MESSAGE_BYTES // 2 - 1
+        raise UsageError(f"the message has {len(message)} characters; at most {limit} are possible")
     if not (0 <= reason <= 0xFFFF_FFFF and 0 <= timeout <= 0xFFFF_FFFF):
-        raise UsageError(f"reason {reason:#x}, timeout {timeout}: 32 bits each")
+        raise UsageError(f"reason {reason:#x}, timeout {timeout}: each must fit into 32 bits")
     return SHUTDOWN_BODY.build(
         ShutdownBody(reason, timeout, int(flags), text.ljust(SHUTDOWN_MESSAGE_BYTES, b"\0"))
     )

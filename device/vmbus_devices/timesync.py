@@ -3,7 +3,7 @@
 Source: docs/protocol/devices.md#time-synchronisation. After negotiation one *sync* (the guest sets its clock), then
 *samples* (Linux feeds them to the PTP clock "hyperv"), each ``interval`` seconds after the answer to the one before.
 
-    | message version | what goes out                                             | guests correct for the way  |
+    | message version | content                                                   | guests correct for latency  |
     | 1.0, 3.0        | host time                                                 | no                          |
     | 4.0             | host time, and the reference counter of the same moment   | yes, by their own counter   |
 
@@ -39,9 +39,9 @@ from vmbus.wire.ic import (
 from vmbus_devices.ic import IntegrationComponent
 
 DEFAULT_INTERVAL = 5.0
-"""Seconds; a guest takes a sample older than 600 s for a dead host."""
-PATIENCE = 60.0
-"""Seconds without an answer that are counted as one missed; the guest may be stopped, so nothing is given up."""
+"""Seconds; a guest considers the host dead when the last sample is older than 600 s."""
+ANSWER_TIMEOUT = 60.0
+"""Seconds after which an answer counts as missed. It is still waited for: the guest may be stopped."""
 
 WITH_REFERENCE = IcVersion(4, 0)
 WITHOUT_REFERENCE = (IcVersion(1, 0), IcVersion(3, 0))
@@ -72,7 +72,7 @@ class TimeSync(IntegrationComponent):
         self.samples = 0
         self.answers = 0
         self.failed = 0
-        """Answers with a status other than ok, or that were refused."""
+        """Answers with a status other than ok, and answers that were refused."""
         self.missed = 0
         self._reference = reference
         self._reference_time: Callable[[], int] | None = None
@@ -81,49 +81,49 @@ class TimeSync(IntegrationComponent):
         self._next: TimerHandle | None = None
 
     def start(self, environment: DeviceEnvironment) -> None:
-        """See whether there is a reference clock."""
+        """Offer version 4.0 if the reference counter can be read."""
         super().start(environment)
         if self._reference and environment.reference_time is not None:
             self._reference_time = environment.reference_time
             self.message_versions = (*WITHOUT_REFERENCE, WITH_REFERENCE)
 
     def sync(self) -> None:
-        """Have the guest set its clock as soon as it can be asked (after a pause of the machine, say)."""
+        """Have the guest set its clock as soon as no request is pending, for example after a pause of the machine."""
         self._sync_wanted = True
         if self.version is not None and not self.pending:
-            self._tell()
+            self._send_time()
 
     def ready(self) -> None:
-        """Set the guest's clock."""
+        """Have the guest set its clock."""
         self.sync()
 
     def answered(self, header: IcHeader, body: bytes) -> None:
-        """The guest has heard it."""
+        """Plan the next sample."""
         self.answers += 1
         self.failed += header.status != IcStatus.OK
         self._plan()
 
     def unanswered(self) -> None:
-        """No real answer; go on all the same."""
+        """Count the refused answer, and plan the next sample."""
         self.failed += 1
         self._plan()
 
     def overdue(self) -> None:
-        """The guest does not react."""
+        """Count a missed answer."""
         self.missed += 1
 
     def disconnected(self, pending: bool) -> None:
-        """Nobody listens."""
+        """Plan nothing more."""
         self._disarm()
         self._sync_wanted = False
 
     def stop(self) -> None:
-        """No more samples."""
+        """Send no more samples."""
         self._disarm()
         super().stop()
 
     def status(self) -> dict[str, Any]:
-        """State and counters."""
+        """Return state and counters."""
         return super().status() | {
             "syncs": self.syncs,
             "samples": self.samples,
@@ -133,37 +133,37 @@ class TimeSync(IntegrationComponent):
         }
 
     def save(self) -> bytes:
-        """Nothing: a restored guest is told anew, since its clock stood still."""
+        """Return nothing: a restored guest sets its clock again, since it stood still."""
         return b""
 
     def restore(self, state: bytes) -> None:
-        """Versions are negotiated again, then the guest's clock is set."""
+        """Check that there is no state: versions are negotiated again, and the guest sets its clock."""
         if state:
             raise DeviceError(f"{self.name} keeps no state, but was given {len(state)} bytes")
 
-    def _tell(self) -> None:
+    def _send_time(self) -> None:
         self._disarm()
         flags = TimeSyncFlags.SYNC if self._sync_wanted else TimeSyncFlags.SAMPLE
         self.syncs += self._sync_wanted
         self.samples += not self._sync_wanted
         self._sync_wanted = False
-        self.request(self._body(flags), patience=PATIENCE)
+        self.request(self._body(flags), timeout=ANSWER_TIMEOUT)
 
     def _body(self, flags: TimeSyncFlags) -> bytes:
         if self.version != WITH_REFERENCE or self._reference_time is None:
             host_time = self._wall_clock() // 100 + UNIX_EPOCH
             return TIMESYNC_BODY.build(TimeSyncBody(host_time, guest_time=0, round_trip=0, flags=int(flags)))
-        # Both clocks at the same moment: the guest takes the difference for the message's time on the way.
+        # Both clocks are read at the same moment: the guest computes the latency of the message from them.
         reference_time = self._reference_time()
         host_time = self._wall_clock() // 100 + UNIX_EPOCH
         return TIMESYNC_REFERENCE_BODY.build(TimeSyncReferenceBody(host_time, reference_time, int(flags)))
 
     def _plan(self) -> None:
         if self._sync_wanted:
-            self._tell()
+            self._send_time()
         else:
             self._disarm()
-            self._next = self.environment.timers.call_later(self.interval, self._tell)
+            self._next = self.environment.timers.call_later(self.interval, self._send_time)
 
     def _disarm(self) -> None:
         if self._next is not None:

@@ -1,10 +1,10 @@
 """A client of network block devices (the NBD protocol).
 
 wire         the layouts
-uri          where a server is
-handshake    how client and server agree
+uri          the address of a server
+handshake    the negotiation between client and server
 connection   one connection: requests out, replies in
-client       several connections to one export, and what happens when they break
+client       several connections to one export, and their replacement
 """
 
 from vmbus_devices.nbd.client import Client

@@ -1,16 +1,16 @@
-"""One export of an NBD server over several connections, and what happens when they break.
+"""One export of an NBD server over several connections, which are replaced when they break.
 
                 activate()              connected
     inactive ──────────────▶ down ───────────────────▶ up
-        ▲                     ▲   requests wait here,    │ requests go out, to the least busy connection
-        │                     │   ``reconnect`` s long   │
+        ▲                     ▲   requests wait here,    │ requests are sent, on the least busy connection
+        │                     │   ``reconnect`` seconds  │
         └── deactivate() ─────┴─────── a connection broke, or an interlude
 
-Requests that got no answer are sent again over the next connections: all of NBD's commands may be done twice. While
-the server is away for longer than ``reconnect``, requests fail at once, and connecting is tried all the same.
+Requests without an answer are sent again over the next connections: all of NBD's commands may be executed twice.
+When the server has been lost for longer than ``reconnect``, requests fail at once, while the client keeps connecting.
 
-A thread of the client's makes connections and clears up behind them. Replies are taken in the event loop's thread
-once :meth:`Client.use` has told of it, before that by a thread for each connection.
+A thread of the client makes connections and closes them. Replies are received in the event loop's thread after
+:meth:`Client.use`, before that by a thread for each connection.
 """
 
 from __future__ import annotations
@@ -36,32 +36,34 @@ _logger = logging.getLogger(__name__)
 
 _FIRST_RETRY = 0.05
 _LAST_RETRY = 1.0
-"""Seconds between two attempts to connect: doubled from the first to the last."""
-OPEN_LIMIT = 60.0
-STALL_LIMIT = 120.0
-"""Seconds without any answer after which connections are taken for broken."""
-INTERLUDE_LIMIT = 600.0
+"""Seconds between two attempts to connect: doubled each time, from the first value to the last."""
+OPEN_TIMEOUT = 60.0
+"""Seconds for the first connection."""
+STALL_TIMEOUT = 120.0
+"""Seconds without any answer after which connections count as broken."""
+INTERLUDE_TIMEOUT = 600.0
+"""Seconds for the work of an interlude."""
 
 
 def _nothing() -> None:
-    """An interlude of which only the interruption is wanted."""
+    """Do nothing: an interlude that only replaces the connections."""
 
 
 class Connector(Protocol):
-    """Who makes connections. All of it is called in the client's own thread, and may block for some seconds."""
+    """Makes connections. All methods are called in the client's thread, and may block for some seconds."""
 
     export: str
-    """The name to ask for."""
+    """The name of the export."""
 
     def connect(self, number: int) -> socket.socket:
-        """Connection ``number`` (from 0) of a session. Raises ``OSError``, :class:`DeviceError`."""
+        """Return connection ``number`` (from 0) of a session. Raises ``OSError``, :class:`DeviceError`."""
 
     def ended(self) -> None:
-        """The session is over: none of its connections is open any more."""
+        """Called after a session, when all its connections are closed."""
 
 
 class AddressConnector:
-    """Connections to a server that somebody else runs."""
+    """Connections to a server at an address."""
 
     def __init__(self, address: Address) -> None:
         self.address = address
@@ -71,11 +73,15 @@ class AddressConnector:
         return self.address.connect()
 
     def ended(self) -> None:
-        """Nothing is kept."""
+        """Do nothing: connections are all that there is."""
 
 
 class Client:
-    """``name``: for messages; ``connections``: at most, where the server allows several; ``reconnect``: seconds."""
+    """A client of one export.
+
+    ``name``: for messages; ``connections``: at most, where the server allows several; ``reconnect``: seconds for
+    which requests wait for a lost server.
+    """
 
     def __init__(
         self, connector: Connector, name: str, *, connections: int = 4, reconnect: float = 5.0
@@ -83,45 +89,45 @@ class Client:
         self.name = name
         self.export: Export | None = None
         self.sessions = 0
-        #: Why there is no connection; empty if nothing is wrong.
         self.trouble = ""
+        """Why there is no connection; empty if nothing is wrong."""
         self._connector = connector
-        self._most = connections
+        self._max_connections = connections
         self._reconnect = reconnect
         self._changed = threading.Condition()
         self._wanted = False
         self._closing = False
         self._session: list[Connection] = []
         self._broken: Exception | None = None
-        self._away_since: float | None = None
+        self._lost_since: float | None = None
         self._waiting: deque[Request] = deque()
         self._interlude: Callable[[], None] | None = None
         self._workers: Workers | None = None
         self._thread = threading.Thread(target=self._run, name=f"nbd {name}", daemon=True)
         self._thread.start()
 
-    # --- for everybody -----------------------------------------------------------------------------------------
+    # --- in any thread ---
 
     def open(self) -> Export:
-        """Connect, and wait for it. Raises :class:`~vmbus.errors.DeviceError`, and has closed itself then."""
+        """Connect and wait for the connection. Raises :class:`~vmbus.errors.DeviceError`, after a close."""
         self.activate()
         with self._changed:
-            self._changed.wait_for(lambda: self._session or self.trouble, OPEN_LIMIT)
+            self._changed.wait_for(lambda: self._session or self.trouble, OPEN_TIMEOUT)
             if self._session and self.export is not None:
                 return self.export
-            trouble = self.trouble or f"no answer within {OPEN_LIMIT:g} s"
+            trouble = self.trouble or f"the server did not answer within {OPEN_TIMEOUT:g} s"
         self.close()
         raise DeviceError(f"{self.name}: {trouble}")
 
     def activate(self) -> None:
-        """Connect, and stay connected. Does not wait."""
+        """Connect and stay connected. Does not wait."""
         with self._changed:
             self._wanted = True
-            self._away_since = None
+            self._lost_since = None
             self._changed.notify_all()
 
     def use(self, workers: Workers) -> None:
-        """Take replies in an event loop from now on: connections are made anew. Does not wait."""
+        """Receive replies in an event loop from now on; connections are replaced for that. Does not wait."""
         with self._changed:
             self._workers = workers
             if not self._closing and self._interlude is None:
@@ -129,54 +135,57 @@ class Client:
                 self._changed.notify_all()
 
     def deactivate(self) -> None:
-        """Disconnect. Does not wait; no request is under way."""
+        """Disconnect. Does not wait. No request may be under way."""
         with self._changed:
             self._wanted = False
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Disconnect for good; what is under way fails. Does not wait."""
+        """Disconnect for good; requests under way fail. Does not wait; see :meth:`wait_closed`."""
         with self._changed:
             self._wanted = False
             self._closing = True
             self._changed.notify_all()
 
-    def join(self, limit: float) -> bool:
-        """Wait until :meth:`close` is done; whether it is."""
-        self._thread.join(limit)
+    def wait_closed(self, timeout: float) -> bool:
+        """Wait for outstanding work after :meth:`close`; return False on timeout (seconds)."""
+        self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def interlude(self, work: Callable[[], None]) -> None:
-        """Call ``work`` while there is no connection; requests wait meanwhile. Raises what it raises."""
+        """Call ``work`` while there is no connection; requests wait meanwhile. Raises what ``work`` raises.
+
+        Raises :class:`~vmbus.errors.DeviceError` while another interlude is under way, or after a close.
+        """
         done = threading.Event()
         errors: list[Exception] = []
 
         def run() -> None:
             try:
                 work()
-            except Exception as error:  # noqa: BLE001 - it is raised where it was asked for
+            except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
                 errors.append(error)
             done.set()
 
         with self._changed:
             if self._closing or self._interlude is not None:
-                raise DeviceError(f"{self.name} is busy, or about to be closed")
+                raise DeviceError(f"{self.name} is being reconnected or closed; try again later")
             self._interlude = run
             self._changed.notify_all()
-        if not done.wait(INTERLUDE_LIMIT):
-            raise DeviceError(f"{self.name}: not done within {INTERLUDE_LIMIT:g} s")
+        if not done.wait(INTERLUDE_TIMEOUT):
+            raise DeviceError(f"{self.name}: the server was not reconnected within {INTERLUDE_TIMEOUT:g} s")
         if errors:
             raise errors[0]
 
     @property
     def connections(self) -> int:
-        """How many there are."""
+        """Number of connections."""
         return len(self._session)
 
     def submit(self, request: Request) -> None:
-        """Have ``request`` done; never blocks. ``request.done`` may be called before this returns."""
+        """Execute ``request``; does not block. ``request.done`` may be called before this returns."""
         with self._changed:
-            if not self._closing and not self._gone():
+            if not self._closing and not self._lost_for_long():
                 session = self._session
                 if session:
                     connection = session[0]
@@ -185,7 +194,7 @@ class Client:
                     if connection.send(request):
                         return
                 self._waiting.append(request)
-                if self._away_since is not None:
+                if self._lost_since is not None:
                     self._set_deadline(request)
                 return
         request.done(OSError(errno.EIO, self.trouble or f"{self.name} is closed"))
@@ -193,7 +202,7 @@ class Client:
     def call(
         self, command: Command, offset: int, length: int, views: list[memoryview], flags: int
     ) -> Request:
-        """Do a request and wait for it. Raises ``OSError``."""
+        """Execute a request and wait for it. Raises ``OSError``."""
         done = threading.Event()
         errors: list[OSError] = []
 
@@ -209,11 +218,11 @@ class Client:
             raise errors[0]
         return request
 
-    # --- in the client's thread --------------------------------------------------------------------------------
+    # --- in the client's thread ---
 
-    def _gone(self) -> bool:
-        """Whether the server has been away for so long that nobody should wait for it."""
-        return self._away_since is not None and time.monotonic() - self._away_since >= self._reconnect
+    def _lost_for_long(self) -> bool:
+        """Return whether the server has been lost for longer than requests wait."""
+        return self._lost_since is not None and time.monotonic() - self._lost_since >= self._reconnect
 
     def _set_deadline(self, request: Request) -> None:
         if request.deadline is None:
@@ -264,16 +273,18 @@ class Client:
                 except TimeoutError as error:
                     stream.close()
                     raise NbdError(
-                        "the server does not answer; does it take several clients (qemu-nbd: --shared)?"
+                        "the server does not answer; it may have to accept more clients (qemu-nbd --shared=0)"
                     ) from error
                 except BaseException:
                     stream.close()
                     raise
                 if self.export is not None and export.minimum > self.export.minimum:
                     stream.close()
-                    raise NbdError(f"the server wants blocks of {export.minimum} bytes now")
+                    raise NbdError(
+                        f"the server now needs blocks of {export.minimum} bytes, larger than before"
+                    )
                 session.append(Connection(stream, export))
-                if not export.flags & ExportFlag.MULTI_CONNECTION or len(session) >= self._most:
+                if not export.flags & ExportFlag.MULTI_CONNECTION or len(session) >= self._max_connections:
                     break
         except BaseException:
             for connection in session:
@@ -290,17 +301,17 @@ class Client:
             if reason != self.trouble:
                 _logger.warning("%s: %s", self.name, reason)
             self.trouble = reason
-            self._be_away()
+            self._mark_lost()
             self._changed.notify_all()
 
-    def _be_away(self) -> None:
-        if self._away_since is None:
-            self._away_since = time.monotonic()
+    def _mark_lost(self) -> None:
+        if self._lost_since is None:
+            self._lost_since = time.monotonic()
         for request in self._waiting:
             self._set_deadline(request)
 
     def _serve(self, session: list[Connection]) -> None:
-        """Be up until a connection breaks, or something else is wanted."""
+        """Use the connections until one breaks, or until the client is deactivated or closed."""
         with self._changed:
             if self.trouble:
                 _logger.warning("%s: connected", self.name)
@@ -308,7 +319,7 @@ class Client:
             self.sessions += 1
             self.trouble = ""
             self._broken = None
-            self._away_since = None
+            self._lost_since = None
             self._session = session
             for index, request in enumerate(self._waiting):
                 session[index % len(session)].send(request)
@@ -337,27 +348,27 @@ class Client:
             if self._broken is not None and self._wanted and not self._interlude:
                 self.trouble = str(self._broken)
                 _logger.warning("%s: %s", self.name, self.trouble)
-                self._be_away()
+                self._mark_lost()
 
     def _watch(self, session: list[Connection]) -> None:
-        """Wait until there is something to do, or the server has not answered for :data:`STALL_LIMIT`."""
+        """Wait for the end of a session, or until the server has not answered for :data:`STALL_TIMEOUT`."""
         seen = {each: (each.replies, time.monotonic()) for each in session}
         with self._changed:
             while not (self._broken or self._closing or not self._wanted or self._interlude):
-                self._changed.wait(STALL_LIMIT / 8)
+                self._changed.wait(STALL_TIMEOUT / 8)
                 now = time.monotonic()
                 for each, (replies, _) in tuple(seen.items()):
                     if each.replies != replies or not each.requests:
                         seen[each] = (each.replies, now)
-                if any(now - since > STALL_LIMIT for _, since in seen.values()):
-                    self._broken = NbdError(f"the server has not answered for {STALL_LIMIT:g} s")
+                if any(now - since > STALL_TIMEOUT for _, since in seen.values()):
+                    self._broken = NbdError(f"the server has not answered for {STALL_TIMEOUT:g} s")
 
     def _receive(self, connection: Connection) -> None:
         error: Exception = NbdError("the receiver of replies failed")
         try:
             error = connection.serve()
         except Exception:
-            _logger.exception("%s: please report this", self.name)
+            _logger.exception("%s: the receiver of replies failed; please report this", self.name)
         self._lost(connection, error)
 
     def _lost(self, connection: Connection, error: Exception) -> None:
@@ -367,7 +378,7 @@ class Client:
                 self._changed.notify_all()
 
     def _expire(self, *, everything: bool = False) -> None:
-        """Let requests fail that have waited for long enough."""
+        """Let requests fail that have waited too long, or all of them."""
         now = time.monotonic()
         with self._changed:
             waiting, self._waiting = self._waiting, deque()
@@ -377,5 +388,5 @@ class Client:
                 (due if everything or late else self._waiting).append(request)
         for request in due:
             if everything:
-                request.views.clear()  # nobody keeps a hold on guest memory
+                request.views.clear()  # views keep guest memory mapped
             request.done(OSError(errno.EIO, self.trouble or f"{self.name} is closed"))

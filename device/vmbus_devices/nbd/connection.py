@@ -1,11 +1,11 @@
-"""One connection to an NBD server: any number of requests under way, data straight between socket and guest pages.
+"""One connection to an NBD server: many requests under way, no copy between socket and guest pages.
 
-    send()    any thread         header and views → socket; what it does not take at once is left to a sender thread
-    watch()   the event loop's   whenever there is something: reply → its request's views → request.done()
-    serve()   one thread         the same, where there is no event loop
+    send()    any thread           header and views → socket; a sender thread sends the rest if the socket is full
+    watch()   event loop's thread  on readable: reply → its request's views → request.done()
+    serve()   one thread           the same, where there is no event loop
 
-Whatever a server does wrong (an unknown cookie, a chunk outside of its request) ends the connection: after that,
-nothing in the stream can be trusted.
+An error of the server's (an unknown cookie, a chunk outside of its request) ends the connection: the position of the
+next reply in the stream is unknown after that.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from vmbus_devices.nbd.wire import (
 
 _logger = logging.getLogger(__name__)
 
-_AT_ONCE = 256
-"""Pieces of replies that are taken before the event loop's other work has a turn."""
+_MAX_AT_ONCE = 256
+"""Parts of replies that are received before the event loop serves its other callers."""
 
 _KNOWN_ERRORS = {
     errno.EPERM,
@@ -68,7 +68,7 @@ _OFFSET = struct.Struct(">Q")
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A command on its way. ``done`` is called once, in any thread, with what went wrong."""
+    """A command on its way. ``done`` is called once, in any thread, with the error if there was one."""
 
     command: Command
     offset: int
@@ -77,26 +77,26 @@ class Request:
     views: list[memoryview] = field(default_factory=list)
     flags: int = 0
     deadline: float | None = None
-    """When it is given up, if there is no connection by then."""
+    """Time of ``time.monotonic`` at which the request fails if there is no connection."""
     extents: list[tuple[int, int, bool]] = field(default_factory=list)
     received: int = 0
     error: OSError | None = None
 
     def begin(self) -> None:
-        """It is sent (again): forget what came of it before."""
+        """Clear the results of an earlier attempt."""
         self.extents.clear()
         self.received = 0
         self.error = None
 
 
 class Connection:
-    """``stream`` is connected, and the negotiation is over."""
+    """A connection after the negotiation, over the socket ``stream``."""
 
     def __init__(self, stream: socket.socket, export: Export) -> None:
         self.export = export
         self.requests: dict[int, Request] = {}
-        #: Replies, or parts of them, that came.
         self.replies = 0
+        """Replies, or chunks of replies, received so far."""
         self._stream = stream
         self._next = 1
         self._ended = False
@@ -105,18 +105,18 @@ class Connection:
         self._sender: threading.Thread | None = None
         self._head = memoryview(bytearray(SIMPLE_REPLY_STRUCT.size))
         self._parser = self._replies()
-        #: What is to be filled next.
         self._wanted: list[memoryview] = []
+        """Where the next bytes of the stream go."""
         self._stop_watching: Callable[[], None] | None = None
         self._error: Exception | None = None
         stream.settimeout(None)
         with contextlib.suppress(OSError):
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
 
-    # --- requests ----------------------------------------------------------------------------------------------
+    # --- requests ---
 
     def send(self, request: Request) -> bool:
-        """Hand ``request`` to the server; never blocks. False: the connection has ended."""
+        """Send ``request``; does not block. Return False if the connection has ended."""
         with self._changed:
             if self._ended:
                 return False
@@ -137,7 +137,7 @@ class Connection:
             except BlockingIOError:
                 done = 0
             except OSError:
-                self._shut()  # the receiver sees it, and says why
+                self._shut()  # the receiver reports the reason
                 return
             parts = _rest(parts, done)
             if not parts:
@@ -166,11 +166,11 @@ class Connection:
                 self._outgoing.popleft()
 
     def _shut(self) -> None:
-        with contextlib.suppress(OSError):  # it is shut already
+        with contextlib.suppress(OSError):  # shut down already
             self._stream.shutdown(socket.SHUT_RDWR)
 
     def end(self) -> None:
-        """Say good-bye, and let :meth:`serve` return; no request is taken any more."""
+        """Disconnect and have :meth:`serve` return; no request is accepted any more."""
         with self._changed:
             if not self._ended and not self._outgoing and not self.requests:
                 with contextlib.suppress(OSError):  # the server has gone
@@ -183,7 +183,10 @@ class Connection:
         self._shut()
 
     def close(self) -> list[Request]:
-        """After :meth:`end`, and after :meth:`serve` returned: the requests that got no answer, in order."""
+        """Close the socket, and return the requests without an answer, oldest first.
+
+        Called after :meth:`end`, and after :meth:`serve` returned.
+        """
         if self._stop_watching is not None:
             self._stop_watching()
         if self._sender is not None:
@@ -193,10 +196,10 @@ class Connection:
         self.requests.clear()
         return left
 
-    # --- replies -----------------------------------------------------------------------------------------------
+    # --- replies ---
 
     def serve(self) -> Exception:
-        """Take replies until the connection ends; why it did."""
+        """Receive replies until the connection ends; return the reason."""
         try:
             for views in self._parser:
                 receive_into(self._stream, views)
@@ -207,7 +210,10 @@ class Connection:
         raise AssertionError("replies have no end")
 
     def watch(self, workers: Workers, broken: Callable[[Connection, Exception], None]) -> bool:
-        """Take replies in the event loop's thread; ``broken`` is told there. False where there is no event loop."""
+        """Receive replies in the event loop's thread, where ``broken`` is called at the end of the connection.
+
+        Return False where there is no event loop.
+        """
 
         def readable() -> None:
             error = self._error or self._take()
@@ -222,10 +228,10 @@ class Connection:
         return self._stop_watching is not None
 
     def _take(self) -> Exception | None:
-        """What has come so far, some replies at most; why there will be no more."""
+        """Receive what has arrived, some replies at most; return the reason if the connection has ended."""
         receive = self._stream.recvmsg_into
         try:
-            for _ in range(_AT_ONCE):
+            for _ in range(_MAX_AT_ONCE):
                 wanted = self._wanted
                 left = sum([len(view) for view in wanted])
                 done = receive(wanted, 0, socket.MSG_DONTWAIT)[0] if left else 0
@@ -240,7 +246,7 @@ class Connection:
         except (OSError, NbdError) as error:
             return error
         except Exception as error:
-            _logger.exception("a reply could not be taken; please report this")
+            _logger.exception("the receiver of replies failed; please report this")
             return error
         return None
 
@@ -253,7 +259,9 @@ class Connection:
     def _request(self, cookie: int) -> Request:
         request = self.requests.get(cookie)
         if request is None:
-            raise NbdError(f"the server breaks the NBD protocol: it answers {cookie:#x}, which nobody asked")
+            raise NbdError(
+                f"the server breaks the NBD protocol: it answers {cookie:#x}, but no such request is under way"
+            )
         return request
 
     def _finish(self, cookie: int, error: OSError | None) -> None:
@@ -261,7 +269,7 @@ class Connection:
         request.done(error)
 
     def _replies(self) -> Iterator[list[memoryview]]:
-        """Replies, one after another: yields what the next bytes go to, and goes on when they are there."""
+        """Parse replies: yield where the next bytes of the stream go, and continue when they have arrived."""
         head = self._head
         while True:
             yield [head]
@@ -301,17 +309,17 @@ class Connection:
         if flags & CHUNK_DONE:
             if request.command is Command.READ and not request.error and request.received != request.length:
                 raise NbdError(
-                    f"the server breaks the NBD protocol: {request.received} bytes of {request.length} came"
+                    f"the server breaks the NBD protocol: {request.received} bytes of {request.length} were sent"
                 )
             self._finish(cookie, request.error)
 
     def _part(self, request: Request, offset: int, length: int) -> list[memoryview]:
-        """Where ``length`` bytes of a READ go that come from ``offset``."""
+        """Return where ``length`` bytes at ``offset`` go, which are part of a READ."""
         start = offset - request.offset
         if request.command is not Command.READ or length <= 0 or start < 0 or start + length > request.length:
             raise NbdError(
-                f"the server breaks the NBD protocol: {length} bytes at {offset}, asked were "
-                f"{request.length} at {request.offset}"
+                f"the server breaks the NBD protocol: {length} bytes at {offset} in answer "
+                f"to a request for {request.length} at {request.offset}"
             )
         request.received += length
         if length == request.length:
@@ -360,14 +368,14 @@ class Connection:
 
 
 def _failure(number: int, message: str = "") -> OSError:
-    """What the server's error number means here."""
+    """Return the error for an error number of the server."""
     if number not in _KNOWN_ERRORS:
         number = errno.EIO
     return OSError(number, message or os.strerror(number))
 
 
 def _rest(parts: list[memoryview | bytes], done: int) -> list[memoryview | bytes]:
-    """What is left of ``parts`` after ``done`` bytes."""
+    """Return what is left of ``parts`` after ``done`` bytes."""
     left: list[memoryview | bytes] = []
     for part in parts:
         if done >= len(part):

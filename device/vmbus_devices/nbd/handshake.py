@@ -1,9 +1,8 @@
-"""How a client and an NBD server agree: fixed newstyle, and GO for one export.
+"""The negotiation between a client and an NBD server: fixed newstyle, and GO for one export.
 
     greeting → structured replies? → base:allocation? → GO → ready
 
-What a server does not have is done without: structured replies, block sizes, block status. A server without GO
-(from before 2017) is refused.
+Structured replies, block sizes and block status are optional. A server without GO (from before 2017) is refused.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from vmbus_devices.nbd.wire import (
 
 _MAX_ANSWERS = 64
 _MAX_DATA = 2 * MAX_STRING
-_LARGEST = 1 << 62
+_MAX_SIZE = 1 << 62
 
 
 class NbdError(DeviceError):
@@ -51,7 +50,7 @@ class NbdError(DeviceError):
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What a server offers. Bytes."""
+    """An export of a server. Sizes in bytes."""
 
     size: int
     flags: ExportFlag
@@ -60,11 +59,11 @@ class Export:
     maximum: int = DEFAULT_MAXIMUM
     structured: bool = False
     allocation: int | None = None
-    """Id of the context ``base:allocation``, if block status can be asked for."""
+    """Id of the context ``base:allocation``, if the server has block status."""
 
 
 def receive(connection: socket.socket, length: int) -> bytes:
-    """Exactly ``length`` bytes. Raises ``OSError``, also ``ConnectionResetError`` at the end of the stream."""
+    """Return exactly ``length`` bytes. Raises ``OSError``, also ``ConnectionResetError`` at the end of the stream."""
     data = bytearray(length)
     receive_into(connection, [memoryview(data)])
     return bytes(data)
@@ -110,9 +109,9 @@ class _Negotiation:
     def run(self) -> Export:
         greeting = GREETING.parse(receive(self.connection, GREETING.size))
         if greeting.magic != GREETING_MAGIC or greeting.option_magic != OPTION_MAGIC:
-            raise NbdError("this is no NBD server, or one of the old style without negotiation")
+            raise NbdError("not an NBD server, or one without negotiation (oldstyle)")
         if not greeting.flags & HandshakeFlag.FIXED_NEWSTYLE:
-            raise NbdError("the NBD server is too old (no fixed newstyle negotiation)")
+            raise NbdError("the NBD server is too old: it has no fixed newstyle negotiation")
         flags = HandshakeFlag.FIXED_NEWSTYLE | (greeting.flags & HandshakeFlag.NO_ZEROES)
         self.connection.sendall(int(flags).to_bytes(4, "big"))
         structured = self._structured()
@@ -149,7 +148,7 @@ class _Negotiation:
                 return found
             elif reply.answer & OPTION_ERROR:
                 return None
-        raise NbdError("the server breaks the NBD protocol: it has no end of contexts")
+        raise NbdError("the server breaks the NBD protocol: it lists too many contexts")
 
     def _go(self, structured: bool, allocation: int | None) -> Export:
         self._ask(Option.GO, GO_REQUEST.build(GoRequest(self.name, (Info.BLOCK_SIZE,))))
@@ -160,9 +159,9 @@ class _Negotiation:
             if reply.answer == OptionAnswer.ACK:
                 if export is None:
                     raise NbdError(
-                        "the server breaks the NBD protocol: it does not say how large the export is"
+                        "the server breaks the NBD protocol: it did not send the size of the export"
                     )
-                if not 0 <= export.size <= _LARGEST:
+                if not 0 <= export.size <= _MAX_SIZE:
                     raise NbdError(f"the export has an impossible size: {export.size} bytes")
                 flags = ExportFlag(export.flags)
                 return Export(export.size, flags, minimum, preferred, maximum, structured, allocation)
@@ -177,15 +176,15 @@ class _Negotiation:
                 sizes = BLOCK_SIZE_INFO.parse(data)
                 minimum, preferred, maximum = sizes.minimum, sizes.preferred, sizes.maximum
                 if not 1 <= minimum <= preferred <= maximum or minimum & (minimum - 1):
-                    raise NbdError(f"the server says impossible block sizes: {sizes}")
-        raise NbdError("the server breaks the NBD protocol: it has no end of answers to GO")
+                    raise NbdError(f"the server announces impossible block sizes: {sizes}")
+        raise NbdError("the server breaks the NBD protocol: it sends too many answers to GO")
 
     def _refusal(self, answer: int, data: bytes) -> str:
         reasons = {
             OptionAnswer.UNKNOWN: f"the server has no export {self.name.decode(errors='replace')!r}",
-            OptionAnswer.UNSUPPORTED: "the NBD server is too old (no option GO)",
-            OptionAnswer.TLS_REQUIRED: "the server wants TLS, which is not spoken",
-            OptionAnswer.SHUTDOWN: "the server is about to end",
+            OptionAnswer.UNSUPPORTED: "the NBD server is too old: it does not support the option GO",
+            OptionAnswer.TLS_REQUIRED: "the server requires TLS, which is not supported",
+            OptionAnswer.SHUTDOWN: "the server is shutting down",
         }
         known = {int(each) for each in reasons}
         what = reasons[OptionAnswer(answer)] if answer in known else f"the server refuses ({answer:#x})"

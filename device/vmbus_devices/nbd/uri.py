@@ -1,9 +1,9 @@
-"""Where an NBD server is: the NBD URIs that every NBD program reads.
+"""Addresses of NBD servers, as NBD URIs.
 
-    nbd://HOST[:PORT]/EXPORT              TCP, port 10809 if it is not said
+    nbd://HOST[:PORT]/EXPORT              TCP, by default port 10809
     nbd+unix:///EXPORT?socket=PATH        a Unix socket
 
-Source: NetworkBlockDevice/nbd, doc/uri.md. TLS (``nbds``) is not spoken.
+Source: NetworkBlockDevice/nbd, doc/uri.md. TLS (``nbds``) is not supported.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from vmbus.errors import UsageError
 
 DEFAULT_PORT = 10809
-CONNECT_LIMIT = 10.0
-"""Seconds in which a server must take a connection, and answer each step of the negotiation."""
+CONNECT_TIMEOUT = 10.0
+"""Seconds for a server to accept a connection, and for each step of the negotiation."""
 
 _DEAD_PEER = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
@@ -26,12 +26,12 @@ _DEAD_PEER = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
 )
-"""A machine that is gone without a word is noticed after half a minute."""
+"""A server machine that fails without closing its connections is detected after half a minute."""
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A server and the export that is wanted of it."""
+    """A server and an export of it."""
 
     text: str
     export: str
@@ -41,15 +41,15 @@ class Address:
     """Of a Unix socket; empty: TCP."""
 
     def connect(self) -> socket.socket:
-        """A new connection, with :data:`CONNECT_LIMIT` as its time limit. Raises ``OSError``."""
+        """Return a new connection, with :data:`CONNECT_TIMEOUT` as its timeout. Raises ``OSError``."""
         if not self.path:
-            connection = socket.create_connection((self.host, self.port), CONNECT_LIMIT)
+            connection = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT)
             for level, option, value in _DEAD_PEER:
                 connection.setsockopt(level, option, value)
             return connection
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            connection.settimeout(CONNECT_LIMIT)
+            connection.settimeout(CONNECT_TIMEOUT)
             connection.connect(self.path)
         except BaseException:
             connection.close()
@@ -61,13 +61,13 @@ class Address:
 
 
 def is_uri(text: str) -> bool:
-    """Whether ``text`` is meant to name an NBD server."""
+    """Return whether ``text`` is meant to be an NBD URI."""
     return text.startswith(("nbd:", "nbds:", "nbd+", "nbds+"))
 
 
 def parse_uri(text: str) -> Address:
-    """Raises :class:`~vmbus.errors.UsageError`."""
-    wanted = "nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH is wanted"
+    """Return the address in an NBD URI. Raises :class:`~vmbus.errors.UsageError`."""
+    wanted = "write nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH"
     try:
         parts = urlsplit(text)
         port = parts.port or DEFAULT_PORT
@@ -76,9 +76,9 @@ def parse_uri(text: str) -> Address:
         raise UsageError(f"{text}: {error}; {wanted}") from error
     export = unquote(parts.path.removeprefix("/"))
     if parts.scheme in ("nbds", "nbds+unix"):
-        raise UsageError(f"{text}: TLS is not spoken; {wanted}")
+        raise UsageError(f"{text}: TLS is not supported; {wanted}")
     if parts.scheme == "nbd" and parts.hostname and not query:
         return Address(text, export, host=parts.hostname, port=port)
     if parts.scheme == "nbd+unix" and not parts.netloc and list(query) == ["socket"]:
         return Address(text, export, path=query["socket"][0])
-    raise UsageError(f"{text}: {wanted}")
+    raise UsageError(f"{text}: not an NBD URI; {wanted}")

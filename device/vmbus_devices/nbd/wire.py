@@ -29,10 +29,10 @@ CHUNK_MAGIC = 0x668E33EF
 
 BASE_ALLOCATION = b"base:allocation"
 ALLOCATION_HOLE = 1
-"""Of a descriptor of ``base:allocation``: nothing is allocated there."""
+"""Flag of a descriptor of ``base:allocation``: the range is not allocated."""
 
 DEFAULT_MAXIMUM = 32 << 20
-"""Bytes of one request with data that a server takes which does not say how many."""
+"""Bytes of one request with data, for a server that does not announce its own limit."""
 MAX_STRING = 4096
 """Bytes of names and messages."""
 
@@ -45,7 +45,7 @@ class HandshakeFlag(enum.IntFlag):
 
 
 class Option(enum.IntEnum):
-    """What is negotiated."""
+    """An option of the negotiation."""
 
     ABORT = 2
     GO = 7
@@ -74,14 +74,14 @@ OPTION_ERROR = 0x80000000
 
 
 class Info(enum.IntEnum):
-    """What an answer INFO is about."""
+    """The subject of an answer INFO."""
 
     EXPORT = 0
     BLOCK_SIZE = 3
 
 
 class ExportFlag(enum.IntFlag):
-    """What an export can do ("transmission flags")."""
+    """The abilities of an export ("transmission flags")."""
 
     HAS_FLAGS = 1
     READ_ONLY = 2
@@ -95,7 +95,7 @@ class ExportFlag(enum.IntFlag):
 
 
 class Command(enum.IntEnum):
-    """What is asked for."""
+    """A request of the client."""
 
     READ = 0
     WRITE = 1
@@ -107,14 +107,14 @@ class Command(enum.IntEnum):
 
 
 class CommandFlag(enum.IntFlag):
-    """How it is to be done."""
+    """Flags of a request."""
 
     FUA = 1
     NO_HOLE = 2
 
 
 class ChunkType(enum.IntEnum):
-    """What a chunk of a structured reply has; errors have bit 15."""
+    """The content of a chunk of a structured reply; errors have bit 15."""
 
     NONE = 0
     OFFSET_DATA = 1
@@ -131,7 +131,7 @@ CHUNK_DONE = 1
 
 @dataclass(frozen=True, slots=True)
 class Greeting:
-    """The first that a server sends."""
+    """The first message of a server."""
 
     magic: int
     option_magic: int
@@ -170,7 +170,7 @@ OPTION_REPLY = Record(
 
 @dataclass(frozen=True, slots=True)
 class GoRequest:
-    """The data of GO: which export, and what the client would like to know of it."""
+    """The data of GO: the export, and the information that the client requests about it."""
 
     export: bytes
     wanted: tuple[int, ...]
@@ -262,7 +262,7 @@ COMMAND_REQUEST = Record(
     "length" / c.Int32ub,
 )
 REQUEST_STRUCT = struct.Struct(">IHHQQI")
-"""The layout of :data:`COMMAND_REQUEST`, where every microsecond counts."""
+"""The layout of :data:`COMMAND_REQUEST`, for the hot path."""
 
 
 @dataclass(frozen=True, slots=True)

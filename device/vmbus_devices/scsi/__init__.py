@@ -1,14 +1,14 @@
 """Storage: a StorVSP controller with disks and CD-ROMs (docs/storage.md).
 
 controller   the channel's protocol, units and their places, resets, hot plugging
-absent       what the controller answers for units that are not there
-handshake    how the guest's driver and the host agree first
-request      one command on its way
+handshake    the negotiation between the guest's driver and the host
+request      one command on its way, and the errors with which it can end
 unit, blocks, disk, cdrom    SCSI
-backend, file, nbd, image    where the blocks are
-faults       what a disk can be told to get wrong
+backend, file, nbd, image    the blocks of a disk
+faults       injected faults
 drive        from options to a unit
 saved        what survives a migration
+fast         ordinary reads and writes in compiled code
 """
 
 from vmbus_devices.scsi.device import Scsi

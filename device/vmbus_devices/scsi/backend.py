@@ -1,18 +1,18 @@
-"""Where the blocks of a disk are: the interface, and two back ends that need no file.
+"""Back ends, which hold the blocks of a disk: the interface, and two that need no file.
 
 All methods that do I/O may block, and may be called from several threads at a time; they raise ``OSError``. Offsets
-and lengths are bytes, multiples of the unit's block size, inside ``size``: whoever calls has checked that.
+and lengths are in bytes, multiples of the unit's block size, and inside ``size``: the caller has checked that.
 
-    | back end | read                 | write      | flush    | discard           |
-    | null     | leaves memory alone  | nothing    | nothing  | nothing           |
-    | memory   | from a private array |            | nothing  | zeros             |
-    | file     | preadv               | pwritev    | fdatasync| punches a hole    |
-    | nbd      | asks the server      |            |          |                   |
+    | back end | read                       | write      | flush    | discard           |
+    | null     | leaves memory as it is     | nothing    | nothing  | nothing           |
+    | memory   | from an array, and back                 | nothing  | zeros             |
+    | file     | preadv                     | pwritev    | fdatasync| punches a hole    |
+    | nbd      | a request to the server, for each                                      |
 """
 
 from __future__ import annotations
 
-# ruff: noqa: B027 - a back end without files has nothing to flush, or to close
+# ruff: noqa: B027 - a back end without files has nothing to flush or close
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -29,26 +29,26 @@ class Backend(ABC):
     """Bytes."""
     read_only: bool = False
     immediate: bool = False
-    """Never blocks: may be called in the event loop's thread."""
+    """No method blocks: all may be called in the event loop's thread."""
     alignment: int = 1
     """Addresses and lengths of memory have to be multiples of this."""
     write_cache: bool = False
-    """Whether a write is safe only after a flush."""
+    """Whether data is safe on the medium only after a flush."""
     flush_needed: bool = True
+    """False: flushes are answered without calling :meth:`flush` (cache=unsafe, or no write cache)."""
     fd: int = -1
-    """A file whose bytes at an offset are those of the disk, if there is one: it can do without a thread."""
+    """A file whose bytes at an offset are those of the disk, or -1: reads and writes need no thread then."""
     fua_flags: int = 0
-    """Flags of pwritev2(2) for a write that is safe on the medium afterwards."""
-    """False: flushes are answered without doing anything (cache=unsafe, or nothing to flush)."""
+    """Flags of pwritev2(2) for a write to ``fd`` with FUA."""
     starts: bool = False
-    """:meth:`start` does reads and writes without a thread that waits for each."""
+    """Whether reads and writes go through :meth:`start`, without a thread that waits for each."""
     threads: Executor | None = None
-    """Its own threads, if what it does may take as long as somebody else likes: others' work is not held up."""
+    """Threads of its own, for a back end with unbounded latency (a server), so that other devices need not wait."""
     block_minimum: int = 1
     """Offsets and lengths have to be multiples of this."""
     can_discard: bool = False
     discard_granularity: int = 0
-    """Bytes; 0 where nothing is known."""
+    """Bytes; 0 if unknown."""
 
     @abstractmethod
     def read(self, offset: int, views: Sequence[memoryview]) -> None:
@@ -56,10 +56,10 @@ class Backend(ABC):
 
     @abstractmethod
     def write(self, offset: int, views: Sequence[memoryview], *, fua: bool = False) -> None:
-        """Store ``views`` at ``offset``; ``fua``: it is safe on the medium afterwards (FUA)."""
+        """Store ``views`` at ``offset``. ``fua``: force unit access, the data is safe on the medium afterwards."""
 
     def use(self, workers: Workers) -> None:
-        """Before the first request: where its work can be done."""
+        """Take the workers of the machine, before the first request."""
 
     def start(
         self,
@@ -70,61 +70,61 @@ class Backend(ABC):
         fua: bool,
         ended: Callable[[Exception | None], None],
     ) -> None:
-        """Begin a read or a write; never blocks. ``ended`` is called once, in any thread. See :attr:`starts`."""
+        """Begin a read or a write; does not block. ``ended`` is called once, in any thread. See :attr:`starts`."""
         raise NotImplementedError
 
     def flush(self) -> None:
-        """All that was written is safe on the medium."""
+        """Return when all data that was written is safe on the medium."""
 
     @abstractmethod
     def discard(self, offset: int, length: int) -> None:
-        """The data is not needed any more; it reads as zeros, or as it was."""
+        """Deallocate a range, which then reads as zeros or as before."""
 
     @abstractmethod
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
-        """It reads as zeros from now on; ``unmap``: it should take no room."""
+        """Have a range read as zeros; ``unmap``: it should be deallocated."""
 
     def extents(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
-        """``(offset, length, whether there is data)`` that cover the range, at most 64."""
+        """Return ``(offset, length, whether it is allocated)``, which cover the range from its start; at most 64."""
         return [(offset, length, True)]
 
     def refresh(self) -> int:
-        """Look at the size again; returns it."""
+        """Update :attr:`size` and return it."""
         return self.size
 
     def grow(self, size: int) -> None:
-        """Make it ``size`` bytes large; it is seen by :meth:`refresh`. May block.
+        """Grow the image to ``size`` bytes, which :meth:`refresh` then returns. May block.
 
-        Raises :class:`~vmbus.errors.UserError` where that cannot be done from here.
+        Raises :class:`~vmbus.errors.UserError` where the image cannot be resized by the emulator.
         """
         raise UserError("this disk cannot be resized")
 
-    def look_again(self) -> None:
-        """Somebody else may have resized it: have :meth:`refresh` see that. May block."""
+    def reread_size(self) -> None:
+        """Have :meth:`refresh` return the size of an image that another program has resized. May block."""
 
     def lock(self) -> None:
-        """A guest begins to use it. Raises :class:`~vmbus.errors.DeviceError` if another one does."""
+        """Lock the image for this guest. Raises :class:`~vmbus.errors.DeviceError` if another guest uses it."""
 
     def unlock(self) -> None:
-        """Another guest may use it."""
+        """Release the lock."""
 
     def close(self) -> None:
-        """Let go of what is open. Does not wait."""
+        """Close what is open. Does not wait; see :meth:`wait_closed`."""
 
     def abandon(self) -> None:
-        """Requests are under way, and nobody waits for them any more: let them fail, if they might take long."""
+        """Let requests under way fail if their latency is unbounded: the machine is stopped."""
 
-    def join(self, limit: float) -> bool:
-        """Wait ``limit`` seconds for what :meth:`close` began; whether it is done."""
+    def wait_closed(self, timeout: float) -> bool:
+        """Wait for outstanding work after :meth:`close`; return False on timeout (seconds)."""
         return True
 
     def status(self) -> dict[str, Any]:
-        """For reports."""
+        """Return what ``vmbus status`` shows."""
         return {}
 
 
 class NullBackend(Backend):
-    """Reads nothing and writes nothing, at once: what remains is the way to the disk. Data is not kept."""
+    """A back end that moves no data, for measurements of everything else."""
 
     immediate = True
     flush_needed = False
@@ -134,23 +134,23 @@ class NullBackend(Backend):
         self.size = size
 
     def read(self, offset: int, views: Sequence[memoryview]) -> None:
-        """Nothing is stored."""
+        """Store nothing."""
 
     def write(self, offset: int, views: Sequence[memoryview], *, fua: bool = False) -> None:
-        """Nothing is read."""
+        """Read nothing."""
 
     def discard(self, offset: int, length: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def status(self) -> dict[str, Any]:
         return {"backend": "null"}
 
 
 class MemoryBackend(Backend):
-    """A disk in this process's memory, empty at first, gone with it."""
+    """A disk in this process's memory: zeros at first, lost when the process ends."""
 
     immediate = True
     flush_needed = False

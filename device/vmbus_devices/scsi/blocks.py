@@ -1,9 +1,9 @@
-"""Units with blocks: the way of data between a back end and guest memory, without a copy.
+"""Units with blocks: data moves between a back end and guest memory without a copy.
 
     READ  --check--> views of the guest's pages --(thread) preadv--> pages are marked as written --> GOOD
     WRITE --check--> views of the guest's pages --(thread) pwritev--> GOOD
 
-A back end that never blocks is called at once, in the event loop's thread. Where a back end wants memory aligned
+A back end that never blocks is called at once, in the event loop's thread. Where a back end needs aligned memory
 (direct I/O) and the guest's is not, the data goes through a buffer.
 """
 
@@ -37,7 +37,7 @@ _logger = logging.getLogger(__name__)
 
 
 class WriteErrors(enum.Enum):
-    """What is done about writes that fail: tell the guest, stop it, or stop it only where there is no room."""
+    """How a failed write is handled: report it to the guest, stop the guest, or stop it if no space is left."""
 
     REPORT = "report"
     STOP = "stop"
@@ -45,18 +45,18 @@ class WriteErrors(enum.Enum):
 
 
 class ReadErrors(enum.Enum):
-    """What is done about reads that fail."""
+    """How a failed read is handled: report it to the guest, or stop the guest."""
 
     REPORT = "report"
     STOP = "stop"
 
 
 _WRITE_PROTECTED = (errno.EROFS, errno.EPERM, errno.EACCES, errno.EBADF)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class BlockUnit(LogicalUnit):
-    """A unit with ``blocks`` blocks of ``block_size`` bytes, of which one command may move ``max_transfer`` bytes."""
+    """A unit with ``blocks`` blocks of ``block_size`` bytes; one command moves at most ``max_transfer`` bytes."""
 
     def __init__(
         self, backend: Backend, serial: str, *, block_size: int, max_transfer: int, faults: FaultPlan
@@ -79,11 +79,11 @@ class BlockUnit(LogicalUnit):
 
     @property
     def read_only(self) -> bool:
-        """Whether writes are refused."""
+        """Whether writes fail with WRITE PROTECTED."""
         return self.backend.read_only
 
     def resized(self) -> bool:
-        """Look at the size of the back end; whether it changed. The guest is told with its next command."""
+        """Read the size of the back end; return whether it changed. A unit attention reports a change."""
         blocks = self.backend.refresh() // self.block_size
         if blocks == self.blocks:
             return False
@@ -91,10 +91,10 @@ class BlockUnit(LogicalUnit):
         self.attention(Sense.CAPACITY_CHANGED)
         return True
 
-    # --- work ----------------------------------------------------------------------------------------------
+    # --- work ---
 
     def _submit(self, work: Callable[[], None], done: Callable[[Exception | None], None]) -> None:
-        """Have ``work`` done where it may block; ``done`` follows in the event loop's thread."""
+        """Run ``work`` where it may block; ``done`` follows in the event loop's thread."""
         if self.backend.immediate or self.environment is None:
             error: Exception | None = None
             try:
@@ -118,7 +118,7 @@ class BlockUnit(LogicalUnit):
         fua: bool,
         done: Callable[[Exception | None], None],
     ) -> None:
-        """Move the data of a command: without a thread where that is possible."""
+        """Move the data of a command, without a thread where that is possible."""
         backend = self.backend
 
         def work() -> None:
@@ -133,7 +133,7 @@ class BlockUnit(LogicalUnit):
             elif result < 0 and result != -errno.EAGAIN:
                 done(OSError(-result, os.strerror(-result)))
             elif self.environment is not None:
-                self.environment.workers.run(work, done)  # it came to a part only: all of it once more
+                self.environment.workers.run(work, done)  # only a part was transferred: repeat all of it
 
         if backend.fd >= 0 and self.environment is not None:
             flags = backend.fua_flags if fua else 0
@@ -148,13 +148,13 @@ class BlockUnit(LogicalUnit):
             return
         self._submit(work, done)
 
-    def _later(self, request: Request, seconds: float, go_on: Callable[[], None]) -> None:
-        """A fault holds the request up; it can be cancelled meanwhile."""
+    def _delay(self, request: Request, seconds: float, proceed: Callable[[], None]) -> None:
+        """Delay a request by a fault; it can be cancelled meanwhile."""
 
         def due() -> None:
             request.cancel = None
             try:
-                go_on()
+                proceed()
             except CheckCondition as condition:
                 request.check(condition)
             except GuestError as error:
@@ -163,7 +163,7 @@ class BlockUnit(LogicalUnit):
         request.cancel = request.io.call_later(seconds, due).cancel
 
     def _range(self, request: Request) -> tuple[int, int, int]:
-        """``(flags, lba, blocks)``, checked against the size of the unit."""
+        """Return ``(flags, lba, blocks)``, checked against the size of the unit."""
         flags, lba, blocks = parse_range(request.cdb)
         if flags & PROTECT:
             raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
@@ -178,7 +178,7 @@ class BlockUnit(LogicalUnit):
         return flags, lba, blocks
 
     def failed(self, request: Request, error: Exception, *, write: bool) -> None:
-        """End ``request`` with the sense data for what the back end raised, or keep it and stop the guest."""
+        """End ``request`` with sense data for an error of the back end, or keep it and stop the guest."""
         if isinstance(error, OSError) and self._stops_for(error, write=write):
             what = "a write" if write else "a read"
             self.keep(request, f"{what} failed: {error.strerror or error}")
@@ -187,7 +187,7 @@ class BlockUnit(LogicalUnit):
         if not isinstance(error, OSError):
             _logger.error("%s: the back end failed", self.identity.serial, exc_info=error)
             sense = Sense.TARGET_FAILURE
-        elif error.errno in _FULL:
+        elif error.errno in _NO_SPACE:
             sense = Sense.SPACE_ALLOCATION_FAILED
         elif write and error.errno in _WRITE_PROTECTED:
             sense = Sense.WRITE_PROTECTED
@@ -200,10 +200,10 @@ class BlockUnit(LogicalUnit):
         if not write:
             return self.read_errors is ReadErrors.STOP
         if self.write_errors is WriteErrors.NO_SPACE:
-            return error.errno in _FULL
+            return error.errno in _NO_SPACE
         return self.write_errors is WriteErrors.STOP
 
-    # --- reading -------------------------------------------------------------------------------------------
+    # --- reading ---
 
     def _read(self, request: Request) -> None:
         _, lba, blocks = self._transfer_range(request)
@@ -216,7 +216,7 @@ class BlockUnit(LogicalUnit):
             bad = faults.bad_block(lba, blocks, write=False)
             blocks = faults.blocks(lba, blocks, write=False)
             if (delay := faults.delay(lba, blocks, write=False)) > 0:
-                self._later(request, delay, lambda: self._read_into(request, lba, blocks, runs, bad))
+                self._delay(request, delay, lambda: self._read_into(request, lba, blocks, runs, bad))
                 return
             self._read_into(request, lba, blocks, runs, bad)
             return
@@ -243,7 +243,7 @@ class BlockUnit(LogicalUnit):
                     view[:] = bounce[at : at + len(view)]
                     at += len(view)
             views.clear()
-            target.finish(length)  # a part may have been stored before an error
+            target.finish(length)  # part of the data may have been stored before an error
             if error is None:
                 self.statistics.reads += 1
                 self.statistics.bytes_read += length
@@ -260,7 +260,7 @@ class BlockUnit(LogicalUnit):
         )
 
     def _last(self) -> int:
-        """The last LBA; 0 for an empty unit."""
+        """Return the last LBA; 0 for an empty unit."""
         return max(self.blocks - 1, 0)
 
     def status(self) -> dict[str, Any]:
@@ -290,7 +290,7 @@ def _do(work: Callable[[], None], ended: Callable[[Exception | None], None]) -> 
 
 
 def _first(runs: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:
-    """The first ``length`` bytes of ``runs``."""
+    """Return the first ``length`` bytes of ``runs``."""
     found = []
     for gpa, step in runs:
         if length <= 0:

@@ -17,12 +17,12 @@ _FRAMES = 75
 _LEAD_OUT = 0xAA
 _CD_ROM, _DVD_ROM = 0x0008, 0x0010
 _CD_BLOCKS = 405_000
-"""Larger discs say that they are DVDs."""
+"""A disc with more blocks is reported as a DVD."""
 _MEDIA_CLASS = 4
 
 
 class CdRom(BlockUnit):
-    """A drive; its disc can be taken out, by the guest if nobody prevents it."""
+    """A drive; the guest may eject its disc, unless it prevented removal."""
 
     device_type = DeviceType.CDROM
     removable = True
@@ -132,7 +132,7 @@ class CdRom(BlockUnit):
 
     def _get_event_status(self, request: Request) -> None:
         cdb = request.cdb
-        if not cdb[1] & 1:  # only polled
+        if not cdb[1] & 1:  # asynchronous reports are not supported
             raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
         if cdb[4] & 1 << _MEDIA_CLASS:
             data = struct.pack(">HBBBB2x", 6, _MEDIA_CLASS, 1 << _MEDIA_CLASS, 0, 2 if self.loaded else 0)
@@ -142,7 +142,7 @@ class CdRom(BlockUnit):
 
 
 def _track(number: int, lba: int, minutes: bool) -> bytes:
-    """A descriptor of a table of contents: a data track, or the lead-out."""
+    """Return a descriptor of a table of contents: a data track, or the lead-out."""
     if minutes:
         frames = lba + 2 * _FRAMES
         address = bytes((0, frames // _FRAMES // 60 & 0xFF, frames // _FRAMES % 60, frames % _FRAMES))

@@ -1,18 +1,18 @@
 """The storage controller: StorVSP, the host's end of Linux's hv_storvsc and Windows's storvsc.
 
 Source: docs/protocol/devices.md#storage-identity. A controller has units at (target, LUN), a primary channel over
-which driver and host agree (:mod:`vmbus_devices.scsi.handshake`), and sub-channels. Commands come over any of them,
-and are answered there.
+which driver and host negotiate (:mod:`vmbus_devices.scsi.handshake`), and sub-channels. Commands come over any of
+them, and are answered there.
 
     | packet                  | before READY         | READY                                                       |
-    |  3 execute SRB          | INVALID_DEVICE_STATE | to the unit; answered when it is done                       |
-    |  4, 5, 6 reset          | INVALID_DEVICE_STATE | what waits is aborted; answered when no command is left     |
+    |  3 execute SRB          | INVALID_DEVICE_STATE | to the unit; answered when it has ended                     |
+    |  4, 5, 6 reset          | INVALID_DEVICE_STATE | waiting commands are aborted; answered when none is left    |
     |  7, 8, 9, 10, 13        | handshake            | handshake                                                   |
     | 12 FC HBA data          | INVALID_DEVICE_STATE | INVALID_DEVICE_REQUEST                                      |
     | anything else           | the channel stops    | the channel stops                                           |
 
-What comes over a sub-channel before the primary one is READY stays in its ring until then. A channel that is closed
-while its commands are being worked on is given back to the guest when the last of them has ended.
+Packets of a sub-channel that come before the primary channel is READY stay in its ring until then. A channel that the
+guest closes while its commands are under way is released when the last of them has ended.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ _SUCCESS = int(SrbStatus.SUCCESS)
 class Controller(Device):
     """A storage controller. ``max_transfer`` in bytes; ``clock`` in seconds.
 
-    Everything that is an option is in :class:`vmbus_devices.scsi.device.Scsi`.
+    :class:`vmbus_devices.scsi.device.Scsi` makes one from the options of ``--device``.
     """
 
     native_libraries = (LIBRARY,)
-    max_packet = 80  # what Linux has room for: a descriptor and 64 bytes
-    poll_window = 300e-6  # so long until a guest has taken one answer, and sends the next request
+    max_packet = 80  # the buffer of Linux: a descriptor and 64 bytes
+    poll_window = 300e-6  # a guest takes about that long from an answer to its next request
 
     def __init__(
         self,
@@ -121,12 +121,12 @@ class Controller(Device):
         self._fast_units: FastUnits | None = None
 
     def new_handshake(self) -> Handshake:
-        """As when a guest opens the primary channel."""
+        """Return the negotiation as it begins when a guest opens the primary channel."""
         possible = self._environment is not None and self._environment.offers is not None
         return Handshake(self.max_version, self.queues - 1 if possible else 0, self.max_transfer)
 
     def _activate(self) -> None:
-        """Before the first command, here or again after :meth:`save`: nobody else may use the images."""
+        """Lock the images: before the first command, and before the first one after :meth:`save`."""
         for unit in self.units.values():
             unit.backend.lock()
         self._active = True
@@ -136,10 +136,10 @@ class Controller(Device):
         for unit in self.units.values():
             unit.backend.unlock()
 
-    # --- units ---------------------------------------------------------------------------------------------
+    # --- units ---
 
     def free_lun(self, target: int) -> int:
-        """The first LUN without a unit. Raises :class:`~vmbus.errors.UsageError`."""
+        """Return the first LUN without a unit. Raises :class:`~vmbus.errors.UsageError` if there is none."""
         free = next((lun for lun in range(MAX_LUNS) if (target, lun) not in self.units), None)
         if free is None:
             raise UsageError(
@@ -148,11 +148,11 @@ class Controller(Device):
         return free
 
     def line_of(self, place: tuple[int, int]) -> str:
-        """What to say after ``--device`` for the unit at that place; empty if code has made it."""
+        """Return the text after ``--device`` for the unit at ``place``; empty for a unit made by code."""
         return ""
 
     def attach(self, unit: LogicalUnit, target: int = 0, lun: int | None = None) -> int:
-        """Add a unit, at the next free LUN if none is given; returns the LUN. A running guest is told to look.
+        """Add a unit, at the next free LUN if none is given, and return the LUN. A running guest is notified.
 
         Raises :class:`~vmbus.errors.UsageError` if the place is taken, and does not close the unit then.
         """
@@ -170,10 +170,10 @@ class Controller(Device):
         return place[1]
 
     def detach(self, target: int, lun: int) -> None:
-        """Take a unit away; the guest is told to look. Its commands end, then its image is closed."""
+        """Remove a unit and notify the guest. Its image is closed when its commands have ended."""
         unit = self.units.pop((target, lun), None)
         if unit is None:
-            raise UsageError(f"controller {self.controller}: there is no target {target} LUN {lun}")
+            raise UsageError(f"controller {self.controller}: it has no target {target} LUN {lun}")
         self._removed.append(unit)
         if self._fast_units is not None:
             self._fast_units.remove((target, lun))
@@ -183,10 +183,10 @@ class Controller(Device):
         self._enumerate()
 
     def resize(self, target: int, lun: int) -> bool:
-        """The image of a unit may have changed its size: look, and tell the guest; whether it has."""
+        """Read the size of a unit's image again and notify the guest of a change; return whether it changed."""
         unit = self.units.get((target, lun))
         if unit is None:
-            raise UsageError(f"controller {self.controller}: there is no target {target} LUN {lun}")
+            raise UsageError(f"controller {self.controller}: it has no target {target} LUN {lun}")
         changed = unit.resized()
         if changed:
             self._enumerate()
@@ -217,11 +217,11 @@ class Controller(Device):
         unit = self.units[place]
         before = unit.blocks * unit.block_size
         if size is None:
-            await asyncio.to_thread(unit.backend.look_again)
+            await asyncio.to_thread(unit.backend.reread_size)
         elif size < before:
-            raise UserError(f"{self.name}/{name} has {before} bytes, and a disk is never made smaller")
+            raise UserError(f"{self.name}/{name} has {before} bytes; a disk cannot be made smaller")
         elif size % unit.block_size:
-            raise UserError(f"{size} bytes are no whole number of blocks of {unit.block_size}")
+            raise UserError(f"{size} bytes are not a multiple of the block size, {unit.block_size} bytes")
         else:
             await asyncio.to_thread(unit.backend.grow, size)
         if self.units.get(place) is unit:
@@ -231,7 +231,7 @@ class Controller(Device):
         return self._any_busy()
 
     def _enumerate(self) -> None:
-        """Have the guest look for units that came or went."""
+        """Have the guest scan for units that were added or removed."""
         if self._primary is None or not self.handshake.ready:
             return
         self.enumerations += 1
@@ -246,7 +246,7 @@ class Controller(Device):
                     self._fast_units.forget(unit)
                 unit.close()
 
-    # --- what the bus tells ----------------------------------------------------------------------------------
+    # --- calls from the bus ---
 
     def offer(self) -> Offer:
         return Offer(
@@ -266,14 +266,14 @@ class Controller(Device):
         for io in tuple(self._requests):
             self._cancel(io)
         self.resets.stop()
-        # A file must not be closed under a transfer: its number would soon be another file's.
+        # Closing a file while a transfer uses it would let the transfer reach the next file with that number.
         self._removed += self.units.values()
         self._close_removed()
-        for unit in self._removed:  # somebody else's server may take its time
+        for unit in self._removed:  # a server may answer late, or never
             unit.backend.abandon()
 
-    def let_go(self, limit: float) -> bool:
-        return not [unit for unit in tuple(self.units.values()) if not unit.backend.join(limit)]
+    def wait_closed(self, timeout: float) -> bool:
+        return not [unit for unit in tuple(self.units.values()) if not unit.backend.wait_closed(timeout)]
 
     def guest_resumed(self) -> None:
         for unit in tuple(self.units.values()):
@@ -312,7 +312,7 @@ class Controller(Device):
         self._ended(io)
 
     def _busy(self, io: ChannelIo) -> bool:
-        """Whether commands of a channel have not ended."""
+        """Return whether a channel has commands that have not ended."""
         return bool(self._requests.get(io)) or io.fast_in_flight > 0
 
     def _any_busy(self) -> bool:
@@ -333,14 +333,14 @@ class Controller(Device):
             self._requests.pop(io, None)
 
     def _cancel(self, io: ChannelIo) -> None:
-        """Abort the commands that only wait."""
+        """Abort the commands that only wait (for the delay of a fault, or for the guest to be resumed)."""
         for request in tuple(self._requests.get(io, ())):
             if request.cancel is not None:
                 cancel, request.cancel = request.cancel, None
                 cancel()
                 request.finish(SrbStatus.ABORTED)
 
-    # --- packets -------------------------------------------------------------------------------------------
+    # --- packets ---
 
     def packet(self, io: ChannelIo, packet: Packet) -> None:
         payload = packet.payload
@@ -375,7 +375,7 @@ class Controller(Device):
             io.fast.submit()
 
     def refused(self, io: ChannelIo, packet: Packet, error: GuestError) -> None:
-        """Ranges that are malformed. Whatever it was, it is an I/O that cannot be done."""
+        """Answer a packet with malformed ranges as an I/O request that is invalid."""
         if not packet.completion_requested or not io.owes(packet.transaction_id):
             return
         if len(packet.payload) < SHORT_PACKET_SIZE or parse_operation(packet.payload) != _EXECUTE:
@@ -414,7 +414,7 @@ class Controller(Device):
             for each in waiting:
                 each.release()
 
-    # --- commands ------------------------------------------------------------------------------------------
+    # --- commands ---
 
     def _execute(self, io: ChannelIo, packet: Packet) -> None:
         if not self._active:
@@ -476,7 +476,7 @@ class Controller(Device):
         self._ended(io)
 
     def _ended(self, io: ChannelIo) -> None:
-        """Commands of a channel have ended: see who waits for that."""
+        """Continue what waits for the commands of a channel to end."""
         if io in self._closing and not self._busy(io):
             self._closing.discard(io)
             self._requests.pop(io, None)
@@ -495,7 +495,7 @@ class Controller(Device):
         if not self._any_busy():
             self.resets.settled()
 
-    # --- reports and saving ----------------------------------------------------------------------------------
+    # --- reports and saving ---
 
     def status(self) -> dict[str, Any]:
         handshake = self.handshake
@@ -546,7 +546,7 @@ class Controller(Device):
         self.pending = list(saved.packets)
 
     def outstanding(self) -> list[tuple[int, Packet]]:
-        """What the guest waits for, as channel and packet, oldest first; for saving."""
+        """Return the commands without an answer, as channel and packet, oldest first; for saving."""
         found = [*self.pending]
         found += [
             (request.io.subchannel_index, request.packet)

@@ -1,4 +1,4 @@
-"""``--device scsi,...``: a line is a disk or a drive; lines that name one controller are one device."""
+"""``--device scsi,...``: each line is a disk or a CD-ROM drive; lines that name one controller are one device."""
 
 from __future__ import annotations
 
@@ -35,47 +35,56 @@ class Scsi(Controller):
         format: Annotated[
             Format,
             Help(
-                "of the image; auto: qcow2 if it looks like it, else raw. "
-                "Without image: null keeps nothing, memory forgets at the end"
+                "of the image; auto: qcow2 if the file begins like one, else raw. "
+                "Without image: null stores nothing, memory loses its data at the end"
             ),
         ] = Format.RAW,
-        size: Annotated[str | None, Help("of a null or memory disk: 512M, 4G")] = None,
+        size: Annotated[str | None, Help("with format=null or memory: 512M, 4G")] = None,
         media: Annotated[
             Media | None, Help("what the guest sees (default disk, cdrom for an image named .iso)")
         ] = None,
         target: Annotated[int, Help("SCSI target", least=0, most=MAX_TARGETS - 1)] = 0,
         lun: Annotated[int | None, Help("LUN (default: the next free)", least=0, most=MAX_LUNS - 1)] = None,
-        controller: Annotated[str, Help("lines that name the same one share it")] = "scsi",
-        readonly: Annotated[bool, Help("refuse writes, share the image")] = False,
-        cache: Annotated[Cache, Help("as QEMU's")] = Cache.NONE,
-        discard: Annotated[bool, Help("let the guest give blocks back")] = True,
+        controller: Annotated[str, Help("name; lines with the same name share a controller")] = "scsi",
+        readonly: Annotated[bool, Help("write-protect the disk; guests may share the image")] = False,
+        cache: Annotated[Cache, Help("cache mode, as in QEMU")] = Cache.NONE,
+        discard: Annotated[bool, Help("let the guest deallocate blocks (UNMAP)")] = True,
         detect_zeroes: Annotated[
             DetectZeroes,
-            Help("zeros that are written take no room in a qcow2 (on), nor stay where they had (unmap)"),
+            Help(
+                "in a qcow2, zeros that are written allocate no blocks (on), and free allocated ones (unmap)"
+            ),
         ] = DetectZeroes.OFF,
         reconnect: Annotated[
-            float, Help("seconds that requests wait for an NBD server that has gone", least=0, most=86400)
+            float, Help("seconds that requests wait for a lost NBD server", least=0, most=86400)
         ] = 5.0,
-        connections: Annotated[int, Help("to an NBD server that allows several", least=1, most=16)] = 4,
+        connections: Annotated[
+            int, Help("to an NBD server that allows several clients", least=1, most=16)
+        ] = 4,
         serial: Annotated[str | None, Help("serial number (default: from controller, target, LUN)")] = None,
         block: Annotated[int, Help("bytes of a block: 512 or 4096")] = 512,
-        rotation: Annotated[int, Help("rounds a minute; 1: does not rotate", least=1, most=0xFFFE)] = 1,
+        rotation: Annotated[
+            int, Help("rotations per minute; 1: not a rotating medium", least=1, most=0xFFFE)
+        ] = 1,
         werror: Annotated[
-            WriteErrors, Help("a write that fails: tell the guest, stop it, or stop it if there is no room")
+            WriteErrors,
+            Help("on a failed write: report it, stop the guest, or stop it if no space is left"),
         ] = WriteErrors.REPORT,
         rerror: Annotated[
-            ReadErrors, Help("a read that fails: tell the guest, or stop it")
+            ReadErrors, Help("on a failed read: report it, or stop the guest")
         ] = ReadErrors.REPORT,
-        fault: Annotated[str, Help("faults to have: error@8-15;delay:0.5@*;short:0.5@100-; see docs")] = "",
+        fault: Annotated[str, Help("faults to inject: error@8-15;delay:0.5@*;short:0.5@100-; see docs")] = "",
         queues: Annotated[
             int,
-            Help("of the controller: channels, as many as the guest has vCPUs", least=1, most=MAX_QUEUES),
+            Help(
+                "of the controller: most channels; a guest opens one for each vCPU", least=1, most=MAX_QUEUES
+            ),
         ] = 8,
         transfer: Annotated[
-            int, Help("of the controller: most KiB of one request", least=4, most=1024)
+            int, Help("of the controller: most KiB in one request", least=4, most=1024)
         ] = 256,
         version: Annotated[
-            str, Help("of the controller: newest protocol to agree to: 2.0, 4.2, 5.1, 6.0, 6.2")
+            str, Help("of the controller: newest protocol version: 2.0, 4.2, 5.1, 6.0, 6.2")
         ] = "6.2",
         instance: Annotated[
             uuid.UUID | None, Help("of the controller: instance GUID (default: from the name)")
@@ -85,7 +94,7 @@ class Scsi(Controller):
     ) -> None:
         versions = {str(each): each for each in ProtocolVersion}
         if version not in versions:
-            raise UsageError(f"version={version}: one of {', '.join(versions)} is wanted")
+            raise UsageError(f"version={version}: not one of {', '.join(versions)}")
         super().__init__(
             controller=controller,
             instance=instance,
@@ -94,8 +103,8 @@ class Scsi(Controller):
             max_version=versions[version],
             clock=clock,
         )
-        #: Lines of units that came with another one.
         self._joined: dict[LogicalUnit, str] = {}
+        """Lines of units that were joined from other devices."""
         self.lun_was_chosen = lun is not None
         self.default_serial = serial is None
         if image is not None or format is not Format.RAW:
@@ -128,13 +137,13 @@ class Scsi(Controller):
             )
 
     def join(self, other: Device) -> bool:
-        """Take over the units of ``other`` if it stands for the same controller (one --device line each)."""
+        """Take over the units of ``other`` if it is the same controller (one --device line each)."""
         if not isinstance(other, Scsi) or other.controller != self.controller:
             return False
         if difference := self._difference(other):
             other.stop()
             raise UsageError(
-                f"controller {self.controller} has {difference}; that holds for all of its lines"
+                f"controller {self.controller} has {difference}; this option applies to the whole controller"
             )
         for (target, lun), unit in other.units.items():
             if not other.lun_was_chosen:
@@ -147,7 +156,7 @@ class Scsi(Controller):
         return True
 
     def _difference(self, other: Scsi) -> str:
-        """What ``other`` says otherwise about the controller, or nothing."""
+        """Return how the options of ``other`` for the controller differ, or an empty text."""
         for key, here, there in (
             ("instance", self.instance, other.instance),
             ("queues", self.queues, other.queues),

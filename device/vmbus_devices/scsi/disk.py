@@ -105,8 +105,8 @@ class Disk(BlockUnit):
             Opcode.PERSISTENT_RESERVE_IN: self._reserve_in,
             Opcode.PERSISTENT_RESERVE_OUT: self._reserve_out,
         }
-        #: Whether the guest is told that blocks can be unmapped.
         self.thin = backend.can_discard and not read_only
+        """Whether the disk reports thin provisioning, so that the guest may unmap blocks."""
         if self.thin:
             self._commands[Opcode.UNMAP] = self._unmap
 
@@ -130,7 +130,7 @@ class Disk(BlockUnit):
             writable=eligible and not self.read_only,
         )
 
-    # --- what it is ----------------------------------------------------------------------------------------
+    # --- identity and capacity ---
 
     def _vital_pages(self) -> Mapping[int, bytes]:
         size = self.block_size
@@ -195,7 +195,7 @@ class Disk(BlockUnit):
                 )
             except CheckCondition as condition:
                 request.check(condition)
-            except GuestError as refusal:  # nobody else is there to refuse it
+            except GuestError as refusal:  # no caller catches it here
                 request.refuse(refusal)
 
         request.input_runs(min(request.wanted, 8))
@@ -211,15 +211,15 @@ class Disk(BlockUnit):
         self.reservations.change(request.cdb[1] & 0x1F, request.cdb[2], request.output(length))
         request.succeed(length)
 
-    # --- writing -------------------------------------------------------------------------------------------
+    # --- writing ---
 
-    def _writable(self) -> None:
+    def _check_writable(self) -> None:
         if self.read_only:
             raise CheckCondition(Sense.WRITE_PROTECTED)
 
     def _write(self, request: Request) -> None:
         flags, lba, blocks = self._transfer_range(request)
-        self._writable()
+        self._check_writable()
         fua = bool(flags & FUA) or request.cdb[0] in _VERIFYING
         if not blocks:
             request.succeed()
@@ -231,7 +231,7 @@ class Disk(BlockUnit):
             bad = faults.bad_block(lba, blocks, write=True)
             blocks = faults.blocks(lba, blocks, write=True)
             if (delay := faults.delay(lba, blocks, write=True)) > 0:
-                self._later(request, delay, lambda: self._write_from(request, lba, blocks, runs, fua, bad))
+                self._delay(request, delay, lambda: self._write_from(request, lba, blocks, runs, fua, bad))
                 return
         self._write_from(request, lba, blocks, runs, fua, bad)
 
@@ -272,7 +272,7 @@ class Disk(BlockUnit):
         self._move(offset, views, length, True, fua, done)
 
     def _change(self, request: Request, work: Callable[[], None], transferred: int = 0) -> None:
-        """Something that changes blocks without data of the guest's."""
+        """Run ``work``, which changes blocks without data of the guest, and end the request."""
 
         def done(error: Exception | None) -> None:
             if error is None:
@@ -291,7 +291,7 @@ class Disk(BlockUnit):
             request.succeed()
 
     def _unmap(self, request: Request) -> None:
-        self._writable()
+        self._check_writable()
         length = int.from_bytes(request.cdb[7:9], "big")
         if request.cdb[1] & 1:  # anchored
             raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
@@ -324,7 +324,7 @@ class Disk(BlockUnit):
 
     def _write_same(self, request: Request) -> None:
         flags, lba, blocks = self._range(request)
-        self._writable()
+        self._check_writable()
         if flags & SAME_ANCHOR or not 0 < blocks <= MAX_WRITE_SAME:
             raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
         unmap = bool(flags & SAME_UNMAP)
@@ -392,7 +392,7 @@ class Disk(BlockUnit):
 
 
 def _clip(views: list[memoryview], length: int) -> list[memoryview]:
-    """The first ``length`` bytes of ``views``."""
+    """Return the first ``length`` bytes of ``views``."""
     found = []
     for view in views:
         if length <= 0:

@@ -1,4 +1,4 @@
-"""From the options of a ``--device scsi`` line to a unit."""
+"""The unit that the options of a ``--device scsi`` line describe."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _SIZE = re.compile(r"(\d+)([KMGT]?)", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SERIAL = re.compile(r"[!-~]{1,64}")
 BLOCK_SIZES = (512, 4096)
-_TO_AN_IMAGE = 2
-"""Connections to the server of an image: each takes sixteen requests at a time."""
+_MAX_IMAGE_CONNECTIONS = 2
+"""To the server of an image: each takes sixteen requests at a time."""
 
 
 class Format(enum.Enum):
-    """What the data is."""
+    """The format of the image, or no image at all."""
 
     RAW = "raw"
     AUTO = "auto"
@@ -47,7 +47,7 @@ class Format(enum.Enum):
 
 
 class Media(enum.Enum):
-    """What the guest sees."""
+    """The kind of device that the guest sees."""
 
     DISK = "disk"
     CDROM = "cdrom"
@@ -55,7 +55,7 @@ class Media(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class DriveOptions:
-    """As on the command line; ``max_transfer`` in bytes is the controller's."""
+    """The options of the command line; ``max_transfer`` is the controller's, in bytes."""
 
     image: str | None = None
     format: Format = Format.RAW
@@ -77,23 +77,26 @@ class DriveOptions:
 
 
 def parse_size(text: str) -> int:
-    """``4G`` in bytes. Raises :class:`~vmbus.errors.UsageError`."""
+    """Return the bytes of ``4G``. Raises :class:`~vmbus.errors.UsageError`."""
     found = _SIZE.fullmatch(text)
     if found is None or not int(found[1]):
-        raise UsageError(f"size={text}: write 512M or 4G")
+        raise UsageError(f"size={text}: not a size; write 512M or 4G, for example")
     return int(found[1]) * _UNITS[found[2].upper()]
 
 
 def open_drive(options: DriveOptions, default_serial: str, images: ImageServers | None = None) -> BlockUnit:
-    """The unit; ``images`` opens those that are not raw.
+    """Return the unit that ``options`` describe; ``images`` opens images of other formats than raw.
 
-    Raises :class:`~vmbus.errors.UserError` for an image that cannot be opened, or such options.
+    Raises :class:`~vmbus.errors.UsageError` for wrong options, :class:`~vmbus.errors.UserError` for an image that
+    cannot be opened.
     """
     if options.block not in BLOCK_SIZES:
-        raise UsageError(f"block={options.block}: 512 or 4096 is wanted")
+        raise UsageError(f"block={options.block}: the block size must be 512 or 4096")
     serial = options.serial or default_serial
     if not _SERIAL.fullmatch(serial):
-        raise UsageError(f"serial={serial}: 1 to 64 printable characters of ASCII, no blanks")
+        raise UsageError(
+            f"serial={serial}: a serial number has 1 to 64 printable ASCII characters, without blanks"
+        )
     cdrom = (options.media or _media(options.image)) is Media.CDROM
     faults = FaultPlan(parse_faults(options.fault))
     unit = _unit(options, images, serial, faults, cdrom=cdrom)
@@ -110,16 +113,18 @@ def _unit(
             return CdRom(backend, serial, max_transfer=options.max_transfer, faults=faults)
         if backend.alignment > options.block:
             raise UsageError(
-                f"{options.image}: direct I/O wants blocks of {backend.alignment} bytes: block={backend.alignment}, "
-                "or cache=writeback"
+                f"{options.image}: direct I/O needs blocks of {backend.alignment} bytes; "
+                f"set block={backend.alignment}, or cache=writeback"
             )
         if backend.block_minimum > options.block:
             raise UsageError(
-                f"{options.image}: the server wants blocks of {backend.block_minimum} bytes: "
-                f"block={backend.block_minimum}"
+                f"{options.image}: the server needs blocks of {backend.block_minimum} bytes; "
+                f"set block={backend.block_minimum}"
             )
         if backend.size < options.block:
-            raise UsageError(f"{options.image or options.format.value} is smaller than a block")
+            raise UsageError(
+                f"{options.image or options.format.value} is smaller than one block of {options.block} bytes"
+            )
         return Disk(
             backend,
             serial,
@@ -148,9 +153,11 @@ def _nbd(options: DriveOptions, uri: str, *, read_only: bool) -> Backend:
         raise UserError(str(error)) from error
     try:
         if export.flags & ExportFlag.READ_ONLY and not read_only:
-            raise UserError(f"{uri}: the server lets nobody write to it; say readonly=on")
+            raise UserError(f"{uri}: the export is read-only; set readonly=on")
         if export.maximum < MIN_MAXIMUM:
-            raise UserError(f"{uri}: the server takes no more than {export.maximum} bytes in a request")
+            raise UserError(
+                f"{uri}: the server accepts at most {export.maximum} bytes in a request; {MIN_MAXIMUM} are needed"
+            )
     except BaseException:
         client.close()
         raise
@@ -159,13 +166,13 @@ def _nbd(options: DriveOptions, uri: str, *, read_only: bool) -> Backend:
 
 def _image(options: DriveOptions, images: ImageServers | None, *, read_only: bool) -> Backend:
     if options.image is None:
-        raise UsageError("image= is missing")
+        raise UsageError(f"format={options.format.value} needs image=")
     if is_uri(options.image):
-        raise UsageError(f"format={options.format.value}: an NBD server gives raw data; leave format= away")
+        raise UsageError(f"format={options.format.value}: an NBD server provides raw data; remove format=")
     if options.size is not None:
-        raise UsageError("size= is of null and memory disks; an image has a size")
+        raise UsageError("size= applies only to format=null and format=memory; an image has its own size")
     if images is None:
-        raise UsageError(f"format={options.format.value}: nobody here opens images that are not raw")
+        raise UsageError(f"format={options.format.value} needs qemu-storage-daemon; `vmbus setup` fetches it")
     image = ImageFile(
         Path(options.image),
         options.format.value,
@@ -175,7 +182,10 @@ def _image(options: DriveOptions, images: ImageServers | None, *, read_only: boo
         detect_zeroes=options.detect_zeroes,
     )
     return ImageBackend(
-        images, image, connections=min(options.connections, _TO_AN_IMAGE), reconnect=options.reconnect
+        images,
+        image,
+        connections=min(options.connections, _MAX_IMAGE_CONNECTIONS),
+        reconnect=options.reconnect,
     )
 
 
@@ -187,19 +197,19 @@ def _backend(options: DriveOptions, images: ImageServers | None, *, read_only: b
     if options.format not in (Format.RAW, Format.NULL, Format.MEMORY):
         return _image(options, images, read_only=read_only)
     if options.detect_zeroes is not DetectZeroes.OFF:
-        raise UsageError("detect_zeroes= is of images that are not raw")
+        raise UsageError("detect_zeroes= applies only to images that are not raw")
     if options.format is Format.RAW:
         if options.image is None:
-            raise UsageError("image= is missing")
+            raise UsageError(f"format={options.format.value} needs image=")
         if options.size is not None:
-            raise UsageError("size= is of null and memory disks; a raw image has a size")
+            raise UsageError("size= applies only to format=null and format=memory; an image has its own size")
         if is_uri(options.image):
             return _nbd(options, options.image, read_only=read_only)
         return FileBackend(
             Path(options.image), read_only=read_only, cache=options.cache, can_discard=options.discard
         )
     if options.image is not None:
-        raise UsageError(f"format={options.format.value} takes no image")
+        raise UsageError(f"format={options.format.value} uses no image; remove image=")
     kind = NullBackend if options.format is Format.NULL else MemoryBackend
     backend = kind(parse_size(options.size or "1G"))
     backend.read_only = read_only

@@ -1,12 +1,13 @@
-"""Faults that a disk is told to have: for tests of what a guest does about them.
+"""Injected faults of a disk, for tests of how a guest handles them.
 
     fault=read-error@1000-1007          the blocks 1000 to 1007 cannot be read
     fault=write-error@0-                no block can be written
-    fault=delay:0.5@2048-4095           requests that touch them take half a second longer
-    fault=short:0.25@*                  a quarter of what was asked for is transferred
-    fault=read-error@7-7;delay:2@*      several, by semicolons
+    fault=delay:0.5@2048-4095           transfers that include one of these blocks take half a second longer
+    fault=short:0.25@*                  a quarter of the requested blocks is transferred
+    fault=read-error@7-7;delay:2@*      several faults, separated by semicolons
 
-``error`` is both ways. A kind may be given ``/read`` or ``/write`` to be for these only (``delay:1/write@*``).
+``error`` applies to reads and writes. A kind followed by ``/read`` or ``/write`` applies to these only
+(``delay:1/write@*``).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ LAST = (1 << 64) - 1
 
 
 class FaultKind(enum.Enum):
-    """What happens."""
+    """The effect of a fault."""
 
     ERROR = "error"
     DELAY = "delay"
@@ -34,7 +35,10 @@ class FaultKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """``number``: seconds of a delay, or the share of the blocks that a short transfer makes. Blocks inclusive."""
+    """One fault of the blocks ``first`` to ``last``, both inclusive.
+
+    ``number``: seconds of a delay, or the share of the blocks that a short transfer moves.
+    """
 
     kind: FaultKind
     first: int
@@ -44,12 +48,12 @@ class Fault:
     number: float = 0.0
 
     def touches(self, lba: int, blocks: int, *, write: bool) -> bool:
-        """Whether a transfer of these blocks meets it."""
+        """Return whether a transfer of these blocks has this fault."""
         return (self.writes if write else self.reads) and lba <= self.last and lba + blocks > self.first
 
 
 def parse_faults(text: str) -> tuple[Fault, ...]:
-    """The option's text. Raises :class:`~vmbus.errors.UsageError`."""
+    """Return the faults in the text of the option. Raises :class:`~vmbus.errors.UsageError`."""
     return tuple(_parse(part) for part in text.split(";") if part)
 
 
@@ -57,7 +61,7 @@ def _parse(text: str) -> Fault:
     found = _FORM.fullmatch(text)
     if found is None:
         raise UsageError(
-            f"fault {text!r}: KIND@FIRST-LAST is wanted, with KIND one of error, read-error, write-error, "
+            f"fault {text!r}: not KIND@FIRST-LAST, with KIND one of error, read-error, write-error, "
             "delay:SECONDS, short:SHARE, and * for all blocks"
         )
     kind, way = found["kind"], found["way"]
@@ -68,11 +72,11 @@ def _parse(text: str) -> Fault:
         try:
             number = float(found["number"] or "")
         except ValueError:
-            raise UsageError(f"fault {text!r}: {kind}:NUMBER is wanted") from None
+            raise UsageError(f"fault {text!r}: {kind} needs a number, as in {kind}:0.5") from None
         if kind == "short" and number >= 1:
-            raise UsageError(f"fault {text!r}: the share is below 1")
+            raise UsageError(f"fault {text!r}: the share must be below 1")
     elif found["number"] is not None:
-        raise UsageError(f"fault {text!r}: an error takes no number")
+        raise UsageError(f"fault {text!r}: an error has no number")
     first = int(found["first"] or 0)
     last = int(found["last"]) if found["last"] else LAST if found["all"] or found["to"] else first
     if last < first:
@@ -85,14 +89,14 @@ class FaultPlan:
 
     def __init__(self, faults: tuple[Fault, ...] = ()) -> None:
         self.faults = faults
-        #: How often each kind happened.
         self.met = dict.fromkeys((kind.value for kind in FaultKind), 0)
+        """How often each kind happened."""
 
     def __bool__(self) -> bool:
         return bool(self.faults)
 
     def delay(self, lba: int, blocks: int, *, write: bool) -> float:
-        """Seconds by which the transfer is held up."""
+        """Return the seconds by which the transfer is delayed."""
         seconds = 0.0
         for fault in self.faults:
             if fault.kind is FaultKind.DELAY and fault.touches(lba, blocks, write=write):
@@ -101,7 +105,7 @@ class FaultPlan:
         return seconds
 
     def bad_block(self, lba: int, blocks: int, *, write: bool) -> int | None:
-        """The first block of the transfer that fails."""
+        """Return the first block of the transfer that fails, if any."""
         bad = None
         for fault in self.faults:
             if fault.kind is FaultKind.ERROR and fault.touches(lba, blocks, write=write):
@@ -112,7 +116,7 @@ class FaultPlan:
         return bad
 
     def blocks(self, lba: int, blocks: int, *, write: bool) -> int:
-        """How many blocks are transferred."""
+        """Return how many blocks are transferred."""
         for fault in self.faults:
             if fault.kind is FaultKind.SHORT and fault.touches(lba, blocks, write=write):
                 self.met["short"] += 1

@@ -1,6 +1,6 @@
 """A disk in a raw file or on a block device.
 
-What the ``cache`` option says is QEMU's:
+The modes of the ``cache`` option are those of QEMU:
 
     | cache        | host page cache | a write is safe        | the guest sees a write cache | flush    |
     | none         | no (O_DIRECT)   | after a flush          | yes                          | yes      |
@@ -98,24 +98,29 @@ class FileBackend(Backend):
                     )
             return os.open(self.path, flags)
         except OSError as error:
-            hint = "; readonly=on does not write to it" if error.errno in (errno.EACCES, errno.EROFS) else ""
+            hint = (
+                "; with readonly=on it needs no write access"
+                if error.errno in (errno.EACCES, errno.EROFS)
+                else ""
+            )
             raise UserError(f"cannot open the image {self.path}: {error.strerror}{hint}") from error
 
     def lock(self) -> None:
-        """Two guests that write to one image destroy it. Not held from the start: a guest that migrates comes from
-        somebody who has it still.
+        """Lock the file (``flock``): two guests that write to one image destroy it.
+
+        The lock is not taken when the file is opened, since the source of a migration still has it then.
         """
         try:
             fcntl.flock(self.fd, (fcntl.LOCK_SH if self.read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise DeviceError(
-                    f"the image {self.path} is used by another guest; readonly=on for both shares it"
+                    f"the image {self.path} is used by another guest; to share it, give readonly=on to both"
                 ) from error
             _logger.info("%s: the file system has no locks: %s", self.path, error.strerror)
 
     def unlock(self) -> None:
-        with contextlib.suppress(OSError):  # no locks here
+        with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(self.fd, fcntl.LOCK_UN)
 
     def _size(self) -> int:
@@ -137,7 +142,7 @@ class FileBackend(Backend):
         while done < wanted:
             step = os.preadv(self.fd, _behind(views, done), offset + done)
             if not step:
-                raise OSError(errno.EIO, f"{self.path} ends at {offset + done}")
+                raise OSError(errno.EIO, f"{self.path} ends at byte {offset + done}")
             done += step
 
     def write(self, offset: int, views: Sequence[memoryview], *, fua: bool = False) -> None:
@@ -147,7 +152,7 @@ class FileBackend(Backend):
         while done < wanted:
             step = os.pwritev(self.fd, _behind(views, done), offset + done, flags)
             if not step:
-                raise OSError(errno.ENOSPC, f"{self.path} takes no more at {offset + done}")
+                raise OSError(errno.ENOSPC, f"{self.path} cannot be written beyond byte {offset + done}")
             done += step
 
     def flush(self) -> None:
@@ -183,7 +188,7 @@ class FileBackend(Backend):
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
-        fd = os.open(f"/proc/self/fd/{self.fd}", os.O_WRONLY | os.O_CLOEXEC)  # zeros lie where they lie
+        fd = os.open(f"/proc/self/fd/{self.fd}", os.O_WRONLY | os.O_CLOEXEC)  # zeros need no direct I/O
         try:
             while length:
                 step = os.pwrite(fd, ZEROS[: min(length, len(ZEROS))], offset)
@@ -210,14 +215,14 @@ class FileBackend(Backend):
                     hole = min(os.lseek(self.fd, offset, os.SEEK_HOLE), end)
                     found.append((offset, hole - offset, True))
                     offset = hole
-        except OSError:  # a file system that does not tell
+        except OSError:  # a file system without SEEK_DATA
             return [*found, (offset, end - offset, True)]
         return found
 
     def grow(self, size: int) -> None:
         if self._block_device:
             raise UserError(
-                f"{self.path} is a block device: resize it where it comes from, then leave the size away"
+                f"{self.path} is a block device: resize it with its own tools, then run this command without a size"
             )
         try:
             os.truncate(self.fd, size)
@@ -243,7 +248,7 @@ class FileBackend(Backend):
 
 
 def _behind(views: Sequence[memoryview], done: int) -> list[memoryview]:
-    """What is left of ``views`` after ``done`` bytes."""
+    """Return what is left of ``views`` after ``done`` bytes."""
     left = []
     for view in views:
         if done >= len(view):
@@ -259,7 +264,7 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2), which the standard library does not have with its modes. Raises ``OSError``."""
+    """Call fallocate(2), which the standard library offers without its modes. Raises ``OSError``."""
     if _libc.fallocate(fd, mode, offset, length):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
@@ -271,7 +276,7 @@ _DIOALIGN_AT = 0x98  # stx_dio_mem_align, stx_dio_offset_align in struct statx
 
 
 def _direct_alignment(fd: int) -> int:
-    """What direct I/O on a file wants of memory and offsets, in bytes; 512 where the kernel does not say."""
+    """Return the alignment of memory and offsets for direct I/O on a file, in bytes; 512 if unknown (before 6.1)."""
     buffer = ctypes.create_string_buffer(256)
     try:
         failed = _libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, buffer)

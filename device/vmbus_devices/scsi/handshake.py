@@ -1,4 +1,4 @@
-"""How a guest's driver and the host agree, before the first command.
+"""The negotiation between a guest's driver and the host, before the first command.
 
 Source: docs/protocol/devices.md#storage-handshake.
 
@@ -13,7 +13,7 @@ Source: docs/protocol/devices.md#storage-handshake.
     |  8 end                     | END            | INVALID_DEVICE_STATE     |
     | 13 create sub-channels     | END, READY     | INVALID_DEVICE_STATE; INVALID_PARAMETER for too many |
 
-A driver asks for versions from the newest down until it is given one.
+A driver proposes versions, the newest first, until the host accepts one.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ OPERATIONS = (
 
 
 class Stage(enum.Enum):
-    """What the guest has to send next."""
+    """The next packet that the guest has to send."""
 
     BEGIN = 0
     VERSION = 1
@@ -64,15 +64,15 @@ class Handshake:
     stage: Stage = Stage.BEGIN
     version: ProtocolVersion | None = None
     subchannels: int | None = field(default=None)
-    """How many the guest was granted; ``None`` before it asked."""
+    """How many the guest was granted; ``None`` before its request."""
 
     @property
     def ready(self) -> bool:
-        """Commands are taken."""
+        """Whether commands are executed."""
         return self.stage is Stage.READY
 
     def take(self, operation: int, union: bytes) -> tuple[Status, bytes]:
-        """The answer to an initialisation packet, ``union`` being what follows its header."""
+        """Return the answer to an initialisation packet; ``union``: what follows its header."""
         if operation == Operation.BEGIN_INITIALIZATION and self.stage is Stage.BEGIN:
             self.stage = Stage.VERSION
             return Status.SUCCESS, b""
@@ -100,14 +100,14 @@ class Handshake:
         self.stage = Stage.PROPERTIES
         return Status.SUCCESS, answer
 
-    def _most_subchannels(self) -> int:
-        # Several channels came with Windows 8.
+    def _allowed_subchannels(self) -> int:
+        # Sub-channels exist since the protocol of Windows 8.
         return self.max_subchannels if (self.version or 0) >= ProtocolVersion.WIN8 else 0
 
     def _properties(self) -> bytes:
-        most = self._most_subchannels()
+        allowed = self._allowed_subchannels()
         return CHANNEL_PROPERTIES.build(
-            ChannelProperties(most, MULTI_CHANNEL if most else 0, self.max_transfer)
+            ChannelProperties(allowed, MULTI_CHANNEL if allowed else 0, self.max_transfer)
         )
 
     def _create(self, union: bytes) -> Status:
@@ -115,7 +115,7 @@ class Handshake:
             count = SUBCHANNEL_REQUEST.parse(union).count
         except MalformedError:
             return Status.INVALID_PARAMETER
-        if count > self._most_subchannels():
+        if count > self._allowed_subchannels():
             return Status.INVALID_PARAMETER
         if self.subchannels is not None:
             return Status.INVALID_DEVICE_STATE

@@ -1,13 +1,13 @@
-"""A disk in an image file of QEMU's: qcow2 with its overlays, and the formats of other machines.
+"""A disk in an image file of one of QEMU's formats: qcow2 with its overlays, and the formats of other hypervisors.
 
-QEMU's own code reads and writes the file, in a process of its own that serves it over NBD to nobody but this disk.
-Who starts such processes is given from outside (:class:`ImageServers`); nothing here knows where QEMU is.
+QEMU's own code reads and writes the file, in a process (``qemu-storage-daemon``) that serves it over NBD to this disk
+alone. The machine starts such processes (:class:`ImageServers`); this module does not depend on QEMU.
 
-    made        the file is looked at, shared with whoever uses it: its size
-    lock()      a process opens it for writing, and holds QEMU's locks; requests wait until it has
-    unlock()    the process ends, and with it the locks: the guest goes on elsewhere
+    created     the image is opened for reading, shared with other users, to find its size
+    lock()      a process opens the image for writing and holds QEMU's locks; requests wait until it does
+    unlock()    the process ends, and its locks are released: the guest continues elsewhere
 
-A process that died is replaced, as a server that hung up is connected to again.
+A process that died is replaced, as a lost connection to a server is made again.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from vmbus_devices.scsi.file import Cache
 from vmbus_devices.scsi.nbd import NbdBackend
 
 EXPORT = "disk"
-"""The name under which an image is served."""
+"""The name of the export that an image is."""
 QCOW2_MAGIC = b"QFI\xfb"
-_LIMIT = 20.0
-"""Seconds that a server has to answer each step of the negotiation."""
+_NEGOTIATION_TIMEOUT = 20.0
+"""Seconds for each step of the negotiation with a server."""
 
 _WRITABLE = ExportFlag.TRIM | ExportFlag.WRITE_ZEROES
 
 
 class DetectZeroes(enum.Enum):
-    """What is done with zeros that the guest writes: nothing, a record in the image, a hole."""
+    """How zeros that the guest writes are stored: as data, as a mark in the image, or as a hole."""
 
     OFF = "off"
     ON = "on"
@@ -48,7 +48,7 @@ class DetectZeroes(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """How an image is to be opened. ``format`` is the name of QEMU's driver; ``share``: whoever else has it."""
+    """How an image is opened. ``format``: name of QEMU's driver; ``share``: although another process locked it."""
 
     path: Path
     format: str
@@ -63,24 +63,24 @@ class ImageServer(Protocol):
     """Serves one image over NBD, as the export :data:`EXPORT`."""
 
     def start(self, connections: int) -> list[socket.socket]:
-        """Open the image; connections to it. Raises :class:`~vmbus.errors.DeviceError` if it cannot be opened."""
+        """Open the image and return connections. Raises :class:`~vmbus.errors.DeviceError` if that fails."""
 
     def stop(self) -> None:
-        """Write everything back and let go of the image; returns when that is done."""
+        """Write all data back and close the image; return when that is done."""
 
 
 class ImageServers(Protocol):
-    """Who can serve images."""
+    """Servers for images, made by the machine."""
 
     def server(self, image: ImageFile) -> ImageServer:
-        """A server that is not started. Raises :class:`~vmbus.errors.UserError` where there can be none."""
+        """Return a server, not started. Raises :class:`~vmbus.errors.UserError` where none is available."""
 
     def resize(self, image: ImageFile, size: int) -> None:
-        """Make an image that nobody has open ``size`` bytes large. Raises :class:`~vmbus.errors.UserError`."""
+        """Resize an image that is not open to ``size`` bytes. Raises :class:`~vmbus.errors.UserError`."""
 
 
 class ServerConnector:
-    """Connections to a server that is started for a session, and stopped after it."""
+    """Connections to a server that is started for each session, and stopped after it."""
 
     export = EXPORT
 
@@ -93,7 +93,7 @@ class ServerConnector:
         if not number:
             self._waiting.extend(self._server.start(self._connections))
         stream = self._waiting.popleft()
-        stream.settimeout(_LIMIT)
+        stream.settimeout(_NEGOTIATION_TIMEOUT)
         return stream
 
     def ended(self) -> None:
@@ -102,8 +102,8 @@ class ServerConnector:
         self._server.stop()
 
 
-def look(servers: ImageServers, image: ImageFile) -> Export:
-    """What an image is, whoever has it open. Raises :class:`~vmbus.errors.UserError`."""
+def inspect(servers: ImageServers, image: ImageFile) -> Export:
+    """Return size and abilities of an image, which may be open elsewhere. Raises :class:`~vmbus.errors.UserError`."""
     image = dataclasses.replace(image, read_only=True, share=True)
     connector = ServerConnector(servers.server(image), 1)
     try:
@@ -123,7 +123,7 @@ class ImageBackend(NbdBackend):
     def __init__(
         self, servers: ImageServers, image: ImageFile, *, connections: int = 2, reconnect: float = 5.0
     ) -> None:
-        export = look(servers, image)
+        export = inspect(servers, image)
         if not image.read_only:
             export = dataclasses.replace(export, flags=export.flags & ~ExportFlag.READ_ONLY | _WRITABLE)
         self.image = image
@@ -154,9 +154,9 @@ class ImageBackend(NbdBackend):
 
 
 def probe(path: Path) -> str:
-    """``qcow2`` or ``raw``: what a file is whose format was not said.
+    """Return ``qcow2`` or ``raw``, by the first bytes of a file.
 
-    A guest with a raw disk can make it look like anything: only for images that no guest has written to as raw.
+    Only for images that no guest has written to as raw: a guest can give a raw disk the first bytes of a qcow2.
     """
     try:
         with path.open("rb") as file:

@@ -1,12 +1,12 @@
 """A disk on an NBD server.
 
-Data goes from the socket into guest pages and out of them, without a copy and without a thread that waits.
-What a server cannot do is done another way, or not offered to the guest:
+Data moves between the socket and guest pages without a copy and without a thread that waits. What a server cannot
+do is replaced, or not offered to the guest:
 
     | the server lacks  | instead                                     |
     | FUA               | a flush after the write                     |
     | WRITE_ZEROES      | zeros are written                           |
-    | TRIM              | the guest is not told that it may discard   |
+    | TRIM              | the guest is not offered to discard         |
     | FLUSH             | the guest sees no write cache               |
     | block status      | everything is reported as mapped            |
 """
@@ -27,16 +27,16 @@ from vmbus_devices.scsi.backend import Backend
 from vmbus_devices.scsi.file import Cache
 
 _THREADS = 4
-"""Flushes, discards and the like that wait side by side."""
+"""Flushes, discards and the like that are under way at the same time."""
 _STEP = 1 << 30
 """Bytes of one request without data."""
 _ZEROS = memoryview(bytes(1 << 20))
 MIN_MAXIMUM = 1 << 20
-"""Bytes that a server must take in one request."""
+"""Bytes that a server must accept in one request."""
 
 
 class NbdBackend(Backend):
-    """``client``: open, or about to be activated; ``export``: what it found, or will find."""
+    """A disk on an NBD server. ``client``: open, or activated later; ``export``: what the server exports."""
 
     kind = "nbd"
     starts = True
@@ -71,7 +71,7 @@ class NbdBackend(Backend):
     def use(self, workers: Workers) -> None:
         self.client.use(workers)
 
-    # --- without waiting ---------------------------------------------------------------------------------------
+    # --- without waiting ---
 
     def start(
         self,
@@ -103,7 +103,7 @@ class NbdBackend(Backend):
     def _needs_fua(self, asked: bool) -> bool:
         return self._always_fua or (asked and self.flush_needed)
 
-    # --- in a thread -------------------------------------------------------------------------------------------
+    # --- in a thread ---
 
     def read(self, offset: int, views: Sequence[memoryview]) -> None:
         self.client.call(Command.READ, offset, sum([len(view) for view in views]), list(views), 0)
@@ -149,15 +149,15 @@ class NbdBackend(Backend):
         found = self.client.call(Command.BLOCK_STATUS, offset, min(length, _STEP), [], 0).extents
         return found or [(offset, length, True)]
 
-    # --- its life ----------------------------------------------------------------------------------------------
+    # --- size and life ---
 
     def refresh(self) -> int:
         if self.client.export is not None:
             self.size = self.client.export.size
         return self.size
 
-    def look_again(self) -> None:
-        """Connect anew: only so does a server tell its export's size. May block."""
+    def reread_size(self) -> None:
+        """Connect again: a server reports the size of its export in the negotiation only. May block."""
         self.client.interlude(lambda: None)
         self.client.call(Command.READ, 0, self.block_minimum, [memoryview(bytearray(self.block_minimum))], 0)
 
@@ -168,8 +168,8 @@ class NbdBackend(Backend):
     def abandon(self) -> None:
         self.close()
 
-    def join(self, limit: float) -> bool:
-        return self.client.join(limit)
+    def wait_closed(self, timeout: float) -> bool:
+        return self.client.wait_closed(timeout)
 
     def status(self) -> dict[str, Any]:
         client = self.client

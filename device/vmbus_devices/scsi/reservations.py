@@ -1,4 +1,4 @@
-"""Persistent reservations of one disk (SPC-4 5.13), of which a single initiator can be the holder: the guest.
+"""Persistent reservations of one disk (SPC-4 5.13), with a single initiator, the guest.
 
 no key --REGISTER key--> registered --RESERVE--> reserved --RELEASE--> registered --REGISTER 0--> no key
                               '---- CLEAR ----> no key <---- CLEAR, REGISTER 0 ----'
@@ -6,9 +6,9 @@ no key --REGISTER key--> registered --RESERVE--> reserved --RELEASE--> registere
 | refused with              | when                                                             |
 | RESERVATION CONFLICT      | the key is not the registered one; another type is held          |
 | 5/24 invalid field in CDB | an unknown service action, scope or type                         |
-| 5/26 invalid field in list| keys are to survive a loss of power, or other initiators named   |
-| 5/26/04 invalid release   | RELEASE of another type than is held                             |
-| 5/1A                      | the parameter list has not 24 bytes                              |
+| 5/26 invalid field in list| APTPL (keys survive a loss of power) or SPEC_I_PT is set         |
+| 5/26/04 invalid release   | RELEASE of another type than the one held                        |
+| 5/1A parameter list length| the parameter list is not 24 bytes long                          |
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ REGISTER, RESERVE, RELEASE, CLEAR, PREEMPT, PREEMPT_AND_ABORT, REGISTER_AND_IGNO
 READ_KEYS, READ_RESERVATION, REPORT_CAPABILITIES = range(3)
 
 TYPES = (1, 3, 5, 6, 7, 8)
-"""Write exclusive, exclusive access; the same for registrants only; and for all registrants."""
+"""Write exclusive and exclusive access; both for registrants only; both for all registrants."""
 
 _TYPE_MASK = sum(1 << (each + 8 if each < 8 else 0) for each in TYPES)
 _SPEC_I_PT, _APTPL = 0x08, 0x01
@@ -40,7 +40,7 @@ class Reservations:
     generation: int = 0
 
     def change(self, action: int, scope_and_type: int, data: bytes) -> None:
-        """PERSISTENT RESERVE OUT. Raises CheckCondition or ReservationConflict, and nothing has changed then."""
+        """Execute PERSISTENT RESERVE OUT. Raises CheckCondition or ReservationConflict before any change."""
         try:
             wanted = RESERVATION_LIST.parse(data)
         except MalformedError:
@@ -82,7 +82,7 @@ class Reservations:
             self.generation += 1
 
     def report(self, action: int) -> bytes:
-        """The data of PERSISTENT RESERVE IN. Raises CheckCondition."""
+        """Return the data of PERSISTENT RESERVE IN. Raises CheckCondition."""
         generation = self.generation & 0xFFFFFFFF
         if action == READ_KEYS:
             keys = struct.pack(">Q", self.key) if self.key else b""

@@ -1,7 +1,7 @@
-"""Resets that wait: each is answered when no command is left, at the latest after a while.
+"""Resets without an answer: each is answered when no command is left, at the latest after a timeout.
 
 ask() --nothing under way--> answered
-      --commands left------> waiting --settled(), or RESET_LIMIT--> answered        --forget(), stop()--> gone
+      --commands left------> waiting --settled(), or RESET_TIMEOUT--> answered        --forget(), stop()--> gone
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vmbus.wire.packet import Packet
 if TYPE_CHECKING:
     from vmbus.bus.io.channel_io import ChannelIo
 
-RESET_LIMIT = 4.0
+RESET_TIMEOUT = 4.0
 """Seconds after which a reset is answered although commands are left: Linux waits five."""
 
 
@@ -23,33 +23,33 @@ class Resets:
     """The resets of one controller; ``answer`` completes one."""
 
     def __init__(self, answer: Callable[[ChannelIo, Packet], None]) -> None:
-        #: Asked for so far.
         self.count = 0
-        #: Not answered yet, in order.
+        """Requested so far."""
         self.waiting: list[tuple[ChannelIo, Packet]] = []
+        """Without an answer, oldest first."""
         self._answer = answer
         self._timer: TimerHandle | None = None
 
     def ask(self, io: ChannelIo, packet: Packet, timers: Timers) -> None:
-        """The guest asked for one; :meth:`settled` is called by who asks here, if nothing is under way."""
+        """Add a reset that the guest requested; the caller calls :meth:`settled` if no command is under way."""
         self.count += 1
         self.waiting.append((io, packet))
         if self._timer is None:
-            self._timer = timers.call_later(RESET_LIMIT, self.settled)
+            self._timer = timers.call_later(RESET_TIMEOUT, self.settled)
 
     def settled(self) -> None:
-        """No command is left, or it took too long."""
+        """Answer all resets: no command is left, or the timeout has passed."""
         waiting, self.waiting = self.waiting, []
         self.stop()
         for io, packet in waiting:
             self._answer(io, packet)
 
     def forget(self, io: ChannelIo) -> None:
-        """A channel closed: nobody waits there."""
+        """Drop the resets of a channel that closed."""
         self.waiting = [each for each in self.waiting if each[0] is not io]
 
     def stop(self) -> None:
-        """Answer nothing by itself any more."""
+        """Cancel the timeout."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,4 +1,4 @@
-"""What one unit has done: for ``vmbus status``."""
+"""Counters of one unit, for ``vmbus status``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class UnitStatistics:
         self.latency = Histogram()
 
     def began(self) -> None:
-        """A request came."""
+        """Count a request that has arrived."""
         self.requests += 1
         self._depth += 1
         if self._depth > self.max_depth:
@@ -73,17 +73,17 @@ class UnitStatistics:
             self.latency.merge(counts.latencies, counts.min_latency, counts.max_latency)
 
     def ended(self, seconds: float) -> None:
-        """It was answered, ``seconds`` later."""
+        """Count a request that was answered after ``seconds``."""
         self._depth -= 1
         self.latency.add(seconds)
 
     def error(self, srb_status: int, sense: bytes) -> None:
-        """It failed: counted by sense key, code and qualifier, or by SRB status where there is no sense data."""
+        """Count a failed request by sense key, code and qualifier, or by SRB status if there is no sense data."""
         name = f"{sense[2] & 0xF:x}/{sense[12]:02x}/{sense[13]:02x}" if sense else f"srb-{srb_status:02x}"
         self.errors[name] += 1
 
     def status(self) -> dict[str, Any]:
-        """Names and plain values; microseconds."""
+        """Return what ``vmbus status`` shows; latencies in microseconds."""
         self.absorb()
         latency: dict[str, Any] = dict(self.latency.status())
         latency |= {

@@ -1,4 +1,4 @@
-"""What disks and CD-ROMs have in common: who they are, unit attentions, and the commands about the device.
+"""What disks and CD-ROM drives have in common: identity, unit attentions, and the commands about the device.
 
     execute(request) --> refused by sense | unit attention | the command's method --> request.succeed(), give(), ...
 
@@ -9,7 +9,7 @@ regardless (SPC-4 5.6).
 
 from __future__ import annotations
 
-# ruff: noqa: B027 - a disk keeps nothing that a reset would end
+# ruff: noqa: B027 - a disk has no state that a reset would clear
 import hashlib
 import logging
 from abc import ABC, abstractmethod
@@ -44,7 +44,7 @@ from vmbus_devices.scsi.statistics import UnitStatistics
 _logger = logging.getLogger(__name__)
 
 VENDOR = b"Msft    "
-"""Linux's driver knows what a host of this name can do, and Windows what it boots from."""
+"""The vendor by which Linux's driver recognises a Hyper-V host, and Windows a disk to boot from."""
 
 MAX_ATTENTIONS = 8
 
@@ -53,7 +53,7 @@ Command = Callable[[Request], None]
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who a unit is; ``serial``: 1 to 64 characters of ASCII, the same for as long as the data is."""
+    """The identity of a unit; ``serial``: 1 to 64 characters of ASCII, constant for the lifetime of the data."""
 
     serial: str
     product: str
@@ -61,7 +61,7 @@ class Identity:
 
     @property
     def naa(self) -> bytes:
-        """A locally assigned NAA identifier (SPC-4 7.8.6.6), from the serial number."""
+        """Return a locally assigned NAA identifier (SPC-4 7.8.6.6), made from the serial number."""
         digest = hashlib.sha256(self.serial.encode()).digest()
         return bytes((0x30 | digest[0] & 0x0F,)) + digest[1:8]
 
@@ -81,10 +81,10 @@ class LogicalUnit(ABC):
         self.name(serial)
         self.statistics = UnitStatistics()
         self.attentions: list[Sense] = []
-        #: Commands that failed and are done again when the guest, which was stopped for that, goes on.
         self.kept: list[Request] = []
-        #: Why they failed.
+        """Commands that failed, and are executed again when the guest, which was stopped for that, is resumed."""
         self.kept_because = ""
+        """Why they failed."""
         self.environment: DeviceEnvironment | None = None
         self._commands: dict[int, Command] = {
             Opcode.TEST_UNIT_READY: self._test_unit_ready,
@@ -97,23 +97,23 @@ class LogicalUnit(ABC):
         }
 
     def name(self, serial: str) -> None:
-        """Be known by this serial number; before a guest sees the unit."""
+        """Set the serial number; only before a guest sees the unit."""
         self.identity = Identity(serial, self.product)
 
     def start(self, environment: DeviceEnvironment) -> None:
-        """Before the first command."""
+        """Take the environment; called before the first command."""
         self.environment = environment
         self.backend.use(environment.workers)
 
     def close(self) -> None:
-        """The unit is gone, and all its commands have ended."""
+        """Close the back end; called after removal, when all commands have ended."""
         self.backend.close()
 
     def reset(self) -> None:
-        """The guest reset the bus, or begins anew: what it had set is forgotten."""
+        """Clear what the guest has set: it resets the bus, or opens the controller again."""
 
     def resized(self) -> bool:
-        """Look at the size again; whether it changed."""
+        """Read the size again; return whether it changed."""
         return False
 
     @property
@@ -126,29 +126,32 @@ class LogicalUnit(ABC):
         return None
 
     def attention(self, sense: Sense) -> None:
-        """Tell the guest with its next command."""
+        """Report ``sense`` with the guest's next command."""
         if sense not in self.attentions and len(self.attentions) < MAX_ATTENTIONS:
             self.attentions.append(sense)
 
     def keep(self, request: Request, why: str) -> None:
-        """Stop the guest; ``request`` is done again when it goes on. Only where the guest can be stopped."""
+        """Stop the guest, and keep ``request`` for its resumption.
+
+        Raises :class:`~vmbus.errors.InternalError` where the guest cannot be stopped.
+        """
         environment = self.environment
         if environment is None or environment.stop_guest is None:
-            raise InternalError("a guest that cannot be stopped")
+            raise InternalError(f"{self.identity.serial}: the guest cannot be stopped")
         self.kept.append(request)
         self.kept_because = why
         request.cancel = lambda: self.kept.remove(request)
         environment.stop_guest(f"disk {self.identity.serial}: {why}")
 
     def take_kept(self) -> list[Request]:
-        """What was kept, to be done again."""
+        """Return the commands that were kept, and keep them no longer."""
         kept, self.kept = self.kept, []
         for request in kept:
             request.cancel = None
         return kept
 
     def execute(self, request: Request) -> None:
-        """Do the command. Raises :class:`CheckCondition`, or a GuestError for a buffer that is not RAM."""
+        """Execute a command. Raises :class:`CheckCondition`, or a GuestError for a buffer that is not RAM."""
         opcode = request.cdb[0]
         if self.attentions and opcode not in (Opcode.INQUIRY, Opcode.REPORT_LUNS, Opcode.REQUEST_SENSE):
             raise CheckCondition(self.attentions.pop(0))
@@ -157,7 +160,7 @@ class LogicalUnit(ABC):
             raise CheckCondition(Sense.INVALID_OPCODE)
         command(request)
 
-    # --- commands ----------------------------------------------------------------------------------------------
+    # --- commands ---
 
     def _test_unit_ready(self, request: Request) -> None:
         request.succeed()
@@ -194,7 +197,7 @@ class LogicalUnit(ABC):
         )
 
     def _vital_pages(self) -> Mapping[int, bytes]:
-        """The data of each page but 00."""
+        """Return the data of each vital product data page but 00."""
         return {
             VitalPage.SERIAL_NUMBER: self.identity.serial.encode(),
             VitalPage.IDENTIFICATION: bytes((1, 3, 0, 8)) + self.identity.naa,
@@ -214,7 +217,7 @@ class LogicalUnit(ABC):
             found = [pages[page]]
         else:
             raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
-        if control == 1:  # which bits can be changed: none
+        if control == 1:  # changeable values: there are none
             found = [each[:2] + bytes(len(each) - 2) for each in found]
         data = b"".join(found)
         header = mode_header_6 if cdb[0] == Opcode.MODE_SENSE_6 else mode_header_10
@@ -227,7 +230,7 @@ class LogicalUnit(ABC):
         }
 
     def _mode_parameter(self) -> int:
-        """The device-specific parameter of mode headers."""
+        """Return the device-specific parameter of mode headers."""
         return 0
 
     def _start_stop(self, request: Request) -> None:
@@ -238,4 +241,4 @@ class LogicalUnit(ABC):
 
     @abstractmethod
     def status(self) -> dict[str, Any]:
-        """For ``vmbus status``."""
+        """Return what ``vmbus status`` shows."""

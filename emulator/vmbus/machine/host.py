@@ -497,7 +497,7 @@ class Host:
         for attached in self.devices:
             attached.device.stop()
         for attached in self.devices:
-            if not await asyncio.to_thread(attached.device.let_go, SETTLE_LIMIT):
+            if not await asyncio.to_thread(attached.device.wait_closed, SETTLE_LIMIT):
                 _logger.warning("%s has not let go of all it has", attached.device.name)
         self.workers.close()
         self.gateway.close()

@@ -63,7 +63,7 @@ def rw(opcode: int, lba: int, blocks: int, flags: int = 0) -> bytes:
     return struct.pack(">BBIBHB", opcode, flags, lba & 0xFFFFFFFF, 0, blocks & 0xFFFF, 0)
 
 
-# --- plain requests --------------------------------------------------------------------------------------------
+# --- plain requests ---
 
 
 @pytest.mark.parametrize("opcode", [0x08, 0x28, 0xA8, 0x88])
@@ -124,7 +124,7 @@ def test_a_buffer_on_both_sides_of_a_hole_is_filled(guest: FastGuest) -> None:
     assert guest.memory.read(HIGH, 8) == struct.pack("<Q", 13)
 
 
-# --- memory ------------------------------------------------------------------------------------------------------
+# --- memory ---
 
 
 def test_pages_that_were_read_into_are_dirty_and_code_in_them_is_written_through_qemu(
@@ -156,7 +156,7 @@ def test_pages_that_were_written_from_stay_clean(guest: FastGuest) -> None:
     assert guest.path.requests == 2
 
 
-# --- what it leaves ----------------------------------------------------------------------------------------------
+# --- what it leaves ---
 
 
 def test_a_unit_attention_is_told_first(guest: FastGuest) -> None:
@@ -232,7 +232,7 @@ def test_what_it_did_is_in_the_unit_s_figures(guest: FastGuest) -> None:
     assert figures["queue_depth"] == 0
 
 
-# --- the same as the ordinary way --------------------------------------------------------------------------------
+# --- the same as the ordinary way ---
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Server:
     ended_sessions: int = 0
     connections: list[socket.socket] = field(default_factory=list)
 
-    # --- the connector
+    # --- the connector ---
 
     def connect(self, number: int) -> socket.socket:
         if self.refuse:
@@ -81,7 +81,7 @@ class Server:
                 continue  # it is broken already
         self.connections.clear()
 
-    # --- the server
+    # --- the server ---
 
     def serve_in_thread(self, stream: socket.socket) -> None:
         self.connections.append(stream)

@@ -67,7 +67,7 @@ def opened() -> Iterator[Open]:
     yield make
     for client in clients:
         client.close()
-        assert client.join(LIMIT)
+        assert client.wait_closed(LIMIT)
 
 
 def views(length: int, count: int = 4) -> list[memoryview]:
@@ -82,7 +82,7 @@ def read(backend: NbdBackend, offset: int, length: int) -> bytes:
     return b"".join(found)
 
 
-# --- what works --------------------------------------------------------------------------------------------------
+# --- what works ---
 
 
 @pytest.mark.parametrize("structured", [False, True])
@@ -204,7 +204,7 @@ def test_cache_modes(server: Server, opened: Open, cache: Cache, seen: list[tupl
     assert backend.write_cache == (cache is not Cache.WRITETHROUGH)
 
 
-# --- errors ------------------------------------------------------------------------------------------------------
+# --- errors ---
 
 
 @pytest.mark.parametrize("structured", [False, True])
@@ -280,7 +280,7 @@ def test_what_is_under_way_fails_when_the_disk_is_closed(server: Server, opened:
 
     backend.start(0, [memoryview(bytearray(512))], 512, False, False, ended)
     backend.close()
-    assert backend.join(LIMIT)
+    assert backend.wait_closed(LIMIT)
     assert done.wait(LIMIT)
     assert isinstance(errors[0], OSError)
     with pytest.raises(OSError, match="closed"):
@@ -290,11 +290,11 @@ def test_what_is_under_way_fails_when_the_disk_is_closed(server: Server, opened:
 def test_a_larger_export_is_seen_when_it_is_looked_for(server: Server, opened: Open) -> None:
     backend = opened(server)
     server.data += bytes(SIZE)
-    backend.look_again()
+    backend.reread_size()
     assert backend.refresh() == 2 * SIZE
 
 
-# --- servers that lie --------------------------------------------------------------------------------------------
+# --- servers that lie ---
 
 INFO = option_reply(8, 1) + option_reply(10, 1) + option_reply(7, 3, export_info(SIZE, ALL))
 
@@ -302,13 +302,13 @@ INFO = option_reply(8, 1) + option_reply(10, 1) + option_reply(7, 3, export_info
 @pytest.mark.parametrize(
     ("negotiation", "message"),
     [
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "no NBD server"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "not an NBD server"),
         (greeting(0), "too old"),
         (greeting() + option_reply(9, 1), "breaks the NBD protocol"),
         (greeting() + option_reply(8, 1, bytes(1 << 20)), "breaks the NBD protocol"),
-        (greeting() + option_reply(8, 1) + option_reply(10, 4, bytes(4) + b"x") * 200, "no end of contexts"),
-        (greeting() + option_reply(8, 1) + option_reply(10, 1) + option_reply(7, 1), "how large"),
-        (greeting() + INFO + option_reply(7, 3, bytes(12)) * 200, "no end of answers"),
+        (greeting() + option_reply(8, 1) + option_reply(10, 4, bytes(4) + b"x") * 200, "too many contexts"),
+        (greeting() + option_reply(8, 1) + option_reply(10, 1) + option_reply(7, 1), "size of the export"),
+        (greeting() + INFO + option_reply(7, 3, bytes(12)) * 200, "too many answers"),
         (greeting() + INFO[:-2], "not answer"),
         (greeting() + INFO + option_reply(7, 3, b"\0\3" + bytes(12)), "impossible block sizes"),
         (greeting() + INFO + option_reply(7, 3, b"\0\0\0"), "breaks the NBD protocol"),
@@ -412,7 +412,7 @@ def test_no_answer_at_all_harms_anything(garbage: bytes, cut: bool) -> None:
     client.submit(Request(Command.READ, 0, 512, lambda error: done.set(), [around[512:1024]]))
     threading.Timer(0.01, client.close).start()
     assert done.wait(LIMIT)
-    assert client.join(LIMIT)
+    assert client.wait_closed(LIMIT)
     assert around[:512] == around[1024:] == b"\xaa" * 512
 
 
@@ -452,7 +452,7 @@ def test_replies_are_taken_by_an_event_loop_once_there_is_one(server: Server, op
         assert await workers.settle(LIMIT)
         assert isinstance(errors[-1], OSError)
         backend.close()
-        assert await asyncio.to_thread(backend.join, LIMIT)
+        assert await asyncio.to_thread(backend.wait_closed, LIMIT)
         workers.close()
 
     asyncio.run(story())

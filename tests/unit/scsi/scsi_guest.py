@@ -114,7 +114,7 @@ class ScsiGuest(LoopbackGuest):
         )
         self.next_id = 1
 
-    # --- packets of the protocol
+    # --- packets of the protocol ---
 
     def vstor(self, operation: int, union: bytes = b"", *, size: int = 64, **more: Any) -> GuestPacket | None:
         """Send a packet; its completion, if it came at once."""
@@ -142,7 +142,7 @@ class ScsiGuest(LoopbackGuest):
         assert self.status(END) == SUCCESS
         return properties.payload[12:36]
 
-    # --- commands
+    # --- commands ---
 
     def srb(
         self,

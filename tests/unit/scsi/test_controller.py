@@ -53,7 +53,7 @@ def slow_disk(**options: Any) -> Disk:
     return disk
 
 
-# --- handshake -------------------------------------------------------------------------------------------------
+# --- handshake ---
 
 
 @pytest.mark.conformance(61)
@@ -146,7 +146,7 @@ def test_packets_that_no_driver_sends_stop_the_channel(packet: dict[str, Any], r
         assert guest.io.failure == reason
 
 
-# --- sub-channels ----------------------------------------------------------------------------------------------
+# --- sub-channels ---
 
 
 @pytest.mark.conformance(64)
@@ -211,7 +211,7 @@ def test_a_command_is_answered_on_the_channel_that_it_came_from() -> None:
         assert answer.status == INVALID_DEVICE_STATE
 
 
-# --- units -----------------------------------------------------------------------------------------------------
+# --- units ---
 
 
 @pytest.mark.conformance(66)
@@ -332,7 +332,7 @@ def test_targets_and_places() -> None:
         assert [data[8 * n + 1] for n in range(1, len(data) // 8)] == [0, 63]
 
 
-# --- resets, closing -------------------------------------------------------------------------------------------
+# --- resets, closing ---
 
 
 @pytest.mark.parametrize("operation", [RESET_LUN, RESET_ADAPTER, RESET_BUS])
@@ -420,7 +420,7 @@ def test_completions_of_one_batch_are_one_interrupt() -> None:
         assert status["queue_depth"] == 0
 
 
-# --- saving ----------------------------------------------------------------------------------------------------
+# --- saving ---
 
 
 def test_a_saved_controller_goes_on_elsewhere_and_waiting_commands_are_done_there() -> None:
@@ -485,7 +485,7 @@ def test_a_damaged_state_is_refused_or_taken_but_nothing_else(data: st.DataObjec
             controller(memory_disk(8)).restore(each)
 
 
-# --- from the command line -------------------------------------------------------------------------------------
+# --- from the command line ---
 
 
 def test_lines_that_name_one_controller_share_it() -> None:
@@ -522,13 +522,13 @@ def test_lines_that_name_one_controller_share_it() -> None:
             ["scsi,format=null,queues=4", "scsi,format=null,queues=2"],
             "queues=2, but controller scsi has queues=4",
         ),
-        (["scsi,format=null,image=x"], "takes no image"),
+        (["scsi,format=null,image=x"], "uses no image"),
         (["scsi,image=/nowhere/at/all"], "cannot open the image"),
         (["scsi,format=null,size=many"], "512M"),
         (["scsi,format=null,block=1024"], "512 or 4096"),
         (["scsi,format=null,fault=smoke@1"], "KIND@FIRST-LAST"),
         (["scsi,format=null,version=7"], "one of 2.0"),
-        (["scsi,format=null,serial=a b"], "no blanks"),
+        (["scsi,format=null,serial=a b"], "without blanks"),
     ],
 )
 def test_mistakes_on_the_command_line_are_explained(lines: list[str], message: str) -> None:
@@ -537,7 +537,7 @@ def test_mistakes_on_the_command_line_are_explained(lines: list[str], message: s
     assert found.type.__name__ in ("UsageError", "UserError")
 
 
-# --- anything --------------------------------------------------------------------------------------------------
+# --- anything ---
 
 
 @settings(deadline=None, max_examples=200)

@@ -246,7 +246,7 @@ def test_memory_that_is_not_aligned_goes_through_a_buffer() -> None:
     assert seen[2] == 3
 
 
-# --- about itself ----------------------------------------------------------------------------------------------
+# --- about itself ---
 
 
 def inquiry(page: int | None = None, length: int = 255) -> bytes:
@@ -334,7 +334,7 @@ def test_commands_that_do_nothing_succeed_and_unknown_ones_are_refused() -> None
     assert guest.device.status()["units"]["0:0"]["errors"]["5/20/00"] == 9
 
 
-# --- unmap, write same, verify, status -------------------------------------------------------------------------
+# --- unmap, write same, verify, status ---
 
 
 def unmap_list(*ranges: tuple[int, int]) -> bytes:
@@ -507,7 +507,7 @@ def test_persistent_reservations_that_are_malformed() -> None:
     assert reserved(guest, 0) == struct.pack(">IIQ", 1, 8, 7)
 
 
-# --- faults ----------------------------------------------------------------------------------------------------
+# --- faults ---
 
 
 def faulty(text: str, make: Callable[..., Disk] = memory_disk) -> ScsiGuest:
@@ -552,7 +552,7 @@ def test_a_delay_holds_up_only_what_touches_it() -> None:
     assert guest.buffer(512) == b"n" * 512
 
 
-# --- anything agrees with an array -----------------------------------------------------------------------------
+# --- anything agrees with an array ---
 
 
 @settings(deadline=None, max_examples=60)

@@ -141,7 +141,7 @@ def test_a_disk_in_a_file_through_the_channel(image: Path) -> None:
         (DriveOptions("/nowhere/disk.img"), "No such file"),
         (DriveOptions("/proc"), "directory"),
         (DriveOptions("/dev/null"), "neither a file nor a block device"),
-        (DriveOptions(None), "image= is missing"),
+        (DriveOptions(None), "needs image="),
     ],
 )
 def test_images_that_cannot_be_used(options: DriveOptions, message: str) -> None:
@@ -149,7 +149,7 @@ def test_images_that_cannot_be_used(options: DriveOptions, message: str) -> None
         open_drive(options, "d")
 
 
-# --- CD-ROM ----------------------------------------------------------------------------------------------------
+# --- CD-ROM ---
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ def test_a_disk_that_comes_later_is_of_the_controller_that_is_there() -> None:
     # What no line says has its default value, and another cannot be had any more.
     [line] = registry.completed(["scsi,format=null,queues=2"], device.lines())
     with pytest.raises(
-        UsageError, match="controller scsi has queues=8, not 2; that holds for all of its lines"
+        UsageError, match="controller scsi has queues=8, not 2; this option applies to the whole controller"
     ):
         device.join(registry.create(line))
 

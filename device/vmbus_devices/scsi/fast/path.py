@@ -294,7 +294,7 @@ class FastPath:
         if self._address:
             self.submit()
 
-    def look(self, watched: tuple[int, int] | None = None) -> int:
+    def poll(self, watched: tuple[int, int] | None = None) -> int:
         """Pass on the results of requests that have ended, and return their number.
 
         ``watched``: wait a moment for one to end, or for the 32-bit word at that address to differ from that value.
@@ -331,7 +331,7 @@ class FastPath:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._shared.event_fd)
         while True:
-            self.look()
+            self.poll()
             if not self.sleeps():
                 return
 
@@ -418,10 +418,10 @@ class FastPathChannel:
 
     def submit(self) -> None:
         self._path.submit()
-        self._path.look()
+        self._path.poll()
 
     def wait(self, watched: tuple[int, int]) -> bool:
-        return bool(self._path.look(watched))
+        return bool(self._path.poll(watched))
 
     def sleeps(self) -> bool:
         return self._path.sleeps()

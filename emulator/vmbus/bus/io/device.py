@@ -166,8 +166,8 @@ class Device(ABC):
     def stop(self) -> None:
         """The machine goes; every channel is closed already. Cancel timers, close files. Must not block."""
 
-    def let_go(self, limit: float) -> bool:
-        """After :meth:`stop`, in another thread: wait ``limit`` seconds for what it began; whether that is done."""
+    def wait_closed(self, timeout: float) -> bool:
+        """Wait for outstanding work after :meth:`stop`, in another thread; return False on timeout (seconds)."""
         return True
 
     def opened(self, io: ChannelIo) -> None:
