@@ -196,7 +196,11 @@ class LyingEcho(Echo):
     def _answer(self, io: ChannelIo, packet: Packet, *rest: Any, **more: Any) -> None:
         if self.counts["requests"] == 50:
             send = io.answer
-            io.answer = lambda packet, payload: send(packet, bytes(payload[:-1]) + b"?")  # type: ignore[method-assign]
+
+            def lie(packet: Packet, payload: bytes | bytearray | memoryview = b"") -> None:
+                send(packet, bytes(payload[:-1]) + b"?")
+
+            io.answer = lie  # type: ignore[method-assign]
             super()._answer(io, packet, *rest, **more)
             io.answer = send  # type: ignore[method-assign]
         else:

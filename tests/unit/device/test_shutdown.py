@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from typing import Any
 
 import pytest
 from vmbus.errors import DeviceError, UsageError
@@ -32,9 +33,9 @@ def device(guest: IcGuest) -> Shutdown:
     return guest.device
 
 
-def asked(guest: IcGuest, *arguments: object, **details: object) -> list[ShutdownResult]:
+def asked(guest: IcGuest, action: ShutdownAction | str, **details: Any) -> list[ShutdownResult]:
     results: list[ShutdownResult] = []
-    device(guest).shut_down(*arguments, done=results.append, **details)  # type: ignore[arg-type]
+    device(guest).shut_down(action, results.append, **details)
     guest.run()
     return results
 

@@ -24,8 +24,22 @@ HIGH = 16 << 20
 LIMIT = 20.0
 
 
+class Timer:
+    """A timer of :class:`Loop`, which is due in the next turn."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self._callback: Callable[[], None] | None = callback
+
+    def __call__(self) -> None:
+        if self._callback is not None:
+            self._callback()
+
+    def cancel(self) -> None:
+        self._callback = None
+
+
 class Loop:
-    """As much of an event loop as the fast path asks of one."""
+    """The part of an event loop that the fast path uses."""
 
     def __init__(self) -> None:
         self.readers: dict[int, Callable[[], None]] = {}
@@ -37,14 +51,16 @@ class Loop:
     def remove_reader(self, fd: int) -> None:
         del self.readers[fd]
 
-    def call_soon(self, callback: Callable[[], None]) -> None:
+    def call_soon(self, callback: Callable[[], None], /) -> None:
         self.soon.append(callback)
 
-    def call_later(self, delay: float, callback: Callable[[], None]) -> None:
-        self.soon.append(callback)
+    def call_later(self, delay: float, callback: Callable[[], None], /) -> Timer:
+        timer = Timer(callback)
+        self.soon.append(timer)
+        return timer
 
     def run(self, limit: float) -> bool:
-        """Wait for a file descriptor, and call who waits for it; False when none came."""
+        """Wait for a file descriptor and call its callback; return False if none was readable."""
         while self.soon:
             self.soon.pop(0)()
         ready = select.select(list(self.readers), [], [], limit)[0]
@@ -87,15 +103,15 @@ class FastGuest(ScsiGuest):
         self.notes = Notes((HIGH + RAM - HOLE) >> 12)
         self.through = Through()
         regions = (RamRegion(0, HOLE, 0), RamRegion(HIGH, RAM - HOLE, HOLE))
-        memory = MappedMemory(
+        self.ram = MappedMemory(
             memoryview(mmap.mmap(-1, RAM)), regions, code_pages=self.notes, through=self.through
         )
-        engines = NativeEngines(self.loop, memory, lambda: None)
+        engines = NativeEngines(self.loop, self.ram, lambda: None)
         path = engines.engine(FastPath.open)
         if path is None:
             pytest.skip("no compiler, or no io_uring for us")
         self.path = path
-        super().__init__(device, memory=memory, native=engines, **options)
+        super().__init__(device, memory=self.ram, native=engines, **options)
         self.open()
         self.negotiate()
 

@@ -1,4 +1,4 @@
-"""The fast path does what the ordinary way does for the same packets, and leaves it what it cannot do."""
+"""The fast path does what Python does for the same packets, and leaves to Python what it cannot do."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def rw(opcode: int, lba: int, blocks: int, flags: int = 0) -> bytes:
     return struct.pack(">BBIBHB", opcode, flags, lba & 0xFFFFFFFF, 0, blocks & 0xFFFF, 0)
 
 
-# --- plain requests ---
+# --- requests that take the fast path ---
 
 
 @pytest.mark.parametrize("opcode", [0x08, 0x28, 0xA8, 0x88])
@@ -131,12 +131,12 @@ def test_pages_that_were_read_into_are_dirty_and_code_in_them_is_written_through
     guest: FastGuest,
 ) -> None:
     pfns = [BUFFER_PFN, BUFFER_PFN + 2, BUFFER_PFN + 4]
-    guest.memory.take_dirty()
+    guest.ram.take_dirty()
     guest.notes.bytes[pfns[1]] = 1
     payload = guest.srb(rw(0x28, 0, 24), length=24 * 512, direction=IN)
     assert guest.send(payload, transaction_id=1, completion_requested=True, ranges=[(24 * 512, 0, pfns)])
     guest.settle()
-    assert set(pfns) <= set(guest.memory.take_dirty())
+    assert set(pfns) <= set(guest.ram.take_dirty())
     data = b"".join(struct.pack("<Q", index) * 64 for index in range(8, 16))
     assert guest.through.writes == [(pfns[1] * PAGE_SIZE, data)]
     assert not guest.notes.bytes[pfns[1]]
@@ -146,12 +146,12 @@ def test_pages_that_were_written_from_stay_clean(guest: FastGuest) -> None:
     guest.start(rw(0x2A, 0, 8), write=bytes(4096))
     guest.settle()
     guest.answers()
-    guest.memory.take_dirty()
+    guest.ram.take_dirty()
     guest.notes.bytes[BUFFER_PFN] = 1
     payload = guest.srb(rw(0x2A, 0, 8), length=4096, direction=OUT)
     assert guest.send(payload, transaction_id=1, completion_requested=True, ranges=[(4096, 0, [BUFFER_PFN])])
     guest.settle()
-    assert BUFFER_PFN not in guest.memory.take_dirty()
+    assert BUFFER_PFN not in guest.ram.take_dirty()
     assert guest.notes.bytes[BUFFER_PFN]
     assert guest.path.requests == 2
 
@@ -232,7 +232,7 @@ def test_what_it_did_is_in_the_unit_s_figures(guest: FastGuest) -> None:
     assert figures["queue_depth"] == 0
 
 
-# --- the same as the ordinary way ---
+# --- the same as in Python ---
 
 
 @dataclass(frozen=True)
@@ -275,8 +275,8 @@ stories = st.builds(
 )
 
 
-def tell(guest: ScsiGuest, story: Story, number: int) -> list[Any]:
-    """Send it; all that the host answers."""
+def send(guest: ScsiGuest, story: Story, number: int) -> list[Any]:
+    """Send a request, and return all that the host answers."""
     cdb = rw(story.opcode, story.lba, min(story.blocks, 0xFFFFFFFF), story.flags).ljust(16, b"\0")
     payload = guest.srb(
         cdb,
@@ -299,35 +299,35 @@ def tell(guest: ScsiGuest, story: Story, number: int) -> list[Any]:
 
 
 class TwoHosts:
-    """The same guest on two hosts, one of which has the fast path."""
+    """The same guest on two hosts, one of which uses the fast path."""
 
     def __init__(self, folder: Path) -> None:
-        self.files = [image(folder / "fast.img"), image(folder / "plain.img")]
+        self.files = [image(folder / "fast.img"), image(folder / "ordinary.img")]
         self.fast = FastGuest(controller(disk(self.files[0])))
         other = FastGuest(controller(disk(self.files[1])))
-        other.io.fast = None  # the ordinary way, with the same memory
-        self.plain = other
-        for guest in (self.fast, self.plain):
+        other.io.fast = None  # Python only, with the same kind of memory
+        self.ordinary = other
+        for guest in (self.fast, self.ordinary):
             guest.command(bytes(6))
         self.number = 1000
 
     def check(self, story: Story) -> None:
         self.number += 1
-        assert tell(self.fast, story, self.number) == tell(self.plain, story, self.number)
+        assert send(self.fast, story, self.number) == send(self.ordinary, story, self.number)
         assert self.files[0].read_bytes() == self.files[1].read_bytes()
         for gpa, length in ((BUFFER_PFN << 12, HOLE - (BUFFER_PFN << 12)), (HIGH, RAM - HOLE)):
-            assert self.fast.memory.read(gpa, length) == self.plain.memory.read(gpa, length)
-        assert self.fast.io.state is self.plain.io.state
-        assert self.fast.io.refusals.counts == self.plain.io.refusals.counts
+            assert self.fast.memory.read(gpa, length) == self.ordinary.memory.read(gpa, length)
+        assert self.fast.io.state is self.ordinary.io.state
+        assert self.fast.io.refusals.counts == self.ordinary.io.refusals.counts
 
 
 @pytest.fixture(scope="module")
 def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
     hosts = TwoHosts(tmp_path_factory.mktemp("twins"))
-    with hosts.fast, hosts.plain:
+    with hosts.fast, hosts.ordinary:
         yield hosts
         assert hosts.fast.path.requests > 20
-        assert hosts.plain.path.requests == 0
+        assert hosts.ordinary.path.requests == 0
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -347,7 +347,7 @@ def test_whatever_is_sent_both_ways_answer_the_same_and_store_the_same(
     first=st.integers(BUFFER_PFN, BUFFER_PFN + 200),
     step=st.sampled_from([1, 2, 3]),
 )
-def test_plain_requests_answer_the_same_and_store_the_same(
+def test_eligible_requests_answer_the_same_and_store_the_same(
     two_hosts: TwoHosts, write: bool, lba: int, blocks: int, offset: int, first: int, step: int
 ) -> None:
     length = blocks * 512

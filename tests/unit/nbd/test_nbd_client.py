@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -325,7 +326,7 @@ def test_a_negotiation_that_goes_wrong_is_told(
     server.negotiation = negotiation
     connect = server.connect
 
-    def impatient(number: int):
+    def impatient(number: int) -> socket.socket:
         stream = connect(number)
         stream.settimeout(0.2)
         return stream

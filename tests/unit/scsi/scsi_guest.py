@@ -88,6 +88,8 @@ def memory_disk(blocks: int = 4096, serial: str = "disk", **options: Any) -> Dis
 class ScsiGuest(LoopbackGuest):
     """Opens the controller; ``negotiate`` makes it ready."""
 
+    device: Scsi
+
     def __init__(
         self,
         device: Scsi,

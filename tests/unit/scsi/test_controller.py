@@ -302,7 +302,7 @@ def test_a_device_that_stops_closes_its_images_when_the_last_transfer_has_ended(
     busy, idle = slow_disk(), memory_disk(serial="idle")
     closed: list[str] = []
     for disk in (busy, idle):
-        disk.backend.close = lambda serial=disk.identity.serial: closed.append(serial)  # type: ignore[misc]
+        disk.backend.close = lambda serial=disk.identity.serial: closed.append(serial)  # type: ignore[method-assign, misc]
     device = controller(busy, idle)
     guest = ScsiGuest(device)
     guest.open()

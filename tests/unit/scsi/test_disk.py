@@ -481,7 +481,10 @@ def test_persistent_reservations_from_registering_to_clearing() -> None:
     state = guest.device.save()
     there = controller(memory_disk())
     there.restore(state)
-    assert there.units[0, 0].reservations == guest.device.units[0, 0].reservations
+    disks = there.units[0, 0], guest.device.units[0, 0]
+    assert isinstance(disks[0], Disk)
+    assert isinstance(disks[1], Disk)
+    assert disks[0].reservations == disks[1].reservations
     assert reserve(guest, 2, 7, kind=8).good
     assert reserved(guest, 1) == struct.pack(">II", 2, 0)
     assert reserve(guest, 6, 0, 11).good, "whatever the key was"
