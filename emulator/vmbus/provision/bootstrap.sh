@@ -1,38 +1,82 @@
 #!/bin/sh
-# Makes the virtual environment and sees to the few Debian packages that it and the gateway need.
-# Usage: bootstrap.sh VENV
+# Makes the virtual environment and installs the few Debian packages that the environment, the compiled parts and the
+# tests need. Usage: bootstrap.sh VENV
 set -eu
 venv=$1
+log=$(mktemp)
+job=
+trap 'rm -f "$log"' EXIT
+trap '[ -z "$job" ] || kill "$job" 2>/dev/null; exit 130' INT TERM
 
-missing=""
-need() { # need COMMAND-THAT-WORKS PACKAGE
-    sh -c "$1" >/dev/null 2>&1 || missing="$missing $2"
-}
-need 'python3 -c "import ensurepip, venv"' python3-venv
-need 'echo "#include <stdint.h>
-#include <sys/socket.h>
-int main(void){return 0;}" | cc -xc -o /dev/null -' 'gcc libc6-dev'
-need 'command -v dpkg-deb' dpkg
-need 'command -v xz' xz-utils
-
-if [ -n "$missing" ]; then
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        echo "installing Debian packages:$missing"
-        apt-get update -qq
-        # shellcheck disable=SC2086  # a list of package names
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
+# step TEXT COMMAND...: says what is done, and how long it took; on a terminal dots show that it goes on. The command's
+# output is shown only if it fails.
+step() {
+    text=$1
+    shift
+    printf '%s' "$text"
+    begun=$(date +%s)
+    "$@" >"$log" 2>&1 </dev/null &
+    job=$!
+    while [ -t 1 ] && kill -0 "$job" 2>/dev/null; do
+        sleep 1
+        printf '.'
+    done
+    if wait "$job"; then
+        job=
+        echo " done ($(($(date +%s) - begun)) s)"
     else
-        echo "These Debian packages are missing; as root, run:" >&2
-        echo "    apt-get install$missing" >&2
+        status=$?
+        job=
+        echo " failed"
+        tail -n 30 "$log" >&2
+        return "$status"
+    fi
+}
+
+needed=
+wanted=
+works() { sh -c "$1" >/dev/null 2>&1; }
+works 'python3 -c "import ensurepip, venv"' || needed="$needed python3-venv"
+works 'echo "#include <stdint.h>
+#include <sys/socket.h>
+int main(void){return 0;}" | cc -xc -o /dev/null -' || needed="$needed gcc libc6-dev"
+works 'command -v dpkg-deb' || needed="$needed dpkg"
+works 'command -v xz' || needed="$needed xz-utils"
+works 'command -v iasl' || wanted="$wanted acpica-tools" # one test compiles the ACPI table with it
+
+install_packages() {
+    apt-get update -qq || return
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"
+}
+
+can_install=no
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    can_install=yes
+fi
+if [ -n "$needed" ]; then
+    if [ "$can_install" = no ]; then
+        echo "These Debian packages are missing, and only root can install them. Run as root, then try again:" >&2
+        echo "    apt-get install$needed$wanted" >&2
         exit 1
+    fi
+    # shellcheck disable=SC2086
+    step "installing Debian packages:$needed (a minute or two)" install_packages $needed
+fi
+if [ -n "$wanted" ]; then
+    if [ "$can_install" = no ]; then
+        echo "One test will be skipped, because a Debian package is missing:$wanted"
+    else
+        # shellcheck disable=SC2086
+        step "installing Debian packages for the tests:$wanted (under a minute)" install_packages $wanted ||
+            echo "One test will be skipped without:$wanted" >&2
     fi
 fi
 
 python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "Python 3.11 or newer is needed; this is $(python3 --version)" >&2
+    echo "Python 3.11 or newer is needed, and python3 is $(python3 --version). Install a newer one, then try again." >&2
     exit 1
 }
 
-echo "installing the emulator and what its tests need into $venv"
-[ -x "$venv/bin/python" ] || python3 -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+[ -x "$venv/bin/python" ] || step "making the Python environment $venv (some seconds)" python3 -m venv "$venv"
+step "installing the emulator and its test tools into $venv (under a minute)" \
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check -e '.[dev]'
