@@ -1,6 +1,6 @@
-"""The command ``vmbus``: one module a verb, this one parses and dispatches.
+"""The command ``vmbus``: one module for each verb; this one parses the command line and calls them.
 
-Exit status: 0 done, 1 failed, 2 used wrongly; ``run -- CMD`` exits with CMD's own status.
+Exit status: 0 for success, 1 for failure, 2 for wrong usage; ``run -- CMD`` exits with the status of CMD.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ examples:
   vmbus run                                       boot the default guest and serve it
   vmbus run --device echo -- uname -a             run a command in the guest, exit with its status
   vmbus qemu-args                                 what to add to your own QEMU command line
-  vmbus attach --qmp /run/me/qmp.sock             serve a QEMU that runs already
+  vmbus attach --qmp /run/me/qmp.sock             serve a QEMU that is already running
   vmbus status --json                             channels and counters of a served guest
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Return the parser of the whole command line."""
     top = argparse.ArgumentParser(
         prog="vmbus",
         description="Plays the Hyper-V host for unmodified guests in a stock QEMU under TCG.",
@@ -48,7 +48,13 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"vmbus {__version__}")
-    top.add_argument("-v", "--verbose", action="count", default=0, help="more log lines; twice: all of them")
+    top.add_argument(
+        "-v",
+        "--verbose",
+        action="count",
+        default=0,
+        help="log what is negotiated and refused; twice: every step",
+    )
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
     for module in (
         doctor,
@@ -70,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the command; returns the exit status."""
+    """Run the command line ``argv`` (default: that of the process) and return the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     command: list[str] = []
     if "--" in words:
@@ -79,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(words)
     arguments.command = command
     if command and arguments.verb != "run":
-        print(f"vmbus {arguments.verb}: takes no command after --", file=sys.stderr)
+        print(f"vmbus {arguments.verb} takes no command after --; only `vmbus run` does", file=sys.stderr)
         return 2
     levels = {0: logging.WARNING, 1: logging.INFO}
     logging.basicConfig(

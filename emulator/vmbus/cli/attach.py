@@ -1,4 +1,4 @@
-"""``vmbus attach``: serve a QEMU that runs already."""
+"""``vmbus attach``: serve a QEMU that is already running."""
 
 from __future__ import annotations
 
@@ -23,36 +23,44 @@ examples:
   vmbus attach --qmp /tmp/vm/emulator-qmp.sock
   vmbus attach --qmp qmp.sock --device echo --name build-vm
 
-The QEMU must have been started with the options that `vmbus qemu-args` prints; all the rest (guest memory and its
-layout, gateway, qtest, vCPUs) is found through QMP and the QEMU process. Ctrl-C detaches: QEMU goes on, and its
-guest waits where it needs its host. The next emulator can serve it if it has not set up anything yet; if it has, it
-can only be reset (--reset), since that was known to the emulator that went away. To keep it, take a snapshot, or
-migrate it.
+The QEMU must have been started with the options that `vmbus qemu-args` prints. Everything else (guest memory and its
+layout, gateway, qtest, vCPUs) is found through QMP and the QEMU process.
+
+Ctrl-C detaches. QEMU continues to run, and its guest waits as soon as it needs its Hyper-V host. A new emulator can
+serve a guest that has not used that host yet. Any other guest has to be reset (--reset), because the state of its
+host is lost with the emulator. To keep such a guest, migrate it or save a snapshot before you detach.
 """
 
 
 def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "attach",
-        help="serve a QEMU that runs already",
+        help="serve a QEMU that is already running",
         description="Attaches to a running QEMU and plays its guest's Hyper-V host.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--qmp", required=True, type=Path, metavar="SOCKET", help="QEMU's QMP socket")
-    parser.add_argument("--name", help="the name under which `vmbus status` finds it (default: guest-N)")
     parser.add_argument(
-        "--take-over", action="store_true", help="replace an emulator that is attached (it will end)"
+        "--name", help="name of the guest for `vmbus status` and the other verbs (default: guest-N)"
+    )
+    parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="replace an emulator that is attached to this QEMU; that emulator ends",
     )
     parser.add_argument(
         "--reset",
         action="store_true",
-        help="reset a guest that used its Hyper-V host already when its emulator went away, which knew it alone",
+        help="reset the guest if it has already used its Hyper-V host, because the state of that host was lost with "
+        "the emulator that served it",
     )
     parser.add_argument(
         "--carrier",
         metavar="unix:PATH|file:PATH",
-        help="QEMU waits for a guest that is migrated, and the emulator's state comes there, if not in QEMU's stream",
+        help="for a QEMU that waits for a migrating guest: receive the emulator's state here "
+        "instead of in QEMU's stream; "
+        "as `vmbus migrate --carrier`",
     )
     add_host_options(parser)
     parser.set_defaults(action=main)

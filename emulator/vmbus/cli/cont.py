@@ -1,4 +1,4 @@
-"""``vmbus cont``: let a stopped guest go on."""
+"""``vmbus cont``: resume a stopped guest."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ examples:
   vmbus cont                      the only served guest
   vmbus cont NAME
 
-A disk with werror= or rerror= stops its guest when something fails; `vmbus status` says what. When it is mended (room
-made, a server back), the guest goes on, and what had failed is done again.
+A disk with werror= or rerror= stops its guest when a request fails; `vmbus status` shows the reason. Remove the cause
+first (free some space, restart the server), then resume the guest: the failed requests are tried again.
 """
 
 
 def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "cont",
-        help="let a stopped guest go on",
-        description="Lets a stopped guest go on; requests that it was stopped for are done again.",
+        help="resume a stopped guest",
+        description="Resumes a stopped guest; the requests that it was stopped for are tried again.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", nargs="?", help="the guest (not needed where only one is served)")
+    parser.add_argument("name", nargs="?", help="name of the guest (not needed if only one is served)")
     parser.set_defaults(action=main)
 
 
@@ -38,7 +38,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 async def answer(host: Host, request: Mapping[str, Any]) -> object:
-    """The control socket's ``cont``."""
+    """Answer the control socket's ``cont``."""
     await host.qmp.cont()
     return {}
 

@@ -1,4 +1,4 @@
-"""``vmbus demo``: the whole story in less than a minute, in front of the user."""
+"""``vmbus demo``: show in less than a minute what the emulator does."""
 
 from __future__ import annotations
 
@@ -53,35 +53,38 @@ _TIMEOUT = 180.0
 def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "demo",
-        help="the whole story: boot, bus, devices, live migration, snapshot, shutdown",
-        description="Boots a guest and shows what its Hyper-V host does for it.",
+        help="show it all in one run: boot, bus, devices, live migration, snapshot, shutdown",
+        description="Boots a guest and shows what its Hyper-V host does for it; takes less than a minute.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--guest", choices=sorted(GUESTS), default=DEFAULT_GUEST, help=f"default: {DEFAULT_GUEST}"
+        "--guest",
+        choices=sorted(GUESTS),
+        default=DEFAULT_GUEST,
+        help=f"guest to boot (default: {DEFAULT_GUEST})",
     )
     parser.add_argument("--smp", type=int, default=2, metavar="N", help="vCPUs (default: 2)")
-    parser.add_argument("--json", action="store_true", help="the results as one JSON object, nothing else")
+    parser.add_argument("--json", action="store_true", help="print only the results, as one JSON object")
     parser.set_defaults(action=main)
 
 
 @dataclass
 class Screen:
-    """What the user sees: finished lines, and on a terminal a part below them that is redrawn."""
+    """The output: finished lines, and on a terminal a part below them that is redrawn."""
 
     stream: TextIO
     quiet: bool = False
     _live_lines: int = field(default=0, init=False)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if not self.quiet:
             self._erase()
             print(text, file=self.stream, flush=True)
 
     def live(self, text: str) -> None:
-        """The part that is redrawn; nothing where there is no terminal."""
+        """Redraw the part below the finished lines; without a terminal, print nothing."""
         if not self.quiet and self.stream.isatty():
             self._erase()
             print(text, file=self.stream, flush=True)
@@ -102,7 +105,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 class Demo:
-    """One run; ``result`` grows as it goes."""
+    """One run of the demo; ``result`` grows step by step."""
 
     def __init__(self, screen: Screen, guest: str, smp: int) -> None:
         self.screen = screen
@@ -112,7 +115,7 @@ class Demo:
         self.output = bytearray()
 
     async def run(self) -> dict[str, Any]:
-        """The story. Raises :class:`~vmbus.errors.UserError` where it does not go on."""
+        """Run all steps. Raises :class:`~vmbus.errors.UserError` for a step that fails."""
         with tempfile.TemporaryDirectory(prefix="vmbus-demo-") as folder:
             return await self._run(Path(folder) / "snapshots.qcow2")
 
@@ -193,7 +196,7 @@ class Demo:
         )
 
     def _heartbeat(self) -> dict[str, Any]:
-        """The heartbeat device's figures, wherever the guest is now."""
+        """Return the heartbeat device's figures, in whichever QEMU the guest is now."""
         return self._device("heartbeat").status()
 
     def _device(self, name: str) -> Device:
@@ -240,7 +243,7 @@ class Demo:
         }
 
     async def _migrate(self) -> None:
-        """Live, with a heartbeat under way all the time; each answer names the beat that it is for."""
+        """Migrate live, with a heartbeat outstanding all the time; each answer names the beat that it belongs to."""
         before = self._heartbeat()
         process = self.guest.process.pid
         outcome = await self.guest.move()
@@ -261,7 +264,7 @@ class Demo:
         self.result["migration"] = outcome.as_dict()
 
     async def _snapshot(self) -> None:
-        """Save, go on, go back: what the guest did after the snapshot is undone, in the guest and here."""
+        """Save, continue, restore: what happened after the snapshot is undone, in the guest and in the emulator."""
         await snapshots.save(self.guest.host, "demo")
         saved_beat, saved_count = self._heartbeat()["sequence"], self._count()
         await self._until(lambda: self._count() >= saved_count + 10, "the guest to go on")
@@ -280,7 +283,7 @@ class Demo:
         self.result["snapshot"] = {"saved_at": saved_count, "went_on_to": lost_count, "restored_to": count}
 
     def _count(self) -> int:
-        """What the guest's program counted to; 0 before."""
+        """Return what the guest's program has counted to; 0 before it started."""
         lines = self.output.split(b"\n")
         return int(lines[-2].split()[0]) if len(lines) > 2 else 0
 
@@ -301,7 +304,7 @@ class Demo:
         return f"{time.monotonic() - self.started:6.2f} s"
 
     def _clock(self) -> int:
-        """The guest's wall clock as it told it last; 0 before."""
+        """Return the wall clock that the guest's program printed last; 0 before it started."""
         lines = self.output.split(b"\n")
         return int(lines[-2].split()[1]) if len(lines) > 2 else 0
 
@@ -329,8 +332,9 @@ class Demo:
         shown = 0.0
         while not condition():
             if self.serving.done() or time.monotonic() > end:
+                why = "the guest ended" if self.serving.done() else f"{_TIMEOUT:g} s have passed"
                 tail = "\n".join(self._console().splitlines()[-15:])
-                raise UserError(f"waited in vain for {what}; the end of the guest's console:\n{tail}")
+                raise UserError(f"waited for {what}, but {why}; the end of the guest's console:\n{tail}")
             if show is not None and time.monotonic() - shown > 0.2:
                 self.screen.live(show())
                 shown = time.monotonic()

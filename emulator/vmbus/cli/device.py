@@ -1,4 +1,4 @@
-"""``vmbus device``: list, add, remove and resize the devices of a guest that runs."""
+"""``vmbus device``: list, add, remove and resize the devices of a running guest."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _EPILOG = """\
 examples:
   vmbus device list                                     the only served guest
   vmbus device list NAME --json
-  vmbus device add scsi,image=data.qcow2,format=qcow2   one more disk; what stands after --device of `vmbus run`
+  vmbus device add scsi,image=data.qcow2,format=qcow2   one more disk; the same text as after `vmbus run --device`
   vmbus device add NAME echo                            one more device
   vmbus device remove scsi/0:1                          a disk: controller, target, LUN, as `list` shows it
   vmbus device remove NAME echo                         a device, or a controller with all its disks
   vmbus device resize scsi/0:1 20G                      a raw or qcow2 image and its disk
-  vmbus device resize NAME scsi/0:1                     the image was resized already: look
+  vmbus device resize NAME scsi/0:1                     the image has been resized already: use its new size
 
-The guest is told, and nothing is asked of it: unmount a disk before you remove it. What was added goes along when
-the guest moves (`vmbus migrate NAME`); for a target of your own give `vmbus run --incoming` the same devices.
+The guest is notified, but not asked: unmount a disk before you remove it. Added devices migrate with the guest
+(`vmbus migrate NAME`); if you start the target yourself, give `vmbus run --incoming` the same devices.
 """
 
 _SIZE = re.compile(r"(\d+)([KMGT]?)", re.IGNORECASE)
@@ -59,23 +59,27 @@ def add_parser(verbs: Any) -> None:
     )
     actions = parser.add_subparsers(dest="device_action", metavar="ACTION", required=True)
     for action, text, values in (
-        ("list", "what the guest is offered", ()),
-        ("add", "offer one more", (("line", "NAME[,KEY=VALUE...]", "as after --device of `vmbus run`"),)),
-        ("remove", "take one away", (("device", "DEVICE", "as `vmbus device list` names it"),)),
+        ("list", "list the devices that the guest is offered", ()),
+        ("add", "offer one more device", (("line", "NAME[,KEY=VALUE...]", "as after `vmbus run --device`"),)),
+        ("remove", "remove a device or a disk", (("device", "DEVICE", "as `vmbus device list` names it"),)),
         ("resize", "make a disk larger", (("device", "DISK", "as `vmbus device list` names it"),)),
     ):
         each = actions.add_parser(
             action,
             help=text,
-            description=f"vmbus device {action}: {text}.",
+            description=f"{text[0].upper()}{text[1:]}.",
             epilog=_EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        each.add_argument("name", nargs="?", help="the guest (not needed where only one is served)")
+        each.add_argument("name", nargs="?", help="name of the guest (not needed if only one is served)")
         for value, metavar, meaning in values:
             each.add_argument(value, metavar=metavar, help=meaning)
         if action == "resize":
-            each.add_argument("size", nargs="?", help="20G; none: the image has its new size already")
+            each.add_argument(
+                "size",
+                nargs="?",
+                help="new size in bytes, or as in 20G; omit it if the image has been resized already",
+            )
         each.add_argument("--json", action="store_true", help="the answer, as one JSON object")
     parser.set_defaults(action=main)
 
@@ -117,7 +121,7 @@ def parse_size(text: str) -> int:
 
 
 def render(devices: list[Mapping[str, Any]]) -> str:
-    """One row a device, and one a disk of it."""
+    """Return a table with one row for each device and one for each of its parts."""
     rows = []
     for device in devices:
         rows.append((device["name"], device["state"], device["line"] if not device["disks"] else ""))

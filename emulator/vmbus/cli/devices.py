@@ -1,4 +1,4 @@
-"""The devices of all installed packages, with what they may use of this machine."""
+"""The registry of all installed devices, with the services of this machine that devices may use."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from vmbus.machine.qemu.storage_daemon import QemuImages
 
 
 def registry() -> Registry:
-    """Devices that are made by it can open images of QEMU's formats."""
+    """Return a registry whose devices can open images of QEMU's formats."""
     return Registry(services={"images": QemuImages()})

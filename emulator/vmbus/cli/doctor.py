@@ -1,4 +1,4 @@
-"""``vmbus doctor``: what this machine has, what is missing, and how to get it."""
+"""``vmbus doctor``: report what this machine has, what is missing, and how to get it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ examples:
   vmbus doctor
   vmbus doctor --json
 
-Exit status 0 when nothing that is needed is missing, else 1. Nothing is changed.
+Exit status: 0 if nothing necessary is missing, else 1. Nothing on the machine is changed.
 """
 
 
 def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "doctor",
-        help="what this machine has, what is missing, and how to get it",
-        description="Looks at what the emulator needs of this machine.",
+        help="report what this machine has, what is missing, and how to get it",
+        description="Checks what the emulator needs of this machine, and says how to get what is missing.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

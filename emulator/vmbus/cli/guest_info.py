@@ -1,4 +1,4 @@
-"""``vmbus guest-info``: which VMBus devices a kernel can drive, and what has to be loaded for that."""
+"""``vmbus guest-info``: report which VMBus devices a kernel can drive, and the modules to load for that."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ examples:
 def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "guest-info",
-        help="which VMBus devices a kernel can drive",
-        description="Reads from a kernel's modules which VMBus devices it can drive, and in which order they load.",
+        help="report which VMBus devices a kernel can drive",
+        description="Reads from a kernel's modules which VMBus devices it can drive, and in which "
+        "order to load them.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "kernel", metavar="KERNEL-DIR", help="a folder of modules, or the name of an embedded guest"
+        "kernel", metavar="KERNEL-DIR", help="a folder with kernel modules, or the name of an embedded guest"
     )
     parser.add_argument("--json", action="store_true", help="everything, as one JSON object")
     parser.set_defaults(action=main)

@@ -1,4 +1,4 @@
-"""``vmbus migrate``: live-migrate a served guest, to another QEMU here or to where somebody listens."""
+"""``vmbus migrate``: live-migrate a served guest into a new QEMU on this machine, or to a QEMU that listens."""
 
 from __future__ import annotations
 
@@ -28,79 +28,90 @@ examples:
   vmbus run --incoming tcp:0:4444 ...       on the target: the same options as the guest was started with
   vmbus migrate web tcp:target:4444         and then this, on the source
   vmbus migrate web unix:m --carrier unix:c the state goes from emulator to emulator (QEMU without D-Bus)
-  vmbus migrate web --share-memory          into a new QEMU that maps the same memory: nothing of it is copied
+  vmbus migrate web --share-memory          into a new QEMU that maps the same memory; none is copied
   vmbus migrate web unix:main.sock --cpr unix:cpr.sock
                                             the same with QEMU's cpr-transfer, into a QEMU of your own
-
   vmbus migrate web fd:3 3<>/dev/tcp/target/4444
-                                            over a descriptor of the shell's (a socket, a pipe)
+                                            over a descriptor that the shell opened (a socket, a pipe)
   vmbus migrate web exec:'ssh t start' --keep
-  vmbus migrate web --take-back             ... and it was refused there: the guest goes on here
-  vmbus migrate web --wait-ready            somebody else drives, and sends migrate-continue after this
+                                            over a command; the guest is kept here, stopped
+  vmbus migrate web --take-back             if the target refused it: resume the guest here
+  vmbus migrate web --wait-ready            another program drives, and sends migrate-continue after this
 
-The guest is never lost: if anything fails before the target has all of it, it goes on where it is.
-Exit status 0 when it runs at the target, 1 when it stayed.
+The guest is never lost: if anything fails before the target has all of it, the guest continues here.
+Exit status: 0 if the guest runs at the target, 1 if it stayed here.
 """
 
 _POLL = 0.2
 _LEAVE = 0.2
-"""Seconds in which the answer reaches whoever asked, before the source's emulator ends."""
+"""Seconds for the answer to reach the client before the source's emulator ends."""
 
 
 def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "migrate",
         help="live-migrate a served guest",
-        description="Live-migrates a served guest: bus, devices and transactions under way go with it.",
+        description="Live-migrates a served guest with its bus, devices and outstanding transactions.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", nargs="?", help="the guest (not needed where only one is served)")
-    parser.add_argument("uri", nargs="?", help="where a QEMU listens (tcp:HOST:PORT, unix:PATH, ...)")
+    parser.add_argument("name", nargs="?", help="name of the guest (not needed if only one is served)")
+    parser.add_argument(
+        "uri",
+        nargs="?",
+        help="where the target QEMU listens (tcp:HOST:PORT, unix:PATH, ...); default: a new QEMU on this machine",
+    )
     parser.add_argument(
         "--save-buffer",
         type=int,
         metavar="BYTES",
-        help="size of the buffer that each channel is saved into, chunk by chunk (default: 65536)",
+        help="size of the buffer into which each channel is saved, chunk by chunk (default: 65536)",
     )
     parser.add_argument(
         "--share-memory",
         action="store_true",
-        help="copy no guest memory: the new QEMU, on this host, maps the same file",
+        help="copy no guest memory: the new QEMU, on this machine, maps the same file",
     )
     parser.add_argument(
         "--cpr",
         metavar="ADDRESS",
-        help="hand QEMU's descriptors over there first (mode cpr-transfer); nothing is copied",
+        help="use QEMU's mode cpr-transfer: pass QEMU's descriptors to this address first, and copy no guest memory",
     )
     parser.add_argument(
         "--carrier",
         metavar="unix:PATH|file:PATH",
-        help="the emulator's state goes to the other emulator over a socket, or through a file, and not in QEMU's "
-        "stream: for a QEMU without dbus-vmstate, and for more than 1 MiB of state; the target has the same option",
+        help="send the emulator's state to the other emulator over a socket or through a file instead of in QEMU's "
+        "stream: for a QEMU without dbus-vmstate, or for more than 1 MiB of state; the target needs the same option",
     )
     parser.add_argument(
         "--wait-ready",
         action="store_true",
-        help="start nothing: wait until the emulator's part of a migration that somebody else drives is ready, so "
-        "that migrate-continue may be sent (see --switchover of `vmbus run`); status 1 if it ends before that",
+        help="start no migration, but wait until the emulator's part of one that another program drives is ready, so "
+        "that migrate-continue may be sent (see `vmbus run --switchover`); exit status 1 if that "
+        "migration ends first",
     )
     parser.add_argument(
-        "--timeout", type=float, default=600.0, metavar="SECONDS", help="give up then (default: 600)"
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="give up after this time (default: 600)",
     )
     parser.add_argument(
         "--keep",
         action="store_true",
-        help="once the guest has gone, keep what was sent of it, stopped, and end only when told to: where a target "
-        "cannot say that it refuses (file:, exec:, a pipe, or --carrier file:), for --take-back",
+        help="after the guest has left, keep it here as well, stopped, for --take-back: where the "
+        "target cannot report "
+        "that it refused the guest (file:, exec:, a pipe, or --carrier file:)",
     )
     parser.add_argument(
         "--take-back",
         action="store_true",
-        help="the guest was sent away, with --keep or by somebody else's command, and the target is known to have "
-        "failed: let it go on here",
+        help="resume the guest here, after it was migrated with --keep or by another program and "
+        "the target is known to "
+        "have failed",
     )
-    parser.add_argument("--json", action="store_true", help="the summary, as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     parser.set_defaults(action=main)
 
 
@@ -110,22 +121,29 @@ def main(arguments: argparse.Namespace) -> int:
         name, uri = None, name
     if uri is not None and arguments.share_memory:
         raise UsageError(
-            "--share-memory is for a guest that moves into a new QEMU here; to a URI, set x-ignore-shared on both "
-            "sides, and start the target with the same mem-path"
+            "--share-memory is for a guest that moves into a new QEMU on this machine; for a URI, "
+            "set x-ignore-shared "
+            "on both sides, and start the target with the same mem-path"
         )
     if uri is None and arguments.keep:
-        raise UsageError("--keep goes with a URI; a guest that moves here is kept until its new QEMU has it")
+        raise UsageError(
+            "--keep goes with a URI; without one, the guest is kept anyway until its new QEMU has all of it"
+        )
     if uri is None and arguments.cpr is not None:
-        raise UsageError("--cpr goes with a URI: where the same QEMU waits for the rest")
+        raise UsageError(
+            "--cpr goes with a URI: the address where the same QEMU waits for the rest of the migration"
+        )
     if arguments.carrier is not None:
         if uri is None:
-            raise UsageError("--carrier goes with a URI; a guest that moves here finds its own way")
+            raise UsageError(
+                "--carrier goes with a URI; without one, the way of the emulator's state is chosen for you"
+            )
         arguments.carrier = str(CarrierAddress.parse(arguments.carrier))
     control = rundir.find(name) / "control.sock"
     if arguments.take_back:
         if uri is not None or arguments.share_memory or arguments.wait_ready:
             raise UsageError(
-                "--take-back starts no migration, it is about the guest that was here: it goes with no URI, no "
+                "--take-back resumes the guest that was here and starts no migration: it goes with no URI, no "
                 "--share-memory, no --wait-ready"
             )
         ask(control, "take-back")
@@ -158,13 +176,15 @@ def main(arguments: argparse.Namespace) -> int:
     else:
         print(render(found))
         if arguments.keep:
-            print("what was sent is kept here, stopped: if the target refused it, --take-back lets it go on")
+            print(
+                "the guest is kept here, stopped; if the target refused it, run `vmbus migrate --take-back`"
+            )
     return 0
 
 
 def _wait_ready(control: Path, uri: str | None, arguments: argparse.Namespace) -> int:
     if uri is not None or arguments.share_memory or arguments.cpr is not None:
-        raise UsageError("--wait-ready starts no migration: leave the URI, --share-memory and --cpr away")
+        raise UsageError("--wait-ready starts no migration: leave out the URI, --share-memory and --cpr")
     limit = arguments.timeout
     found = ask(control, "wait-ready", limit=limit + 30, timeout=limit)
     if arguments.json:
@@ -176,7 +196,7 @@ def _wait_ready(control: Path, uri: str | None, arguments: argparse.Namespace) -
 
 
 def own_descriptor(number: int) -> int:
-    """``number``, if it is an open descriptor of this process. Raises :class:`~vmbus.errors.UsageError`."""
+    """Return ``number`` if it is an open descriptor of this process, else raise :class:`~vmbus.errors.UsageError`."""
     try:
         os.fstat(number)
     except OSError as error:
@@ -189,7 +209,7 @@ def own_descriptor(number: int) -> int:
 def _ask_with_progress(
     control: Path, command: str, request: Mapping[str, Any], limit: float, descriptors: Sequence[int]
 ) -> Any:
-    """Ask, and meanwhile show on a terminal how far QEMU is."""
+    """Ask, and show QEMU's progress on a terminal meanwhile."""
     result: list[Any] = []
 
     def wait() -> None:
@@ -207,7 +227,7 @@ def _ask_with_progress(
             try:
                 print(f"\r\x1b[K{_line(ask(control, 'migration', limit=5))}", end="", file=sys.stderr)
             except UserError:
-                continue  # it has left already, or is busy at the switch-over
+                continue  # the guest has left already, or is at the switch-over
             shown = True
     if shown:
         print("\r\x1b[K", end="", file=sys.stderr)
@@ -224,7 +244,7 @@ def _line(found: Mapping[str, Any]) -> str:
 
 
 def render(found: Mapping[str, Any]) -> str:
-    """The summary for a person."""
+    """Return the summary as text."""
     rows = [
         [
             channel["name"],
@@ -248,7 +268,7 @@ def render(found: Mapping[str, Any]) -> str:
 
 
 async def answer(host: Host, request: Mapping[str, Any]) -> object:
-    """The control socket's ``migrate``: to a URI. The emulator then ends, unless it is to ``keep`` the guest."""
+    """Answer the control socket's ``migrate`` to a URI. The emulator then ends, unless ``keep`` is set."""
     if "save_buffer" in request:
         host.migration.buffer_size = int(request["save_buffer"])
     try:
@@ -269,21 +289,22 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
 
 
 async def move(host: Host, request: Mapping[str, Any]) -> object:
-    """The control socket's ``move``, of a guest whose QEMU somebody else started."""
+    """Answer the control socket's ``move`` for a guest whose QEMU the emulator did not start."""
     raise MigrationFailed(
-        "this guest's QEMU was started by somebody else, so no second one can be: start one with -incoming defer, "
-        "attach an emulator to it, and say where it listens (vmbus migrate NAME URI)"
+        "the emulator did not start this guest's QEMU, so it cannot start a second one like it: "
+        "start one with -incoming "
+        "defer, attach an emulator to it, and say where it listens (vmbus migrate NAME URI)"
     )
 
 
 async def take_back(host: Host, request: Mapping[str, Any]) -> object:
-    """The control socket's ``take-back``."""
+    """Answer the control socket's ``take-back``."""
     await host.migration.take_back()
     return {}
 
 
 async def wait_ready(host: Host, request: Mapping[str, Any]) -> object:
-    """The control socket's ``wait-ready``: answered when QEMU may be told to go on."""
+    """Answer the control socket's ``wait-ready`` as soon as migrate-continue may be sent."""
     coordinator = host.migration
     limit = float(request.get("timeout", 600))
     try:
@@ -297,6 +318,6 @@ async def wait_ready(host: Host, request: Mapping[str, Any]) -> object:
 
 
 async def progress(host: Host, request: Mapping[str, Any]) -> object:
-    """The control socket's ``migration``: QEMU's account of the one under way, or of the last one."""
+    """Answer the control socket's ``migration``: what QEMU reports of the present or the last migration."""
     found = await host.qmp.execute("query-migrate")
     return {**found, "emulator": host.migration.phase.value}

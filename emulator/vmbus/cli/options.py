@@ -1,4 +1,4 @@
-"""Options that several verbs share, and how their values are read."""
+"""Options that several verbs share, and the parsers of their values."""
 
 from __future__ import annotations
 
@@ -22,26 +22,28 @@ _UNITS = {"": 1 << 20, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def size(text: str) -> int:
-    """``512M``, ``2G``; a bare number is MiB, as QEMU's ``-m``. Whole MiB."""
+    """Return the bytes of ``512M`` or ``2G``, whole MiB; a bare number is MiB, as for QEMU's ``-m``."""
     found = _SIZE.fullmatch(text)
     if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 512M or 2G")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 512M or 2G")
     value = int(found.group(1)) * _UNITS[found.group(2).upper()]
     if value % (1 << 20) or not value:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of MiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of MiB above 0")
     return value
 
 
 def version(text: str) -> Version:
-    """``5.3`` → :class:`Version`."""
+    """Return the :class:`Version` that ``5.3`` stands for."""
     for known in Version:
         if str(known) == text:
             return known
-    raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(str(known) for known in Version)}")
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not a VMBus version; known: {', '.join(str(known) for known in Version)}"
+    )
 
 
 class DeviceOption(argparse.Action):
-    """Collects ``--device`` texts; ``help`` and ``NAME,help`` print what there is and end, as ``--help`` does."""
+    """Collects ``--device`` texts; ``help`` and ``NAME,help`` print devices or options and exit."""
 
     def __call__(
         self,
@@ -62,26 +64,27 @@ class DeviceOption(argparse.Action):
 
 
 def add_host_options(parser: argparse.ArgumentParser) -> None:
-    """What of the Hyper-V host the user may choose."""
+    """Add the options that shape the Hyper-V host."""
     group = parser.add_argument_group("the Hyper-V host")
     group.add_argument(
         "--device",
         action=DeviceOption,
         default=[],
         metavar="NAME[,KEY=VALUE...]",
-        help="offer a device; may be repeated. `--device help` lists them, `--device NAME,help` the options of one",
+        help="offer a device; may be repeated. `--device help` lists the devices, `--device "
+        "NAME,help` the options of one",
     )
     group.add_argument(
         "--no-default-devices",
         action="store_true",
-        help=f"do not offer {', '.join(DEFAULT_DEVICES)} unless asked for",
+        help=f"offer only devices given by --device, and not also {', '.join(DEFAULT_DEVICES)}",
     )
     group.add_argument(
         "--max-version",
         type=version,
         default=Version.COPPER,
         metavar="VERSION",
-        help="the newest VMBus version to agree to, 0.13 to 6.0 (default: 6.0)",
+        help="newest VMBus version to accept, 0.13 to 6.0 (default: 6.0)",
     )
     group.add_argument(
         "--stimer",
@@ -94,8 +97,9 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="SECONDS",
-        help="if this emulator goes away, the guest waits that long for the next one, then its messages are told "
-        "to try again (default: it waits for ever)",
+        help="how long the guest waits for another emulator if this one goes away; after that its "
+        "messages are answered "
+        "with a status on which it tries again (default: no limit)",
     )
     group.add_argument(
         "--switchover",
@@ -103,18 +107,19 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
         choices=list(Switchover),
         default=Switchover.OWN,
         metavar="{own,observe}",
-        help="who sends migrate-continue in migrations that pause before the switch-over: the emulator, as soon as "
-        "its state is ready, or whoever drives, after `vmbus migrate --wait-ready` (default: own)",
+        help="who sends migrate-continue in migrations that pause before the switch-over: own: the "
+        "emulator, as soon as "
+        "its state is ready; observe: the program that drives, after `vmbus migrate --wait-ready` (default: own)",
     )
     group.add_argument(
         "--auto-eoi",
         action="store_true",
-        help="do not advise against auto-EOI, so that guests use it (works in xAPIC mode: -cpu ...,-x2apic)",
+        help="do not recommend against auto-EOI, so that guests use it (needs xAPIC mode: -cpu ...,-x2apic)",
     )
 
 
 def host_options(arguments: argparse.Namespace) -> HostOptions:
-    """The options above as the host takes them."""
+    """Return the host's options from the command line."""
     return HostOptions(
         features=Features(
             stimer=arguments.stimer != "off",
@@ -130,7 +135,7 @@ def host_options(arguments: argparse.Namespace) -> HostOptions:
 
 
 def device_lines(arguments: argparse.Namespace) -> list[str]:
-    """The devices asked for, after the default ones that were not configured by the user."""
+    """Return the lines of --device, after the default devices that no such line configures."""
     asked = list(arguments.device)
     if arguments.no_default_devices:
         return asked

@@ -1,4 +1,4 @@
-"""``vmbus qemu-args``: what to add to one's own QEMU so that the emulator can attach."""
+"""``vmbus qemu-args``: print what to add to one's own QEMU so that the emulator can attach."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ examples:
   qemu-system-x86_64 -cpu max -smp 1,maxcpus=2 $(vmbus qemu-args --dir /tmp/vm) -kernel bzImage ...
   vmbus attach --qmp /tmp/vm/emulator-qmp.sock
 
-QEMU 11.1 or newer is needed, with TCG, and a machine that can have two vCPUs or more: in one that cannot, the
-guest's locked instructions are not atomic, and signals get lost. The directory must exist; it gets the ACPI table
-now, and QEMU's sockets and memory file later.
+Needs QEMU 11.1 or newer with TCG, and maxcpus=2 or more: in a machine for one vCPU only, TCG does not make the
+guest's locked instructions atomic, and signals get lost. The directory must exist. The ACPI table is written to it
+now; QEMU creates its sockets and its memory file there.
 """
 
 
@@ -38,29 +38,36 @@ def add_parser(verbs: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--dir", type=Path, default=Path(), help="where sockets and memory go (default: here)"
+        "--dir",
+        type=Path,
+        default=Path(),
+        help="directory for the sockets and the memory file (default: the current one)",
     )
-    parser.add_argument("--memory", type=size, default=1 << 30, help="guest memory (default: 1G)")
+    parser.add_argument(
+        "--memory", type=size, default=1 << 30, metavar="SIZE", help="guest memory (default: 1G)"
+    )
     parser.add_argument(
         "--no-wait", action="store_true", help="let the guest boot without Hyper-V if no emulator is attached"
     )
     parser.add_argument(
         "--migratable",
         action="store_true",
-        help="with the D-Bus daemon that carries the emulator's state in migrations and snapshots; "
-        "start it before QEMU (how is said on standard error)",
+        help="include the D-Bus connection that carries the emulator's state in migrations and snapshots; its daemon "
+        "has to be started before QEMU, and the command for that is printed on standard error",
     )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--readconfig", action="store_true", help="as a -readconfig file")
-    form.add_argument("--libvirt", action="store_true", help="as libvirt's <qemu:commandline>")
-    form.add_argument("--json", action="store_true", help="as a JSON list of words")
+    form.add_argument("--readconfig", action="store_true", help="print a file for -readconfig")
+    form.add_argument("--libvirt", action="store_true", help="print libvirt's <qemu:commandline>")
+    form.add_argument("--json", action="store_true", help="print a JSON list of words")
     parser.set_defaults(action=main)
 
 
 def main(arguments: argparse.Namespace) -> int:
     directory = arguments.dir.resolve()
     if not directory.is_dir():
-        raise UsageError(f"--dir {arguments.dir}: there is no such directory; make it with mkdir -m 700")
+        raise UsageError(
+            f"--dir {arguments.dir}: there is no such directory; create it with `mkdir -m 700 {arguments.dir}`"
+        )
     table = directory / "vmbus.aml"
     table.write_bytes(vmbus_table())
     options = EmulatorOptions(

@@ -1,4 +1,4 @@
-"""``vmbus run``: start a guest, serve it, and (after ``--``) run a command in it."""
+"""``vmbus run``: start a guest, serve it, and run the command after ``--`` in it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from vmbus.provision.qemu import QemuBinary, find_qemu
 _EPILOG = """\
 examples:
   vmbus run                                          the default guest, until it is shut down or Ctrl-C
-  vmbus run -- cat /proc/version                     run a command; its output is here, exit with its status
+  vmbus run -- cat /proc/version                     run a command, show its output, exit with its status
   vmbus run --guest debian-6.1 --smp 2 --device echo --add ./prog -- prog --flag
   vmbus run --kernel bzImage --modules ./lib/modules --append "debug" --serial console.txt
   vmbus run --root /dev/sda1 --device scsi,image=debian.img          boot the system on that disk
@@ -49,8 +49,8 @@ The kernel's console goes to --serial FILE, or to console.log in the guest's run
 ($XDG_RUNTIME_DIR/vmbus/NAME), which is removed when the guest ends.
 """
 
-#: What a guest program may ask modprobe for, besides the drivers of what is offered.
 AVAILABLE_MODULES = ("uio_hv_generic",)
+"""Modules for modprobe in the guest, besides the drivers of the offered devices."""
 
 
 def add_parser(verbs: Any) -> None:
@@ -63,60 +63,84 @@ def add_parser(verbs: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     guest = parser.add_argument_group("the guest")
-    guest.add_argument("--name", help="its name (default: guest-N)")
+    guest.add_argument("--name", help="name of the guest (default: guest-N)")
     guest.add_argument(
-        "--guest", choices=sorted(GUESTS), help=f"an embedded guest (default: {DEFAULT_GUEST})"
+        "--guest", choices=sorted(GUESTS), help=f"embedded guest to boot (default: {DEFAULT_GUEST})"
     )
-    guest.add_argument("--kernel", type=Path, help="a kernel image of your own")
-    guest.add_argument("--modules", type=Path, metavar="DIR", help="its modules, for the embedded initramfs")
-    guest.add_argument("--initrd", type=Path, help="an initramfs of your own in place of the embedded one")
+    guest.add_argument("--kernel", type=Path, metavar="FILE", help="boot a kernel image of your own")
+    guest.add_argument(
+        "--modules", type=Path, metavar="DIR", help="modules of that kernel, for the embedded initramfs"
+    )
+    guest.add_argument(
+        "--initrd", type=Path, metavar="FILE", help="use an initramfs of your own instead of the embedded one"
+    )
     guest.add_argument(
         "--root",
         metavar="DEVICE",
-        help="go on in this file system of a disk (/dev/sda1, LABEL=x, UUID=x): its init takes over, or the command "
-        "after -- runs in it",
+        help="continue in the file system on this device (/dev/sda1, LABEL=x, UUID=x): its init takes over, or the "
+        "command after -- runs in it",
     )
-    guest.add_argument("--append", default="", help="more for the kernel's command line")
+    guest.add_argument(
+        "--append", default="", metavar="ARGUMENTS", help="add this to the kernel's command line, as one word"
+    )
     guest.add_argument("--smp", type=int, default=1, metavar="N", help="vCPUs (default: 1)")
     guest.add_argument("--memory", type=size, default=512 << 20, metavar="SIZE", help="RAM (default: 512M)")
-    guest.add_argument("--machine", default="q35", help="QEMU's machine: q35 or pc (default: q35)")
-    guest.add_argument("--cpu", default="max", help="QEMU's CPU model (default: max)")
     guest.add_argument(
-        "--load", action="append", default=[], metavar="MODULE", help="load one more kernel module"
+        "--machine", default="q35", metavar="TYPE", help="QEMU's machine type: q35 or pc (default: q35)"
+    )
+    guest.add_argument("--cpu", default="max", metavar="MODEL", help="QEMU's CPU model (default: max)")
+    guest.add_argument(
+        "--load",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="load one more kernel module; may be repeated",
     )
     guest.add_argument(
-        "--add", action="append", default=[], metavar="FILE[:PATH]", help="put a file into the initramfs"
+        "--add",
+        action="append",
+        default=[],
+        metavar="FILE[:PATH]",
+        help="put a file into the initramfs; may be repeated",
     )
-    guest.add_argument("--serial", type=Path, metavar="FILE", help="the kernel's console goes to this file")
-    guest.add_argument("--qemu", default="", metavar="OPTIONS", help="more options for QEMU, as one word")
+    guest.add_argument("--serial", type=Path, metavar="FILE", help="write the kernel's console to this file")
+    guest.add_argument(
+        "--qemu", default="", metavar="OPTIONS", help="add options to QEMU's command line, as one word"
+    )
     guest.add_argument(
         "--incoming",
         metavar="URI",
-        help="wait there for a guest that is migrated, instead of booting one; fd:N is descriptor N of this command",
+        help="boot nothing, but wait at this address for a migrating guest; fd:N is descriptor N of this command",
     )
     guest.add_argument(
         "--carrier",
         metavar="unix:PATH|file:PATH",
-        help="with --incoming: how the emulator's state comes, if not in QEMU's stream; as `vmbus migrate --carrier`",
+        help="with --incoming: receive the emulator's state here instead of in QEMU's stream; as "
+        "`vmbus migrate --carrier`",
     )
     guest.add_argument(
-        "--snapshots", type=Path, metavar="FILE", help="a qcow2 image for snapshots, made if it is not there"
+        "--snapshots",
+        type=Path,
+        metavar="FILE",
+        help="qcow2 image for snapshots; created if it does not exist",
     )
-    guest.add_argument("--no-reboot", action="store_true", help="end where the guest would reboot")
+    guest.add_argument("--no-reboot", action="store_true", help="end when the guest reboots")
     add_host_options(parser)
     parser.add_argument(
         "--timeout",
         type=float,
         metavar="SECONDS",
-        help="end the guest and fail after that time (default: none)",
+        help="end the guest and fail after this time (default: no limit)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the QEMU command line and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the QEMU command line and start nothing"
+    )
     parser.set_defaults(action=main)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything decided before a guest is started."""
+    """Everything that is decided before a guest is started."""
 
     name: str | None
     qemu: QemuBinary
@@ -126,19 +150,19 @@ class Plan:
     devices: tuple[Device, ...]
     host: HostOptions
     new_devices: Callable[[Sequence[str]], Sequence[Device]]
-    """Devices from their lines, for a guest that moves."""
+    """Makes devices from their lines, for a guest that moves."""
     incoming: str | None = None
     carrier: CarrierAddress | None = None
-    """With ``incoming``: how the emulator's state comes, if not in QEMU's stream."""
+    """With ``incoming``: where the emulator's state arrives if not in QEMU's stream."""
 
 
 def plan(arguments: argparse.Namespace) -> Plan:
-    """Turn the command line into a plan; builds what has to be built."""
+    """Turn the command line into a plan; compile and build what is missing."""
     devices = tuple(registry().create_all(device_lines(arguments)))
     kernel = _kernel(arguments)
     if arguments.initrd is not None:
         if arguments.command or arguments.add:
-            raise UsageError("--add and a command after -- need the embedded initramfs: leave --initrd away")
+            raise UsageError("--add and a command after -- need the embedded initramfs: leave out --initrd")
         initrd = arguments.initrd
     else:
         more = [*(present(kernel, ROOT_MODULES) if arguments.root else ()), *arguments.load]
@@ -191,7 +215,7 @@ def _carrier(arguments: argparse.Namespace) -> CarrierAddress | None:
     if arguments.carrier is None:
         return None
     if arguments.incoming is None:
-        raise UsageError("--carrier goes with --incoming")
+        raise UsageError("--carrier goes with --incoming: without a migrating guest no state arrives")
     return CarrierAddress.parse(arguments.carrier)
 
 
@@ -202,29 +226,29 @@ def _incoming(uri: str | None) -> str | None:
 
 
 def make_image(qemu: QemuBinary, path: Path) -> None:
-    """An image that holds nothing but snapshots, if there is no file yet."""
+    """Create an image that holds nothing but snapshots, unless the file exists."""
     if path.exists():
         return
     command = [*qemu.qemu_img(), "create", "-q", "-f", "qcow2", str(path), "64K"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"cannot make {path}: {done.stderr.strip()}")
+        raise UserError(f"cannot create {path}: {done.stderr.strip()}")
 
 
 def _kernel(arguments: argparse.Namespace) -> GuestKernel:
     if arguments.kernel is not None:
         if arguments.guest is not None:
-            raise UsageError("--guest and --kernel exclude each other")
+            raise UsageError("--guest and --kernel exclude each other: give one of them")
         return own_kernel(arguments.kernel, arguments.modules)
     if arguments.modules is not None:
-        raise UsageError("--modules goes with --kernel")
+        raise UsageError("--modules goes with --kernel: the embedded guests have their own modules")
     return find_kernel(arguments.guest or DEFAULT_GUEST)
 
 
 def guest_modules(
     kernel: GuestKernel, devices: Sequence[Device], more: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """What the guest has to load for ``devices``, and ``more``; nothing for a kernel without modules."""
+    """Return the modules to load for ``devices``, and ``more``; only the latter for a kernel without modules."""
     if kernel.modules is None:
         return tuple(more)
     interfaces = [device.offer().interface_id for device in devices]
@@ -233,7 +257,7 @@ def guest_modules(
 
 def main(arguments: argparse.Namespace) -> int:
     if arguments.smp < 1:
-        raise UsageError(f"--smp {arguments.smp}: a guest has at least one vCPU")
+        raise UsageError(f"--smp {arguments.smp}: a guest needs at least one vCPU")
     decided = plan(arguments)
     if arguments.dry_run:
         directory = rundir.RunDirectory(
@@ -248,18 +272,18 @@ def main(arguments: argparse.Namespace) -> int:
     return asyncio.run(_run(decided, bool(arguments.command), arguments.timeout))
 
 
-async def _run(decided: Plan, command: bool, limit: float | None) -> int:
+async def _run(decided: Plan, command: bool, timeout: float | None) -> int:
     try:
-        async with asyncio.timeout(limit):
+        async with asyncio.timeout(timeout):
             return await run_guest(decided, sys.stdout.buffer.write if command else None)
     except TimeoutError:
-        raise UserError(f"the guest did not end within {limit:g} s") from None
+        raise UserError(f"the guest did not end within {timeout:g} s (--timeout), so it was ended") from None
 
 
 async def run_guest(decided: Plan, output: Callable[[bytes], object] | None) -> int:
-    """Start and serve the guest until it ends; ``output`` is given what its command prints.
+    """Start and serve the guest until it ends, passing what its command prints to ``output``.
 
-    The command's exit status, or 0 for a guest without command that was powered off.
+    Return the command's exit status, or 0 for a guest without a command that was powered off.
     """
     async with Guest.start(
         name=decided.name,
@@ -293,13 +317,13 @@ async def _receive(host: Host, uri: str, carrier: CarrierAddress | None) -> None
     number = descriptor_number(uri)
     await receive(host, uri, descriptor=number, carrier=carrier)
     if number is not None:
-        os.close(number)  # QEMU has it: whoever is at the other end sees when that closes it
+        os.close(number)  # QEMU has a copy; the peer must see it when QEMU closes that
 
 
 async def _command(guest: Guest, output: Callable[[bytes], object], *, under_way: bool) -> int:
-    """Hand on what the guest's command prints; its exit status, or 0 if it goes on elsewhere.
+    """Pass on what the guest's command prints; return its exit status, or 0 if the guest moved elsewhere.
 
-    ``under_way``: it was started before the guest came here.
+    ``under_way``: the command was started before the guest arrived here.
     """
     received = CommandOutput()
     received.started = under_way
@@ -315,7 +339,7 @@ async def _command(guest: Guest, output: Callable[[bytes], object], *, under_way
     reading = asyncio.ensure_future(read())
     exit_reason = await guest.served.serve()
     if exit_reason in (ExitReason.STOPPED, ExitReason.MIGRATED):
-        reading.cancel()  # the port stays open as long as QEMU
+        reading.cancel()  # the port stays open as long as QEMU runs
     with contextlib.suppress(asyncio.CancelledError):
         await reading
     if received.status is not None:
@@ -323,7 +347,7 @@ async def _command(guest: Guest, output: Callable[[bytes], object], *, under_way
     if exit_reason is ExitReason.STOPPED:
         return 130
     if exit_reason is ExitReason.MIGRATED:
-        print("vmbus run: the guest has moved, and its command goes on there", file=sys.stderr)
+        print("vmbus run: the guest was migrated, and its command continues there", file=sys.stderr)
         return 0
     raise UserError(_explain(guest, received))
 
@@ -331,6 +355,6 @@ async def _command(guest: Guest, output: Callable[[bytes], object], *, under_way
 def _explain(guest: Guest, received: CommandOutput) -> str:
     console = guest.directory.console
     tail = console.read_text(errors="replace").splitlines()[-15:] if console.exists() else []
-    what = "ended before the command did" if received.started else "never started the command"
-    lines = "\n".join(tail) or "(nothing; was it sent to --serial?)"
+    what = "ended before its command did" if received.started else "ended before its command started"
+    lines = "\n".join(tail) or "(nothing; see the file of --serial if you gave one)"
     return f"the guest {what}; the end of its console:\n{lines}\n{guest.process.messages()}".rstrip()

@@ -1,4 +1,4 @@
-"""What the control socket of a served guest answers for the other verbs."""
+"""The commands of a served guest's control socket that the other verbs send."""
 
 from __future__ import annotations
 

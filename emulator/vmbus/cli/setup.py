@@ -23,20 +23,21 @@ _EPILOG = """\
 examples:
   vmbus setup                                what `vmbus run` and `vmbus demo` need
   vmbus setup --guest debian-6.1 --guest debian-backports
-  vmbus setup --system debian.img            make a disk with a Debian system, and boot it:
+  vmbus setup --system debian.img            make a disk with a Debian system; then boot it:
   vmbus run --root /dev/sda1 --device scsi,image=debian.img
-  vmbus setup --dry-run                      say what would be fetched and built
+  vmbus setup --dry-run                      say what would be fetched and compiled
 
-A second run finds everything there. What was interrupted goes on where it stopped.
-Things are kept in $VMBUS_CACHE, else $XDG_CACHE_HOME/vmbus, else ~/.cache/vmbus.
+A second run has nothing to do; an interrupted download is resumed. Everything is kept in $VMBUS_CACHE, or if that is
+not set in $XDG_CACHE_HOME/vmbus or ~/.cache/vmbus.
 """
 
 
 def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "setup",
-        help="fetch the private QEMU and a guest kernel, build the gateway",
-        description="Fetches the private QEMU and guest kernels, and builds the gateway.",
+        help="fetch the private QEMU and a guest kernel, compile the gateway",
+        description="Fetches the private QEMU and guest kernels, and compiles the gateway and the "
+        "parts of devices that are C.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -52,10 +53,15 @@ def add_parser(verbs: Any) -> None:
         type=Path,
         const=Path(),
         metavar="FILE",
-        help="make a disk with a Debian system too (systemd, apt, gcc; some 45 seconds); FILE is to be a copy of it",
+        help="also make a disk image with a Debian system (systemd, apt, gcc; in about 45 "
+        "seconds), and copy it to FILE",
     )
-    parser.add_argument("--update", action="store_true", help="fetch newer versions of what is there")
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    parser.add_argument(
+        "--update", action="store_true", help="fetch newer versions of what was fetched before"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be fetched and compiled, and do nothing"
+    )
     parser.add_argument("--json", action="store_true", help="the result as one JSON object")
     parser.set_defaults(action=main)
 
@@ -109,14 +115,14 @@ def _dry_run(guests: list[str], system: Path | None) -> int:
     for name, check in checks:
         try:
             check()
-            print(f"{name}: there")
+            print(f"{name}: already here")
         except MissingRequirement as missing:
             print(f"{name}: to be fetched or made ({missing})")
     for guest in guests:
         try:
-            print(f"guest {guest}: there (Linux {find_kernel(guest).release})")
+            print(f"guest {guest}: already here (Linux {find_kernel(guest).release})")
         except MissingRequirement:
             print(f"guest {guest}: to be fetched")
     names = ", ".join(["gateway", *[each.name_in_reports for each in Registry().native_libraries()]])
-    print(f"{names}: built from source where they are not there yet")
+    print(f"{names}: compiled from source if that has not been done yet")
     return 0

@@ -1,4 +1,4 @@
-"""``vmbus shutdown``: ask a guest to shut down or restart, over its shutdown channel."""
+"""``vmbus shutdown``: ask a guest over its shutdown channel to shut down, restart or hibernate."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ examples:
   vmbus shutdown                  the only served guest
   vmbus shutdown NAME --restart
 
-Prints the guest's answer. Exit status 0 when it agreed; it then shuts down in its own time.
+Prints the guest's answer. Exit status: 0 if the guest agreed (it then needs some time to shut down), else 1.
 """
 
 
 def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "shutdown",
-        help="ask a guest to shut down or restart",
-        description="Asks a guest to shut down or restart, over its shutdown channel.",
+        help="ask a guest to shut down, restart or hibernate",
+        description="Asks a guest over its shutdown channel to shut down, restart or hibernate.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", nargs="?", help="the guest (not needed where only one is served)")
+    parser.add_argument("name", nargs="?", help="name of the guest (not needed if only one is served)")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--restart", action="store_true", help="restart instead")
     action.add_argument("--hibernate", action="store_true", help="hibernate instead")
-    parser.add_argument("--force", action="store_true", help="do not wait for the guest's programs")
+    parser.add_argument("--force", action="store_true", help="do not let the guest wait for its programs")
     parser.set_defaults(action=main)
 
 

@@ -1,4 +1,4 @@
-"""``vmbus snapshot``: save a served guest, and go back to what was saved."""
+"""``vmbus snapshot``: save a served guest, and restore it later."""
 
 from __future__ import annotations
 
@@ -18,33 +18,40 @@ from vmbus.machine.migration import snapshots
 
 _EPILOG = """\
 examples:
-  vmbus run --snapshots disk.qcow2          a guest with a place for snapshots (the file is made if needed)
+  vmbus run --snapshots disk.qcow2          a guest with an image for snapshots (created if needed)
   vmbus snapshot save before-upgrade        the only served guest
   vmbus snapshot save web before-upgrade
   vmbus snapshot load web before-upgrade
   vmbus snapshot list web --json
 
-Guest memory, processors, QEMU's devices, the bus and all synthetic devices go back together. Snapshots of QEMU's
-own commands (savevm, snapshot-save) do not have the emulator's part, and cannot be loaded.
+Guest memory, processors, QEMU's devices, the bus and all synthetic devices are restored together. Snapshots that were
+made by QEMU's own commands (savevm, snapshot-save) lack the emulator's part and cannot be loaded.
 """
 
 
 def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "snapshot",
-        help="save a served guest, and go back to what was saved",
-        description="Saves a served guest with all its devices, loads, lists and deletes what was saved.",
+        help="save a served guest, and restore it later",
+        description="Saves a served guest with all its devices into a snapshot; loads, lists and deletes snapshots.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=("save", "load", "list", "delete"))
+    parser.add_argument("what", choices=("save", "load", "list", "delete"), help="what to do")
     parser.add_argument(
-        "words", nargs="*", metavar="[NAME] TAG", help="the guest (if several are served), the snapshot"
+        "words",
+        nargs="*",
+        metavar="[NAME] TAG",
+        help="name of the guest (not needed if only one is served), and of the snapshot",
     )
     parser.add_argument(
-        "--timeout", type=float, default=600.0, metavar="SECONDS", help="give up then (default: 600)"
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="give up after this time (default: 600)",
     )
-    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print the answer as one JSON object")
     parser.set_defaults(action=main)
 
 
@@ -71,7 +78,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def render(what: str, tag: str, found: Mapping[str, Any]) -> str:
-    """The answer for a person."""
+    """Return the answer as text."""
     if what == "list":
         rows = [
             [
@@ -90,7 +97,7 @@ def render(what: str, tag: str, found: Mapping[str, Any]) -> str:
 
 
 async def answer(host: Host, request: Mapping[str, Any]) -> object:
-    """The control socket's ``snapshot``."""
+    """Answer the control socket's ``snapshot``."""
     what, tag = request.get("what"), str(request.get("tag", ""))
     limit = float(request.get("timeout", 600))
     begun = time.monotonic()
@@ -103,7 +110,7 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
             ]
         }
     if not tag:
-        raise UserError("a snapshot has a name")
+        raise UserError("the name of the snapshot is missing")
     if what == "save":
         found.update((await snapshots.save(host, tag, limit=limit)).as_dict())
     elif what == "load":
@@ -111,5 +118,5 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
     elif what == "delete":
         await snapshots.delete(host, tag, limit=limit)
     else:
-        raise UserError(f"a snapshot can be saved, loaded, listed and deleted, not {what!r}")
+        raise UserError(f"unknown action {what!r}; known: delete, list, load, save")
     return {"tag": tag, "seconds": time.monotonic() - begun, **found}

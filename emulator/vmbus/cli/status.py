@@ -23,11 +23,11 @@ def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "status",
         help="channels, versions, rings and counters of a served guest",
-        description="Shows what a served guest has negotiated and what goes through its channels.",
+        description="Shows what a served guest has negotiated, and the counters of its channels and disks.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", nargs="?", help="the guest (not needed where only one is served)")
+    parser.add_argument("name", nargs="?", help="name of the guest (not needed if only one is served)")
     parser.add_argument("--json", action="store_true", help="everything, as one JSON object")
     parser.set_defaults(action=main)
 
@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def render(status: Mapping[str, Any]) -> str:
-    """The status for a person."""
+    """Return the status as text."""
     bus = status["bus"]
     guest = status["partition"]["guest_os"]
     version = bus["version"] or "not connected"
@@ -56,7 +56,7 @@ def render(status: Mapping[str, Any]) -> str:
     if disks := disk_table(status):
         lines += ["", disks, ""]
     for why in status.get("stopped_because", ()):
-        lines.append(f"stopped: {why}; mend that, then `vmbus cont {status['name']}`")
+        lines.append(f"stopped: {why}; remove the cause, then run `vmbus cont {status['name']}`")
     refused = {**status["partition"]["refusals"], **bus["refusals"]}
     if refused:
         lines.append("refused: " + ", ".join(f"{reason} ({count})" for reason, count in refused.items()))
@@ -66,7 +66,7 @@ def render(status: Mapping[str, Any]) -> str:
 
 
 def disk_table(status: Mapping[str, Any]) -> str:
-    """One row a disk or drive, and a line below for each that is in trouble; empty where there is none."""
+    """Return a table of all disks, and below it a line for each disk in trouble; empty without disks."""
     rows = []
     troubles = []
     for channel in status["channels"]:
@@ -110,7 +110,7 @@ def _image(unit: Mapping[str, Any]) -> str:
 
 
 def _bytes(count: int) -> str:
-    """``1.5M``."""
+    """Return ``1.5M`` for 1.5 MiB."""
     value, unit = float(count), ""
     for unit in ("", "K", "M", "G", "T"):
         if value < 1024 or unit == "T":
@@ -128,7 +128,7 @@ def _microseconds(value: float | None) -> str:
 
 
 def channel_table(status: Mapping[str, Any]) -> str:
-    """One row a channel."""
+    """Return a table with one row for each channel."""
     rows = []
     for channel in status["channels"]:
         io = channel.get("io") or {}

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> str:
-    """Columns as wide as they need to be, two spaces apart; the columns ``right`` are aligned to the right."""
+    """Return a table with columns two spaces apart; those with their number in ``right`` are aligned to the right."""
     widths = [
         max(len(head), *(len(row[i]) for row in rows)) if rows else len(head) for i, head in enumerate(heads)
     ]

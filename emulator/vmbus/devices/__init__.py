@@ -1,1 +1,1 @@
-"""What devices are made from: the registry, options, saved state, counters. The devices are packages of their own."""
+"""What devices are made from: registry, options, parts, saved state, counters. Devices are packages of their own."""

@@ -10,7 +10,7 @@ STEPS_PER_OCTAVE = 4
 
 
 class Histogram:
-    """Durations in seconds; the least and the greatest exactly, the median from logarithmic buckets."""
+    """Statistics of durations in seconds: extremes are exact, quantiles come from logarithmic buckets."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -28,7 +28,7 @@ class Histogram:
         self._buckets[bucket] = self._buckets.get(bucket, 0) + 1
 
     def merge(self, buckets: Mapping[int, int], least: float, greatest: float) -> None:
-        """Count what was counted elsewhere, in the same buckets: ``floor(log2(seconds) * STEPS_PER_OCTAVE)``."""
+        """Add what was counted elsewhere, in the same buckets: ``floor(log2(seconds) * STEPS_PER_OCTAVE)``."""
         self.least = min(self.least, least) if self.count else least
         self.greatest = max(self.greatest, greatest)
         for bucket, count in buckets.items():
@@ -37,11 +37,11 @@ class Histogram:
 
     @property
     def median(self) -> float:
-        """Seconds; 0 when nothing was counted."""
+        """The median in seconds; 0 if nothing was counted."""
         return self.quantile(0.5)
 
     def quantile(self, share: float) -> float:
-        """Seconds that ``share`` (0 to 1) of the durations do not exceed, off by at most a tenth; 0 for none."""
+        """Return the seconds that ``share`` (0 to 1) of the durations do not exceed, within a tenth; 0 for none."""
         left = max(1, math.ceil(self.count * share))
         for bucket in sorted(self._buckets):
             left -= self._buckets[bucket]
@@ -51,7 +51,7 @@ class Histogram:
         return 0.0
 
     def status(self) -> dict[str, float | int]:
-        """Count, and microseconds."""
+        """Return the count, and minimum, median and maximum in microseconds."""
         return {
             "count": self.count,
             "min_us": round(self.least * 1e6, 1),

@@ -1,6 +1,6 @@
-"""Devices that several ``--device`` lines describe, a part each.
+"""Devices that several ``--device`` lines describe, each line a part.
 
-Some options belong to the whole: given on one line, they hold for each (:func:`completed`).
+Some options belong to the whole device: given on one line, they hold for all of its lines (:func:`completed`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from vmbus.errors import UsageError
 
 @runtime_checkable
 class Joinable(Protocol):
-    """A device that several ``--device`` lines describe. Its class may say :class:`Whole` as ``whole``."""
+    """A device that several ``--device`` lines describe; its class may have a :class:`Whole` called ``whole``."""
 
     def join(self, other: Device) -> bool:
-        """Take over what ``other``, made from a later line, stands for; False if it is a device of its own.
+        """Take over the part that ``other``, made from a later line, stands for.
+
+        Return False if ``other`` is a device of its own.
 
         Raises :class:`~vmbus.errors.UsageError` when the two contradict each other.
         """
@@ -28,7 +30,7 @@ class Joinable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """Lines with the same value of the option ``key`` are one device, of which ``options`` are."""
+    """Declares that lines with the same value of option ``key`` are one device, to which ``options`` belong."""
 
     key: str
     options: tuple[str, ...]
@@ -36,7 +38,7 @@ class Whole:
 
 @dataclass(slots=True)
 class _Given:
-    """What the lines of one device say about the whole: an option's value, and its text."""
+    """What the lines of one device say about the whole device: the value of each option, and its text."""
 
     values: dict[str, Any] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
@@ -45,19 +47,19 @@ class _Given:
 def completed(
     texts: Iterable[str], class_of: Callable[[str], type[Device]], there: Sequence[str] = ()
 ) -> list[str]:
-    """``texts``, each with the options of the whole that another line of its device gives.
+    """Return ``texts``, each with the options of the whole that another line of its device gives.
 
-    ``there``: lines of devices that are there already; they count, and are not returned. Raises
+    ``there``: lines of existing devices, which are considered but not returned. Raises
     :class:`~vmbus.errors.UsageError` where two lines contradict each other.
     """
     found: dict[tuple[str, str], _Given] = {}
     for text in there:
-        _polling(text, class_of, found)
-    looked = [(text, _polling(text, class_of, found)) for text in texts]
-    return [_complete(text, given) for text, given in looked]
+        _collect(text, class_of, found)
+    found_lines = [(text, _collect(text, class_of, found)) for text in texts]
+    return [_complete(text, given) for text, given in found_lines]
 
 
-def _polling(
+def _collect(
     text: str, class_of: Callable[[str], type[Device]], found: dict[tuple[str, str], _Given]
 ) -> _Given | None:
     name, values = split_device(text)
@@ -77,8 +79,8 @@ def _polling(
             raise UsageError(f"--device {text}: {error}") from error
         if given.values.setdefault(key, value) != value:
             raise UsageError(
-                f"--device {text}: {key}={values[key]}, but {whole.key} {which} has {key}={given.texts[key]}; "
-                "it holds for all lines that name it, so give it once"
+                f"--device {text}: {key}={values[key]}, but another line of {whole.key} {which} has "
+                f"{key}={given.texts[key]}; the option holds for all of its lines, so give it once"
             )
         given.texts.setdefault(key, values[key])
     return given

@@ -1,4 +1,4 @@
-"""The text of ``--device``, as QEMU has it: a name, then keys with values; a comma in a value is written twice."""
+"""The text of ``--device``, in QEMU's form: a name, then keys with values; a comma in a value is written twice."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vmbus.errors import UsageError
 
 
 def split_device(text: str) -> tuple[str, dict[str, str]]:
-    """``"echo,id=a,,b"`` to ``("echo", {"id": "a,b"})``. Raises :class:`~vmbus.errors.UsageError`."""
+    """Return ``("echo", {"id": "a,b"})`` for ``"echo,id=a,,b"``. Raises :class:`~vmbus.errors.UsageError`."""
     words = [word.replace("\0", ",") for word in text.replace(",,", "\0").split(",")]
     name, *pairs = words
     if not name:
@@ -27,5 +27,5 @@ def split_device(text: str) -> tuple[str, dict[str, str]]:
 
 
 def join_device(name: str, values: Mapping[str, str]) -> str:
-    """The text that :func:`split_device` takes apart."""
+    """Return the text that :func:`split_device` takes apart."""
     return ",".join([name, *(f"{key}={value}".replace(",", ",,") for key, value in values.items())])

@@ -3,7 +3,7 @@
     class Heartbeat(IntegrationComponent):
         def __init__(self, *, interval: Annotated[float, Help("seconds between two beats")] = 2.0) -> None:
 
-makes ``--device heartbeat,interval=0.5``. A parameter without :class:`Help` is none of the user's business. The
+makes ``--device heartbeat,interval=0.5``. A parameter without :class:`Help` is not an option. The
 type says how the text is read: ``str``, ``int`` (also ``0x20``), ``float``, ``bool`` (``on`` or ``off``),
 ``uuid.UUID``, ``pathlib.Path``, an ``enum.Enum`` (by value), any of them ``| None``.
 """
@@ -26,7 +26,7 @@ from vmbus.errors import DeviceError, UsageError
 
 @dataclass(frozen=True, slots=True)
 class Help:
-    """One line for the user, with the unit; and what is allowed, for numbers."""
+    """One line for the user, with the unit; for numbers, also the least and the greatest value that are allowed."""
 
     text: str
     least: float = -math.inf
@@ -35,7 +35,7 @@ class Help:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One key of ``--device``. ``kind`` says in words what a value looks like."""
+    """One key of ``--device``. ``kind`` describes a value in a word: ``integer``, ``on|off``, ``GUID``."""
 
     key: str
     kind: str
@@ -45,17 +45,17 @@ class Option:
     required: bool = False
 
     def read(self, text: str) -> Any:
-        """The value that ``text`` stands for. Raises :class:`~vmbus.errors.UsageError`."""
+        """Return the value that ``text`` stands for. Raises :class:`~vmbus.errors.UsageError`."""
         try:
             value = self.parse(text)
         except ValueError as error:
-            raise UsageError(f"{self.key}={text}: {self.kind} is wanted") from error
+            raise UsageError(f"{self.key}={text}: expected {self.kind}") from error
         if isinstance(value, (int, float)) and not self.help.least <= value <= self.help.most:
-            raise UsageError(f"{self.key}={text}: {self.kind}{self._limits()} is wanted")
+            raise UsageError(f"{self.key}={text}: expected {self.kind}{self._bounds()}")
         return value
 
     def describe(self) -> str:
-        """One line for a list of options."""
+        """Return one line for a list of options."""
         if isinstance(self.default, bool):
             default = "on" if self.default else "off"
         else:
@@ -63,7 +63,7 @@ class Option:
         shown = " (required)" if self.required else "" if self.default is None else f" (default {default})"
         return f"{self.key}=<{self.kind}>  {self.help.text}{shown}"
 
-    def _limits(self) -> str:
+    def _bounds(self) -> str:
         least, most = self.help.least, self.help.most
         if math.isinf(least) and math.isinf(most):
             return ""
@@ -73,7 +73,7 @@ class Option:
 
 
 def options_of(device: type) -> tuple[Option, ...]:
-    """The options of a device class, in the order of its parameters.
+    """Return the options of a device class, in the order of its parameters.
 
     Raises :class:`~vmbus.errors.DeviceError` for a parameter whose type no text can be read as.
     """
@@ -108,7 +108,9 @@ def _reader(wanted: Any, where: str) -> tuple[str, Callable[[str], Any]]:
         Path: ("file", Path),
     }
     if wanted not in simple:
-        raise DeviceError(f"{where}: no option can be of type {wanted}")
+        raise DeviceError(
+            f"{where}: no option can be of type {wanted}; possible are str, int, float, bool, UUID, Path and enums"
+        )
     return simple[wanted]
 
 

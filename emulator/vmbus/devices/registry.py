@@ -1,10 +1,10 @@
-"""Which devices there are, and ``--device NAME,key=value,...``.
+"""The installed devices, and ``--device NAME,key=value,...``.
 
 A device is found by an entry point of the group ``vmbus.devices``, so a third party's package adds one by being
-installed. ``id=`` is there for every device and names it, which is needed for two of a kind.
+installed. Every device has the option ``id=``, its name, which is needed for two of a kind.
 
-Mistakes in the text are :class:`~vmbus.errors.UsageError` and say what is allowed; a package that is broken
-is a :class:`~vmbus.errors.DeviceError`.
+Mistakes in the text raise :class:`~vmbus.errors.UsageError`, which says what is allowed; a broken package raises
+:class:`~vmbus.errors.DeviceError`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
 
 
 class Registry:
-    """The devices of all installed packages; ``found`` instead, for tests."""
+    """The devices of all installed packages, or for tests those of the entry points ``found``."""
 
     def __init__(
         self, found: Iterable[EntryPoint] | None = None, *, services: Mapping[str, Any] | None = None
     ) -> None:
-        """``services``: given to every device whose ``__init__`` has a parameter of that name."""
+        """``services``: objects for every device whose ``__init__`` has a parameter of that name."""
         self._services = dict(services or {})
         self._entries: dict[str, list[EntryPoint]] = {}
         for entry in entry_points(group=GROUP) if found is None else found:
@@ -47,17 +47,17 @@ class Registry:
 
     @property
     def names(self) -> list[str]:
-        """The names that ``--device`` takes, sorted."""
+        """The names that ``--device`` accepts, sorted."""
         return sorted(self._entries)
 
     def load(self, name: str) -> type[Device]:
-        """The class behind ``name``."""
+        """Return the class behind ``name``."""
         entries = self._entries.get(name)
         if entries is None:
             close = difflib.get_close_matches(name, self.names, 1)
             guess = f" Did you mean {close[0]}?" if close else ""
             known = ", ".join(self.names) or "none (is the package installed?)"
-            raise UsageError(f"no device {name!r}.{guess} There are: {known}")
+            raise UsageError(f"there is no device {name!r}.{guess} There are: {known}")
         if len(entries) > 1:
             values = ", ".join(entry.value for entry in entries)
             raise DeviceError(f"several packages have a device {name!r}: {values}; uninstall all but one")
@@ -66,17 +66,17 @@ class Registry:
         except Exception as error:
             raise DeviceError(f"device {name!r} ({entries[0].value}) does not load: {error!r}") from error
         if not (isinstance(found, type) and issubclass(found, Device)):
-            raise DeviceError(f"device {name!r} ({entries[0].value}) is no class derived from Device")
+            raise DeviceError(f"device {name!r} ({entries[0].value}) is not a class derived from Device")
         return found
 
     def create(self, text: str) -> Device:
-        """A new device from the text after ``--device``; it is not started."""
+        """Return a new device, not started, from the text after ``--device``."""
         name, values = split_device(text)
         cls = self.load(name)
         own_name = values.pop("id", None)
         if own_name is not None and not _ID.fullmatch(own_name):
             raise UsageError(
-                f"--device {text}: id={own_name}: a letter, then letters, digits, '.', '_' or '-'"
+                f"--device {text}: id={own_name}: expected a letter, then letters, digits, '.', '_' or '-'"
             )
         options = {option.key: option for option in options_of(cls)}
         arguments: dict[str, Any] = {}
@@ -97,18 +97,21 @@ class Registry:
         except UsageError as error:
             raise UsageError(f"--device {text}: {error}") from error
         except TypeError as error:
-            raise DeviceError(f"device {name!r} cannot be made: {error}") from error
+            raise DeviceError(f"device {name!r} cannot be created: {error}") from error
         if own_name is not None:
             device.name = own_name
         device.line = text
         return device
 
     def completed(self, texts: Iterable[str], there: Sequence[str] = ()) -> list[str]:
-        """``texts`` with what other lines of their devices give (:func:`~vmbus.devices.joined.completed`)."""
+        """Return ``texts`` with the options that other lines of their devices give.
+
+        See :func:`~vmbus.devices.joined.completed`.
+        """
         return completed(texts, self.load, there)
 
     def create_all(self, texts: Iterable[str]) -> list[Device]:
-        """A device from each text, or one from those that describe parts of it (:class:`Joinable`)."""
+        """Return a device from each text, or one from several texts that describe its parts (:class:`Joinable`)."""
         devices: list[Device] = []
         try:
             for text in self.completed(texts):
@@ -139,7 +142,7 @@ class Registry:
         return found
 
     def help(self, name: str | None = None) -> str:
-        """For ``--device help`` and ``--device NAME,help``: devices, or one device's options."""
+        """Return the text for ``--device help``, or with ``name`` for ``--device NAME,help``."""
         if name is not None:
             return _listing(name, {option.key: option for option in options_of(self.load(name))})
         lines = []

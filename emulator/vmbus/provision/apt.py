@@ -1,8 +1,8 @@
 """A private apt: packages of another Debian release, without touching the machine's own.
 
-Lists, cache and configuration are in a folder of their own; nothing is installed, packages are only fetched
-(with apt's check of signatures) and unpacked. Partly loaded files are kept: a second try goes on where the
-first one stopped. Works as root and as anybody.
+Lists, cache and configuration are in a folder of their own. Nothing is installed: packages are only fetched, with
+apt's check of signatures, and unpacked. Partly downloaded files are kept and resumed by the next attempt. Root and
+other users can use it.
 
     Archive("trixie", ...)   suites trixie, trixie-security, trixie-backports
       refresh()              the lists, if they are old
@@ -29,16 +29,16 @@ from vmbus.provision.mirror import Mirror, describe
 from vmbus.provision.progress import Progress
 
 LISTS_MAX_AGE = 24 * 3600.0
-"""Seconds after which the package lists are fetched again before anything else is."""
+"""Seconds after which the package lists are fetched again first."""
 
 
 class DownloadError(UserError):
-    """Something could not be fetched: the network, the archive, or its signature."""
+    """A download failed: the network, the archive, or its signature."""
 
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One version of a package that the archive offers, and where ("trixie-backports/main")."""
+    """One version of a package that the archive offers, and the suite that has it ("trixie-backports/main")."""
 
     package: str
     version: str
@@ -66,7 +66,7 @@ class Archive:
         stamp.touch()
 
     def versions(self, package: str) -> list[Version]:
-        """What the archive offers of ``package``, newest first."""
+        """Return the versions of ``package`` that the archive offers, newest first."""
         output = self._query("apt-cache", "madison", package)
         found = []
         for line in output.splitlines():
@@ -76,13 +76,13 @@ class Archive:
         return found
 
     def field(self, package: Version, name: str) -> str:
-        """A field of the package's record ("Depends"), "" if it has none."""
+        """Return a field of the package's record ("Depends"); "" if it has none."""
         output = self._query("apt-cache", "show", f"{package.package}={package.version}")
         match = re.search(rf"^{re.escape(name)}: (.*)$", output, re.MULTILINE)
         return match[1] if match else ""
 
     def closure(self, packages: Sequence[str], *, backports: bool) -> list[Path]:
-        """Fetch ``packages`` and what they depend on; from backports first if ``backports``."""
+        """Fetch ``packages`` and what they depend on, preferring backports if ``backports``; return the files."""
         release = ["-t", self._backports] if backports else []
         command = ["install", "--no-install-recommends", "--yes", *release, *packages]
         wanted = self._planned(command)
@@ -92,7 +92,7 @@ class Archive:
         return self._check_there([archives / name for name, _ in wanted])
 
     def exact(self, packages: Sequence[Version]) -> list[Path]:
-        """Fetch these versions, without what they depend on."""
+        """Fetch these versions without what they depend on; return the files."""
         command = ["download", *(f"{package.package}={package.version}" for package in packages)]
         wanted = self._planned(command)
         folder = make_folder(self.folder / "cache" / "single")
@@ -101,34 +101,36 @@ class Archive:
         return self._check_there([folder / name for name, _ in wanted])
 
     def unpack(self, files: Sequence[Path], root: Path) -> None:
-        """Unpack packages into ``root``; nothing of them is run."""
+        """Unpack packages into ``root`` without running anything in them."""
         self._progress.step(f"unpacking {len(files)} packages")
         for count, file in enumerate(files):
             try:
                 subprocess.run(["dpkg-deb", "-x", file, root], check=True, capture_output=True, text=True)
             except FileNotFoundError:
-                raise MissingRequirement("there is no dpkg-deb on this machine: install dpkg") from None
+                raise MissingRequirement(
+                    "there is no dpkg-deb on this machine: install the package dpkg"
+                ) from None
             except subprocess.CalledProcessError as error:
                 file.unlink(missing_ok=True)
                 raise DownloadError(
-                    f"{file.name} cannot be unpacked ({error.stderr.strip()}); it was removed, run the command again"
+                    f"{file.name} cannot be unpacked ({error.stderr.strip()}); it was removed: run the command again"
                 ) from error
             self._progress.advance(count + 1, len(files), "packages")
         self._progress.finish()
 
     def tidy(self) -> None:
-        """Remove what apt can make again in a second."""
+        """Remove indexes that apt makes again in a second."""
         for index in (self.folder / "cache").glob("*pkgcache.bin*"):
             index.unlink(missing_ok=True)
 
     def forget(self, files: Sequence[Path]) -> None:
-        """Remove fetched packages that are unpacked."""
+        """Remove fetched packages after they were unpacked."""
         for file in files:
             file.unlink(missing_ok=True)
 
     def _planned(self, command: Sequence[str]) -> list[tuple[str, int]]:
-        """(file name, size in bytes) of everything that ``command`` needs."""
-        # An empty archives folder makes apt name the packages that are there already, too.
+        """Return (file name, size in bytes) of everything that ``command`` needs."""
+        # With an empty archives folder apt also names the packages that have been fetched already.
         empty = make_folder(self.folder / "cache" / "none" / "partial").parent
         output = self._query(
             "apt-get", "-o", f"Dir::Cache::archives={empty}", "--print-uris", *command, cwd=empty
@@ -148,7 +150,7 @@ class Archive:
             candidates = [file, file.with_name(unquote(file.name))]
             existing = next((path for path in candidates if path.is_file()), None)
             if existing is None:
-                raise DownloadError(f"apt-get fetched no {file.name}; run the command again")
+                raise DownloadError(f"apt-get did not fetch {file.name}: run the command again")
             there.append(existing)
         return there
 
@@ -182,8 +184,8 @@ class Archive:
 
     def _settings(self) -> list[str]:
         base = self.folder
-        # The machine's own configuration files are left out (hooks, cleaning of downloads, pins), except for how
-        # it reaches its archive.
+        # The machine's own configuration (hooks, cleaning of downloads, pins) is left out, except for the settings
+        # with which it reaches its archive.
         settings = {
             "Dir::State": base / "state",
             "Dir::State::status": base / "status",
@@ -215,7 +217,9 @@ class Archive:
                 command, env=self._environment(), cwd=cwd, capture_output=True, text=True, check=True
             ).stdout
         except FileNotFoundError:
-            raise MissingRequirement(f"there is no {command[0]} on this machine") from None
+            raise MissingRequirement(
+                f"there is no {command[0]} on this machine: install the package apt"
+            ) from None
         except subprocess.CalledProcessError as error:
             raise self._failure(command[-1], error.stderr) from error
 
@@ -234,7 +238,7 @@ class Archive:
             )
         except FileNotFoundError:
             os.close(read_end)
-            raise MissingRequirement("there is no apt-get on this machine") from None
+            raise MissingRequirement("there is no apt-get on this machine: install the package apt") from None
         finally:
             os.close(write_end)
         reader = threading.Thread(target=self._follow, args=(read_end, total), daemon=True)
@@ -248,7 +252,7 @@ class Archive:
         finally:
             reader.join(timeout=5)
             self._progress.finish()
-        # `update` ends with status 0 although a suite could not be fetched; the W: or E: lines say it
+        # `update` exits with status 0 even if a suite could not be fetched; only the W: or E: lines tell
         if process.returncode != 0 or (command[0] == "update" and "Failed to fetch" in complaint):
             raise self._failure(command[0], complaint)
 
@@ -271,21 +275,21 @@ class Archive:
         lines = [line[3:] for line in complaint.splitlines() if line.startswith(("E: ", "W: "))]
         reason = "; ".join(lines[:2])[:400] or complaint.strip()[-300:] or "apt-get gave no reason"
         if "NO_PUBKEY" in complaint or "GPG error" in complaint:
-            advice = "the archive's key is not on this machine: bring debian-archive-keyring up to date"
+            advice = "the archive's key is not on this machine: install or upgrade debian-archive-keyring"
         elif re.search(r"  40[0-9]  ", complaint):
             advice = (
-                f"{describe(self._mirror)} is no complete Debian mirror"
+                f"{describe(self._mirror)} is not a complete Debian mirror: set VMBUS_DEBIAN_MIRROR to another one"
                 if what == "update"
                 else "the archive has changed since its lists were fetched: run the command again"
             )
         elif "No space left" in complaint:
             advice = "free some disk space, or point VMBUS_CACHE to another disk"
         elif "Could not get lock" in complaint:
-            advice = "apt-get of an interrupted setup is still ending: run the command again in a moment"
+            advice = "the apt-get of an interrupted setup is still running: run the command again in a moment"
         elif "Unable to locate" in complaint or "no installation candidate" in complaint:
             advice = f"the archive {describe(self._mirror)} has no such package; is it a full Debian mirror?"
         else:
-            advice = "check the network and apt's proxy settings, then run the command again: it goes on from there"
+            advice = "check the network and apt's proxy settings, then run the command again: downloads are resumed"
         (self.folder / "refreshed").unlink(
             missing_ok=True
         )  # lists that lag behind the archive give errors 404

@@ -1,6 +1,6 @@
-"""The cache folder: where fetched and built things live.
+"""The cache folder, for everything that is fetched or built.
 
-    CACHE/apt/CODENAME/          private apt state (lists, partly loaded packages)
+    CACHE/apt/CODENAME/          private apt state (lists, partly downloaded packages)
     CACHE/qemu/VERSION/          private QEMU, unpacked
     CACHE/busybox/VERSION/       the guest's userspace
     CACHE/kernels/GUEST/RELEASE/ guest kernels
@@ -11,8 +11,8 @@
 
 CACHE is ``$VMBUS_CACHE``, else ``$XDG_CACHE_HOME/vmbus``, else ``~/.cache/vmbus``.
 
-A folder of the cache is complete or absent: it is filled under another name and renamed at the end, with a
-``stamp.json`` inside that says what it holds.
+A folder of the cache is either complete or absent: it is filled under another name and renamed at the end, with a
+``stamp.json`` in it that describes the contents.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STAMP = "stamp.json"
 
 
 def cache_folder() -> Path:
-    """The cache folder; it may not exist yet."""
+    """Return the cache folder; it may not exist yet."""
     if chosen := os.environ.get("VMBUS_CACHE"):
         return Path(chosen).expanduser().absolute()
     if base := os.environ.get("XDG_CACHE_HOME"):
@@ -41,12 +41,12 @@ def cache_folder() -> Path:
 
 
 def make_folder(folder: Path) -> Path:
-    """``folder``, made if it is not there. Raises :class:`UserError` where that is not allowed."""
+    """Create ``folder`` unless it exists, and return it. Raises :class:`UserError` if that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make {folder}: {error.strerror}; set VMBUS_CACHE to a folder that you can write to"
+            f"cannot create {folder}: {error.strerror}; set VMBUS_CACHE to a folder that you can write to"
         ) from error
     return folder
 
@@ -66,7 +66,7 @@ def locked(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[
 
 @contextlib.contextmanager
 def filling(folder: Path, stamp: Mapping[str, object]) -> Iterator[Path]:
-    """A temporary folder that becomes ``folder``, with ``stamp`` in it, if the block ends without an error."""
+    """Give a temporary folder that becomes ``folder``, with ``stamp`` in it, if the block ends without an error."""
     make_folder(folder.parent)
     temporary = Path(tempfile.mkdtemp(prefix=".filling-", dir=folder.parent))
     temporary.chmod(0o755)
@@ -82,13 +82,13 @@ def filling(folder: Path, stamp: Mapping[str, object]) -> Iterator[Path]:
 
 
 def sweep(parent: Path) -> None:
-    """Remove what a killed setup left unfinished below ``parent``. The lock must be held."""
+    """Remove what an interrupted setup left unfinished below ``parent``. The lock must be held."""
     for leftover in parent.glob(".filling-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def read_stamp(folder: Path) -> dict[str, object] | None:
-    """The stamp of a complete folder, or None."""
+    """Return the stamp of a complete folder, else None."""
     try:
         stamp = json.loads((folder / STAMP).read_text())
     except (OSError, ValueError):
@@ -97,7 +97,7 @@ def read_stamp(folder: Path) -> dict[str, object] | None:
 
 
 def complete_folders(parent: Path) -> list[tuple[Path, dict[str, object]]]:
-    """The complete folders below ``parent`` with their stamps, the one that was made last first."""
+    """Return the complete folders below ``parent`` with their stamps, the newest first."""
     found = []
     for folder in parent.iterdir() if parent.is_dir() else ():
         if not folder.name.startswith(".") and (stamp := read_stamp(folder)) is not None:
@@ -106,7 +106,7 @@ def complete_folders(parent: Path) -> list[tuple[Path, dict[str, object]]]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``path`` so that a reader sees all of it or nothing."""
+    """Write ``path`` so that a reader sees either all of it or nothing."""
     make_folder(path.parent)
     handle, name = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
     try:

@@ -1,11 +1,11 @@
-"""What the embedded guest's second serial port carries: one command's output and its exit status.
+"""The embedded guest's second serial port, which carries one command's output and its exit status.
 
     DLE STX "vmbus-start" LF     the command begins
     ...                          its output, any bytes at all
     DLE ETX "vmbus-exit N" LF    it ended with status N; nothing follows, the guest powers off
 
-The last record is known by being last: the same bytes in the middle of the output are output. So up to
-:data:`TRAILER_SIZE` bytes that might be the trailer are held back until more bytes come, or the end.
+Only the last record is the trailer; the same bytes in the middle of the output are output. So up to
+:data:`TRAILER_SIZE` bytes that may be the trailer are kept back until more bytes arrive or the port is closed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ TRAILER_SIZE = len(_TRAILER_HEAD) + 4
 
 
 class CommandOutput:
-    """Takes the port's bytes as they come.
+    """Separates output and exit status in the port's bytes.
 
     state      next           when
-    waiting    running        the start record came; what was before it is dropped
+    waiting    running        the start record arrived; bytes before it are dropped
     running    ended          the port was closed right after the trailer: ``status`` is set
     running    cut short      the port was closed without a trailer: ``status`` stays None
     """
@@ -33,7 +33,7 @@ class CommandOutput:
         self._pending = b""
 
     def feed(self, data: bytes) -> bytes:
-        """More bytes from the port; the part of them that is certainly the command's output."""
+        """Take more bytes from the port; return those that are certainly the command's output."""
         self._pending += data
         if not self.started:
             _, found, rest = self._pending.partition(START)
@@ -48,11 +48,11 @@ class CommandOutput:
 
     @property
     def trailer_seen(self) -> bool:
-        """The bytes so far end in a trailer: unless more come, the command has ended."""
+        """Whether the bytes so far end in a trailer: unless more arrive, the command has ended."""
         return self.started and _TRAILER.search(self._pending) is not None
 
     def close(self) -> bytes:
-        """The port is closed: the rest of the output. ``status`` is set if the command ended."""
+        """Take the end of the port; return the rest of the output. ``status`` is set if the command ended."""
         rest, self._pending = self._pending if self.started else b"", b""
         if match := _TRAILER.search(rest):
             self.status = int(match[1])
@@ -60,7 +60,7 @@ class CommandOutput:
         return rest
 
     def _possible_trailer(self) -> int:
-        """Where the bytes that may become the trailer begin."""
+        """Return the offset of the bytes that may become the trailer."""
         at = max(len(self._pending) - TRAILER_SIZE, 0)
         while (at := self._pending.find(b"\x10", at)) >= 0:
             tail = self._pending[at:]

@@ -16,7 +16,7 @@ _TRAILER = "TRAILER!!!"
 
 
 class CpioWriter:
-    """Collects entries; :meth:`finish` gives the archive. Folders above an entry are made by themselves."""
+    """Collects entries for the archive; missing parent folders are added automatically."""
 
     def __init__(self) -> None:
         self._chunks: list[bytes] = []
@@ -34,12 +34,12 @@ class CpioWriter:
         self._entry(name, stat.S_IFREG | permissions, data)
 
     def link(self, path: str, target: str) -> None:
-        """A symbolic link."""
+        """Add a symbolic link."""
         name = self._new(path)
         self._entry(name, stat.S_IFLNK | 0o777, target.encode())
 
     def device(self, path: str, kind: str, major: int, minor: int, permissions: int = 0o600) -> None:
-        """A device node; ``kind`` is "c" or "b"."""
+        """Add a device node; ``kind`` is "c" or "b"."""
         name = self._new(path)
         format_bits = {"c": stat.S_IFCHR, "b": stat.S_IFBLK}[kind]
         self._entry(name, format_bits | permissions, device=(major, minor))
@@ -48,7 +48,7 @@ class CpioWriter:
         return self._name(path) in self._names
 
     def finish(self) -> bytes:
-        """The whole archive, padded to 512 bytes."""
+        """Return the whole archive, padded to 512 bytes."""
         self._inode = -1  # the trailer's inode is 0
         self._entry(_TRAILER, 0)
         archive = b"".join(self._chunks)
@@ -61,14 +61,14 @@ class CpioWriter:
     def _new(self, path: str) -> str:
         name = self._name(path)
         if not name or name in self._names:
-            raise UsageError(f"/{name} is put into the initramfs twice")
+            raise UsageError(f"/{name} would be in the initramfs twice: give one of the files another path")
         self._parents(name)
         return name
 
     def _parents(self, name: str) -> None:
         parent = posixpath.dirname(name)
         if parent and self._names.get(parent, stat.S_IFDIR) & stat.S_IFDIR == 0:
-            raise UsageError(f"/{parent} is no folder in the initramfs, so /{name} cannot be put there")
+            raise UsageError(f"/{parent} is not a folder in the initramfs, so /{name} cannot be put there")
         self.folder(parent)
 
     def _entry(

@@ -1,6 +1,6 @@
 """``vmbus doctor``: what this machine has, what is missing, and how to get it.
 
-Every check looks, changes nothing, and takes well under a second.
+The checks change nothing and take well under a second each.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NEEDED_SHM = 512 << 20
 
 
 class State(StrEnum):
-    """What a check found. Only ``MISSING`` stops the emulator from working."""
+    """The result of a check. Only ``MISSING`` keeps the emulator from working."""
 
     OK = "ok"
     MISSING = "missing"
@@ -38,7 +38,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the report: what was looked for, what was found, and how to get it where it is not there."""
+    """One line of the report: what was looked for, what was found, and how to get it if it is missing."""
 
     name: str
     state: State
@@ -50,7 +50,7 @@ class Check:
 
 
 def examine(folder: Path | None = None, more: Sequence[Check] = ()) -> list[Check]:
-    """All checks of this machine; ``more`` are the caller's own (the gateway), put after QEMU's."""
+    """Return all checks of this machine; ``more`` are checks of the caller (the gateway), put after QEMU's."""
     folder = folder or cache.cache_folder()
     return [
         Check("Python", State.OK, platform.python_version()),
@@ -68,7 +68,7 @@ def examine(folder: Path | None = None, more: Sequence[Check] = ()) -> list[Chec
 
 
 def healthy(checks: Sequence[Check]) -> bool:
-    """Nothing that is needed is missing."""
+    """Return whether nothing necessary is missing."""
     return all(check.state is not State.MISSING for check in checks)
 
 
@@ -87,7 +87,7 @@ def _python_packages() -> Check:
 def _importable(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package above it is not there
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
@@ -100,14 +100,16 @@ def _qemu(folder: Path) -> list[Check]:
     checks = [Check("QEMU", State.OK, f"{version} ({found.origin}), TCG plug-ins, qtest")]
     if found.dbus_vmstate:
         checks.append(
-            Check("QEMU dbus-vmstate", State.OK, "carries the state in QEMU's own migration stream")
+            Check(
+                "QEMU dbus-vmstate", State.OK, "carries the emulator's state in QEMU's own migration stream"
+            )
         )
     else:
         checks.append(
             Check(
                 "QEMU dbus-vmstate",
                 State.OPTIONAL,
-                "not in this QEMU: migration uses a channel beside QEMU's",
+                "not in this QEMU: migrations use a side channel",
                 "a QEMU built with D-Bus, or `vmbus setup` with VMBUS_QEMU unset",
             )
         )
@@ -129,7 +131,7 @@ def _packages() -> list[Check]:
             optional = package.name in ("make", "python3-venv") or package in system_packages.FETCH_PACKAGES
             state = State.OPTIONAL if optional else State.MISSING
             remedy = system_packages.install_line([package])
-            checks.append(Check(package.name, state, f"not there ({package.purpose})", remedy))
+            checks.append(Check(package.name, state, f"not installed ({package.purpose})", remedy))
     return checks
 
 
@@ -140,7 +142,10 @@ def _kernel(name: str, folder: Path) -> Check:
     except UserError:
         state = State.MISSING if name == kernel.DEFAULT_GUEST else State.OPTIONAL
         return Check(
-            title, state, f"not fetched ({kernel.GUESTS[name].description})", f"vmbus setup --guest {name}"
+            title,
+            state,
+            f"has not been fetched ({kernel.GUESTS[name].description})",
+            f"vmbus setup --guest {name}",
         )
 
 
@@ -148,7 +153,7 @@ def _busybox(folder: Path) -> Check:
     try:
         return Check("guest userspace", State.OK, kernel.find_busybox(folder).name)
     except UserError:
-        return Check("guest userspace", State.MISSING, "busybox is not fetched", "vmbus setup")
+        return Check("guest userspace", State.MISSING, "busybox has not been fetched", "vmbus setup")
 
 
 def _system(folder: Path) -> Check:
@@ -156,14 +161,18 @@ def _system(folder: Path) -> Check:
     try:
         return Check(title, State.OK, str(system_disk.find_system(folder)))
     except UserError:
-        return Check(title, State.OPTIONAL, "not made", "vmbus setup --system")
+        return Check(title, State.OPTIONAL, "not created", "vmbus setup --system")
 
 
 def _disk(folder: Path) -> Check:
     place = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(place).free
     return _amount(
-        "disk space", free, _NEEDED_DISK, str(folder), "free some, or set VMBUS_CACHE to another disk"
+        "disk space",
+        free,
+        _NEEDED_DISK,
+        str(folder),
+        "free some space, or set VMBUS_CACHE to a folder on another disk",
     )
 
 
@@ -182,7 +191,7 @@ def _shared_memory() -> Check:
     place = Path("/dev/shm")
     if not place.is_dir():
         return Check(
-            "/dev/shm", State.OPTIONAL, "not there", "guest memory is then kept in the run directory"
+            "/dev/shm", State.OPTIONAL, "does not exist", "guest memory is then kept in the run directory"
         )
     remedy = "mount it larger (in a container: --shm-size 2g), or give guests less (--memory)"
     return _amount("/dev/shm", shutil.disk_usage(place).free, _NEEDED_SHM, "free", remedy)
@@ -192,4 +201,4 @@ def _amount(name: str, free: int, needed: int, where: str, remedy: str) -> Check
     text = f"{free / 1e9:.1f} GB ({where})"
     if free >= needed:
         return Check(name, State.OK, text)
-    return Check(name, State.OPTIONAL, f"{text}; {needed / 1e9:.1f} GB are comfortable", remedy)
+    return Check(name, State.OPTIONAL, f"{text}; {needed / 1e9:.1f} GB are recommended", remedy)

@@ -19,8 +19,8 @@ BUS_MODULE = "hv_vmbus"
 
 @dataclass(frozen=True, slots=True)
 class DeviceKind:
-    """A VMBus device type (docs/protocol/messages.md#interface-guids), Linux's drivers for it, and what makes it
-    useful to a program."""
+    """A VMBus device type (docs/protocol/messages.md#interface-guids), Linux's drivers for it, and the modules
+    (``companions``) that make it usable for programs."""
 
     interface_id: UUID
     name: str
@@ -56,12 +56,12 @@ DEVICES = (
     DeviceKind(UUID("00000000-facb-11e6-bd58-64006a7986d3"), "sockets (hvsock)", ("hv_sock",)),
 )
 _KINDS = {kind.interface_id: kind for kind in DEVICES}
-_NAMED_BY_FLAG = ("hv_sock",)  # its driver has no GUID of its own: every offer with the pipe flag is its
+_NAMED_BY_FLAG = ("hv_sock",)  # its driver has no GUID: it takes every offer with the pipe flag
 
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """One device type that a kernel can drive. ``load_order`` is empty where nothing has to be loaded."""
+    """One device type that a kernel can drive. ``load_order`` is empty if nothing has to be loaded."""
 
     interface_id: UUID
     device: str
@@ -72,17 +72,17 @@ class Driver:
 
 @dataclass(frozen=True, slots=True)
 class GuestInfo:
-    """What ``vmbus guest-info`` tells."""
+    """What ``vmbus guest-info`` reports."""
 
     release: str
     modules: Path
     bus: str
-    """How the bus driver is there: "built-in", "module" or "absent"."""
+    """The bus driver: "built-in", "module" or "absent"."""
     drivers: tuple[Driver, ...]
     missing: tuple[str, ...]
-    """Device types that Linux knows and this kernel has no driver for."""
+    """Device types that Linux supports, but this kernel has no driver for."""
     generic: tuple[str, ...]
-    """Drivers that take any device type when told to (uio_hv_generic)."""
+    """Drivers that can be bound to any device type (uio_hv_generic)."""
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -105,7 +105,7 @@ class GuestInfo:
 
 
 def vmbus_drivers(tree: ModuleTree) -> tuple[Driver, ...]:
-    """Every (device type, driver) pair of a kernel, in the order of :data:`DEVICES`, unknown types last."""
+    """Return every (device type, driver) pair of a kernel, in the order of :data:`DEVICES`, unknown types last."""
     found: dict[tuple[UUID, str], Module] = {}
     for module in tree.likely_drivers():
         for wire in vmbus_interfaces(module):
@@ -131,9 +131,9 @@ def vmbus_drivers(tree: ModuleTree) -> tuple[Driver, ...]:
 
 
 def modules_for(tree: ModuleTree, interfaces: Iterable[UUID]) -> tuple[str, ...]:
-    """What to load so that a guest drives ``interfaces``: the bus, the drivers, and what makes them useful.
+    """Return the modules with which a guest drives ``interfaces``: bus, drivers and companions.
 
-    A device type without a driver in this kernel is passed over. Give it to ``build_initramfs(modules=...)``.
+    A device type without a driver in this kernel is skipped. The result is for ``build_initramfs(modules=...)``.
     """
     names = [BUS_MODULE] if tree.has(BUS_MODULE) else []
     wanted = set(interfaces)
@@ -145,7 +145,7 @@ def modules_for(tree: ModuleTree, interfaces: Iterable[UUID]) -> tuple[str, ...]
 
 
 def present(kernel: GuestKernel, names: Sequence[str]) -> tuple[str, ...]:
-    """Those of ``names`` that this kernel has, as a module or linked in; none if it came without modules."""
+    """Return those of ``names`` that this kernel has, as a module or built in; none if it came without modules."""
     if kernel.modules is None:
         return ()
     tree = ModuleTree(kernel.modules)
@@ -153,7 +153,7 @@ def present(kernel: GuestKernel, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def guest_info(kernel_dir: Path) -> GuestInfo:
-    """What the kernel at ``kernel_dir`` can drive: ``lib/modules/RELEASE``, or any folder that has it below.
+    """Return what the kernel in ``kernel_dir`` can drive: ``lib/modules/RELEASE``, or a folder above it.
 
     Raises :class:`~vmbus.errors.UsageError` if there are no modules.
     """
@@ -175,7 +175,7 @@ def guest_info(kernel_dir: Path) -> GuestInfo:
 
 
 def _release(tree: ModuleTree) -> str:
-    """From the modules themselves; the folder's name may be anything."""
+    """Return the release that the modules name; the name of the folder may be anything."""
     for name in sorted(tree.files):
         if release := tree.module(name).vermagic.split(" ", 1)[0]:
             return release

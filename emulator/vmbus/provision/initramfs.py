@@ -1,7 +1,7 @@
-"""Builds the embedded guest: busybox, an init program, the kernel's modules, the user's files, one command.
+"""The initramfs of the embedded guest: busybox, an init program, kernel modules, the user's files, one command.
 
-The archive is not compressed: under TCG the guest needs longer to inflate it than QEMU to copy it. Images are kept
-in the cache, named by a hash of all that goes into them.
+The archive is not compressed, because under TCG a guest needs longer to inflate it than QEMU to copy it. Images are
+kept in the cache, named by a hash of their inputs.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from vmbus.provision.kernel import GuestKernel, find_busybox
 from vmbus.provision.modules import Module, ModuleTree, canonical, read_image
 
 KERNEL_ARGUMENTS = ("console=ttyS0", "panic=-1", "random.trust_cpu=on", "cryptomgr.notests")
-"""What the embedded guest wants on the kernel's command line.
+"""Arguments for the embedded guest's kernel.
 
 ``panic=-1`` reboots at once (see ``-no-reboot``); without the crypto self-tests it boots about 0.4 s sooner.
 """
 
 ROOT_MODULES = ("crc32c_generic", "ext4")
-"""What is loaded for a root file system on a disk, where the kernel has it as a module."""
+"""Modules that are loaded for a root file system on a disk, if the kernel has them as modules."""
 
 ROOT_VIEW = "/run/initramfs"
-"""Where a command in a root file system finds the files of the initramfs."""
+"""The folder in which a command in a root file system finds the files of the initramfs."""
 
 _FORMAT = 1
 _KEPT_IMAGES = 16
@@ -46,7 +46,9 @@ _INIT = resources.files("vmbus.provision").joinpath("guest-init")
 
 
 def parse_add(argument: str) -> tuple[Path, str]:
-    """``FILE[:PATH]`` of ``--add``. Without PATH a program goes to ``/bin``, any other file to ``/root``.
+    """Return the file and its path in the guest of ``--add FILE[:PATH]``.
+
+    Without PATH a program goes to ``/bin``, any other file to ``/root``.
 
     Raises :class:`UsageError` if there is no such file.
     """
@@ -68,13 +70,13 @@ def parse_add(argument: str) -> tuple[Path, str]:
 def command_script(
     command: Sequence[str], add: Sequence[tuple[Path, str]] = (), *, in_root: bool = False
 ) -> str:
-    """The shell script that runs ``command``: its words as they are, or one word with blanks as a shell line.
+    """Return the shell script that runs ``command``: its words unchanged, or one word with blanks as a shell line.
 
-    A program in ``add`` goes before a busybox applet of its name (the shell by itself would take the applet).
-    ``in_root``: it runs in a root file system, which has the initramfs at :data:`ROOT_VIEW`.
+    A program in ``add`` takes precedence over a busybox applet of its name (the shell would choose the applet).
+    ``in_root``: the command runs in a root file system, which has the initramfs at :data:`ROOT_VIEW`.
     """
     if not command:
-        raise UsageError("the command to run in the guest is empty")
+        raise UsageError("the command to run in the guest is empty: give one after --")
     if len(command) == 1 and any(character.isspace() for character in command[0]):
         return command[0] + "\n"
     view = ROOT_VIEW if in_root else ""
@@ -95,13 +97,14 @@ def build_initramfs(
     in_root: bool = False,
     folder: Path | None = None,
 ) -> Path:
-    """The initramfs image for ``kernel``, from the cache ``folder`` if it was built before.
+    """Return the initramfs image for ``kernel``; build it unless the cache ``folder`` has it.
 
-    ``modules`` are loaded at start, with what they depend on; ``available`` ones can be loaded with ``modprobe``.
-    ``add`` are (file here, path there); what a dynamically linked program needs comes along. ``command`` is run, with
-    ``stdin`` as its input, and its status reported (:mod:`vmbus.provision.command_output`); with ``terminal`` the
-    second serial port is its terminal. Without a command the guest waits to be shut down. ``shell``: one on the
-    console. ``in_root``: the kernel's command line has a ``root=``, and the command runs there.
+    ``modules`` are loaded at start, with their dependencies; ``available`` ones can be loaded with ``modprobe``.
+    ``add`` are (file here, path in the guest); the libraries of dynamically linked programs are added too.
+    ``command`` is run with ``stdin`` as its input, and its status is reported
+    (:mod:`vmbus.provision.command_output`); with ``terminal`` the second serial port is its terminal. Without a
+    command the guest waits to be shut down. ``shell``: start a shell on the console. ``in_root``: the kernel's
+    command line has a ``root=``; the command runs there.
 
     Raises :class:`UsageError`, :class:`MissingRequirement`, :class:`~vmbus.provision.modules.ModuleError`.
     """
@@ -129,7 +132,7 @@ def build_initramfs(
         os.utime(image)
         return image
     writer = CpioWriter()
-    # The user's files first: they may stand in place of an applet.
+    # The user's files first: they may replace an applet.
     for path, place in add:
         writer.file(place, _content(path), 0o755 if os.access(path, os.X_OK) else 0o644)
     for place, path in sorted(libraries.items()):
@@ -153,17 +156,22 @@ def build_initramfs(
 def _modules(
     kernel: GuestKernel, modules: Sequence[str], available: Sequence[str]
 ) -> tuple[tuple[Module, ...], tuple[Module, ...]]:
-    """(to be loaded, in this order; to be present)."""
+    """Return the modules to load, in this order, and those to be present."""
     if not modules and not available:
         return (), ()
     if kernel.modules is None:
-        raise MissingRequirement(f"the kernel {kernel.release} was given without modules: add --modules DIR")
+        raise MissingRequirement(
+            f"the kernel {kernel.release} was given without modules, which the devices need: add --modules DIR"
+        )
     tree = ModuleTree(kernel.modules)
     loaded = tree.load_order(modules)
     for module in loaded:
         release = module.vermagic.split(" ", 1)[0]
         if release and kernel.release != "unknown" and release != kernel.release:
-            raise UserError(f"{module.path} is for kernel {release}, and this one is {kernel.release}")
+            raise UserError(
+                f"{module.path} is for kernel {release}, but the guest's is {kernel.release}: give "
+                "its modules with --modules"
+            )
     return loaded, tree.load_order([*modules, *available])
 
 
@@ -189,7 +197,9 @@ def _applets(busybox: Path) -> list[str]:
             [busybox, "--list-full"], capture_output=True, text=True, check=True, timeout=60
         )
     except (OSError, subprocess.SubprocessError) as error:
-        raise MissingRequirement(f"{busybox} does not run on this machine: {error}") from error
+        raise MissingRequirement(
+            f"{busybox} does not run on this machine: {error}; fetch it again with `vmbus setup --update`"
+        ) from error
     return sorted(set(done.stdout.split()) - {"init", "linuxrc", "bin/busybox"})
 
 
@@ -213,7 +223,7 @@ def _write_modules(
 
 
 def _all_needed(module: Module, present: Sequence[Module]) -> list[str]:
-    """Names that must be loaded before ``module``; the one to be loaded first comes last (as in modules.dep)."""
+    """Return the modules to load before ``module``; the one to load first is last (as in modules.dep)."""
     by_name = {other.name: other for other in present}
     found: list[str] = []
     waiting = list(module.depends)
@@ -243,7 +253,7 @@ def _key(release: str, inputs: Iterable[Path], *rest: object) -> str:
 
 
 def _prune(folder: Path) -> None:
-    """Keep the images that were used last; never one that somebody may be about to start."""
+    """Keep the images that were used last, and any image that may be about to be started."""
     images = sorted(folder.glob("*.cpio"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in images[_KEPT_IMAGES:]:
         if time.time() - path.stat().st_mtime > 3600:

@@ -6,7 +6,7 @@
 
 Until 6.x one package holds the image and its modules; from 7.x on they are split over several packages of the same
 version, which the image package depends on by name. So the packages are found by following those dependencies, and
-vmlinuz and modules are taken from wherever they are.
+vmlinuz and modules are taken from whichever of them has them.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ class GuestKernel:
 
 
 def find_kernel(name: str = DEFAULT_GUEST, folder: Path | None = None) -> GuestKernel:
-    """A fetched named guest. Raises :class:`UsageError` for an unknown name, :class:`MissingRequirement`."""
+    """Return a named guest that was fetched.
+
+    Raises :class:`UsageError` for an unknown name, :class:`MissingRequirement` for one that was not fetched.
+    """
     guest = guest_name(name)
     folder = folder or cache.cache_folder()
     for place, stamp in cache.complete_folders(folder / "kernels" / guest.name):
@@ -68,7 +71,9 @@ def find_kernel(name: str = DEFAULT_GUEST, folder: Path | None = None) -> GuestK
         )
         if kernel.vmlinuz.is_file():
             return kernel
-    raise MissingRequirement(f"the guest kernel {name} is not here yet: run `vmbus setup --guest {name}`")
+    raise MissingRequirement(
+        f"the guest kernel {name} has not been fetched: run `vmbus setup --guest {name}`"
+    )
 
 
 def guest_name(name: str) -> GuestName:
@@ -79,9 +84,9 @@ def guest_name(name: str) -> GuestName:
 
 
 def own_kernel(vmlinuz: Path, modules: Path | None = None) -> GuestKernel:
-    """The user's kernel image; ``modules`` is ``/lib/modules/RELEASE``, or a folder that has it inside.
+    """Return the user's kernel; ``modules`` is ``/lib/modules/RELEASE``, or a folder above it.
 
-    Raises :class:`UsageError` if they are not that, or belong to different releases.
+    Raises :class:`UsageError` if the files are something else, or belong to different releases.
     """
     if not vmlinuz.is_file():
         raise UsageError(f"--kernel {vmlinuz}: there is no such file")
@@ -91,7 +96,10 @@ def own_kernel(vmlinuz: Path, modules: Path | None = None) -> GuestKernel:
 
 
 def find_modules(folder: Path, release: str = "") -> Path:
-    """The folder with ``modules.builtin`` or ``kernel/`` at or below ``folder``. Raises :class:`UsageError`."""
+    """Return the folder with ``modules.builtin`` or ``kernel/``, at or below ``folder``.
+
+    Raises :class:`UsageError` if there is none.
+    """
     candidates = [folder]
     for pattern in ("lib/modules/*", "usr/lib/modules/*", "modules/*", "*"):
         candidates += sorted(folder.glob(pattern))
@@ -99,7 +107,9 @@ def find_modules(folder: Path, release: str = "") -> Path:
         path for path in candidates if (path / "kernel").is_dir() or (path / "modules.builtin").is_file()
     ]
     if not found:
-        raise UsageError(f"{folder}: no kernel modules there (neither modules.builtin nor kernel/)")
+        raise UsageError(
+            f"{folder}: no kernel modules there; expected modules.builtin or kernel/, as in /lib/modules/RELEASE"
+        )
     if release:
         same = [path for path in found if path.resolve().name == release]
         if same:
@@ -111,7 +121,7 @@ def find_modules(folder: Path, release: str = "") -> Path:
 
 
 def image_release(vmlinuz: Path) -> str:
-    """The release that an x86 bzImage names ("6.12.107+deb13-cloud-amd64"), "" if it is none.
+    """Return the release in an x86 bzImage ("6.12.107+deb13-cloud-amd64"); "" for any other file.
 
     Linux ``Documentation/arch/x86/boot.rst``: "HdrS" at 0x202, offset of the version string less 0x200 at 0x20E.
     """
@@ -150,12 +160,12 @@ def fetch_kernel(name: str, folder: Path, archive: Archive) -> GuestKernel:
 
 
 def find_busybox(folder: Path | None = None) -> Path:
-    """The static busybox of the guest's userspace. Raises :class:`MissingRequirement`."""
+    """Return the static busybox of the guest's userspace. Raises :class:`MissingRequirement`."""
     folder = folder or cache.cache_folder()
     for place, stamp in cache.complete_folders(folder / "busybox"):
         if (path := place / str(stamp["busybox"])).is_file():
             return path
-    raise MissingRequirement("the guest's userspace (busybox) is not here yet: run `vmbus setup`")
+    raise MissingRequirement("the guest's userspace (busybox) has not been fetched: run `vmbus setup`")
 
 
 def fetch_busybox(folder: Path, archive: Archive) -> Path:
@@ -169,7 +179,9 @@ def fetch_busybox(folder: Path, archive: Archive) -> Path:
         archive.unpack(files, temporary)
         found = [path for path in sorted(temporary.glob("**/bin/busybox")) if path.is_file()]
         if not found:
-            raise UserError(f"{files[0].name} holds no busybox")
+            raise UserError(
+                f"{files[0].name} contains no busybox: run `vmbus setup --update` when the mirror has a newer one"
+            )
         stamp["busybox"] = str(found[0].relative_to(temporary))
     archive.forget(files)
     return find_busybox(folder)
@@ -182,12 +194,13 @@ def _image_package(guest: GuestName, archive: Archive) -> Version:
                 if re.match(r"linux-image-\d", package):
                     return Version(package, version or offered.version, offered.suite)
     raise MissingRequirement(
-        f"the archive has no {_META_PACKAGE} in {' or '.join(guest.suites)}, which the guest {guest.name} is made of"
+        f"the archive has no {_META_PACKAGE} in {' or '.join(guest.suites)}, which the guest {guest.name} needs: "
+        "check the mirror, or set VMBUS_DEBIAN_MIRROR to another one"
     )
 
 
 def _same_release_parts(image: Version, archive: Archive) -> list[Version]:
-    """The image package and all packages of the very same version that it depends on."""
+    """Return the image package and all packages of the same version that it depends on."""
     parts = [image]
     for part in parts:
         for field in ("Depends", "Pre-Depends"):
@@ -199,7 +212,7 @@ def _same_release_parts(image: Version, archive: Archive) -> list[Version]:
 
 
 def _exact_dependencies(depends: str) -> list[tuple[str, str]]:
-    """(package, version) of the dependencies that name an exact version."""
+    """Return (package, version) of the dependencies that name an exact version."""
     return re.findall(r"([a-z0-9][a-z0-9.+-]*) \(= ([^)]+)\)", depends)
 
 
@@ -208,6 +221,7 @@ def _find_parts(name: str, root: Path) -> GuestKernel:
     folders = [path for path in sorted(root.glob("**/lib/modules/*")) if (path / "modules.builtin").is_file()]
     if not images or not folders:
         raise UserError(
-            f"the packages of {name} hold no kernel image or no modules; this version cannot be used"
+            f"the packages of {name} lack a kernel image or modules, so this version cannot be "
+            "used: choose another guest"
         )
     return GuestKernel(name, folders[0].name, images[0], folders[0])

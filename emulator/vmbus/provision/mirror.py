@@ -1,7 +1,7 @@
-"""Which Debian archive this machine uses: read from its own apt configuration.
+"""The Debian archive that this machine uses, read from its own apt configuration.
 
-No archive address is written in this program. ``$VMBUS_DEBIAN_MIRROR`` names one for machines whose apt does
-not (another distribution): a base address as in ``sources.list``, with the security archive after a blank.
+This program contains no address of an archive. ``$VMBUS_DEBIAN_MIRROR`` names one for machines whose apt has none
+(another distribution): a base address as in ``sources.list``, with the security archive after a blank.
 
 Both forms of apt's sources are read (``sources.list(5)``): one-line entries in ``*.list`` and deb822 stanzas
 in ``*.sources``.
@@ -55,7 +55,7 @@ class Mirror:
 
 
 def parse_list(text: str) -> list[Source]:
-    """The binary entries of a one-line-style file; what is not understood is skipped, as apt reports it."""
+    """Return the binary entries of a one-line-style file; lines that do not parse are left to apt to report."""
     found = []
     for line in text.splitlines():
         match = re.match(
@@ -72,7 +72,7 @@ def parse_list(text: str) -> list[Source]:
 
 
 def parse_deb822(text: str) -> list[Source]:
-    """The enabled binary entries of a deb822-style file."""
+    """Return the enabled binary entries of a deb822-style file."""
     found = []
     for stanza in re.split(r"\n[ \t]*\n", "\n".join(x for x in text.splitlines() if not x.startswith("#"))):
         fields: dict[str, str] = {}
@@ -102,9 +102,9 @@ def parse_deb822(text: str) -> list[Source]:
 
 
 def choose_mirror(sources: Iterable[Source]) -> tuple[str, str, str] | None:
-    """(main address, security address or "", keyring) of the Debian archive among ``sources``, or None.
+    """Return (main address, security address or "", keyring) of the Debian archive among ``sources``, else None.
 
-    An archive of a third party may use Debian's suite names too; one that Debian's keys sign goes first.
+    A third party's archive may use Debian's suite names too; one that Debian's keys sign is preferred.
     """
     ranked: list[tuple[int, bool, Source]] = []
     for source in sources:
@@ -124,7 +124,7 @@ def choose_mirror(sources: Iterable[Source]) -> tuple[str, str, str] | None:
 
 
 def find_mirror(environ: Mapping[str, str] = os.environ) -> Mirror:
-    """The Debian archive that this machine uses. Raises :class:`MissingRequirement` if there is none."""
+    """Return the Debian archive that this machine uses. Raises :class:`MissingRequirement` if there is none."""
     configuration = apt_configuration()
     settings = tuple(_carried_over(configuration))
     if chosen := environ.get("VMBUS_DEBIAN_MIRROR", "").split():
@@ -132,7 +132,7 @@ def find_mirror(environ: Mapping[str, str] = os.environ) -> Mirror:
     found = choose_mirror(machine_sources(configuration))
     if found is None:
         raise MissingRequirement(
-            "apt on this machine knows no Debian archive to fetch QEMU and guest kernels from: set "
+            "apt on this machine has no Debian archive from which to fetch QEMU and guest kernels: set "
             "VMBUS_DEBIAN_MIRROR to the address of one (and install debian-archive-keyring), or install QEMU 11.1 "
             "or newer and give a kernel with --kernel and --modules"
         )
@@ -141,13 +141,15 @@ def find_mirror(environ: Mapping[str, str] = os.environ) -> Mirror:
 
 
 def apt_configuration() -> list[tuple[str, str]]:
-    """``apt-config dump`` as (name, value) pairs. Raises :class:`MissingRequirement` without apt."""
+    """Return ``apt-config dump`` as (name, value) pairs. Raises :class:`MissingRequirement` without apt."""
     try:
         dump = subprocess.run(["apt-config", "dump"], capture_output=True, text=True, check=True).stdout
     except FileNotFoundError:
         raise MissingRequirement(_WITHOUT_APT) from None
     except subprocess.CalledProcessError as error:
-        raise MissingRequirement(f"apt-config dump failed: {error.stderr.strip()}") from error
+        raise MissingRequirement(
+            f"apt-config dump failed: {error.stderr.strip()}; repair apt's configuration, then run the command again"
+        ) from error
     pairs = []
     for line in dump.splitlines():
         match = re.fullmatch(r'(\S+) "(.*)";', line)
@@ -157,7 +159,7 @@ def apt_configuration() -> list[tuple[str, str]]:
 
 
 def machine_sources(configuration: Sequence[tuple[str, str]]) -> list[Source]:
-    """All sources that the machine's apt reads."""
+    """Return all sources that the machine's apt reads."""
     values = dict(configuration)
     etc = Path(values.get("Dir", "/")) / values.get("Dir::Etc", "etc/apt")
     parts = etc / values.get("Dir::Etc::sourceparts", "sources.list.d")
@@ -169,13 +171,13 @@ def machine_sources(configuration: Sequence[tuple[str, str]]) -> list[Source]:
         try:
             text = path.read_text(errors="replace")
         except OSError:
-            continue  # as apt: a file that is not there is no entry
+            continue  # as apt does: a missing file has no entries
         found += parse_deb822(text) if path.suffix == ".sources" else parse_list(text)
     return found
 
 
 def _carried_over(configuration: Iterable[tuple[str, str]]) -> Iterable[str]:
-    """How the machine reaches its archive; never anything that weakens the check of signatures."""
+    """Yield the settings with which the machine reaches its archive; none weakens the check of signatures."""
     wanted = re.compile(
         r"Acquire::(http|https|ftp|Retries|ForceIPv[46]|Check-Valid-Until|Check-Date|Max-ValidTime|Queue-Mode)(::.*)?"
     )
@@ -194,5 +196,5 @@ def _system_keyring(signed_by: str) -> str:
 
 
 def describe(mirror: Mirror) -> str:
-    """For messages: the address or addresses."""
+    """Return the address or addresses, for messages."""
     return shlex.join([mirror.main, mirror.security] if mirror.security else [mirror.main])

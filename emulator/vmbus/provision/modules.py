@@ -1,7 +1,7 @@
-"""Reads a kernel's modules: what they are, what they need, and which VMBus devices they drive.
+"""A kernel's modules: what they are, what they need, and which VMBus devices they drive.
 
-The modules themselves are the truth (their ``.modinfo`` section), as a folder that was only unpacked has neither
-``modules.dep`` nor ``modules.alias``. Drivers that are linked into the kernel are known from ``modules.builtin`` and
+All of it is read from the modules (their ``.modinfo`` section), because a folder that was only unpacked has neither
+``modules.dep`` nor ``modules.alias``. Drivers that are linked into the kernel are listed in ``modules.builtin`` and
 ``modules.builtin.modinfo``.
 
 A VMBus driver's alias is ``vmbus:`` and the interface type GUID's 16 bytes as they are on the wire, in hexadecimal
@@ -56,12 +56,12 @@ class Module:
 
 
 def canonical(name: str) -> str:
-    """The kernel's name of a module, from its file name or from what a user typed."""
+    """Return the kernel's name of a module, from its file name or from what a user typed."""
     return _SUFFIX.sub("", name).replace("-", "_")
 
 
 def read_image(path: Path) -> bytes:
-    """The module's ELF file, decompressed. Raises :class:`ModuleError`, :class:`MissingRequirement`."""
+    """Return the module's ELF file, decompressed. Raises :class:`ModuleError`, :class:`MissingRequirement`."""
     decompress = _DECOMPRESSORS.get(path.suffix)
     try:
         data = path.read_bytes()
@@ -71,14 +71,14 @@ def read_image(path: Path) -> bytes:
 
 
 def read_module(path: Path) -> Module:
-    """What the ``.modinfo`` section of a ``.ko``, ``.ko.xz``, ``.ko.zst`` or ``.ko.gz`` says."""
+    """Return what the ``.modinfo`` section of a ``.ko``, ``.ko.xz``, ``.ko.zst`` or ``.ko.gz`` says."""
     try:
         section = ELFFile(io.BytesIO(read_image(path))).get_section_by_name(".modinfo")
         if section is None:
-            raise ModuleError(f"{path}: is no kernel module (it has no .modinfo section)")
+            raise ModuleError(f"{path}: is not a kernel module (it has no .modinfo section)")
         data = bytes(section.data())
     except ELFError as error:
-        raise ModuleError(f"{path}: is no kernel module: {error}") from error
+        raise ModuleError(f"{path}: is not a kernel module: {error}") from error
     pairs = [entry.partition("=")[::2] for entry in data.decode("utf-8", "replace").split("\0") if entry]
     return _from_pairs(canonical(path.name), path, pairs)
 
@@ -110,14 +110,14 @@ def _from_pairs(name: str, path: Path | None, pairs: Iterable[Sequence[str]]) ->
 
 @dataclass
 class ModuleTree:
-    """The modules of one kernel: ``folder`` is ``.../lib/modules/RELEASE``. Files are read when asked for."""
+    """The modules of one kernel: ``folder`` is ``.../lib/modules/RELEASE``. Files are read on demand."""
 
     folder: Path
     _read: dict[str, Module] = field(default_factory=dict, repr=False)
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """Module name -> file, of all loadable modules. ``updates`` and ``extra`` win, as with depmod."""
+        """Module name -> file, of all loadable modules. ``updates`` and ``extra`` take precedence, as for depmod."""
         found: dict[str, Path] = {}
         for base, folders, names in os.walk(self.folder):
             folders[:] = sorted(folder for folder in folders if folder not in ("build", "source"))
@@ -143,7 +143,7 @@ class ModuleTree:
         return {name: _from_pairs(name, None, found) for name, found in pairs.items()}
 
     def module(self, name: str) -> Module:
-        """The module called ``name``. Raises :class:`ModuleError` if this kernel has none."""
+        """Return the module called ``name``. Raises :class:`ModuleError` if this kernel has none."""
         key = canonical(name)
         if key not in self._read:
             if key in self.builtins:
@@ -160,10 +160,10 @@ class ModuleTree:
         return canonical(name) in self.builtins or canonical(name) in self.files
 
     def load_order(self, names: Iterable[str]) -> tuple[Module, ...]:
-        """The loadable modules among ``names`` with all they depend on, each after what it needs.
+        """Return the loadable modules among ``names`` and all their dependencies, each after what it needs.
 
-        Modules that are linked in need no loading and are left out. Raises :class:`ModuleError` for a name that is
-        not there, and for dependencies in a circle.
+        Modules that are linked in need no loading and are left out. Raises :class:`ModuleError` for a missing module,
+        and for dependencies in a circle.
         """
         order: dict[str, Module] = {}
         path: list[str] = []
@@ -192,9 +192,10 @@ class ModuleTree:
         return tuple(module for module in order.values() if not module.builtin)
 
     def likely_drivers(self) -> tuple[Module, ...]:
-        """Every module that may drive a VMBus device, loadable or linked in.
+        """Return every module that may drive a VMBus device, loadable or linked in.
 
-        By name and place, by ``modules.alias`` where depmod has run, and all that were added to the kernel's own.
+        They are found by name and folder, by ``modules.alias`` if depmod has run, and all modules that were added to
+        the kernel's own are among them.
         """
         names = {name for name in [*self.files, *self.builtins] if _LIKELY_DRIVER.search(name)}
         for name, path in self.files.items():
@@ -218,7 +219,7 @@ def _vmbus_aliases(module: Module) -> list[str]:
 
 
 def vmbus_interfaces(module: Module) -> tuple[bytes, ...]:
-    """The interface type GUIDs, as 16 wire bytes each, that a module says it drives."""
+    """Return the interface type GUIDs, 16 wire bytes each, that a module declares to drive."""
     return tuple(bytes.fromhex(alias) for alias in _vmbus_aliases(module))
 
 

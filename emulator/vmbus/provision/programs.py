@@ -1,7 +1,7 @@
-"""What a program from this machine needs to run in the guest: its interpreter and its libraries.
+"""The interpreter and the libraries that a program from this machine needs to run in the guest.
 
-Read from the ELF files themselves (``DT_NEEDED``, ``PT_INTERP``, ``DT_RUNPATH``, ``DT_RPATH``); nothing is run.
-What a program loads later by itself (``dlopen``: name services, plug-ins) is not found this way.
+They are read from the ELF files (``DT_NEEDED``, ``PT_INTERP``, ``DT_RUNPATH``, ``DT_RPATH``); nothing is run. What a
+program loads later (``dlopen``: name services, plug-ins) is not found this way.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from elftools.elf.elffile import ELFFile
 from vmbus.errors import UsageError, UserError
 
 LIBRARY_FOLDER = "/lib/added"
-"""Where libraries are put in the guest; its init points LD_LIBRARY_PATH there."""
+"""The folder for libraries in the guest; its init sets LD_LIBRARY_PATH to it."""
 
 _SYSTEM_FOLDERS = (
     "/lib/x86_64-linux-gnu",
@@ -32,7 +32,7 @@ _SYSTEM_FOLDERS = (
 
 
 def is_program(path: Path) -> bool:
-    """An executable file that is an ELF file or a script. (Mounted folders mark all files as executable.)"""
+    """Return whether ``path`` is executable and an ELF file or a script (some mounts mark all files executable)."""
     try:
         with path.open("rb") as file:
             return os.access(path, os.X_OK) and file.read(4).startswith((b"\x7fELF", b"#!"))
@@ -41,9 +41,9 @@ def is_program(path: Path) -> bool:
 
 
 def needed_libraries(programs: Iterable[Path]) -> dict[str, Path]:
-    """Path in the guest -> file here, of all libraries and interpreters of ``programs``.
+    """Return path in the guest -> file here, of all libraries and interpreters of ``programs``.
 
-    Raises :class:`UsageError` for a program of another processor, :class:`UserError` for a library that is nowhere.
+    Raises :class:`UsageError` for a program of another processor, :class:`UserError` for a missing library.
     """
     found: dict[str, Path] = {}
     waiting = [(program, program) for program in programs]
@@ -63,7 +63,9 @@ def _direct_needs(file: Path, program: Path) -> Iterator[tuple[str, Path]]:
                 return
             elf = ELFFile(stream)
             if elf["e_machine"] not in ("EM_X86_64", "EM_386"):
-                raise UsageError(f"{file} is a program for another processor ({elf['e_machine']})")
+                raise UsageError(
+                    f"{file} is a program for another processor ({elf['e_machine']}); the guest's is x86-64"
+                )
             interpreter, needed, run_path = _dynamic(elf)
     except ELFError as error:
         raise UsageError(f"{file}: damaged ELF file: {error}") from error
@@ -72,7 +74,11 @@ def _direct_needs(file: Path, program: Path) -> Iterator[tuple[str, Path]]:
     if interpreter:
         path = Path(interpreter)
         if not path.is_file():
-            raise UserError(f"{program} needs the interpreter {interpreter}, which is not on this machine")
+            raise UserError(
+                f"{program} needs the interpreter {interpreter}, which is not on this machine: "
+                "install it, or link the "
+                "program statically"
+            )
         yield interpreter, path
     folders = [
         Path(entry.replace("$ORIGIN", str(file.parent)).replace("${ORIGIN}", str(file.parent)))
@@ -91,7 +97,7 @@ def _direct_needs(file: Path, program: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _dynamic(elf: Any) -> tuple[str, list[str], list[str]]:
-    """(interpreter, DT_NEEDED, run path) of an open ELF file."""
+    """Return interpreter, DT_NEEDED and run path of an open ELF file."""
     interpreter = ""
     needed: list[str] = []
     run_path: list[str] = []

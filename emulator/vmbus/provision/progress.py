@@ -7,16 +7,16 @@ from typing import Protocol, TextIO
 
 
 class Progress(Protocol):
-    """What a long step reports to. ``total`` 0 means: not known."""
+    """Receives the progress of long steps. ``total`` 0 means: unknown."""
 
     def step(self, text: str) -> None:
-        """A new step begins."""
+        """Begin a new step."""
 
     def advance(self, done: int, total: int, unit: str) -> None:
-        """``done`` of ``total`` ``unit`` of the present step ("B" is bytes, all else is counted)."""
+        """Report ``done`` of ``total`` ``unit`` of the present step ("B" is bytes, anything else is counted)."""
 
     def finish(self) -> None:
-        """The present step is over; leave the terminal tidy."""
+        """End the present step and leave the terminal tidy."""
 
 
 class Silent:
@@ -33,7 +33,7 @@ class Silent:
 
 
 class Terminal:
-    """A :class:`Progress` of one line a step, rewritten in place."""
+    """A :class:`Progress` with one line for each step, rewritten in place."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -67,6 +67,6 @@ class Terminal:
 
 
 def for_stream(stream: TextIO | None = None) -> Progress:
-    """:class:`Terminal` where ``stream`` (standard error by default) is one, :class:`Silent` elsewhere."""
+    """Return a :class:`Terminal` if ``stream`` (standard error by default) is one, else :class:`Silent`."""
     stream = sys.stderr if stream is None else stream
     return Terminal(stream) if stream.isatty() else Silent()

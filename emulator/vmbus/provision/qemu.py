@@ -1,14 +1,14 @@
-"""Finds a QEMU that can carry the emulator, or unpacks a private one.
+"""The QEMU to use: the user's, the machine's, or a private copy.
 
     $VMBUS_QEMU set       that one, or an error that says what it lacks
     on PATH, suitable     that one
-    private copy there    that one
+    private copy exists   that one
     else                  MissingRequirement: run `vmbus setup`
 
 Suitable: version 11.1 or newer (the gateway's plug-in interface), built with TCG plug-ins, answers ``-qtest``.
 
-The private copy is Debian's own packages, unpacked side by side and run by their own dynamic linker, so that it
-needs nothing of this machine's libraries. Its process is therefore called ``ld-linux-x86-64.so.2`` and its command
+The private copy consists of Debian's own packages, unpacked side by side and run by their own dynamic linker, so that
+it uses none of this machine's libraries. Its process is therefore called ``ld-linux-x86-64.so.2``, and its command
 line begins with that linker's options.
 """
 
@@ -37,16 +37,16 @@ _LINKER = "usr/lib64/ld-linux-x86-64.so.2"
 
 @dataclass(frozen=True, slots=True)
 class QemuBinary:
-    """A QEMU and the tools that belong to it; the command of each is an argv prefix."""
+    """A QEMU and its tools; the command of each is an argv prefix."""
 
     argv_prefix: tuple[str, ...]
-    """``[*argv_prefix, "-machine", ...]`` starts it; firmware folders are already in it."""
+    """``[*argv_prefix, "-machine", ...]`` starts QEMU; the prefix includes the firmware folders."""
     version: tuple[int, int, int]
     origin: str
     """"VMBUS_QEMU", "PATH" or "private"."""
     firmware: tuple[Path, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    """To be added to the process' environment (where QEMU's loadable modules are)."""
+    """Variables to add to the process' environment (the folder of QEMU's loadable modules)."""
     plugins: bool = True
     qtest: bool = True
     dbus_vmstate: bool = True
@@ -54,9 +54,9 @@ class QemuBinary:
     """The private copy's folder."""
 
     def tool(self, name: str) -> tuple[str, ...]:
-        """The argv prefix of ``qemu-img``, ``qemu-nbd``, ``dbus-daemon``.
+        """Return the argv prefix of ``qemu-img``, ``qemu-nbd`` or ``dbus-daemon``.
 
-        Of this copy if it has it, else from PATH. Raises :class:`MissingRequirement`.
+        The tool is that of this copy, else that on PATH. Raises :class:`MissingRequirement`.
         """
         if self.root is not None and (self.root / "usr/bin" / name).exists():
             return _private_command(self.root, name)
@@ -72,13 +72,13 @@ class QemuBinary:
         return self.tool("qemu-nbd")
 
     def dbus_daemon(self) -> tuple[str, ...]:
-        """The argv prefix of a ``dbus-daemon``, the machine's own if it has one."""
+        """Return the argv prefix of a ``dbus-daemon``, the machine's own if it has one."""
         if found := shutil.which("dbus-daemon"):
             return (found,)
         return self.tool("dbus-daemon")
 
     def lacks(self) -> list[str]:
-        """Why this QEMU does not do, in words; empty if it does."""
+        """Return in words why this QEMU is unsuitable; empty if it is suitable."""
         reasons = []
         if self.version[:2] < MINIMUM_VERSION:
             have = ".".join(map(str, self.version))
@@ -93,15 +93,17 @@ class QemuBinary:
 
 
 def find_qemu(folder: Path | None = None, environ: Mapping[str, str] = os.environ) -> QemuBinary:
-    """The QEMU to use. ``folder`` is the cache folder. Raises :class:`MissingRequirement` with the way out."""
+    """Return the QEMU to use; ``folder`` is the cache folder. Raises :class:`MissingRequirement` with what to do."""
     folder = folder or cache.cache_folder()
     if chosen := environ.get("VMBUS_QEMU"):
         path = shutil.which(chosen) or chosen
         if not os.access(path, os.X_OK):
-            raise MissingRequirement(f"VMBUS_QEMU is {chosen}, which is no program that can be run")
+            raise MissingRequirement(
+                f"VMBUS_QEMU is {chosen}, which is not an executable program: set it to a qemu-system-x86_64"
+            )
         qemu = probe((path,), "VMBUS_QEMU", folder)
         if reasons := qemu.lacks():
-            raise MissingRequirement(f"VMBUS_QEMU ({chosen}) does not do: {'; '.join(reasons)}")
+            raise MissingRequirement(f"VMBUS_QEMU ({chosen}) is unsuitable: {'; '.join(reasons)}")
         return qemu
     reasons = []
     own = shutil.which("qemu-system-x86_64", path=environ.get("PATH"))
@@ -116,7 +118,7 @@ def find_qemu(folder: Path | None = None, environ: Mapping[str, str] = os.enviro
                 return qemu
     if private := private_qemu(folder):
         return private
-    found = f"this machine's QEMU ({own}) does not do: {'; '.join(reasons)}" if own else "there is no QEMU"
+    found = f"this machine's QEMU ({own}) is unsuitable: {'; '.join(reasons)}" if own else "there is no QEMU"
     raise MissingRequirement(
         f"{found}: run `vmbus setup`, which unpacks a private one, or set VMBUS_QEMU to a "
         f"qemu-system-x86_64 of version {MINIMUM_VERSION[0]}.{MINIMUM_VERSION[1]} or newer with TCG plug-ins"
@@ -124,7 +126,7 @@ def find_qemu(folder: Path | None = None, environ: Mapping[str, str] = os.enviro
 
 
 def private_qemu(folder: Path) -> QemuBinary | None:
-    """The private copy in the cache ``folder``, or None."""
+    """Return the private copy in the cache ``folder``, else None."""
     for root, stamp in cache.complete_folders(folder / "qemu"):
         if root.joinpath(_LINKER).exists():
             version = _parse_version(str(stamp.get("version", "")))
@@ -134,7 +136,7 @@ def private_qemu(folder: Path) -> QemuBinary | None:
 
 
 def fetch_qemu(folder: Path, archive: Archive) -> QemuBinary:
-    """Fetch and unpack the private copy. The lock of the cache must be held."""
+    """Fetch, unpack and return the private copy. The lock of the cache must be held."""
     if platform.machine() != "x86_64":
         raise MissingRequirement(
             f"the private QEMU is for x86-64 machines, this one is {platform.machine()}: install QEMU 11.1 or newer"
@@ -158,7 +160,9 @@ def fetch_qemu(folder: Path, archive: Archive) -> QemuBinary:
         archive.unpack(files, temporary)
         probed = probe(_private_command(temporary, "qemu-system-x86_64"), "private", None)
         if reasons := probed.lacks():
-            raise MissingRequirement(f"Debian's QEMU {offered[0].version} does not do: {'; '.join(reasons)}")
+            raise MissingRequirement(
+                f"Debian's QEMU {offered[0].version} is unsuitable: {'; '.join(reasons)}"
+            )
         stamp["dbus_vmstate"] = probed.dbus_vmstate
     archive.forget(files)
     for old in (folder / "qemu").iterdir():
@@ -168,7 +172,7 @@ def fetch_qemu(folder: Path, archive: Archive) -> QemuBinary:
 
 
 def probe(command: tuple[str, ...], origin: str, folder: Path | None) -> QemuBinary:
-    """Ask the QEMU that ``command`` starts what it is. The answer is kept in the cache ``folder``.
+    """Run ``command`` to find out what its QEMU can do; the result is kept in the cache ``folder``.
 
     Raises :class:`MissingRequirement` if it does not run.
     """
@@ -184,7 +188,7 @@ def probe(command: tuple[str, ...], origin: str, folder: Path | None) -> QemuBin
             if known["key"] == key:
                 return _from_answers(command, origin, known["answers"])
         except (OSError, ValueError, KeyError, TypeError):
-            pass  # nothing kept, or nothing usable: ask again
+            pass  # nothing usable was kept: ask again
     answers = asdict(_ask(command))
     if record is not None:
         cache.write_atomically(record, json.dumps({"key": key, "answers": answers}).encode())
@@ -203,7 +207,7 @@ def _ask(command: tuple[str, ...]) -> _Answers:
     version = _run(*command, "--version")
     match = re.search(r"version (\d+\.\d+(?:\.\d+)?)", version)
     if match is None:
-        raise MissingRequirement(f"{command[-1]} is no QEMU: `--version` says {version.strip()[:80]!r}")
+        raise MissingRequirement(f"{command[-1]} is not a QEMU: `--version` says {version.strip()[:80]!r}")
     qtest = _run(
         *command,
         "-machine",
@@ -229,7 +233,7 @@ def _ask(command: tuple[str, ...]) -> _Answers:
 def _from_answers(command: tuple[str, ...], origin: str, answers: Mapping[str, object]) -> QemuBinary:
     version = _parse_version(str(answers["version"]))
     if version is None:
-        raise ValueError(f"{answers['version']} is no version")
+        raise ValueError(f"{answers['version']} is not a version")
     return QemuBinary(
         argv_prefix=command,
         version=version,
@@ -266,7 +270,7 @@ def _parse_version(text: str) -> tuple[int, int, int] | None:
 
 
 def _run(*command: str, stdin: str = "", failing: bool = False) -> str:
-    """Standard output and error of a short command. Raises :class:`MissingRequirement` unless ``failing``."""
+    """Return standard output and error of a short command. Raises :class:`MissingRequirement` unless ``failing``."""
     try:
         done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -1,4 +1,4 @@
-"""Fetches what is missing, once; the second time there is nothing to do and nothing is asked of the network."""
+"""``vmbus setup``: fetch what is missing. A second run has nothing to do and does not use the network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vmbus.provision.progress import Progress, for_stream
 
 @dataclass(frozen=True, slots=True)
 class Provisions:
-    """What is there after a setup."""
+    """What a setup has provided."""
 
     qemu: qemu.QemuBinary
     kernels: tuple[kernel.GuestKernel, ...]
@@ -24,7 +24,7 @@ class Provisions:
 
 
 class Setup:
-    """One setup of the cache ``folder``; ``progress`` defaults to the terminal, if there is one."""
+    """One setup of the cache ``folder``; by default ``progress`` is shown if standard error is a terminal."""
 
     def __init__(self, folder: Path | None = None, progress: Progress | None = None) -> None:
         self.folder = folder or cache.cache_folder()
@@ -33,27 +33,27 @@ class Setup:
         self._archives: dict[str, Archive] = {}
 
     def run(self, guests: Sequence[str] = (kernel.DEFAULT_GUEST,), *, update: bool = False) -> Provisions:
-        """Make sure that QEMU, busybox and ``guests`` are there; ``update`` fetches newer ones.
+        """Fetch QEMU, busybox and ``guests`` unless they exist; with ``update``, fetch newer versions.
 
-        Raises :class:`~vmbus.errors.UserError` with what to do; what was fetched until then is kept.
+        Raises :class:`~vmbus.errors.UserError` with what to do; everything fetched until then is kept.
         """
         for name in guests:
             kernel.guest_name(name)
         found = self._fetch(guests, update)
-        # Last, so that what a person has to install does not hold up what needs no installation.
+        # Last, so that packages that a person has to install do not delay the downloads.
         system_packages.ensure(system_packages.BUILD_PACKAGES)
         return found
 
     def system(self, *, update: bool = False) -> Path:
-        """The image of a disk with a Debian system; it is made if it is not there, or if ``update``.
+        """Return the image of a disk with a Debian system; create it if it does not exist, or if ``update``.
 
-        Raises as :meth:`run`. What makes it is installed where that is allowed (:mod:`.system_packages`).
+        Raises as :meth:`run`. The tools for it are installed if that is allowed (:mod:`.system_packages`).
         """
         if not update:
             try:
                 return system_disk.find_system(self.folder)
             except MissingRequirement:
-                pass  # made below
+                pass  # created below
         self.run()
         system_packages.ensure(system_packages.SYSTEM_PACKAGES)
         with cache.locked(self.folder, lambda: self._progress.step("waiting for another setup to end")):
@@ -66,7 +66,7 @@ class Setup:
     def _system(self, update: bool) -> Path:
         if not update:
             try:
-                return system_disk.find_system(self.folder)  # another setup made it meanwhile
+                return system_disk.find_system(self.folder)  # another setup created it meanwhile
             except MissingRequirement:
                 pass
         return system_disk.make_system(self.folder, self._mirror or find_mirror(), self._progress)

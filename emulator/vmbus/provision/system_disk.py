@@ -31,13 +31,13 @@ PACKAGES = (
     *("util-linux", "fdisk", "e2fsprogs", "procps", "gcc", "libc6-dev", "fio", "sg3-utils"),
 )
 REPOSITORY = ("jq", "libjq1", "libonig5")
-"""Packages that are not installed, and lie in a repository inside the system: apt can install them without a network.
+"""Packages in a repository inside the system, not installed: apt can install them without a network.
 
 ``jq`` needs the other two.
 """
 
 ROOT_PARTITION = 1
-"""What the root file system is on: ``/dev/sda1`` where the disk is ``/dev/sda``."""
+"""The partition of the root file system: ``/dev/sda1`` if the disk is ``/dev/sda``."""
 
 _SIZE = 2 << 30
 _START = 1 << 20
@@ -47,28 +47,34 @@ _LEFT_OUT = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/info/*", "/usr/
 
 
 def find_system(folder: Path | None = None) -> Path:
-    """The image, in the cache ``folder``. Raises :class:`MissingRequirement` if it, or its kernel, is not there."""
+    """Return the image in the cache ``folder``.
+
+    Raises :class:`MissingRequirement` if the image or its kernel is missing.
+    """
     folder = folder or cache.cache_folder()
     image = _place(folder, kernel.find_kernel(kernel.DEFAULT_GUEST, folder)) / "disk.img"
     if cache.read_stamp(image.parent) is None or not image.is_file():
-        raise MissingRequirement("the Debian system disk is not made yet: run `vmbus setup --system`")
+        raise MissingRequirement("the Debian system disk has not been created: run `vmbus setup --system`")
     return image
 
 
 def make_system(folder: Path, mirror: Mirror, progress: Progress) -> Path:
-    """Make the image. The default guest's kernel must be there, and the lock of the cache be held.
+    """Create and return the image. The default guest's kernel must exist, and the lock of the cache be held.
 
     Raises :class:`~vmbus.provision.apt.DownloadError`, or :class:`UserError` where a tool fails.
     """
     guest = kernel.find_kernel(kernel.DEFAULT_GUEST, folder)
     if guest.modules is None:
-        raise UserError(f"the kernel {guest.release} has no modules")
+        raise UserError(
+            f"the kernel {guest.release} has no modules: fetch it again with `vmbus setup --guest "
+            f"{guest.name} --update`"
+        )
     place = _place(folder, guest)
     progress.step(f"making a disk with Debian {_codename()} ({len(PACKAGES)} packages and what they need)")
     stamp: dict[str, object] = {"kernel": guest.release, "packages": list(PACKAGES)}
     with (
         cache.filling(place, stamp) as temporary,
-        # a user's namespace has no way into the cache
+        # a user's namespace has no access to the cache
         tempfile.TemporaryDirectory(prefix=".system-", dir=None if os.geteuid() else folder) as name,
     ):
         work = Path(name)
@@ -86,14 +92,14 @@ def make_system(folder: Path, mirror: Mirror, progress: Progress) -> Path:
 
 
 def copy_system(image: Path, target: Path) -> None:
-    """A disk for a guest: ``target`` is made. Raises :class:`UsageError` if it is there."""
+    """Copy ``image`` to ``target``, as a disk for a guest. Raises :class:`UsageError` if ``target`` exists."""
     if target.exists():
-        raise UsageError(f"{target} is there already; remove it, or name another file")
+        raise UsageError(f"{target} exists already: remove it, or name another file")
     command = ["cp", "--reflink=auto", "--sparse=always", str(image), str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         target.unlink(missing_ok=True)
-        raise UserError(f"cannot make {target}: {done.stderr.strip()}")
+        raise UserError(f"cannot create {target}: {done.stderr.strip()}")
 
 
 def _codename() -> str:
@@ -107,7 +113,7 @@ def _place(folder: Path, guest: kernel.GuestKernel) -> Path:
 
 
 def _sources(mirror: Mirror, work: Path) -> str:
-    """What apt reads, for a system of the machine's own mirror."""
+    """Return apt's sources for a system from the machine's own mirror."""
     keyring = mirror.keyring
     if "BEGIN PGP" in keyring:
         path = work / "archive.asc"
@@ -143,7 +149,7 @@ def _mmdebstrap(mirror: Mirror, guest: kernel.GuestKernel, work: Path) -> list[s
 
 
 def _pack(archive: Path, image: Path) -> None:
-    """The partitioned image of what is in ``archive``; as the user who owns all of it."""
+    """Make the partitioned ``image`` of the files in ``archive``, as the user who owns all of them."""
     script = (
         'set -e; mkdir "$1.root"; '
         'tar -x -p --numeric-owner --exclude=\'./dev/*\' -f "$2" -C "$1.root"; rm "$2"; '
@@ -170,7 +176,9 @@ def _run(command: Sequence[str], given: str = "") -> None:
             command, input=given, env=environment, capture_output=True, text=True, errors="replace"
         )
     except FileNotFoundError:
-        raise MissingRequirement(f"there is no {command[0]} on this machine") from None
+        raise MissingRequirement(
+            f"there is no {command[0]} on this machine: install the packages mmdebstrap, e2fsprogs and fdisk"
+        ) from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith(("E:", "W:", "dpkg: error"))]
         reason = "; ".join(lines[-4:]) or done.stderr.strip()[-400:] or "no reason given"
@@ -179,5 +187,5 @@ def _run(command: Sequence[str], given: str = "") -> None:
 
 
 def _path() -> str:
-    """mke2fs and sfdisk are where a user's PATH often does not lead."""
+    """Return PATH with the folders of mke2fs and sfdisk, which a user's PATH often lacks."""
     return f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"

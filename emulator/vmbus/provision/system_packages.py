@@ -1,4 +1,4 @@
-"""Packages of this machine's own distribution that building and fetching need."""
+"""Packages of this machine's distribution that compiling and fetching need."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vmbus.errors import MissingRequirement
 
 @dataclass(frozen=True, slots=True)
 class SystemPackage:
-    """A Debian package, what it is for, and how to see that what is needed of it is there."""
+    """A Debian package, its purpose, and a test for what is needed of it."""
 
     name: str
     purpose: str
@@ -33,7 +33,7 @@ def _file(*paths: str) -> Callable[[], bool]:
 
 
 def _can_make_environments() -> bool:
-    """Or is in one already."""
+    """Return whether Python can make environments, or runs in one already."""
     return sys.prefix != sys.base_prefix or importlib.util.find_spec("ensurepip") is not None
 
 
@@ -47,19 +47,25 @@ BUILD_PACKAGES = (
 )
 FETCH_PACKAGES = (
     SystemPackage("apt", "fetches the private QEMU and guest kernels", _program("apt-get")),
-    SystemPackage("dpkg", "unpacks them", _program("dpkg-deb")),
+    SystemPackage("dpkg", "unpacks the private QEMU and guest kernels", _program("dpkg-deb")),
     SystemPackage(
         "debian-archive-keyring",
-        "checks their signatures",
+        "checks the signatures of the Debian archive",
         _file(
             "/usr/share/keyrings/debian-archive-keyring.pgp", "/usr/share/keyrings/debian-archive-keyring.gpg"
         ),
     ),
 )
 SYSTEM_PACKAGES = (
-    SystemPackage("mmdebstrap", "installs a Debian system into a folder", _program("mmdebstrap")),
-    SystemPackage("e2fsprogs", "makes its file system", _file("/usr/sbin/mke2fs", "/sbin/mke2fs")),
-    SystemPackage("fdisk", "makes its partition", _file("/usr/sbin/sfdisk", "/sbin/sfdisk")),
+    SystemPackage("mmdebstrap", "installs the Debian system for the system disk", _program("mmdebstrap")),
+    SystemPackage(
+        "e2fsprogs",
+        "makes the file system of the Debian system disk",
+        _file("/usr/sbin/mke2fs", "/sbin/mke2fs"),
+    ),
+    SystemPackage(
+        "fdisk", "makes the partition of the Debian system disk", _file("/usr/sbin/sfdisk", "/sbin/sfdisk")
+    ),
 )
 
 
@@ -68,17 +74,17 @@ def missing_packages(packages: Iterable[SystemPackage] = BUILD_PACKAGES) -> tupl
 
 
 def install_line(packages: Iterable[SystemPackage]) -> str:
-    """What a user types to get ``packages``."""
+    """Return what a user types to install ``packages``."""
     names = " ".join(package.name for package in packages)
     if shutil.which("apt-get") is None:
-        return f"install what your distribution calls {names}"
+        return f"install the packages of your distribution for {names}"
     return f"{'' if os.geteuid() == 0 else 'sudo '}apt-get install {names}"
 
 
 def ensure(packages: Iterable[SystemPackage] = BUILD_PACKAGES, stream: TextIO | None = None) -> None:
-    """Install what is missing of ``packages`` where we may (as root, with apt), saying so on ``stream``.
+    """Install what is missing of ``packages`` if possible (as root, with apt), and report it on ``stream``.
 
-    Raises :class:`MissingRequirement` with the line to type where we may not, or where it failed.
+    Raises :class:`MissingRequirement` with the line to type if that is not possible, or failed.
     """
     missing = missing_packages(packages)
     if not missing:
@@ -86,7 +92,7 @@ def ensure(packages: Iterable[SystemPackage] = BUILD_PACKAGES, stream: TextIO | 
     names = [package.name for package in missing]
     why = "; ".join(f"{package.name}: {package.purpose}" for package in missing)
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        raise MissingRequirement(f"missing on this machine ({why}): {install_line(missing)}")
+        raise MissingRequirement(f"this machine lacks {' '.join(names)} ({why}): {install_line(missing)}")
     print(f"installing {' '.join(names)} with apt-get ({why})", file=stream or sys.stderr, flush=True)
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
     for command in (["update"], ["install", "--yes", "--no-install-recommends", *names]):

@@ -86,5 +86,6 @@ def test_a_guest_without_disks_has_no_table_of_them() -> None:
 def test_a_stopped_guest_says_why_and_what_to_do() -> None:
     found = render(status({}, stopped_because=["disk d: a write failed: No space left on device"]))
     assert (
-        "stopped: disk d: a write failed: No space left on device; mend that, then `vmbus cont web`" in found
+        "stopped: disk d: a write failed: No space left on device; remove the cause, then run `vmbus cont web`"
+        in found
     )
