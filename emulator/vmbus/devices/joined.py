@@ -79,8 +79,8 @@ def _collect(
             raise UsageError(f"--device {text}: {error}") from error
         if given.values.setdefault(key, value) != value:
             raise UsageError(
-                f"--device {text}: {key}={values[key]}, but another line of {whole.key} {which} has "
-                f"{key}={given.texts[key]}; the option holds for all of its lines, so give it once"
+                f"--device {text}: {key}={values[key]}, but {whole.key} {which} has {key}={given.texts[key]}; "
+                "it holds for all lines that name it, so give it once"
             )
         given.texts.setdefault(key, values[key])
     return given

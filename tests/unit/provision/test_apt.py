@@ -138,7 +138,7 @@ def test_a_file_that_did_not_come_is_an_error(
     archive: Archive, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     programs(monkeypatch, tmp_path, apt_get=FETCHING.replace("DIR", str(tmp_path / "elsewhere")))
-    with pytest.raises(DownloadError, match="fetched no a"):
+    with pytest.raises(DownloadError, match="did not fetch a"):
         archive.exact([Version("a+b", "1:2", "trixie/main")])
 
 
@@ -147,7 +147,7 @@ def test_a_file_that_did_not_come_is_an_error(
     [
         ("E: Failed to fetch http://m.example  Could not connect", "check the network"),
         ("W: GPG error: http://m.example: NO_PUBKEY 0123", "debian-archive-keyring"),
-        ("E: Failed to fetch http://m.example/InRelease  404  Not Found", "no complete Debian mirror"),
+        ("E: Failed to fetch http://m.example/InRelease  404  Not Found", "not a complete Debian mirror"),
         ("E: Could not get lock /x/lists/lock. It is held by process 7", "in a moment"),
         ("E: Write error - write (28: No space left on device)", "VMBUS_CACHE"),
         ("E: Unable to locate package qemu-system-x86", "full Debian mirror"),

@@ -90,7 +90,7 @@ def test_a_module_of_another_kernel_is_refused(
     kernel: GuestKernel, modules: KernelFolder, folder: Path
 ) -> None:
     modules.module("kernel/a.ko", release="5.0-other")
-    with pytest.raises(UserError, match=rf"is for kernel 5\.0-other, and this one is {RELEASE}"):
+    with pytest.raises(UserError, match=rf"is for kernel 5\.0-other, but the guest's is {RELEASE}"):
         build_initramfs(kernel, modules=["a"], folder=folder)
 
 
@@ -168,7 +168,7 @@ def test_a_user_s_program_stands_in_place_of_an_applet(
 
 def test_init_cannot_be_replaced_by_accident(kernel: GuestKernel, folder: Path, tmp_path: Path) -> None:
     own = write_program(tmp_path / "init", ":")
-    with pytest.raises(UsageError, match="/init is put into the initramfs twice"):
+    with pytest.raises(UsageError, match="/init would be in the initramfs twice"):
         build_initramfs(kernel, add=[(own, "/init")], folder=folder)
 
 

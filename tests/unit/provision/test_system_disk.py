@@ -115,7 +115,7 @@ def test_a_copy_does_not_replace_a_file(tmp_path: Path) -> None:
     image.write_bytes(b"system")
     system_disk.copy_system(image, target)
     assert target.read_bytes() == b"system"
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="exists already"):
         system_disk.copy_system(image, target)
-    with pytest.raises(UserError, match="cannot make"):
+    with pytest.raises(UserError, match="cannot create"):
         system_disk.copy_system(image, tmp_path / "nowhere/target")
