@@ -1,6 +1,6 @@
 /*
- * The device by which a guest finds VMBus. Compile with: iasl -f -p vmbus vmbus.asl
- * (-f: the hardware id has five characters, which the compiler takes for a mistake).
+ * ACPI device by which a guest finds VMBus. Compile with: iasl -f -p vmbus vmbus.asl
+ * (-f is needed because the hardware id has five characters, which the compiler reports as an error).
  */
 DefinitionBlock ("", "SSDT", 2, "VMBHST", "VMBUSDEV", 0x00000001)
 {

@@ -66,7 +66,7 @@ class EmulatorOptions:
     def options(self) -> tuple[Option, ...]:
         mebibytes = self.memory_size >> 20
         return (
-            Option("accel", "tcg", why="the gateway sees instructions, which only TCG lets it"),
+            Option("accel", "tcg", why="the gateway is a TCG plug-in"),
             Option(
                 "object",
                 "memory-backend-file",
@@ -76,22 +76,22 @@ class EmulatorOptions:
                     ("share", "on"),
                     ("size", f"{mebibytes}M"),
                 ),
-                why="guest RAM as a file that the emulator maps too",
+                why="guest RAM is in a file that the emulator maps, too",
             ),
             Option(
                 "machine",
                 "",
                 (("memory-backend", "vmbus-ram"),),
                 section="machine",
-                why="use that RAM",
+                why="use the memory backend vmbus-ram for guest RAM",
             ),
-            Option("m", "", (("size", f"{mebibytes}M"),), section="memory", why="the same size again"),
+            Option("m", "", (("size", f"{mebibytes}M"),), section="memory", why="RAM size, equal to that of vmbus-ram"),
             Option(
                 "chardev",
                 "socket",
                 (("id", "vmbus-qmp"), ("path", str(self.qmp_socket)), ("server", "on"), ("wait", "off")),
                 section='chardev "vmbus-qmp"',
-                why="the emulator's own QMP socket (it serves one client)",
+                why="QMP socket for the emulator only: a monitor serves one client",
             ),
             Option(
                 "mon",
@@ -103,15 +103,15 @@ class EmulatorOptions:
                 "qtest",
                 f"unix:{self.qtest_socket}",
                 (("server", "on"), ("wait", "off")),
-                why="interrupts into the guest",
+                why="the emulator raises interrupts through qtest",
             ),
             Option("qtest-log", "none"),
-            Option("acpitable", "", (("file", str(self.acpi_table)),), why="tells the guest of a VMBus"),
+            Option("acpitable", "", (("file", str(self.acpi_table)),), why="ACPI device by which the guest finds VMBus"),
             Option(
                 "plugin",
                 str(self.gateway_library),
                 (("socket", str(self.gateway_socket)), ("wait", "on" if self.wait else "off")),
-                why="the trap gateway",
+                why="passes traps of the guest to the emulator",
             ),
             *self._state_options(),
         )

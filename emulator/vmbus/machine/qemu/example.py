@@ -10,8 +10,8 @@ from vmbus.machine.qemu.arguments import EmulatorOptions, libvirt, readconfig
 
 _DIRECTORY = Path("/run/vmbus-example")
 _HEADER = """\
-# What a QEMU needs for the VMBus host emulator, as far as -readconfig can say it. `vmbus qemu-args --readconfig`
-# prints this with your own paths. Use with:
+# QEMU options that the VMBus host emulator needs. Options that -readconfig does not support must be given on the
+# command line below. `vmbus qemu-args --readconfig` prints this file with your own paths. Use with:
 #   qemu-system-x86_64 -readconfig vmbus.cfg -smp 1,maxcpus=2 {rest}
 
 """
