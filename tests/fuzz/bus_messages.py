@@ -140,7 +140,7 @@ class Fuzzer:
                     small() + small() + length + rng.choice((b"\1\0", b"\1\0", b"\2\0", b"\0\0")) + data[:220]
                 )
             case MessageType.GPADL_BODY:
-                ids = list(self.bus.gpadls.assemblies) or [1]
+                ids = list(self.bus.gpadl_assembler.assemblies) or [1]
                 return bytes(4) + rng.choice(ids).to_bytes(4, "little") + bytes(8 * rng.randrange(0, 29))
             case MessageType.TL_CONNECT_REQUEST | MessageType.MODIFY_CONNECTION:
                 return rng.choice(
@@ -182,7 +182,7 @@ class Fuzzer:
         if channels:
             channel = rng.choice(channels)
             acts += [lambda: bus.revoke(channel)] if rng.random() < 0.3 else []
-            acts += [channel.stop, channel.start, channel.start]
+            acts += [channel.pause, channel.resume, channel.resume]
             acts += [channel.signal_guest]
             acts += [channel.finish_open, channel.finish_close] * 4
             if channel.gpadls:
@@ -213,7 +213,7 @@ class Fuzzer:
         refusals = self.bus.refusals.counts
         self.bus = self.guest.bus = self.guest.another_bus(supported_flags=ALL_FEATURES)
         self.bus.refusals.counts = refusals
-        self.bus.import_state(state)
+        self.bus.restore(state)
         for channel in old:
             if self.rng.random() < 0.8:
                 endpoint = FuzzEndpoint if self.rng.random() < 0.8 else ForgetfulFuzzEndpoint
@@ -225,7 +225,7 @@ class Fuzzer:
     def let_go(self) -> None:
         """Every device finishes what it put off."""
         for channel in self.bus.channels:
-            channel.start()
+            channel.resume()
             for act in (channel.finish_open, channel.finish_close):
                 with contextlib.suppress(VmbusError):
                     act()
@@ -257,7 +257,7 @@ class Fuzzer:
 
     def post(self, payload: bytes) -> None:
         trusted = self.rng.random() < 0.7 if self.bus.connection.trusted else False
-        self.results[self.bus.message(0, self.rng.choice((1, 4)), payload, trusted=trusted)] += 1
+        self.results[self.bus.handle_message(0, self.rng.choice((1, 4)), payload, trusted=trusted)] += 1
 
     def drain(self) -> None:
         self.answers += len(self.guest.synic.messages)
@@ -270,19 +270,19 @@ class Fuzzer:
         """All that a guest can make the host hold is bounded and adds up."""
         bus = self.bus
         held = [gpadl for channel in bus.channels for gpadl in channel.gpadls.values()]
-        table = bus.gpadls
-        weights = [gpadl.weight for gpadl in held] + [each.weight for each in table.assemblies.values()]
-        if (table.gpadls, table.pages) != (len(weights), sum(weights)):
+        quota, assemblies = bus.gpadl_assembler.quota, bus.gpadl_assembler.assemblies
+        weights = [gpadl.weight for gpadl in held] + [each.weight for each in assemblies.values()]
+        if (quota.gpadls, quota.pages) != (len(weights), sum(weights)):
             raise AssertionError(
-                f"{table.gpadls} GPADLs, {table.pages} pages, not {len(weights)}, {sum(weights)}"
+                f"{quota.gpadls} GPADLs, {quota.pages} pages, not {len(weights)}, {sum(weights)}"
             )
         bounds = {
-            "pages": (table.pages, MAX_CONNECTION_PAGES),
-            "gpadls": (table.gpadls, MAX_CONNECTION_GPADLS),
-            "assemblies": (len(table.assemblies), MAX_ASSEMBLIES),
+            "pages": (quota.pages, MAX_CONNECTION_PAGES),
+            "gpadls": (quota.gpadls, MAX_CONNECTION_GPADLS),
+            "assemblies": (len(assemblies), MAX_ASSEMBLIES),
             "channels": (len(bus.channels), 100),
             "ports": (len(self.guest.synic.ports), 2 + 2 * len(bus.channels)),
-            "held": (len(bus.outbox.held), 4 * MAX_UNDELIVERED),
+            "held": (len(bus.outbox.waiting), 4 * MAX_UNDELIVERED),
             "reasons": (len(bus.refusals.counts), 100),
         }
         for name, (value, bound) in bounds.items():
@@ -300,8 +300,9 @@ class Fuzzer:
             self.let_go()
         busy = [channel for channel in bus.channels if channel.state is not ChannelState.RELEASED]
         ports = set(self.guest.synic.ports)
-        if busy or bus.gpadls.gpadls or bus.gpadls.pages or bus.gpadls.assemblies or ports != {2, 3}:
-            raise AssertionError(f"left over: {busy}, {vars(bus.gpadls)}, ports {ports}")
+        quota, assemblies = bus.gpadl_assembler.quota, bus.gpadl_assembler.assemblies
+        if busy or quota.gpadls or quota.pages or assemblies or ports != {2, 3}:
+            raise AssertionError(f"left over: {busy}, {vars(quota)}, {assemblies}, ports {ports}")
 
     def run(self, count: int) -> None:
         """Throw ``count`` messages."""

@@ -62,7 +62,7 @@ async def caught(guest: Journey, condition: Callable[[], object]) -> None:
 
 
 def shares_partly(guest: Journey) -> bool:
-    assemblies = guest.host.bus.gpadls.assemblies.values()
+    assemblies = guest.host.bus.gpadl_assembler.assemblies.values()
     return any(0 < len(each.data) < each.capacity - MESSAGES for each in assemblies)
 
 

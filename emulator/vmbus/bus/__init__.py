@@ -1,4 +1,4 @@
 """VMBus: contact and versions, offers, GPADLs, channels, rings, interrupts.
 
-``Bus`` (in ``server``) is where to begin.
+Begin with :class:`vmbus.bus.server.Bus`.
 """

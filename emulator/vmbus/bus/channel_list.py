@@ -1,18 +1,18 @@
-"""The channels that are offered, or were and are not released yet, and their ids.
+"""The channels that are offered, or were offered and are not released yet, and their ids.
 
 Source: docs/protocol/messages.md#offers, docs/protocol/messages.md#rescind-and-release.
 
-An id is taken from the offer to its release; a device that was taken away and comes back before that takes over
-the id of its predecessor. A device that comes back while its predecessor is still leaving waits for it, and so
-does an offer for which there is no free id.
+A channel has its id from the offer to the release. A device that was revoked and comes back before the release
+takes over the id of its predecessor. A device that comes back while its predecessor is still leaving waits, and so
+does an offer for which no id is free.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
 
 from vmbus.bus.channel.channel import Channel
+from vmbus.bus.channel.context import ChannelHost
 from vmbus.bus.channel.endpoint import Endpoint
 from vmbus.bus.channel.state import ChannelState
 from vmbus.bus.offers import (
@@ -24,59 +24,59 @@ from vmbus.bus.offers import (
     lowest_free,
     sort_key,
 )
-from vmbus.bus.saved_state.restore import ABSENT, adopt
-from vmbus.bus.saved_state.values import ChannelRecord, channel_record
+from vmbus.bus.saved_state.restore import ABSENT_DEVICE, restore_channel
+from vmbus.bus.saved_state.values import ChannelRecord, capture_channel
 from vmbus.errors import DeviceError, InternalError
+from vmbus.wire.messages import RESCIND_CHANNELOFFER, ChannelOnly
 from vmbus.wire.monitor import MONITOR_COUNT
-
-if TYPE_CHECKING:
-    from vmbus.bus.server import Bus
 
 
 class ChannelList:
-    """What ``bus`` offers."""
+    """The channels that ``host`` offers; ``channel_released`` is called after one was released."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, host: ChannelHost, channel_released: Callable[[], None]) -> None:
         self.channels: list[Channel] = []
-        """In the order in which their devices came."""
+        """In the order in which their devices were offered."""
         self.by_relid: dict[int, Channel] = {}
         self.waiting: list[Channel] = []
-        """For a free id."""
+        """Channels for which no id was free."""
         self.restoring = False
-        """A state was restored, and not all of its devices may be here yet."""
+        """Whether a state was restored, and some of its devices may not be offered yet."""
         self._given_up: set[OfferKey] = set()
-        self._bus = bus
+        """Devices of a restored state whose channel the guest had released."""
+        self._host = host
+        self._channel_released = channel_released
 
     @property
     def fresh(self) -> bool:
-        """Whether no guest has been told of anything."""
+        """Whether nothing was offered to a guest yet."""
         return not self.by_relid and not self.restoring
 
     @property
-    def all_let_go(self) -> bool:
-        """Whether no device holds anything of a connection that ended."""
+    def all_released(self) -> bool:
+        """Whether no channel is left of a connection that ended, reserved channels aside."""
         return all(channel.state is ChannelState.RELEASED or channel.reserved for channel in self.channels)
 
     def subchannels_first(self) -> list[Channel]:
-        """All channels, sub-channels before primaries."""
+        """Return all channels, sub-channels before primaries."""
         return sorted(self.channels, key=lambda channel: channel.offer.subchannel_index == 0)
 
     def in_offer_order(self) -> list[Channel]:
-        """All channels, as the guest is to get them."""
+        """Return all channels in the order in which the guest gets their offers."""
         return sorted(self.channels, key=lambda channel: sort_key(channel.offer))
 
     def add(self, offer: Offer, endpoint: Endpoint) -> Channel:
         """See :meth:`Bus.offer`."""
-        for absent in self.channels:
-            if absent.endpoint is ABSENT and absent.offer.key == offer.key and not absent.revoking:
-                absent.offer, absent.endpoint = offer, endpoint
-                return absent
+        for restored in self.channels:
+            if restored.endpoint is ABSENT_DEVICE and restored.offer.key == offer.key and not restored.revoking:
+                restored.offer, restored.endpoint = offer, endpoint
+                return restored
         self._check(offer)
-        channel = Channel(self._bus, offer, endpoint)
+        channel = Channel(self._host, self, offer, endpoint)
         self.channels.append(channel)
         predecessor = self._predecessor(channel)
         if predecessor is None:
-            if self._bus.connection.offers_sent and not self.restoring:
+            if self._host.connection.offers_sent and not self.restoring:
                 self.send_offer(channel)
         elif predecessor.state is ChannelState.REVOKED:
             self._take_over(channel, predecessor)
@@ -87,7 +87,7 @@ class ChannelList:
         if channel not in self.channels:
             return
         if channel.state is ChannelState.RELEASED:
-            self.leave_subchannels(channel)
+            self.revoke_subchannels(channel)
             self._remove(channel)
         else:
             channel.revoke()
@@ -97,51 +97,50 @@ class ChannelList:
         for channel in self.in_offer_order():
             self.send_offer(channel)
 
-    def leave_subchannels(self, channel: Channel) -> bool:
-        """Revoke the sub-channels of ``channel``; whether the guest has been told about all."""
+    # --- for channels ---
+
+    def connection_id_taken(self, connection_id: int) -> bool:
+        """Return whether a signal on that id reaches a channel."""
+        return any(channel.signals.port == connection_id for channel in self.channels)
+
+    def revoke_subchannels(self, channel: Channel) -> bool:
+        """Revoke the sub-channels of ``channel``; return whether the guest has been told about all of them."""
         if channel.offer.subchannel_index:
             return True
-        device_notified = True
+        all_told = True
         for sub in self._subchannels(channel):
             self.revoke(sub)
-            device_notified = device_notified and sub.state in (ChannelState.REVOKED, ChannelState.RELEASED)
-        return device_notified
+            all_told = all_told and sub.state in (ChannelState.REVOKED, ChannelState.RELEASED)
+        return all_told
 
-    def release(self, channel: Channel) -> None:
-        """``channel`` is released: its id is free. It stays unless it was taken away or ends with its guest."""
+    def rescind(self, channel: Channel) -> None:
+        """Send RESCIND_CHANNELOFFER: ``channel`` has left, and is revoked now."""
+        if channel.relid is not None:
+            self._host.send(RESCIND_CHANNELOFFER.build(ChannelOnly(channel.relid)))
+        self._departed(channel)
+
+    def released(self, channel: Channel) -> None:
+        """Free the id of ``channel``, which stays unless it was revoked or ends with its guest."""
         if channel.relid is not None:
             del self.by_relid[channel.relid]
-            self._bus.synic.disconnect_event_port(CONNECTION_ID_BASE | channel.relid)
+            self._host.synic.disconnect_event_port(CONNECTION_ID_BASE | channel.relid)
         channel.relid = channel.monitor_id = None
-        if channel.revoking or channel.offer.transient or channel.endpoint is ABSENT:
+        if channel.revoking or channel.offer.transient or channel.endpoint is ABSENT_DEVICE:
             self._remove(channel)
-        self.departed(channel)
-        if self.waiting and self._bus.connection.offers_sent:
+        self._departed(channel)
+        if self.waiting and self._host.connection.offers_sent:
             self.send_offer(self.waiting.pop(0))
-
-    def departed(self, channel: Channel) -> None:
-        """``channel`` was rescinded or released: go on with what waited for that."""
-        if channel.offer.subchannel_index:
-            for primary in self.channels:
-                if primary.offer.key == (*channel.offer.key[:2], 0):
-                    primary.leave_when_idle()
-        for successor in self.channels:
-            if successor is not channel and successor.offer.key == channel.offer.key:
-                if channel.state is ChannelState.REVOKED:
-                    self._take_over(successor, channel)
-                elif self._bus.connection.offers_sent:
-                    self.send_offer(successor)
-                return
+        self._channel_released()
 
     def send_offer(self, channel: Channel) -> None:
-        """Send the offer, with an id if it has none yet; without a free one it waits."""
-        connection = self._bus.connection
+        """Send OFFERCHANNEL, with a new id if the channel has none; while no id is free the channel waits."""
+        connection = self._host.connection
         if self._predecessor(channel) is not None:
             return
         if channel.relid is None:
             relid = lowest_free(self.by_relid, 1, MAX_RELID)
             if relid is None:
-                self._bus.refusals.refuse("no-channel-id", repr(channel))
+                self._host.refusals.refuse("no-channel-id", repr(channel))
                 self.waiting.append(channel)
                 return
             self._give_id(channel, relid)
@@ -157,16 +156,16 @@ class ChannelList:
             connection.features,
             trusted=connection.trusted,
         )
-        self._bus.send(payload)
+        self._host.send(payload)
 
-    # ---- saving and restoring
+    # --- saving and restoring ---
 
-    def records(self) -> tuple[ChannelRecord, ...]:
-        """All channels, to be saved."""
-        return tuple(channel_record(each, waiting=each in self.waiting) for each in self.channels)
+    def save(self) -> tuple[ChannelRecord, ...]:
+        """Return the state of all channels."""
+        return tuple(capture_channel(each, waiting=each in self.waiting) for each in self.channels)
 
     def restore(self, records: Iterable[ChannelRecord]) -> None:
-        """Be in the state of checked records."""
+        """Put the channels into the state of checked records."""
         self.restoring = True
         for record in records:
             if record.relid is not None:
@@ -174,12 +173,12 @@ class ChannelList:
             elif not record.waiting:
                 self._given_up.add(record.key)
 
-    def go_on(self) -> None:
-        """All devices that there will be are offered: take up what was under way."""
+    def resume_restored(self) -> None:
+        """Continue what was under way at the save: every device that will be offered here is offered."""
         self.restoring = False
         for channel in list(self.channels):
-            if channel.endpoint is ABSENT and not channel.revoking:
-                self._bus.refusals.refuse("restored-without-device", f"{channel.relid}")
+            if channel.endpoint is ABSENT_DEVICE and not channel.revoking:
+                self._host.refusals.refuse("restored-without-device", f"{channel.relid}")
                 channel.revoking = True
                 if channel.state is ChannelState.REOFFERED:
                     channel.state = ChannelState.REVOKED
@@ -190,32 +189,46 @@ class ChannelList:
         ]
         for channel in list(self.channels):
             if channel in self.channels:
-                channel.go_on()
-        if self._bus.connection.offers_sent:
+                channel.resume_restored()
+        if self._host.connection.offers_sent:
             for channel in new:
                 if channel.relid is None and channel in self.channels:
                     self.send_offer(channel)
         self._given_up.clear()
 
-    def forget_restoring(self) -> None:
-        """The guest of a restored state is gone before it went on."""
+    def forget_restored(self) -> None:
+        """Drop a restored state before it was resumed: its guest is gone."""
         self.restoring = False
         self._given_up.clear()
 
     def _restore_one(self, record: ChannelRecord, relid: int) -> None:
-        """Into the channel of its device if that is offered already, else into one that waits for it."""
+        """Restore into the channel of the device if it is offered already, else into one that waits for it."""
         for channel in self.channels:
             if channel.offer.key == record.key and channel.relid is None and not record.revoking:
                 break
         else:
             offer = Offer(*record.key[:2], subchannel_index=record.subchannel_index, name="absent")
-            channel = Channel(self._bus, offer, ABSENT)
+            channel = Channel(self._host, self, offer, ABSENT_DEVICE)
             self.channels.append(channel)
-        adopt(channel, record, self._bus.gpadls)
+        restore_channel(channel, record)
         self.by_relid[relid] = channel
-        self._bus.synic.connect_event_port(CONNECTION_ID_BASE | relid, channel.doorbell)
+        self._host.synic.connect_event_port(CONNECTION_ID_BASE | relid, channel.doorbell)
 
-    # ---- details
+    # --- details ---
+
+    def _departed(self, channel: Channel) -> None:
+        """Continue what waited until ``channel`` was rescinded or released."""
+        if channel.offer.subchannel_index:
+            for primary in self.channels:
+                if primary.offer.key == (*channel.offer.key[:2], 0):
+                    primary.leave_when_idle()
+        for successor in self.channels:
+            if successor is not channel and successor.offer.key == channel.offer.key:
+                if channel.state is ChannelState.REVOKED:
+                    self._take_over(successor, channel)
+                elif self._host.connection.offers_sent:
+                    self.send_offer(successor)
+                return
 
     def _remove(self, channel: Channel) -> None:
         channel.revoking = True
@@ -240,23 +253,23 @@ class ChannelList:
         if channel.offer.monitored:
             taken = {each.monitor_id for each in self.channels}
             channel.monitor_id = lowest_free(taken, 0, MONITOR_COUNT - 1)
-        self._bus.synic.connect_event_port(CONNECTION_ID_BASE | relid, channel.doorbell)
+        self._host.synic.connect_event_port(CONNECTION_ID_BASE | relid, channel.doorbell)
 
     def _take_over(self, channel: Channel, old: Channel) -> None:
-        """The device of a revoked channel is back before the guest released the id."""
+        """Give the id of a revoked channel to ``channel``, whose device is back before the guest released it."""
         relid = old.relid
         if relid is None:
             raise InternalError(f"{old!r} has no id")
         self.channels.remove(old)
-        channel.pages.by_id, old.pages.by_id = old.pages.by_id, {}
+        channel.gpadl_list.by_id, old.gpadl_list.by_id = old.gpadl_list.by_id, {}
         channel.monitor_id, old.monitor_id = old.monitor_id, None
         old.relid, old.state = None, ChannelState.RELEASED
         channel.relid, channel.state, channel.offered = relid, ChannelState.REOFFERED, True
         self.by_relid[relid] = channel
-        self._bus.synic.connect_event_port(CONNECTION_ID_BASE | relid, channel.doorbell)
+        self._host.synic.connect_event_port(CONNECTION_ID_BASE | relid, channel.doorbell)
 
     def _predecessor(self, channel: Channel) -> Channel | None:
-        """A channel of the same device that has not left yet."""
+        """Return the channel of the same device that has not left yet."""
         for each in self.channels:
             if each is not channel and each.offer.key == channel.offer.key:
                 return each

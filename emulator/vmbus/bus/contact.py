@@ -2,10 +2,10 @@
 
 Source: docs/protocol/messages.md#initiate-contact, docs/protocol/messages.md#version-response.
 
-    disconnected --INITIATE_CONTACT ok--> connected --UNLOAD--> disconnecting --all let go--> disconnected
-                                              '--INITIATE_CONTACT--> disconnecting --all let go--> contact again
+    disconnected --INITIATE_CONTACT ok--> connected --UNLOAD--> disconnecting --all released--> disconnected
+                                              '--INITIATE_CONTACT--> disconnecting --all released--> contact again
 
-A contact is legal at any time and is always answered. This module only decides; ``server`` acts.
+A contact is legal at any time and is always answered. This module only decides; ``server`` acts on the decision.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MESSAGE_SINT = 2
 SINT_COUNT = 16
 
 HOME = Target(0, MESSAGE_SINT)
-"""Where messages go while no contact has named another place."""
+"""Where messages go until a contact names another target."""
 
 DEFAULT_FEATURES = (
     Feature.GUEST_SPECIFIED_SIGNAL_PARAMETERS
@@ -48,8 +48,8 @@ DEFAULT_FEATURES = (
     | Feature.CLIENT_ID
     | Feature.PAUSE_RESUME
 )
-"""Features that need nothing of the machine. Interrupt redirection and confidential channels need a paravisor,
-pinning and server-specified monitor pages a machine that has them."""
+"""Features that need no support of the machine. Interrupt redirection and confidential channels need a paravisor;
+pinning and server-specified monitor pages need a machine that has them."""
 
 
 class Phase(enum.Enum):
@@ -61,7 +61,7 @@ class Phase(enum.Enum):
 
 
 class NextAction(enum.Enum):
-    """What ends a disconnection, when all channels have let go."""
+    """What follows a disconnection when all channels are released."""
 
     NONE = "none"
     UNLOAD_RESPONSE = "unload response"
@@ -78,7 +78,7 @@ class MonitorPages:
 
 @dataclass(frozen=True, slots=True)
 class ContactRequest:
-    """An INITIATE_CONTACT, read as its version and connection id demand. ``version`` may be no known one."""
+    """An INITIATE_CONTACT, read as its version and connection id demand. ``version`` may be unknown."""
 
     version: int
     target: Target
@@ -115,7 +115,7 @@ class Connection:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the host is ready to agree to."""
+    """What the host can agree to."""
 
     max_version: Version = Version.COPPER
     features: Feature = DEFAULT_FEATURES
@@ -127,7 +127,7 @@ class Limits:
         return [version for version in Version if version <= self.max_version]
 
     def offered_features(self, *, trusted: bool) -> Feature:
-        """``features``, without those that this connection cannot have."""
+        """Return ``features`` without those that this connection cannot have."""
         offered = self.features
         if self.monitor_pages is None:
             offered &= ~Feature.SERVER_SPECIFIED_MONITOR_PAGES
@@ -148,7 +148,7 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The outcome of one that did: ``supported`` and ``state`` of the answer, and a reason for the log."""
+    """The outcome of a contact that failed: fields of the answer, and why. ``reason`` is a stable name."""
 
     reason: str
     detail: str
@@ -190,7 +190,7 @@ def read_contact(payload: bytes, connection_id: int, *, trusted: bool) -> Contac
 def decide(
     request: ContactRequest, limits: Limits, memory: GuestMemory, vp_count: int
 ) -> Agreement | Failure:
-    """What to answer to ``request``."""
+    """Return the answer to ``request``."""
     if request.version not in limits.versions:
         return Failure("contact-version", f"{request.version >> 16}.{request.version & 0xFFFF}")
     version = Version(request.version)
@@ -214,7 +214,7 @@ def decide(
 def check_monitor_pages(
     parent_to_child: int, child_to_parent: int, memory: GuestMemory
 ) -> MonitorPages | Failure | None:
-    """Two pages of RAM, or none; one alone is a failure."""
+    """Return both pages if they are RAM, None if both are 0; one alone is a failure."""
     if not parent_to_child and not child_to_parent:
         return None
     pages = (parent_to_child, child_to_parent)
@@ -225,7 +225,7 @@ def check_monitor_pages(
 
 
 def answer_agreement(agreement: Agreement) -> bytes:
-    """VERSION_RESPONSE for an agreement, in the form of its version."""
+    """Build VERSION_RESPONSE for an agreement, in the form of its version."""
     version, features = agreement.version, agreement.features
     selected = MESSAGE_CONNECTION_ID if version >= Version.WIN10_RS3_1 else int(version)
     state = ContactState.SUCCESSFUL
@@ -242,7 +242,7 @@ def answer_agreement(agreement: Agreement) -> bytes:
 
 
 def answer_failure(failure: Failure) -> bytes:
-    """VERSION_RESPONSE for a failure: the short form, all zero but what says why."""
+    """Build VERSION_RESPONSE for a failure: the short form, all zero but the fields that tell why."""
     return VERSION_RESPONSE.build(VersionResponse(failure.supported, failure.state, 0))
 
 

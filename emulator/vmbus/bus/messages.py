@@ -1,23 +1,30 @@
-"""Messages from the guest: what is let in, and who handles it.
+"""Messages from the guest: checked, and dispatched to the part of the bus that handles them.
 
 Source: docs/protocol/messages.md#message-table, docs/protocol/messages.md#wrong-messages.
 
-A message is a private copy of what the guest posted. Too short, unknown, not for a host, not of this version, or
-not now: counted, logged, and no answer, as Hyper-V does; where the guest waits for an answer, the handler gives
-one. What a handler needs of the bus it calls there; it keeps no state of its own.
+A message is a private copy of what the guest posted. One that is too short, unknown, not for a host, not of the
+agreed version or not legal at this time is counted, logged and not answered, as Hyper-V does; where the guest waits
+for an answer, the handler sends one. The dispatcher keeps no state.
+
+    HvPostMessage → Bus.handle_message → MessageDispatcher.dispatch → a handler below → Bus, Channel
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Protocol
 
-from vmbus.bus.channel.state import OpenRequest, ReservedClient
-from vmbus.bus.contact import SINT_COUNT, Phase, read_contact
-from vmbus.bus.outbox import Target
+from vmbus.bus.channel.channel import Channel
+from vmbus.bus.channel.gpadl import GpadlAssembler
+from vmbus.bus.channel.opening import OpenRequest, ReservedClient
+from vmbus.bus.contact import SINT_COUNT, Connection, ContactRequest, Phase, read_contact
+from vmbus.bus.outbox import Outbox, Target
 from vmbus.bus.sockets import SocketRequest
 from vmbus.errors import GuestError, ProtocolError
+from vmbus.ports import Synic
+from vmbus.refusals import Refusals
 from vmbus.wire.gpadl import (
     GPADL_BODY,
     GPADL_CREATED,
@@ -46,15 +53,10 @@ from vmbus.wire.messages import (
 )
 from vmbus.wire.version import Feature, Version
 
-if TYPE_CHECKING:
-    from vmbus.bus.channel.channel import Channel
-    from vmbus.bus.server import Bus
-
 MAX_UNDELIVERED = 256
 """Messages waiting for the guest's slot beyond which the guest must take some before it may post more."""
 
-
-PROMISED = frozenset(
+EARLY_ACKNOWLEDGED = frozenset(
     {
         int(MessageType.REQUESTOFFERS),
         int(MessageType.GPADL_HEADER),
@@ -66,7 +68,7 @@ PROMISED = frozenset(
         int(MessageType.MODIFYCHANNEL),
     }
 )
-"""Messages that are answered, if at all, where the connection's answers go."""
+"""Messages whose answers, if any, go where all answers of the connection go: they can be acknowledged early."""
 
 
 class PostResult(enum.Enum):
@@ -76,7 +78,58 @@ class PostResult(enum.Enum):
     RETRY = "retry"
 
 
-Handler = Callable[[bytes], PostResult | None]
+@dataclass(frozen=True, slots=True)
+class PostedMessage:
+    """A message as the guest posted it.
+
+    ``trusted``: it came from a paravisor on a confidential connection. ``acknowledged``: the guest was told that the
+    message is accepted, so the guest cannot be made to retry.
+    """
+
+    connection_id: int
+    payload: bytes
+    trusted: bool = False
+    acknowledged: bool = False
+
+
+class BusActions(Protocol):
+    """What the dispatcher needs of the bus: the state that messages are checked against, and actions."""
+
+    connection: Connection
+    gpadl_assembler: GpadlAssembler
+    outbox: Outbox
+    refusals: Refusals
+    synic: Synic
+
+    def send(self, payload: bytes, target: Target | None = None) -> None:
+        """Send a message to the guest."""
+
+    def find(self, relid: int) -> Channel | None:
+        """Return the channel with that id."""
+
+    def contact(self, request: ContactRequest, *, acknowledged: bool) -> PostResult:
+        """Handle INITIATE_CONTACT."""
+
+    def unload(self) -> None:
+        """Handle UNLOAD."""
+
+    def request_offers(self) -> None:
+        """Handle REQUESTOFFERS."""
+
+    def modify_connection(self, parent_to_child: int, child_to_parent: int) -> None:
+        """Handle MODIFY_CONNECTION."""
+
+    def pause_for_guest(self) -> None:
+        """Handle PAUSE."""
+
+    def resume_for_guest(self) -> None:
+        """Handle RESUME."""
+
+    def connect_socket(self, request: SocketRequest) -> None:
+        """Handle TL_CONNECT_REQUEST."""
+
+
+Handler = Callable[[PostedMessage], PostResult | None]
 
 _WHILE_PAUSED = frozenset({MessageType.RESUME, MessageType.UNLOAD, MessageType.INITIATE_CONTACT})
 _WHILE_DISCONNECTED = frozenset(
@@ -90,11 +143,10 @@ _WHILE_DISCONNECTED = frozenset(
 
 
 class MessageDispatcher:
-    """Reads, checks and hands on the guest's messages."""
+    """Checks, parses and dispatches the guest's messages."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: BusActions) -> None:
         self._bus = bus
-        self._promised = False
         self._handlers: dict[int, Handler] = {
             MessageType.REQUESTOFFERS: self._request_offers,
             MessageType.OPENCHANNEL: self._open,
@@ -113,24 +165,27 @@ class MessageDispatcher:
             MessageType.RESUME: self._resume,
         }
 
-    def receive(
-        self, connection_id: int, payload: bytes, trusted: bool, *, promised: bool = False
-    ) -> PostResult:
-        """Act on one message. ``promised``: the guest was told that it is taken, so it cannot be put off."""
-        self._promised = promised
+    def dispatch(self, message: PostedMessage) -> PostResult:
+        """Handle one message."""
+        bus = self._bus
         try:
-            number = self._check(payload, trusted)
+            number = self._check(message.payload, message.trusted)
             if number is MessageType.INITIATE_CONTACT:
-                return self._bus.contact(read_contact(payload, connection_id, trusted=trusted))
-            if number is not MessageType.UNLOAD and self.flooded(self._bus.connection.target):
+                request = read_contact(message.payload, message.connection_id, trusted=message.trusted)
+                return bus.contact(request, acknowledged=message.acknowledged)
+            if (
+                number is not MessageType.UNLOAD
+                and not message.acknowledged
+                and self.flooded(bus.connection.target)
+            ):
                 return PostResult.RETRY
-            return self._handlers[number](payload) or PostResult.OK
+            return self._handlers[number](message) or PostResult.OK
         except GuestError as error:
-            self._bus.refusals.refuse(error.reason, error.detail)
+            bus.refusals.refuse(error.reason, error.detail)
             return PostResult.OK
 
     def _check(self, payload: bytes, trusted: bool) -> MessageType:
-        """The number of a message that may be handled now."""
+        """Return the number of a message that may be handled now. Raises :class:`ProtocolError`."""
         connection = self._bus.connection
         number = message_number(payload)
         if number is None or len(payload) > MAX_MESSAGE:
@@ -157,8 +212,8 @@ class MessageDispatcher:
         return number
 
     def flooded(self, target: Target) -> bool:
-        """Whether ``target`` has to take some messages before it may cause more."""
-        if self._promised or self._bus.outbox.undelivered(target) < MAX_UNDELIVERED:
+        """Return whether ``target`` has to take some messages before the guest may cause more."""
+        if self._bus.outbox.undelivered(target) < MAX_UNDELIVERED:
             return False
         self._bus.refusals.refuse("message-flood", f"VP {target.vp}, SINT {target.sint}")
         return True
@@ -169,85 +224,85 @@ class MessageDispatcher:
             raise ProtocolError(reason, f"{relid}")
         return channel
 
-    # ---- the connection
+    # --- the connection ---
 
-    def _request_offers(self, payload: bytes) -> None:
+    def _request_offers(self, posted: PostedMessage) -> None:
         self._bus.request_offers()
 
-    def _unload(self, payload: bytes) -> None:
+    def _unload(self, posted: PostedMessage) -> None:
         self._bus.unload()
 
-    def _modify_connection(self, payload: bytes) -> None:
-        pages = MODIFY_CONNECTION.parse(payload)
+    def _modify_connection(self, posted: PostedMessage) -> None:
+        pages = MODIFY_CONNECTION.parse(posted.payload)
         self._bus.modify_connection(pages.parent_to_child, pages.child_to_parent)
 
-    def _pause(self, payload: bytes) -> None:
+    def _pause(self, posted: PostedMessage) -> None:
         self._bus.pause_for_guest()
 
-    def _resume(self, payload: bytes) -> None:
+    def _resume(self, posted: PostedMessage) -> None:
         if not self._bus.connection.paused:
             raise ProtocolError("resume-not-paused")
         self._bus.resume_for_guest()
 
-    def _tl_connect(self, payload: bytes) -> None:
+    def _tl_connect(self, posted: PostedMessage) -> None:
         with_silo = (
-            self._bus.connection.at_least(Version.WIN10_RS5) and len(payload) >= TL_CONNECT_REQUEST_SILO.size
+            self._bus.connection.at_least(Version.WIN10_RS5) and len(posted.payload) >= TL_CONNECT_REQUEST_SILO.size
         )
         if with_silo:
-            long = TL_CONNECT_REQUEST_SILO.parse(payload)
+            long = TL_CONNECT_REQUEST_SILO.parse(posted.payload)
             request = SocketRequest(long.endpoint_id, long.service_id, long.silo_id)
         else:
-            short = TL_CONNECT_REQUEST.parse(payload)
+            short = TL_CONNECT_REQUEST.parse(posted.payload)
             request = SocketRequest(short.endpoint_id, short.service_id)
         self._bus.connect_socket(request)
 
-    # ---- GPADLs
+    # --- GPADLs ---
 
-    def _gpadl_header(self, payload: bytes) -> None:
-        header = GPADL_HEADER.parse(payload)
+    def _gpadl_header(self, posted: PostedMessage) -> None:
+        header = GPADL_HEADER.parse(posted.payload)
         try:
             channel = self._channel(header.relid, "gpadl-unknown-relid")
             if channel.reserved:
                 raise ProtocolError("gpadl-reserved-channel", f"{header.relid}")
             if header.gpadl_id in channel.gpadls:
                 raise ProtocolError("gpadl-id-in-use", f"{header.gpadl_id:#x}")
-            assembly = self._bus.gpadls.begin(header, payload[GPADL_HEADER.size :])
+            assembly = self._bus.gpadl_assembler.begin(header, posted.payload[GPADL_HEADER.size :])
         except GuestError:
             answer = GpadlCreated(header.relid, header.gpadl_id, STATUS_UNSUCCESSFUL)
             self._bus.send(GPADL_CREATED.build(answer))
             raise
         if assembly.complete:
-            channel.gpadl_complete(assembly)
+            channel.accept_gpadl(assembly)
 
-    def _gpadl_body(self, payload: bytes) -> None:
-        body = GPADL_BODY.parse(payload)
-        assembly = self._bus.gpadls.assemblies.get(body.gpadl_id)
+    def _gpadl_body(self, posted: PostedMessage) -> None:
+        body = GPADL_BODY.parse(posted.payload)
+        assembly = self._bus.gpadl_assembler.assemblies.get(body.gpadl_id)
         if assembly is None:
             raise ProtocolError("gpadl-body-unknown", f"{body.gpadl_id:#x}")
-        assembly.append(payload[GPADL_BODY.size :])
+        assembly.append(posted.payload[GPADL_BODY.size :])
         if assembly.complete:
             channel = self._bus.find(assembly.relid)
             if channel is None:
-                self._bus.gpadls.abandon(assembly)
+                self._bus.gpadl_assembler.abandon(assembly)
                 raise ProtocolError("gpadl-unknown-relid", f"{assembly.relid}")
-            channel.gpadl_complete(assembly)
+            channel.accept_gpadl(assembly)
 
-    def _gpadl_teardown(self, payload: bytes) -> None:
-        request = GPADL_TEARDOWN.parse(payload)
+    def _gpadl_teardown(self, posted: PostedMessage) -> None:
+        request = GPADL_TEARDOWN.parse(posted.payload)
         self._channel(request.relid, "teardown-unknown-relid").teardown(request.gpadl_id)
 
-    # ---- channels
+    # --- channels ---
 
-    def _open(self, payload: bytes) -> None:
+    def _open(self, posted: PostedMessage) -> None:
         connection = self._bus.connection
-        message = OPENCHANNEL.parse(payload)
+        message = OPENCHANNEL.parse(posted.payload)
         event_flag = connection_id = None
         redirect = False
         extended = Feature.GUEST_SPECIFIED_SIGNAL_PARAMETERS | Feature.CHANNEL_INTERRUPT_REDIRECTION
         if connection.features & extended:
-            if len(payload) < OPENCHANNEL_EXTENDED.size:
-                raise ProtocolError("message-short", f"long OPENCHANNEL of {len(payload)} bytes")
-            long = OPENCHANNEL_EXTENDED.parse(payload)
+            if len(posted.payload) < OPENCHANNEL_EXTENDED.size:
+                raise ProtocolError("message-short", f"long OPENCHANNEL of {len(posted.payload)} bytes")
+            long = OPENCHANNEL_EXTENDED.parse(posted.payload)
             if Feature.GUEST_SPECIFIED_SIGNAL_PARAMETERS in connection.features:
                 event_flag, connection_id = long.event_flag, long.connection_id
             if Feature.CHANNEL_INTERRUPT_REDIRECTION in connection.features:
@@ -267,17 +322,17 @@ class MessageDispatcher:
         )
         self._channel(message.relid, "open-unknown-relid").open(request)
 
-    def _close(self, payload: bytes) -> None:
-        self._channel(CLOSECHANNEL.parse(payload).relid, "close-unknown-relid").close()
+    def _close(self, posted: PostedMessage) -> None:
+        self._channel(CLOSECHANNEL.parse(posted.payload).relid, "close-unknown-relid").close()
 
-    def _relid_released(self, payload: bytes) -> None:
-        message = RELID_RELEASED.parse(payload)
+    def _relid_released(self, posted: PostedMessage) -> None:
+        message = RELID_RELEASED.parse(posted.payload)
         if self._bus.connection.phase is not Phase.CONNECTED:
-            return  # Linux, when its hv_vmbus is unloaded, names every channel after UNLOAD has let them all go
+            return  # Linux releases every channel when hv_vmbus is unloaded, after UNLOAD has freed them all
         self._channel(message.relid, "release-unknown-relid").release()
 
-    def _modify_channel(self, payload: bytes) -> None:
-        message = MODIFYCHANNEL.parse(payload)
+    def _modify_channel(self, posted: PostedMessage) -> None:
+        message = MODIFYCHANNEL.parse(posted.payload)
         try:
             channel = self._channel(message.relid, "modify-unknown-relid")
         except ProtocolError:
@@ -287,11 +342,11 @@ class MessageDispatcher:
             raise
         channel.modify(message.target_vp)
 
-    def _open_reserved(self, payload: bytes) -> PostResult | None:
-        message = OPEN_RESERVED_CHANNEL.parse(payload)
+    def _open_reserved(self, posted: PostedMessage) -> PostResult | None:
+        message = OPEN_RESERVED_CHANNEL.parse(posted.payload)
         target = self._reserved_target(message.target_vp, message.target_sint)
         channel = self._channel(message.relid, "open-reserved-unknown-relid")
-        if self.flooded(target):
+        if not posted.acknowledged and self.flooded(target):
             return PostResult.RETRY
         connection = self._bus.connection
         if connection.version is None:
@@ -307,13 +362,13 @@ class MessageDispatcher:
         )
         return None
 
-    def _close_reserved(self, payload: bytes) -> PostResult | None:
-        message = CLOSE_RESERVED_CHANNEL.parse(payload)
+    def _close_reserved(self, posted: PostedMessage) -> PostResult | None:
+        message = CLOSE_RESERVED_CHANNEL.parse(posted.payload)
         target = self._reserved_target(message.target_vp, message.target_sint)
         channel = self._bus.find(message.relid)
         if channel is None:
             raise ProtocolError("close-reserved-unknown-relid", f"{message.relid}")
-        if self.flooded(target):
+        if not posted.acknowledged and self.flooded(target):
             return PostResult.RETRY
         channel.close_reserved(target)
         return None

@@ -2,9 +2,9 @@
 
 Source: docs/protocol/messages.md#monitor-pages.
 
-The guest sets bits with a locked instruction; the host has no such thing on guest memory. So a word is cleared
-whole, and then every channel that has a bit in it is signalled: a bit that was set between the look and the
-clearing is not lost, and a signal too many is harmless.
+The guest sets bits with a locked instruction; the host has no locked instruction on guest memory. So the host clears
+a whole word, and then signals every channel that has a bit in it: a bit that was set between the load and the clearing
+store is not lost, and a spurious signal is harmless.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from vmbus.wire.monitor import (
     TRIGGER_GROUPS_OFFSET,
 )
 
-SHORTEST_INTERVAL = 0.001
-"""Seconds between two looks at the monitor page, however short the latency that an offer asks for."""
+MIN_INTERVAL = 0.001
+"""Seconds between two polls of the monitor page, however short the latency that an offer asks for."""
 
 
 class MonitorScan:
-    """Looks at the child-to-parent monitor page while a monitored channel is open, and only then."""
+    """Polls the child-to-parent monitor page while a monitored channel is open.
+
+    ``page`` returns the page's address (0: none), ``channels`` the channels that have an id.
+    """
 
     def __init__(
         self,
@@ -42,7 +45,7 @@ class MonitorScan:
         self._page = page
         self._channels = channels
         self._timer: TimerHandle | None = None
-        self.looks = 0
+        self.polls = 0
 
     def _monitored(self) -> list[Channel]:
         return [
@@ -52,7 +55,7 @@ class MonitorScan:
         ]
 
     def update(self) -> None:
-        """A monitored channel opened or closed, or the page changed."""
+        """Start or stop polling: a monitored channel was opened or closed, or the page changed."""
         monitored = self._monitored() if self._page() else []
         if not monitored:
             if self._timer is not None:
@@ -60,13 +63,13 @@ class MonitorScan:
                 self._timer = None
         elif self._timer is None:
             latency = min(channel.offer.monitor_latency for channel in monitored) / 10_000_000
-            self._timer = self._timers.call_later(max(latency, SHORTEST_INTERVAL), self._polling)
+            self._timer = self._timers.call_later(max(latency, MIN_INTERVAL), self._poll)
 
-    def _polling(self) -> None:
+    def _poll(self) -> None:
         self._timer = None
         page = self._page()
         monitored = self._monitored() if page else []
-        self.looks += 1
+        self.polls += 1
         for group in range(MONITOR_GROUPS):
             mine = [each for each in monitored if (each.monitor_id or 0) // MONITORS_PER_GROUP == group]
             if mine and self._take(page + TRIGGER_GROUPS_OFFSET + group * TRIGGER_GROUP.size):
@@ -75,7 +78,7 @@ class MonitorScan:
         self.update()
 
     def _take(self, gpa: int) -> bool:
-        """Whether any bit of the pending word was set; all are clear now."""
+        """Clear the pending word; return whether any bit of it was set."""
         if not any(self._memory.read(gpa, 4)):
             return False
         self._memory.write(gpa, bytes(4))
@@ -84,14 +87,14 @@ class MonitorScan:
 
 
 def set_interrupt_bit(memory: GuestMemory, page: int, relid: int) -> None:
-    """Host to guest: set the bit of ``relid``; the guest only ever clears bits in this half."""
+    """Set the bit of ``relid`` in the half from host to guest, in which the guest only clears bits."""
     gpa = page + HOST_TO_GUEST_BITS + relid // 8
     memory.write(gpa, bytes((memory.read(gpa, 1)[0] | 1 << relid % 8,)))
     memory.fence()
 
 
 def take_interrupt_bits(memory: GuestMemory, page: int) -> set[int]:
-    """Guest to host: channel ids that may have been signalled; clears what was set."""
+    """Clear the half from guest to host; return the channel ids that may have been signalled."""
     base = page + GUEST_TO_HOST_BITS
     relids: set[int] = set()
     for index, value in enumerate(memory.read(base, INTERRUPT_PAGE_HALF)):

@@ -38,7 +38,7 @@ MAX_CONNECTION_ID = 0xFF_FFFF
 NO_UUID = uuid.UUID(int=0)
 
 OfferKey = tuple[uuid.UUID, uuid.UUID, int]
-"""Interface, instance and sub-channel index: what makes an offer the same device again."""
+"""Interface, instance and sub-channel index: two offers with equal keys are the same device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Offer:
     """One channel of a device.
 
     ``order`` sorts within the interface, or over all interfaces when ``absolute_order``. ``monitor_latency``
-    (100 ns) is how often the monitor bit is looked at when the offer asks for monitored notification.
+    (100 ns) is how often the monitor bit is polled when the offer asks for monitored notification.
     """
 
     interface_id: uuid.UUID
@@ -75,7 +75,7 @@ class Offer:
 
     @property
     def transient(self) -> bool:
-        """Whether it ends with the connection: sub-channels and sockets are offered when asked for."""
+        """Whether the offer ends with the connection, as sub-channels and sockets do, which guests ask for."""
         return self.subchannel_index != 0 or OfferFlags.TLNPI_PROVIDER in self.flags
 
     @property
@@ -84,7 +84,7 @@ class Offer:
 
 
 def sort_key(offer: Offer) -> tuple[int, ...]:
-    """Offers sorted by this get their ids in sequence."""
+    """Return the key by which offers are sorted before they get their ids."""
     identity = (offer.interface_id.int, offer.instance_id.int, offer.subchannel_index)
     if offer.order is None:
         return (1, offer.interface_id.int, 1, 0, *identity)
@@ -94,7 +94,7 @@ def sort_key(offer: Offer) -> tuple[int, ...]:
 
 
 def pipe_area(mode: PipeMode, user_data: bytes = b"", pipe_flags: int = 0) -> bytes:
-    """The user-defined area of a channel in named-pipe mode (set the flag as well)."""
+    """Build the user-defined area of a channel in named-pipe mode (set the flag as well)."""
     return PIPE_AREA.build(PipeArea(mode, user_data.ljust(112, b"\0"), pipe_flags))
 
 
@@ -104,17 +104,17 @@ SOCKET_FLAGS = OfferFlags.ENUMERATE_DEVICE_INTERFACE | OfferFlags.NAMED_PIPE_MOD
 def socket_offer(
     service_id: uuid.UUID, endpoint_id: uuid.UUID, *, for_guest_accept: bool, silo_id: uuid.UUID = NO_UUID
 ) -> Offer:
-    """The offer of a socket (hvsock) channel.
+    """Return the offer of a socket (hvsock) channel.
 
-    For an answer to TL_CONNECT_REQUEST give its ids and ``for_guest_accept=False``; to connect to a listener in
-    the guest, its service and a fresh random endpoint.
+    To answer TL_CONNECT_REQUEST pass the ids of the request and ``for_guest_accept=False``; to connect to a listener
+    in the guest, its service and a new random endpoint id.
     """
     area = SocketArea(PipeMode.BYTE, int(for_guest_accept), 0, SOCKET_AREA_VERSION, silo_id)
     return Offer(service_id, endpoint_id, SOCKET_FLAGS, SOCKET_AREA.build(area), name=f"socket {endpoint_id}")
 
 
 def visible_flags(flags: OfferFlags, features: Feature, *, trusted: bool) -> OfferFlags:
-    """``flags`` without those that mean something else, or nothing, on this connection."""
+    """Return ``flags`` without those that are not defined on this connection."""
     if Feature.CONFIDENTIAL_CHANNELS not in features or not trusted:
         flags &= ~(OfferFlags.CONFIDENTIAL_RING_BUFFER | OfferFlags.CONFIDENTIAL_EXTERNAL_MEMORY)
     if Feature.GPA_PINNING not in features:
@@ -125,7 +125,7 @@ def visible_flags(flags: OfferFlags, features: Feature, *, trusted: bool) -> Off
 def build_offer(
     offer: Offer, relid: int, connection_id: int, monitor_id: int | None, features: Feature, *, trusted: bool
 ) -> bytes:
-    """OFFERCHANNEL for ``offer``."""
+    """Build OFFERCHANNEL for ``offer``."""
     return OFFERCHANNEL.build(
         OfferChannel(
             interface_id=offer.interface_id,
@@ -145,5 +145,5 @@ def build_offer(
 
 
 def lowest_free(taken: Container[int | None], first: int, last: int) -> int | None:
-    """The lowest number from ``first`` to ``last`` that is not taken."""
+    """Return the lowest number from ``first`` to ``last`` that is not taken."""
     return next((number for number in range(first, last + 1) if number not in taken), None)

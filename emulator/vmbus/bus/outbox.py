@@ -2,11 +2,11 @@
 
 Source: docs/protocol/discovery.md#message-delivery, docs/protocol/messages.md#unload.
 
-    flowing --hold--> held --release--> flowing
+    running --pause--> paused --resume, by all that paused it--> running
 
-While held (the guest sent PAUSE, or the bus is paused for saving) messages wait here instead of in the SynIC's
-queues, in order. UNLOAD and a new contact drop everything that the guest has not got in a slot, except answers
-to clients of reserved channels, which outlive a connection.
+While the outbox is paused (the guest sent PAUSE, or the bus is paused for saving) messages wait here instead of in
+the SynIC's queues, in order. UNLOAD and a new contact drop every message that is not in a slot of the guest yet,
+except answers to clients of reserved channels, which outlive a connection.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A message and where it goes; ``lasting`` ones outlive the connection."""
+    """A message and where it goes; a ``lasting`` one outlives the connection."""
 
     target: Target
     payload: bytes
@@ -36,18 +36,18 @@ class Outgoing:
 
 
 class Outbox:
-    """Posts to the SynIC in order, and knows what was not delivered yet."""
+    """Posts messages to the SynIC in order, and keeps those that are not delivered yet."""
 
     def __init__(self, synic: Synic) -> None:
         self._synic = synic
-        self._holders: set[str] = set()
-        self._held: deque[Outgoing] = deque()
+        self._paused_by: set[str] = set()
+        self._waiting: deque[Outgoing] = deque()
         self._posted: dict[Target, deque[Outgoing]] = {}
 
     def post(self, message: Outgoing) -> None:
-        """Send, or keep until released."""
-        if self._holders:
-            self._held.append(message)
+        """Send a message; while paused, keep it."""
+        if self._paused_by:
+            self._waiting.append(message)
             return
         target = message.target
         posted = self._posted.setdefault(target, deque())
@@ -55,40 +55,40 @@ class Outbox:
         posted.append(message)
         self._forget_delivered(target)
 
-    def hold(self, holder: str) -> None:
-        """Send nothing until every holder released."""
-        self._holders.add(holder)
+    def pause(self, by: str) -> None:
+        """Send nothing until everybody who paused has resumed."""
+        self._paused_by.add(by)
 
-    def release(self, holder: str) -> None:
-        """Undo :meth:`hold`; no effect if ``holder`` holds nothing."""
-        self._holders.discard(holder)
-        if not self._holders:
-            held, self._held = self._held, deque()
-            for message in held:
+    def resume(self, by: str) -> None:
+        """Undo :meth:`pause`; no effect if ``by`` has not paused."""
+        self._paused_by.discard(by)
+        if not self._paused_by:
+            waiting, self._waiting = self._waiting, deque()
+            for message in waiting:
                 self.post(message)
 
     def undelivered(self, target: Target) -> int:
-        """Messages that wait for the slot of ``target``, here or in the SynIC."""
-        held = sum(1 for message in self._held if message.target == target) if self._held else 0
-        return held + self._synic.queued_messages(target.vp, target.sint)
+        """Return how many messages wait for the slot of ``target``, here or in the SynIC."""
+        here = sum(1 for message in self._waiting if message.target == target) if self._waiting else 0
+        return here + self._synic.queued_messages(target.vp, target.sint)
 
     @property
-    def held(self) -> tuple[Outgoing, ...]:
-        """What waits here, in order."""
-        return tuple(self._held)
+    def waiting(self) -> tuple[Outgoing, ...]:
+        """The messages that wait here, in order."""
+        return tuple(self._waiting)
 
-    def put_back(self, messages: Iterable[Outgoing]) -> None:
-        """Restore: these come before all that is sent from now on."""
+    def restore(self, messages: Iterable[Outgoing]) -> None:
+        """Post the messages of a saved state, before any other one."""
         for message in messages:
             self.post(message)
 
     def drop(self) -> None:
-        """Forget all that the guest has not got, but the lasting ones (which go to the end of their queue)."""
+        """Forget all messages that are in no slot yet, but the lasting ones, which go to the end of their queue."""
         lasting = []
         for target in list(self._posted):
             self._forget_delivered(target)
             lasting += [message for message in self._posted.get(target, ()) if message.lasting]
-        lasting += [message for message in self._held if message.lasting]
+        lasting += [message for message in self._waiting if message.lasting]
         self._synic.discard_messages()
         self.clear()
         for message in lasting:
@@ -97,7 +97,7 @@ class Outbox:
     def clear(self) -> None:
         """Forget everything, as at a machine reset; the SynIC's own queues are left alone."""
         self._posted.clear()
-        self._held.clear()
+        self._waiting.clear()
 
     def _forget_delivered(self, target: Target) -> None:
         posted = self._posted[target]

@@ -2,24 +2,24 @@
 
 Source: docs/protocol/messages.md#message-table, docs/protocol/messages.md#life-cycle.
 
-``Bus`` is a pure state machine. The hypervisor part calls :meth:`Bus.message` for every HvPostMessage and the
-event ports for every HvSignalEvent; devices call :meth:`Bus.offer` and :meth:`Bus.revoke`. It talks to the guest
-through :class:`~vmbus.ports.Synic` alone. States of the connection are drawn in ``contact``, of a channel in
-``channel``.
+``Bus`` is a pure state machine. The hypervisor part calls :meth:`Bus.handle_message` for every HvPostMessage and
+the event ports for every HvSignalEvent; devices call :meth:`Bus.offer` and :meth:`Bus.revoke`. The bus reaches the
+guest through :class:`~vmbus.ports.Synic` alone. The states of the connection are drawn in
+:mod:`~vmbus.bus.contact`, those of a channel in :mod:`~vmbus.bus.channel.channel`.
 
-A disconnection (UNLOAD, another contact, a machine reset) is not over until every device has let its channel go:
-UNLOAD_RESPONSE, and the answer to the next contact, wait for that.
+A disconnection (UNLOAD, another contact, a machine reset) is not over until every channel is released, which waits
+for its endpoint: UNLOAD_RESPONSE, and the answer to the next contact, follow then.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import deque
-from collections.abc import Iterable
 
 from vmbus.bus.channel.channel import Channel
 from vmbus.bus.channel.endpoint import Endpoint
-from vmbus.bus.channel.gpadl import GpadlTable
+from vmbus.bus.channel.gpadl import GpadlAssembler
 from vmbus.bus.channel_list import ChannelList
 from vmbus.bus.contact import (
     DEFAULT_FEATURES,
@@ -41,16 +41,22 @@ from vmbus.bus.contact import (
     check_monitor_pages,
     decide,
 )
-from vmbus.bus.messages import MAX_UNDELIVERED, PROMISED, MessageDispatcher, PostResult
+from vmbus.bus.messages import (
+    EARLY_ACKNOWLEDGED,
+    MAX_UNDELIVERED,
+    MessageDispatcher,
+    PostedMessage,
+    PostResult,
+)
 from vmbus.bus.monitor import MonitorScan, set_interrupt_bit, take_interrupt_bits
 from vmbus.bus.offers import Offer
 from vmbus.bus.outbox import Outbox, Outgoing, Target
-from vmbus.bus.saved_state.restore import BusStateRefused, check_state, thaw_assembly
+from vmbus.bus.saved_state.restore import BusStateRefused, check_state, restored_assembly, restored_connection
 from vmbus.bus.saved_state.values import (
     BusState,
-    ConnectionRecord,
-    HeldMessage,
-    assembly_record,
+    WaitingMessage,
+    capture_assembly,
+    capture_connection,
 )
 from vmbus.bus.sockets import NoSockets, SocketListener, SocketRequest
 from vmbus.ports import GuestMemory, Synic, Timers
@@ -60,10 +66,8 @@ from vmbus.wire.messages import (
     ALLOFFERS_DELIVERED,
     MODIFY_CONNECTION_RESPONSE,
     PAUSE_RESPONSE,
-    RESCIND_CHANNELOFFER,
     TL_CONNECT_RESULT,
     UNLOAD_RESPONSE,
-    ChannelOnly,
     ContactState,
     HeaderOnly,
     ModifyConnectionResponse,
@@ -74,7 +78,7 @@ from vmbus.wire.version import NO_FEATURES, Feature, Version
 _logger = logging.getLogger(__name__)
 
 MAX_INBOX = 16
-"""Guest messages that a paused bus keeps; the guest is told to retry the next."""
+"""Messages that a paused bus keeps; the guest must retry those after them."""
 
 
 class Bus:
@@ -97,56 +101,60 @@ class Bus:
         self.limits = Limits(max_version, supported_flags, server_monitor_pages)
         self.listener: SocketListener = listener or NoSockets()
         self.connection = Connection()
-        self.gpadls = GpadlTable(memory)
+        self.gpadl_assembler = GpadlAssembler(memory)
         self.outbox = Outbox(synic)
         self.refusals = Refusals("bus", _logger)
         self.paused = False
-        self.offered = ChannelList(self)
-        self._inbox: deque[tuple[int, bytes, bool]] = deque()
-        self._reception = MessageDispatcher(self)
-        self._monitor = MonitorScan(memory, timers, self._monitor_page, self._with_ids)
+        self.channel_list = ChannelList(self, self._finish_disconnect)
+        self._inbox: deque[PostedMessage] = deque()
+        self._dispatcher = MessageDispatcher(self)
+        self._monitor = MonitorScan(memory, timers, self._monitor_page, self.channel_list.by_relid.values)
         self._abandoning = False
         synic.connect_event_port(SHARED_EVENT_CONNECTION_ID, self._shared_doorbell)
         synic.connect_event_port(MONITOR_CONNECTION_ID, self._ignore_signal)
 
-    # ---- for the hypervisor part
+    # --- for the hypervisor part ---
 
-    def message(self, vp: int, connection_id: int, payload: bytes, *, trusted: bool = False) -> PostResult:
-        """A guest posted ``payload``; ``vp`` is where it runs, which says nothing about where answers go.
+    def handle_message(
+        self, vp: int, connection_id: int, payload: bytes, *, trusted: bool = False
+    ) -> PostResult:
+        """Handle a message of the guest; a paused bus keeps it.
 
-        ``trusted``: it came from a paravisor on a confidential connection.
+        ``vp`` is the processor that posted it, which does not determine where answers go. ``trusted``: the message
+        came from a paravisor on a confidential connection.
         """
-        payload = bytes(payload)
+        message = PostedMessage(connection_id, bytes(payload), trusted)
         if not self.paused:
-            return self._reception.receive(connection_id, payload, trusted)
+            return self._dispatcher.dispatch(message)
         if len(payload) > MAX_MESSAGE:
             self.refusals.refuse("message-size", f"{len(payload)} bytes")
             return PostResult.OK
         if len(self._inbox) >= MAX_INBOX:
             return PostResult.RETRY
-        self._inbox.append((connection_id, payload, trusted))
+        self._inbox.append(message)
         return PostResult.OK
 
     def can_acknowledge_early(self, payload: bytes) -> bool:
-        """Whether a message can be answered with success before :meth:`handle_acknowledged` acts on it.
+        """Return whether a message may be answered with success before :meth:`handle_acknowledged` acts on it.
 
-        So its processor need not wait for what the message causes. Not for messages that may have to be put off:
-        those to a guest that does not take its answers, or whose answers go elsewhere than the connection's.
+        The processor that posted it then need not wait for what the message causes. False for messages that may have
+        to be retried: when the guest does not take its answers, or when the answers go elsewhere than those of the
+        connection.
         """
         return (
             not self.paused
-            and int.from_bytes(payload[:4], "little") in PROMISED
+            and int.from_bytes(payload[:4], "little") in EARLY_ACKNOWLEDGED
             and self.outbox.undelivered(self.connection.target) < MAX_UNDELIVERED
         )
 
     def handle_acknowledged(self, connection_id: int, payload: bytes) -> None:
-        """Act on a message that was promised; nothing else may have come between."""
-        self._reception.receive(connection_id, payload, False, promised=True)
+        """Handle a message after it was acknowledged early; no other message may be handled in between."""
+        self._dispatcher.dispatch(PostedMessage(connection_id, payload, acknowledged=True))
 
     def reset(self) -> None:
-        """The machine was reset: nothing of the guest is left, all offers stay."""
+        """Forget the guest, after a reset of the machine; all offers stay."""
         self._inbox.clear()
-        self.offered.forget_restoring()
+        self.channel_list.forget_restored()
         self.synic.discard_messages()
         self.outbox.clear()
         self.connection.target = HOME
@@ -156,8 +164,8 @@ class Bus:
 
     @property
     def channels(self) -> tuple[Channel, ...]:
-        """All channels, in the order of their offers, with those that a guest has not released yet."""
-        return tuple(self.offered.channels)
+        """All channels in the order of their offers, revoked ones that the guest has not released included."""
+        return tuple(self.channel_list.channels)
 
     @property
     def version(self) -> Version | None:
@@ -170,76 +178,79 @@ class Bus:
         Raises :class:`DeviceError`: a device with that interface and instance is offered already, another
         interface uses the instance, or a sub-channel has no primary.
         """
-        return self.offered.add(offer, endpoint)
+        return self.channel_list.add(offer, endpoint)
 
     def revoke(self, channel: Channel) -> None:
-        """Take a channel away from the guest, its sub-channels before it. No effect if it is gone already."""
-        self.offered.revoke(channel)
+        """Take a channel away from the guest, its sub-channels first. No effect on a channel that is gone."""
+        self.channel_list.revoke(channel)
 
     def refuse_socket(self, request: SocketRequest) -> None:
-        """Tell the guest that a socket request which a listener took came to nothing."""
+        """Answer a socket request that a listener accepted, and could not serve, with a failure."""
         connection = self.connection
         if connection.phase is not Phase.CONNECTED or not connection.at_least(Version.WIN10_RS3_0):
             return
         result = TlConnectResult(request.endpoint_id, request.service_id, STATUS_CONNECTION_REFUSED)
         self.send(TL_CONNECT_RESULT.build(result))
 
-    # ---- for whoever saves the machine, and for people
+    # --- pausing, saving, and reports ---
 
     def pause(self) -> None:
-        """Take no messages from the guest and send none; both wait in order. Channels: :meth:`Channel.stop`."""
+        """Handle no messages of the guest and send none: both wait, in order. See also :meth:`Channel.pause`."""
         self.paused = True
-        self.outbox.hold("bus")
+        self.outbox.pause("bus")
 
     def resume(self) -> None:
-        """Undo :meth:`pause`; after :meth:`import_state` go on where the saved bus stood.
+        """Undo :meth:`pause`. After :meth:`restore` this continues where the saved bus stood.
 
-        Then guest memory must be complete, and all devices offered: a saved channel without one is rescinded.
+        Guest memory must be complete then, and all devices offered: a saved channel without a device is rescinded.
         """
         if not self.paused:
             return
-        if self.offered.restoring:
-            self.offered.go_on()
+        if self.channel_list.restoring:
+            self.channel_list.resume_restored()
             self._monitor.update()
             self._finish_disconnect()
         self.paused = False
-        self.outbox.release("bus")
+        self.outbox.resume("bus")
         while self._inbox and not self.paused:
-            self._reception.receive(*self._inbox.popleft(), promised=True)
+            message = self._inbox.popleft()
+            self._dispatcher.dispatch(dataclasses.replace(message, acknowledged=True))
 
-    def export_state(self) -> BusState:
-        """Everything that another bus needs to go on for this guest; changes nothing.
+    def save(self) -> BusState:
+        """Return everything that another bus needs to continue for this guest; changes nothing.
 
-        Pause the bus first, and stop the channels: what happens later is not in it.
+        Pause the channels and the bus first: later changes are not in the state.
         """
         return BusState(
-            connection=ConnectionRecord.of(self.connection),
-            channels=self.offered.records(),
-            assemblies=tuple(assembly_record(each) for each in self.gpadls.assemblies.values()),
-            inbox=tuple(HeldMessage(*each) for each in self._inbox),
-            outbox=self.outbox.held,
+            connection=capture_connection(self.connection),
+            channels=self.channel_list.save(),
+            assemblies=tuple(capture_assembly(each) for each in self.gpadl_assembler.assemblies.values()),
+            inbox=tuple(WaitingMessage(each.connection_id, each.payload, each.trusted) for each in self._inbox),
+            outbox=self.outbox.waiting,
         )
 
-    def import_state(self, state: BusState) -> None:
-        """Be in ``state``, paused; devices may be offered before and after. Then :meth:`resume`.
+    def restore(self, state: BusState) -> None:
+        """Take over ``state``, and pause; devices may be offered before and after. Then call :meth:`resume`.
 
         Raises :class:`BusStateRefused`, and then has changed nothing.
         """
-        if self.connection.phase is not Phase.DISCONNECTED or not self.offered.fresh:
+        if self.connection.phase is not Phase.DISCONNECTED or not self.channel_list.fresh:
             raise BusStateRefused("not-fresh", f"the bus is {self.connection.phase.value}")
         check_state(state, self.limits, self.memory, self.synic.vp_count)
         self.pause()
-        self.connection = state.connection.thaw()
-        self.offered.restore(state.channels)
+        self.connection = restored_connection(state.connection)
+        self.channel_list.restore(state.channels)
         for each in state.assemblies:
-            self.gpadls.restore(thaw_assembly(each))
-        self._inbox.extend((each.connection_id, each.payload, each.trusted) for each in state.inbox)
-        self.outbox.put_back(state.outbox)
+            self.gpadl_assembler.restore(restored_assembly(each))
+        self._inbox.extend(
+            PostedMessage(each.connection_id, each.payload, each.trusted) for each in state.inbox
+        )
+        self.outbox.restore(state.outbox)
         if self.connection.paused:
-            self.outbox.hold("guest")
+            self.outbox.pause("guest")
 
     def status(self) -> dict[str, object]:
-        """What a person wants to know, as JSON knows it."""
+        """Return the bus's part of ``vmbus status``: plain values for JSON."""
         connection = self.connection
         return {
             "state": connection.phase.value,
@@ -248,17 +259,17 @@ class Bus:
             "message_vp": connection.target.vp,
             "offers_sent": connection.offers_sent,
             "paused": self.paused,
-            "gpadls": self.gpadls.gpadls,
-            "gpadls_in_progress": len(self.gpadls.assemblies),
+            "gpadls": self.gpadl_assembler.quota.gpadls,
+            "gpadls_in_progress": len(self.gpadl_assembler.assemblies),
             "messages_waiting": self.outbox.undelivered(connection.target),
             "refusals": dict(self.refusals.counts),
             "channels": [channel.status() for channel in self.channels],
         }
 
-    # ---- for reception: the connection
+    # --- for the message dispatcher ---
 
-    def contact(self, request: ContactRequest) -> PostResult:
-        """INITIATE_CONTACT."""
+    def contact(self, request: ContactRequest, *, acknowledged: bool) -> PostResult:
+        """Handle INITIATE_CONTACT."""
         target = request.target
         if request.vtl:
             self.refusals.refuse("contact-vtl", f"{request.vtl}")
@@ -266,7 +277,7 @@ class Bus:
         if target.sint != MESSAGE_SINT:
             self.refusals.refuse("contact-sint", f"{target.sint}")
             if target.sint < SINT_COUNT and target.vp < self.synic.vp_count:
-                if self._reception.flooded(target):
+                if not acknowledged and self._dispatcher.flooded(target):
                     return PostResult.RETRY
                 self.send(answer_failure(UNSUPPORTED), target)
             return PostResult.OK
@@ -274,21 +285,21 @@ class Bus:
         return PostResult.OK
 
     def unload(self) -> None:
-        """UNLOAD."""
+        """Handle UNLOAD."""
         first = self.connection.version is Version.V1
         self._disconnect(NextAction.NONE if first else NextAction.UNLOAD_RESPONSE)
 
     def request_offers(self) -> None:
-        """REQUESTOFFERS."""
+        """Handle REQUESTOFFERS."""
         if self.connection.offers_sent:
             self.refusals.refuse("offers-requested-twice")
             return
         self.connection.offers_sent = True
-        self.offered.offer_all()
+        self.channel_list.offer_all()
         self.send(ALLOFFERS_DELIVERED.build(HeaderOnly()))
 
     def modify_connection(self, parent_to_child: int, child_to_parent: int) -> None:
-        """MODIFY_CONNECTION."""
+        """Handle MODIFY_CONNECTION."""
         state = ContactState.SUCCESSFUL
         pages = check_monitor_pages(parent_to_child, child_to_parent, self.memory)
         if Feature.SERVER_SPECIFIED_MONITOR_PAGES in self.connection.features:
@@ -302,64 +313,41 @@ class Bus:
         self.send(MODIFY_CONNECTION_RESPONSE.build(ModifyConnectionResponse(state)))
 
     def pause_for_guest(self) -> None:
-        """PAUSE."""
+        """Handle PAUSE."""
         self.send(PAUSE_RESPONSE.build(HeaderOnly()))
         self.connection.paused = True
-        self.outbox.hold("guest")
+        self.outbox.pause("guest")
 
     def resume_for_guest(self) -> None:
-        """RESUME."""
+        """Handle RESUME."""
         self.connection.paused = False
-        self.outbox.release("guest")
+        self.outbox.resume("guest")
 
     def connect_socket(self, request: SocketRequest) -> None:
-        """TL_CONNECT_REQUEST."""
+        """Handle TL_CONNECT_REQUEST."""
         try:
-            taken = self.listener.connect(request)
+            accepted = self.listener.connect(request)
         except Exception:
-            _logger.exception("socket listener failed")
-            taken = False
-        if not taken:
+            _logger.exception("the socket listener failed; its request is refused")
+            accepted = False
+        if not accepted:
             self.refuse_socket(request)
 
     def find(self, relid: int) -> Channel | None:
-        """The channel with that id."""
-        return self.offered.by_relid.get(relid)
+        """Return the channel with that id, or None."""
+        return self.channel_list.by_relid.get(relid)
 
-    # ---- for channels
+    # --- for channels ---
 
     def send(self, payload: bytes, target: Target | None = None) -> None:
-        """To the guest; with a target, to the client of a reserved channel."""
+        """Send a message to the guest; with a target, to the client of a reserved channel."""
         if target is None:
             self.outbox.post(Outgoing(self.connection.target, payload))
         else:
             self.outbox.post(Outgoing(target, payload, lasting=True))
 
-    def connection_id_taken(self, connection_id: int) -> bool:
-        """Whether a signal on that id reaches a channel."""
-        return any(channel.signals.port == connection_id for channel in self.offered.channels)
-
-    def leave_subchannels(self, channel: Channel) -> bool:
-        """Rescind the sub-channels of ``channel``; whether the guest has been told about all."""
-        return self.offered.leave_subchannels(channel)
-
-    def rescinded(self, channel: Channel) -> None:
-        """``channel`` is revoked now: tell the guest."""
-        if channel.relid is not None:
-            self.send(RESCIND_CHANNELOFFER.build(ChannelOnly(channel.relid)))
-        self.offered.departed(channel)
-
-    def left(self, channel: Channel) -> None:
-        """``channel`` is released now: its id is free."""
-        self.offered.release(channel)
-        self._finish_disconnect()
-
-    def offer_again(self, channel: Channel) -> None:
-        """The guest released the id of a revoked device that is here again."""
-        self.offered.send_offer(channel)
-
-    def shared_signal(self, relid: int) -> bool:
-        """Signal through the interrupt page of versions below 2.4."""
+    def signal_through_page(self, relid: int) -> bool:
+        """Signal through the interrupt page of versions below 2.4; return False if this connection has none."""
         if not self.connection.interrupt_page:
             return False
         set_interrupt_bit(self.memory, self.connection.interrupt_page, relid)
@@ -367,28 +355,28 @@ class Bus:
         return True
 
     def monitor_changed(self) -> None:
-        """A channel with a monitor bit was opened or closed."""
+        """Look again at which channels have a monitor bit: one of them was opened or closed."""
         self._monitor.update()
 
-    # ---- connecting and disconnecting
+    # --- connecting and disconnecting ---
 
     def _disconnect(
         self, action: NextAction, contact: ContactRequest | None = None, *, reserved_too: bool = False
     ) -> None:
-        """End the connection, if there is one; then, when every device has let go, take ``action``."""
+        """End the connection, if there is one; when every channel is released, take ``action``."""
         connection = self.connection
         connection.next_action, connection.next_contact = action, contact
         self.outbox.drop()
-        self.outbox.release("guest")
+        self.outbox.resume("guest")
         if connection.phase is Phase.CONNECTED or reserved_too:
             connection.phase = Phase.DISCONNECTING
             connection.offers_sent = connection.paused = False
             connection.interrupt_page = 0
             connection.monitor_pages = None
-            self.offered.waiting.clear()
-            self.gpadls.abandon_all()
+            self.channel_list.waiting.clear()
+            self.gpadl_assembler.abandon_all()
             self._abandoning = True
-            for channel in self.offered.subchannels_first():
+            for channel in self.channel_list.subchannels_first():
                 if channel.reserved and not reserved_too:
                     channel.detach()
                 else:
@@ -402,26 +390,26 @@ class Bus:
         if self._abandoning:
             return
         if connection.phase is Phase.DISCONNECTING:
-            if not self.offered.all_let_go:
+            if not self.channel_list.all_released:
                 return
             connection.phase = Phase.DISCONNECTED
             connection.version = connection.client_id = None
             connection.features = NO_FEATURES
             connection.trusted = False
         if connection.phase is Phase.DISCONNECTED:
-            self._act()
+            self._take_next_action()
 
-    def _act(self) -> None:
-        """Do what was to follow the disconnection."""
+    def _take_next_action(self) -> None:
+        """Send what was to follow the disconnection."""
         connection = self.connection
         action, contact = connection.next_action, connection.next_contact
         connection.next_action, connection.next_contact = NextAction.NONE, None
         if action is NextAction.UNLOAD_RESPONSE:
             self.send(UNLOAD_RESPONSE.build(HeaderOnly()))
         elif action is NextAction.CONTACT and contact is not None:
-            self._agree(contact)
+            self._answer_contact(contact)
 
-    def _agree(self, request: ContactRequest) -> None:
+    def _answer_contact(self, request: ContactRequest) -> None:
         connection = self.connection
         connection.target = request.target if request.target.vp < self.synic.vp_count else HOME
         outcome = decide(request, self.limits, self.memory, self.synic.vp_count)
@@ -439,27 +427,24 @@ class Bus:
         _logger.info("connected: version %s, features %#x", outcome.version, outcome.features)
         self.send(answer_agreement(outcome))
 
-    # ---- signals
+    # --- signals ---
 
     def _shared_doorbell(self) -> None:
-        """HvSignalEvent on the shared connection: versions below 2.4."""
+        """Handle HvSignalEvent on the shared connection, which versions below 2.4 use."""
         connection = self.connection
         if connection.phase is not Phase.CONNECTED or connection.at_least(Version.WIN8):
             return
         if connection.interrupt_page:
             relids = take_interrupt_bits(self.memory, connection.interrupt_page)
         else:
-            relids = set(self.offered.by_relid)
+            relids = set(self.channel_list.by_relid)
         for relid in sorted(relids):
-            channel = self.offered.by_relid.get(relid)
+            channel = self.channel_list.by_relid.get(relid)
             if channel is not None and channel.is_open:
                 channel.doorbell()
 
     def _ignore_signal(self) -> None:
-        """HvSignalEvent on the hypervisor's own monitor port."""
-
-    def _with_ids(self) -> Iterable[Channel]:
-        return self.offered.by_relid.values()
+        """Ignore HvSignalEvent on the hypervisor's own monitor port."""
 
     def _monitor_page(self) -> int:
         pages = self.connection.monitor_pages

@@ -1,4 +1,4 @@
-"""Sockets over VMBus (hvsock): who answers a guest's TL_CONNECT_REQUEST.
+"""Sockets over VMBus (hvsock): how a guest's TL_CONNECT_REQUEST is accepted or refused.
 
 Source: docs/protocol/messages.md#socket-connect.
 """
@@ -12,7 +12,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class SocketRequest:
-    """A guest wants a stream to the host's service ``service_id``; ``endpoint_id`` names its own end."""
+    """A TL_CONNECT_REQUEST: a stream to the host's service ``service_id``; ``endpoint_id`` is the guest's end."""
 
     endpoint_id: uuid.UUID
     service_id: uuid.UUID
@@ -20,16 +20,19 @@ class SocketRequest:
 
 
 class SocketListener(Protocol):
-    """Takes or refuses socket requests. It bounds how many it holds."""
+    """Accepts or refuses socket requests. An implementation must bound how many accepted requests wait."""
 
     def connect(self, request: SocketRequest) -> bool:
-        """Whether it takes the request: then it offers a channel (``offers.socket_offer`` with the ids of the
-        request) or calls :meth:`Bus.refuse_socket`, at any later time.
+        """Return whether the request is accepted.
+
+        The listener then offers a channel (``offers.socket_offer`` with the ids of the request) or calls
+        :meth:`Bus.refuse_socket`, at any later time.
         """
 
 
 class NoSockets:
-    """Refuses every socket."""
+    """A listener that refuses every request."""
 
     def connect(self, request: SocketRequest) -> bool:
+        """Refuse."""
         return False

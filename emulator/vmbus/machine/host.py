@@ -296,7 +296,7 @@ class Host:
     def _message(self, vp: int, connection_id: int, payload: bytes) -> int | AcknowledgedEarly:
         if self.bus.can_acknowledge_early(payload):
             return AcknowledgedEarly(functools.partial(self._handle_acknowledged, connection_id, payload))
-        result = self.bus.message(vp, connection_id, payload)
+        result = self.bus.handle_message(vp, connection_id, payload)
         return HvStatus.SUCCESS if result is PostResult.OK else HvStatus.INSUFFICIENT_BUFFERS
 
     # --- the gateway ------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from vmbus.bus.channel.gpadl import Gpadl
-from vmbus.bus.channel.state import ChannelCounters, OpenRequest
+from vmbus.bus.channel.opening import OpenRequest
+from vmbus.bus.channel.state import ChannelCounters
 from vmbus.bus.channel.state import ChannelState as BusState
 from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.bus.io.state import ChannelIoState, IoState
@@ -63,7 +64,7 @@ class BusChannel(Protocol):
     relid: int | None
     request: OpenRequest | None
     counters: ChannelCounters
-    stopped: bool
+    paused: bool
 
     @property
     def connection_id(self) -> int | None:
@@ -77,11 +78,11 @@ class BusChannel(Protocol):
     def gpadls(self) -> Mapping[int, Gpadl]:
         """The GPADLs of this channel by id."""
 
-    def stop(self) -> None:
-        """Opens and modifications wait from now on."""
+    def pause(self) -> None:
+        """Let opens and modifications wait from now on."""
 
-    def start(self) -> None:
-        """Undo ``stop``."""
+    def resume(self) -> None:
+        """Undo ``pause``."""
 
 
 class DeviceChannel:
@@ -113,7 +114,7 @@ class DeviceChannel:
 
     @property
     def paused(self) -> bool:
-        return self.channel.stopped
+        return self.channel.paused
 
     @property
     def changes(self) -> int:
@@ -136,13 +137,13 @@ class DeviceChannel:
 
     def pause(self) -> None:
         self._switched += 1
-        self.channel.stop()
+        self.channel.pause()
         self.io.pause()
 
     def start(self) -> None:
         self._switched += 1
         self.io.resume()
-        self.channel.start()
+        self.channel.resume()
 
     def disable(self) -> None:
         """Drop the adopted state; the bus revokes the offer."""
@@ -208,7 +209,7 @@ class DeviceChannel:
         axes = ChannelAxes.ENABLED if channel.state is not BusState.RELEASED else ChannelAxes(0)
         for axis, holds in (
             (ChannelAxes.OPEN, request is not None),
-            (ChannelAxes.PAUSED, channel.stopped),
+            (ChannelAxes.PAUSED, channel.paused),
             (ChannelAxes.HELD, kept.held),
         ):
             axes |= axis if holds else ChannelAxes(0)

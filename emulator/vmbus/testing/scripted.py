@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from vmbus.bus.channel.channel import Channel
+from vmbus.bus.channel.endpoint import EndpointChannel
 from vmbus.bus.channel.gpadl import Gpadl
 from vmbus.bus.contact import MESSAGE_SINT, MULTICLIENT_CONNECTION_ID
 from vmbus.bus.messages import PostResult
@@ -116,7 +116,7 @@ class ForgetfulEndpoint:
         if self.fail_everywhere is not None:
             raise self.fail_everywhere
 
-    def opened(self, channel: Channel) -> None:
+    def opened(self, channel: EndpointChannel) -> None:
         self._note("opened")
         if self.refuse_open is not None:
             raise self.refuse_open
@@ -127,35 +127,35 @@ class ForgetfulEndpoint:
         if self.defer_open:
             channel.defer_open()
 
-    def closed(self, channel: Channel) -> None:
+    def closed(self, channel: EndpointChannel) -> None:
         self.is_open = False
         self._note("closed")
         if self.defer_close:
             channel.defer_close()
 
-    def signalled(self, channel: Channel) -> None:
+    def signalled(self, channel: EndpointChannel) -> None:
         self._note("signalled")
 
-    def gpadl_created(self, channel: Channel, gpadl: Gpadl) -> None:
+    def gpadl_created(self, channel: EndpointChannel, gpadl: Gpadl) -> None:
         self._note(f"gpadl_created {gpadl.gpadl_id:#x}")
         if self.refuse_gpadl is not None:
             raise self.refuse_gpadl
         self.gpadls.append(gpadl.gpadl_id)
 
-    def gpadl_torn_down(self, channel: Channel, gpadl: Gpadl) -> None:
+    def gpadl_torn_down(self, channel: EndpointChannel, gpadl: Gpadl) -> None:
         self.gpadls = [each for each in self.gpadls if each != gpadl.gpadl_id]
         self._note(f"gpadl_torn_down {gpadl.gpadl_id:#x}")
         if self.defer_teardown:
             channel.defer_teardown(gpadl)
 
-    def retargeted(self, channel: Channel, vp: int) -> None:
+    def retargeted(self, channel: EndpointChannel, vp: int) -> None:
         self._note(f"retargeted {vp}")
 
 
 class RecordingEndpoint(ForgetfulEndpoint):
     """One that can be restored."""
 
-    def restored(self, channel: Channel) -> None:
+    def restored(self, channel: EndpointChannel) -> None:
         self._note("restored")
         channel.ring_pages()
         self.is_open = True
@@ -187,7 +187,7 @@ class ScriptedGuest:
     def save(self) -> BusState:
         """Pause the bus and save it."""
         self.bus.pause()
-        return self.bus.export_state()
+        return self.bus.save()
 
     def another_bus(self, **options: Any) -> Bus:
         """A bus in another process, as it were: the same memory and SynIC, but timers of its own."""
@@ -203,7 +203,7 @@ class ScriptedGuest:
         if not more and self.bus.can_acknowledge_early(payload):
             self.bus.handle_acknowledged(connection, payload)
             return PostResult.OK
-        return self.bus.message(0, connection, payload, **more)
+        return self.bus.handle_message(0, connection, payload, **more)
 
     def take(self) -> list[Answer]:
         """What the host has said since the last time."""

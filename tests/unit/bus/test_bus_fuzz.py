@@ -70,8 +70,8 @@ def test_noise_never_raises_and_leaves_nothing(
     guest.take()
     guest.bus.status()
     guest.bus.reset()
-    assert guest.bus.gpadls.gpadls == guest.bus.gpadls.pages == 0
-    assert guest.bus.gpadls.assemblies == {}
+    assert guest.bus.gpadl_assembler.quota.gpadls == guest.bus.gpadl_assembler.quota.pages == 0
+    assert guest.bus.gpadl_assembler.assemblies == {}
     assert all(channel.state is ChannelState.RELEASED for channel in guest.bus.channels)
     assert not any(endpoint.is_open or endpoint.gpadls for endpoint in endpoints)
     assert set(guest.synic.ports) == {2, 3}

@@ -258,7 +258,7 @@ class BusModel(RuleBasedStateMachine):
                 self.guest.bus.reset()
         found = [(answer.number, getattr(answer.message, "supported", None)) for answer in self.guest.answers]
         assert found == self.disconnect(wanted)
-        assert self.guest.bus.gpadls.assemblies == {}
+        assert self.guest.bus.gpadl_assembler.assemblies == {}
 
     @precondition(lambda self: not self.offers_sent or self.now_and_then(12))
     @rule()
@@ -279,7 +279,7 @@ class BusModel(RuleBasedStateMachine):
         old = [channel for channel in self.guest.bus.channels if not channel.revoking]
         state = self.guest.save()
         self.guest.bus = self.guest.another_bus()
-        self.guest.bus.import_state(state)
+        self.guest.bus.restore(state)
         self.channels = []
         for each in old:
             endpoint = RecordingEndpoint()
@@ -445,10 +445,10 @@ class BusModel(RuleBasedStateMachine):
     def counts_are_those_of_the_channels(self) -> None:
         bus = self.guest.bus
         held = [gpadl for channel in bus.channels for gpadl in channel.gpadls.values()]
-        assert bus.gpadls.gpadls == len(held) + len(bus.gpadls.assemblies)
+        assert bus.gpadl_assembler.quota.gpadls == len(held) + len(bus.gpadl_assembler.assemblies)
         weights = [gpadl.weight for gpadl in held]
-        weights += [assembly.weight for assembly in bus.gpadls.assemblies.values()]
-        assert bus.gpadls.pages == sum(weights)
+        weights += [assembly.weight for assembly in bus.gpadl_assembler.assemblies.values()]
+        assert bus.gpadl_assembler.quota.pages == sum(weights)
         relids = [channel.relid for channel in bus.channels if channel.relid is not None]
         assert len(set(relids)) == len(relids)
         assert set(self.guest.synic.ports) == {2, 3} | {0x2000 | relid for relid in relids}
@@ -462,7 +462,7 @@ class BusModel(RuleBasedStateMachine):
     @invariant()
     def nothing_is_left_after_a_disconnection(self) -> None:
         if not self.connected and self.after is None:
-            assert self.guest.bus.gpadls.gpadls == self.guest.bus.gpadls.pages == 0
+            assert self.guest.bus.gpadl_assembler.quota.gpadls == self.guest.bus.gpadl_assembler.quota.pages == 0
             assert all(channel.state is ChannelState.RELEASED for channel in self.guest.bus.channels)
 
 

@@ -219,7 +219,7 @@ def test_release_while_closing_frees_the_id_afterwards(
     assert connected.open(1, ring) == [], "given up"
     channel.finish_close()
     assert channel.state is ChannelState.RELEASED
-    assert connected.bus.gpadls.gpadls == 0
+    assert connected.bus.gpadl_assembler.quota.gpadls == 0
 
 
 @pytest.mark.parametrize("why", ["released", "revoked"])
@@ -363,13 +363,13 @@ def test_stopped_device_lets_open_and_modify_wait(
     connected: ScriptedGuest, endpoint: RecordingEndpoint
 ) -> None:
     channel = connected.bus.channels[0]
-    channel.stop()
+    channel.pause()
     ring = connected.share(1)
     assert connected.open(1, ring) == []
     assert endpoint.calls == [f"gpadl_created {ring:#x}"]
-    channel.start()
+    channel.resume()
     assert messages(connected) == [OpenResult(1, 1, STATUS_SUCCESS)]
-    channel.stop()
+    channel.pause()
     assert connected.modify(1, 2) == []
     assert connected.modify(1, 3) == [], "a second one is dropped"
     connected.synic.ports[0x2001]()
@@ -379,13 +379,13 @@ def test_stopped_device_lets_open_and_modify_wait(
     assert endpoint.calls == calls, "a doorbell waits too"
     assert connected.post_ranges(1, [GpaRange(PAGE_SIZE, 0, [50])], 9) == [GpadlCreated(1, 9, 0)]
     assert connected.teardown(1, 9) == [GpadlTorndown(9)]
-    channel.start()
+    channel.resume()
     assert messages(connected) == [ModifyChannelResponse(1, STATUS_SUCCESS)]
     assert endpoint.calls[-2:] == ["retargeted 2", "signalled"]
-    channel.stop()
+    channel.pause()
     assert connected.close(1) == []
     assert endpoint.calls[-1] == "closed"
-    channel.start()
+    channel.resume()
     assert channel.state is ChannelState.CLOSED
 
 
@@ -395,17 +395,17 @@ def test_stopped_device_below_5_3_gets_the_latest_modification(
     connected.connect(Version.WIN10_RS5)
     connected.open_channel(1)
     channel = connected.bus.channels[0]
-    channel.stop()
+    channel.pause()
     connected.modify(1, 2)
     connected.modify(1, 3)
-    channel.start()
+    channel.resume()
     assert [call for call in endpoint.calls if call.startswith("retargeted")] == ["retargeted 3"]
     assert connected.take() == []
 
 
 def test_close_answers_a_modification_that_waited(connected: ScriptedGuest) -> None:
     connected.open_channel(1)
-    connected.bus.channels[0].stop()
+    connected.bus.channels[0].pause()
     connected.modify(1, 2)
     assert connected.close(1) == [ModifyChannelResponse(1, STATUS_UNSUCCESSFUL)]
 
@@ -413,11 +413,11 @@ def test_close_answers_a_modification_that_waited(connected: ScriptedGuest) -> N
 def test_ring_torn_down_while_an_open_waits_fails_the_open(
     connected: ScriptedGuest, endpoint: RecordingEndpoint
 ) -> None:
-    connected.bus.channels[0].stop()
+    connected.bus.channels[0].pause()
     ring = connected.share(1)
     connected.open(1, ring)
     assert connected.teardown(1, ring) == [OpenResult(1, 1, STATUS_UNSUCCESSFUL), GpadlTorndown(ring)]
-    connected.bus.channels[0].start()
+    connected.bus.channels[0].resume()
     assert "opened" not in endpoint.calls
 
 
@@ -425,7 +425,7 @@ def test_unload_and_revoke_of_a_stopped_channel_that_was_to_open(
     connected: ScriptedGuest, endpoint: RecordingEndpoint
 ) -> None:
     channel = connected.bus.channels[0]
-    channel.stop()
+    channel.pause()
     connected.open(1, connected.share(1))
     assert connected.unload() == [HeaderOnly()]
     connected.connect()
@@ -449,12 +449,12 @@ def test_reserved_channel_is_answered_where_its_client_says_and_survives_unload(
     assert connected.modify(1, 1) == [ModifyChannelResponse(1, STATUS_UNSUCCESSFUL)]
     assert connected.unload() == [HeaderOnly()]
     assert endpoint.is_open
-    assert connected.bus.gpadls.gpadls == 1
+    assert connected.bus.gpadl_assembler.quota.gpadls == 1
     assert connected.close_reserved(1, vp=3, sint=6) == [ChannelOnly(1)]
     assert (connected.answers[-1].vp, connected.answers[-1].sint) == (3, 6)
     assert not endpoint.is_open
     assert connected.bus.channels[0].state is ChannelState.RELEASED
-    assert connected.bus.gpadls.gpadls == 0
+    assert connected.bus.gpadl_assembler.quota.gpadls == 0
 
 
 @pytest.mark.conformance(38)
@@ -521,7 +521,7 @@ def test_machine_reset_closes_reserved_channels_too(
     connected.bus.reset()
     assert not endpoint.is_open
     assert connected.take() == []
-    assert connected.bus.gpadls.gpadls == 0
+    assert connected.bus.gpadl_assembler.quota.gpadls == 0
 
 
 @pytest.mark.conformance(39)

@@ -242,7 +242,7 @@ def test_unload_waits_for_all_closes(guest: ScriptedGuest) -> None:
     assert guest.take() == []
     channels[1].finish_close()
     assert [answer.number for answer in guest.take()] == [MessageType.UNLOAD_RESPONSE]
-    assert guest.bus.gpadls.pages == guest.bus.gpadls.gpadls == 0
+    assert guest.bus.gpadl_assembler.quota.pages == guest.bus.gpadl_assembler.quota.gpadls == 0
     assert [offer.relid for offer in guest.connect()] == [1, 2, 3]
 
 
@@ -394,7 +394,7 @@ def test_machine_reset_leaves_nothing_but_the_offers(guest: ScriptedGuest) -> No
     guest.bus.reset()
     assert guest.take() == []
     assert not endpoint.is_open
-    assert guest.bus.gpadls.pages == 0
+    assert guest.bus.gpadl_assembler.quota.pages == 0
     assert guest.unload() == [HeaderOnly()]
     assert guest.answers[-1].vp == 0
     guest.connect()

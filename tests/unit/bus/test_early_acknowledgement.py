@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from vmbus.bus.messages import MAX_UNDELIVERED, PROMISED
+from vmbus.bus.messages import MAX_UNDELIVERED, EARLY_ACKNOWLEDGED
 from vmbus.testing.scripted import ScriptedGuest
 from vmbus.wire.header import MessageType
 from vmbus.wire.version import Version
@@ -21,11 +21,11 @@ def connected() -> ScriptedGuest:
 
 @pytest.mark.parametrize("number", list(MessageType))
 def test_only_messages_with_at_most_an_ordinary_answer_are_promised(number: MessageType) -> None:
-    assert connected().bus.can_acknowledge_early(message(number)) == (int(number) in PROMISED)
+    assert connected().bus.can_acknowledge_early(message(number)) == (int(number) in EARLY_ACKNOWLEDGED)
 
 
 def test_contact_unload_and_reserved_channels_wait_for_the_bus() -> None:
-    assert not PROMISED & {
+    assert not EARLY_ACKNOWLEDGED & {
         int(MessageType.INITIATE_CONTACT),
         int(MessageType.UNLOAD),
         int(MessageType.OPEN_RESERVED_CHANNEL),

@@ -69,7 +69,7 @@ def test_largest_gpadl_of_65528_bytes_is_accepted() -> None:
     guest.bus.offer(an_offer(), RecordingEndpoint())
     guest.connect()
     assert guest.post_ranges(1, whole(8190), ID) == ok()
-    assert guest.bus.gpadls.assemblies == {}
+    assert guest.bus.gpadl_assembler.assemblies == {}
 
 
 @pytest.mark.conformance(24)
@@ -105,8 +105,8 @@ def test_disconnection_in_the_middle_forgets_the_half_built(connected: ScriptedG
     elif how == "reset":
         connected.bus.reset()
     connected.connect()
-    assert connected.bus.gpadls.assemblies == {}
-    assert (connected.bus.gpadls.pages, connected.bus.gpadls.gpadls) == (0, 0)
+    assert connected.bus.gpadl_assembler.assemblies == {}
+    assert (connected.bus.gpadl_assembler.quota.pages, connected.bus.gpadl_assembler.quota.gpadls) == (0, 0)
     assert connected.ask(parts[1]) == []
     assert connected.post_ranges(1, whole(60), ID) == ok()
 
@@ -140,7 +140,7 @@ def test_revoked_channel_answers_gpadls_without_its_device(
     assert connected.ask(parts[2]) == ok(gpadl_id=ID + 9)
     assert endpoint.calls == device_notified
     connected.release(1)
-    assert connected.bus.gpadls.gpadls == 0
+    assert connected.bus.gpadl_assembler.quota.gpadls == 0
 
 
 @pytest.mark.conformance(30)
@@ -227,7 +227,7 @@ def test_malformed_ranges(connected: ScriptedGuest, data: bytes, count: int, rea
     assert caught.value.reason == reason
     header = GPADL_HEADER.build(GpadlHeader(1, ID, len(data), count))
     assert connected.ask(header + data) == failed()
-    assert connected.bus.gpadls.gpadls == 0
+    assert connected.bus.gpadl_assembler.quota.gpadls == 0
 
 
 def test_data_after_the_last_range_is_cut_off() -> None:

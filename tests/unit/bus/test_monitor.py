@@ -75,9 +75,9 @@ def test_nothing_polls_while_no_monitored_channel_is_open(guest: ScriptedGuest, 
     guest.open_channel(1)
     guest.unload()
     assert pending_timers(guest) == 0
-    looks = guest.bus._monitor.looks
+    looks = guest.bus._monitor.polls
     guest.timers.advance(1)
-    assert guest.bus._monitor.looks == looks
+    assert guest.bus._monitor.polls == looks
 
 
 def test_pages_may_move(guest: ScriptedGuest, page: int) -> None:

@@ -258,7 +258,7 @@ def test_offer_that_the_guest_gives_up_comes_again_only_on_the_next_connection(g
     guest.share(1)
     assert guest.release(1) == []
     assert channel.state is ChannelState.RELEASED
-    assert guest.bus.gpadls.gpadls == 0
+    assert guest.bus.gpadl_assembler.quota.gpadls == 0
     guest.bus.offer(an_offer("other"), RecordingEndpoint())
     assert [answer.message.relid for answer in guest.take()] == [1]
     assert guest.release(2) == []

@@ -16,17 +16,17 @@ def test_messages_wait_in_order_until_every_holder_releases() -> None:
     synic = FakeSynic(2)
     outbox = Outbox(synic)
     outbox.post(Outgoing(HERE, b"1"))
-    outbox.hold("guest")
-    outbox.hold("bus")
+    outbox.pause("guest")
+    outbox.pause("bus")
     outbox.post(Outgoing(HERE, b"2"))
     outbox.post(Outgoing(THERE, b"3"))
     assert outbox.undelivered(HERE) == 2
-    assert [message.payload for message in outbox.held] == [b"2", b"3"]
-    outbox.release("guest")
+    assert [message.payload for message in outbox.waiting] == [b"2", b"3"]
+    outbox.resume("guest")
     assert texts(synic) == [b"1"]
-    outbox.release("bus")
+    outbox.resume("bus")
     assert texts(synic) == [b"1", b"2", b"3"]
-    assert outbox.held == ()
+    assert outbox.waiting == ()
 
 
 def test_dropping_keeps_what_lasts() -> None:
@@ -37,11 +37,11 @@ def test_dropping_keeps_what_lasts() -> None:
     for payload in (b"a", b"b"):
         outbox.post(Outgoing(HERE, payload))
     outbox.post(Outgoing(HERE, b"lasting 1", lasting=True))
-    outbox.hold("guest")
+    outbox.pause("guest")
     outbox.post(Outgoing(THERE, b"lasting 2", lasting=True))
     outbox.post(Outgoing(THERE, b"c"))
     outbox.drop()
-    outbox.release("guest")
+    outbox.resume("guest")
     assert texts(synic) == [b"lasting 1", b"lasting 2"]
 
 

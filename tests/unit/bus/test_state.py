@@ -58,9 +58,9 @@ class Move:
         channels = []
         if early:
             channels = [bus.offer(an_offer(name), endpoint) for name, endpoint in offered]
-        bus.import_state(state)
+        bus.restore(state)
         if not early and all(channel.relid for channel in state.channels):
-            assert bus.export_state() == state
+            assert bus.save() == state
         if not early:
             channels = [bus.offer(an_offer(name), endpoint) for name, endpoint in offered]
         self.guest.bus = bus
@@ -121,7 +121,7 @@ def test_open_channel_goes_on(guest: ScriptedGuest, move: Move, early: bool) -> 
     assert endpoint.calls[-2:] == ["closed", f"gpadl_torn_down {ring:#x}"]
     assert guest.unload() == [HeaderOnly()]
     assert guest.answers[-1].vp == 2
-    assert guest.bus.gpadls.pages == guest.bus.gpadls.gpadls == 0
+    assert guest.bus.gpadl_assembler.quota.pages == guest.bus.gpadl_assembler.quota.gpadls == 0
 
 
 @pytest.mark.conformance(47)
@@ -135,7 +135,7 @@ def test_open_under_way_is_asked_for_once_more_and_answered_once(
     guest.connect()
     ring = guest.share(1)
     if how == "stopped":
-        channel.stop()
+        channel.pause()
     assert guest.open(1, ring, open_id=9) == []
     endpoint = RecordingEndpoint()
     move(endpoint)
@@ -190,7 +190,7 @@ def test_gpadl_in_progress_is_completed_by_the_bodies_that_follow(guest: Scripte
     assert created.status == STATUS_SUCCESS
     assert list(channel.gpadls[7].aligned_pfns()) == list(range(100, 160))
     assert guest.unload() == [HeaderOnly()]
-    assert guest.bus.gpadls.pages == 0
+    assert guest.bus.gpadl_assembler.quota.pages == 0
 
 
 @pytest.mark.conformance(29)
@@ -223,7 +223,7 @@ def test_channel_that_was_giving_its_gpadls_back_leaves(guest: ScriptedGuest, mo
     move(RecordingEndpoint(), RecordingEndpoint())
     assert numbers(guest) == [MessageType.RESCIND_CHANNELOFFER]
     assert [each.relid for each in guest.release(1)] == [1], "the device is here again"
-    assert guest.bus.gpadls.gpadls == 0
+    assert guest.bus.gpadl_assembler.quota.gpadls == 0
 
 
 @pytest.mark.conformance(48)
@@ -231,7 +231,7 @@ def test_modification_that_waits_happens_after_the_restore(guest: ScriptedGuest,
     (channel,) = offer(guest, RecordingEndpoint())
     guest.connect()
     guest.open_channel(1, vp=0)
-    channel.stop()
+    channel.pause()
     guest.modify(1, 2)
     endpoint = RecordingEndpoint()
     (channel,) = move(endpoint)
@@ -291,7 +291,7 @@ def test_device_that_is_gone_is_rescinded(guest: ScriptedGuest, move: Move) -> N
     assert (answer.number, answer.message) == (MessageType.RESCIND_CHANNELOFFER, ChannelOnly(2))
     assert guest.release(2) == []
     assert len(guest.bus.channels) == 1
-    assert guest.bus.gpadls.gpadls == 0
+    assert guest.bus.gpadl_assembler.quota.gpadls == 0
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -406,7 +406,7 @@ def test_less_than_was_agreed_is_refused_with_its_own_reason(
     state = guest.save()
     bus = guest.another_bus(**options)
     with pytest.raises(BusStateRefused) as caught:
-        bus.import_state(state)
+        bus.restore(state)
     assert caught.value.reason == reason
     assert not bus.paused
     assert bus.channels == ()
@@ -431,7 +431,7 @@ def test_features_before_6_0_are_refused(guest: ScriptedGuest, only_reserved: bo
         agreed = dataclasses.replace(state.connection, features=Feature.PAUSE_RESUME)
         state = dataclasses.replace(state, connection=agreed)
     with pytest.raises(BusStateRefused, match=r"features-before-6\.0"):
-        guest.another_bus().import_state(state)
+        guest.another_bus().restore(state)
 
 
 @pytest.mark.conformance(53)
@@ -482,7 +482,7 @@ def test_guests_choice_of_signals_and_monitor_bits_go_on(guest: ScriptedGuest) -
     guest.open_channel(1, connection_id=0x4321, event_flag=77)
     state = guest.save()
     guest.bus = guest.another_bus()
-    guest.bus.import_state(state)
+    guest.bus.restore(state)
     endpoint = RecordingEndpoint()
     channel = guest.bus.offer(an_offer(flags=flags), endpoint)
     guest.bus.resume()
@@ -510,7 +510,7 @@ def test_subchannels_go_on_with_their_primary(guest: ScriptedGuest) -> None:
     guest.open_channel(2)
     state = guest.save()
     guest.bus = guest.another_bus()
-    guest.bus.import_state(state)
+    guest.bus.restore(state)
     endpoints = devices(guest.bus)
     guest.bus.resume()
     assert all(endpoint.is_open for endpoint in endpoints)
@@ -523,7 +523,7 @@ def test_source_goes_on_when_the_move_is_called_off(guest: ScriptedGuest) -> Non
     guest.connect()
     guest.open_channel(1)
     state = guest.save()
-    assert guest.bus.export_state() == state
+    assert guest.bus.save() == state
     guest.bus.resume()
     assert guest.take() == []
     assert endpoint.calls.count("opened") == 1
@@ -538,13 +538,13 @@ def test_reset_of_a_bus_that_waits_for_its_devices(guest: ScriptedGuest) -> None
     guest.open_channel(1)
     state = guest.save()
     guest.bus = guest.another_bus()
-    guest.bus.import_state(state)
+    guest.bus.restore(state)
     endpoint = RecordingEndpoint()
     guest.bus.offer(an_offer("a"), endpoint)
     guest.bus.reset()
     guest.bus.resume()
     assert guest.take() == []
-    assert guest.bus.gpadls.gpadls == 0
+    assert guest.bus.gpadl_assembler.quota.gpadls == 0
     assert [each.relid for each in guest.connect()] == [1]
     assert "restored" not in endpoint.calls
 
@@ -553,11 +553,11 @@ def test_state_for_a_bus_with_a_guest_is_refused(guest: ScriptedGuest) -> None:
     guest.connect()
     state = guest.save()
     with pytest.raises(BusStateRefused, match="not-fresh"):
-        guest.bus.import_state(state)
+        guest.bus.restore(state)
     bus = guest.another_bus()
-    bus.import_state(state)
+    bus.restore(state)
     with pytest.raises(BusStateRefused, match="not-fresh"):
-        bus.import_state(state)
+        bus.restore(state)
 
 
 def test_server_monitor_pages_must_be_the_same() -> None:
@@ -566,10 +566,10 @@ def test_server_monitor_pages_must_be_the_same() -> None:
     guest.connect(Version.COPPER, features=Feature.SERVER_SPECIFIED_MONITOR_PAGES)
     state = guest.save()
     with pytest.raises(BusStateRefused, match="monitor-pages"):
-        guest.another_bus(server_monitor_pages=MonitorPages(0x5000, 0x7000), **options).import_state(state)
+        guest.another_bus(server_monitor_pages=MonitorPages(0x5000, 0x7000), **options).restore(state)
     with pytest.raises(BusStateRefused, match="unsupported-features"):
-        guest.another_bus(**options).import_state(state)
-    guest.another_bus(server_monitor_pages=MonitorPages(0x5000, 0x6000), **options).import_state(state)
+        guest.another_bus(**options).restore(state)
+    guest.another_bus(server_monitor_pages=MonitorPages(0x5000, 0x6000), **options).restore(state)
 
 
 @pytest.fixture
@@ -588,8 +588,8 @@ def rich(guest: ScriptedGuest) -> BusState:
 
 def test_rich_state_is_accepted(guest: ScriptedGuest, rich: BusState) -> None:
     bus = guest.another_bus()
-    bus.import_state(rich)
-    assert bus.export_state() == rich
+    bus.restore(rich)
+    assert bus.save() == rich
 
 
 def changed(what: Any, **fields: Any) -> Any:
@@ -675,12 +675,12 @@ def test_state_that_contradicts_itself_or_the_machine_changes_nothing(
 ) -> None:
     bus = guest.another_bus()
     with pytest.raises(BusStateRefused) as caught:
-        bus.import_state(change(rich))
+        bus.restore(change(rich))
     assert caught.value.reason == reason
-    assert (bus.paused, bus.channels, bus.gpadls.gpadls) == (False, (), 0)
+    assert (bus.paused, bus.channels, bus.gpadl_assembler.quota.gpadls) == (False, (), 0)
     assert set(guest.synic.ports) == {2, 3}
     assert bus.connection.next_action is NextAction.NONE
-    bus.import_state(rich)
+    bus.restore(rich)
 
 
 def test_reopen_of_a_channel_whose_device_is_gone_is_forgotten(guest: ScriptedGuest, move: Move) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vmbus.bus.channel.state import ChannelState, OpenRequest, ReservedClient
+from vmbus.bus.channel.opening import OpenRequest, ReservedClient
+from vmbus.bus.channel.state import ChannelState
 from vmbus.bus.contact import ContactRequest, MonitorPages, NextAction, Phase
 from vmbus.bus.outbox import Outgoing, Target
 from vmbus.bus.saved_state.layout import SAVED_BUS
@@ -17,7 +18,7 @@ from vmbus.bus.saved_state.values import (
     ChannelRecord,
     ConnectionRecord,
     GpadlRecord,
-    HeldMessage,
+    WaitingMessage,
     RangeRecord,
 )
 from vmbus.errors import MalformedError
@@ -116,7 +117,7 @@ buses = st.builds(
     connections,
     some(channels),
     some(st.builds(AssemblyRecord, u32, u32, u32, u32, blob)),
-    some(st.builds(HeldMessage, u32, blob, flag)),
+    some(st.builds(WaitingMessage, u32, blob, flag)),
     some(st.builds(Outgoing, targets, blob, flag)),
 )
 pages = st.builds(PageState, u64, st.none() | u64)

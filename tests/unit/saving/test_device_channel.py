@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 from vmbus.bus.channel.gpadl import Gpadl
-from vmbus.bus.channel.state import ChannelCounters, OpenRequest
+from vmbus.bus.channel.opening import OpenRequest
+from vmbus.bus.channel.state import ChannelCounters
 from vmbus.bus.channel.state import ChannelState as BusState
 from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.bus.io.device import Device, DeviceEnvironment
@@ -79,15 +80,15 @@ class RestorableChannel(FakeChannel):
         self.state = BusState.OPEN
         self.request: OpenRequest | None = OpenRequest(1, 0xE1E10, 0, 4)
         self.counters = ChannelCounters()
-        self.stopped = False
+        self.paused = False
         self.connection_id = 0x2001
         self.is_open = True
 
-    def stop(self) -> None:
-        self.stopped = True
+    def pause(self) -> None:
+        self.paused = True
 
-    def start(self) -> None:
-        self.stopped = False
+    def resume(self) -> None:
+        self.paused = False
 
 
 class Process:

@@ -1,1 +1,1 @@
-"""One channel of the bus: its states, its GPADLs, its signals, and the end that serves it."""
+"""One channel of the bus: its states, its GPADLs, its signals, and its endpoint."""

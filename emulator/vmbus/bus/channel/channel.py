@@ -7,28 +7,23 @@ Source: docs/protocol/messages.md#open-channel, docs/protocol/messages.md#channe
                           '--host takes it away--> revoked --RELID_RELEASED--> (gone)
                                                       '--same device comes back--> re-offered --> closed
 
-The state is what the guest may do; what the device was told, and has not finished, is kept beside it (``busy``).
-A guest, or the host, can want the channel away at any moment. It then *leaves*: the device closes, gives every
-GPADL back, and only when all that is done does the guest get its RESCIND, or the bus its UNLOAD_RESPONSE.
+The state is what the guest may do; which call of the endpoint is not finished is kept beside it (``busy``). The
+guest or the host can end the channel at any moment. It then *leaves*: the endpoint closes and gives every GPADL
+back, and only after that the guest gets its RESCIND, or the bus sends UNLOAD_RESPONSE.
 """
 
 from __future__ import annotations
 
 import logging
+from typing import Protocol
 
-from vmbus.bus.channel.endpoint import Endpoint, can_be_restored
-from vmbus.bus.channel.endpoint_calls import EndpointCalls
+from vmbus.bus.channel.context import ChannelHost
+from vmbus.bus.channel.endpoint import Endpoint, EndpointCalls
 from vmbus.bus.channel.gpadl import Assembly, Gpadl, GpadlState
-from vmbus.bus.channel.gpadls import SharedPages
-from vmbus.bus.channel.opening import check_open, split_rings
+from vmbus.bus.channel.gpadl_list import GpadlList
+from vmbus.bus.channel.opening import OpenRequest, check_open, split_rings
 from vmbus.bus.channel.signals import ChannelSignals
-from vmbus.bus.channel.state import (
-    Busy,
-    ChannelCounters,
-    ChannelHost,
-    ChannelState,
-    OpenRequest,
-)
+from vmbus.bus.channel.state import Busy, ChannelCounters, ChannelState
 from vmbus.bus.offers import CONNECTION_ID_BASE, Offer
 from vmbus.bus.outbox import Target
 from vmbus.errors import DeviceError, GuestError, ProtocolError
@@ -46,37 +41,70 @@ from vmbus.wire.messages import (
 _logger = logging.getLogger(__name__)
 
 
-class Channel:
-    """A channel; made by :meth:`Bus.offer`, used by its endpoint."""
+class ChannelOwner(Protocol):
+    """The list that a channel is in (:class:`~vmbus.bus.channel_list.ChannelList`)."""
 
-    def __init__(self, host: ChannelHost, offer: Offer, endpoint: Endpoint) -> None:
+    def connection_id_taken(self, connection_id: int) -> bool:
+        """Return whether a signal on that id reaches a channel."""
+
+    def revoke_subchannels(self, channel: Channel) -> bool:
+        """Revoke the sub-channels of ``channel``; return whether the guest has been told about all of them."""
+
+    def rescind(self, channel: Channel) -> None:
+        """Send RESCIND_CHANNELOFFER: ``channel`` has left, and is revoked now."""
+
+    def released(self, channel: Channel) -> None:
+        """Free the id of ``channel``, which has left, and is released now."""
+
+    def send_offer(self, channel: Channel) -> None:
+        """Send OFFERCHANNEL for ``channel``."""
+
+
+class Channel:
+    """A channel of one offer; made by :meth:`Bus.offer`, used by its endpoint.
+
+    ``host`` is the bus, ``owner`` the list that the channel is in.
+    """
+
+    def __init__(self, host: ChannelHost, owner: ChannelOwner, offer: Offer, endpoint: Endpoint) -> None:
+        self.host = host
         self.offer = offer
-        self.endpoint = endpoint
         self.state = ChannelState.RELEASED
         self.relid: int | None = None
         self.monitor_id: int | None = None
         self.offered = False
         """Whether the guest has the offer on this connection."""
         self.request: OpenRequest | None = None
+        """The parameters of the open, from OPENCHANNEL to the end of the close."""
         self.reopen: OpenRequest | None = None
+        """The parameters of an OPENCHANNEL that waits for the end of a close."""
         self.close_answer: Target | None = None
         """Where the client of a reserved channel waits for the end of its close."""
-        self.pages = SharedPages(self, host)
-        self.signals = ChannelSignals(self, host)
         self.busy = Busy.NO
-        self.stopped = False
+        self.paused = False
         self.revoking = False
-        """The host wants it away."""
+        """The host takes the channel away."""
         self.abandoned = False
-        """The guest is gone, or starts over."""
+        """The connection of the guest is over: no message about the channel is sent any more."""
         self.released_by_guest = False
         self.counters = ChannelCounters()
         self.refusals = Refusals(f"channel {offer.name or offer.interface_id}", _logger)
-        self.calls = EndpointCalls(self.refusals)
-        self._host = host
+        self.calls = EndpointCalls(self, endpoint, self.refusals)
+        self.gpadl_list = GpadlList(self, self.leave_when_idle)
+        self.signals = ChannelSignals(self)
+        self._owner = owner
 
     def __repr__(self) -> str:
         return f"<Channel {self.relid} {self.offer.name!r} {self.state.value}>"
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The host's end; a restored channel gets it when its device is offered."""
+        return self.calls.endpoint
+
+    @endpoint.setter
+    def endpoint(self, endpoint: Endpoint) -> None:
+        self.calls.endpoint = endpoint
 
     @property
     def connection_id(self) -> int | None:
@@ -85,67 +113,72 @@ class Channel:
 
     @property
     def is_open(self) -> bool:
-        """Whether the device may use the rings."""
+        """Whether the endpoint may use the rings."""
         return self.busy in (Busy.OPENING, Busy.OPEN)
 
     @property
     def gpadls(self) -> dict[int, Gpadl]:
         """The GPADLs of this channel by id, with those that are being torn down."""
-        return self.pages.by_id
+        return self.gpadl_list.by_id
 
     @property
     def target_vp(self) -> int | None:
-        """Where the guest is interrupted; None for nowhere."""
+        """The virtual processor that is interrupted; None for none."""
         return self.signals.target_vp
 
     @property
     def leaving(self) -> bool:
-        """Whether it goes away as soon as the device holds nothing of the guest's."""
+        """Whether the channel goes away as soon as the endpoint holds neither rings nor GPADLs."""
         return self.abandoned or self.revoking or self.released_by_guest
 
     @property
     def reserved(self) -> bool:
-        """Whether it is opened as a reserved channel."""
+        """Whether the guest opened it as a reserved channel."""
         return self.request is not None and self.request.reserved is not None
 
-    # ---- for endpoints
+    def answer(self, payload: bytes, target: Target | None = None) -> None:
+        """Send a message about this channel, unless the guest's connection is over."""
+        if not self.abandoned:
+            self.host.send(payload, target)
+
+    # --- for endpoints ---
 
     def ring_pages(self) -> tuple[GuestPages, GuestPages]:
-        """The two rings: guest to host (incoming), host to guest (outgoing).
+        """Return the pages of both rings: guest to host (incoming), host to guest (outgoing).
 
         Raises :class:`ProtocolError` when the channel is not open, or its GPADL holds no two rings.
         """
         if self.request is None:
             raise ProtocolError("ring-not-open")
         pfns, downstream = split_rings(self.request, self.gpadls)
-        return self._host.memory.pages(pfns[:downstream]), self._host.memory.pages(pfns[downstream:])
+        return self.host.memory.pages(pfns[:downstream]), self.host.memory.pages(pfns[downstream:])
 
     def gpadl_pages(self, gpadl_id: int) -> GuestPages:
-        """The pages of a GPADL that is one range of whole pages, as every buffer of a real guest is.
+        """Return the pages of a GPADL that is one range of whole pages, as every buffer of a real guest is.
 
         Raises :class:`ProtocolError` for an unknown id or another shape.
         """
         gpadl = self.gpadls.get(gpadl_id)
         if gpadl is None or gpadl.state is not GpadlState.ACCEPTED:
             raise ProtocolError("gpadl-unknown", f"{gpadl_id:#x}")
-        return self._host.memory.pages(gpadl.aligned_pfns())
+        return self.host.memory.pages(gpadl.aligned_pfns())
 
     def signal_guest(self) -> None:
-        """Tell the guest to look at its ring; nothing happens if the channel is not open or wants no interrupts."""
+        """Interrupt the guest for this channel; no effect if it is not open, or wants no interrupts."""
         self.signals.signal_guest()
 
     def doorbell(self) -> None:
-        """The guest signalled: tell the device, if it is there."""
+        """Pass a signal of the guest on to the endpoint, unless the channel is paused or not open."""
         self.counters.doorbells += 1
-        if self.is_open and not self.stopped:
-            self.calls.call("signalled", self.endpoint.signalled, self)
+        if self.is_open and not self.paused:
+            self.calls.signalled()
 
     def defer_open(self) -> None:
-        """From inside ``opened``: the answer comes with :meth:`finish_open`."""
+        """Put the answer to the open off until :meth:`finish_open`; only inside ``opened``."""
         self.calls.defer("opened")
 
     def finish_open(self, error: Exception | None = None) -> None:
-        """The device is ready, or refuses because of ``error``."""
+        """Answer the open: with success, or with a refusal because of ``error``."""
         if self.busy is not Busy.OPENING:
             raise DeviceError(f"{self!r} is not being opened")
         if self.calls.finish("opened"):
@@ -156,43 +189,43 @@ class Channel:
             raise error
 
     def defer_close(self) -> None:
-        """From inside ``closed``: rings are in use until :meth:`finish_close`."""
+        """Let the endpoint use the rings until :meth:`finish_close`; only inside ``closed``."""
         self.calls.defer("closed")
 
     def finish_close(self) -> None:
-        """No ring page is in use any more."""
+        """End the close: no ring page is in use any more."""
         if self.busy is not Busy.CLOSING:
             raise DeviceError(f"{self!r} is not being closed")
         if self.calls.finish("closed"):
             self._closed()
 
     def defer_teardown(self, gpadl: Gpadl) -> None:
-        """From inside ``gpadl_torn_down``: its pages are in use until :meth:`finish_teardown`."""
+        """Let the endpoint use ``gpadl`` until :meth:`finish_teardown`; only inside ``gpadl_torn_down``."""
         self.calls.defer("gpadl_torn_down")
 
     def finish_teardown(self, gpadl: Gpadl) -> None:
-        """No page of ``gpadl`` is in use any more."""
-        self.pages.finish_teardown(gpadl)
+        """End the teardown of ``gpadl``: none of its pages is in use any more."""
+        self.gpadl_list.finish_teardown(gpadl)
 
-    # ---- for whoever saves the machine, and for devices that must wait
+    # --- pausing, and reports ---
 
-    def stop(self) -> None:
-        """From now on opens and modifications wait and doorbells are not passed on; closing is allowed."""
-        self.stopped = True
+    def pause(self) -> None:
+        """Let opens and modifications wait, and pass no doorbells on, until :meth:`resume`; closing is allowed."""
+        self.paused = True
 
-    def start(self) -> None:
-        """Undo :meth:`stop`: what waited happens now, and the device is signalled once."""
-        if not self.stopped:
+    def resume(self) -> None:
+        """Undo :meth:`pause`: act on what waited, and signal the endpoint once."""
+        if not self.paused:
             return
-        self.stopped = False
+        self.paused = False
         if self.state is ChannelState.OPENING and self.busy is Busy.NO:
-            self._tell_open()
-        self.signals.modify_pending()
+            self._open_endpoint()
+        self.signals.apply_pending_target()
         if self.is_open:
-            self.calls.call("signalled", self.endpoint.signalled, self)
+            self.calls.signalled()
 
     def status(self) -> dict[str, object]:
-        """What a person wants to know, as JSON knows it."""
+        """Return the channel's part of ``vmbus status``: plain values for JSON."""
         return {
             "relid": self.relid,
             "interface": str(self.offer.interface_id),
@@ -200,7 +233,7 @@ class Channel:
             "subchannel": self.offer.subchannel_index,
             "device": self.offer.name,
             "state": self.state.value,
-            "stopped": self.stopped,
+            "stopped": self.paused,
             "target_vp": self.target_vp,
             "gpadls": len(self.gpadls),
             "gpadl_pages": sum(gpadl.page_count for gpadl in self.gpadls.values()),
@@ -210,10 +243,10 @@ class Channel:
             "refusals": dict(self.refusals.counts),
         }
 
-    # ---- what a guest asks for
+    # --- requests of the guest ---
 
     def open(self, request: OpenRequest) -> None:
-        """OPENCHANNEL, OPEN_RESERVED_CHANNEL."""
+        """Handle OPENCHANNEL and OPEN_RESERVED_CHANNEL."""
         if self.state is ChannelState.CLOSED:
             self._begin_open(request)
         elif self.state is ChannelState.CLOSING and not self.leaving and not request.reserved:
@@ -223,24 +256,24 @@ class Channel:
             self.refusals.refuse("open-state", self.state.value)
 
     def close(self) -> None:
-        """CLOSECHANNEL: there is no answer. After a RESCIND it comes too late and is nothing wrong."""
+        """Handle CLOSECHANNEL, which has no answer. After a RESCIND it comes too late, and is no error."""
         if self.state is ChannelState.REVOKED:
             return
         if self.state is not ChannelState.OPEN or self.reserved:
             self.refusals.refuse("close-state", "reserved" if self.reserved else self.state.value)
             return
-        self._close_device()
+        self._begin_close()
 
     def close_reserved(self, target: Target) -> None:
-        """CLOSE_RESERVED_CHANNEL; the answer goes to ``target``."""
+        """Handle CLOSE_RESERVED_CHANNEL; the answer goes to ``target``."""
         if self.state is not ChannelState.OPEN or not self.reserved:
             self.refusals.refuse("close-reserved-state", self.state.value)
             return
         self.close_answer = target
-        self._close_device()
+        self._begin_close()
 
     def release(self) -> None:
-        """RELID_RELEASED."""
+        """Handle RELID_RELEASED."""
         if self.state is ChannelState.CLOSED:
             self.released_by_guest = True
             self._leave()
@@ -249,27 +282,32 @@ class Channel:
         elif self.state is ChannelState.REVOKED:
             self._release()
         elif self.state is ChannelState.REOFFERED:
-            self.pages.drop()
+            self.gpadl_list.drop()
             self.state = ChannelState.CLOSED
-            self._host.offer_again(self)
+            self._owner.send_offer(self)
         else:
             self.refusals.refuse("release-state", self.state.value)
 
     def modify(self, vp: int) -> None:
-        """MODIFYCHANNEL: interrupts to another virtual processor."""
-        self.signals.modify(vp)
+        """Handle MODIFYCHANNEL: interrupts go to another virtual processor."""
+        if self.state is not ChannelState.OPEN:
+            self.signals.refuse_modify(f"channel is {self.state.value}")
+        elif self.reserved:
+            self.signals.refuse_modify("channel has no interrupts")
+        else:
+            self.signals.modify(vp, paused=self.paused)
 
-    def gpadl_complete(self, assembly: Assembly) -> None:
-        """The range data of a GPADL is all there: check it, tell the device, answer."""
+    def accept_gpadl(self, assembly: Assembly) -> None:
+        """Check and keep a GPADL of which all range data has arrived, notify the endpoint, answer GPADL_CREATED."""
         gone = self.revoking or self.state in (ChannelState.REVOKED, ChannelState.REOFFERED)
-        error = self.pages.add(assembly, tell=not gone)
-        if self.abandoned or self.relid is None:
+        error = self.gpadl_list.accept(assembly, notify_device=not gone)
+        if self.relid is None:
             return
         status = STATUS_SUCCESS if error is None else STATUS_UNSUCCESSFUL
-        self._host.send(GPADL_CREATED.build(GpadlCreated(self.relid, assembly.gpadl_id, status)))
+        self.answer(GPADL_CREATED.build(GpadlCreated(self.relid, assembly.gpadl_id, status)))
 
     def teardown(self, gpadl_id: int) -> None:
-        """GPADL_TEARDOWN: TORNDOWN follows when the device has let go."""
+        """Handle GPADL_TEARDOWN; the answer follows when the endpoint has given the pages back."""
         gpadl = self.gpadls.get(gpadl_id)
         if gpadl is None or gpadl.state is not GpadlState.ACCEPTED:
             self.refusals.refuse("teardown-unknown", f"{gpadl_id:#x}")
@@ -284,14 +322,14 @@ class Channel:
             self._fail_open()
         elif in_ring and self.state is ChannelState.OPEN:
             self.refusals.refuse("teardown-open-ring", f"{gpadl_id:#x}")
-            self._close_device()
+            self._begin_close()
             return
-        self.pages.continue_teardowns()
+        self._continue_teardowns()
 
-    # ---- what the host asks for
+    # --- requests of the host ---
 
     def revoke(self) -> None:
-        """The host takes the channel away; the guest learns when the device has let go."""
+        """Take the channel away; the guest gets RESCIND_CHANNELOFFER when the endpoint has finished."""
         if self.revoking:
             return
         self.revoking = True
@@ -301,7 +339,7 @@ class Channel:
             self._depart()
 
     def abandon(self) -> None:
-        """The connection ends: nothing more is said to the guest about this channel."""
+        """End the channel with the connection: no message about it is sent to the guest any more."""
         if self.state is ChannelState.RELEASED or self.abandoned:
             return
         self.abandoned = True
@@ -311,42 +349,39 @@ class Channel:
             self._depart()
 
     def detach(self) -> None:
-        """The connection ends, but the client of a reserved channel stays."""
+        """Outlive the connection: the client of a reserved channel keeps it."""
         self.offered = False
 
-    def go_on(self) -> None:
-        """The channel was restored, and its bus goes on: take up what was under way when it was saved.
+    def resume_restored(self) -> None:
+        """Continue what was under way when the channel was saved: its bus resumes, guest memory is complete.
 
-        What the device had been asked for and not answered it is asked for once more. One that cannot go on
-        with an open channel loses it: the guest gets a RESCIND, and the same offer anew.
+        A call of the endpoint that had not finished is made once more. An open channel whose endpoint cannot be
+        restored is lost: the guest gets a RESCIND, and the same offer anew.
         """
         if self.state is ChannelState.OPENING and self.leaving:
             self._forget_open()
             self._leave()
-        elif self.state is ChannelState.OPENING and not self.stopped:
-            self._tell_open()
+        elif self.state is ChannelState.OPENING and not self.paused:
+            self._open_endpoint()
         elif self.state is ChannelState.OPEN:
-            self._go_on_open()
+            self._resume_open()
         elif self.state in (ChannelState.CLOSING, ChannelState.CLOSING_REOPEN) and self.request is not None:
-            self._tell_close()
+            self._close_endpoint()
         elif self.leaving and self.state is not ChannelState.REVOKED:
             self._leave()
-        self.pages.continue_teardowns()
+        self._continue_teardowns()
 
-    def _go_on_open(self) -> None:
-        if not can_be_restored(self.endpoint):
-            self._start_over()
-            return
+    def _resume_open(self) -> None:
         self._connect()
-        error = self.calls.call("restored", self.endpoint.restored, self).error
+        error = self.calls.restored().error
         self.busy = Busy.NO if error is not None else Busy.OPEN
         if error is not None:
             self._start_over()
             return
         self.signals.arm_unstick()
-        if not self.stopped:
-            self.signals.modify_pending()
-        self.calls.call("signalled", self.endpoint.signalled, self)
+        if not self.paused:
+            self.signals.apply_pending_target()
+        self.calls.signalled()
 
     def _start_over(self) -> None:
         """Rescind, and offer again with the same id once the guest has released it."""
@@ -364,29 +399,40 @@ class Channel:
             self.revoking = False
             self.state = ChannelState.REOFFERED
 
-    # ---- opening
+    # --- opening ---
 
     def _begin_open(self, request: OpenRequest) -> None:
         self.request = request
         self.signals.target_vp = request.target_vp
         self.state = ChannelState.OPENING
         try:
-            check_open(request, self.gpadls, self.connection_id, self._host)
+            check_open(
+                request,
+                self.gpadls,
+                relid=self.relid,
+                vp_count=self.host.synic.vp_count,
+                connection_id_taken=self._owner.connection_id_taken,
+            )
         except GuestError as error:
             self.refusals.refuse(error.reason, error.detail)
             self._fail_open()
             return
-        if not self.stopped:
-            self._tell_open()
+        if not self.paused:
+            self._open_endpoint()
 
     def _connect(self) -> None:
         self.busy = Busy.OPENING
-        if self.request is not None:
-            self.signals.connect(self.request)
+        if self.request is not None and self.relid is not None:
+            self.signals.connect(self.relid, self.request, self.doorbell)
+            self._monitor_changed()
 
-    def _tell_open(self) -> None:
+    def _monitor_changed(self) -> None:
+        if self.monitor_id is not None:
+            self.host.monitor_changed()
+
+    def _open_endpoint(self) -> None:
         self._connect()
-        outcome = self.calls.call("opened", self.endpoint.opened, self)
+        outcome = self.calls.opened()
         if not outcome.deferred:
             self._opened(outcome.error)
 
@@ -398,60 +444,64 @@ class Channel:
         self.busy = Busy.OPEN
         self.counters.opens += 1
         if self.abandoned or self.revoking:
-            self._close_device()
+            self._begin_close()
             return
         self.state = ChannelState.OPEN
         self._answer_open(STATUS_SUCCESS)
         self.signals.arm_unstick()
         ring = self.gpadls.get(self.request.ring_gpadl_id) if self.request else None
         if ring is None or ring.state is GpadlState.TEARING_DOWN:
-            self._close_device()
+            self._begin_close()
 
     def _fail_open(self) -> None:
         if not self.revoking:
             self._answer_open(STATUS_UNSUCCESSFUL)
         self._forget_open()
-        self._after_device()
+        self._after_endpoint()
 
     def _answer_open(self, status: int) -> None:
         request = self.request
-        if request is None or self.relid is None or self.abandoned:
-            return
-        payload = OPENCHANNEL_RESULT.build(OpenResult(self.relid, request.open_id, status))
-        self._host.send(payload, request.reserved.target if request.reserved else None)
+        if request is not None and self.relid is not None:
+            payload = OPENCHANNEL_RESULT.build(OpenResult(self.relid, request.open_id, status))
+            self.answer(payload, request.reserved.target if request.reserved else None)
 
-    # ---- closing and leaving
+    # --- closing and leaving ---
 
-    def _close_device(self) -> None:
+    def _begin_close(self) -> None:
         self.state = ChannelState.CLOSING
-        self._host.leave_subchannels(self)
-        self.signals.cancel_unstick()
-        self._tell_close()
+        self._owner.revoke_subchannels(self)
+        self.signals.close()
+        self._close_endpoint()
 
-    def _tell_close(self) -> None:
+    def _close_endpoint(self) -> None:
         self.busy = Busy.CLOSING
-        if not self.calls.call("closed", self.endpoint.closed, self).deferred:
+        if not self.calls.closed().deferred:
             self._closed()
 
     def _closed(self) -> None:
         self.busy = Busy.NO
-        answer, self.close_answer = self.close_answer, None
+        target, self.close_answer = self.close_answer, None
         was_reserved = self.reserved
         self._forget_open()
-        if answer is not None and self.relid is not None and not self.abandoned:
-            self._host.send(CLOSE_RESERVED_RESPONSE.build(ChannelOnly(self.relid)), answer)
+        if target is not None and self.relid is not None:
+            self.answer(CLOSE_RESERVED_RESPONSE.build(ChannelOnly(self.relid)), target)
         if was_reserved and not self.offered:
             self.abandoned = True
-        self._after_device()
+        self._after_endpoint()
 
     def _forget_open(self) -> None:
         self.signals.disconnect()
+        self._monitor_changed()
         self.request = None
 
-    def _after_device(self) -> None:
-        """The device has let the rings go: whatever waited for that goes on."""
+    def _continue_teardowns(self) -> None:
+        if self.busy in (Busy.NO, Busy.OPEN):
+            self.gpadl_list.continue_teardowns()
+
+    def _after_endpoint(self) -> None:
+        """Continue what waited until the endpoint gave the rings back."""
         reopen, self.reopen = self.reopen, None
-        self.pages.continue_teardowns()
+        self._continue_teardowns()
         if self.busy is not Busy.NO or self.state in (ChannelState.RELEASED, ChannelState.REVOKED):
             return
         if self.leaving:
@@ -467,34 +517,34 @@ class Channel:
         if self.state is ChannelState.CLOSING_REOPEN:
             self.state = ChannelState.CLOSING
         if self.busy is Busy.OPEN:
-            self._close_device()
+            self._begin_close()
         elif self.busy is Busy.NO:
             self._forget_open()
             self._leave()
 
     def _leave(self) -> None:
-        """The device has closed: take its GPADLs back, then go. Nothing can be opened meanwhile."""
+        """Take the GPADLs back from an endpoint that has closed, then go. Nothing can be opened meanwhile."""
         self.state = ChannelState.CLOSING
-        self._host.leave_subchannels(self)
-        self.pages.take_all_back()
+        self._owner.revoke_subchannels(self)
+        self.gpadl_list.take_all_back()
         self.leave_when_idle()
 
     def leave_when_idle(self) -> None:
-        """Go, if the channel is to leave and the device holds nothing of the guest's any more."""
+        """Go, if the channel is to leave and the endpoint holds neither rings nor GPADLs any more."""
         if not self.leaving or self.state in (ChannelState.RELEASED, ChannelState.REVOKED):
             return
-        if self.busy is not Busy.NO or not self.pages.all_back:
+        if self.busy is not Busy.NO or not self.gpadl_list.all_returned:
             return
         if self.abandoned or not self.revoking or not self.offered:
             self._release()
-        elif self._host.leave_subchannels(self):
-            self.pages.answer_teardowns()
+        elif self._owner.revoke_subchannels(self):
+            self.gpadl_list.answer_teardowns()
             self.state = ChannelState.REVOKED
-            self._host.rescinded(self)
+            self._owner.rescind(self)
 
     def _release(self) -> None:
-        """Free what the guest knew it by."""
-        self.pages.drop()
+        """Free everything by which the guest knew the channel."""
+        self.gpadl_list.drop()
         self.state = ChannelState.RELEASED
         self.offered = self.abandoned = self.released_by_guest = False
-        self._host.left(self)
+        self._owner.released(self)

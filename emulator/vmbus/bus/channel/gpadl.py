@@ -2,15 +2,23 @@
 
 Source: docs/protocol/messages.md#gpadl.
 
-    (none) --HEADER--> in progress --last BODY--> accepted --TEARDOWN--> tearing down --device let go--> (none)
+    (none) --HEADER--> in progress --last BODY--> accepted --TEARDOWN--> tearing down --device finished--> (none)
 
 Range data arrives in one HEADER and any number of BODY messages, in whole 8-byte words, never beyond the length
-that the header declared; what is too much in a message is surplus and ignored. An assembly is known by its id
-alone, because BODY names no channel; a complete GPADL by its id and its channel. Page numbers are checked to be
-RAM once, when the list is complete: guest RAM does not come and go.
+that the header declared; surplus bytes of a message are ignored. A GPADL in progress (an *assembly*) is known by
+its id alone, because BODY names no channel; a complete GPADL by its id and its channel. Page numbers are checked to
+be RAM once, when the list is complete: guest RAM does not come and go.
+
+The way of a GPADL from the message to the channel that keeps it:
+
+    MessageDispatcher._gpadl_header → GpadlAssembler.begin     the assembly, charged to the quota
+    MessageDispatcher._gpadl_body   → Assembly.append
+    Channel.accept_gpadl            → GpadlList.accept         the endpoint is notified, GPADL_CREATED is sent
+                                        → GpadlAssembler.finish   ranges parsed and checked, the list charged
+    Channel.teardown                → GpadlList                the endpoint gives the pages back, GPADL_TORNDOWN
 
 A guest can ask for many and large lists. A page costs the host 8 bytes, a range about as much as ``RANGE_WEIGHT``
-pages, a list some hundred bytes; so the limits below bound what a guest can make it hold to some 20 MiB. Real
+pages, a list some hundred bytes; so the limits below bound what a guest can make the host hold to some 20 MiB. Real
 guests fit with room: the largest user known, a uio network device, shares 31 + 16 MiB and 4 MiB of rings
 (13 056 pages) on its first channel, and 4 MiB of rings on each of up to 64 sub-channels.
 """
@@ -33,7 +41,7 @@ MAX_CONNECTION_PAGES = 1_048_576
 MAX_CHANNEL_GPADLS = 1024
 MAX_CONNECTION_GPADLS = 8192
 RANGE_WEIGHT = 32
-"""What a range counts for besides its pages; lists of many ranges are legal, and used by nobody."""
+"""What a range counts for besides its pages; no known guest uses lists of many ranges, but they are legal."""
 MAX_ASSEMBLIES = 256
 """GPADLs in progress at a time, of all channels; each holds at most 64 KiB of range data."""
 
@@ -48,7 +56,7 @@ class GpadlState(enum.Enum):
 
 @dataclass(slots=True)
 class Assembly:
-    """A GPADL whose range data is still arriving. ``capacity``: bytes of whole words that it will have."""
+    """A GPADL whose range data is still arriving. ``capacity``: bytes of range data, in whole words, when complete."""
 
     relid: int
     gpadl_id: int
@@ -58,7 +66,7 @@ class Assembly:
 
     @property
     def weight(self) -> int:
-        """What it counts for."""
+        """What the assembly counts for, in pages: at least what the finished list will."""
         return self.capacity // 8 + RANGE_WEIGHT * self.range_count
 
     @property
@@ -66,14 +74,14 @@ class Assembly:
         return len(self.data) >= self.capacity
 
     def append(self, data: bytes) -> None:
-        """Take the whole words of ``data`` that are still missing."""
+        """Append the whole words of ``data``, up to :attr:`capacity`."""
         room = self.capacity - len(self.data)
         self.data += data[: min(room, len(data) // 8 * 8)]
 
 
 @dataclass(slots=True)
 class Gpadl:
-    """A complete list. ``device_notified``: the endpoint knows of it."""
+    """A complete list. ``device_notified``: the endpoint was notified of it, and has not given it back."""
 
     gpadl_id: int
     ranges: tuple[GpaRange, ...]
@@ -86,7 +94,7 @@ class Gpadl:
 
     @property
     def weight(self) -> int:
-        """What it counts for."""
+        """What the list counts for, in pages."""
         return self.page_count + RANGE_WEIGHT * len(self.ranges)
 
     @property
@@ -94,7 +102,7 @@ class Gpadl:
         return sum(each.byte_count for each in self.ranges)
 
     def aligned_pfns(self) -> Sequence[int]:
-        """The page frame numbers of a list that is one range of whole pages (rings, network buffers).
+        """Return the page frame numbers of a list that is one range of whole pages (rings, network buffers).
 
         Raises :class:`ProtocolError` for any other shape.
         """
@@ -118,36 +126,23 @@ def check_ram(ranges: Sequence[GpaRange], memory: GuestMemory) -> None:
 
 
 def _find_hole(first: int, count: int, memory: GuestMemory) -> None:
-    """A run may lie over the border of two pieces of RAM; then every page of it must be in one of them."""
+    """Check page by page: a run is RAM, too, if it crosses the border of two adjacent pieces of RAM."""
     for pfn in range(first, first + count):
         if not memory.is_ram(pfn * PAGE_SIZE, PAGE_SIZE):
             raise GuestAddressError(pfn * PAGE_SIZE, PAGE_SIZE)
 
 
-class GpadlTable:
-    """The assemblies of a connection, and how much its GPADLs count for."""
+class GpadlQuota:
+    """What the GPADLs of a connection count for, assemblies included, against the limits above."""
 
-    def __init__(self, memory: GuestMemory) -> None:
-        self._memory = memory
-        self.assemblies: dict[int, Assembly] = {}
+    def __init__(self) -> None:
         self.pages = 0
         self.gpadls = 0
         self._channel_pages: dict[int, int] = {}
         self._channel_gpadls: dict[int, int] = {}
 
-    def begin(self, header: GpadlHeader, data: bytes) -> Assembly:
-        """Begin a list with the header's part of its range data.
-
-        Raises :class:`ProtocolError`: the id is being assembled already, or a limit would be passed.
-        """
-        if header.gpadl_id in self.assemblies:
-            raise ProtocolError("gpadl-id-in-progress", f"{header.gpadl_id:#x}")
-        assembly = Assembly(
-            header.relid, header.gpadl_id, header.range_buffer_length // 8 * 8, header.range_count
-        )
-        relid, weight = assembly.relid, assembly.weight
-        if len(self.assemblies) >= MAX_ASSEMBLIES:
-            raise ProtocolError("gpadl-too-many-in-progress", f"{MAX_ASSEMBLIES}")
+    def check(self, relid: int, weight: int) -> None:
+        """Raise :class:`ProtocolError` if one more list of that weight would pass a limit."""
         if (
             self._channel_pages.get(relid, 0) + weight > MAX_CHANNEL_PAGES
             or self.pages + weight > MAX_CONNECTION_PAGES
@@ -155,47 +150,14 @@ class GpadlTable:
             raise ProtocolError("gpadl-too-many-pages", f"channel {relid}, {weight} more")
         if self._channel_gpadls.get(relid, 0) >= MAX_CHANNEL_GPADLS or self.gpadls >= MAX_CONNECTION_GPADLS:
             raise ProtocolError("gpadl-too-many", f"channel {relid}")
+
+    def charge(self, relid: int, weight: int) -> None:
+        """Count one more list of channel ``relid``."""
         self._count(relid, weight, 1)
-        assembly.append(data)
-        self.assemblies[header.gpadl_id] = assembly
-        return assembly
 
-    def finish(self, assembly: Assembly) -> Gpadl:
-        """End a complete assembly.
-
-        Raises :class:`MalformedError` or :class:`GuestAddressError` for ranges that are none; the id is free
-        again either way.
-        """
-        self.abandon(assembly)
-        ranges = parse_ranges(assembly.data, assembly.range_count)
-        check_ram(ranges, self._memory)
-        gpadl = Gpadl(assembly.gpadl_id, ranges)
-        self.add(assembly.relid, gpadl)
-        return gpadl
-
-    def abandon(self, assembly: Assembly) -> None:
-        """Forget an assembly."""
-        del self.assemblies[assembly.gpadl_id]
-        self._count(assembly.relid, -assembly.weight, -1)
-
-    def abandon_all(self, relid: int | None = None) -> None:
-        """Forget the assemblies of one channel, or of all."""
-        for each in list(self.assemblies.values()):
-            if relid is None or each.relid == relid:
-                self.abandon(each)
-
-    def restore(self, assembly: Assembly) -> None:
-        """Go on with an assembly that was saved."""
-        self._count(assembly.relid, assembly.weight, 1)
-        self.assemblies[assembly.gpadl_id] = assembly
-
-    def add(self, relid: int, gpadl: Gpadl) -> None:
-        """Count a GPADL that a channel holds from now on."""
-        self._count(relid, gpadl.weight, 1)
-
-    def remove(self, relid: int, gpadl: Gpadl) -> None:
-        """A channel holds it no more."""
-        self._count(relid, -gpadl.weight, -1)
+    def refund(self, relid: int, weight: int) -> None:
+        """Undo :meth:`charge`."""
+        self._count(relid, -weight, -1)
 
     def _count(self, relid: int, pages: int, gpadls: int) -> None:
         self.pages += pages
@@ -206,3 +168,58 @@ class GpadlTable:
                 counts[relid] = left
             else:
                 counts.pop(relid, None)
+
+
+class GpadlAssembler:
+    """The GPADLs in progress of a connection."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.assemblies: dict[int, Assembly] = {}
+        """By GPADL id."""
+        self.quota = GpadlQuota()
+        self._memory = memory
+
+    def begin(self, header: GpadlHeader, data: bytes) -> Assembly:
+        """Begin a list with the header's part of its range data.
+
+        Raises :class:`ProtocolError`: the id is being assembled already, or a limit would be passed.
+        """
+        if header.gpadl_id in self.assemblies:
+            raise ProtocolError("gpadl-id-in-progress", f"{header.gpadl_id:#x}")
+        if len(self.assemblies) >= MAX_ASSEMBLIES:
+            raise ProtocolError("gpadl-too-many-in-progress", f"{MAX_ASSEMBLIES}")
+        assembly = Assembly(
+            header.relid, header.gpadl_id, header.range_buffer_length // 8 * 8, header.range_count
+        )
+        self.quota.check(assembly.relid, assembly.weight)
+        assembly.append(data)
+        self.restore(assembly)
+        return assembly
+
+    def finish(self, assembly: Assembly) -> Gpadl:
+        """Make a list of a complete assembly, which ends; its channel keeps the list, and refunds its weight later.
+
+        Raises :class:`MalformedError` or :class:`GuestAddressError` for bad ranges; the id is free again either way.
+        """
+        self.abandon(assembly)
+        ranges = parse_ranges(assembly.data, assembly.range_count)
+        check_ram(ranges, self._memory)
+        gpadl = Gpadl(assembly.gpadl_id, ranges)
+        self.quota.charge(assembly.relid, gpadl.weight)
+        return gpadl
+
+    def abandon(self, assembly: Assembly) -> None:
+        """Forget an assembly."""
+        del self.assemblies[assembly.gpadl_id]
+        self.quota.refund(assembly.relid, assembly.weight)
+
+    def abandon_all(self, relid: int | None = None) -> None:
+        """Forget the assemblies of one channel, or of all."""
+        for each in list(self.assemblies.values()):
+            if relid is None or each.relid == relid:
+                self.abandon(each)
+
+    def restore(self, assembly: Assembly) -> None:
+        """Continue an assembly, a saved one for instance."""
+        self.quota.charge(assembly.relid, assembly.weight)
+        self.assemblies[assembly.gpadl_id] = assembly

@@ -1,137 +1,123 @@
-"""Signals of one channel: interrupts to the guest, and doorbells of its choice.
+"""Signals of one channel: interrupts to the guest, and doorbells of the guest's choice.
 
 Source: docs/protocol/messages.md#open-channel, docs/protocol/messages.md#modify-channel.
 
-    target None  --OPEN, MODIFYCHANNEL--> target VP --close--> None
+    target None --OPEN, MODIFYCHANNEL--> target VP --close--> None
 
-A guest with a stopped device has its MODIFYCHANNEL wait: the first from 5.3 on, where each is answered, the
-latest before that.
+While the channel is paused MODIFYCHANNEL waits: the first one from version 5.3 on, where each is answered, the
+latest one before that.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
-from vmbus.bus.channel.state import ChannelHost, ChannelState, OpenRequest
+from vmbus.bus.channel.context import ChannelContext
+from vmbus.bus.channel.opening import OpenRequest
 from vmbus.bus.contact import MESSAGE_SINT
+from vmbus.bus.offers import CONNECTION_ID_BASE
 from vmbus.ports import TimerHandle
 from vmbus.wire.header import STATUS_SUCCESS, STATUS_UNSUCCESSFUL
 from vmbus.wire.messages import MODIFYCHANNEL_RESPONSE, ModifyChannelResponse
 from vmbus.wire.version import Version
 
-if TYPE_CHECKING:
-    from vmbus.bus.channel.channel import Channel
-
 UNSTICK_DELAY = 0.1
-"""Seconds after an open until the guest is signalled once, in case it missed what came first."""
+"""Seconds after an open until the guest is signalled once, in case it missed the first signal."""
 
 
 class ChannelSignals:
-    """Where the guest of ``channel`` is signalled, and what it may ring."""
+    """Where the guest is interrupted for one channel, and the connection id on which it rings."""
 
-    def __init__(self, channel: Channel, host: ChannelHost) -> None:
+    def __init__(self, context: ChannelContext) -> None:
         self.target_vp: int | None = None
-        """Virtual processor of the interrupts; None for none."""
+        """The virtual processor that is interrupted; None for none."""
         self.pending_target: int | None = None
-        """Of a MODIFYCHANNEL that waits."""
+        """The virtual processor of a MODIFYCHANNEL that waits."""
         self.port: int | None = None
-        """The guest's own choice of connection id, while open."""
-        self._channel = channel
-        self._host = host
+        """The connection id of the guest's choice, while the channel is connected."""
+        self._context = context
+        self._connected = False
+        self._event_flag = 0
         self._unstick: TimerHandle | None = None
 
-    def connect(self, request: OpenRequest) -> None:
-        """The device is about to use the channel."""
+    def connect(self, relid: int, request: OpenRequest, doorbell: Callable[[], None]) -> None:
+        """Let signals pass both ways: the endpoint is about to use the channel."""
+        self._connected = True
+        self._event_flag = relid if request.event_flag is None else request.event_flag
         chosen = request.connection_id
-        if chosen is not None and chosen != self._channel.connection_id:
+        if chosen is not None and chosen != CONNECTION_ID_BASE | relid:
             self.port = chosen
-            self._host.synic.connect_event_port(chosen, self._channel.doorbell)
-        self._monitor_changed()
+            self._context.host.synic.connect_event_port(chosen, doorbell)
+
+    def close(self) -> None:
+        """Interrupt the guest no more: the endpoint is about to close."""
+        self._connected = False
+        if self._unstick is not None:
+            self._unstick.cancel()
+            self._unstick = None
 
     def disconnect(self) -> None:
-        """The device does not use it any more; what waited has failed."""
-        self.cancel_unstick()
+        """End both directions, and fail a MODIFYCHANNEL that waits: the endpoint has closed."""
+        self.close()
         if self.pending_target is not None:
             self.pending_target = None
-            self._answer(STATUS_UNSUCCESSFUL)
+            self._answer_modify(STATUS_UNSUCCESSFUL)
         if self.port is not None:
-            self._host.synic.disconnect_event_port(self.port)
+            self._context.host.synic.disconnect_event_port(self.port)
             self.port = None
         self.target_vp = None
-        self._monitor_changed()
 
     def signal_guest(self) -> None:
         """See :meth:`Channel.signal_guest`."""
-        channel = self._channel
-        if not channel.is_open or self.target_vp is None or channel.relid is None:
-            channel.counters.interrupts_dropped += 1
+        context = self._context
+        if not self._connected or self.target_vp is None or context.relid is None:
+            context.counters.interrupts_dropped += 1
             return
-        channel.counters.interrupts += 1
-        if not self._host.connection.at_least(Version.WIN8) and self._host.shared_signal(channel.relid):
+        context.counters.interrupts += 1
+        host = context.host
+        if not host.connection.at_least(Version.WIN8) and host.signal_through_page(context.relid):
             return
-        flag = channel.relid
-        if channel.request is not None and channel.request.event_flag is not None:
-            flag = channel.request.event_flag
-        self._host.synic.signal_event(self.target_vp, MESSAGE_SINT, flag)
+        host.synic.signal_event(self.target_vp, MESSAGE_SINT, self._event_flag)
 
-    def modify(self, vp: int) -> None:
-        """MODIFYCHANNEL."""
-        channel = self._channel
-        error = self._modify_error(vp)
-        if error:
-            channel.refusals.refuse("modify", error)
-            self._answer(STATUS_UNSUCCESSFUL)
-        elif not channel.stopped:
+    def modify(self, vp: int, *, paused: bool) -> None:
+        """Handle MODIFYCHANNEL for an open channel."""
+        if self.target_vp is None:
+            self.refuse_modify("channel has no interrupts")
+        elif vp >= self._context.host.synic.vp_count:
+            self.refuse_modify(f"virtual processor {vp:#x}")
+        elif not paused:
             self._retarget(vp)
-        elif self.pending_target is not None and self._host.connection.at_least(Version.IRON):
-            channel.refusals.refuse("modify-pending")
+        elif self.pending_target is not None and self._context.host.connection.at_least(Version.IRON):
+            self._context.refusals.refuse("modify-pending")
         else:
             self.pending_target = vp
 
-    def modify_pending(self) -> None:
-        """What waited for the device happens now."""
+    def refuse_modify(self, detail: str) -> None:
+        """Answer MODIFYCHANNEL with a failure."""
+        self._context.refusals.refuse("modify", detail)
+        self._answer_modify(STATUS_UNSUCCESSFUL)
+
+    def apply_pending_target(self) -> None:
+        """Act on a MODIFYCHANNEL that waited."""
         if self.pending_target is not None:
             vp, self.pending_target = self.pending_target, None
             self._retarget(vp)
 
     def arm_unstick(self) -> None:
-        """Signal the guest once, a while from now."""
-        self._unstick = self._host.timers.call_later(UNSTICK_DELAY, self._unstick_guest)
-
-    def cancel_unstick(self) -> None:
-        """The channel closes."""
-        if self._unstick is not None:
-            self._unstick.cancel()
-            self._unstick = None
+        """Signal the guest once, :data:`UNSTICK_DELAY` from now."""
+        self._unstick = self._context.host.timers.call_later(UNSTICK_DELAY, self._unstick_guest)
 
     def _unstick_guest(self) -> None:
         self._unstick = None
         self.signal_guest()
 
-    def _modify_error(self, vp: int) -> str:
-        channel = self._channel
-        if channel.state is not ChannelState.OPEN:
-            return f"channel is {channel.state.value}"
-        if channel.reserved or self.target_vp is None:
-            return "channel has no interrupts"
-        if vp >= self._host.synic.vp_count:
-            return f"virtual processor {vp:#x}"
-        return ""
-
     def _retarget(self, vp: int) -> None:
-        channel = self._channel
         self.target_vp = vp
-        channel.calls.call("retargeted", channel.endpoint.retargeted, channel, vp)
-        self._answer(STATUS_SUCCESS)
+        self._context.calls.retargeted(vp)
+        self._answer_modify(STATUS_SUCCESS)
         self.signal_guest()
 
-    def _answer(self, status: int) -> None:
-        channel = self._channel
-        if channel.relid is None or channel.abandoned or not self._host.connection.at_least(Version.IRON):
-            return
-        answer = ModifyChannelResponse(channel.relid, status)
-        self._host.send(MODIFYCHANNEL_RESPONSE.build(answer))
-
-    def _monitor_changed(self) -> None:
-        if self._channel.monitor_id is not None:
-            self._host.monitor_changed()
+    def _answer_modify(self, status: int) -> None:
+        context = self._context
+        if context.relid is not None and context.host.connection.at_least(Version.IRON):
+            context.answer(MODIFYCHANNEL_RESPONSE.build(ModifyChannelResponse(context.relid, status)))

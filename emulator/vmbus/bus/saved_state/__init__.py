@@ -1,1 +1,1 @@
-"""The saved state of the bus: its values, their layout as bytes, and whether they can be restored here."""
+"""The saved state of the bus: plain values (``values``), their bytes (``layout``), checks and restoring (``restore``)."""

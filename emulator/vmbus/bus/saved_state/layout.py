@@ -1,6 +1,6 @@
-"""The bus's state (:mod:`vmbus.bus.saved_state.values`) as bytes; forms as in :mod:`vmbus.wire.saved`.
+"""The layout of the saved bus: :mod:`~vmbus.bus.saved_state.values` as bytes, in the forms of :mod:`vmbus.wire.saved`.
 
-Enumerations are stored as numbers: a member keeps its place in the lists below for ever, new ones come at the end.
+Enumerations are stored as numbers: a member keeps its place in the lists below for ever, new members are appended.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 
 import construct as c
 
-from vmbus.bus.channel.state import ChannelState, OpenRequest, ReservedClient
+from vmbus.bus.channel.opening import OpenRequest, ReservedClient
+from vmbus.bus.channel.state import ChannelState
 from vmbus.bus.contact import ContactRequest, MonitorPages, NextAction, Phase
 from vmbus.bus.outbox import Outgoing, Target
 from vmbus.bus.saved_state.values import (
@@ -20,8 +21,8 @@ from vmbus.bus.saved_state.values import (
     ChannelRecord,
     ConnectionRecord,
     GpadlRecord,
-    HeldMessage,
     RangeRecord,
+    WaitingMessage,
 )
 from vmbus.wire.codec import Record
 from vmbus.wire.plain import Blob, Guid, Maybe, Members, Nested, PlainAdapter, Several, VarUint
@@ -102,7 +103,7 @@ _CONTACT = Record(
     "version" / c.Int32ul,
     "target" / Nested(_TARGET),
     "vtl" / c.Int8ul,
-    # As the guest sent them: they are looked at when its turn comes.
+    # As the guest sent them: they are checked when the contact is answered.
     "features" / _Features(known=False),
     "interrupt_page" / c.Int64ul,
     "parent_to_child" / c.Int64ul,
@@ -179,7 +180,7 @@ _CHANNEL = Record(
     "waiting" / _FLAG,
     "gpadls" / Members(Nested(_GPADL)),
 )
-_HELD = Record(HeldMessage, "connection_id" / c.Int32ul, "payload" / Blob, "trusted" / _FLAG)
+_WAITING = Record(WaitingMessage, "connection_id" / c.Int32ul, "payload" / Blob, "trusted" / _FLAG)
 _OUTGOING = Record(Outgoing, "target" / Nested(_TARGET), "payload" / Blob, "lasting" / _FLAG)
 
 SAVED_BUS = Record(
@@ -187,6 +188,6 @@ SAVED_BUS = Record(
     "connection" / Nested(_CONNECTION),
     "channels" / Members(Nested(_CHANNEL)),
     "assemblies" / Members(Nested(_ASSEMBLY)),
-    "inbox" / Members(Nested(_HELD)),
+    "inbox" / Members(Nested(_WAITING)),
     "outbox" / Members(Nested(_OUTGOING)),
 )

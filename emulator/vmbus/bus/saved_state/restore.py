@@ -1,14 +1,16 @@
-"""Whether a saved state of the bus can be gone on with here (docs/protocol/saving.md#bus-state).
+"""Checks of a saved state of the bus, and live objects from its values (docs/protocol/saving.md#bus-state).
 
-A state comes from a file or another process, perhaps damaged, perhaps written by somebody else: it is checked
-like a guest's message, whole, before anything changes.
+A state comes from a file or another process, and may be damaged or malicious: the whole of it is checked like a
+guest's message, before anything changes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING
 
+from vmbus.bus.channel.endpoint import EndpointChannel
 from vmbus.bus.channel.gpadl import (
     MAX_ASSEMBLIES,
     MAX_CHANNEL_GPADLS,
@@ -19,12 +21,11 @@ from vmbus.bus.channel.gpadl import (
     Assembly,
     Gpadl,
     GpadlState,
-    GpadlTable,
     check_ram,
 )
-from vmbus.bus.channel.opening import split_rings
-from vmbus.bus.channel.state import ChannelState, OpenRequest
-from vmbus.bus.contact import MULTICLIENT_CONNECTION_ID, SINT_COUNT, Limits, Phase
+from vmbus.bus.channel.opening import OpenRequest, split_rings
+from vmbus.bus.channel.state import ChannelState
+from vmbus.bus.contact import MULTICLIENT_CONNECTION_ID, SINT_COUNT, Connection, Limits, Phase
 from vmbus.bus.offers import CONNECTION_ID_BASE, MAX_CONNECTION_ID, MAX_RELID
 from vmbus.bus.outbox import Target
 from vmbus.bus.saved_state.values import (
@@ -56,11 +57,12 @@ _WITH_REQUEST = {
 
 
 class BusStateRefused(VmbusError):
-    """A saved state that this bus cannot take over; ``reason`` is a stable name.
+    """A saved state that this bus cannot restore; ``reason`` is a stable name.
 
-    ``unsupported-version``, ``unsupported-features``, ``features-before-6.0``: what was agreed with the guest is
-    not to be had here. ``monitor-pages``: the server's pages are others. ``not-ram``: the machine has other
-    memory. ``not-fresh``: this bus has a guest already. ``inconsistent``: the state contradicts itself.
+    ``unsupported-version``, ``unsupported-features``, ``features-before-6.0``: this bus does not support what was
+    agreed with the guest. ``monitor-pages``: the server-specified monitor pages differ. ``not-ram``: the state names
+    pages that are not RAM here. ``not-fresh``: this bus has a guest already. ``inconsistent``: the state contradicts
+    itself.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -90,8 +92,13 @@ def check_state(state: BusState, limits: Limits, memory: GuestMemory, vp_count: 
         _check_target(outgoing.target, vp_count)
 
 
-def thaw_gpadl(record: GpadlRecord) -> Gpadl:
-    """The GPADL of a checked record."""
+def restored_connection(record: ConnectionRecord) -> Connection:
+    """Return the connection of a checked record."""
+    return Connection(*(getattr(record, field.name) for field in dataclasses.fields(Connection)))
+
+
+def restored_gpadl(record: GpadlRecord) -> Gpadl:
+    """Return the GPADL of a checked record."""
     ranges = tuple(
         GpaRange(each.byte_count, each.byte_offset, pfns_of_runs(each.runs)) for each in record.ranges
     )
@@ -99,40 +106,40 @@ def thaw_gpadl(record: GpadlRecord) -> Gpadl:
     return Gpadl(record.gpadl_id, ranges, state, record.device_notified)
 
 
-def thaw_assembly(record: AssemblyRecord) -> Assembly:
-    """The assembly of a checked record."""
+def restored_assembly(record: AssemblyRecord) -> Assembly:
+    """Return the assembly of a checked record."""
     return Assembly(
         record.relid, record.gpadl_id, record.capacity, record.range_count, bytearray(record.data)
     )
 
 
-class Absent:
-    """Stands in for the device of a saved channel until it is offered here, or is found not to be."""
+class AbsentDevice:
+    """The endpoint of a restored channel until its device is offered here; it fails every open."""
 
-    def opened(self, channel: Channel) -> None:
-        raise DeviceError("the device is not here any more")
+    def opened(self, channel: EndpointChannel) -> None:
+        raise DeviceError("the device of this restored channel is not offered here")
 
-    def closed(self, channel: Channel) -> None:
-        return
+    def closed(self, channel: EndpointChannel) -> None:
+        """Nothing is open."""
 
-    def signalled(self, channel: Channel) -> None:
-        return
+    def signalled(self, channel: EndpointChannel) -> None:
+        """Nothing is open."""
 
-    def gpadl_created(self, channel: Channel, gpadl: Gpadl) -> None:
-        return
+    def gpadl_created(self, channel: EndpointChannel, gpadl: Gpadl) -> None:
+        """No page is used."""
 
-    def gpadl_torn_down(self, channel: Channel, gpadl: Gpadl) -> None:
-        return
+    def gpadl_torn_down(self, channel: EndpointChannel, gpadl: Gpadl) -> None:
+        """No page is used."""
 
-    def retargeted(self, channel: Channel, vp: int) -> None:
-        return
-
-
-ABSENT = Absent()
+    def retargeted(self, channel: EndpointChannel, vp: int) -> None:
+        """Nothing interrupts."""
 
 
-def adopt(channel: Channel, record: ChannelRecord, table: GpadlTable) -> None:
-    """Put ``channel`` into the state of a checked record; its device is told when the bus goes on."""
+ABSENT_DEVICE = AbsentDevice()
+
+
+def restore_channel(channel: Channel, record: ChannelRecord) -> None:
+    """Put ``channel`` into the state of a checked record; its endpoint is called when the bus resumes."""
     channel.state = record.state
     channel.relid = record.relid
     channel.monitor_id = record.monitor_id
@@ -145,11 +152,9 @@ def adopt(channel: Channel, record: ChannelRecord, table: GpadlTable) -> None:
     channel.revoking = record.revoking
     channel.abandoned = record.abandoned
     channel.released_by_guest = record.released_by_guest
-    for each in record.gpadls:
-        gpadl = thaw_gpadl(each)
-        channel.gpadls[gpadl.gpadl_id] = gpadl
-        if record.relid is not None:
-            table.add(record.relid, gpadl)
+    if record.relid is not None:  # a released channel has no GPADLs
+        for each in record.gpadls:
+            channel.gpadl_list.restore(record.relid, restored_gpadl(each))
 
 
 def _consistent(fine: bool, detail: str) -> None:
@@ -163,7 +168,7 @@ def _unique(what: str, numbers: Iterable[Hashable]) -> None:
 
 
 def _signal_ids(state: BusState) -> Iterable[int]:
-    """Every connection id on which a guest can signal a channel."""
+    """Return every connection id on which the guest can signal a channel."""
     for channel in state.channels:
         if channel.relid is None:
             continue
@@ -245,7 +250,10 @@ def _check_channel(
 
 
 def _has_its_requests(channel: ChannelRecord) -> bool:
-    """A channel that leaves stays ``closing`` when its device has closed, until it gave all GPADLs back."""
+    """Return whether open requests and state agree.
+
+    A channel that leaves stays ``closing`` after its device has closed, until all GPADLs are given back.
+    """
     leaving = channel.abandoned or channel.revoking or channel.released_by_guest
     if channel.state is ChannelState.CLOSING and leaving:
         return channel.reopen is None
@@ -283,7 +291,7 @@ def _check_gpadl(record: GpadlRecord, name: str, memory: GuestMemory) -> Gpadl:
             and all(first >= 0 and count > 0 and first + count <= PFN_LIMIT for first, count in each.runs),
             f"{what}: {each.byte_count} bytes at {each.byte_offset} in {pages} pages",
         )
-    gpadl = thaw_gpadl(record)
+    gpadl = restored_gpadl(record)
     try:
         check_ram(gpadl.ranges, memory)
     except GuestAddressError as error:
@@ -302,19 +310,19 @@ def _check_assembly(assembly: AssemblyRecord, relids: set[int]) -> None:
 
 
 def _weight(record: GpadlRecord) -> int:
-    """As ``Gpadl.weight``, of what has not been checked: its page lists may be of any length."""
+    """Return the ``Gpadl.weight`` of a record that is not checked yet, without expanding its page lists."""
     return sum(max(count, 0) for each in record.ranges for _, count in each.runs) + RANGE_WEIGHT * len(
         record.ranges
     )
 
 
 def _check_limits(state: BusState) -> None:
-    """Of everything together, before any page list is made of its runs."""
+    """Check the weights of all GPADLs together, before any page list is expanded from its runs."""
     weights: dict[int | None, list[int]] = {}
     for channel in state.channels:
         weights.setdefault(channel.relid, []).extend(_weight(gpadl) for gpadl in channel.gpadls)
     for assembly in state.assemblies:
-        weights.setdefault(assembly.relid, []).append(thaw_assembly(assembly).weight)
+        weights.setdefault(assembly.relid, []).append(restored_assembly(assembly).weight)
     _consistent(
         all(sum(each) <= MAX_CHANNEL_PAGES and len(each) <= MAX_CHANNEL_GPADLS for each in weights.values())
         and sum(sum(each) for each in weights.values()) <= MAX_CONNECTION_PAGES

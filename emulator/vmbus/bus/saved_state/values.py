@@ -1,7 +1,9 @@
-"""The state of the bus as plain values, for whoever saves it (docs/protocol/saving.md#bus-state).
+"""The state of the bus as plain values (docs/protocol/saving.md#bus-state), and how they are captured.
 
-Nothing here refers to a live object. Rings are not part of it: they are guest memory. Messages that the SynIC
-has queued already belong to the hypervisor part. Page lists are runs of (first page frame number, count).
+    live objects --capture_*()--> values (here) --layout--> bytes --layout--> values --restore--> live objects
+
+No value refers to a live object. Rings are not part of the state: they are guest memory. Messages that the SynIC has
+queued belong to the state of the hypervisor. Page lists are runs of (first page frame number, count).
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vmbus.bus.channel.gpadl import Assembly, Gpadl, GpadlState
-from vmbus.bus.channel.state import ChannelState, OpenRequest
+from vmbus.bus.channel.opening import OpenRequest
+from vmbus.bus.channel.state import ChannelState
 from vmbus.bus.contact import Connection, ContactRequest, MonitorPages, NextAction, Phase
 from vmbus.bus.offers import OfferKey
 from vmbus.bus.outbox import Outgoing, Target
@@ -34,7 +37,7 @@ class RangeRecord:
 
 @dataclass(frozen=True, slots=True)
 class GpadlRecord:
-    """A complete GPADL. ``device_notified``: its device knows of it."""
+    """A complete GPADL. ``device_notified``: its device was notified of it, and has not given it back."""
 
     gpadl_id: int
     ranges: tuple[RangeRecord, ...]
@@ -57,8 +60,8 @@ class AssemblyRecord:
 class ChannelRecord:
     """A channel; fields as in :class:`~vmbus.bus.channel.channel.Channel`.
 
-    ``waiting``: released only because there was no free id. A released channel that does not wait was given up
-    by the guest, and is not offered to it again on this connection.
+    ``waiting``: the channel is released only because no id was free. A released channel that does not wait was
+    released by the guest, and is not offered again on this connection.
     """
 
     interface_id: uuid.UUID
@@ -101,19 +104,10 @@ class ConnectionRecord:
     next_action: NextAction
     next_contact: ContactRequest | None
 
-    @classmethod
-    def of(cls, connection: Connection) -> ConnectionRecord:
-        """A frozen copy."""
-        return cls(*(getattr(connection, field.name) for field in dataclasses.fields(connection)))
-
-    def thaw(self) -> Connection:
-        """The inverse of :meth:`of`."""
-        return Connection(*(getattr(self, field.name) for field in dataclasses.fields(self)))
-
 
 @dataclass(frozen=True, slots=True)
-class HeldMessage:
-    """A message of the guest that a paused bus has not acted on."""
+class WaitingMessage:
+    """A message of the guest that a paused bus has acknowledged, and not handled yet."""
 
     connection_id: int
     payload: bytes
@@ -122,32 +116,39 @@ class HeldMessage:
 
 @dataclass(frozen=True, slots=True)
 class BusState:
-    """All of it. ``inbox`` and ``outbox``: messages that wait, in order."""
+    """The whole state. ``inbox`` and ``outbox``: messages that wait, in order."""
 
     connection: ConnectionRecord
     channels: tuple[ChannelRecord, ...] = ()
     assemblies: tuple[AssemblyRecord, ...] = ()
-    inbox: tuple[HeldMessage, ...] = ()
+    inbox: tuple[WaitingMessage, ...] = ()
     outbox: tuple[Outgoing, ...] = ()
 
 
-def gpadl_record(gpadl: Gpadl) -> GpadlRecord:
-    """A GPADL as a record."""
+def capture_connection(connection: Connection) -> ConnectionRecord:
+    """Return what is agreed with the guest as a record."""
+    return ConnectionRecord(
+        *(getattr(connection, field.name) for field in dataclasses.fields(ConnectionRecord))
+    )
+
+
+def capture_gpadl(gpadl: Gpadl) -> GpadlRecord:
+    """Return a complete GPADL as a record."""
     ranges = tuple(
         RangeRecord(each.byte_count, each.byte_offset, tuple(runs(each.pfns))) for each in gpadl.ranges
     )
     return GpadlRecord(gpadl.gpadl_id, ranges, gpadl.state is GpadlState.TEARING_DOWN, gpadl.device_notified)
 
 
-def assembly_record(assembly: Assembly) -> AssemblyRecord:
-    """An assembly as a record."""
+def capture_assembly(assembly: Assembly) -> AssemblyRecord:
+    """Return a GPADL in progress as a record."""
     return AssemblyRecord(
         assembly.relid, assembly.gpadl_id, assembly.capacity, assembly.range_count, bytes(assembly.data)
     )
 
 
-def channel_record(channel: Channel, *, waiting: bool) -> ChannelRecord:
-    """A channel as a record; ``waiting`` for a free id."""
+def capture_channel(channel: Channel, *, waiting: bool) -> ChannelRecord:
+    """Return a channel as a record; ``waiting`` for a free id."""
     return ChannelRecord(
         interface_id=channel.offer.interface_id,
         instance_id=channel.offer.instance_id,
@@ -165,5 +166,5 @@ def channel_record(channel: Channel, *, waiting: bool) -> ChannelRecord:
         abandoned=channel.abandoned,
         released_by_guest=channel.released_by_guest,
         waiting=waiting,
-        gpadls=tuple(gpadl_record(gpadl) for gpadl in channel.gpadls.values()),
+        gpadls=tuple(capture_gpadl(gpadl) for gpadl in channel.gpadls.values()),
     )

@@ -123,7 +123,7 @@ class BusSection:
         return self._last[1]
 
     def save(self) -> SavedSection:
-        return SavedSection(self.name, self.version, SAVED_BUS.build(self._host.bus.export_state()))
+        return SavedSection(self.name, self.version, SAVED_BUS.build(self._host.bus.save()))
 
     def check_restore(self, section: SavedSection, channels: Sequence[ChannelState]) -> str | None:
         if (section.name, section.version) != (self.name, self.version):
@@ -145,7 +145,7 @@ class BusSection:
         return None
 
     def apply_restore(self, section: SavedSection) -> None:
-        self._host.bus.import_state(self._parsed(section))
+        self._host.bus.restore(self._parsed(section))
 
 
 def offered(features: Features) -> tuple[str, ...]:
@@ -299,7 +299,7 @@ class HostState:
             io = self._host.channel_end(primary.io.device)
             offer = dataclasses.replace(primary.channel.offer, subchannel_index=identity.subchannel_index)
             channel = self._host.bus.offer(offer, io)
-            channel.stop()
+            channel.pause()
             primary.io.subchannels.append(io)
             made.append(channel)
         return made
