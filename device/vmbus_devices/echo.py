@@ -212,7 +212,7 @@ class Echo(Device):
         if saved.next < saved.count and saved.size <= MAX_GENERATE_SIZE:
             self._generation = Generation(saved.next, saved.count, saved.size, saved.burst)
 
-    def resumed(self, io: ChannelIo) -> None:
+    def restored(self, io: ChannelIo) -> None:
         """Continue a generation after a restore; called in place of ``opened``."""
         if self._generation is not None:
             io.notify_room()

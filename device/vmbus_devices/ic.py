@@ -203,7 +203,7 @@ class IntegrationComponent(Device):
         self._io = io
         self._negotiate()
 
-    def resumed(self, io: ChannelIo) -> None:
+    def restored(self, io: ChannelIo) -> None:
         """Continue where the saved component was; negotiate if the negotiation had not ended."""
         self._io = io
         if self.state is IcState.READY:

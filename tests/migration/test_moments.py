@@ -219,7 +219,7 @@ async def test_with_a_ring_that_the_guest_has_filled(tmp_path: Path, guest_progr
             )
 
             # The host takes nothing, there or here: only room that comes later can wake the guest.
-            echo_io(guest).hold()
+            echo_io(guest).pause_input()
             await guest.here.until(lambda: waits_for_room(echo_io(guest)), "a ring that is full")
             went_well(await guest.move())
             io, device = echo_io(guest), guest.device("echo")
@@ -227,7 +227,7 @@ async def test_with_a_ring_that_the_guest_has_filled(tmp_path: Path, guest_progr
             assert waits_for_room(io)
             assert io.counters.packets_in == io.counters.packets_out == 0
             device.__class__, device.kept = Slow, []
-            io.release()
+            io.resume_input()
             await guest.here.until(lambda io=io: io.counters.packets_in >= BURST, "more than the ring held")
             assert io.counters.packets_out == 0
             device.catch_up(io)

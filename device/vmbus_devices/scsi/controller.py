@@ -285,7 +285,7 @@ class Controller(Device):
     def opened(self, io: ChannelIo) -> None:
         if io.subchannel_index:
             if not self.handshake.ready:
-                io.hold()
+                io.pause_input()
                 self._waiting_subchannels.append(io)
             self._requests[io] = set()
             self._open_fast(io)
@@ -412,7 +412,7 @@ class Controller(Device):
         if handshake.ready and not was_ready:
             waiting, self._waiting_subchannels = self._waiting_subchannels, []
             for each in waiting:
-                each.release()
+                each.resume_input()
 
     # --- commands ---
 
@@ -556,14 +556,14 @@ class Controller(Device):
         found += [(io.subchannel_index, packet) for io, packet in self.resets.waiting]
         return found
 
-    def resumed(self, io: ChannelIo) -> None:
+    def restored(self, io: ChannelIo) -> None:
         self._requests.setdefault(io, set())
         self._open_fast(io)
         index = io.subchannel_index
         if not index:
             self._primary = io
         elif self.handshake.ready:
-            io.release()
+            io.resume_input()
         else:
             self._waiting_subchannels.append(io)
         mine = [packet for at, packet in self.pending if at == index]

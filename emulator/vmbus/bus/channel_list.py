@@ -68,7 +68,11 @@ class ChannelList:
     def add(self, offer: Offer, endpoint: Endpoint) -> Channel:
         """See :meth:`Bus.offer`."""
         for restored in self.channels:
-            if restored.endpoint is ABSENT_DEVICE and restored.offer.key == offer.key and not restored.revoking:
+            if (
+                restored.endpoint is ABSENT_DEVICE
+                and restored.offer.key == offer.key
+                and not restored.revoking
+            ):
                 restored.offer, restored.endpoint = offer, endpoint
                 return restored
         self._check(offer)

@@ -246,7 +246,8 @@ class MessageDispatcher:
 
     def _tl_connect(self, posted: PostedMessage) -> None:
         with_silo = (
-            self._bus.connection.at_least(Version.WIN10_RS5) and len(posted.payload) >= TL_CONNECT_REQUEST_SILO.size
+            self._bus.connection.at_least(Version.WIN10_RS5)
+            and len(posted.payload) >= TL_CONNECT_REQUEST_SILO.size
         )
         if with_silo:
             long = TL_CONNECT_REQUEST_SILO.parse(posted.payload)

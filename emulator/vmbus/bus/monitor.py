@@ -3,8 +3,8 @@
 Source: docs/protocol/messages.md#monitor-pages.
 
 The guest sets bits with a locked instruction; the host has no locked instruction on guest memory. So the host clears
-a whole word, and then signals every channel that has a bit in it: a bit that was set between the load and the clearing
-store is not lost, and a spurious signal is harmless.
+a whole word, and then signals every channel that has a bit in it: a bit that was set between the load and the
+clearing store is not lost, and a spurious signal is harmless.
 """
 
 from __future__ import annotations

@@ -225,7 +225,9 @@ class Bus:
             connection=capture_connection(self.connection),
             channels=self.channel_list.save(),
             assemblies=tuple(capture_assembly(each) for each in self.gpadl_assembler.assemblies.values()),
-            inbox=tuple(WaitingMessage(each.connection_id, each.payload, each.trusted) for each in self._inbox),
+            inbox=tuple(
+                WaitingMessage(each.connection_id, each.payload, each.trusted) for each in self._inbox
+            ),
             outbox=self.outbox.waiting,
         )
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from vmbus.bus.channel.channel import Channel
 from vmbus.bus.contact import MESSAGE_SINT
-from vmbus.bus.io.channel_io import ChannelIo
+from vmbus.bus.io.channel_io import ChannelDevice, ChannelIo
 from vmbus.bus.io.device import Device, DeviceEnvironment
 from vmbus.bus.messages import PostResult
 from vmbus.bus.server import Bus
@@ -261,7 +261,7 @@ class Host:
             raise
         return host
 
-    def channel_end(self, device: Device) -> ChannelIo:
+    def channel_end(self, device: ChannelDevice) -> ChannelIo:
         """The host's end of a channel of ``device`` that is about to be offered."""
         longest = device.poll_window if self._spare else min(device.poll_window, Device.poll_window)
         return ChannelIo(device, self._loop, poll_window=longest)

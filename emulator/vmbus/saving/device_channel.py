@@ -9,7 +9,7 @@ Source: docs/saved-state.md; :mod:`vmbus.bus.io.channel_io`. Which part saves wh
     | payloads of the outstanding packets, the device's state | the device, in the primary channel's chunks |
 
 ``ChannelIo`` keeps transaction ids but no payloads: OUTSTANDING and TAKEN chunks of such a channel have an empty
-payload. The device saves what it needs to continue in ``Device.save``, and continues in ``Device.resumed``.
+payload. The device saves what it needs to continue in ``Device.save``, and continues in ``Device.restored``.
 
 A restore leaves the ``ChannelIo`` closed, with the adopted state. When guest memory is complete the bus calls its
 ``restored``, and the channel runs.
@@ -150,7 +150,7 @@ class DeviceChannel:
         self._switched += 1
         self._view = None
         if self.io.state is IoState.CLOSED:
-            self.io.adopt(ChannelIoState())
+            self.io.restore(ChannelIoState())
 
     def take_view(self) -> ChannelState:
         if self._view is None:
@@ -179,7 +179,7 @@ class DeviceChannel:
 
     def apply_restore(self, state: ChannelState) -> None:
         self._switched += 1
-        self.io.adopt(_io_state(state))
+        self.io.restore(_io_state(state))
         if not self.channel.offer.subchannel_index:
             self.io.device.restore(state.device)
 
@@ -189,7 +189,7 @@ class DeviceChannel:
         channel, io = self.channel, self.io
         if io.state is IoState.CLOSED and channel.is_open and not self._adopted():
             raise DeviceError(f"{io.device.name} cannot be saved: its channel is open, but the device is not")
-        kept = io.snapshot()
+        kept = io.save()
         queue = tuple(_queued(packet) for packet in kept.output)
         awaited = dict(kept.awaited)
         for each in queue:
@@ -210,7 +210,7 @@ class DeviceChannel:
         for axis, holds in (
             (ChannelAxes.OPEN, request is not None),
             (ChannelAxes.PAUSED, channel.paused),
-            (ChannelAxes.HELD, kept.held),
+            (ChannelAxes.HELD, kept.input_paused),
         ):
             axes |= axis if holds else ChannelAxes(0)
         return SavedChannel(
@@ -332,6 +332,6 @@ def _io_state(state: ChannelState) -> ChannelIoState:
         owed=_count([packet.transaction_id for packet in state.taken]),
         awaited=_count(awaited),
         output=tuple(_built(each) for each in state.queue),
-        held=bool(state.channel.axes & ChannelAxes.HELD),
+        input_paused=bool(state.channel.axes & ChannelAxes.HELD),
         failure=state.channel.failure,
     )

@@ -19,17 +19,15 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Self, cast
+from typing import NamedTuple, Self
 
+from vmbus.bus.channel.gpadl import Gpadl
 from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.bus.io.device import Device, DeviceEnvironment
-from vmbus.ports import PAGE_SIZE, GuestPages
+from vmbus.bus.offers import Offer
+from vmbus.errors import InternalError, ProtocolError
+from vmbus.ports import PAGE_SIZE, GuestMemory, GuestPages
 from vmbus.testing.fakes import FakeMemory, FakeTimers, FakeWorkers
-
-if TYPE_CHECKING:
-    from vmbus.bus.channel.channel import Channel
-    from vmbus.bus.channel.gpadl import Gpadl
-    from vmbus.bus.offers import Offer
 
 IN_BAND = 6
 TRANSFER_PAGES = 7
@@ -185,7 +183,7 @@ class RacingPages:
 
 @dataclass(slots=True)
 class FakeChannel:
-    """What a :class:`~vmbus.bus.io.channel_io.ChannelIo` needs of a channel. Pass it through :meth:`as_channel`."""
+    """An :class:`~vmbus.bus.channel.endpoint.EndpointChannel` over the pages of two rings."""
 
     offer: Offer
     incoming: GuestPages
@@ -193,23 +191,51 @@ class FakeChannel:
     interrupts: int = 0
     relid: int = 1
     gpadls: dict[int, Gpadl] = field(default_factory=dict)
-    closing: bool = False
-    """The device has deferred the end of its close."""
+    deferred: set[str] = field(default_factory=set)
+    """The calls that the device has deferred: ``opened``, ``closed``, ``gpadl_torn_down``."""
+    memory: GuestMemory | None = None
+    """Where the pages of ``gpadls`` are, for devices that use them."""
+
+    @property
+    def closing(self) -> bool:
+        """Whether the device has deferred the end of its close."""
+        return "closed" in self.deferred
 
     def ring_pages(self) -> tuple[GuestPages, GuestPages]:
         return self.incoming, self.outgoing
 
+    def gpadl_pages(self, gpadl_id: int) -> GuestPages:
+        if self.memory is None or gpadl_id not in self.gpadls:
+            raise ProtocolError("gpadl-unknown", f"{gpadl_id:#x}")
+        return self.memory.pages(self.gpadls[gpadl_id].aligned_pfns())
+
     def signal_guest(self) -> None:
         self.interrupts += 1
 
+    def defer_open(self) -> None:
+        self.deferred.add("opened")
+
+    def finish_open(self, error: Exception | None = None) -> None:
+        self._finish("opened")
+        if error is not None:
+            raise error
+
     def defer_close(self) -> None:
-        self.closing = True
+        self.deferred.add("closed")
 
     def finish_close(self) -> None:
-        self.closing = False
+        self._finish("closed")
 
-    def as_channel(self) -> Channel:
-        return cast("Channel", self)
+    def defer_teardown(self, gpadl: Gpadl) -> None:
+        self.deferred.add("gpadl_torn_down")
+
+    def finish_teardown(self, gpadl: Gpadl) -> None:
+        self._finish("gpadl_torn_down")
+
+    def _finish(self, call: str) -> None:
+        if call not in self.deferred:
+            raise InternalError(f"{call}() is finished, but was not deferred")
+        self.deferred.remove(call)
 
 
 class LoopbackGuest:

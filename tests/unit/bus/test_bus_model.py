@@ -462,7 +462,9 @@ class BusModel(RuleBasedStateMachine):
     @invariant()
     def nothing_is_left_after_a_disconnection(self) -> None:
         if not self.connected and self.after is None:
-            assert self.guest.bus.gpadl_assembler.quota.gpadls == self.guest.bus.gpadl_assembler.quota.pages == 0
+            assert (
+                self.guest.bus.gpadl_assembler.quota.gpadls == self.guest.bus.gpadl_assembler.quota.pages == 0
+            )
             assert all(channel.state is ChannelState.RELEASED for channel in self.guest.bus.channels)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from vmbus.bus.messages import MAX_UNDELIVERED, EARLY_ACKNOWLEDGED
+from vmbus.bus.messages import EARLY_ACKNOWLEDGED, MAX_UNDELIVERED
 from vmbus.testing.scripted import ScriptedGuest
 from vmbus.wire.header import MessageType
 from vmbus.wire.version import Version

@@ -273,7 +273,7 @@ def test_counters_and_a_generation_survive_a_restore(guest: LoopbackGuest) -> No
     later = Echo()
     later.restore(device(guest).save())
     other = LoopbackGuest(later, ring_pages=16, memory=guest.memory, timers=guest.timers)
-    other.io.adopt(guest.io.snapshot())
+    other.io.restore(guest.io.save())
     other.io.restored(other.channel)
     other.run()
     [answer] = other.receive(1)

@@ -218,7 +218,7 @@ class SilentEcho(Echo):
     """Takes no packet."""
 
     def packet(self, io: ChannelIo, packet: Packet) -> None:
-        io.hold()
+        io.pause_input()
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_state_survives_a_restore_in_the_middle_of_a_beat(guest: IcGuest) -> Non
     later = Heartbeat()
     later.restore(state)
     other = IcGuest(later, memory=guest.memory, timers=guest.timers)
-    other.io.adopt(guest.io.snapshot())
+    other.io.restore(guest.io.save())
     other.io.restored(other.channel)
     other.run()
     assert other.receive() == []

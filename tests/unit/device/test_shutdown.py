@@ -151,7 +151,7 @@ def restored(guest: IcGuest) -> IcGuest:
     later = Shutdown()
     later.restore(device(guest).save())
     other = IcGuest(later, memory=guest.memory, timers=guest.timers)
-    other.io.adopt(guest.io.snapshot())
+    other.io.restore(guest.io.save())
     other.io.restored(other.channel)
     other.run()
     return other

@@ -142,7 +142,7 @@ def test_nothing_is_saved_and_a_restored_guest_is_asked_anew() -> None:
     with pytest.raises(DeviceError):
         later.restore(b"\0")
     other = IcGuest(later, memory=guest.memory, timers=guest.timers)
-    other.io.adopt(guest.io.snapshot())
+    other.io.restore(guest.io.save())
     other.io.restored(other.channel)
     other.run()
     offer = other.take()

@@ -18,8 +18,8 @@ from vmbus.bus.saved_state.values import (
     ChannelRecord,
     ConnectionRecord,
     GpadlRecord,
-    WaitingMessage,
     RangeRecord,
+    WaitingMessage,
 )
 from vmbus.errors import MalformedError
 from vmbus.hypervisor.saved_state.values import (

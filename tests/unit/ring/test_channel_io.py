@@ -69,8 +69,8 @@ class Recorder(Device):
     def closed(self, io: ChannelIo) -> None:
         self.told.append("closed")
 
-    def resumed(self, io: ChannelIo) -> None:
-        self.told.append("resumed")
+    def restored(self, io: ChannelIo) -> None:
+        self.told.append("restored")
 
 
 def ignore(io: ChannelIo, packet: Packet) -> None:
@@ -327,7 +327,7 @@ def test_a_device_that_raises_when_it_closes_is_contained(device: Recorder) -> N
 
 
 def test_a_device_that_floods_is_stopped(guest: LoopbackGuest) -> None:
-    with pytest.raises(DeviceError, match="faster than its guest takes"):
+    with pytest.raises(DeviceError, match="faster than the guest reads"):
         for _ in range(100_000):
             guest.io.send(bytes(64))
     assert guest.io.backlog <= channel_io.OUTPUT_BYTES
@@ -573,12 +573,12 @@ def test_output_that_does_not_fit_goes_out_when_the_guest_makes_room(guest: Loop
 def test_a_guest_that_waits_for_room_is_signalled(device: Recorder) -> None:
     device.react = ignore
     with LoopbackGuest(device, ring_pages=1) as guest:
-        guest.io.hold()
+        guest.io.pause_input()
         assert guest.put(*numbered(127, completion_requested=False))
         assert not guest.put(*numbered(1))
         guest.writer.wait_for_room(1000)
         assert guest.interrupts == 0
-        guest.io.release()
+        guest.io.resume_input()
         guest.run()
         assert guest.interrupts == 1
         guest.writer.wait_for_room(0)
@@ -616,7 +616,7 @@ def test_writable_comes_once_for_each_wish(guest: LoopbackGuest, device: Recorde
 def test_held_packets_wait_in_the_ring(device: Recorder) -> None:
     def react(io: ChannelIo, packet: Packet) -> None:
         if packet.transaction_id == 3:
-            io.hold()
+            io.pause_input()
 
     device.react = react
     with LoopbackGuest(device) as guest:
@@ -627,7 +627,7 @@ def test_held_packets_wait_in_the_ring(device: Recorder) -> None:
         guest.run()
         assert len(guest.receive()) == 1
         guest.doorbell()
-        guest.io.release()
+        guest.io.resume_input()
         guest.run()
         assert ids(device.packets) == list(range(10))
 
@@ -713,7 +713,7 @@ def test_a_pause_in_the_middle_of_a_batch_leaves_the_rest_in_the_ring(device: Re
         assert ids(device.packets) == [0, 1, 2, 3, 4]
         assert guest.channel.incoming.load_u32(4) == 5 * 32
         assert guest.receive() == []
-        state = guest.io.snapshot()
+        state = guest.io.save()
         assert (len(state.output), state.owed) == (5, ())
         guest.io.resume()
         guest.run()
@@ -731,20 +731,20 @@ def test_a_saved_channel_goes_on_elsewhere(device: Recorder) -> None:
     guest.io.complete(2, b"done")
     guest.writer.write(*numbered(2, 4))
     guest.io.pause()
-    state = guest.io.snapshot()
+    state = guest.io.save()
     assert dict(state.owed) == {0: 1, 1: 1, 3: 1}
     assert dict(state.awaited) == {7: 14}
 
     heir = Recorder(ignore)
     heir.start(DeviceEnvironment(guest.memory, guest.timers, guest.timers.now))
     io = ChannelIo(heir, guest.timers, poll_window=0)
-    io.adopt(state)
+    io.restore(state)
     interrupts = guest.interrupts
     io.restored(guest.channel)
     assert guest.interrupts == interrupts + 1
     guest.io = io
     guest.run()
-    assert (heir.told, ids(heir.packets)) == (["resumed"], [])  # blocked until the guest reads
+    assert (heir.told, ids(heir.packets)) == (["restored"], [])  # blocked until the guest reads
     got = []
     while packets := guest.receive():
         got += [(packet.kind, packet.transaction_id) for packet in packets]
@@ -759,18 +759,18 @@ def test_a_failed_channel_is_restored_failed(device: Recorder) -> None:
     guest = LoopbackGuest(device)
     guest.open()
     guest.put(guest_packet(kind=0))
-    state = guest.io.snapshot()
+    state = guest.io.save()
     guest.close()
-    guest.io.adopt(state)
+    guest.io.restore(state)
     guest.io.restored(guest.channel)
     assert (guest.io.state, guest.io.failure) == (IoState.FAILED, "invalid-descriptor-type")
 
 
 def test_only_a_paused_channel_is_saved_and_only_a_closed_one_takes_a_state(guest: LoopbackGuest) -> None:
     with pytest.raises(InternalError):
-        guest.io.snapshot()
+        guest.io.save()
     with pytest.raises(InternalError):
-        guest.io.adopt(ChannelIoState())
+        guest.io.restore(ChannelIoState())
 
 
 # --- timers -----------------------------------------------------------------------------------------------
@@ -918,5 +918,5 @@ def test_a_channel_that_was_never_opened_is_not_there(device: Recorder) -> None:
 
 def test_state_given_to_a_device_that_keeps_none_is_refused(device: Recorder) -> None:
     device.restore(device.save())
-    with pytest.raises(DeviceError, match="keeps no state"):
+    with pytest.raises(DeviceError, match="has no saved state"):
         device.restore(b"something")

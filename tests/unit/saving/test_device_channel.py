@@ -67,7 +67,7 @@ class Keeper(Device):
             raise self.broken
         self.kept = {int(number): bytes.fromhex(kept) for number, kept in json.loads(state).items()}
 
-    def resumed(self, io: ChannelIo) -> None:
+    def restored(self, io: ChannelIo) -> None:
         self.io = io
         self.resumptions += 1
 
@@ -231,12 +231,12 @@ class TestMove:
         assert target.device.resumptions == 0
 
     def test_held_channel_stays_held(self, source: Process) -> None:
-        source.io.hold()
+        source.io.pause_input()
         source.guest.send(b"waits...", transaction_id=1, completion_requested=True)
         target = moved(source)
         target.resume()
         assert target.device.kept == {}
-        target.io.release()
+        target.io.resume_input()
         target.guest.run()
         assert target.device.kept == {1: b"waits..."}
 

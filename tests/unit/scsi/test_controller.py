@@ -431,10 +431,10 @@ def test_a_saved_controller_goes_on_elsewhere_and_waiting_commands_are_done_ther
         guest.negotiate(0x0600)
         number = guest.start(struct.pack(">BBIBHB", 0x28, 0, 100, 0, 1, 0), read=512)
         guest.io.pause()
-        device_state, io_state = guest.device.save(), guest.io.snapshot()
+        device_state, io_state = guest.device.save(), guest.io.save()
         there = ScsiGuest(made())
         there.memory.ram[:] = guest.memory.ram
-        there.io.adopt(io_state)
+        there.io.restore(io_state)
         there.device.restore(device_state)
         there.io.restored(there.channel)
         there.next_id = guest.next_id

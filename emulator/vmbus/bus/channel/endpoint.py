@@ -51,6 +51,12 @@ class EndpointChannel(Protocol):
         Raises :class:`ProtocolError` when the channel is not open, or its GPADL holds no two rings.
         """
 
+    def gpadl_pages(self, gpadl_id: int) -> GuestPages:
+        """Return the pages of a GPADL that is one range of whole pages, as every buffer of a real guest is.
+
+        Raises :class:`ProtocolError` for an unknown id or another shape.
+        """
+
     def signal_guest(self) -> None:
         """Interrupt the guest for this channel; no effect if it is not open, or wants no interrupts."""
 

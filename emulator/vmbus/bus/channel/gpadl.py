@@ -56,7 +56,7 @@ class GpadlState(enum.Enum):
 
 @dataclass(slots=True)
 class Assembly:
-    """A GPADL whose range data is still arriving. ``capacity``: bytes of range data, in whole words, when complete."""
+    """A GPADL whose range data is still arriving. ``capacity``: bytes of range data (whole words) when complete."""
 
     relid: int
     gpadl_id: int

@@ -1,4 +1,4 @@
-"""The host's end of a device's channel: drains one ring, hands packets to the device, fills the other.
+"""The host's end of a device's channel: empties one ring, passes packets to the device, fills the other ring.
 
 Source: docs/protocol/rings.md#writing, docs/protocol/rings.md#reading.
 
@@ -6,20 +6,20 @@ Source: docs/protocol/rings.md#writing, docs/protocol/rings.md#reading.
                           |                 |
                           +--RingError, ProtocolError, broken device--> FAILED      any --closed--> CLOSED
 
-Work is done in turns. A doorbell only asks the event loop for one. A turn masks the guest's signals, takes at
-most :data:`TURN_PACKETS` packets, hands them to the device, puts what the device sent and completed into the
-other ring with one index store, and signals the guest at most once. Then:
+Work is done in turns. A doorbell only schedules one in the event loop. A turn masks the guest's signals, takes at
+most :data:`TURN_PACKETS` packets, passes them to the device, puts what the device sent and completed into the other
+ring with one index store, and signals the guest at most once. Then:
 
-    | the turn ends with          | next                                                                       |
-    | packets left                | another turn, after everybody else's (fairness)                            |
-    | an empty ring               | for a short while other turns, then unmasked and asleep until a doorbell   |
-    | output that does not fit    | pending send size is set; nothing is taken until the guest makes room      |
-    | too much owed, or held      | nothing is taken until the device completes something, or releases         |
+    | the turn ends with            | next                                                                     |
+    | packets left                  | another turn, after those of all other channels (fairness)               |
+    | an empty ring                 | more turns for a short while, then unmasked and asleep until a doorbell  |
+    | output that does not fit      | pending send size is set; nothing is taken until the guest makes room    |
+    | too much owed, input paused   | nothing is taken until the device completes something, or resumes input  |
 
-How long the ring is looked at before sleeping adapts (:mod:`vmbus.bus.io.polling`).
+How long an empty ring is polled before the host sleeps adapts (:mod:`vmbus.bus.io.polling`).
 
-What a guest can make the host hold is bounded: :data:`OWED_LIMIT` completions, since no packet is taken beyond
-it; and what devices send by themselves by :data:`OUTPUT_PACKETS` and :data:`OUTPUT_BYTES`.
+What a guest can make the host hold is bounded: by :data:`OWED_LIMIT` completions, since no packet is taken beyond
+it; and what devices send on their own by :data:`OUTPUT_PACKETS` and :data:`OUTPUT_BYTES`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, ClassVar, Protocol
 
-from vmbus.bus.io.device import Device
-from vmbus.bus.io.io_timer import IoTimer
+from vmbus.bus.channel.endpoint import EndpointChannel
+from vmbus.bus.channel.gpadl import Gpadl
+from vmbus.bus.io.environment import DeviceEnvironment
 from vmbus.bus.io.output import Output, Transactions
 from vmbus.bus.io.polling import AdaptivePolling
 from vmbus.bus.io.ring import IncomingRing, OutgoingRing, ring_status
-from vmbus.bus.io.state import ChannelIoState, IoCounters, IoState, OpenChannel
+from vmbus.bus.io.state import ChannelIoState, IoCounters, IoState
 from vmbus.errors import DeviceError, GuestError, InternalError, ProtocolError, RingError
 from vmbus.ports import FastChannel, GuestMemory, TimerHandle, Timers
 from vmbus.refusals import Refusals
@@ -52,38 +53,103 @@ from vmbus.wire.packet import (
     parse_packet,
 )
 
-if TYPE_CHECKING:
-    from vmbus.bus.channel.channel import Channel
-    from vmbus.bus.channel.gpadl import Gpadl
-
 _logger = logging.getLogger(__name__)
 
 TURN_PACKETS = 64
 """Packets taken in one turn."""
 BATCH_PACKETS = 8
-"""Packets that are taken, and answered, at once: the guest works on one batch while the host works on the next."""
+"""Packets that are taken, and answered, together: the guest handles one batch while the host handles the next."""
 OWED_LIMIT = 8192
-"""Completions that a device may owe before no more packets are taken."""
+"""Completions that a device may owe; at this number no more packets are taken."""
 OUTPUT_PACKETS = 4096
-"""Packets that a device may have sent without the guest's taking them; completions do not count."""
+"""Packets that a device may have sent and the guest has not taken; completions do not count."""
 OUTPUT_BYTES = 4 << 20
-"""The same in bytes."""
+"""The same limit in bytes."""
 AWAITED_LIMIT = 8192
-"""Packets of the host's whose completion the guest may owe."""
+"""Packets of the host whose completion the guest may owe."""
 
 _COMPLETION = PacketType.COMPLETION
 _RUNNING = IoState.RUNNING  # class attributes of an Enum are slow to look up
 
 
-class ChannelIo:
-    """One channel of ``device``; the bus calls it as the channel's endpoint, the device sends through it.
+class IoTimer:
+    """A timer of one opening of a channel: calls ``due(timer)`` after ``delay`` seconds, unless cancelled."""
 
-    ``timers`` is the event loop. ``clock`` gives seconds, for the look before sleeping only.
+    __slots__ = ("_cancelled", "_due", "_handle", "callback", "opening")
+
+    def __init__(
+        self,
+        timers: Timers,
+        delay: float,
+        due: Callable[[IoTimer], None],
+        callback: Callable[[], None],
+        opening: int,
+    ) -> None:
+        self.callback = callback
+        self.opening = opening
+        self._due = due
+        self._cancelled = False
+        self._handle: TimerHandle = timers.call_later(delay, self.fire)
+
+    def cancel(self) -> None:
+        """Call nothing any more."""
+        self._cancelled = True
+        self._handle.cancel()
+
+    def fire(self) -> None:
+        """Call ``due``: the delay has passed, now or while the channel was paused."""
+        if not self._cancelled:
+            self._due(self)
+
+
+class ChannelDevice(Protocol):
+    """What a channel calls of its device. :class:`~vmbus.bus.io.device.Device` has all of it, and documents it."""
+
+    name: str
+    max_packet: ClassVar[int]
+    poll_window: ClassVar[float]
+
+    @property
+    def environment(self) -> DeviceEnvironment: ...
+
+    def opened(self, io: ChannelIo) -> None: ...
+
+    def restored(self, io: ChannelIo) -> None: ...
+
+    def packet(self, io: ChannelIo, packet: Packet) -> None: ...
+
+    def completed(self, io: ChannelIo, packet: Packet) -> None: ...
+
+    def refused(self, io: ChannelIo, packet: Packet, error: GuestError) -> None: ...
+
+    def batch_ended(self, io: ChannelIo) -> None: ...
+
+    def writable(self, io: ChannelIo) -> None: ...
+
+    def closed(self, io: ChannelIo) -> None: ...
+
+    def fast_ready(self, io: ChannelIo) -> bool: ...
+
+    def fast_ended(self, io: ChannelIo) -> None: ...
+
+    def gpadl_created(self, io: ChannelIo, gpadl: Gpadl) -> None: ...
+
+    def gpadl_torn_down(self, io: ChannelIo, gpadl: Gpadl) -> None: ...
+
+    def save(self) -> bytes: ...
+
+    def restore(self, state: bytes) -> None: ...
+
+
+class ChannelIo:
+    """One channel of ``device``: the endpoint that the bus calls, and the object through which the device sends.
+
+    ``timers`` is the event loop. ``clock`` returns seconds; only the polling before sleeping uses it.
     """
 
     def __init__(
         self,
-        device: Device,
+        device: ChannelDevice,
         timers: Timers,
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -92,24 +158,24 @@ class ChannelIo:
         self.device = device
         self.timers = timers
         self.state = IoState.CLOSED
-        #: Why the channel failed: a reason of an error, or ``device-error``; empty otherwise.
         self.failure = ""
+        """Why the channel failed: the reason of an error, or ``device-error``; empty otherwise."""
         self.counters = IoCounters()
         self.refusals = Refusals(device.name, _logger)
         self.subchannels: list[ChannelIo] = []
-        #: Compiled code that takes plain packets, if the device has any; its requests are not among the owed.
         self.fast: FastChannel | None = None
+        """The compiled fast path, if the device has one; the requests that it took are not counted as owed."""
         self._fast_before: FastChannel | None = None
         self._clock = clock
         self._polling = AdaptivePolling(device.poll_window if poll_window is None else poll_window, clock)
-        self._channel: OpenChannel | None = None
+        self._channel: EndpointChannel | None = None
         self._incoming: IncomingRing | None = None
         self._outgoing: OutgoingRing | None = None
         self._opening = 0
         self._forget()
 
     def _forget(self) -> None:
-        """What belongs to one opening of the channel."""
+        """Reset what belongs to one opening of the channel."""
         if self.fast is not None:
             self.fast.close()
             self._fast_before = self.fast
@@ -119,19 +185,19 @@ class ChannelIo:
         self._output = Output()
         self._owed = Transactions()
         self._awaited = Transactions()
-        self._held = False
+        self._input_paused = False
         self._room_wanted = False
         self._scheduled = False
         self._in_turn = False
 
-    # --- what a device may ask ---------------------------------------------------------------------------
+    # --- what a device may read ---
 
     @property
-    def channel(self) -> Channel:
-        """The channel, as of its last opening. Raises ``DeviceError`` before the first one."""
+    def channel(self) -> EndpointChannel:
+        """The channel, as of its last opening. Raises ``DeviceError`` before the first opening."""
         if self._channel is None:
             raise DeviceError(f"{self.device.name}: the channel was never opened")
-        return cast("Channel", self._channel)
+        return self._channel
 
     @property
     def memory(self) -> GuestMemory:
@@ -145,27 +211,27 @@ class ChannelIo:
 
     @property
     def backlog(self) -> int:
-        """Bytes that were sent and wait for room in the ring, or for the end of the turn."""
+        """Bytes that were sent, and wait for room in the ring or for the end of the turn."""
         return self._output.bytes
 
     @property
     def congested(self) -> bool:
-        """Whether a device that could send for ever should stop now, and call :meth:`notify_room`."""
+        """Whether a device with unlimited data should stop sending, and call :meth:`notify_room`."""
         output = self._output
         return (
             output.blocked or len(output.packets) >= OUTPUT_PACKETS // 2 or output.bytes >= OUTPUT_BYTES // 2
         )
 
     def owes(self, transaction_id: int) -> bool:
-        """Whether the guest waits for a completion with this id."""
+        """Return whether the guest waits for a completion with this id."""
         return transaction_id in self._owed
 
     @property
     def fast_in_flight(self) -> int:
-        """Requests that compiled code has under way, those of an opening that is over included."""
+        """Requests in flight in the compiled fast path, those of an earlier opening included."""
         return sum([each.in_flight for each in (self.fast, self._fast_before) if each is not None])
 
-    # --- what a device may do ----------------------------------------------------------------------------
+    # --- what a device may do ---
 
     def send(
         self,
@@ -178,21 +244,23 @@ class ChannelIo:
     ) -> None:
         """Send an in-band packet, or with ``transfer_set`` one of type 7 that names ``transfer_ranges``.
 
-        It goes out with whatever else is sent in this turn. If the channel is closed or has failed the packet
+        The packet goes out with everything else that is sent in this turn; if the channel is closed or has failed it
         is dropped. Raises :class:`~vmbus.errors.DeviceError` when it is longer than ``device.max_packet``,
         or when the queue is full (see :attr:`congested`).
         """
         kind, extension = PacketType.IN_BAND, b""
         if transfer_set is not None:
             kind, extension = PacketType.TRANSFER_PAGES, build_transfer_pages(transfer_set, transfer_ranges)
-        if not self._takes(len(extension) + len(payload)):
+        if not self._accepts(len(extension) + len(payload)):
             return
         output = self._output
         if len(output.packets) >= OUTPUT_PACKETS or output.bytes >= OUTPUT_BYTES:
-            raise DeviceError(f"{self.device.name} sends faster than its guest takes: {output.bytes} bytes")
+            raise DeviceError(
+                f"{self.device.name} sends faster than the guest reads: {output.bytes} bytes are queued"
+            )
         if completion_requested:
             if self._awaited.total >= AWAITED_LIMIT:
-                raise DeviceError(f"{self.device.name} waits for {AWAITED_LIMIT} completions already")
+                raise DeviceError(f"{self.device.name} already waits for {AWAITED_LIMIT} completions")
             self._awaited.add(transaction_id)
         output.put(
             build_packet(
@@ -207,12 +275,12 @@ class ChannelIo:
             self._schedule()
 
     def complete(self, transaction_id: int, payload: bytes | bytearray | memoryview = b"") -> None:
-        """Complete a packet of the guest's that asked for it.
+        """Complete a packet of the guest that requested a completion.
 
-        Dropped if the channel was closed since, or has failed. Raises :class:`~vmbus.errors.DeviceError` if
-        no completion is owed under this id: never asked for, or given already.
+        The completion is dropped if the channel was closed since, or has failed. Raises
+        :class:`~vmbus.errors.DeviceError` if none is owed under this id: not requested, or given already.
         """
-        if not self._takes(len(payload)):
+        if not self._accepts(len(payload)):
             return
         if not self._owed.remove(transaction_id):
             raise DeviceError(
@@ -222,8 +290,11 @@ class ChannelIo:
         if not self._in_turn:
             self._schedule()
 
-    def _takes(self, length: int) -> bool:
-        """Whether a packet of ``length`` bytes behind its descriptor is taken. Raises ``DeviceError`` if too long."""
+    def _accepts(self, length: int) -> bool:
+        """Return whether a packet of ``length`` bytes behind its descriptor can be queued, and count it if not.
+
+        Raises ``DeviceError`` for a packet that is too long.
+        """
         if length + DESCRIPTOR_SIZE > self.device.max_packet:
             raise DeviceError(
                 f"{self.device.name} sends {length + DESCRIPTOR_SIZE} bytes, at most {self.device.max_packet}"
@@ -241,9 +312,9 @@ class ChannelIo:
             self.send(payload, transaction_id=packet.transaction_id)
 
     def flush(self) -> None:
-        """Send what is queued now, with one signal, instead of in the next turn of the event loop.
+        """Send now what is queued, with one signal, instead of in the next turn of the event loop.
 
-        For devices that complete several requests outside of :meth:`Device.packet`. No effect inside of it.
+        For devices that complete several requests outside :meth:`Device.packet`; inside it there is no effect.
         """
         if self.state is not _RUNNING or self._in_turn or not self._output.packets:
             return
@@ -254,24 +325,25 @@ class ChannelIo:
             self._fail(error.reason, error.detail)
 
     def notify_room(self) -> None:
-        """Have ``device.writable`` called once, when everything sent is in the ring."""
+        """Call ``device.writable`` once, as soon as everything sent is in the ring."""
         self._room_wanted = True
         self._schedule()
 
-    def hold(self) -> None:
-        """Take no more packets (they stay in the ring) until :meth:`release`; sending goes on."""
-        self._held = True
+    def pause_input(self) -> None:
+        """Take no more packets, which stay in the ring, until :meth:`resume_input`; sending continues."""
+        self._input_paused = True
 
-    def release(self) -> None:
+    def resume_input(self) -> None:
         """Take packets again."""
-        if self._held:
-            self._held = False
+        if self._input_paused:
+            self._input_paused = False
             self._schedule()
 
     def call_later(self, delay: float, callback: Callable[[], None]) -> TimerHandle:
         """Call ``callback`` after ``delay`` seconds, if the channel is still open then and has not failed.
 
-        What it raises fails the channel only. While the channel is paused it waits for :meth:`resume`.
+        An exception of ``callback`` fails this channel only. While the channel is paused, the call waits for
+        :meth:`resume`.
         """
         return IoTimer(self.timers, delay, self._timer_due, callback, self._opening)
 
@@ -284,26 +356,29 @@ class ChannelIo:
             self._contain(lambda _: timer.callback())
 
     def fail(self, reason: str, detail: str = "") -> None:
-        """Stop this channel until the guest opens it anew. ``reason``: a short name that never changes."""
+        """Fail this channel until the guest opens it anew. ``reason``: a short name that never changes."""
         self._fail(reason, detail)
 
     def offer_subchannels(self, count: int) -> None:
-        """Offer channels 1 to ``count`` beside this primary one; each gets an ``io`` of its own when opened.
+        """Offer sub-channels 1 to ``count`` of this primary channel; each has an ``io`` of its own.
 
         The bus revokes them when the guest closes the primary channel, as guests expect. Raises
-        :class:`~vmbus.errors.DeviceError` if this is no primary channel, or they are offered already.
+        :class:`~vmbus.errors.DeviceError` if this is no primary channel, or sub-channels are offered already.
         """
         offers = self.device.environment.offers
         if offers is None or self.subchannel_index or self.subchannels:
-            raise DeviceError(f"{self.device.name}: sub-channels cannot be offered here or now")
+            raise DeviceError(
+                f"{self.device.name}: sub-channels need a primary channel, and can be offered once per opening"
+            )
         for index in range(1, count + 1):
             io = ChannelIo(self.device, self.timers, clock=self._clock, poll_window=self._polling.longest)
             self.subchannels.append(io)
             io._channel = offers.offer(replace(self.channel.offer, subchannel_index=index), io)
 
-    # --- what compiled code did: a FastOwner -----------------------------------------------------------------
+    # --- called by the compiled fast path: a FastOwner ---
 
     def fast_answers(self, channel: FastChannel, packets: list[bytes]) -> None:
+        """Send completions that the fast path has built; see :class:`~vmbus.ports.FastOwner`."""
         if channel is self.fast and (self.state is _RUNNING or self.state is IoState.PAUSED):
             output = self._output
             output.packets += packets
@@ -314,26 +389,27 @@ class ChannelIo:
         self.device.fast_ended(self)
 
     def fast_returned(self, channel: FastChannel, packet: bytes) -> None:
+        """Pass a packet that the fast path returns to the device; see :class:`~vmbus.ports.FastOwner`."""
         if channel is self.fast and (self.state is _RUNNING or self.state is IoState.PAUSED):
             again = parse_packet(packet + build_trailer(0, 0), 0, len(packet) + TRAILER_SIZE)
             if again is not None:
-                self._hand_over(again)
+                self._dispatch(again)
                 if not self._in_turn:
                     self._schedule()
         self.device.fast_ended(self)
 
-    # --- saving --------------------------------------------------------------------------------------------
+    # --- pausing and saving ---
 
     def pause(self) -> None:
-        """Touch the rings no more until :meth:`resume`. What is sent or completed meanwhile is kept.
+        """Do not touch the rings until :meth:`resume`. What is sent or completed meanwhile is queued.
 
-        In a turn (a device calls this from ``packet``), packets that were not handed over yet stay in the ring.
+        In a turn (a device calls this from ``packet``), packets that were not passed to the device stay in the ring.
         """
         if self.state is IoState.RUNNING:
             self.state = IoState.PAUSED
 
     def resume(self) -> None:
-        """Go on after :meth:`pause`: nothing was lost, nothing is repeated."""
+        """Undo :meth:`pause`; nothing was lost, nothing is repeated."""
         if self.state is IoState.PAUSED:
             self.state = IoState.RUNNING
             due, self._due_when_resumed = self._due_when_resumed, []
@@ -341,51 +417,51 @@ class ChannelIo:
                 timer.fire()
             self._schedule()
 
-    def snapshot(self) -> ChannelIoState:
-        """What has to be saved of a paused (or failed, or closed) channel."""
+    def save(self) -> ChannelIoState:
+        """Return the state of a paused (or failed, or closed) channel."""
         if self.state is IoState.RUNNING or self._in_turn:
-            raise InternalError(f"{self.device.name}: a channel is paused before it is saved")
+            raise InternalError(f"{self.device.name}: pause a channel before saving it")
         return ChannelIoState(
             owed=self._owed.items(),
             awaited=self._awaited.items(),
             output=tuple(self._output.packets),
-            held=self._held,
+            input_paused=self._input_paused,
             failure=self.failure,
         )
 
-    def adopt(self, state: ChannelIoState) -> None:
-        """Take over a snapshot. Before :meth:`restored`; the channel is closed until then."""
+    def restore(self, state: ChannelIoState) -> None:
+        """Take over a saved state; the channel stays closed until the bus calls :meth:`restored`."""
         if self.state is not IoState.CLOSED:
             raise InternalError(
-                f"{self.device.name}: a state is adopted while the channel is {self.state.value}"
+                f"{self.device.name}: a channel that is {self.state.value} cannot take over a saved state"
             )
         self._forget()
         self._owed = Transactions(state.owed)
         self._awaited = Transactions(state.awaited)
         self._output = Output(state.output)
-        self._held = state.held
+        self._input_paused = state.input_paused
         self.failure = state.failure
 
-    # --- called by the bus: an Endpoint --------------------------------------------------------------------
+    # --- called by the bus: an Endpoint ---
 
-    def opened(self, channel: OpenChannel) -> None:
-        """The guest opened the channel. Raises GuestError or DeviceError to refuse."""
+    def opened(self, channel: EndpointChannel) -> None:
+        """Initialize the rings, and run. Raises GuestError or DeviceError to refuse."""
         self._forget()
         incoming, outgoing = self._attach(channel)
         incoming.initialize()
         outgoing.initialize()
         self._begin(self.device.opened)
 
-    def restored(self, channel: OpenChannel) -> None:
-        """The channel was open when it was saved; :meth:`adopt` was called, guest memory is complete."""
+    def restored(self, channel: EndpointChannel) -> None:
+        """Run with the state of :meth:`restore`: the channel was open when saved, guest memory is complete."""
         self._attach(channel)
         if self.failure:
             self.state = IoState.FAILED
             return
-        self._begin(self.device.resumed)
+        self._begin(self.device.restored)
         self._signal()
 
-    def _attach(self, channel: OpenChannel) -> tuple[IncomingRing, OutgoingRing]:
+    def _attach(self, channel: EndpointChannel) -> tuple[IncomingRing, OutgoingRing]:
         incoming_pages, outgoing_pages = channel.ring_pages()
         memory = self.memory
         incoming = IncomingRing(incoming_pages, memory)
@@ -393,11 +469,11 @@ class ChannelIo:
         self._channel, self._incoming, self._outgoing = channel, incoming, outgoing
         return incoming, outgoing
 
-    def _begin(self, tell: Callable[[ChannelIo], None]) -> None:
+    def _begin(self, hook: Callable[[ChannelIo], None]) -> None:
         self.failure = ""
         self.state = IoState.RUNNING
         try:
-            tell(self)
+            hook(self)
         except (GuestError, DeviceError):
             self._end()
             raise
@@ -411,32 +487,32 @@ class ChannelIo:
         self._incoming = self._outgoing = None
         self._forget()
 
-    def closed(self, channel: OpenChannel) -> None:
-        """The guest closed the channel: the rings are its own again."""
+    def closed(self, channel: EndpointChannel) -> None:
+        """Forget the rings: they belong to the guest again."""
         self._end()
         self.subchannels = []
         self._contain(self.device.closed)
 
-    def signalled(self, channel: OpenChannel) -> None:
-        """The guest's doorbell."""
+    def signalled(self, channel: EndpointChannel) -> None:
+        """Schedule a turn: the guest rang the doorbell."""
         self.counters.doorbells += 1
         self._polling.doorbell()
         self._schedule()
 
-    def gpadl_created(self, channel: OpenChannel, gpadl: Gpadl) -> None:
-        """The guest shares pages."""
+    def gpadl_created(self, channel: EndpointChannel, gpadl: Gpadl) -> None:
+        """Pass shared pages on to the device."""
         if self._channel is None:
             self._channel = channel
         self.device.gpadl_created(self, gpadl)
 
-    def gpadl_torn_down(self, channel: OpenChannel, gpadl: Gpadl) -> None:
-        """The guest wants pages back."""
+    def gpadl_torn_down(self, channel: EndpointChannel, gpadl: Gpadl) -> None:
+        """Take shared pages back from the device."""
         self.device.gpadl_torn_down(self, gpadl)
 
-    def retargeted(self, channel: OpenChannel, vp: int) -> None:
-        """Interrupts go to another virtual processor; the channel knows which."""
+    def retargeted(self, channel: EndpointChannel, vp: int) -> None:
+        """Nothing to do: the channel itself keeps the target of its interrupts."""
 
-    # --- turns ---------------------------------------------------------------------------------------------
+    # --- turns ---
 
     def _schedule(self) -> None:
         if not self._scheduled and self.state is _RUNNING:
@@ -446,32 +522,35 @@ class ChannelIo:
     def _may_take(self) -> bool:
         return (
             self.state is _RUNNING
-            and not self._held
+            and not self._input_paused
             and not self._output.blocked
             and self._owed.total < OWED_LIMIT
         )
 
     def _take(self, incoming: IncomingRing, limit: int) -> tuple[int, bool]:
-        """Take a batch and hand it over; how many packets, and whether the ring is this opening's still."""
+        """Take a batch and deliver it.
+
+        Return how many packets were taken, and False if the device caused the channel to be closed meanwhile.
+        """
         fast = self.fast
         if fast is not None and self.device.fast_ready(self):
             if taken := incoming.take_with(fast.take, limit):
                 self.counters.packets_in += taken
                 return taken, True
-            limit = 1  # what is not plain; behind it there may be more that is
+            limit = 1  # the fast path does not take the next packet, but perhaps the packets behind it
         batch = incoming.read_batch(limit)
         if not batch:
             return 0, True
         done = self._deliver(batch)
         if self._incoming is not incoming:
-            return done, False  # the device had its own channel taken away
+            return done, False
         if done < len(batch):
             incoming.untake(batch[done:])
         return len(batch), True
 
     def _turn(self) -> None:
         if not self._scheduled:
-            return  # asked for before the channel was opened anew
+            return  # scheduled before the channel was opened anew
         self._scheduled = False
         if self.state is not _RUNNING or self._incoming is None:
             return
@@ -493,20 +572,20 @@ class ChannelIo:
         signal = False
         empty = False
         left = TURN_PACKETS
-        looked = False
+        polled = False
         try:
             signal = self._write_out()
             while left and self._may_take():
-                taken, ours = self._take(incoming, min(left, BATCH_PACKETS))
-                if not ours:
+                taken, still_open = self._take(incoming, min(left, BATCH_PACKETS))
+                if not still_open:
                     return
                 if taken:
                     left -= taken
                     self.device.batch_ended(self)
                     signal = incoming.commit() or signal
-                elif self._fast_looks(incoming, looked):
+                elif self._poll_fast(incoming, polled):
                     left -= 1
-                    looked = True
+                    polled = True
                 else:
                     empty = True
                     break
@@ -532,30 +611,30 @@ class ChannelIo:
             else:
                 self._polling.sleeps()
 
-    def _fast_looks(self, incoming: IncomingRing, looked: bool) -> bool:
-        """The ring is empty: look for what compiled code has under way, or once a turn for the guest to come back.
+    def _poll_fast(self, incoming: IncomingRing, polled: bool) -> bool:
+        """Poll an empty ring and the requests of the fast path; with none in flight, once a turn.
 
-        Whether there is anything new.
+        Return whether a request has ended or packets have arrived.
         """
         fast = self.fast
-        if fast is None or not (fast.in_flight or (self._polling.looking and not looked)):
+        if fast is None or not (fast.in_flight or (self._polling.active and not polled)):
             return False
         return fast.wait(incoming.watched()) or incoming.available > 0
 
     def _deliver(self, batch: list[Packet]) -> int:
-        """Hand packets to the device; returns how many, fewer if it held, paused or failed in between."""
+        """Pass packets to the device; return how many: fewer if it paused or failed in between."""
         counters = self.counters
         done = 0
         for packet in batch:
             done += 1
             counters.bytes_in += packet.size
-            self._hand_over(packet)
-            if self.state is not _RUNNING or self._held:
+            self._dispatch(packet)
+            if self.state is not _RUNNING or self._input_paused:
                 break
         counters.packets_in += done
         return done
 
-    def _hand_over(self, packet: Packet) -> None:
+    def _dispatch(self, packet: Packet) -> None:
         device = self.device
         try:
             try:
@@ -574,7 +653,7 @@ class ChannelIo:
                 device.refused(self, packet, error)
         except GuestError as error:
             self._fail(error.reason, error.detail)
-        except Exception as error:  # noqa: BLE001 - a device must not take the process along
+        except Exception as error:  # noqa: BLE001 - a bug of a device must not end the process
             self._device_failed(error)
 
     def _completed(self, packet: Packet) -> None:
@@ -584,7 +663,7 @@ class ChannelIo:
             self.refusals.refuse("unexpected-completion", f"transaction {packet.transaction_id:#x}")
 
     def _write_out(self) -> bool:
-        """Move the queue to the ring, as far as it fits; returns whether the guest wants a signal."""
+        """Move the queue to the ring, as far as it fits; return whether the guest wants a signal."""
         output = self._output
         if not output.packets or self.state is not _RUNNING or self._outgoing is None:
             return False
@@ -598,15 +677,15 @@ class ChannelIo:
             self.counters.interrupts += 1
             self._channel.signal_guest()
 
-    # --- when something breaks -----------------------------------------------------------------------------
+    # --- failures ---
 
-    def _contain(self, tell: Callable[[ChannelIo], None]) -> None:
-        """Call a device, outside of :meth:`_deliver`."""
+    def _contain(self, hook: Callable[[ChannelIo], None]) -> None:
+        """Call a hook of the device outside :meth:`_deliver`; an exception fails the channel."""
         try:
-            tell(self)
+            hook(self)
         except GuestError as error:
             self._fail(error.reason, error.detail)
-        except Exception as error:  # noqa: BLE001 - a device must not take the process along
+        except Exception as error:  # noqa: BLE001 - a bug of a device must not end the process
             self._device_failed(error)
 
     def _device_failed(self, error: Exception) -> None:
@@ -621,7 +700,7 @@ class ChannelIo:
             self._output, self._owed, self._awaited = Output(), Transactions(), Transactions()
 
     def status(self) -> dict[str, Any]:
-        """For ``vmbus status``: names and plain values."""
+        """Return the channel's part of ``vmbus status``: names and plain values."""
         report: dict[str, Any] = {"state": self.state.value}
         if self.failure:
             report["failure"] = self.failure

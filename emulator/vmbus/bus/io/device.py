@@ -1,21 +1,21 @@
-"""The base of every synthetic device: what it offers, what it is told, what it may keep.
+"""The base of every synthetic device: its offer, the hooks that are called, its state.
 
-A device is one object. It is started once, and then has any number of channels open, one after the other (a
-guest that reboots or reloads its driver), or several at a time (sub-channels). Each open channel is an ``io``
-(:class:`~vmbus.bus.io.channel_io.ChannelIo`): the device takes packets from it and sends through it, and knows
-neither rings nor the machine.
+A device is one object. It is started once, and then has any number of channels open, one after the other (a guest
+that reboots or reloads its driver), or several at a time (sub-channels). Each open channel is an ``io``
+(:class:`~vmbus.bus.io.channel_io.ChannelIo`), from which the device gets packets and through which it sends; a device
+handles neither rings nor QEMU.
 
     start(environment) → { opened(io) → { packet(io, packet) | completed(io, packet) }* → closed(io) }* → stop()
 
-All of it is called in one thread and must not block; slow work goes elsewhere, and ends with ``io.complete``.
-What a method raises is contained:
+All hooks are called in one thread and must not block; slow work is done in :attr:`DeviceEnvironment.workers` and ends
+with ``io.complete``. An exception of a hook never ends the process:
 
     | raised in packet()                       | what follows                                              |
     | RingError, ProtocolError                 | the channel fails: no more packets until it is opened anew |
     | another GuestError (MalformedError, ...) | counted; refused(io, packet, error) answers; it goes on    |
-    | anything else                            | our bug or the device's: traceback, the channel fails      |
+    | anything else                            | a bug: traceback in the log, the channel fails             |
 
-The least device there is::
+The smallest possible device::
 
     class Echo(Device):
         name = "echo"
@@ -32,202 +32,134 @@ from __future__ import annotations
 # ruff: noqa: B027 - most hooks are empty on purpose
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
+from vmbus.bus.channel.gpadl import Gpadl
+from vmbus.bus.io.channel_io import ChannelIo
+from vmbus.bus.io.environment import DeviceEnvironment, InlineWorkers
+from vmbus.bus.offers import Offer
 from vmbus.errors import DeviceError, GuestError
-from vmbus.ports import GuestMemory, NativeServices, Timers, Workers
+from vmbus.native import NativeLibrary
 from vmbus.wire.packet import Packet
 
-if TYPE_CHECKING:
-    from vmbus.bus.channel.channel import Channel
-    from vmbus.bus.channel.endpoint import Endpoint
-    from vmbus.bus.channel.gpadl import Gpadl
-    from vmbus.bus.io.channel_io import ChannelIo
-    from vmbus.bus.offers import Offer
-    from vmbus.native import NativeLibrary
-
+__all__ = ["ControlCommand", "Device", "DeviceEnvironment", "InlineWorkers"]
 
 ControlCommand = Callable[[Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
-"""Answers one command of the control socket: given the request's keys, it returns what JSON can hold."""
-
-
-class Offers(Protocol):
-    """Where a device gets more channels from: the bus."""
-
-    def offer(self, offer: Offer, endpoint: Endpoint) -> Channel:
-        """Offer a channel to the guest."""
-
-    def revoke(self, channel: Channel) -> None:
-        """Take an offer back."""
-
-
-class InlineWorkers:
-    """:class:`~vmbus.ports.Workers` where there is no event loop to keep free: the work is done at once."""
-
-    def run(self, work: Callable[[], None], done: Callable[[Exception | None], None], /) -> None:
-        error: Exception | None = None
-        try:
-            work()
-        except Exception as found:  # noqa: BLE001 - it is handed on
-            error = found
-        done(error)
-
-    def transfer(
-        self,
-        fd: int,
-        offset: int,
-        views: Sequence[memoryview],
-        write: bool,
-        flags: int,
-        done: Callable[[int], None],
-        /,
-    ) -> bool:
-        return False
-
-    def watch(self, fd: int, readable: Callable[[], None], /) -> Callable[[], None] | None:
-        return None
-
-    def expect(
-        self, done: Callable[[Exception | None], None], /
-    ) -> Callable[[Exception | None], None] | None:
-        return None
-
-    def submit(self) -> None:
-        """There are no transfers."""
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceEnvironment:
-    """What a device may use of the machine it is in."""
-
-    memory: GuestMemory
-    timers: Timers
-    reference_time: Callable[[], int] | None
-    """Reference time of the partition, in units of 100 ns; ``None`` where it cannot be read."""
-    offers: Offers | None = None
-    """``None`` where no sub-channels can be offered."""
-    workers: Workers = field(default_factory=InlineWorkers)
-    """Threads for what blocks."""
-    native: NativeServices | None = None
-    """For compiled code of the device; ``None`` where guest memory has no address in this process."""
-    stop_guest: Callable[[str], None] | None = None
-    """Stop the guest's processors, for the reason given, until somebody lets it go on (:meth:`Device.guest_resumed`).
-    ``None`` where that cannot be done."""
+"""A function that answers one command of the control socket, from the request's keys, with what JSON can hold."""
 
 
 class Device(ABC):
-    """A synthetic device. Only :meth:`offer` and :meth:`packet` must be there."""
+    """A synthetic device. A subclass must define :meth:`offer` and :meth:`packet`."""
 
     name: str
-    """Short and unique among the devices of a machine; counters and logs are kept under it."""
+    """A short name, unique among the devices of a machine, for counters and logs."""
 
     max_packet: ClassVar[int] = 4096
-    """Longest packet, in bytes without trailer, that the guest's driver takes.
+    """The longest packet, in bytes without trailer, that the guest's driver accepts.
 
     Source: docs/protocol/devices.md#largest-packet.
 
-    A guest that is sent a longer one loses its place in the ring for good, so sending one is an error.
+    After a longer one the guest cannot find the next packet in the ring any more, so sending one is an error.
     """
 
     poll_window: ClassVar[float] = 100e-6
-    """Longest time, in seconds, for which an empty ring is looked at before the host sleeps.
+    """The longest time, in seconds, for which an empty ring is polled before the host sleeps.
 
-    See :mod:`vmbus.bus.io.polling`. Worth setting where a guest usually takes longer to come back.
+    See :mod:`vmbus.bus.io.polling`. Set it where a guest usually takes longer to send the next packet.
     """
 
     native_libraries: ClassVar[Sequence[NativeLibrary]] = ()
-    """What `vmbus setup` compiles for this device, and `vmbus doctor` reports."""
+    """The libraries that ``vmbus setup`` compiles for this device, and ``vmbus doctor`` reports."""
 
     line: str = ""
-    """What stood after ``--device``; empty for a device that code has made."""
+    """The argument of ``--device``; empty for a device that was made by code."""
 
     _environment: DeviceEnvironment | None = None
 
     @property
     def environment(self) -> DeviceEnvironment:
-        """The surroundings that :meth:`start` was given. Raises :class:`~vmbus.errors.DeviceError` before."""
+        """The argument of :meth:`start`. Raises :class:`~vmbus.errors.DeviceError` before that."""
         if self._environment is None:
-            raise DeviceError(f"{self.name} is not started (a start() of its own must call super().start())")
+            raise DeviceError(f"{self.name} is not started: an overriding start() must call super().start()")
         return self._environment
 
     def lines(self) -> list[str]:
-        """What to say after ``--device`` for another one that can go on for this one, as it is now."""
+        """Return the ``--device`` arguments of devices that could take over from this one, as it is now."""
         return [self.line] if self.line else []
 
     @abstractmethod
     def offer(self) -> Offer:
-        """What the guest is offered; the same each time."""
+        """Return the offer for the guest; the same each time."""
 
     def start(self, environment: DeviceEnvironment) -> None:
-        """Called once, before the offer is made. An override calls this one first."""
+        """Prepare the device. Called once, before the offer is made; an override must call this method first."""
         self._environment = environment
 
     def stop(self) -> None:
-        """The machine goes; every channel is closed already. Cancel timers, close files. Must not block."""
+        """Cancel timers, close files: the machine ends, every channel is closed already. Must not block."""
 
     def wait_closed(self, timeout: float) -> bool:
         """Wait for outstanding work after :meth:`stop`, in another thread; return False on timeout (seconds)."""
         return True
 
     def opened(self, io: ChannelIo) -> None:
-        """The guest opened a channel (``io.subchannel_index``, 0 for the primary one); sending is possible.
+        """Begin to serve a channel that the guest opened (``io.subchannel_index`` 0: the primary one).
 
-        Raise a GuestError or DeviceError to refuse; ``closed`` is not called then.
+        Sending is possible from now on. Raise a GuestError or DeviceError to refuse; ``closed`` is not called then.
         """
 
     @abstractmethod
     def packet(self, io: ChannelIo, packet: Packet) -> None:
-        """An in-band, GPA-direct or transfer-page packet, its shape checked; page numbers are not.
+        """Handle an in-band, GPA-direct or transfer-page packet: its shape is checked, its page numbers are not.
 
         If ``packet.completion_requested``, complete it once: now, or later with ``io.complete``.
         """
 
     def batch_ended(self, io: ChannelIo) -> None:
-        """The packets that were taken together are handed over; more may follow at once.
+        """Finish a batch: all packets that were taken together were passed to :meth:`packet`; more may follow.
 
-        What several of them started can be handed on here, all together. Raises nothing.
+        Work that several of them started can be submitted here at once. Must not raise.
         """
 
     def fast_ready(self, io: ChannelIo) -> bool:
-        """Before packets are taken by ``io.fast``: whether it may take any; what it knows has to be true now."""
+        """Return whether ``io.fast`` may take packets; everything that it was configured with must be valid."""
         return False
 
     def fast_ended(self, io: ChannelIo) -> None:
-        """Requests that ``io.fast`` had taken have ended; their answers are on their way."""
+        """Note that requests which ``io.fast`` had taken have ended; their answers are queued."""
 
     def completed(self, io: ChannelIo, packet: Packet) -> None:
-        """The guest completes a packet that was sent with ``completion_requested``."""
+        """Handle the guest's completion of a packet that was sent with ``completion_requested``."""
 
     def refused(self, io: ChannelIo, packet: Packet, error: GuestError) -> None:
-        """A packet could not be taken: its ranges are malformed, or :meth:`packet` raised ``error``.
+        """Answer a packet that was refused: its ranges are malformed, or :meth:`packet` raised ``error``.
 
-        As it stands, the guest gets an empty completion, if it waits for one. Devices whose protocol has a
-        status for this override it.
+        By default the guest gets an empty completion, if it waits for one. Override this where the protocol has a
+        status for it.
         """
         if packet.completion_requested and io.owes(packet.transaction_id):
             io.complete(packet.transaction_id)
 
     def writable(self, io: ChannelIo) -> None:
-        """All that was sent is in the ring; called once after ``io.notify_room()``."""
+        """Send more: everything sent is in the ring. Called once after ``io.notify_room()``."""
 
     def closed(self, io: ChannelIo) -> None:
-        """The guest closed the channel: forget what belongs to it. Nothing can be sent any more.
+        """Forget what belongs to a channel that the guest closed. Nothing can be sent any more.
 
         While work on guest memory is under way call ``io.channel.defer_close()``, and ``finish_close()`` later.
         """
 
     def guest_resumed(self) -> None:
-        """The guest was stopped and runs again, here."""
+        """Continue: the guest was stopped (``vmbus cont``, a migration) and runs again, in this process."""
 
     def gpadl_created(self, io: ChannelIo, gpadl: Gpadl) -> None:
-        """The guest shares pages over this channel (also those of its rings). Raise to refuse."""
+        """Take note of pages that the guest shares over this channel (rings included). Raise to refuse them."""
 
     def gpadl_torn_down(self, io: ChannelIo, gpadl: Gpadl) -> None:
-        """The guest wants its pages back; do not touch them again."""
+        """Stop using shared pages: they belong to the guest again."""
 
     def status(self) -> dict[str, Any]:
-        """What ``vmbus status`` shows: names and plain values."""
+        """Return what ``vmbus status`` shows: names and plain values."""
         return {}
 
     def control_commands(self) -> Mapping[str, ControlCommand]:
@@ -240,19 +172,21 @@ class Device(ABC):
         return {}
 
     def save(self) -> bytes:
-        """What the device holds, in a form of its own with a version in it; channels are paused meanwhile."""
+        """Return the device's state in a versioned format of its own; channels are paused meanwhile."""
         return b""
 
     def restore(self, state: bytes) -> None:
-        """Take over what :meth:`save` gave, perhaps in another process and an older version.
+        """Take over a state that :meth:`save` returned, perhaps in another process and of an older version.
 
-        Raise :class:`~vmbus.errors.DeviceError` to refuse. Called before any ``resumed``.
+        Raise :class:`~vmbus.errors.DeviceError` to refuse. Called before any ``restored``.
         """
         if state:
-            raise DeviceError(f"{self.name} keeps no state, but was given {len(state)} bytes")
+            raise DeviceError(
+                f"{self.name} has no saved state, but the stream holds {len(state)} bytes for it"
+            )
 
-    def resumed(self, io: ChannelIo) -> None:
-        """In place of ``opened``: this channel was open when it was saved, and goes on.
+    def restored(self, io: ChannelIo) -> None:
+        """Continue a channel that was open when it was saved; called in place of ``opened``.
 
-        What the device had sent and what it owes is in ``io``; only its own work has to be taken up.
+        ``io`` has what the device had sent and which completions it owes; only the device's own work must be resumed.
         """

@@ -1,4 +1,4 @@
-"""The guest memory that a packet names, checked, as one run of bytes.
+"""The guest memory that a GPA-direct packet names, checked, as one run of bytes.
 
 Source: docs/protocol/messages.md#gpa-ranges, docs/protocol/rings.md#gpa-direct-packets. The shape of ranges was
 checked when the packet was parsed; whether the page numbers are RAM is checked here, before anything is read or
@@ -15,7 +15,7 @@ from vmbus.wire.packet import GpaRange
 
 
 def gpa_runs(ranges: Iterable[GpaRange]) -> list[tuple[int, int]]:
-    """``(guest physical address, bytes)`` of all ranges in their order; neighbours are joined."""
+    """Return ``(guest physical address, bytes)`` of all ranges in order; adjacent ones are merged."""
     runs: list[tuple[int, int]] = []
     gpa = length = 0
     for byte_count, byte_offset, pfns in ranges:
@@ -37,7 +37,7 @@ def gpa_runs(ranges: Iterable[GpaRange]) -> list[tuple[int, int]]:
 
 
 class GuestBuffer:
-    """What a request reads from or writes to. ``length`` is in bytes; offsets count from the first byte.
+    """The buffer that a request reads from or writes to. ``length`` is in bytes; offsets count from the first byte.
 
     Raises :class:`~vmbus.errors.GuestAddressError` if any of it is not RAM.
     """
@@ -69,7 +69,7 @@ class GuestBuffer:
         return pieces
 
     def read(self, offset: int = 0, length: int | None = None) -> bytes:
-        """A private copy, to the end by default. Raises ``IndexError`` outside the buffer."""
+        """Return a private copy, to the end by default. Raises ``IndexError`` outside the buffer."""
         pieces = self._pieces(offset, self.length - offset if length is None else length)
         if len(pieces) == 1:
             return self._memory.read(*pieces[0])

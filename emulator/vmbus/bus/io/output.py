@@ -1,9 +1,9 @@
-"""What a device has sent and the ring has not taken yet, and which transactions are open.
+"""The queue of packets in front of a ring, and the transactions that are open.
 
     empty --put--> waiting for the end of the turn --write--> empty
                                                    --write, ring full--> blocked --write--> empty
 
-While it is blocked the pending send size of the ring is set: the guest signals when there is room.
+While the queue is blocked the pending send size of the ring is set: the guest signals when there is room.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from vmbus.bus.io.state import IoCounters
 from vmbus.wire.packet import TRAILER_SIZE
 
 _ATTEMPTS = 4
-"""Times that room may appear just when the host begins to wait, before others have their turn."""
+"""How often room may appear just when the host begins to wait, before other channels get their turn."""
 
 
 class Transactions:
-    """Transaction ids that are open. A guest may use one for several packets at a time: they are counted."""
+    """The open transactions, counted by id: a guest may use one id for several packets at a time."""
 
     __slots__ = ("_times", "total")
 
     def __init__(self, items: Iterable[tuple[int, int]] = ()) -> None:
         self._times = dict(items)
-        #: Open transactions, of all ids.
         self.total = sum(self._times.values())
+        """Open transactions of all ids."""
 
     def __contains__(self, transaction_id: int) -> bool:
         return transaction_id in self._times
 
     def items(self) -> tuple[tuple[int, int], ...]:
-        """Each id and how often it is open."""
+        """Return each id and how often it is open."""
         return tuple(self._times.items())
 
     def add(self, transaction_id: int) -> None:
-        """One more."""
+        """Open a transaction."""
         self._times[transaction_id] = self._times.get(transaction_id, 0) + 1
         self.total += 1
 
     def remove(self, transaction_id: int) -> bool:
-        """One less; False if there is none."""
+        """Close a transaction; return False if none is open with that id."""
         times = self._times.pop(transaction_id, 0)
         if not times:
             return False
@@ -52,16 +52,16 @@ class Transactions:
 
 
 class Output:
-    """The queue in front of an outgoing ring, in order. It has no limit of its own."""
+    """The queue in front of an outgoing ring, in order and without a limit of its own."""
 
     __slots__ = ("blocked", "bytes", "packets")
 
     def __init__(self, packets: Iterable[bytes] = ()) -> None:
         self.packets = list(packets)
-        #: Bytes queued, without trailers.
         self.bytes = sum([len(packet) for packet in self.packets])
-        #: Whether the guest was asked for room.
+        """Bytes queued, without trailers."""
         self.blocked = False
+        """Whether the pending send size is set."""
 
     def put(self, packet: bytes) -> None:
         """Queue a packet (see ``build_packet``)."""
@@ -69,9 +69,9 @@ class Output:
         self.bytes += len(packet)
 
     def write(self, ring: OutgoingRing, counters: IoCounters) -> bool:
-        """Move the queue to the ring, as far as it fits; whether the guest wants a signal.
+        """Move the queue to the ring, as far as it fits; return whether the guest wants a signal.
 
-        If it does not fit, and is not :attr:`blocked` afterwards, room keeps appearing: try again later.
+        If packets are left and the queue is not :attr:`blocked` afterwards, room keeps appearing: try again later.
         Raises :class:`~vmbus.errors.RingError`.
         """
         packets = self.packets

@@ -1,29 +1,29 @@
 """The two rings of an open channel, from the host's side: :class:`IncomingRing`, :class:`OutgoingRing`.
 
-Source: docs/protocol/rings.md. The guest runs while the host looks. Therefore
+Source: docs/protocol/rings.md. The guest runs while the host reads. Therefore
 
-* each index is loaded once and checked; the host's own index (read index of the incoming ring, write index of
-  the outgoing one) is loaded when the ring is made, and only stored from then on: what the guest writes there
-  later has no effect on the host;
+* each index is loaded once and checked; the host's own index (read index of the incoming ring, write index of the
+  outgoing one) is loaded when the object is made, and only stored from then on: what the guest writes there later
+  has no effect on the host;
 * bytes are copied in bulk, and packets are parsed from the private copy only;
-* between a store and a load that the other side orders the other way round stands ``memory.fence()``.
+* ``memory.fence()`` stands between a store and a load that the other side makes in the opposite order.
 
     | who    | stores                 | fence | then loads                                        |
     | reader | read index             | yes   | pending send size, write index: signal for room?  |
-    | reader | interrupt mask = 0     | yes   | write index: came something meanwhile?            |
+    | reader | interrupt mask = 0     | yes   | write index: has a packet arrived meanwhile?      |
     | writer | write index            | yes   | interrupt mask, read index: signal for data?      |
     | writer | pending send size      | yes   | read index: is there room by now?                 |
 
-Everything that a guest may do wrong raises :class:`~vmbus.errors.RingError`; see also the reasons in
+Every violation by the guest raises :class:`~vmbus.errors.RingError`; see also the reasons in
 :mod:`vmbus.wire.packet`.
 
     | reason                       | found                                                             |
     | invalid-ring-pointer         | an index outside the data area, or no multiple of 8               |
-    | invalid-data-available       | more than nothing, but less than a descriptor is in the ring      |
-    | invalid-message-length       | a packet of the host's that can never fit the guest's ring        |
+    | invalid-data-available       | some bytes are in the ring, but fewer than a descriptor           |
+    | invalid-message-length       | a packet of the host that can never fit the guest's ring          |
     | invalid-ring-memory          | no data page, or not whole pages                                  |
     | ring-too-large               | indices would not fit 32 bits                                     |
-    | interrupts-externally-masked | the host's own interrupt mask was set by somebody else            |
+    | interrupts-externally-masked | the guest has set the interrupt mask that belongs to the host     |
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from vmbus.wire.ring import (
 )
 
 BULK = 32768
-"""Bytes copied from an incoming ring at once; a longer packet is copied by itself."""
+"""Bytes copied from an incoming ring at once; a longer packet is copied separately."""
 
 
 class _Ring:
@@ -65,18 +65,18 @@ class _Ring:
     def __init__(self, pages: GuestPages, memory: GuestMemory) -> None:
         size = pages.size - RING_PAGE
         if pages.size % RING_PAGE or size <= 0:
-            raise RingError("invalid-ring-memory", f"{pages.size} bytes are no control page and data pages")
+            raise RingError("invalid-ring-memory", f"{pages.size} bytes, not a control page and data pages")
         if size > 0xFFFFFFFF:
             raise RingError("ring-too-large", f"{size} bytes")
         self._pages = pages
         self._memory = memory
         self._load = pages.load_u32
         self._store = pages.store_u32
-        #: Bytes in the data area; the ring holds at most ``size - 8``.
         self.size = size
+        """Bytes in the data area; the ring holds at most ``size - 8``."""
 
     def _index(self, offset: int) -> int:
-        """An index from the control page, checked."""
+        """Load an index from the control page, and check it."""
         index = self._load(offset)
         if index >= self.size or index & 7:
             name = "write" if offset == WRITE_INDEX else "read"
@@ -86,7 +86,7 @@ class _Ring:
         return index
 
     def control(self) -> RingControl:
-        """The control page as it is now, unchecked, for reports."""
+        """Return the control page as it is now, unchecked, for reports."""
         return RING_CONTROL.parse(self._pages.read(0, RING_CONTROL.size))
 
 
@@ -110,7 +110,7 @@ class IncomingRing(_Ring):
         self._known = 0
 
     def initialize(self) -> None:
-        """When a channel opens: no signals until the host goes idle.
+        """Mask signals until the host goes idle: the channel opens.
 
         Source: docs/protocol/rings.md#ring-initialization.
         """
@@ -125,7 +125,7 @@ class IncomingRing(_Ring):
     def read_batch(self, limit: int) -> list[Packet]:
         """Take at most ``limit`` packets, perhaps fewer than there are; none only when the ring is empty.
 
-        :meth:`commit` frees their room. Packets in front of a damaged one are returned, the next call raises
+        :meth:`commit` frees their room. Packets before a damaged one are returned; the next call raises
         :class:`~vmbus.errors.RingError`.
         """
         packets: list[Packet] = []
@@ -159,9 +159,10 @@ class IncomingRing(_Ring):
         return packets
 
     def take_with(self, take: Callable[[bytes, int, int, int], tuple[int, int]], limit: int) -> int:
-        """Let ``take(private copy, place, committed bytes, limit)`` take packets; how many it took.
+        """Let ``take(private copy, offset, committed bytes, limit)`` take packets; return how many it took.
 
-        It returns how many, and their bytes. What it leaves is for :meth:`read_batch`. Raises ``RingError``.
+        ``take`` returns the number of packets and of their bytes. The packets that it leaves are for
+        :meth:`read_batch`. Raises ``RingError``.
         """
         if not self._known and not self._fetch(BULK):
             return 0
@@ -173,17 +174,20 @@ class IncomingRing(_Ring):
         return count
 
     def watched(self) -> tuple[int, int]:
-        """Of an empty ring: where its write index lies in this process, and what it is until something comes."""
+        """Return, for an empty ring, the address of its write index in this process, and the index's value.
+
+        The value changes when the guest commits a packet.
+        """
         return self._pages.address_u32(WRITE_INDEX), self._taken
 
     def _read_long(self) -> Packet:
-        """The next packet, of which the private copy does not hold all; the copy is made anew.
+        """Return the next packet, of which the private copy holds only a part; the copy is made anew.
 
-        Nothing that was seen in the old copy is used, but the length for the new one: the guest may have changed
-        the packet in between, and gets the consequences.
+        Nothing is used of the old copy but the length for the new one. A guest that changes the packet in between
+        damages only its own ring.
         """
         if not self._fetch(BULK):
-            raise RingError("invalid-data-available", "the write index went back")
+            raise RingError("invalid-data-available", "the write index went backwards")
         packet = parse_packet(self._buffer, 0, self._known)
         if packet is None:
             self._fetch(packet_size(self._buffer, 0))
@@ -193,7 +197,7 @@ class IncomingRing(_Ring):
         return packet
 
     def _fetch(self, wanted: int) -> int:
-        """Copy what the guest has committed, ``wanted`` bytes at most; returns how much it has committed."""
+        """Copy what the guest has committed, at most ``wanted`` bytes; return how many bytes it has committed."""
         known = (self._index(WRITE_INDEX) - self._taken) % self.size
         if known and known < DESCRIPTOR_SIZE:
             raise RingError("invalid-data-available", f"{known} bytes")
@@ -209,10 +213,10 @@ class IncomingRing(_Ring):
         return known
 
     def untake(self, packets: Sequence[Packet]) -> None:
-        """Put the last taken, not yet committed packets back: the next batch begins with them."""
+        """Undo the taking of the last packets, which are not committed: the next batch begins with them."""
         size = sum([packet.size for packet in packets])
         if size > (self._taken - self._committed) % self.size:
-            raise InternalError(f"{len(packets)} packets were not taken, or are committed")
+            raise InternalError(f"{len(packets)} packets cannot be returned: not taken, or committed already")
         self._taken = (self._taken - size) % self.size
         if self._at >= size:
             self._at -= size
@@ -221,7 +225,7 @@ class IncomingRing(_Ring):
             self._buffer, self._at, self._known = b"", 0, 0
 
     def commit(self) -> bool:
-        """Free the room of what was taken. Whether the guest waits for that much room and wants a signal.
+        """Free the room of what was taken; return whether the guest waits for that much room and wants a signal.
 
         Raises :class:`~vmbus.errors.RingError`.
         """
@@ -231,7 +235,7 @@ class IncomingRing(_Ring):
         self._committed = taken
         self._store(READ_INDEX, taken)
         self._memory.fence()
-        # Some guests ask for "ring size - 1", which can never be free: the low bits are not looked at.
+        # Some guests ask for "ring size - 1" bytes, which can never be free: the low bits are ignored.
         wanted = self._load(PENDING_SEND_SIZE) & ~7
         if not wanted or not self._load(FEATURE_BITS) & FEATURE_PENDING_SEND_SIZE:
             return False
@@ -240,7 +244,7 @@ class IncomingRing(_Ring):
         return (old - write - RESERVED_BYTES) % size < wanted <= (taken - write - RESERVED_BYTES) % size
 
     def mask(self) -> None:
-        """Begin to work: the guest need not signal. Raises ``RingError`` if the guest has set the mask itself."""
+        """Mask signals while the host works. Raises ``RingError`` if the guest has set the mask itself."""
         if self._masked:
             return
         if self._load(INTERRUPT_MASK):
@@ -250,7 +254,7 @@ class IncomingRing(_Ring):
         self._masked = True
 
     def unmask(self) -> bool:
-        """Go idle: the guest signals when the ring becomes non-empty. True if it already is; then go on."""
+        """Unmask signals before the host sleeps; return True if packets have arrived, which must be taken first."""
         self._store(INTERRUPT_MASK, 0)
         self._masked = False
         self._memory.fence()
@@ -272,7 +276,7 @@ class OutgoingRing(_Ring):
         self._waiting = self._load(PENDING_SEND_SIZE) != 0
 
     def initialize(self) -> None:
-        """When a channel opens: the host uses pending send sizes, and waits for nothing yet.
+        """Announce that the host uses pending send sizes, and set none: the channel opens.
 
         Source: docs/protocol/rings.md#ring-initialization.
         """
@@ -293,8 +297,8 @@ class OutgoingRing(_Ring):
     def write(self, packets: Sequence[bytes]) -> tuple[int, bool]:
         """Write as many of ``packets`` (see ``build_packet``) as fit, visible to the guest all at once.
 
-        Returns how many, and whether the guest wants a signal: it does unless it has masked signals, or had
-        something to read already. Raises :class:`~vmbus.errors.RingError`, for the guest's read index or
+        Returns how many were written, and whether the guest wants a signal: it does unless it has masked signals, or
+        had something to read already. Raises :class:`~vmbus.errors.RingError`, for the guest's read index or
         for a first packet that is longer than :attr:`largest`.
         """
         size = self.size
@@ -333,7 +337,7 @@ class OutgoingRing(_Ring):
     def wait_for_room(self, length: int) -> bool:
         """Ask the guest for a signal when a packet of ``length`` bytes (without trailer) fits.
 
-        True if it fits by now: write again. Otherwise the signal comes; writing calls it off.
+        Return True if it fits by now: write again. Otherwise the guest will signal; a write cancels the request.
         """
         total = (length + TRAILER_SIZE + 7) & ~7
         self._store(PENDING_SEND_SIZE, total)
@@ -343,7 +347,7 @@ class OutgoingRing(_Ring):
 
 
 def ring_status(incoming: IncomingRing, outgoing: OutgoingRing) -> dict[str, dict[str, int | None]]:
-    """Bytes of data area, and how many are filled; ``None`` while the guest's indices make no sense. For reports."""
+    """Return the size of both data areas and how many bytes are filled (``None``: invalid indices), for reports."""
     report: dict[str, dict[str, int | None]] = {}
     for name, ring in (("incoming", incoming), ("outgoing", outgoing)):
         try:

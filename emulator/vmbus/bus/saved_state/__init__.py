@@ -1,1 +1,1 @@
-"""The saved state of the bus: plain values (``values``), their bytes (``layout``), checks and restoring (``restore``)."""
+"""The saved state of the bus: plain values (``values``), their bytes (``layout``), checks (``restore``)."""

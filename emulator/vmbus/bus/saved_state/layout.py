@@ -1,4 +1,4 @@
-"""The layout of the saved bus: :mod:`~vmbus.bus.saved_state.values` as bytes, in the forms of :mod:`vmbus.wire.saved`.
+"""The layout of the saved bus: :mod:`~vmbus.bus.saved_state.values` as bytes; forms as in :mod:`vmbus.wire.saved`.
 
 Enumerations are stored as numbers: a member keeps its place in the lists below for ever, new members are appended.
 """
