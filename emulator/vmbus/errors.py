@@ -1,33 +1,34 @@
-"""The error tree: one class per decision that a reader of the error takes.
+"""The error tree: one class per decision of the code, or of the person, that handles the error.
 
     VmbusError
-    ├── GuestError               the guest did wrong: costs the guest its request or its channel
+    ├── GuestError               the guest is at fault: its request fails, or its channel stops
     │   ├── GuestAddressError    an address or page number that is not RAM
     │   ├── MalformedError       bytes that no declaration in ``vmbus.wire`` accepts
-    │   ├── ProtocolError        well-formed, but not allowed now
-    │   └── RingError            a ring buffer in a state that no writer may leave it in
-    ├── UserError                the person at the keyboard can mend it: exit status 1
-    │   ├── UsageError           the command line itself is wrong: exit status 2
-    │   └── MissingRequirement   something has to be installed or given first
-    ├── QemuError                QEMU refused, failed, or is gone
+    │   ├── ProtocolError        a valid request that is not allowed in the present state
+    │   └── RingError            a ring buffer in a state that no correct writer leaves it in
+    ├── UserError                the user can correct it: exit status 1
+    │   ├── UsageError           the command line is wrong: exit status 2
+    │   └── MissingRequirement   something must be installed or specified first
+    ├── QemuError                QEMU refused, failed, or ended
     │   ├── QemuGone             QEMU ended, or closed a socket
-    │   ├── QemuUnsuitable       it runs, but lacks an option that the emulator needs
-    │   └── GatewayError         the trap gateway speaks another version, or broke its protocol
-    ├── DeviceError              a device class (perhaps a third party's) raised or broke its contract
-    └── InternalError            our bug: please report
+    │   ├── QemuUnsuitable       QEMU runs without an option that the emulator needs
+    │   └── GatewayError         the trap gateway has another version, or violated its protocol
+    ├── DeviceError              a device class, possibly a third party's, raised or violated its contract
+    └── InternalError            a bug of the emulator, to be reported
 
-Asserts are never used to check input; everything from a guest, a user or QEMU raises one of these.
+Asserts are never used to check input: everything that a guest, a user or QEMU can cause raises one of these. The
+message of an error for users says what happened, why, and what to do.
 """
 
 from __future__ import annotations
 
 
 class VmbusError(Exception):
-    """Root of everything that the emulator raises on purpose."""
+    """Root of all errors that the emulator raises."""
 
 
 class GuestError(VmbusError):
-    """The guest is at fault. ``reason`` is a stable name that counters and logs are keyed by."""
+    """An error of the guest; ``reason``: a stable name, the key of counters and log lines."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -36,7 +37,7 @@ class GuestError(VmbusError):
 
 
 class GuestAddressError(GuestError):
-    """A guest physical address, or a page number, that is not RAM."""
+    """A range of guest physical addresses that is not all RAM; ``length`` in bytes."""
 
     def __init__(self, gpa: int, length: int = 1) -> None:
         super().__init__("not-ram", f"{length} bytes at guest physical address {gpa:#x} are not all RAM")
@@ -45,51 +46,51 @@ class GuestAddressError(GuestError):
 
 
 class MalformedError(GuestError):
-    """Bytes that do not parse as what they claim to be (short, or with an impossible field)."""
+    """Bytes that cannot be parsed: too short, or with an invalid field."""
 
 
 class ProtocolError(GuestError):
-    """A well-formed request that is not allowed in the present state."""
+    """A valid request that is not allowed in the present state."""
 
 
 class RingError(GuestError):
-    """A ring buffer whose indices or packets are impossible; the channel stops."""
+    """A ring buffer with invalid indices or packets; the channel stops."""
 
 
 class UserError(VmbusError):
-    """Something the user can mend; the message says how."""
+    """An error that the user can correct; the message says how."""
 
     exit_status = 1
 
 
 class UsageError(UserError):
-    """The command line is wrong."""
+    """An error of the command line."""
 
     exit_status = 2
 
 
 class MissingRequirement(UserError):
-    """A program, package, file or option is missing; the message says how to get it."""
+    """A missing program, package, file or option; the message says how to get it."""
 
 
 class QemuError(VmbusError):
-    """QEMU refused or failed."""
+    """An error of QEMU: it refused a command, failed or ended."""
 
 
 class QemuGone(QemuError):
-    """QEMU ended, or one of its sockets closed."""
+    """The end of QEMU, or of the connection to one of its sockets."""
 
 
 class QemuUnsuitable(QemuError):
-    """A running QEMU lacks something; the message names the option that adds it."""
+    """A QEMU that runs without an option that the emulator needs; the message names the option."""
 
 
 class GatewayError(QemuError):
-    """The trap gateway in QEMU speaks another version or broke its protocol."""
+    """A trap gateway of another version, or one that violated its protocol."""
 
 
 class DeviceError(VmbusError):
-    """A device class raised an unexpected exception or broke its contract."""
+    """A device class that raised an unexpected exception or violated its contract."""
 
 
 class InternalError(VmbusError):

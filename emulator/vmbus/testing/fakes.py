@@ -1,6 +1,6 @@
-"""Fakes of :mod:`vmbus.ports` for fast tests, of this project and of device authors.
+"""Fakes of :mod:`vmbus.ports` for fast tests of this project and of device authors.
 
-Everything here is deterministic: memory is a ``bytearray``, time moves when told, interrupts are recorded.
+All fakes are deterministic: memory is a ``bytearray``, time advances only by ``advance``, interrupts are recorded.
 """
 
 from __future__ import annotations
@@ -77,9 +77,10 @@ class FakeViews:
 
 
 class FakeMemory:
-    """:class:`~vmbus.ports.GuestMemory`: ``size`` bytes of RAM at ``base``.
+    """:class:`~vmbus.ports.GuestMemory`: ``size`` bytes of RAM at the guest physical address ``base``.
 
-    ``stored`` lists ``(gpa, bytes)`` of what came in through ``writable``.
+    ``ram``: the content. ``code_writes``: ``(gpa, data)`` of each ``write_code``. ``stored``: ``(gpa, length)`` of
+    the runs that were stored through ``writable``.
     """
 
     def __init__(self, size: int = 16 << 20, base: int = 0) -> None:
@@ -102,7 +103,7 @@ class FakeMemory:
         self.ram[gpa - self.base : gpa - self.base + len(data)] = data
 
     def view(self, gpa: int, length: int) -> memoryview:
-        """``length`` bytes in place."""
+        """Return a view of ``length`` bytes at ``gpa``. Raises :class:`~vmbus.errors.GuestAddressError`."""
         if not self.is_ram(gpa, length):
             raise GuestAddressError(gpa, length)
         return memoryview(self.ram)[gpa - self.base : gpa - self.base + length]
@@ -139,7 +140,7 @@ class FakeInterrupts:
 
 
 class FakeTimer:
-    """One pending call of :class:`FakeTimers`."""
+    """A call of :class:`FakeTimers`; ``when`` in seconds."""
 
     def __init__(self, when: float, callback: Callable[[], None]) -> None:
         self.when = when
@@ -170,7 +171,7 @@ class FakeTimers:
         return self.call_later(0.0, callback)
 
     def advance(self, seconds: float) -> None:
-        """Let ``seconds`` pass, running what falls due, in order."""
+        """Advance time by ``seconds``, making the calls that fall due, in order."""
         end = self.seconds + seconds
         while self._queue and self._queue[0][0] <= end:
             when, _, timer = heapq.heappop(self._queue)
@@ -181,19 +182,19 @@ class FakeTimers:
 
 
 class FakeWorkers:
-    """:class:`~vmbus.ports.Workers` without threads: work is done where it is asked for, reported by ``timers``.
+    """:class:`~vmbus.ports.Workers` without threads: ``run`` does the work, ``timers`` report its end.
 
-    While ``holding``, it waits for :meth:`release`.
+    While ``paused`` is true, work waits for :meth:`release`.
     """
 
     def __init__(self, timers: FakeTimers) -> None:
         self._timers = timers
-        self.holding = False
+        self.paused = False
         self.waiting: deque[tuple[Callable[[], None], Callable[[Exception | None], None]]] = deque()
 
     def run(self, work: Callable[[], None], done: Callable[[Exception | None], None], /) -> None:
         self.waiting.append((work, done))
-        if not self.holding:
+        if not self.paused:
             self.release()
 
     def transfer(
@@ -217,23 +218,26 @@ class FakeWorkers:
         return None
 
     def submit(self) -> None:
-        """There are no transfers."""
+        """Do nothing: ``transfer`` accepts no transfers."""
 
     def release(self, count: int | None = None) -> None:
-        """Do what waits, or the first ``count`` of it."""
+        """Do the waiting work, or the first ``count`` pieces of it."""
         while self.waiting and (count is None or count > 0):
             work, done = self.waiting.popleft()
             error: Exception | None = None
             try:
                 work()
-            except Exception as found:  # noqa: BLE001 - it is handed on
+            except Exception as found:  # noqa: BLE001 - passed to done
                 error = found
             self._timers.call_soon(partial(done, error))
             count = None if count is None else count - 1
 
 
 class FakeSynic:
-    """:class:`~vmbus.ports.Synic`: messages pile up in ``messages``, events in ``events``."""
+    """:class:`~vmbus.ports.Synic` that records ``messages`` and ``events``, and holds event ``ports``.
+
+    ``messages``: (VP, SINT, payload). ``events``: (VP, SINT, flag). ``ports``: connection id -> callback.
+    """
 
     def __init__(self, vp_count: int = 1) -> None:
         self.vp_count = vp_count

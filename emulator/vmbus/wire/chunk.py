@@ -1,6 +1,7 @@
-"""The chunk: the unit that saved state is written and read in, never split over two buffers.
+"""The chunk: the unit in which saved state is written and read; a chunk is never split over two buffers.
 
-Source: docs/protocol/saving.md#silent-cases (the layout is this project's own), docs/saved-state.md. Little-endian:
+Source: docs/protocol/saving.md#silent-cases, docs/saved-state.md#the-chunk; the layout is this project's own.
+Little-endian:
 
     | Off | Size | Field                                                                          |
     |   0 |    4 | magic ``VMBc``                                                                 |
@@ -9,7 +10,7 @@ Source: docs/protocol/saving.md#silent-cases (the layout is this project's own),
     |   6 |    2 | kind of the record                                                             |
     |   8 |    8 | save id: random, the same in all chunks of one save run                        |
     |  16 |    4 | index: 0, 1, 2 ... within the save run                                         |
-    |  20 |    4 | flags: bit 0 the last chunk, bit 1 may be skipped by who does not know the kind |
+    |  20 |    4 | flags: bit 0 the last chunk, bit 1 may be skipped if the kind is unknown       |
     |  24 |    4 | length of the record in bytes                                                  |
     |  28 |    4 | CRC-32 (zlib) of bytes 0 to 27 and the record                                  |
     |  32 |    n | record                                                                         |
@@ -30,7 +31,7 @@ FORMAT_VERSION = 1
 
 
 class ChunkKind(enum.IntEnum):
-    """What the record of a chunk is: of one channel below 0x100, of a machine from there on."""
+    """Kind of a chunk's record: below 0x100 part of one channel's state, from 0x100 part of a machine's state."""
 
     CHANNEL = 0x01
     OUTSTANDING = 0x02
@@ -49,7 +50,7 @@ class ChunkKind(enum.IntEnum):
 
 
 class ChunkFlags(enum.IntFlag):
-    """Bits of a chunk's flags word; any other bit is of a newer format."""
+    """Bits of a chunk's flags word; a chunk with any other bit is of a later release and is refused."""
 
     LAST = 1
     IGNORABLE = 2
@@ -57,7 +58,7 @@ class ChunkFlags(enum.IntFlag):
 
 @dataclass(frozen=True, slots=True)
 class ChunkHeader:
-    """The first 32 bytes of a chunk, without what is the same in all."""
+    """The header of a chunk, 32 bytes, without the magic; see the module's table."""
 
     format_version: int
     version: int
@@ -91,12 +92,12 @@ _LAYOUT = derive_struct(
 def build_chunk(
     kind: int, record: bytes, *, save_id: int, index: int, flags: int = 0, version: int = 1
 ) -> bytes:
-    """One chunk. ``flags`` are :class:`ChunkFlags`."""
+    """Return one chunk; ``flags`` are :class:`ChunkFlags`."""
     fields = (MAGIC, FORMAT_VERSION, version, kind, save_id, index, flags, len(record))
     start = _LAYOUT.pack(*fields, 0)[:-4]
     return start + zlib.crc32(record, zlib.crc32(start)).to_bytes(4, "little") + record
 
 
 def chunk_crc(data: bytes | memoryview) -> int:
-    """The CRC-32 that the chunk ``data`` (all of it) should carry."""
+    """Return the CRC-32 that the whole chunk ``data`` should have in its header."""
     return zlib.crc32(data[HEADER_SIZE:], zlib.crc32(data[: HEADER_SIZE - 4]))

@@ -1,7 +1,7 @@
-"""From a ``construct`` declaration to a frozen dataclass and back.
+"""Codecs of byte layouts: a ``construct`` declaration, bound to a frozen dataclass.
 
-The declaration is the one source of a layout. ``Record`` binds it to a dataclass of the same field names, so
-that nothing past the border of ``wire`` sees a construct container::
+The declaration is the only source of a layout. ``Record`` binds it to a dataclass with the same field names, so that
+no construct container leaves ``wire``::
 
     @dataclass(frozen=True, slots=True)
     class Rescind:
@@ -10,13 +10,13 @@ that nothing past the border of ``wire`` sees a construct container::
     RESCIND = Record(Rescind, "relid" / Int32ul)
     RESCIND.parse(b"\\x01\\0\\0\\0")   # Rescind(relid=1)
 
-Fields of the declaration whose name begins with ``_`` (padding, reserved) are not given to the dataclass and
-are built as their declared default (construct's ``Padding`` and ``Default`` do that).
+Fields of the declaration whose name begins with ``_`` (padding, reserved) are not part of the dataclass. They are
+built with their declared default (construct's ``Padding`` and ``Default``).
 
-Plain declarations (:mod:`vmbus.wire.plain`) are compiled, the others left to construct, which also says what is
-wrong with data and values. Measured (CPython 3.11): construct parses a header of nine fields in 15 us and builds it
-in 13, compiled it takes 1.4 and 0.4; ``derive_struct`` gives the bare ``struct.Struct`` (0.1 us) for the hottest
-paths.
+Plain declarations (:mod:`vmbus.wire.plain`) are compiled (:mod:`vmbus.wire.compiled`); the others are interpreted by
+construct, which also produces all error messages. Measured (CPython 3.11): construct parses a header of nine fields
+in 15 us and builds it in 13 us, the compiled form takes 1.4 us and 0.4 us. For the hottest paths ``derive_struct``
+returns a bare ``struct.Struct`` (0.1 us).
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ T = TypeVar("T")
 
 
 class Record(Generic[T]):
-    """The codec of one dataclass; ``size`` is the fixed (or least) length in bytes."""
+    """The codec of one dataclass.
+
+    Raises :class:`InternalError` if the declaration has other names than the dataclass.
+    """
 
     def __init__(self, cls: type[T], *fields: Any) -> None:
         self.cls = cls
@@ -51,22 +54,23 @@ class Record(Generic[T]):
         declared = {s.name for s in self.struct.subcons if s.name and not s.name.startswith("_")}
         if declared != set(self._names):
             raise InternalError(
-                f"{cls.__name__}: declaration {sorted(declared)} is not {sorted(self._names)}"
+                f"{cls.__name__}: declares {sorted(declared)}, expected {sorted(self._names)}"
             )
 
     @functools.cached_property
     def compiled(self) -> Compiled | None:
-        """The quick form, made when it is first needed; ``None`` if the declaration is not plain."""
+        """The compiled form, made at the first use; ``None`` if the declaration is not plain."""
         return compile_record(self.cls, self.struct)
 
     @property
     def size(self) -> int:
+        """Length in bytes. Raises ``construct.SizeofError`` for a layout of variable length."""
         if self.compiled is not None and self.compiled.size is not None:
             return self.compiled.size
         return int(self.struct.sizeof())
 
     def parse(self, data: bytes) -> T:
-        """Parse the start of ``data``; what follows is ignored. Raises :class:`MalformedError`."""
+        """Parse the start of ``data``; bytes behind the layout are ignored. Raises :class:`MalformedError`."""
         compiled = self.compiled
         if compiled is not None:
             if compiled.size is None and type(data) is not bytes:
@@ -75,24 +79,24 @@ class Record(Generic[T]):
                 value: T = compiled.take(data, 0)[0]
                 return value
             except REFUSED_DATA:
-                pass  # construct knows why
+                pass  # construct raises it again, with a message
         try:
             found = self.struct.parse(data)
         except (c.ConstructError, OverflowError) as error:
             raise MalformedError(
-                "malformed", f"{len(data)} bytes are no {self.cls.__name__}: {error}"
+                "malformed", f"{len(data)} bytes are not a valid {self.cls.__name__}: {error}"
             ) from error
         return self.cls(**{name: found[name] for name in self._names})
 
     def build(self, value: T) -> bytes:
-        """The bytes of ``value``. Raises :class:`InternalError` for a value that does not fit."""
+        """Return the bytes of ``value``. Raises :class:`InternalError` for a value that does not fit."""
         if self.compiled is not None:
             pieces: list[bytes] = []
             try:
                 self.compiled.give(value, pieces.append)
                 return b"".join(pieces)
             except REFUSED_VALUES:
-                pass  # construct knows why
+                pass  # construct raises it again, with a message
         try:
             return bytes(self.struct.build({name: getattr(value, name) for name in self._names}))
         except (c.ConstructError, struct.error, OverflowError) as error:
@@ -100,11 +104,14 @@ class Record(Generic[T]):
 
 
 def derive_struct(declaration: c.Struct) -> struct.Struct:
-    """The ``struct.Struct`` of a declaration made of fixed-size integers and byte strings only."""
+    """Return the ``struct.Struct`` of a declaration of little-endian integers, byte strings and padding.
+
+    Raises :class:`InternalError` for any other field.
+    """
     code = "<" + "".join([_struct_code(subcon) for subcon in declaration.subcons])
     derived = struct.Struct(code)
     if derived.size != declaration.sizeof():
-        raise InternalError(f"{code}: {derived.size} bytes, declared {declaration.sizeof()}")
+        raise InternalError(f"{code} has {derived.size} bytes, the declaration {declaration.sizeof()}")
     return derived
 
 

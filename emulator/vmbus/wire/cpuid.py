@@ -17,12 +17,15 @@ FIRST_LEAF = 0x40000000
 LAST_LEAF = 0x400000FF
 
 VENDOR = b"Microsoft Hv"
+"""Leaf 0, EBX, ECX and EDX."""
 INTERFACE_SIGNATURE = int.from_bytes(b"Hv#1", "little")
+"""Leaf 1, EAX."""
 NEVER_SPIN_WAIT = 0xFFFFFFFF
+"""Leaf 4, EBX: the guest should never call HvNotifyLongSpinWait."""
 
 
 class Leaf(IntEnum):
-    """Leaf numbers that this emulator answers with something else than zeros."""
+    """Numbers of the leaves of this emulator (TLFS 2.4)."""
 
     VENDOR = 0x40000000
     INTERFACE = 0x40000001
@@ -34,7 +37,7 @@ class Leaf(IntEnum):
 
 
 class Privilege(IntFlag):
-    """Leaf 3, EAX: which synthetic MSRs the partition may touch."""
+    """Leaf 3, EAX: the synthetic MSRs that the partition may access (HV_PARTITION_PRIVILEGE_MASK, low half)."""
 
     VP_RUNTIME = 1 << 0
     TIME_REF_COUNT = 1 << 1
@@ -54,7 +57,7 @@ class Privilege(IntFlag):
 
 
 class PartitionFlag(IntFlag):
-    """Leaf 3, EBX: which hypercalls the partition may issue."""
+    """Leaf 3, EBX: the hypercalls that the partition may make (HV_PARTITION_PRIVILEGE_MASK, high half)."""
 
     ACCESS_PARTITION_ID = 1 << 1
     POST_MESSAGES = 1 << 4
@@ -64,7 +67,7 @@ class PartitionFlag(IntFlag):
 
 
 class OptionalFeature(IntFlag):
-    """Leaf 3, EDX: features that exist."""
+    """Leaf 3, EDX: optional features that are present."""
 
     XMM_FAST_INPUT = 1 << 4
     FREQUENCY_MSRS = 1 << 8
@@ -75,7 +78,7 @@ class OptionalFeature(IntFlag):
 
 
 class Recommendation(IntFlag):
-    """Leaf 4, EAX: what the guest had better do."""
+    """Leaf 4, EAX: recommendations to the guest."""
 
     RESET_MSR = 1 << 4
     RELAXED_TIMING = 1 << 5
@@ -84,7 +87,7 @@ class Recommendation(IntFlag):
 
 @dataclass(frozen=True, slots=True)
 class CpuidLeaf:
-    """One leaf and the registers that CPUID returns for it."""
+    """One leaf and the registers that CPUID returns for it; 20 bytes as a record."""
 
     leaf: int
     eax: int = 0
@@ -105,7 +108,7 @@ CPUID_LEAF = Record(
 
 @dataclass(frozen=True, slots=True)
 class HostVersion:
-    """What leaf 2 says of the host; guests only print it."""
+    """Leaf 2, 128 bits: version of the hypervisor; guests only print it."""
 
     build: int = 20348
     minor: int = 0

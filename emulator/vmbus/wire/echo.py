@@ -1,19 +1,22 @@
-"""Protocol of the echo device, the emulator's own test and teaching device (docs/devices.md).
+"""Protocol of the echo device, this project's own device for tests and for the tutorial.
 
-The guest asks, the host answers. Every packet's payload is a header of 24 bytes and ``length`` bytes of data:
+Source: docs/devices.md; the layouts are this project's own.
+
+The guest sends requests, the host answers. The payload of every packet is a header of 24 bytes and ``length`` bytes
+of data:
 
     | Off | Size | Field                                                              |
     |   0 |    2 | operation                                                          |
     |   2 |    2 | status: 0 in a request, :class:`EchoStatus` in an answer           |
     |   4 |    4 | length of the data, bytes                                          |
-    |   8 |    8 | sequence: the guest's choice, returned as it came                  |
+    |   8 |    8 | sequence: chosen by the guest, returned unchanged                  |
     |  16 |    4 | CRC-32 (IEEE 802.3, as in zlib) of the data                        |
     |  20 |    4 | reserved                                                           |
 
-A request that wants a completion is answered by one; any other by an in-band packet with the same transaction
-id. Packets that the host sends by itself (``GENERATED``) have transaction id 0.
+A request with the completion flag is answered by a completion, any other request by an in-band packet with the same
+transaction id. Packets that the host sends without a request (``GENERATED``) have transaction id 0.
 
-What the data is:
+Data of each operation:
 
     | Operation  | Request                                           | Answer               |
     | ECHO       | anything                                          | the same             |
@@ -25,8 +28,8 @@ What the data is:
 
 Byte j of the data of generated packet s is (167 * (s mod 251 + j) + 13) mod 256.
 
-``[ranges]`` is there in an in-band packet only: a count (u32), a reserved u32, then that many
-:class:`EchoRange`. A GPA-direct packet names its ranges by itself.
+``[ranges]`` is present in in-band packets only: a count (u32), a reserved u32, then that many :class:`EchoRange`. A
+GPA-direct packet has its ranges in its descriptor.
 """
 
 from __future__ import annotations
@@ -45,17 +48,17 @@ ECHO_INSTANCE = uuid.UUID("361fb128-28d1-4c0f-baf6-f5d6f82b002b")
 
 MAX_RANGES = 64
 MAX_TRANSFER = 1 << 20
-"""Bytes that one FILL or CHECKSUM may touch."""
+"""Bytes of guest memory that one FILL or CHECKSUM may access."""
 MAX_GENERATE_COUNT = 1 << 24
 MAX_GENERATE_SIZE = 16384
 """Bytes of data in a generated packet."""
 GENERATED_PERIOD = 251
 GENERATED_DATA = bytes((167 * n + 13) & 0xFF for n in range(GENERATED_PERIOD + MAX_GENERATE_SIZE))
-"""The data of generated packet ``s`` is a slice from ``s % GENERATED_PERIOD`` on."""
+"""The data of generated packet ``s`` is the slice that begins at ``s % GENERATED_PERIOD``."""
 
 
 class EchoOperation(enum.IntEnum):
-    """What the guest asks for."""
+    """Operation of a packet; see the module's table."""
 
     ECHO = 1
     FILL = 2
@@ -66,7 +69,7 @@ class EchoOperation(enum.IntEnum):
 
 
 class EchoStatus(enum.IntEnum):
-    """How it went."""
+    """Status of an answer."""
 
     OK = 0
     UNKNOWN_OPERATION = 1
@@ -79,7 +82,7 @@ class EchoStatus(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class EchoHeader:
-    """The first 24 bytes of every packet's payload, in both directions."""
+    """Header of every packet's payload in both directions, 24 bytes; see the module's table."""
 
     operation: int
     status: int
@@ -103,20 +106,20 @@ _HEADER = derive_struct(ECHO_HEADER.struct)
 
 
 def parse_header(payload: bytes) -> EchoHeader:
-    """``ECHO_HEADER.parse``, twenty times faster. Raises :class:`~vmbus.errors.MalformedError`."""
+    """Parse a header twenty times faster than ``ECHO_HEADER.parse``. Raises :class:`~vmbus.errors.MalformedError`."""
     if len(payload) < _HEADER.size:
-        raise MalformedError("echo-short", f"{len(payload)} bytes hold no header")
+        raise MalformedError("echo-short", f"{len(payload)} bytes, a header has {_HEADER.size}")
     return EchoHeader(*_HEADER.unpack_from(payload))
 
 
 def build_header(operation: int, status: int, length: int, sequence: int, checksum: int) -> bytes:
-    """``ECHO_HEADER.build``, twenty times faster."""
+    """Build a header twenty times faster than ``ECHO_HEADER.build``."""
     return _HEADER.pack(operation, status, length, sequence, checksum)
 
 
 @dataclass(frozen=True, slots=True)
 class EchoRangeCount:
-    """How many :class:`EchoRange` follow."""
+    """Number of :class:`EchoRange` that follow, 8 bytes."""
 
     count: int
 
@@ -126,7 +129,10 @@ ECHO_RANGE_COUNT = Record(EchoRangeCount, "count" / c.Int32ul, "_reserved" / c.P
 
 @dataclass(frozen=True, slots=True)
 class EchoRange:
-    """``gpadl`` 0: ``address`` is guest physical. Otherwise it is a byte offset into that GPADL of the channel."""
+    """A range of guest memory, 16 bytes; ``length`` in bytes.
+
+    ``address``: guest physical if ``gpadl`` is 0, otherwise a byte offset into that GPADL of the channel.
+    """
 
     address: int
     length: int
@@ -138,7 +144,7 @@ ECHO_RANGE = Record(EchoRange, "address" / c.Int64ul, "length" / c.Int32ul, "gpa
 
 @dataclass(frozen=True, slots=True)
 class EchoChecksum:
-    """CRC-32 over the ranges in their order, and how many bytes they are."""
+    """Data of an answer to CHECKSUM, 8 bytes: CRC-32 of the ranges in their order, and their length in bytes."""
 
     checksum: int
     length: int
@@ -149,10 +155,10 @@ ECHO_CHECKSUM = Record(EchoChecksum, "checksum" / c.Int32ul, "length" / c.Int32u
 
 @dataclass(frozen=True, slots=True)
 class EchoGenerate:
-    """``count`` packets with ``size`` bytes of data each, sequence 0 to ``count`` - 1.
+    """Data of GENERATE, 16 bytes: send ``count`` packets with ``size`` bytes of data, sequence 0 to ``count`` - 1.
 
-    ``burst`` packets are put on the ring before the guest is interrupted; 0: as many as fit, and more as soon
-    as the guest makes room.
+    ``burst``: packets written to the ring before each interrupt; 0: as many as fit, and more as soon as the guest
+    frees space.
     """
 
     count: int
@@ -171,7 +177,7 @@ ECHO_GENERATE = Record(
 
 @dataclass(frozen=True, slots=True)
 class EchoStatistics:
-    """Counters since the device was made."""
+    """Data of an answer to STATISTICS, 48 bytes: counters since the device was created."""
 
     requests: int
     refused: int

@@ -1,16 +1,18 @@
-"""What two emulators say to each other when QEMU's stream does not carry the state (docs/saved-state.md).
+"""Messages between two emulators on the side channel, which carries the state outside of QEMU's stream.
 
-The target greets whoever connects, the source sends one frame, the target answers with a verdict:
+Source: docs/saved-state.md#the-frame; the layouts are this project's own. All integers are little-endian.
+
+The target greets each connection, the source sends one frame, the target answers with a verdict:
 
     target ── Greeting ──→ source      which machine the target is
-    source ── frame ─────→ target      once its guest stands still
-    target ── Verdict ───→ source      accepted, or why not; only then may QEMU go on
+    source ── frame ─────→ target      after its guest was paused
+    target ── Verdict ───→ source      accepted, or why not; then the source lets QEMU's migration continue
 
-A frame, which may also lie in a file, is a header, its sections, and the BLAKE2b digest (32 bytes) of all of that:
+A frame, which may also be stored in a file, is a header, its sections, and the BLAKE2b digest (32 bytes) of both:
 
     FrameHeader | (SectionHeader, its bytes) * sections | digest
 
-A :class:`Reference` is what QEMU's stream has in place of a state that went this way.
+QEMU's stream has a :class:`Reference` in place of a state that was sent this way.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ from vmbus.wire.plain import Guid
 FORMAT = 1
 DIGEST_SIZE = 32
 MAX_LENGTH = 64 << 20
-"""Bytes of all sections: more than any guest's state."""
+"""Bytes of all sections together; larger frames are refused."""
 STATE = b"state".ljust(16, b"\0")
-"""The name of the one section there is: a machine's state."""
+"""Name of the only section: a machine's state."""
 REFERENCE_MAGIC = b"VMBr"
 
 
@@ -40,12 +42,12 @@ class FrameFlags(IntFlag):
     """Bits of :attr:`FrameHeader.flags`."""
 
     RAN = 1
-    """The guest ran before it was migrated, and shall run at the target."""
+    """The guest was running before it was migrated, and is to run at the target."""
 
 
 @dataclass(frozen=True, slots=True)
 class Greeting:
-    """``machine``: the UUID of the target's machine, all zeros if it has none."""
+    """The first message on a connection, 32 bytes; ``machine``: UUID of the target's machine, 0 if it has none."""
 
     format: int
     machine: UUID
@@ -58,8 +60,9 @@ GREETING = Record(
 
 @dataclass(frozen=True, slots=True)
 class FrameHeader:
-    """``migration``: chosen at random for each. ``length``: bytes of all sections, with their headers.
+    """Header of a frame, 80 bytes.
 
+    ``migration``: UUID chosen at random for each migration. ``length``: bytes of all sections with their headers.
     ``writer``: name and version of the emulator, UTF-8, padded with zeros.
     """
 
@@ -87,7 +90,7 @@ FRAME_HEADER = Record(
 
 @dataclass(frozen=True, slots=True)
 class SectionHeader:
-    """``crc``: CRC-32 (zlib) of the section's ``length`` bytes."""
+    """Header of a section, 32 bytes; ``crc``: CRC-32 (zlib) of the section's ``length`` bytes."""
 
     name: bytes
     version: int
@@ -106,7 +109,7 @@ SECTION_HEADER = Record(
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The target's answer; ``reason`` is UTF-8, empty if the frame was accepted."""
+    """The target's answer, 8 bytes and ``reason``, which is UTF-8 and empty if the frame was accepted."""
 
     accepted: int
     reason: bytes
@@ -123,7 +126,7 @@ VERDICT = Record(
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """``digest``: that of the frame that has the state."""
+    """Placeholder in QEMU's stream, 36 bytes; ``digest``: of the frame that has the state."""
 
     digest: bytes
 
@@ -133,7 +136,7 @@ REFERENCE = Record(Reference, "_magic" / c.Const(REFERENCE_MAGIC), "digest" / c.
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A frame that is sound in itself."""
+    """A frame whose digest and checksums were verified; ``ran``: the guest was running before it was migrated."""
 
     machine: UUID
     migration: UUID
@@ -144,7 +147,7 @@ class Frame:
 
 
 def build_frame(*, machine: UUID, migration: UUID, ran: bool, writer: str, state: bytes) -> bytes:
-    """The bytes of a frame."""
+    """Return the bytes of a frame."""
     section = SECTION_HEADER.build(SectionHeader(STATE, 1, zlib.crc32(state), len(state))) + state
     header = FrameHeader(
         FORMAT,
@@ -160,9 +163,9 @@ def build_frame(*, machine: UUID, migration: UUID, ran: bool, writer: str, state
 
 
 def frame_size(header: bytes) -> int:
-    """Bytes of the whole frame that ``header`` (``FRAME_HEADER.size`` bytes) begins.
+    """Return the size, in bytes, of the frame whose first ``FRAME_HEADER.size`` bytes are ``header``.
 
-    Raises :class:`~vmbus.errors.MalformedError`, also for one that is too large or of another format.
+    Raises :class:`~vmbus.errors.MalformedError`, also for a frame that is too large or of another format.
     """
     found = FRAME_HEADER.parse(header)
     if found.format != FORMAT:
@@ -173,23 +176,25 @@ def frame_size(header: bytes) -> int:
 
 
 def parse_frame(data: bytes) -> Frame:
-    """All of ``data``. Raises :class:`~vmbus.errors.MalformedError` for anything else than one sound frame."""
+    """Parse ``data``, which must be exactly one frame. Raises :class:`~vmbus.errors.MalformedError`."""
     size = frame_size(data)
     if len(data) != size:
         what = "truncated" if len(data) < size else "trailing-bytes"
-        raise MalformedError(what, f"{len(data)} bytes of a frame that has {size}")
+        raise MalformedError(what, f"{len(data)} bytes, the frame has {size}")
     body, digest = data[:-DIGEST_SIZE], data[-DIGEST_SIZE:]
     if _digest(body) != digest:
-        raise MalformedError("damaged", "the digest is not that of the frame")
+        raise MalformedError("damaged", "the digest of the frame is wrong")
     header = FRAME_HEADER.parse(body)
     if header.flags & ~FrameFlags.RAN or header.sections != 1:
-        raise MalformedError("too-new", f"flags {header.flags:#x}, {header.sections} sections")
+        raise MalformedError(
+            "too-new", f"a frame with flags {header.flags:#x} and {header.sections} sections"
+        )
     section = SECTION_HEADER.parse(body[FRAME_HEADER.size :])
     state = body[FRAME_HEADER.size + SECTION_HEADER.size :]
     if section.name != STATE or section.version != 1:
         raise MalformedError("too-new", f"a section {section.name!r} of version {section.version}")
     if section.length != len(state) or section.crc != zlib.crc32(state):
-        raise MalformedError("damaged", "a section that is not as long as it says, or has another checksum")
+        raise MalformedError("damaged", "the length or the checksum of the section is wrong")
     return Frame(
         header.machine,
         header.migration,

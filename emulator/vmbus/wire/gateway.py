@@ -1,9 +1,10 @@
-"""The memory and the messages that the trap gateway and the emulator share (docs/gateway.md).
+"""The shared memory and the socket messages of the trap gateway and the emulator.
 
-``emulator/vmbus/machine/gateway/plugin/shared.h`` declares the same in C, with the writer of each word; a test
-compiles it and compares every offset. All words are little-endian and naturally aligned, without implied padding.
+Source: docs/gateway.md; the layouts are this project's own. ``emulator/vmbus/machine/gateway/plugin/shared.h``
+declares them in C, with the writer of each word; a test compiles it and compares every offset. All words are
+little-endian and naturally aligned, without implicit padding.
 
-The region, in this order, each part on a page of its own::
+The shared region, in this order, each part aligned to a page::
 
     CONTROL | VCPU * vcpus_max | request sequences * vcpus_max | doorbell bytes | code page bytes
 """
@@ -20,14 +21,16 @@ from vmbus.wire.codec import Record, derive_struct
 MAGIC = int.from_bytes(b"VMBusGW1", "little")
 VERSION = 1
 SLOTS = 8
+"""Request slots of a vCPU."""
 DOORBELLS = 8192
 CPUID_LEAVES = 32
 RULES = 32
 GONE = 16
+"""Hypercalls with a status for the time without an emulator."""
 
 
 class TrapKind(IntEnum):
-    """The instruction."""
+    """The instruction that was trapped."""
 
     CPUID = 1
     RDMSR = 2
@@ -36,7 +39,7 @@ class TrapKind(IntEnum):
 
 
 class Verdict(IntEnum):
-    """What an answer is."""
+    """How a trap ends: with a value, with a fault, or by executing the instruction again."""
 
     OK = 0
     FAULT = 1
@@ -44,7 +47,7 @@ class Verdict(IntEnum):
 
 
 class EmulatorState(IntEnum):
-    """Who is there, as the gateway sees it."""
+    """State of the emulator, as the gateway sees it."""
 
     NONE = 0
     ATTACHED = 1
@@ -52,17 +55,18 @@ class EmulatorState(IntEnum):
 
 
 class GuestState(IntEnum):
-    """What an emulator leaves to its successor; the gateway only keeps it."""
+    """State of the guest that an emulator leaves for the one that takes over; the gateway only stores it."""
 
     FREE = 0
-    """Nothing but memory: a guest that has not found its host yet, or was reset."""
+    """The guest has not written GUEST_OS_ID since its last reset: any emulator may serve it."""
     ENGAGED = 1
-    """It has set up its Hyper-V host: what it set up only its emulator knows."""
+    """The guest has written GUEST_OS_ID since its last reset: only its emulator has the state that it set up."""
     LEFT = 2
-    """It was migrated away, and the target has it."""
+    """The guest was migrated and runs at the target."""
 
 
 SLOT_LONG_MODE = 1
+"""Flag of a slot: the vCPU executes 64-bit code."""
 
 SLOT = c.Struct(
     "kind" / c.Int32ul,
@@ -79,6 +83,7 @@ SLOT = c.Struct(
     "rsp" / c.Int64ul,
     "reserved" / c.Padding(40),
 )
+"""A trapped instruction and the registers before it, 128 bytes."""
 
 ANSWER = c.Struct(
     "sequence" / c.Int64ul,
@@ -87,6 +92,7 @@ ANSWER = c.Struct(
     "reserved0" / c.Padding(4),
     "reserved1" / c.Padding(8),
 )
+"""The emulator's answer to the request of the slot with the same index, 32 bytes."""
 
 VCPU = c.Struct(
     "present" / c.Int32ul,
@@ -105,9 +111,10 @@ VCPU = c.Struct(
     "answers" / c.Array(SLOTS, ANSWER),
     "slots" / c.Array(SLOTS, SLOT),
 )
+"""State of one vCPU, 1536 bytes."""
 
-#: The counters of a VCPU, in the order in which they are stored from ``requests`` on.
 COUNTERS = ("requests", "retries", "doorbells", "gone_results", "faults", "auto_eois", "no_slot")
+"""The counters of ``VCPU``, in the order in which they are stored, beginning at ``requests``."""
 
 CPUID_ENTRY = c.Struct(
     "leaf" / c.Int32ul,
@@ -117,16 +124,18 @@ CPUID_ENTRY = c.Struct(
     "edx" / c.Int32ul,
     "reserved" / c.Padding(4),
 )
+"""A CPUID leaf that the gateway answers, 24 bytes."""
 
 GONE_ENTRY = c.Struct("code" / c.Int32ul, "status" / c.Int32ul)
+"""A hypercall that the gateway ends with ``status`` while there is no emulator, 8 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class DoorbellRule:
-    """A VMCALL that nobody waits for.
+    """A hypercall that the gateway answers by itself and reports as a doorbell, 32 bytes.
 
-    ``control`` is the whole control word. When it is met and the first input lies in ``base .. base + count - 1``,
-    doorbell ``first + input - base`` is rung and the guest gets ``result``.
+    If the control word equals ``control`` and the first input is in ``base .. base + count - 1``, doorbell
+    ``first + input - base`` is rung and the guest gets ``result``.
     """
 
     control: int
@@ -185,6 +194,7 @@ CONTROL = c.Struct(
     "rules" / c.Array(RULES, DOORBELL_RULE.struct),
     "gone" / c.Array(GONE, GONE_ENTRY),
 )
+"""The start of the shared region, 2304 bytes: geometry, states, clock, settings and tables."""
 
 CLOCK = c.Struct(
     "tsc_known" / c.Int32ul,
@@ -195,13 +205,14 @@ CLOCK = c.Struct(
     "pair_ns" / c.Int64ul,
     "tsc_frequency" / c.Int64ul,
 )
+"""The words of ``CONTROL`` behind ``clock_sequence``, 44 bytes, which are read together."""
 
 SLOT_STRUCT = derive_struct(SLOT)
 CLOCK_STRUCT = derive_struct(CLOCK)
 
 
 def offset_of(declaration: c.Struct, field: str) -> int:
-    """Where ``field`` begins in a declaration of fixed size, in bytes."""
+    """Return the offset, in bytes, of ``field`` in a declaration of fixed size. Raises ``KeyError``."""
     offset = 0
     for subcon in declaration.subcons:
         if subcon.name == field:
@@ -210,13 +221,13 @@ def offset_of(declaration: c.Struct, field: str) -> int:
     raise KeyError(field)
 
 
-# --- messages on the socket ---------------------------------------------------------------------------------
+# --- messages on the socket ---
 
 MESSAGE_MAGIC = int.from_bytes(b"VbGW", "little")
 
 
 class MessageType(IntEnum):
-    """What the emulator asks for; every request has one reply."""
+    """Request of the emulator; the gateway sends one reply to each."""
 
     HELLO = 1
     ACTIVATE = 2
@@ -224,7 +235,7 @@ class MessageType(IntEnum):
 
 
 class Status(IntEnum):
-    """How a request went."""
+    """Result of a request."""
 
     OK = 0
     VERSION = 1
@@ -233,11 +244,12 @@ class Status(IntEnum):
 
 
 HELLO_TAKE_OVER = 1
+"""Flag of HELLO: disconnect the emulator that is connected, and take its place."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """From the emulator."""
+    """A message of the emulator, 16 bytes."""
 
     type: int
     version: int = VERSION
@@ -250,7 +262,10 @@ MESSAGE = Record(Message, "magic" / c.Int32ul, "type" / c.Int32ul, "version" / c
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """From the gateway. ``argument``: size of the region, or the process id of the emulator that is there."""
+    """A reply of the gateway, 24 bytes.
+
+    ``argument``: size of the region in bytes; if the status is BUSY, the process id of the connected emulator.
+    """
 
     magic: int
     type: int

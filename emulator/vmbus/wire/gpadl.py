@@ -2,8 +2,8 @@
 
 Source: docs/protocol/messages.md#gpadl-messages, docs/protocol/messages.md#gpa-ranges.
 
-``GPADL_HEADER`` and ``GPADL_BODY`` are followed by range data up to the end of the message; ``size`` of their
-declarations is where it begins.
+``GPADL_HEADER`` and ``GPADL_BODY`` are followed by range data up to the end of the message, which begins at ``size``
+of their declarations. Sizes of messages include the 8-byte message header.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from vmbus.wire.header import MAX_MESSAGE, MessageType, channel_message
 
 PAGE_SIZE = 4096
 PFN_LIMIT = 1 << 52
-"""Page frame numbers of a 64-bit physical address space."""
+"""Number of page frames of a 64-bit physical address space."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpadlHeader:
-    """GPADL_HEADER (8). ``range_buffer_length``: bytes of range data over header and bodies."""
+    """GPADL_HEADER (8), 20 bytes and range data; ``range_buffer_length``: bytes of range data in all messages."""
 
     relid: int
     gpadl_id: int
@@ -45,7 +45,7 @@ GPADL_HEADER = channel_message(
 
 @dataclass(frozen=True, slots=True)
 class GpadlBody:
-    """GPADL_BODY (9). ``message_number`` cannot be trusted; there is no relid."""
+    """GPADL_BODY (9), 16 bytes and range data; ``message_number`` is not reliable, and there is no relid."""
 
     message_number: int
     gpadl_id: int
@@ -61,7 +61,7 @@ GPADL_BODY = channel_message(
 
 @dataclass(frozen=True, slots=True)
 class GpadlCreated:
-    """GPADL_CREATED (10)."""
+    """GPADL_CREATED (10), 20 bytes."""
 
     relid: int
     gpadl_id: int
@@ -79,7 +79,7 @@ GPADL_CREATED = channel_message(
 
 @dataclass(frozen=True, slots=True)
 class GpadlTeardown:
-    """GPADL_TEARDOWN (11)."""
+    """GPADL_TEARDOWN (11), 16 bytes."""
 
     relid: int
     gpadl_id: int
@@ -95,7 +95,7 @@ GPADL_TEARDOWN = channel_message(
 
 @dataclass(frozen=True, slots=True)
 class GpadlTorndown:
-    """GPADL_TORNDOWN (12)."""
+    """GPADL_TORNDOWN (12), 12 bytes."""
 
     gpadl_id: int
 
@@ -109,7 +109,7 @@ GPADL_TORNDOWN = channel_message(
 
 @dataclass(frozen=True, slots=True)
 class RangeHeader:
-    """What precedes the page frame numbers of one range."""
+    """Header of one range, 8 bytes, before its page frame numbers; both fields in bytes."""
 
     byte_count: int
     byte_offset: int
@@ -121,7 +121,7 @@ _RANGE_HEADER = derive_struct(RANGE_HEADER.struct)
 
 @dataclass(frozen=True, slots=True)
 class GpaRange:
-    """``byte_count`` bytes from ``byte_offset`` of the first page; ``pfns`` are 64-bit page frame numbers."""
+    """A range: ``byte_count`` bytes from ``byte_offset`` in the first page; ``pfns``: 64-bit page frame numbers."""
 
     byte_count: int
     byte_offset: int
@@ -129,15 +129,15 @@ class GpaRange:
 
 
 def pages_of_range(byte_count: int, byte_offset: int) -> int:
-    """How many pages ``byte_count`` bytes from ``byte_offset`` touch."""
+    """Return the number of pages of ``byte_count`` bytes from ``byte_offset`` in the first page."""
     return (byte_offset + byte_count + PAGE_SIZE - 1) // PAGE_SIZE
 
 
 def parse_ranges(data: bytes | bytearray, count: int) -> tuple[GpaRange, ...]:
-    """The first ``count`` ranges in ``data``; what follows them is cut off.
+    """Parse the first ``count`` ranges in ``data``; bytes behind them are ignored.
 
-    Raises :class:`MalformedError`: no range at all, an empty range, a byte offset outside the first page, fewer
-    page numbers than the length needs, or a number that no physical address has.
+    Raises :class:`MalformedError` for a count of 0, an empty range, a byte offset outside the first page, fewer page
+    frame numbers than the range needs, or a number beyond the physical address space.
     """
     if count == 0:
         raise MalformedError("gpadl-no-range")
@@ -164,7 +164,7 @@ def parse_ranges(data: bytes | bytearray, count: int) -> tuple[GpaRange, ...]:
 
 
 def build_ranges(ranges: Sequence[GpaRange]) -> bytes:
-    """The range data of ``ranges``."""
+    """Return the range data of ``ranges``."""
     return b"".join(
         _RANGE_HEADER.pack(each.byte_count, each.byte_offset)
         + b"".join(pfn.to_bytes(8, "little") for pfn in each.pfns)
@@ -173,14 +173,14 @@ def build_ranges(ranges: Sequence[GpaRange]) -> bytes:
 
 
 def pfns_from_bytes(data: bytes) -> array[int]:
-    """64-bit little-endian numbers as an array: 8 bytes a page, however many there are."""
+    """Return an array of the 64-bit little-endian numbers in ``data``; it takes 8 bytes per page."""
     pfns = array("Q")
     pfns.frombytes(data)
     return pfns
 
 
 def pfns_of_runs(pairs: Sequence[tuple[int, int]]) -> array[int]:
-    """The numbers that are ``pairs`` of a first number and how many follow each other from there."""
+    """Return the page frame numbers of runs: ``pairs`` of (first number, count)."""
     pfns = array("Q")
     for first, count in pairs:
         pfns.extend(range(first, first + count))
@@ -190,7 +190,7 @@ def pfns_of_runs(pairs: Sequence[tuple[int, int]]) -> array[int]:
 def split_gpadl(
     relid: int, gpadl_id: int, ranges: Sequence[GpaRange], *, max_message: int = MAX_MESSAGE
 ) -> list[bytes]:
-    """The messages by which a guest makes a GPADL known: one header and as many bodies as it takes."""
+    """Return the messages with which a guest creates a GPADL: one header, and as many bodies as are needed."""
     data = build_ranges(ranges)
     first = (max_message - GPADL_HEADER.size) // 8 * 8
     following = (max_message - GPADL_BODY.size) // 8 * 8

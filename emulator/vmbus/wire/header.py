@@ -1,10 +1,10 @@
-"""Numbers and the 8-byte header of channel messages.
+"""Numbers of channel messages, and their 8-byte header.
 
 Source: docs/protocol/messages.md#message-table, docs/protocol/messages.md#message-header.
 
-A channel message is the payload of HvPostMessage (guest to host) or of a SynIC message slot (host to guest): at
-most 240 bytes, of which the first 8 are the header. ``channel_message`` declares a message with its header, so
-offsets and sizes in the declarations are those of the specification.
+A channel message is the payload of HvPostMessage (guest to host) or of a SynIC message slot (host to guest). It has
+at most 240 bytes, of which the first 8 are the header. ``channel_message`` declares a message with its header, so
+that offsets and sizes of the declarations are those of the protocol.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ T = TypeVar("T")
 
 HEADER_SIZE = 8
 MAX_MESSAGE = 240
-"""Bytes, header included."""
+"""Bytes of a channel message, including the header."""
 
 
 class MessageType(enum.IntEnum):
-    """Message numbers."""
+    """Message numbers (docs/protocol/messages.md#message-table)."""
 
     OFFERCHANNEL = 1
     RESCIND_CHANNELOFFER = 2
@@ -59,12 +59,13 @@ class MessageType(enum.IntEnum):
 
 STATUS_SUCCESS = 0
 STATUS_UNSUCCESSFUL = 0x8000_FFFF
-"""What a guest is told when a GPADL, an open or a modify request failed."""
+"""Status in the answer to a GPADL, an open or a modify request that failed."""
 STATUS_CONNECTION_REFUSED = 0xC000_0236
+"""Status in TL_CONNECT_RESULT for a service that the host does not have."""
 
 
 def channel_message(cls: type[T], number: MessageType, *fields: Any) -> Record[T]:
-    """The codec of message ``number``: header, then ``fields``."""
+    """Return the codec of message ``number``: the header, then ``fields``."""
     return Record(
         cls,
         "_message_type" / c.Default(c.Int32ul, int(number)),
@@ -74,7 +75,7 @@ def channel_message(cls: type[T], number: MessageType, *fields: Any) -> Record[T
 
 
 def message_number(payload: bytes) -> int | None:
-    """The number that ``payload`` carries, or None when it is too short for a header."""
+    """Return the message number of ``payload``, or None if it is too short for a header."""
     if len(payload) < HEADER_SIZE:
         return None
     return int.from_bytes(payload[:4], "little")

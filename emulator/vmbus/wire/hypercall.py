@@ -1,6 +1,7 @@
-"""Hypercalls: control word, status codes and the input blocks of the two that VMBus needs.
+"""Hypercalls: control word, status codes, and the input blocks of HvPostMessage and HvSignalEvent.
 
-Source: docs/protocol/discovery.md#hypercalls.
+Source: docs/protocol/discovery.md#hypercalls, docs/protocol/discovery.md#hvpostmessage,
+docs/protocol/discovery.md#hvsignalevent.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from vmbus.wire.codec import Record, derive_struct
 
 
 class CallCode(IntEnum):
-    """Hypercalls that have an answer of their own."""
+    """Hypercalls that this host implements."""
 
     NOTIFY_LONG_SPIN_WAIT = 0x0008
     POST_MESSAGE = 0x005C
@@ -62,7 +63,7 @@ class HvStatus(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """The input control word; ``reserved*`` must be 0."""
+    """The hypercall input value, 64 bits; ``reserved*`` must be 0."""
 
     code: int
     fast: bool = False
@@ -90,11 +91,12 @@ CONTROL = BitRecord(
 
 
 MESSAGE_PAYLOAD_MAX = 240
+"""Bytes of a message that HvPostMessage takes."""
 
 
 @dataclass(frozen=True, slots=True)
 class PostMessageInput:
-    """Input block of HvPostMessage, 256 bytes; ``payload_size`` of the 240 payload bytes count."""
+    """Input block of HvPostMessage, 256 bytes; the first ``payload_size`` of the 240 payload bytes are used."""
 
     connection_id: int
     message_type: int
@@ -128,7 +130,9 @@ SIGNAL_EVENT_INPUT = Record(
 SIGNAL_EVENT_STRUCT = derive_struct(SIGNAL_EVENT_INPUT.struct)
 
 CONNECTION_ID_MASK = 0xFFFFFF
+"""Bits of a connection id; the other bits are reserved."""
 
 HYPERCALL_PAGE_CODE = bytes.fromhex("f30f1efa 0f01c1 c3")
-"""ENDBR64, VMCALL, RET: what a guest calls into."""
+"""ENDBR64, VMCALL, RET: the code at the start of the hypercall page."""
 HYPERCALL_PAGE_FILLER = 0xCC
+"""INT3: the rest of the hypercall page."""

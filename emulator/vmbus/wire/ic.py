@@ -1,15 +1,16 @@
-"""Messages of the integration components: heartbeat, shutdown, time synchronisation and their kin.
+"""Messages of the integration components: heartbeat, shutdown, time synchronisation.
 
-Source: docs/protocol/devices.md#integration-component-framing. On the ring each one is an in-band packet whose
-payload is
+Source: docs/protocol/devices.md#integration-component-framing,
+docs/protocol/devices.md#integration-component-negotiation. On the ring each message is an in-band packet with the
+payload
 
-    | Off | Size | What                                       |
-    |   0 |    8 | pipe header (:mod:`vmbus.wire.pipe`)    |
+    | Off | Size | Field                                      |
+    |   0 |    8 | pipe header (:mod:`vmbus.wire.pipe`)       |
     |   8 |   20 | :class:`IcHeader`                          |
-    |  28 |    n | the body that the message type asks for    |
+    |  28 |    n | body, which depends on the message type    |
 
-Negotiation (message type 0) has one body in each direction: the host's lists of versions, and the guest's
-answer, which names one of each list, or none.
+Negotiation (message type 0) has one body in each direction: the host's lists of versions, and the guest's answer,
+which names one version of each list or none.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ TIMESYNC_INTERFACE = uuid.UUID("9527e630-d0ae-497b-adce-e80ab0175caf")
 TIMESYNC_INSTANCE = uuid.UUID("2dd1ce17-079e-403c-b352-a1921ee207ee")
 
 UNIX_EPOCH = 116_444_736_000_000_000
-"""1970-01-01 UTC on the clock of time synchronisation: 100 ns units since 1601-01-01 UTC."""
+"""1970-01-01 UTC as a time of time synchronisation: units of 100 ns since 1601-01-01 UTC."""
 
 
 class IcMessageType(enum.IntEnum):
-    """Which component a message belongs to; 0 is every component's negotiation."""
+    """Component that a message belongs to; 0 is the negotiation of every component."""
 
     NEGOTIATE = 0
     HEARTBEAT = 1
@@ -58,7 +59,7 @@ class IcFlags(enum.IntFlag):
 
 
 class IcStatus(enum.IntEnum):
-    """The guest's verdict on a request. Others are possible: it is an HRESULT."""
+    """HRESULT in an answer of the guest; other values are possible."""
 
     OK = 0
     FAILURE = 0x80004005
@@ -74,7 +75,7 @@ class IcStatus(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class IcVersion:
-    """A framework or message version; ordered, and written ``3.2``."""
+    """A framework or message version; versions are ordered, and formatted as ``3.2``."""
 
     major: int
     minor: int
@@ -101,12 +102,12 @@ def _versions(count: Any) -> Any:
 
 
 FRAMEWORK_VERSIONS = (IcVersion(1, 0), IcVersion(3, 0))
-"""What a host offers for every component; a guest takes the highest it knows."""
+"""Framework versions that a host offers for every component; a guest chooses the highest that it supports."""
 
 
 @dataclass(frozen=True, slots=True)
 class IcHeader:
-    """What stands before every body. ``size`` is the body's length in bytes."""
+    """Header of every message, 20 bytes; ``size``: length of the body in bytes."""
 
     framework: IcVersion
     message_type: int
@@ -131,17 +132,17 @@ IC_MESSAGE = c.Struct(
     "flags" / c.Int8ul,
     c.Padding(2),
 )
-"""Everything before the body: the pipe header and the IC header."""
+"""Pipe header and IC header, 28 bytes: everything before the body."""
 
 _MESSAGE = derive_struct(IC_MESSAGE)
 
 BODY_OFFSET = _MESSAGE.size
-"""Where a body starts in the packet's payload: 28."""
+"""Offset of the body in the packet's payload: 28."""
 IC_HEADER_SIZE = BODY_OFFSET - PIPE_HEADER.size
 
 
 def parse_message(payload: bytes) -> tuple[PipeHeader, IcHeader]:
-    """The two headers of a payload of at least ``BODY_OFFSET`` bytes; neither length in them is checked."""
+    """Parse the two headers of a payload of at least ``BODY_OFFSET`` bytes; the lengths in them are not checked."""
     (
         pipe_type,
         pipe_length,
@@ -161,7 +162,7 @@ def parse_message(payload: bytes) -> tuple[PipeHeader, IcHeader]:
 
 
 def build_message(header: IcHeader, body: bytes) -> bytes:
-    """The payload with ``header`` and ``body``, the pipe header before them."""
+    """Return the payload: pipe header, ``header``, ``body``."""
     head = _MESSAGE.pack(
         PipeType.DATA,
         IC_HEADER_SIZE + len(body),
@@ -180,7 +181,7 @@ def build_message(header: IcHeader, body: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class NegotiateOffer:
-    """The host's lists, lowest version first."""
+    """Body of the host's negotiation message, 8 + 4 * n bytes: lists of versions, the lowest first."""
 
     frameworks: tuple[IcVersion, ...]
     messages: tuple[IcVersion, ...]
@@ -198,7 +199,7 @@ NEGOTIATE_OFFER = Record(
 
 @dataclass(frozen=True, slots=True)
 class NegotiateAnswer:
-    """The guest's choice; counts of 0 and 0 mean that it found none, and the versions mean nothing."""
+    """Body of the guest's negotiation answer, 16 bytes; with counts of 0 it supports none of the versions."""
 
     framework_count: int
     message_count: int
@@ -217,7 +218,7 @@ NEGOTIATE_ANSWER = Record(
 
 
 class ApplicationState(enum.IntEnum):
-    """What a guest says of itself in its heartbeat. Linux always says unknown."""
+    """State that a guest reports in its heartbeat; Linux always reports UNKNOWN."""
 
     UNKNOWN = 0
     HEALTHY = 1
@@ -227,7 +228,7 @@ class ApplicationState(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class HeartbeatBody:
-    """The guest sends ``sequence`` back increased by one."""
+    """Body of a heartbeat message, 40 bytes; the guest returns ``sequence`` + 1."""
 
     sequence: int
     application_state: int = ApplicationState.UNKNOWN
@@ -243,21 +244,21 @@ HEARTBEAT_BODY = Record(
 _HEARTBEAT = derive_struct(HEARTBEAT_BODY.struct)
 
 HEARTBEAT_MIN_BODY = 8
-"""Bytes of body that an answer must have: the sequence; a shorter one than the host's 40 leaves out the rest."""
+"""Bytes of body that an answer must have: the sequence. A guest may leave out the rest of the 40."""
 
 
 def parse_heartbeat(body: bytes) -> HeartbeatBody:
-    """The body of an answer of at least ``HEARTBEAT_MIN_BODY`` bytes; what is missing reads as zeros."""
+    """Parse a body of at least ``HEARTBEAT_MIN_BODY`` bytes; missing bytes are read as zeros."""
     return HeartbeatBody(*_HEARTBEAT.unpack(body[: _HEARTBEAT.size].ljust(_HEARTBEAT.size, b"\0")))
 
 
 def build_heartbeat(body: HeartbeatBody) -> bytes:
-    """The 40 bytes of a beat."""
+    """Return the 40 bytes of a heartbeat body."""
     return _HEARTBEAT.pack(body.sequence, body.application_state)
 
 
 class ShutdownFlags(enum.IntFlag):
-    """What the guest is asked to do; nothing set is an orderly power-off."""
+    """Flags of a shutdown request; without a flag the guest is asked for an orderly power-off."""
 
     FORCE = 1
     RESTART = 2
@@ -270,7 +271,7 @@ SHUTDOWN_MESSAGE_BYTES = 2048
 
 @dataclass(frozen=True, slots=True)
 class ShutdownBody:
-    """``timeout`` in seconds; ``message`` is UTF-16, zero-padded to its 2048 bytes."""
+    """Body of a shutdown request, 2060 bytes; ``timeout`` in seconds, ``message`` in UTF-16, padded with zeros."""
 
     reason: int
     timeout: int
@@ -288,7 +289,7 @@ SHUTDOWN_BODY = Record(
 
 
 class TimeSyncFlags(enum.IntFlag):
-    """``SYNC``: set the clock now. ``SAMPLE``: one measurement for a clock that is disciplined slowly."""
+    """``SYNC``: set the clock now. ``SAMPLE``: a sample for gradual adjustment of the clock."""
 
     SYNC = 1
     SAMPLE = 2
@@ -296,7 +297,10 @@ class TimeSyncFlags(enum.IntFlag):
 
 @dataclass(frozen=True, slots=True)
 class TimeSyncBody:
-    """Message versions 1.0 and 3.0; times in 100 ns since 1601-01-01 UTC, ``round_trip`` in 100 ns."""
+    """Time body of message versions 1.0 and 3.0, 28 bytes.
+
+    Times in units of 100 ns since 1601-01-01 UTC, ``round_trip`` in units of 100 ns.
+    """
 
     host_time: int
     guest_time: int
@@ -316,7 +320,10 @@ TIMESYNC_BODY = Record(
 
 @dataclass(frozen=True, slots=True)
 class TimeSyncReferenceBody:
-    """Message version 4.0: ``reference_time`` is the partition's reference counter when ``host_time`` was read."""
+    """Time body of message version 4.0, 24 bytes; ``reference_time``: reference time at ``host_time``.
+
+    Both in units of 100 ns; ``host_time`` since 1601-01-01 UTC.
+    """
 
     host_time: int
     reference_time: int

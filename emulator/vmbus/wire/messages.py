@@ -1,9 +1,11 @@
-"""Channel messages 1 to 29 (docs/protocol/messages.md#message-table).
+"""Channel messages 1 to 29.
 
-Every message has a frozen dataclass and a declaration of the same name in capitals. Where a message grew with
-the protocol, each form has a declaration of its own; ``MESSAGES`` says who sends a number, from which version
-or with which feature it exists, and how long it is at least. Offers are in ``vmbus.wire.offer``, GPADLs in
-``vmbus.wire.gpadl``.
+Source: docs/protocol/messages.md#message-table.
+
+Every message has a frozen dataclass and a declaration of the same name in capitals. Where a message grew with the
+protocol, each form has a declaration of its own. ``MESSAGES`` lists for each number its sender, the version or
+feature from which it exists, and its forms. Offers are in :mod:`vmbus.wire.offer`, GPADLs in
+:mod:`vmbus.wire.gpadl`. Sizes include the 8-byte message header.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ from vmbus.wire.plain import Guid
 from vmbus.wire.version import NO_FEATURES, Feature, Version
 
 USER_DATA_SIZE = 120
+"""Bytes of user data in OPENCHANNEL."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeaderOnly:
-    """A message without a body."""
+    """A message without a body, 8 bytes."""
 
 
 def _bare(number: MessageType) -> Record[HeaderOnly]:
@@ -44,7 +47,7 @@ RESUME = _bare(MessageType.RESUME)
 
 @dataclass(frozen=True, slots=True)
 class ChannelOnly:
-    """A message that names a channel and nothing else."""
+    """A message with only a channel's relid, 12 bytes."""
 
     relid: int
 
@@ -61,7 +64,10 @@ CLOSE_RESERVED_RESPONSE = _channel_only(MessageType.CLOSE_RESERVED_RESPONSE)
 
 @dataclass(frozen=True, slots=True)
 class OpenChannel:
-    """OPENCHANNEL (5), 148 bytes. ``downstream_offset`` is in pages."""
+    """OPENCHANNEL (5), 148 bytes (docs/protocol/messages.md#open-channel).
+
+    ``downstream_offset``: pages of the ring GPADL before the host-to-guest ring.
+    """
 
     relid: int
     open_id: int
@@ -85,7 +91,7 @@ OPENCHANNEL = channel_message(OpenChannel, MessageType.OPENCHANNEL, *_OPEN_FIELD
 
 @dataclass(frozen=True, slots=True)
 class OpenChannelExtended:
-    """OPENCHANNEL (5), 156 bytes: with signal parameters or interrupt redirection negotiated."""
+    """OPENCHANNEL (5), 156 bytes: if guest-specified signal parameters or interrupt redirection was negotiated."""
 
     relid: int
     open_id: int
@@ -108,18 +114,18 @@ OPENCHANNEL_EXTENDED = channel_message(
 )
 
 NO_INTERRUPTS_VP = 0xFFFF_FFFF
-"""``target_vp`` of a guest that wants no interrupts."""
+"""``target_vp`` of a channel without interrupts."""
 
 
 class OpenFlags(enum.IntFlag):
-    """``open_flags`` of the long OPENCHANNEL."""
+    """``open_flags`` of the extended OPENCHANNEL."""
 
     REDIRECT_INTERRUPT = 0x1
 
 
 @dataclass(frozen=True, slots=True)
 class OpenResult:
-    """OPENCHANNEL_RESULT (6)."""
+    """OPENCHANNEL_RESULT (6), 20 bytes."""
 
     relid: int
     open_id: int
@@ -139,7 +145,8 @@ OPENCHANNEL_RESULT = channel_message(
 class InitiateContact:
     """INITIATE_CONTACT (14), 40 bytes.
 
-    ``target_info`` is the address of the interrupt page below 5.0, and a :class:`TargetInfo` from 5.0 on.
+    ``target_info``: below version 5.0 the address of the interrupt page, from 5.0 on a :class:`TargetInfo`.
+    ``parent_to_child`` and ``child_to_parent``: addresses (GPA) of the monitor pages.
     """
 
     version: int
@@ -162,7 +169,7 @@ INITIATE_CONTACT = channel_message(InitiateContact, MessageType.INITIATE_CONTACT
 
 @dataclass(frozen=True, slots=True)
 class InitiateContactWithClient:
-    """INITIATE_CONTACT (14), 56 bytes: with the client id feature."""
+    """INITIATE_CONTACT (14), 56 bytes: with the feature CLIENT_ID."""
 
     version: int
     target_vp: int
@@ -179,7 +186,7 @@ INITIATE_CONTACT_WITH_CLIENT = channel_message(
 
 @dataclass(frozen=True, slots=True)
 class TargetInfo:
-    """``target_info`` from 5.0 on: SINT; VTL from 5.1; feature flags from 6.0."""
+    """``target_info`` from version 5.0 on, 8 bytes: SINT; VTL from 5.1; feature flags from 6.0."""
 
     sint: int
     vtl: int
@@ -196,7 +203,7 @@ TARGET_INFO = Record(
 
 
 class ContactState(enum.IntEnum):
-    """Connection state in VERSION_RESPONSE and MODIFY_CONNECTION_RESPONSE."""
+    """Connection state in VERSION_RESPONSE (15) and MODIFY_CONNECTION_RESPONSE (26)."""
 
     SUCCESSFUL = 0
     FAILED_LOW_RESOURCES = 1
@@ -207,7 +214,7 @@ class ContactState(enum.IntEnum):
 class VersionResponse:
     """VERSION_RESPONSE (15), 16 bytes.
 
-    ``selected`` is the version below 5.0, the connection id for all further messages from 5.0 on.
+    ``selected``: below version 5.0 the version, from 5.0 on the connection id for all further messages.
     """
 
     supported: int
@@ -227,7 +234,7 @@ VERSION_RESPONSE = channel_message(VersionResponse, MessageType.VERSION_RESPONSE
 
 @dataclass(frozen=True, slots=True)
 class VersionResponseFeatures:
-    """VERSION_RESPONSE (15), 20 bytes: from 6.0 on."""
+    """VERSION_RESPONSE (15), 20 bytes: from version 6.0 on."""
 
     supported: int
     state: int
@@ -242,7 +249,7 @@ VERSION_RESPONSE_FEATURES = channel_message(
 
 @dataclass(frozen=True, slots=True)
 class VersionResponseMonitor:
-    """VERSION_RESPONSE (15), 40 bytes: with server-specified monitor pages."""
+    """VERSION_RESPONSE (15), 40 bytes: with server-specified monitor pages (GPA)."""
 
     supported: int
     state: int
@@ -265,7 +272,7 @@ VERSION_RESPONSE_MONITOR = channel_message(
 
 @dataclass(frozen=True, slots=True)
 class OpenReservedChannel:
-    """OPEN_RESERVED_CHANNEL (18); the result goes to ``target_sint`` of ``target_vp``."""
+    """OPEN_RESERVED_CHANNEL (18), 28 bytes; the result is sent to ``target_sint`` of ``target_vp``."""
 
     relid: int
     target_vp: int
@@ -287,7 +294,7 @@ OPEN_RESERVED_CHANNEL = channel_message(
 
 @dataclass(frozen=True, slots=True)
 class CloseReservedChannel:
-    """CLOSE_RESERVED_CHANNEL (19)."""
+    """CLOSE_RESERVED_CHANNEL (19), 20 bytes; the response is sent to ``target_sint`` of ``target_vp``."""
 
     relid: int
     target_vp: int
@@ -305,7 +312,7 @@ CLOSE_RESERVED_CHANNEL = channel_message(
 
 @dataclass(frozen=True, slots=True)
 class TlConnectRequest:
-    """TL_CONNECT_REQUEST (21), 40 bytes: the guest asks for the host's service ``service_id``."""
+    """TL_CONNECT_REQUEST (21), 40 bytes: the guest connects to the host's service ``service_id``."""
 
     endpoint_id: uuid.UUID
     service_id: uuid.UUID
@@ -318,7 +325,7 @@ TL_CONNECT_REQUEST = channel_message(
 
 @dataclass(frozen=True, slots=True)
 class TlConnectRequestSilo:
-    """TL_CONNECT_REQUEST (21), 56 bytes: from 5.2 on, but the short form stays legal."""
+    """TL_CONNECT_REQUEST (21), 56 bytes: from version 5.2 on; the short form stays valid."""
 
     endpoint_id: uuid.UUID
     service_id: uuid.UUID
@@ -354,7 +361,7 @@ TL_CONNECT_RESULT = channel_message(
 
 @dataclass(frozen=True, slots=True)
 class ModifyChannel:
-    """MODIFYCHANNEL (22)."""
+    """MODIFYCHANNEL (22), 16 bytes."""
 
     relid: int
     target_vp: int
@@ -367,7 +374,7 @@ MODIFYCHANNEL = channel_message(
 
 @dataclass(frozen=True, slots=True)
 class ModifyChannelResponse:
-    """MODIFYCHANNEL_RESPONSE (24), from 5.3 on."""
+    """MODIFYCHANNEL_RESPONSE (24), 16 bytes, from version 5.3 on."""
 
     relid: int
     status: int
@@ -380,7 +387,7 @@ MODIFYCHANNEL_RESPONSE = channel_message(
 
 @dataclass(frozen=True, slots=True)
 class ModifyConnection:
-    """MODIFY_CONNECTION (25): new monitor pages (GPA)."""
+    """MODIFY_CONNECTION (25), 24 bytes: new monitor pages (GPA)."""
 
     parent_to_child: int
     child_to_parent: int
@@ -407,7 +414,7 @@ MODIFY_CONNECTION_RESPONSE = channel_message(
 
 
 class Sender(enum.Enum):
-    """Who sends a message."""
+    """Sender of a message."""
 
     GUEST = "guest"
     HOST = "host"
@@ -415,8 +422,7 @@ class Sender(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class MessageRule:
-    """One row of the table in docs/protocol/messages.md#message-table; ``longer`` are (feature or version,
-    declaration) of later forms."""
+    """One row of the message table; ``longer``: (version or feature, declaration) of later, longer forms."""
 
     sender: Sender
     record: Record[Any]

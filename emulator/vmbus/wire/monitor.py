@@ -1,7 +1,9 @@
-"""Monitor and interrupt pages (docs/protocol/messages.md#monitor-pages).
+"""Monitor pages and the interrupt page.
 
-A monitor page has 4 trigger groups of 32 bits; monitor id m is bit ``m % 32`` of group ``m // 32``. The
-interrupt page, used below 2.4, has one bit a channel in each half: host to guest, then guest to host.
+Source: docs/protocol/messages.md#monitor-pages, docs/protocol/messages.md#interrupt-page.
+
+A monitor page has 4 trigger groups of 32 bits; monitor id m is bit ``m % 32`` of group ``m // 32``. The interrupt
+page, used below version 2.4, has one bit per channel in each half: host to guest, then guest to host.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ MONITOR_COUNT = MONITOR_GROUPS * MONITORS_PER_GROUP
 TRIGGER_GROUPS_OFFSET = 0x008
 LATENCY_OFFSET = 0x240
 PARAMETER_OFFSET = 0x440
+"""Offsets in a monitor page, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class TriggerGroup:
-    """32 monitored notifications: bits that ask for one, and bits that the hypervisor has taken up."""
+    """32 monitored notifications, 8 bytes: bits of requested ones, and bits that the hypervisor has armed."""
 
     pending: int
     armed: int
@@ -34,7 +37,7 @@ TRIGGER_GROUP = Record(TriggerGroup, "pending" / c.Int32ul, "armed" / c.Int32ul)
 
 @dataclass(frozen=True, slots=True)
 class MonitorParameter:
-    """What a monitored notification signals."""
+    """Connection and event flag that a monitored notification signals, 8 bytes."""
 
     connection_id: int
     event_flag: int
@@ -50,7 +53,7 @@ MONITOR_PARAMETER = Record(
 
 @dataclass(frozen=True, slots=True)
 class MonitorPage:
-    """The whole page; the arrays are raw bytes of the elements declared here."""
+    """A monitor page, 4096 bytes; the arrays are raw bytes of the elements declared here."""
 
     trigger_state: int
     trigger_groups: bytes
@@ -75,3 +78,4 @@ MONITOR_PAGE = Record(
 INTERRUPT_PAGE_HALF = 2048
 HOST_TO_GUEST_BITS = 0
 GUEST_TO_HOST_BITS = INTERRUPT_PAGE_HALF
+"""Offsets of the halves of the interrupt page, in bytes."""

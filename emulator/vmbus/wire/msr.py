@@ -14,7 +14,7 @@ from vmbus.wire.bits import BitRecord
 
 
 class Msr(IntEnum):
-    """Register numbers; the SINTs and timers are ``SINT0 + n`` and ``STIMER0_CONFIG + 2 * n``."""
+    """Register numbers; SINTn is ``SINT0 + n``, STIMERn_CONFIG is ``STIMER0_CONFIG + 2 * n``."""
 
     GUEST_OS_ID = 0x40000000
     HYPERCALL = 0x40000001
@@ -48,11 +48,12 @@ STIMER_COUNT = 4
 CRASH_PARAMETER_COUNT = 5
 SYNIC_VERSION = 1
 SINT_RESET = 0x10000
+"""Value of a SINT after reset: masked, vector 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class HypercallPage:
-    """HYPERCALL: where the guest wants the hypercall page."""
+    """HYPERCALL, 64 bits: the guest page that the hypercall page is placed at."""
 
     enable: bool
     locked: bool
@@ -71,7 +72,7 @@ HYPERCALL_PAGE = BitRecord(
 
 @dataclass(frozen=True, slots=True)
 class PageRegister:
-    """REFERENCE_TSC, VP_ASSIST_PAGE, SIEFP and SIMP: a guest page and whether it is in use."""
+    """REFERENCE_TSC, VP_ASSIST_PAGE, SIEFP and SIMP, 64 bits each: a guest page and whether it is enabled."""
 
     enable: bool
     reserved: int
@@ -85,7 +86,10 @@ PAGE_REGISTER = BitRecord(
 
 @dataclass(frozen=True, slots=True)
 class Sint:
-    """One synthetic interrupt source."""
+    """SINT0 to SINT15, 64 bits each: a synthetic interrupt source.
+
+    Source: docs/protocol/discovery.md#synthetic-interrupt-sources.
+    """
 
     vector: int
     masked: bool
@@ -108,7 +112,7 @@ SINT = BitRecord(
 
 @dataclass(frozen=True, slots=True)
 class StimerConfig:
-    """STIMERn_CONFIG: how a synthetic timer runs and what it does when it expires."""
+    """STIMERn_CONFIG, 64 bits: mode of a synthetic timer, and its effect when it expires (TLFS 12.3)."""
 
     enable: bool
     periodic: bool
@@ -135,7 +139,7 @@ STIMER_CONFIG = BitRecord(
 
 @dataclass(frozen=True, slots=True)
 class CrashControl:
-    """CRASH_CTL as the guest writes it; read, it tells which of ``message`` and ``notify`` are supported."""
+    """CRASH_CTL, 64 bits; when read, ``message`` and ``notify`` are capabilities (TLFS 2.6)."""
 
     pre_os_id: int = 0
     no_dump: bool = False
@@ -155,7 +159,7 @@ CRASH_CONTROL = BitRecord(
 
 @dataclass(frozen=True, slots=True)
 class OpenSourceOsId:
-    """GUEST_OS_ID of a system whose ``open_source`` bit is set."""
+    """GUEST_OS_ID, 64 bits, of an open-source system (bit 63 set) (TLFS 3.6)."""
 
     build: int
     version: int
@@ -176,7 +180,7 @@ OPEN_SOURCE_OS_ID = BitRecord(
 
 @dataclass(frozen=True, slots=True)
 class ProprietaryOsId:
-    """GUEST_OS_ID of a system that is not open source (TLFS 3.6)."""
+    """GUEST_OS_ID, 64 bits, of a proprietary system (bit 63 clear) (TLFS 3.6)."""
 
     build: int
     service_version: int

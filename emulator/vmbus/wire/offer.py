@@ -1,4 +1,4 @@
-"""OFFERCHANNEL and what lies in its user-defined area.
+"""OFFERCHANNEL, and the layouts of its user-defined area.
 
 Source: docs/protocol/messages.md#offers, docs/protocol/messages.md#socket-offer.
 """
@@ -16,7 +16,9 @@ from vmbus.wire.header import MessageType, channel_message
 from vmbus.wire.plain import Guid
 
 USER_DEFINED_SIZE = 120
+"""Bytes of the user-defined area."""
 NO_MONITOR = 0xFF
+"""``monitor_id`` of a channel without a monitored notification."""
 
 
 class OfferFlags(enum.IntFlag):
@@ -42,7 +44,7 @@ class PipeMode(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class OfferChannel:
-    """OFFERCHANNEL (1), 196 bytes."""
+    """OFFERCHANNEL (1), 196 bytes including the message header."""
 
     interface_id: uuid.UUID
     instance_id: uuid.UUID
@@ -79,7 +81,7 @@ OFFERCHANNEL = channel_message(
 
 @dataclass(frozen=True, slots=True)
 class PipeArea:
-    """The user-defined area of a channel in named-pipe mode."""
+    """User-defined area of a channel in named-pipe mode, 120 bytes; ``mode``: a :class:`PipeMode`."""
 
     mode: int
     user_data: bytes
@@ -96,10 +98,10 @@ PIPE_AREA = Record(
 
 @dataclass(frozen=True, slots=True)
 class SocketArea:
-    """The user-defined area of a socket (hvsock) channel, RS5 layout.
+    """User-defined area of a socket (hvsock) channel, 120 bytes, in the layout of Windows 10 RS5.
 
-    ``for_guest_accept`` is 1 when the host connects to a listener in the guest, 0 when the offer answers the
-    guest's own TL_CONNECT_REQUEST.
+    ``for_guest_accept``: 1 if the host connects to a listener in the guest, 0 if the offer answers a
+    TL_CONNECT_REQUEST of the guest.
     """
 
     mode: int

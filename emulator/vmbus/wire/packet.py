@@ -12,27 +12,27 @@ Source: docs/protocol/rings.md#packet-format, docs/protocol/rings.md#corruption;
     | data offset * 8 |      | payload, padded to 8 bytes                                       |
     |      length * 8 |    8 | trailer: u32 zero, u32 write index before this packet            |
 
-What a guest can get wrong falls in two classes. A descriptor that cannot be trusted for the place of the next
-packet, or that no guest may send, is a :class:`~vmbus.errors.RingError`: the channel stops. A packet whose
-frame is sound but whose list of ranges is not (docs/conformance.md#row-59) is still a packet: it has no ranges, and
-``error`` says why; whoever takes packets off the ring answers it, and the channel goes on.
+Errors of a guest are of two classes. A descriptor from which the place of the next packet cannot be told, or that no
+guest may send, raises :class:`~vmbus.errors.RingError`: the channel stops. A packet with a valid descriptor and an
+invalid list of ranges (docs/conformance.md#row-59) is returned without ranges, and with the reason in ``error``: the
+device answers it, and the channel continues.
 
     | RingError reason               | found                                                          |
-    | invalid-descriptor-lengths     | data offset < 2 (3 for types 7, 9), > length, or length > what |
-    |                                | the writer has committed, trailer included                     |
+    | invalid-descriptor-lengths     | data offset < 2 (3 for types 7, 9), > length, or the packet    |
+    |                                | with its trailer is longer than the committed bytes            |
     | invalid-descriptor-flags       | a bit other than bit 0                                         |
     | invalid-descriptor-type        | not 6, 7, 9, 11                                                |
     | invalid-gpa-direct-range-count | type 9 with no range                                           |
 
     | reason of ``error``            | found                                                          |
     | gpa-range-empty                | a range of 0 bytes                                             |
-    | gpa-range-offset               | an offset that is not in the first page                        |
-    | gpa-range-overrun              | more ranges or page numbers promised than there are            |
+    | gpa-range-offset               | an offset outside the first page                               |
+    | gpa-range-overrun              | more ranges or page numbers announced than present             |
     | too-many-gpa-ranges, -pages    | more than MAX_RANGES, MAX_PFNS                                 |
-    | transfer-range-overrun         | more transfer ranges promised than there are                   |
+    | transfer-range-overrun         | more transfer ranges announced than present                    |
     | too-many-transfer-ranges       | more than MAX_RANGES                                           |
 
-The declarations are the source of the layout; the parser below runs on ``struct`` objects derived from them.
+The parser uses ``struct`` objects that are derived from the declarations.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ from vmbus.errors import MalformedError, RingError
 from vmbus.wire.codec import derive_struct
 
 UNIT = 8
-"""Packets are measured in units of 8 bytes."""
+"""Bytes of the unit that offsets and lengths of packets are measured in."""
 
 MAX_RANGES = 1024
-"""Most ranges a packet may name. Linux: 1 (storage), 32 (network)."""
+"""Ranges that a packet may have. Linux uses 1 (storage) and up to 32 (network)."""
 
 MAX_PFNS = 8192
-"""Most page numbers a packet may name, over all its ranges: 32 MiB of data."""
+"""Page frame numbers that a packet may have, in all its ranges together: 32 MiB of data."""
 
 
 class PacketType(enum.IntEnum):
-    """The types that cross a ring nowadays; every other type is refused."""
+    """The packet types in use; every other type is refused."""
 
     IN_BAND = 6
     TRANSFER_PAGES = 7
@@ -68,7 +68,7 @@ class PacketType(enum.IntEnum):
 
 
 COMPLETION_REQUESTED = 1
-"""Flag bit 0: the other side waits for a completion packet with the same transaction id."""
+"""Flag bit 0: the sender waits for a completion packet with the same transaction id."""
 
 DESCRIPTOR = c.Struct(
     "type" / c.Int16ul,
@@ -77,11 +77,17 @@ DESCRIPTOR = c.Struct(
     "flags" / c.Int16ul,
     "transaction_id" / c.Int64ul,
 )
+"""The first 16 bytes of every packet; see the module's table."""
 TRAILER = c.Struct("zero" / c.Int32ul, "start" / c.Int32ul)
+"""The last 8 bytes of every packet; ``start``: write index before the packet, in bytes."""
 GPA_DIRECT_HEADER = c.Struct("reserved" / c.Int32ul, "range_count" / c.Int32ul)
+"""Start of the extension of type 9, 8 bytes."""
 GPA_RANGE_HEADER = c.Struct("byte_count" / c.Int32ul, "byte_offset" / c.Int32ul)
+"""Header of one GPA range, 8 bytes; 64-bit page frame numbers follow."""
 TRANSFER_PAGES_HEADER = c.Struct("set_id" / c.Int16ul, "reserved" / c.Int16ul, "range_count" / c.Int32ul)
+"""Start of the extension of type 7, 8 bytes."""
 TRANSFER_RANGE = c.Struct("byte_count" / c.Int32ul, "byte_offset" / c.Int32ul)
+"""One range of a transfer page set, 8 bytes."""
 
 GPA_RANGE = c.Struct(
     "header" / GPA_RANGE_HEADER,
@@ -110,7 +116,7 @@ PACKET = c.Struct(
     ),
     "trailer" / c.Pointer(c.this.descriptor.length8 * UNIT, TRAILER),
 )
-"""A whole packet, for readers of the layout, tests and tools; the hot path uses :func:`parse_packet`."""
+"""A whole packet, for documentation, tests and tools; the hot path uses :func:`parse_packet`."""
 
 _DESCRIPTOR = derive_struct(DESCRIPTOR)
 _TRAILER = derive_struct(TRAILER)
@@ -122,13 +128,13 @@ _TRANSFER_RANGE = derive_struct(TRANSFER_RANGE)
 DESCRIPTOR_SIZE = _DESCRIPTOR.size
 TRAILER_SIZE = _TRAILER.size
 MAX_PACKET = 0xFFFF * UNIT + TRAILER_SIZE
-"""The longest packet that a descriptor can describe, trailer included, in bytes."""
+"""Bytes of the longest packet that a descriptor can describe, including the trailer."""
 
 
 class GpaRange(NamedTuple):
     """``byte_count`` bytes of guest memory, from ``byte_offset`` (< 4096) in the page ``pfns[0]`` on.
 
-    The shape is checked, the page numbers are not: see :mod:`vmbus.bus.io.guest_buffer`.
+    The number of pages is checked, whether they are RAM is not: see :mod:`vmbus.bus.io.guest_buffer`.
     """
 
     byte_count: int
@@ -137,7 +143,7 @@ class GpaRange(NamedTuple):
 
 
 class TransferRange(NamedTuple):
-    """``byte_count`` bytes from ``byte_offset`` of the GPADL that was agreed on as a transfer page set."""
+    """``byte_count`` bytes from ``byte_offset`` of the GPADL that the device protocol uses as transfer page set."""
 
     byte_count: int
     byte_offset: int
@@ -151,25 +157,25 @@ class TransferPages(NamedTuple):
 
 
 class Packet(NamedTuple):
-    """A packet as it was copied from a ring, checked.
+    """A checked private copy of a packet from a ring.
 
-    A named tuple and not a frozen dataclass: one is made for every packet, and costs 0.15 us instead of 1.1.
+    A named tuple and not a frozen dataclass, because one is created for every packet: 0.15 us instead of 1.1 us.
     """
 
     kind: PacketType
     flags: int
     transaction_id: int
-    """Meaningless unless a completion is requested, or the packet is one."""
+    """Not meaningful unless a completion is requested, or the packet is a completion."""
     payload: bytes
-    """Padded to 8 bytes: its exact length is known to the device protocol only."""
+    """Padded to a multiple of 8 bytes: only the device protocol has its exact length."""
     ranges: tuple[GpaRange, ...] = ()
-    """Guest memory that a packet of type 9 names."""
+    """The GPA ranges of a packet of type 9."""
     transfer_pages: TransferPages | None = None
-    """What a packet of type 7 names."""
+    """The extension of a packet of type 7."""
     error: MalformedError | None = None
-    """Why ``ranges`` or ``transfer_pages`` had to be left out."""
+    """Why ``ranges`` or ``transfer_pages`` is missing."""
     size: int = 0
-    """Bytes in the ring, trailer included."""
+    """Bytes in the ring, including the trailer."""
 
     @property
     def completion_requested(self) -> bool:
@@ -188,15 +194,16 @@ def _pfn_struct(count: int) -> struct.Struct:
 
 
 def packet_size(buffer: bytes, at: int) -> int:
-    """Bytes that the packet at ``at`` claims to occupy in the ring, trailer included; nothing is checked."""
+    """Return the size in bytes of the packet at ``at``, including the trailer; nothing is checked."""
     return int.from_bytes(buffer[at + 4 : at + 6], "little") * UNIT + TRAILER_SIZE
 
 
 def parse_packet(buffer: bytes, at: int, available: int) -> Packet | None:
-    """The packet at ``at`` of a private copy, of which the writer has committed ``available`` bytes.
+    """Parse the packet at ``at`` of a private copy of ring data.
 
-    ``None`` when ``buffer`` does not hold all of it (see :func:`packet_size`). Raises
-    :class:`~vmbus.errors.RingError`; ``available`` is at least the size of a descriptor.
+    ``available``: bytes from ``at`` on that the writer has committed, at least the size of a descriptor. Returns
+    ``None`` if ``buffer`` ends within the packet (see :func:`packet_size`). Raises
+    :class:`~vmbus.errors.RingError`.
     """
     kind, offset8, length8, flags, transaction_id = _unpack_descriptor(buffer, at)
     if offset8 < 2 or length8 < offset8 or (size := length8 * 8 + 8) > available:
@@ -244,7 +251,7 @@ def _parse_gpa_ranges(buffer: bytes, at: int, end: int) -> tuple[GpaRange, ...]:
     ranges: list[GpaRange] = []
     for _ in range(count):
         if at + 8 > end:
-            raise MalformedError("gpa-range-overrun", f"{count} ranges promised, {len(ranges)} there")
+            raise MalformedError("gpa-range-overrun", f"{count} ranges announced, {len(ranges)} present")
         byte_count, byte_offset = _GPA_RANGE_HEADER.unpack_from(buffer, at)
         at += 8
         if byte_count == 0:
@@ -257,7 +264,8 @@ def _parse_gpa_ranges(buffer: bytes, at: int, end: int) -> tuple[GpaRange, ...]:
             raise MalformedError("too-many-gpa-pages", f"at least {pages}, at most {MAX_PFNS}")
         if at + need * 8 > end:
             raise MalformedError(
-                "gpa-range-overrun", f"range {len(ranges)} needs {need} page numbers, {(end - at) >> 3} there"
+                "gpa-range-overrun",
+                f"range {len(ranges)} needs {need} page numbers, {(end - at) >> 3} present",
             )
         ranges.append(_new(GpaRange, (byte_count, byte_offset, _pfn_struct(need).unpack_from(buffer, at))))
         at += need * 8
@@ -270,7 +278,7 @@ def _parse_transfer_pages(buffer: bytes, at: int, end: int) -> TransferPages:
         raise MalformedError("too-many-transfer-ranges", f"{count}, at most {MAX_RANGES}")
     at += 8
     if at + count * 8 > end:
-        raise MalformedError("transfer-range-overrun", f"{count} ranges promised, {(end - at) >> 3} there")
+        raise MalformedError("transfer-range-overrun", f"{count} ranges announced, {(end - at) >> 3} present")
     unpack = _TRANSFER_RANGE.unpack_from
     ranges = tuple([_new(TransferRange, unpack(buffer, at + index * 8)) for index in range(count)])
     return TransferPages(set_id, ranges)
@@ -284,9 +292,10 @@ def build_packet(
     completion_requested: bool = False,
     extension: bytes = b"",
 ) -> bytes:
-    """A packet without its trailer, padded with zeros: ``DESCRIPTOR_SIZE + len(extension) + len(payload)`` bytes
-    and up to 7 more. ``extension`` is a multiple of 8 bytes. Raises :class:`~vmbus.errors.RingError` for a
-    packet that no descriptor can describe.
+    """Return a packet without its trailer, padded with zeros to a multiple of 8 bytes.
+
+    The length of ``extension`` must be a multiple of 8 bytes. Raises :class:`~vmbus.errors.RingError` for a packet
+    that is too long for a descriptor.
     """
     data = DESCRIPTOR_SIZE + len(extension)
     length8 = (data + len(payload) + 7) >> 3
@@ -300,13 +309,13 @@ def build_packet(
 
 
 def build_transfer_pages(set_id: int, ranges: Sequence[TransferRange]) -> bytes:
-    """The extension of a packet of type 7."""
+    """Return the extension of a packet of type 7."""
     header = _TRANSFER_PAGES_HEADER.pack(set_id, 0, len(ranges))
     return header + b"".join([_TRANSFER_RANGE.pack(*item) for item in ranges])
 
 
 def build_gpa_direct(ranges: Sequence[GpaRange]) -> bytes:
-    """The extension of a packet of type 9, as a guest builds it."""
+    """Return the extension of a packet of type 9, as a guest builds it."""
     parts = [_GPA_DIRECT_HEADER.pack(0, len(ranges))]
     for byte_count, byte_offset, pfns in ranges:
         parts += (_GPA_RANGE_HEADER.pack(byte_count, byte_offset), _pfn_struct(len(pfns)).pack(*pfns))
@@ -314,4 +323,4 @@ def build_gpa_direct(ranges: Sequence[GpaRange]) -> bytes:
 
 
 build_trailer = _TRAILER.pack
-"""``build_trailer(0, start)``: the trailer of a packet that begins at ring offset ``start``."""
+"""``build_trailer(0, start)`` returns the trailer of a packet that begins at ring offset ``start``."""

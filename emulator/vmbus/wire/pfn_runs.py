@@ -1,13 +1,14 @@
-"""Lists of page frame numbers as runs: how saved state keeps them small.
+"""Lists of page frame numbers, stored as runs of consecutive numbers to keep saved state small.
 
-A buffer that a guest driver allocates is mostly contiguous, so its list of pages is stored as runs of numbers
-that follow each other. Order and repetition are kept. A list is
+Source: docs/saved-state.md; the layout is this project's own.
 
-    varint number of runs, then for each run: varint zigzag(first - end of the run before), varint (pages - 1)
+Buffers of guest drivers are mostly contiguous. Order and repetition are preserved. A list is
 
-where the end is one past the last number, and 0 before the first run. A varint is little-endian base 128, at
-most 10 bytes. A 31 MiB network buffer in one piece takes 8 bytes, the worst case (no two neighbours) some four
-bytes a page.
+    varint number of runs, then for each run: varint zigzag(first - end of the previous run), varint (pages - 1)
+
+where the end is one past the last number, and 0 before the first run. A varint is little-endian base 128, at most 10
+bytes. A contiguous network buffer of 31 MiB takes 8 bytes, the worst case (no consecutive pages) about four bytes per
+page.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ import construct as c
 from vmbus.wire.plain import OwnForm, PlainAdapter, VarUint, append_varint, take_varint
 
 PFN_LIMIT = 1 << 52
-"""Page frame numbers of a 64-bit address space are less."""
+"""Number of page frames of a 64-bit address space."""
 
 MAX_PAGES = 131_072
-"""Most pages that one list (or one packet's lists together) may name: 512 MiB."""
+"""Pages that one list, or all lists of a packet together, may have: 512 MiB."""
 
 
 class Run(NamedTuple):
-    """A run as it is stored: zigzag of the distance to the end of the run before, and pages - 1."""
+    """A run as it is stored: ``step``: zigzag(first - end of the previous run), ``more``: pages - 1."""
 
     step: int
     more: int
 
 
 def runs(pfns: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """``pfns`` as (first, count) of numbers that follow each other."""
+    """Yield the runs of consecutive numbers in ``pfns`` as (first, count)."""
     first, count = 0, 0
     for pfn in pfns:
         if count and pfn == first + count:
@@ -48,7 +49,7 @@ def runs(pfns: Iterable[int]) -> Iterator[tuple[int, int]]:
 
 
 def steps(pfns: Sequence[int]) -> list[Run]:
-    """``pfns`` as ``RawRuns`` builds them; the inverse of :func:`expand`."""
+    """Return ``pfns`` as stored runs: the inverse of :func:`expand`."""
     found, end = [], 0
     for first, count in runs(pfns):
         step = first - end
@@ -58,10 +59,10 @@ def steps(pfns: Sequence[int]) -> list[Run]:
 
 
 class _RawRuns(OwnForm):
-    """``PrefixedArray(VarUint, Struct("step" / VarUint, "more" / VarUint))``, which a unit test holds it against.
+    """``PrefixedArray(VarUint, Struct("step" / VarUint, "more" / VarUint))``; a unit test compares the two.
 
-    A storage driver under load names ten thousands of scattered pages while its guest stands still, and that
-    declaration takes 30 us for each.
+    A storage driver under load has tens of thousands of scattered pages in its packets, which are saved and restored
+    while the guest is paused. That declaration takes 30 us per page.
     """
 
     longest = 2 * VarUint.longest * (MAX_PAGES + 1)
@@ -91,11 +92,11 @@ class _RawRuns(OwnForm):
 
 
 RawRuns = _RawRuns()
-"""The runs as they are stored; see :func:`expand`."""
+"""A list of :class:`Run`; :func:`expand` returns its page frame numbers."""
 
 
 def expand(raw: Sequence[Run], path: str, room: int = MAX_PAGES) -> tuple[int, ...]:
-    """The page frame numbers of parsed ``RawRuns``. Raises ``construct.ValidationError`` for more than ``room``."""
+    """Return the page frame numbers of ``RawRuns``. Raises ``construct.ValidationError`` for more than ``room``."""
     pages = sum(run.more for run in raw) + len(raw)
     if pages > room:
         raise c.ValidationError(f"{pages} pages, at most {room}", path)
@@ -105,26 +106,28 @@ def expand(raw: Sequence[Run], path: str, room: int = MAX_PAGES) -> tuple[int, .
         first = end + ((run.step + 1) // -2 if run.step & 1 else run.step // 2)
         end = first + run.more + 1
         if first < 0 or end > PFN_LIMIT:
-            raise c.ValidationError(f"pages {first:#x} to {end:#x}", path)
+            raise c.ValidationError(f"pages {first:#x} to {end:#x} are outside the address space", path)
         pfns.extend(range(first, end))
     return tuple(pfns)
 
 
 class PfnList(PlainAdapter):
-    """A tuple of page frame numbers, ``most`` at most."""
+    """A tuple of at most ``limit`` page frame numbers."""
 
-    def __init__(self, most: int = MAX_PAGES) -> None:
+    def __init__(self, limit: int = MAX_PAGES) -> None:
         super().__init__(RawRuns)
-        self._most = most
+        self._limit = limit
 
     def _decode(self, obj: Any, context: Any, path: str) -> tuple[int, ...]:
-        return expand(obj, path, self._most)
+        return expand(obj, path, self._limit)
 
     def _encode(self, obj: Sequence[int], context: Any, path: str) -> list[Run]:
-        if len(obj) > self._most or not all(0 <= pfn < PFN_LIMIT for pfn in obj):
-            raise c.ValidationError(f"{len(obj)} pages, or page frame numbers of more than 52 bits", path)
+        if len(obj) > self._limit or not all(0 <= pfn < PFN_LIMIT for pfn in obj):
+            raise c.ValidationError(
+                f"{len(obj)} pages (at most {self._limit}), or page frame numbers of more than 52 bits", path
+            )
         return steps(obj)
 
 
 PfnRuns = PfnList()
-"""The declaration of a list of pages, for any record that has one."""
+"""A list of at most ``MAX_PAGES`` page frame numbers, as a field of a record."""

@@ -1,10 +1,10 @@
-"""The pipe header: what stands in front of every payload on a channel that was offered in pipe mode.
+"""The pipe header, which precedes every payload on a channel that was offered in pipe mode.
 
 Source: docs/protocol/rings.md#pipe-framing.
 
     | Off | Size | Field                          |
-    |   0 |    4 | packet type                    |
-    |   4 |    4 | length of what follows, bytes  |
+    |   0 |    4 | type (:class:`PipeType`)       |
+    |   4 |    4 | length of the data, bytes      |
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vmbus.wire.codec import Record
 
 
 class PipeType(enum.IntEnum):
-    """What a pipe packet is. Only data ever crosses the ring here."""
+    """Type of a pipe packet; only DATA is used by the devices of this project."""
 
     DATA = 1
     PARTIAL = 2
@@ -28,7 +28,7 @@ class PipeType(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class PipeHeader:
-    """``length`` counts the bytes behind these eight."""
+    """The header, 8 bytes; ``length``: bytes behind it."""
 
     type: int
     length: int

@@ -1,18 +1,18 @@
-"""Declarations of which every field stands for itself: what saved state is made of.
+"""Building blocks of plain declarations, in which no field depends on another field.
 
-A plain field is read and written without a look at any other field, so that a declaration of nothing else can be
-compiled (:mod:`vmbus.wire.compiled`). Saved records are plain: they have many small fields, and a guest stands
-still while they are written and read. Here are the pieces that construct has not, or not in that form:
+A declaration of plain fields only can be compiled (:mod:`vmbus.wire.compiled`). Saved records are plain: they have
+many small fields, and a guest is paused while they are written and read. The blocks that construct lacks, or has in
+another form:
 
 =============  ====================================================================
-``Counted``    a number, then so many elements
-``VarUint``    an unsigned number in as few bytes as it needs
-``Blob``       bytes, with their number before them
-``Text``       text, in the same way
+``Counted``    a count, then that many elements
+``VarUint``    an unsigned number, 7 bits per byte
+``Blob``       bytes, preceded by their number
+``Text``       UTF-8 text, preceded by its number of bytes
 ``Nested``     a record within a record
 ``Maybe``      a field that may be ``None``
-``Members``    any number of the same thing
-``Several``    a fixed number of it
+``Members``    a tuple of any length
+``Several``    a tuple of fixed length
 ``Guid``       a GUID in its wire form
 =============  ====================================================================
 """
@@ -30,24 +30,24 @@ _VARINT_BYTES = 10
 
 
 class PlainAdapter(c.Adapter):  # type: ignore[misc]
-    """An adapter that looks at nothing but the value itself: it is given no context."""
+    """An adapter that depends only on the value itself; its context is None when it is called by compiled code."""
 
 
 class OwnForm(c.Construct):  # type: ignore[misc]
-    """A form that reads and writes itself: ``take`` and ``give`` are all that there is to it."""
+    """A field with its own parser and builder, ``take`` and ``give``, which compiled code calls directly."""
 
     longest = 0
-    """The most bytes that one value can have."""
+    """Bytes that one value can have at most."""
 
     def take(self, data: bytes, at: int) -> tuple[Any, int]:
-        """The value at ``at``, and where the next one begins.
+        """Return the value at offset ``at`` and the offset behind it.
 
-        Raises ``IndexError`` when the data end before it, ``construct.ValidationError`` for a form that is none.
+        Raises ``IndexError`` if the data end within the value, ``construct.ValidationError`` for an invalid form.
         """
         raise NotImplementedError
 
     def give(self, value: Any) -> bytes:
-        """The bytes of ``value``. Raises ``construct.IntegerError`` for one that has none."""
+        """Return the bytes of ``value``. Raises ``construct.IntegerError`` for a value that has no form."""
         raise NotImplementedError
 
     def _parse(self, stream: Any, context: Any, path: str) -> Any:
@@ -56,7 +56,7 @@ class OwnForm(c.Construct):  # type: ignore[misc]
         try:
             value, used = self.take(data, 0)
         except IndexError as error:
-            raise c.StreamError("the data end early", path) from error
+            raise c.StreamError("the data end within the field", path) from error
         c.stream_seek(stream, start + used, 0, path)
         return value
 
@@ -67,7 +67,7 @@ class OwnForm(c.Construct):  # type: ignore[misc]
 
 
 def take_varint(data: bytes, at: int) -> tuple[int, int]:
-    """As ``VarUint.take``."""
+    """Parse a varint: ``VarUint.take`` as a function."""
     value = shift = 0
     while True:
         byte = data[at]
@@ -75,7 +75,7 @@ def take_varint(data: bytes, at: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             if value >> 64 or (shift and not byte):
-                raise c.ValidationError("a varint that is too large or too long")
+                raise c.ValidationError("a varint of more than 64 bits, or with a needless last byte")
             return value, at
         shift += 7
         if shift == 7 * _VARINT_BYTES:
@@ -83,7 +83,7 @@ def take_varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def append_varint(encoded: bytearray, value: int) -> None:
-    """``value`` is not negative, and below 2**64."""
+    """Append ``value`` (0 to 2**64 - 1) as a varint; the range is not checked."""
     while value >= 0x80:
         encoded.append(value & 0x7F | 0x80)
         value >>= 7
@@ -91,16 +91,16 @@ def append_varint(encoded: bytearray, value: int) -> None:
 
 
 def give_varint(value: int) -> bytes:
-    """As ``VarUint.give``."""
+    """Build a varint: ``VarUint.give`` as a function."""
     if not isinstance(value, int) or value < 0 or value >> 64:
-        raise c.IntegerError(f"{value!r} is no unsigned 64-bit number")
+        raise c.IntegerError(f"{value!r} is not an unsigned 64-bit number")
     encoded = bytearray()
     append_varint(encoded, value)
     return bytes(encoded)
 
 
 class _VarUint(OwnForm):
-    """An unsigned number below 2**64, least significant 7 bits first; bit 7 says that more follow."""
+    """An unsigned number below 2**64 (base 128): least significant 7 bits first, bit 7 set if more bytes follow."""
 
     longest = _VARINT_BYTES
 
@@ -115,7 +115,7 @@ VarUint = _VarUint()
 
 
 class Counted(c.Subconstruct):  # type: ignore[misc]
-    """construct's ``PrefixedArray``, for plain fields: the number of elements, then the elements."""
+    """The number of elements, then the elements: construct's ``PrefixedArray`` for plain fields."""
 
     def __init__(self, countfield: Any, subcon: Any) -> None:
         super().__init__(subcon)
@@ -134,7 +134,7 @@ class Counted(c.Subconstruct):  # type: ignore[misc]
 
 
 class Nested(PlainAdapter):
-    """A record within a record, as its dataclass."""
+    """A record within a record; its value is the dataclass of the inner record."""
 
     def __init__(self, record: Any) -> None:
         super().__init__(record.struct)
@@ -149,7 +149,7 @@ class Nested(PlainAdapter):
 
 
 class Maybe(PlainAdapter):
-    """A field that may be ``None``: one byte says whether it is there."""
+    """A field that may be ``None``: a byte (0 or 1), then the field if the byte is 1."""
 
     def __init__(self, subcon: Any) -> None:
         super().__init__(Counted(c.Int8ul, subcon))
@@ -157,7 +157,7 @@ class Maybe(PlainAdapter):
 
     def _decode(self, obj: Any, context: Any, path: str) -> Any:
         if len(obj) > 1:
-            raise c.ValidationError(f"{len(obj)} where there can be one", path)
+            raise c.ValidationError(f"{len(obj)} elements, at most 1", path)
         return obj[0] if obj else None
 
     def _encode(self, obj: Any, context: Any, path: str) -> list[Any]:
@@ -165,7 +165,7 @@ class Maybe(PlainAdapter):
 
 
 class Several(PlainAdapter):
-    """As many as construct's array ``subcon`` has, as a tuple."""
+    """The elements of construct's array ``subcon``, as a tuple."""
 
     def _decode(self, obj: Any, context: Any, path: str) -> tuple[Any, ...]:
         return tuple(obj)
@@ -175,16 +175,16 @@ class Several(PlainAdapter):
 
 
 class Members(Several):
-    """Any number of the same thing, as a tuple."""
+    """The number of elements as a varint, then the elements; the value is a tuple."""
 
     def __init__(self, subcon: Any) -> None:
         super().__init__(Counted(VarUint, subcon))
 
 
 Blob = c.Prefixed(VarUint, c.GreedyBytes)
-"""Bytes with their number before them."""
+"""Bytes, preceded by their number as a varint."""
 Text = c.Prefixed(VarUint, c.GreedyString("utf8"))
-"""Text, as its UTF-8."""
+"""UTF-8 text, preceded by its number of bytes as a varint."""
 
 
 _same_guid: Callable[[bytes], uuid.UUID] = functools.lru_cache(maxsize=4096)(
@@ -194,7 +194,10 @@ _same_bytes: Callable[[uuid.UUID], bytes] = functools.lru_cache(maxsize=4096)(la
 
 
 class _GuidAdapter(PlainAdapter):
-    """A GUID in its wire form: the first three groups little-endian. There are few, and each is met often."""
+    """A GUID in its wire form, 16 bytes: the first three groups are little-endian.
+
+    Conversions are cached, because there are few GUIDs and each one is parsed often.
+    """
 
     def _decode(self, obj: bytes, context: Any, path: str) -> uuid.UUID:
         return _same_guid(bytes(obj))

@@ -1,4 +1,4 @@
-"""The control page of a ring buffer: the first page of each ring, the data pages follow it.
+"""The control page of a ring buffer, the first page of each ring; the data pages follow it.
 
 Source: docs/protocol/rings.md#control-page. Indices are byte offsets into the data area.
 
@@ -22,18 +22,18 @@ RING_PAGE = 4096
 """Bytes of the control page, and the granularity of the data area."""
 
 INDEX_STEP = 8
-"""Every index and every length in a ring is a multiple of this."""
+"""Bytes that every index and every length in a ring is a multiple of."""
 
 RESERVED_BYTES = 8
-"""So many bytes of a ring always stay unused: equal indices mean empty."""
+"""Bytes of a ring that always stay unused, because equal indices mean an empty ring."""
 
 FEATURE_PENDING_SEND_SIZE = 1
-"""Feature bit 0: the reader shall look at the pending send size."""
+"""Feature bit 0: the reader is to read the pending send size."""
 
 
 @dataclass(frozen=True, slots=True)
 class RingControl:
-    """The words of a control page as they were found at one moment."""
+    """The words of a control page, 68 bytes; indices and sizes in bytes."""
 
     write_index: int
     read_index: int

@@ -1,10 +1,11 @@
-"""Saved state: the records that chunks (:mod:`vmbus.wire.chunk`) carry.
+"""Saved state: the records of chunks (:mod:`vmbus.wire.chunk`).
 
-Source: docs/protocol/saving.md#saving-a-channel (the layouts are this project's own), docs/saved-state.md.
+Source: docs/protocol/saving.md#saving-a-channel, docs/saved-state.md#the-chunk; the layouts are this project's own.
 
-Little-endian. Lengths and counts are varints (:mod:`vmbus.wire.pfn_runs`), page lists are runs. There is one
-form only of every record: what does not build to the same bytes again is malformed. A record's layout never
-changes; a new one gets a new version, and the old one stays readable.
+Integers are little-endian, lengths and counts are varints, page lists are runs (:mod:`vmbus.wire.pfn_runs`); records
+have no fixed size unless stated. Every record has exactly one form: bytes that differ from those that their value is
+built to are malformed. A record's layout never changes; a new layout gets a new version, and the old one stays
+readable.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ T = TypeVar("T")
 
 
 class _Ranges(PlainAdapter):
-    """The ranges of a GPA-direct packet; all of them together name at most ``MAX_PAGES`` pages."""
+    """The ranges of a GPA-direct packet, together at most ``MAX_PAGES`` pages."""
 
     def __init__(self) -> None:
         one = c.Struct("byte_count" / c.Int32ul, "byte_offset" / c.Int16ul, "runs" / RawRuns)
@@ -40,7 +41,9 @@ class _Ranges(PlainAdapter):
             byte_count, byte_offset = each["byte_count"], each["byte_offset"]
             pfns = expand(each["runs"], path, room)
             if byte_offset >= 4096 or len(pfns) != (byte_offset + byte_count + 4095) >> 12:
-                raise c.ValidationError(f"{byte_count} bytes at {byte_offset}: {len(pfns)} pages", path)
+                raise c.ValidationError(
+                    f"a range of {byte_count} bytes at {byte_offset} with {len(pfns)} pages", path
+                )
             room -= len(pfns)
             found.append(GpaRange(byte_count, byte_offset, pfns))
         return tuple(found)
@@ -48,11 +51,15 @@ class _Ranges(PlainAdapter):
     def _encode(self, obj: Sequence[GpaRange], context: Any, path: str) -> list[dict[str, Any]]:
         for byte_count, byte_offset, pfns in obj:
             if not all(0 <= pfn < PFN_LIMIT for pfn in pfns) or byte_offset >= 4096:
-                raise c.ValidationError("a page frame number of more than 52 bits, or a bad offset", path)
+                raise c.ValidationError(
+                    "a page frame number of more than 52 bits, or an offset outside the first page", path
+                )
             if len(pfns) != (byte_offset + byte_count + 4095) >> 12:
-                raise c.ValidationError(f"{byte_count} bytes at {byte_offset}: {len(pfns)} pages", path)
+                raise c.ValidationError(
+                    f"a range of {byte_count} bytes at {byte_offset} with {len(pfns)} pages", path
+                )
         if sum(len(pfns) for _, _, pfns in obj) > MAX_PAGES:
-            raise c.ValidationError("more pages than a packet may name", path)
+            raise c.ValidationError(f"more than {MAX_PAGES} pages in one packet", path)
         return [
             {"byte_count": byte_count, "byte_offset": byte_offset, "runs": steps(pfns)}
             for byte_count, byte_offset, pfns in obj
@@ -77,16 +84,18 @@ class _TransferPages(PlainAdapter):
 
 
 def parse_record(record: Record[T], data: bytes) -> T:
-    """All of ``data`` as ``record``. Raises :class:`~vmbus.errors.MalformedError`, also for another form of it."""
+    """Parse all of ``data`` as ``record``. Raises :class:`~vmbus.errors.MalformedError`, also for a second form."""
     found = record.parse(data)
     if record.build(found) != data:
-        raise MalformedError("malformed", f"{len(data)} bytes are not the one form of {record.cls.__name__}")
+        raise MalformedError(
+            "malformed", f"{len(data)} bytes are not the canonical form of {record.cls.__name__}"
+        )
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelIdentity:
-    """What makes a channel the same one in another process."""
+    """Identity of a channel, equal in every process that serves the same guest; 34 bytes."""
 
     interface_id: UUID
     instance_id: UUID
@@ -103,10 +112,10 @@ CHANNEL_IDENTITY = Record(
 
 @dataclass(frozen=True, slots=True)
 class SavedOpen:
-    """The guest's OPENCHANNEL (docs/protocol/messages.md#open-channel). ``downstream_offset`` is in pages;
-    ``user_data`` up to 120 bytes.
+    """The guest's OPENCHANNEL (docs/protocol/messages.md#open-channel).
 
-    ``event_flag`` and ``connection_id`` are ``None`` unless the guest chose them.
+    ``downstream_offset`` in pages; ``user_data``: up to 120 bytes. ``event_flag`` and ``connection_id``: ``None``
+    unless the guest chose them.
     """
 
     open_id: int
@@ -134,7 +143,7 @@ SAVED_OPEN = Record(
 
 @dataclass(frozen=True, slots=True)
 class SavedGpadl:
-    """A GPADL that the channel has, as a cross-check: the page list itself is the bus's to save."""
+    """A GPADL of the channel, 8 bytes, for a cross-check: the bus saves the page list."""
 
     gpadl_id: int
     page_count: int
@@ -146,7 +155,7 @@ SAVED_GPADL = Record(SavedGpadl, "gpadl_id" / c.Int32ul, "page_count" / c.Int32u
 class ChannelAxes(enum.IntFlag):
     """The axes of a channel's state (docs/protocol/saving.md#channel-axes); open and paused are independent.
 
-    HELD: its device asked for no more packets for the time being.
+    HELD: the device has stopped reading packets and will resume by itself (backpressure).
     """
 
     ENABLED = 1
@@ -157,11 +166,11 @@ class ChannelAxes(enum.IntFlag):
 
 @dataclass(frozen=True, slots=True)
 class SavedChannel:
-    """The header chunk of a channel. ``open`` is there if and only if ``axes`` has OPEN.
+    """The header of a channel's state; ``open`` is present if and only if ``axes`` has OPEN.
 
-    ``interrupt_latency`` is in units of 100 ns; limits of 0 mean that none was set. ``offer_flags`` are those of
-    the offer, ``relid`` 0 if the guest was never told of the channel. ``failure`` is the stable name of why the
-    channel stopped, if it did: it stays so until the guest opens it anew.
+    ``interrupt_latency`` in units of 100 ns; limits of 0 are not set. ``offer_flags``: of the offer. ``relid``: 0 if
+    the channel was not offered to the guest. ``failure``: stable name of the reason why the channel stopped, empty if
+    it did not; it stays until the guest opens the channel again.
     """
 
     identity: ChannelIdentity
@@ -183,7 +192,7 @@ class SavedChannel:
 
 
 class _Axes(PlainAdapter):
-    """The axes as flags; a bit that has no name is malformed."""
+    """The axes as flags; any other bit is malformed."""
 
     def _decode(self, obj: int, context: Any, path: str) -> ChannelAxes:
         if obj & ~15:
@@ -217,7 +226,7 @@ SAVED_CHANNEL = Record(
 
 @dataclass(frozen=True, slots=True)
 class SavedPacket:
-    """A packet of either direction; ``kind`` and ``flags`` are those of its descriptor.
+    """A packet of either direction; ``kind`` and ``flags``: of its descriptor.
 
     Source: docs/protocol/rings.md#packet-format.
     """
@@ -243,9 +252,9 @@ SAVED_PACKET = Record(
 
 @dataclass(frozen=True, slots=True)
 class SavedOutgoing:
-    """A packet that the host sent and the guest has not completed, or that is not in the ring yet.
+    """A packet of the host that the guest has not completed, or that is not in the ring yet.
 
-    ``library`` is a ``SAVED_PACKET``, ``device`` what the device's SavePacket callback gave for it.
+    ``library``: a ``SAVED_PACKET``. ``device``: the state that the device's SavePacket callback gave for it.
     """
 
     library: bytes
@@ -257,7 +266,7 @@ SAVED_OUTGOING = Record(SavedOutgoing, "library" / Blob, "device" / Blob)
 
 @dataclass(frozen=True, slots=True)
 class SavedCompletion:
-    """A completion that the guest waits for, and that did not fit into a full ring."""
+    """A completion for the guest that waits for space in the ring."""
 
     transaction_id: int
     payload: bytes
@@ -268,7 +277,7 @@ SAVED_COMPLETION = Record(SavedCompletion, "transaction_id" / c.Int64ul, "payloa
 
 @dataclass(frozen=True, slots=True)
 class SavedDevice:
-    """What the device itself keeps for the channel, opaque here."""
+    """The device's own state of the channel, opaque to this package."""
 
     state: bytes
 
@@ -278,7 +287,7 @@ SAVED_DEVICE = Record(SavedDevice, "state" / Blob)
 
 @dataclass(frozen=True, slots=True)
 class SavedMachine:
-    """The first chunk of a machine's state. ``writer``: who wrote it, for people."""
+    """The first chunk of a machine's state; ``writer``: name and version of the emulator, informative."""
 
     writer: str
 
@@ -288,7 +297,7 @@ SAVED_MACHINE = Record(SavedMachine, "writer" / Text)
 
 @dataclass(frozen=True, slots=True)
 class SavedSection:
-    """The state of the hypervisor part or of the bus, opaque here: ``name`` of its form, its version, its bytes."""
+    """The hypervisor section or the bus section: name and version of its form, and its bytes."""
 
     name: str
     version: int
@@ -300,7 +309,7 @@ SAVED_SECTION = Record(SavedSection, "name" / Text, "version" / c.Int16ul, "stat
 
 @dataclass(frozen=True, slots=True)
 class SavedChannelRecords:
-    """The channel chunks of one channel, buffer by buffer as SaveContinue filled them."""
+    """The chunks of one channel, in the buffers that SaveContinue filled."""
 
     identity: ChannelIdentity
     records: tuple[bytes, ...]
@@ -313,10 +322,10 @@ SAVED_CHANNEL_RECORDS = Record(
 
 @dataclass(frozen=True, slots=True)
 class SavedMemory:
-    """Guest memory that is not copied: by what the target knows that the file it maps is the same, and unchanged.
+    """Guest memory that is not copied: identity and sample of the file that the target must map.
 
-    ``boot`` is the host's boot id, and ``device`` and ``inode`` are the file's there; ``size`` is in bytes.
-    ``digest`` is BLAKE2b of ``pages`` (page numbers within the file), then of pages ``first``, ``first + step`` …
+    ``boot``: boot id of the host; ``device`` and ``inode``: of the file; ``size`` in bytes. ``digest``: BLAKE2b of
+    ``pages`` (page numbers within the file), then of pages ``first``, ``first + step`` …
     """
 
     boot: UUID
@@ -347,18 +356,20 @@ SAVED_PAGE_SIZE = 4096
 
 
 PAGES_IN_RECORD = 64
-"""Pages that one record has at most."""
+"""Pages that one record may have."""
 
 
 class _PageContent(PlainAdapter):
-    """What is in a page, without the zeros at its end."""
+    """The content of a page without the zeros at its end."""
 
     def __init__(self) -> None:
         super().__init__(Blob)
 
     def _decode(self, obj: bytes, context: Any, path: str) -> bytes:
         if len(obj) > SAVED_PAGE_SIZE or obj.endswith(b"\0"):
-            raise c.ValidationError(f"{len(obj)} bytes are no page without the zeros at its end", path)
+            raise c.ValidationError(
+                f"{len(obj)} bytes are not the content of a page without the zeros at its end", path
+            )
         return obj
 
     def _encode(self, obj: bytes, context: Any, path: str) -> bytes:
@@ -367,10 +378,10 @@ class _PageContent(PlainAdapter):
 
 @dataclass(frozen=True, slots=True)
 class SavedPages:
-    """Pages of guest memory that were changed without QEMU's knowledge, and that the state carries instead of it.
+    """Pages of guest memory that were written without QEMU's dirty-page tracking.
 
-    ``pfns`` are guest page frame numbers, each greater than the one before; ``contents`` is as long, and has what is
-    in each page, without the zeros at its end.
+    ``pfns``: guest page frame numbers in ascending order. ``contents``: of the same length, the content of each page
+    without the zeros at its end.
     """
 
     pfns: tuple[int, ...]
@@ -382,7 +393,7 @@ SAVED_PAGES = Record(SavedPages, "pfns" / PfnList(PAGES_IN_RECORD), "contents" /
 
 @dataclass(frozen=True, slots=True)
 class SavedRefusal:
-    """In place of a state: why there is none. ``reason`` is a stable name."""
+    """Why the source could not save, in place of a state; ``reason``: a stable name."""
 
     reason: str
     detail: str
@@ -393,7 +404,7 @@ SAVED_REFUSAL = Record(SavedRefusal, "reason" / Text, "detail" / Text)
 
 @dataclass(frozen=True, slots=True)
 class SavedEnd:
-    """The last chunk of a machine's state: how many chunks and bytes came before it."""
+    """The last chunk of a machine's state, 8 bytes: the number of chunks and bytes before it."""
 
     chunks: int
     size: int
@@ -417,9 +428,9 @@ RECORDS: dict[ChunkKind, dict[int, Record[Any]]] = {
     ChunkKind.REFUSAL: {1: SAVED_REFUSAL},
     ChunkKind.END: {1: SAVED_END},
 }
-"""Every version of every record that can be read; the highest of a kind is what is written."""
+"""Every version of every record that can be read; the highest version of a kind is written."""
 
 
 def newest(kind: ChunkKind) -> int:
-    """The version of ``kind`` that is written."""
+    """Return the version in which records of ``kind`` are written."""
     return max(RECORDS[kind])

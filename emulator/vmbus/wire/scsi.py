@@ -1,4 +1,4 @@
-"""SCSI as disks and CD-ROMs speak it: commands, sense data, and the data of commands about the device.
+"""SCSI commands of disks and CD-ROMs: command descriptor blocks, sense data, and device data.
 
 Source: docs/protocol/devices.md#storage-commands; SPC-4, SBC-3, MMC-6. All integers are big-endian.
 """
@@ -17,7 +17,7 @@ from vmbus.wire.codec import Record
 
 
 class Opcode(enum.IntEnum):
-    """First byte of a CDB."""
+    """Operation code, the first byte of a CDB."""
 
     TEST_UNIT_READY = 0x00
     REQUEST_SENSE = 0x03
@@ -67,7 +67,7 @@ GET_LBA_STATUS = 0x12
 
 
 class ScsiStatus(enum.IntEnum):
-    """Status byte."""
+    """SCSI status byte (SAM-4)."""
 
     GOOD = 0x00
     CHECK_CONDITION = 0x02
@@ -75,7 +75,7 @@ class ScsiStatus(enum.IntEnum):
 
 
 class SenseKey(enum.IntEnum):
-    """What kind of trouble."""
+    """Sense key (SPC-4)."""
 
     NO_SENSE = 0x0
     NOT_READY = 0x2
@@ -89,7 +89,7 @@ class SenseKey(enum.IntEnum):
 
 
 class Sense(enum.Enum):
-    """Sense key, additional sense code, qualifier."""
+    """Sense key, additional sense code (ASC) and qualifier (ASCQ)."""
 
     NO_SENSE = (SenseKey.NO_SENSE, 0x00, 0x00)
     MEDIUM_NOT_PRESENT = (SenseKey.NOT_READY, 0x3A, 0x00)
@@ -114,7 +114,10 @@ class Sense(enum.Enum):
 
 
 def sense_data(sense: Sense, information: int | None = None) -> bytes:
-    """18 bytes of fixed-format sense data; ``information``: the first LBA that failed, if it fits 32 bits."""
+    """Return 18 bytes of fixed-format sense data.
+
+    ``information``: the first LBA that failed; it is left out if it does not fit 32 bits.
+    """
     key, code, qualifier = sense.value
     valid = information is not None and information <= 0xFFFFFFFF
     return struct.pack(
@@ -129,12 +132,12 @@ def sense_data(sense: Sense, information: int | None = None) -> bytes:
     )
 
 
-# --- command descriptor blocks -------------------------------------------------------------------------------
+# --- command descriptor blocks ---
 
 CDB_6 = c.Struct(
     "opcode" / c.Int8ub, "lba_high" / c.Int8ub, "lba" / c.Int16ub, "length" / c.Int8ub, "control" / c.Int8ub
 )
-"""``lba_high``: low 5 bits. A ``length`` of 0 means 256 blocks in READ and WRITE."""
+"""``lba_high``: the LBA has its low 5 bits. A ``length`` of 0 means 256 blocks in READ and WRITE."""
 
 CDB_10 = c.Struct(
     "opcode" / c.Int8ub,
@@ -162,13 +165,13 @@ CDB_16 = c.Struct(
 )
 
 FUA = 0x08
-"""Flags of READ and WRITE: bypass caches."""
+"""Flag of READ and WRITE: force unit access."""
 DPO = 0x10
-"""Flags of READ and WRITE: need not be cached; ignored."""
+"""Flag of READ and WRITE: disable page out; ignored."""
 PROTECT = 0xE0
-"""Flags of READ, WRITE, VERIFY, WRITE SAME: protection information, which there is none of."""
+"""Flags of READ, WRITE, VERIFY, WRITE SAME: protection information, which is not supported."""
 BYTCHK = 0x06
-"""Flags of VERIFY: compare with data from the guest (01), or with one block of it (11)."""
+"""Flags of VERIFY: compare with the guest's data (01), or with one block of it (11)."""
 SAME_UNMAP = 0x08
 SAME_ANCHOR = 0x10
 SAME_NO_DATA = 0x01
@@ -176,11 +179,13 @@ SAME_NO_DATA = 0x01
 
 
 def derive_big_endian(declaration: c.Struct) -> struct.Struct:
-    """The ``struct.Struct`` of a declaration made of big-endian unsigned integers only."""
+    """Return the ``struct.Struct`` of a declaration of big-endian unsigned integers only."""
     codes = {c.Int8ub.fmtstr: "B", c.Int16ub.fmtstr: "H", c.Int32ub.fmtstr: "I", c.Int64ub.fmtstr: "Q"}
     derived = struct.Struct(">" + "".join([codes[field.subcon.fmtstr] for field in declaration.subcons]))
     if derived.size != declaration.sizeof():
-        raise InternalError(f"{derived.format}: {derived.size} bytes, declared {declaration.sizeof()}")
+        raise InternalError(
+            f"{derived.format} has {derived.size} bytes, the declaration {declaration.sizeof()}"
+        )
     return derived
 
 
@@ -191,9 +196,9 @@ _CDB_16 = derive_big_endian(CDB_16).unpack_from
 
 
 def parse_range(cdb: bytes) -> tuple[int, int, int]:
-    """``(flags, lba, blocks)`` of a CDB of 6, 10, 12 or 16 bytes that names a range of blocks.
+    """Return ``(flags, lba, blocks)`` of a CDB of 6, 10, 12 or 16 bytes for a range of blocks.
 
-    The size follows from the group in the opcode. ``cdb`` has 16 bytes or more.
+    The size follows from the group code in the opcode. ``cdb`` must have at least 16 bytes.
     """
     group = cdb[0] >> 5
     if group == 0:
@@ -208,7 +213,7 @@ def parse_range(cdb: bytes) -> tuple[int, int, int]:
     return flags, lba, length
 
 
-# --- data of the device ---------------------------------------------------------------------------------------
+# --- device data ---
 
 
 class DeviceType(enum.IntEnum):
@@ -219,7 +224,7 @@ class DeviceType(enum.IntEnum):
 
 
 NO_DEVICE = 0x7F
-"""First byte of INQUIRY where no logical unit is: qualifier 3, type 31."""
+"""First byte of INQUIRY data for a missing logical unit: qualifier 3, type 31."""
 
 SPC_3 = 5
 REMOVABLE = 0x80
@@ -228,7 +233,7 @@ COMMAND_QUEUEING = 0x02
 
 @dataclass(frozen=True, slots=True)
 class Inquiry:
-    """Standard INQUIRY data, 36 bytes. Texts are ASCII, filled up with blanks."""
+    """Standard INQUIRY data, 36 bytes (SPC-4); texts are ASCII, padded with blanks."""
 
     device_type: int
     removable: int
@@ -253,7 +258,7 @@ INQUIRY = Record(
 
 
 class VitalPage(enum.IntEnum):
-    """Vital product data pages."""
+    """Codes of vital product data pages."""
 
     SUPPORTED = 0x00
     SERIAL_NUMBER = 0x80
@@ -264,13 +269,13 @@ class VitalPage(enum.IntEnum):
 
 
 def vital_page(device_type: int, page: int, data: bytes) -> bytes:
-    """A vital product data page with its header."""
+    """Return a vital product data page with its 4-byte header."""
     return struct.pack(">BBH", device_type, page, len(data)) + data
 
 
 @dataclass(frozen=True, slots=True)
 class BlockLimits:
-    """Page B0, 60 bytes behind the header. Lengths in blocks; 0: nothing is said about it."""
+    """Vital product data page B0h (SBC-3), 60 bytes without header; lengths in blocks, 0: not reported."""
 
     optimal_granularity: int
     max_transfer: int
@@ -300,7 +305,7 @@ BLOCK_LIMITS = Record(
 
 @dataclass(frozen=True, slots=True)
 class BlockCharacteristics:
-    """Page B1. ``rotation``: rounds a minute, 1 for none."""
+    """Vital product data page B1h (SBC-3), 60 bytes without header; ``rotation``: per minute, 1: non-rotating."""
 
     rotation: int
 
@@ -316,7 +321,10 @@ THIN = 2
 
 @dataclass(frozen=True, slots=True)
 class Provisioning:
-    """Page B2. ``flags``: how blocks can be unmapped; ``kind``: 2 thin, 0 nothing said."""
+    """Vital product data page B2h (SBC-3), 4 bytes without header.
+
+    ``flags``: how blocks can be unmapped; ``kind``: :data:`THIN`, or 0: not reported.
+    """
 
     flags: int
     kind: int
@@ -327,7 +335,7 @@ PROVISIONING = Record(Provisioning, c.Padding(1), "flags" / c.Int8ub, "kind" / c
 
 @dataclass(frozen=True, slots=True)
 class Capacity10:
-    """READ CAPACITY(10). ``last_lba`` is 0xFFFFFFFF if it does not fit."""
+    """Data of READ CAPACITY(10), 8 bytes; ``last_lba``: 0xFFFFFFFF if it does not fit; ``block_size`` in bytes."""
 
     last_lba: int
     block_size: int
@@ -336,12 +344,17 @@ class Capacity10:
 CAPACITY_10 = Record(Capacity10, "last_lba" / c.Int32ub, "block_size" / c.Int32ub)
 
 PROVISIONING_ENABLED = 0x8000
+"""LBPME: blocks can be unmapped."""
 READS_ZEROS = 0x4000
+"""LBPRZ: unmapped blocks are read as zeros."""
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity16:
-    """READ CAPACITY(16). ``exponent``: log2 of logical blocks a physical one; ``provisioning``: two flags."""
+    """Data of READ CAPACITY(16), 32 bytes; ``block_size`` in bytes.
+
+    ``exponent``: log2 of the logical blocks per physical block; ``provisioning``: flags LBPME and LBPRZ.
+    """
 
     last_lba: int
     block_size: int
@@ -361,12 +374,12 @@ CAPACITY_16 = Record(
 
 
 def lun_list(luns: list[int]) -> bytes:
-    """REPORT LUNS: the list of ``luns`` (0 to 255)."""
+    """Return the data of REPORT LUNS for ``luns`` (0 to 255)."""
     return struct.pack(">II", len(luns) * 8, 0) + b"".join([struct.pack(">H6x", lun) for lun in luns])
 
 
 class ModePage(enum.IntEnum):
-    """Mode pages."""
+    """Codes of mode pages."""
 
     ERROR_RECOVERY = 0x01
     CACHING = 0x08
@@ -377,34 +390,34 @@ class ModePage(enum.IntEnum):
 
 WRITE_PROTECTED = 0x80
 DPO_FUA = 0x10
-"""Device-specific parameter of a mode header."""
+"""Bits of the device-specific parameter in a mode header."""
 WRITE_CACHE = 0x04
-"""Byte 2 of the caching page."""
+"""Bit of byte 2 of the caching page (WCE)."""
 
 
 def caching_page(write_cache: bool) -> bytes:
-    """Mode page 08."""
+    """Return mode page 08h, 20 bytes."""
     return bytes((ModePage.CACHING, 18, WRITE_CACHE if write_cache else 0)) + bytes(17)
 
 
 def control_page() -> bytes:
-    """Mode page 0A: commands may be reordered, tasks of others are not aborted."""
+    """Return mode page 0Ah, 12 bytes: commands may be reordered, tasks of other initiators are not aborted."""
     return bytes((ModePage.CONTROL, 10, 0x02, 0x10)) + bytes(8)
 
 
 def mode_header_6(length: int, parameter: int) -> bytes:
-    """Four bytes before ``length`` bytes of pages."""
+    """Return the 4-byte header of ``length`` bytes of mode pages."""
     return bytes((min(3 + length, 255), 0, parameter, 0))
 
 
 def mode_header_10(length: int, parameter: int) -> bytes:
-    """Eight bytes before ``length`` bytes of pages."""
+    """Return the 8-byte header of ``length`` bytes of mode pages."""
     return struct.pack(">HBBHH", 6 + length, 0, parameter, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class UnmapHeader:
-    """Start of an UNMAP parameter list; lengths in bytes, without their own field."""
+    """Header of an UNMAP parameter list, 8 bytes; lengths in bytes, without the length field itself."""
 
     data_length: int
     descriptors_length: int
@@ -415,7 +428,7 @@ UNMAP_HEADER = Record(UnmapHeader, "data_length" / c.Int16ub, "descriptors_lengt
 
 @dataclass(frozen=True, slots=True)
 class UnmapDescriptor:
-    """One range of an UNMAP."""
+    """One range of an UNMAP parameter list, 16 bytes."""
 
     lba: int
     blocks: int
@@ -426,7 +439,7 @@ UNMAP_DESCRIPTOR = Record(UnmapDescriptor, "lba" / c.Int64ub, "blocks" / c.Int32
 
 @dataclass(frozen=True, slots=True)
 class ReservationList:
-    """The parameter list of PERSISTENT RESERVE OUT; ``action_key`` is the one to register, or to preempt."""
+    """The parameter list of PERSISTENT RESERVE OUT, 24 bytes; ``action_key``: the key to register or to preempt."""
 
     key: int
     action_key: int
@@ -447,13 +460,13 @@ LBA_DEALLOCATED = 1
 
 
 def lba_status(extents: list[tuple[int, int, int]]) -> bytes:
-    """GET LBA STATUS: ``(lba, blocks, mapped or deallocated)`` each."""
+    """Return the data of GET LBA STATUS for extents ``(lba, blocks, LBA_MAPPED or LBA_DEALLOCATED)``."""
     body = b"".join([struct.pack(">QIB3x", *extent) for extent in extents])
     return struct.pack(">I4x", 4 + len(body)) + body
 
 
 def cdb_allocation(cdb: bytes) -> int:
-    """The allocation length of a command that asks for data about the device."""
+    """Return the allocation length, in bytes, of a command that returns device data."""
     opcode = cdb[0]
     where: dict[int, Any] = {
         Opcode.INQUIRY: (">H", 3),
@@ -469,7 +482,7 @@ def cdb_allocation(cdb: bytes) -> int:
         Opcode.PERSISTENT_RESERVE_IN: (">H", 7),
     }
     if opcode not in where:
-        return 8  # READ CAPACITY(10)
+        return 8  # READ CAPACITY(10) has no allocation length
     code, at = where[opcode]
     found: int = struct.unpack_from(code, cdb, at)[0]
     return found

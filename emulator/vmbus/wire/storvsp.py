@@ -1,17 +1,17 @@
 """Packets of the storage device (StorVSP).
 
-Source: docs/protocol/devices.md#storage-packet, docs/protocol/devices.md#storage-results. Every packet, either way,
-is a header and a union, 64 bytes in all; guests of Windows 7's protocol (4.2) and before know a form without the last
-16 bytes of the request block. There is no pipe header. Answers are completions with the transaction id of the
-request, as long as the request was, and no longer than 64 bytes.
+Source: docs/protocol/devices.md#storage-packet, docs/protocol/devices.md#storage-results. Every packet of either
+direction is a header and a union, together 64 bytes. In protocol version 4.2 (Windows 7) and below, the last 16 bytes
+of the request block are missing. There is no pipe header. An answer is a completion with the transaction id of the
+request; it has the length of the request, at most 64 bytes.
 
     | Off | Size | Field                               |
     |   0 |    4 | operation (:class:`Operation`)      |
-    |   4 |    4 | flags: 1 = completion wanted        |
+    |   4 |    4 | flags: 1 = completion requested     |
     |   8 |    4 | status (:class:`Status`)            |
     |  12 |   52 | union: :data:`SRB`, and others      |
 
-In an answer the sense data lies where the CDB was.
+In an answer the sense data is in the place of the CDB.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ SCSI_INTERFACE = uuid.UUID("ba6163d9-04a1-4d29-b605-72e2ffb1dc7f")
 IDE_INTERFACE = uuid.UUID("32412632-86cb-44a2-9b5c-50d1417354f5")
 
 PACKET_SIZE = 64
-"""The longest packet, and the longest answer a guest takes; in bytes, as all sizes here."""
+"""Bytes of the longest packet, and of the longest answer that a guest accepts."""
 SHORT_PACKET_SIZE = 48
-"""A packet of the protocols before 5.1."""
+"""Bytes of a packet in protocol versions below 5.1."""
 HEADER_SIZE = 12
 CDB_SIZE = 16
 SENSE_SIZE = 20
 MAX_TARGETS = 2
 MAX_LUNS = 64
-"""Places of a controller: what Linux's driver scans, targets 0 and 1, and LUNs 0 to 63 of each."""
+"""Addresses of a controller, as Linux scans them: targets 0 and 1, LUNs 0 to 63 of each."""
 
 
 class Operation(enum.IntEnum):
-    """What a packet is."""
+    """Operation of a packet (``enum vstor_packet_operation`` in Linux)."""
 
     COMPLETE_IO = 1
     REMOVE_DEVICE = 2
@@ -61,7 +61,7 @@ class Operation(enum.IntEnum):
 
 
 class Status(enum.IntEnum):
-    """NTSTATUS of an answer."""
+    """NTSTATUS in an answer."""
 
     SUCCESS = 0
     BUFFER_OVERFLOW = 0x80000005
@@ -78,7 +78,7 @@ class Status(enum.IntEnum):
 
 
 class ProtocolVersion(enum.IntEnum):
-    """Versions as they cross the wire: major << 8 | minor."""
+    """Protocol version: bits 15:8 major, bits 7:0 minor number."""
 
     WIN6 = 0x0200
     WIN7 = 0x0402
@@ -91,7 +91,7 @@ class ProtocolVersion(enum.IntEnum):
 
 
 class SrbStatus(enum.IntEnum):
-    """How a request ended; bit 7 is added where sense data is valid."""
+    """SRB status of a request; :data:`AUTOSENSE_VALID` is added if sense data is valid."""
 
     SUCCESS = 0x01
     ABORTED = 0x02
@@ -105,6 +105,7 @@ class SrbStatus(enum.IntEnum):
 
 
 AUTOSENSE_VALID = 0x80
+"""Bit 7 of an SRB status."""
 
 
 _NT_STATUS = {
@@ -118,12 +119,12 @@ _NT_STATUS = {
 
 
 def nt_status(srb_status: int) -> Status:
-    """The status of the packet that answers a request which ended like that."""
+    """Return the NTSTATUS for the answer to a request with this SRB status."""
     return _NT_STATUS.get(SrbStatus(srb_status & 0x3F), Status.IO_DEVICE_ERROR)
 
 
 class Direction(enum.IntEnum):
-    """Where the data of a request goes, from the guest's point of view."""
+    """Direction of the data of a request, as seen by the guest."""
 
     OUT = 0
     IN = 1
@@ -131,6 +132,7 @@ class Direction(enum.IntEnum):
 
 
 HEADER = c.Struct("operation" / c.Int32ul, "flags" / c.Int32ul, "status" / c.Int32ul)
+"""The first 12 bytes of every packet."""
 
 SHORT_SRB = c.Struct(
     "length" / c.Int16ul,
@@ -147,7 +149,10 @@ SHORT_SRB = c.Struct(
     "transfer_length" / c.Int32ul,
     "cdb" / c.Bytes(SENSE_SIZE),
 )
-"""The request block of the protocols before 5.1. ``cdb``: 16 bytes are the CDB; in an answer 20 are sense data."""
+"""The request block of protocol versions below 5.1, 36 bytes.
+
+``cdb``: the first 16 bytes are the CDB; in an answer the 20 bytes are sense data.
+"""
 
 SRB = c.Struct(
     *SHORT_SRB.subcons,
@@ -158,12 +163,13 @@ SRB = c.Struct(
     "timeout" / c.Int32ul,
     "sort_key" / c.Int32ul,
 )
+"""The request block from protocol version 5.1 on, 52 bytes."""
 
 REQUEST = c.Struct(*HEADER.subcons, *SHORT_SRB.subcons)
-"""What the host reads of EXECUTE_SRB: the part that both forms have."""
+"""The part of EXECUTE_SRB that both forms have, 48 bytes: the host reads nothing else."""
 
 ANSWER = c.Struct(*HEADER.subcons, *SRB.subcons)
-"""An answer in its long form; the short one is its start."""
+"""An answer to EXECUTE_SRB, 64 bytes; the short form is its first 48 bytes."""
 
 _HEADER = derive_struct(HEADER)
 _REQUEST = derive_struct(REQUEST)
@@ -173,7 +179,7 @@ SRB_SIZE = derive_struct(SRB).size
 
 
 class ScsiRequest(NamedTuple):
-    """EXECUTE_SRB as it was parsed; a named tuple, for the hot path. Fields as in :data:`REQUEST`."""
+    """A parsed EXECUTE_SRB, with the fields of :data:`REQUEST`; a named tuple, because it is on the hot path."""
 
     operation: int
     flags: int
@@ -200,18 +206,18 @@ _operation = struct.Struct("<I").unpack_from
 
 
 def parse_operation(payload: bytes) -> int:
-    """The operation of a packet of at least :data:`HEADER_SIZE` bytes."""
+    """Return the operation of a packet of at least :data:`HEADER_SIZE` bytes."""
     found: int = _operation(payload)[0]
     return found
 
 
 def parse_request(payload: bytes) -> ScsiRequest:
-    """EXECUTE_SRB; ``payload`` has at least :data:`SHORT_PACKET_SIZE` bytes."""
+    """Parse EXECUTE_SRB; ``payload`` must have at least :data:`SHORT_PACKET_SIZE` bytes."""
     return _make(_unpack_request(payload))
 
 
 def answer_size(payload_size: int) -> int:
-    """Bytes of the answer to a packet of that many: as many, at most 64."""
+    """Return the size in bytes of the answer to a packet of ``payload_size`` bytes."""
     return payload_size if payload_size < PACKET_SIZE else PACKET_SIZE
 
 
@@ -224,7 +230,7 @@ def build_answer(
     sense: bytes,
     size: int,
 ) -> bytes:
-    """The answer to an EXECUTE_SRB, ``size`` bytes; addresses are those of the request."""
+    """Return the answer to an EXECUTE_SRB, ``size`` bytes long, with the addresses of the request."""
     answer = _pack_answer(
         1,
         0,
@@ -253,13 +259,13 @@ def build_answer(
 
 
 def build_packet(operation: int, status: int, union: bytes = b"", size: int = PACKET_SIZE) -> bytes:
-    """A packet that is no answer to an I/O; ``union`` is padded with zeros, and cut to ``size``."""
+    """Return any other packet, ``size`` bytes long; ``union`` is padded with zeros or truncated."""
     return (_HEADER.pack(operation, 0, status) + union).ljust(size, b"\0")[:size]
 
 
 @dataclass(frozen=True, slots=True)
 class VersionQuery:
-    """QUERY_PROTOCOL_VERSION, and its answer; ``version`` is a :class:`ProtocolVersion`, if known."""
+    """QUERY_PROTOCOL_VERSION and its answer, 4 bytes; ``version``: a :class:`ProtocolVersion` or an unknown one."""
 
     version: int
     revision: int
@@ -268,12 +274,12 @@ class VersionQuery:
 VERSION_QUERY = Record(VersionQuery, "version" / c.Int16ul, "revision" / c.Int16ul)
 
 MULTI_CHANNEL = 1
-"""Flag of the channel properties: sub-channels are possible."""
+"""Flag of the channel properties: sub-channels are supported."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelProperties:
-    """The answer to QUERY_PROPERTIES. ``max_transfer``: bytes of one request."""
+    """The answer to QUERY_PROPERTIES, 24 bytes; ``max_transfer``: bytes that one request may transfer."""
 
     max_subchannels: int
     flags: int
@@ -293,7 +299,7 @@ CHANNEL_PROPERTIES = Record(
 
 @dataclass(frozen=True, slots=True)
 class SubchannelRequest:
-    """CREATE_SUB_CHANNELS."""
+    """CREATE_SUB_CHANNELS, 2 bytes."""
 
     count: int
 

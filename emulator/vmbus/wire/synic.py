@@ -1,4 +1,4 @@
-"""Pages shared with the synthetic interrupt controller and the reference clock.
+"""Pages that a guest shares with its synthetic interrupt controllers and the reference clock.
 
 Source: docs/protocol/discovery.md#reference-tsc-page, docs/protocol/discovery.md#message-page.
 """
@@ -15,12 +15,13 @@ from vmbus.wire.codec import Record, derive_struct
 MESSAGE_SLOT_SIZE = 256
 MESSAGE_PAYLOAD_MAX = 240
 MESSAGE_PENDING = 0x01
+"""Flag of a message slot: another message waits, the guest must write EOM."""
 EVENT_AREA_SIZE = 256
 EVENT_FLAG_COUNT = EVENT_AREA_SIZE * 8
 
 
 class MessageType(IntEnum):
-    """First word of a message slot."""
+    """Type of a message, the first word of its slot."""
 
     NONE = 0
     CHANNEL = 1
@@ -29,7 +30,7 @@ class MessageType(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class MessageSlot:
-    """One of the 16 slots of the message page (SIMP); ``sender`` is a partition or port id."""
+    """One of the 16 slots of the message page (SIMP), 256 bytes; ``sender``: a partition or port id."""
 
     message_type: int
     payload_size: int
@@ -55,7 +56,7 @@ SLOT_HEADER_SIZE = 16
 
 @dataclass(frozen=True, slots=True)
 class TimerExpired:
-    """Payload of a timer message; times are reference time, in units of 100 ns."""
+    """Payload of a timer message, 24 bytes; times are reference time, in units of 100 ns."""
 
     timer: int
     expiration: int
@@ -73,7 +74,10 @@ TIMER_EXPIRED = Record(
 
 @dataclass(frozen=True, slots=True)
 class ReferenceTscPage:
-    """time = (tsc * scale >> 64) + offset, in units of 100 ns; sequence 0: not valid, use the counter MSR."""
+    """The reference TSC page, 24 bytes: time = (tsc * scale >> 64) + offset, in units of 100 ns (TLFS 12.7).
+
+    ``sequence`` 0: the page is not valid, the guest must read TIME_REF_COUNT.
+    """
 
     sequence: int
     scale: int

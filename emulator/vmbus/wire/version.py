@@ -9,7 +9,7 @@ import enum
 
 
 class Version(enum.IntEnum):
-    """Major number in the high, minor number in the low 16 bits, as in INITIATE_CONTACT."""
+    """Protocol version as in INITIATE_CONTACT: bits 31:16 major, bits 15:0 minor number."""
 
     V1 = 0x0000_000D
     WIN7 = 0x0001_0001
@@ -28,7 +28,7 @@ class Version(enum.IntEnum):
 
 
 class Feature(enum.IntFlag):
-    """Feature flags of INITIATE_CONTACT and VERSION_RESPONSE, from 6.0 on."""
+    """Feature flags of INITIATE_CONTACT and VERSION_RESPONSE, 32 bits, from version 6.0 on."""
 
     GUEST_SPECIFIED_SIGNAL_PARAMETERS = 0x1
     CHANNEL_INTERRUPT_REDIRECTION = 0x2

@@ -170,9 +170,9 @@ def varint_list(*pages: int) -> bytes:
 @pytest.mark.parametrize(
     ("record", "why"),
     [
-        pytest.param(varint_list(1) + b"\1\4abc", "no SavedPages", id="cut off"),
-        pytest.param(varint_list(1) + b"\2\1a", "no SavedPages", id="a content missing"),
-        pytest.param(varint_list(1) + b"\1\1a!", "not the one form", id="something after it"),
+        pytest.param(varint_list(1) + b"\1\4abc", "not a valid SavedPages", id="cut off"),
+        pytest.param(varint_list(1) + b"\2\1a", "not a valid SavedPages", id="a content missing"),
+        pytest.param(varint_list(1) + b"\1\1a!", "not the canonical form", id="something after it"),
         pytest.param(varint_list(1) + b"\1\2a\0", "without the zeros", id="zeros at the end"),
         pytest.param(varint_list(1) + b"\1\1\0", "without the zeros", id="a zero"),
         pytest.param(
@@ -182,11 +182,13 @@ def varint_list(*pages: int) -> bytes:
         pytest.param(
             b"\1\0\xff\xff\xff\xff\xff\xff\x03\0", "at most 64", id="a run of thousands of millions of pages"
         ),
-        pytest.param(b"\1\0\0" + b"\xff\xff\xff\xff\x0f", "no SavedPages", id="millions of contents"),
-        pytest.param(b"\2\0\0\0\0" + b"\2\1a\1b", "not the one form", id="neighbours as two runs"),
+        pytest.param(
+            b"\1\0\0" + b"\xff\xff\xff\xff\x0f", "not a valid SavedPages", id="millions of contents"
+        ),
+        pytest.param(b"\2\0\0\0\0" + b"\2\1a\1b", "not the canonical form", id="neighbours as two runs"),
     ],
 )
-def test_a_record_that_is_none_is_malformed(record: bytes, why: str) -> None:
+def test_an_invalid_record_is_malformed(record: bytes, why: str) -> None:
     with pytest.raises(MalformedError, match=why):
         parse_record(SAVED_PAGES, record)
 

@@ -287,7 +287,7 @@ def test_a_disk_that_is_removed_is_closed_when_its_commands_have_ended() -> None
         guest.negotiate()
         closed: list[bool] = []
         disk.backend.close = lambda: closed.append(True)  # type: ignore[method-assign]
-        guest.workers.holding = True
+        guest.workers.paused = True
         guest.start(struct.pack(">BBIBHB", 0x28, 0, 0, 0, 8, 0), read=4096)
         device.detach(0, 0)
         guest.run()
@@ -307,7 +307,7 @@ def test_a_device_that_stops_closes_its_images_when_the_last_transfer_has_ended(
     guest = ScsiGuest(device)
     guest.open()
     guest.negotiate()
-    guest.workers.holding = True
+    guest.workers.paused = True
     guest.start(struct.pack(">BBIBHB", 0x28, 0, 0, 0, 8, 0), read=4096)
     guest.close()
     device.stop()
@@ -340,7 +340,7 @@ def test_a_reset_is_answered_when_no_command_is_left(operation: int) -> None:
     with ScsiGuest(controller(slow_disk())) as guest:
         guest.negotiate()
         assert guest.status(operation) == SUCCESS
-        guest.workers.holding = True
+        guest.workers.paused = True
         number = guest.start(struct.pack(">BBIBHB", 0x28, 0, 0, 0, 8, 0), read=4096)
         assert guest.vstor(operation) is None
         guest.workers.release()
@@ -355,7 +355,7 @@ def test_a_reset_aborts_what_only_waits_and_gives_up_on_what_hangs() -> None:
     with ScsiGuest(controller(slow_disk(faults=plan))) as guest:
         guest.negotiate()
         waits = guest.start(struct.pack(">BBIBHB", 0x28, 0, 8, 0, 1, 0), read=512)
-        guest.workers.holding = True
+        guest.workers.paused = True
         guest.start(struct.pack(">BBIBHB", 0x28, 0, 0, 0, 1, 0), read=512)
         assert guest.answers() == []
         guest.next_id += 1
@@ -376,7 +376,7 @@ def test_a_reset_aborts_what_only_waits_and_gives_up_on_what_hangs() -> None:
 def test_a_channel_is_closed_when_its_last_command_has_ended() -> None:
     with ScsiGuest(controller(slow_disk())) as guest:
         guest.negotiate()
-        guest.workers.holding = True
+        guest.workers.paused = True
         for lba in (0, 8):
             guest.start(struct.pack(">BBIBHB", 0x28, 0, lba, 0, 8, 0), read=4096, at=lba)
         guest.close()
@@ -407,7 +407,7 @@ def test_a_command_that_a_fault_holds_up_does_not_hold_up_a_close() -> None:
 def test_completions_of_one_batch_are_one_interrupt() -> None:
     with ScsiGuest(controller(slow_disk())) as guest:
         guest.negotiate()
-        guest.workers.holding = True
+        guest.workers.paused = True
         for lba in range(16):
             guest.start(struct.pack(">BBIBHB", 0x28, 0, lba, 0, 1, 0), read=512, at=lba)
         before = guest.interrupts
