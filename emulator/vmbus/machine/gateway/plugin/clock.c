@@ -2,14 +2,14 @@
 /*
  * The relation of the guest's TSC to the host's.
  *
- * Under TCG the guest's TSC is the host's less an offset that changes when the machine is stopped and continued.
- * The host's TSC is read right before an RDTSC of the guest and right behind it: the offset lies between the two
- * differences to what the guest read. The bounds of TSC_SAMPLES such samples are intersected; bounds that exclude
- * each other mean that the offset has changed, and begin anew.
+ * Under TCG the guest's TSC is the host's TSC minus an offset, which changes when the machine is stopped and
+ * continued. The host's TSC is read directly before and after an RDTSC of the guest: the offset lies between the two
+ * differences to the value that the guest read. The bounds of TSC_SAMPLES samples are intersected. If two bounds
+ * exclude each other, the offset has changed, and sampling starts again.
  *
- * RDTSC ends a translation block, so "behind it" is the block that begins at the next address. on_translation
- * notes those addresses here. Both callbacks are conditional on a word of the vCPU that is 0 once there are
- * enough samples: a guest that reads its TSC often does not pay for it.
+ * RDTSC ends a translation block, so "after" is the start of the block at the next address. on_translation records
+ * these addresses here. Both callbacks are conditional on a word of the vCPU that is 0 once there are enough samples,
+ * so a guest that reads its TSC often is not slowed down.
  */
 #define _GNU_SOURCE
 #include "gateway.h"
@@ -18,9 +18,9 @@
 
 #define TSC_SAMPLES 64
 #define PAIR_AGE_NS UINT64_C(10000000)
-#define FREQUENCY_AFTER_NS UINT64_C(20000000) /* then it is good to a few parts in a million */
+#define FREQUENCY_AFTER_NS UINT64_C(20000000) /* accurate to a few ppm after that time */
 
-static _Atomic uint64_t refreshed_ns; /* when the pair was published last */
+static _Atomic uint64_t refreshed_ns; /* time of the last published pair */
 
 uint64_t clock_tsc(void)
 {
@@ -39,7 +39,7 @@ uint64_t clock_ns(void)
     return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
 }
 
-/* Both clocks at one moment: of a few readings the one that took least. */
+/* Read both clocks at one moment: the fastest of a few readings. */
 static void clock_pair(uint64_t *tsc, uint64_t *ns)
 {
     uint64_t least = UINT64_MAX;
@@ -86,7 +86,7 @@ void clock_start(void)
     control->pair_ns = gateway.first_ns;
 }
 
-/* Publish the pair and the frequency anew, if they are old or `now` is set. Never waits for another vCPU. */
+/* Publish pair and frequency again if they are old or `now` is set. Waits for the lock only if `now` is set. */
 void clock_refresh(bool now)
 {
     struct gateway_control *control = gateway.control;
@@ -113,7 +113,7 @@ void clock_refresh(bool now)
     pthread_mutex_unlock(&gateway.clock_lock);
 }
 
-/* Called by the vCPU now and then: begin to sample when the emulator has asked anew. */
+/* Called by the vCPU at traps and interrupts: start sampling if the emulator has changed `arm`. */
 void clock_arm(unsigned int index, struct vcpu_state *vcpu)
 {
     uint32_t arm = atomic_load_explicit(&gateway.control->arm, memory_order_relaxed);
@@ -124,7 +124,7 @@ void clock_arm(unsigned int index, struct vcpu_state *vcpu)
     }
 }
 
-/* Where blocks begin whose predecessor ends with RDTSC; a hash that forgets. */
+/* Addresses directly after an RDTSC, where a block begins. A hash table in which entries replace each other. */
 #define AFTER_SIZE 1024
 static _Atomic uint64_t after_rdtsc[AFTER_SIZE];
 
@@ -143,7 +143,7 @@ static bool sampling_vcpu(unsigned int index)
     return index < gateway.vcpus_max && gateway.vcpus[index].ready && gateway.control->tsc_known;
 }
 
-/* Runs before an RDTSC, while the vCPU's word is not 0. */
+/* Runs before an RDTSC, while `sampling` of the vCPU is not 0. */
 void clock_before_rdtsc(unsigned int index, void *userdata)
 {
     (void)userdata;
@@ -152,7 +152,7 @@ void clock_before_rdtsc(unsigned int index, void *userdata)
     }
 }
 
-/* Intersect the bounds with those of one sample; under clock_lock. */
+/* Intersect the bounds with those of one sample. The caller holds clock_lock. */
 static void add_sample(uint32_t arm, uint64_t lower, uint64_t upper)
 {
     struct gateway_control *control = gateway.control;
@@ -178,7 +178,7 @@ static void add_sample(uint32_t arm, uint64_t lower, uint64_t upper)
     publish_end();
 }
 
-/* Runs where an RDTSC goes on, while the vCPU's word is not 0. */
+/* Runs before the instruction after an RDTSC, while `sampling` of the vCPU is not 0. */
 void clock_after_rdtsc(unsigned int index, void *userdata)
 {
     struct gateway_control *control = gateway.control;
@@ -192,7 +192,7 @@ void clock_after_rdtsc(unsigned int index, void *userdata)
     uint64_t before = vcpu->tsc_before;
     vcpu->tsc_before = 0;
     if (!before || pthread_mutex_trylock(&gateway.clock_lock) != 0) {
-        return; /* came here without an RDTSC, or another vCPU is at it */
+        return; /* no RDTSC came before, or another vCPU holds the lock */
     }
     uint32_t arm = vcpu->arm_seen;
     bool stale = arm != atomic_load(&control->arm);

@@ -1,17 +1,17 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Trap gateway: a TCG plug-in that hands CPUID, RDMSR, WRMSR and VMCALL of a guest to an emulator process.
+ * Trap gateway: a TCG plug-in that passes CPUID, RDMSR, WRMSR and VMCALL of a guest to an emulator process.
  *
- * It knows these instructions and nothing of VMBus. What it can it answers from tables that the emulator has
- * handed over (CPUID leaves, doorbells); all else becomes a request in shared memory (slots.c), and the vCPU runs
- * the instruction again until the answer is there. docs/gateway.md describes the protocol, shared.h the layout.
+ * The plug-in contains no VMBus code. It answers CPUID leaves and doorbells from tables that the emulator has
+ * written; every other trap becomes a request in shared memory (slots.c), and the vCPU executes the instruction
+ * again until it is answered. docs/gateway.md describes the protocol, shared.h the layout.
  *
  *      gateway.c      loading
- *      translation.c  finds the instructions in guest code, notes the pages that code is on
+ *      translation.c  finds the instructions in guest code, marks the pages that contain code
  *      traps.c        emulates them
- *      interrupts.c   what is to be done when the guest is interrupted or faults
+ *      interrupts.c   actions when the guest is interrupted or faults
  *      slots.c        requests and their answers
- *      tables.c       look-ups in what the emulator handed over
+ *      tables.c       look-ups in the tables that the emulator writes
  *      clock.c        guest TSC against host TSC
  *      registers.c    guest registers
  *      listener.c     the socket that an emulator attaches to
@@ -45,7 +45,8 @@ static void on_vcpu(unsigned int index, void *userdata)
 {
     (void)userdata;
     if (index >= gateway.vcpus_max) {
-        fprintf(stderr, "vmbus gateway: vCPU %u is beyond the %u announced\n", index, gateway.vcpus_max);
+        fprintf(stderr, "vmbus gateway: vCPU %u is not served: QEMU announced only %u vCPUs at start\n", index,
+                gateway.vcpus_max);
         return;
     }
     struct vcpu_state *vcpu = &gateway.vcpus[index];
@@ -88,7 +89,7 @@ static bool parse_arguments(int argc, char **argv, uint64_t *code_pages)
             char *end;
             unsigned long gigabytes = strtoul(value, &end, 10);
             if (*end || !gigabytes || gigabytes > 65536) {
-                fprintf(stderr, "vmbus gateway: ram-limit is a number of GiB from 1 to 65536\n");
+                fprintf(stderr, "vmbus gateway: ram-limit must be a number of GiB from 1 to 65536\n");
                 return false;
             }
             *code_pages = (uint64_t)gigabytes << (30 - PAGE_SHIFT);
@@ -99,7 +100,7 @@ static bool parse_arguments(int argc, char **argv, uint64_t *code_pages)
         }
     }
     if (!gateway.socket_path) {
-        fprintf(stderr, "vmbus gateway: the argument socket=PATH is missing\n");
+        fprintf(stderr, "vmbus gateway: the argument socket=PATH is required\n");
         return false;
     }
     return true;
@@ -110,12 +111,13 @@ int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, 
     uint64_t code_pages = DEFAULT_CODE_PAGES;
 
     if (info->version.min > PLUGIN_API_VERSION || info->version.cur < PLUGIN_API_VERSION) {
-        fprintf(stderr, "vmbus gateway: built for plug-in interface %d, this QEMU has %d to %d\n",
+        fprintf(stderr,
+                "vmbus gateway: needs plug-in interface %d, this QEMU has %d to %d: use QEMU 11.1 or newer\n",
                 PLUGIN_API_VERSION, info->version.min, info->version.cur);
         return 1;
     }
     if (!info->system_emulation || strcmp(info->target_name, "x86_64") != 0) {
-        fprintf(stderr, "vmbus gateway: only for qemu-system-x86_64\n");
+        fprintf(stderr, "vmbus gateway: works only with qemu-system-x86_64\n");
         return 1;
     }
     if (!parse_arguments(argc, argv, &code_pages)) {

@@ -15,7 +15,7 @@ enum gateway_register {
     GUEST_RIP, GUEST_CS, GUEST_EFLAGS, GUEST_CR0, GUEST_COUNT
 };
 
-/* What tells one trap of a vCPU from another. No padding: compared with memcmp. */
+/* Identifies a trap of a vCPU. Compared with memcmp, so it must have no padding. */
 struct trap_key {
     uint64_t kind;
     uint64_t pc;
@@ -23,13 +23,13 @@ struct trap_key {
 };
 
 struct slot_state {
-    bool busy; /* asked, and not taken yet */
-    uint64_t sequence;     /* of the last request made in this slot */
-    uint64_t sequence_age; /* `asked` at that time */
+    bool busy; /* requested, and the answer is not fetched yet */
+    uint64_t sequence;     /* of the last request in this slot */
+    uint64_t sequence_age; /* `asked` when that request was made */
     struct trap_key key;
 };
 
-/* Only its own thread touches this. */
+/* State of a vCPU; only the vCPU's own thread accesses it. */
 struct vcpu_state {
     bool ready;
     struct qemu_plugin_register *registers[GUEST_COUNT];
@@ -37,12 +37,12 @@ struct vcpu_state {
     struct gateway_vcpu *shared;
     _Atomic uint64_t *requests; /* GATEWAY_SLOTS sequence numbers */
     struct slot_state slots[GATEWAY_SLOTS];
-    uint64_t asked; /* requests made */
+    uint64_t asked; /* number of requests so far */
     bool fault_pending; /* RCX was changed to make RDMSR or WRMSR fault */
     uint64_t fault_pc;
     uint64_t fault_rcx;
     uint32_t arm_seen;
-    uint64_t tsc_before; /* host TSC before an RDTSC that has not gone on yet; 0: none */
+    uint64_t tsc_before; /* host TSC before an RDTSC whose next instruction has not started yet; 0: none */
 };
 
 struct gateway {
@@ -60,9 +60,9 @@ struct gateway {
     const char *socket_path;
     int listen_fd;
     pthread_t listener;
-    /* Held for every change of control->emulator, and to withdraw a request while nobody is attached. */
+    /* Protects changes of control->emulator, and withdrawing a request while no emulator is attached. */
     pthread_mutex_t lock;
-    uint64_t gone_since_ns; /* under the lock */
+    uint64_t gone_since_ns; /* when the last emulator detached; protected by `lock` */
     qemu_plugin_u64 sampling;
     uint64_t first_tsc;
     uint64_t first_ns;
@@ -72,12 +72,13 @@ struct gateway {
 extern struct gateway gateway;
 
 /*
- * What is known of an instruction when it is translated, packed into its callback's user data. All of it is part
- * of what QEMU finds a block by (the code segment's base, its size, the privilege level), or of the page offset.
+ * Facts about an instruction at translation, packed into the user data of its callback. QEMU looks up blocks by the
+ * base and size of the code segment and by the privilege level, so these are the same at each execution; the page
+ * offset is, too.
  *
- * The program counter is not: blocks are shared between virtual addresses, and the one that can be read in a
- * callback is that of the block's start, or of an earlier instruction of the block. As the block lies in one page
- * but for the end of its last instruction, the low bits say how far it is from there to the instruction.
+ * The program counter is not: blocks are shared between virtual addresses. The program counter that a callback can
+ * read is that of the start of the block, or of an earlier instruction of the block. A block lies in one page, except
+ * for the end of its last instruction, so the low bits give the distance from there to the instruction.
  */
 struct insn_info {
     unsigned int kind;   /* enum gateway_kind */
@@ -112,7 +113,7 @@ void register_write(struct vcpu_state *vcpu, enum gateway_register which, uint64
 bool registers_long_mode(struct vcpu_state *vcpu);
 bool registers_privileged(struct vcpu_state *vcpu);
 
-/* tables.c: copies of what the emulator hands over; false while it is being written */
+/* tables.c: copy entries of the emulator's tables; false while the emulator writes them */
 bool tables_cpuid(uint32_t leaf, struct gateway_cpuid *found);
 bool tables_doorbell(uint64_t control, uint64_t input, uint32_t *doorbell, uint64_t *result);
 bool tables_gone(uint32_t code, uint32_t *status);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Called when the guest has been interrupted or has faulted, before its handler runs. */
+/* Actions when the guest was interrupted or has faulted, before its handler runs. */
 #include "gateway.h"
 
 #include <string.h>
@@ -18,7 +18,7 @@ static uint32_t apic_read(struct vcpu_state *vcpu, uint64_t address)
     return value;
 }
 
-/* End the interrupt that was just delivered, if the guest relies on the hypervisor for that. */
+/* Write EOI for the interrupt that was just delivered, if its vector is in the auto-EOI bitmap. */
 static void end_interrupt(struct vcpu_state *vcpu, const uint64_t *vectors)
 {
     for (int word = 7; word >= 0; word--) {

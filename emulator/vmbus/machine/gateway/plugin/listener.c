@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The socket: one thread that lets one emulator at a time have the shared memory.
+ * The socket: a thread that gives the shared memory to one emulator at a time.
  *
  *      NONE --HELLO--> ATTACHED --ACTIVATE--> ACTIVE --connection ends--> NONE
  *
- * The connection is the attachment: when it ends, however it ends, the emulator is gone. The thread touches
- * nothing of QEMU's.
+ * The connection is the attachment: when it ends, for whatever cause, the emulator counts as gone. The thread does
+ * not access QEMU's data.
  */
 #define _GNU_SOURCE
 #include "gateway.h"
@@ -121,11 +121,11 @@ static bool hello(struct connection *connection)
     }
     if (other) {
         uint64_t one = 1;
-        ssize_t written = write(gateway.event_fd, &one, sizeof(one)); /* it shall notice */
+        ssize_t written = write(gateway.event_fd, &one, sizeof(one)); /* wake it, so that it sees the takeover */
         (void)written;
         connection_end(other);
     }
-    /* An eventfd of its own: a predecessor that still looks at its one must not swallow events. */
+    /* A new eventfd for each emulator: a previous one that still reads the old eventfd must not consume events. */
     int event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (event_fd < 0 || dup3(event_fd, gateway.event_fd, O_CLOEXEC) < 0) {
         reply(connection, MESSAGE_HELLO, STATUS_REFUSED, 0, false);
@@ -142,7 +142,7 @@ static bool hello(struct connection *connection)
     return reply(connection, MESSAGE_HELLO, STATUS_OK, gateway.region_size, true);
 }
 
-/* False: the connection is to be closed. */
+/* Return false if the connection is to be closed. */
 static bool handle(struct connection *connection)
 {
     const struct gateway_message *message = &connection->message;
@@ -212,7 +212,7 @@ static void accept_one(void)
             return;
         }
     }
-    /* Full of connections that said nothing: the oldest silent one makes room. */
+    /* All entries are in use: replace a connection that is not attached. */
     for (int i = 0; i < CONNECTIONS; i++) {
         if (!connections[i].attached) {
             connection_end(&connections[i]);
@@ -248,7 +248,7 @@ static void *listen_for_ever(void *unused)
     return NULL;
 }
 
-/* Remove a socket that nobody listens on any more; false if somebody does, or if it is no socket. */
+/* Remove a stale socket. Return false if a process listens on it, or if it is not a socket. */
 static bool clear_the_way(const struct sockaddr_un *address)
 {
     struct stat found;
@@ -277,7 +277,7 @@ static bool thread_start(void)
     int error = pthread_create(&gateway.listener, NULL, listen_for_ever, NULL);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (error) {
-        fprintf(stderr, "vmbus gateway: no thread: %s\n", strerror(error));
+        fprintf(stderr, "vmbus gateway: cannot start the listener thread: %s\n", strerror(error));
     }
     return !error;
 }
@@ -290,13 +290,13 @@ bool listener_start(void)
         connections[i].fd = -1;
     }
     if (strlen(gateway.socket_path) >= sizeof(address.sun_path)) {
-        fprintf(stderr, "vmbus gateway: socket path longer than %zu bytes: %s\n", sizeof(address.sun_path) - 1,
+        fprintf(stderr, "vmbus gateway: the socket path is longer than %zu bytes: %s\n", sizeof(address.sun_path) - 1,
                 gateway.socket_path);
         return false;
     }
     strcpy(address.sun_path, gateway.socket_path);
     if (!clear_the_way(&address)) {
-        fprintf(stderr, "vmbus gateway: %s is in use\n", gateway.socket_path);
+        fprintf(stderr, "vmbus gateway: %s is in use: choose another socket path\n", gateway.socket_path);
         return false;
     }
     gateway.listen_fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
@@ -309,7 +309,7 @@ bool listener_start(void)
         fprintf(stderr, "vmbus gateway: cannot listen on %s: %s\n", gateway.socket_path, strerror(errno));
         return false;
     }
-    /* QEMU loads plug-ins after -daemonize has forked (measured), so the thread is the right process's. */
+    /* QEMU loads plug-ins after -daemonize has forked (measured), so the thread is in the right process. */
     return thread_start();
 }
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The shared region: one sealed-size memfd, sparse, that lives as long as QEMU. */
+/* The shared region: a sparse memfd of sealed size that exists as long as QEMU. */
 #define _GNU_SOURCE
 #include "gateway.h"
 
@@ -39,7 +39,7 @@ bool memory_create(unsigned int vcpus_max, uint64_t code_pages)
     }
     int event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (region == MAP_FAILED || event_fd < 0) {
-        fprintf(stderr, "vmbus gateway: no shared memory of %llu bytes: %s\n",
+        fprintf(stderr, "vmbus gateway: cannot create shared memory of %llu bytes: %s\n",
                 (unsigned long long)region_size, strerror(errno));
         if (region != MAP_FAILED) {
             munmap(region, region_size);
@@ -60,7 +60,7 @@ bool memory_create(unsigned int vcpus_max, uint64_t code_pages)
     control->doorbell_offset = doorbell_offset;
     control->code_offset = code_offset;
     control->code_pages = code_pages;
-    /* A vCPU that spins keeps a processor from the emulator if there is only one. */
+    /* With one processor, a vCPU that spins would keep the emulator from running. */
     atomic_store(&control->spin_ns, sysconf(_SC_NPROCESSORS_ONLN) > 1 ? DEFAULT_SPIN_NS : 0);
     control->magic = GATEWAY_MAGIC;
 

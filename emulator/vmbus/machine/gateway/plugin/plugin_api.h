@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What the gateway uses of QEMU's TCG plug-in interface, version 7, and of GLib.
+ * The parts of QEMU's TCG plug-in interface, version 7, and of GLib that the gateway uses.
  *
- * No distribution packages a header for the former, and QEMU promises no compatibility between versions of
- * it: everything that depends on it is declared here, and PLUGIN_API_VERSION is checked at load. Unlike in
- * version 6, every callback gets the user data of its registration as its last argument.
+ * Distributions do not package a header of the plug-in interface, and QEMU promises no compatibility between its
+ * versions. So all declarations that depend on it are here, and PLUGIN_API_VERSION is checked at load. In contrast
+ * to version 6, every callback gets the user data of its registration as its last argument.
  */
 #ifndef VMBUS_PLUGIN_API_H
 #define VMBUS_PLUGIN_API_H
@@ -16,7 +16,7 @@
 #define PLUGIN_API_VERSION 7
 #define PLUGIN_EXPORT __attribute__((visibility("default")))
 
-/* GLib: the two array types that cross the interface. Only the public members. */
+/* GLib: the two array types in the interface, with their public members only. */
 typedef struct GArray {
     char *data;
     unsigned int len;
@@ -118,12 +118,12 @@ void qemu_plugin_register_vcpu_discon_cb(qemu_plugin_id_t id, enum qemu_plugin_d
 void qemu_plugin_register_atexit_cb(qemu_plugin_id_t id, qemu_plugin_udata_cb_t cb, void *userdata);
 void qemu_plugin_register_vcpu_insn_exec_cb(struct qemu_plugin_insn *insn, qemu_plugin_vcpu_udata_cb_t cb,
                                             enum qemu_plugin_cb_flags flags, void *userdata);
-/* Calls `cb` when `entry` of the vCPU compares as `cond` says with `imm`: the test is inlined, hence cheap. */
+/* Calls `cb` if the comparison `cond` of the vCPU's `entry` with `imm` holds. The test is inlined, so it is cheap. */
 void qemu_plugin_register_vcpu_insn_exec_cond_cb(struct qemu_plugin_insn *insn, qemu_plugin_vcpu_udata_cb_t cb,
                                                  enum qemu_plugin_cb_flags flags, enum qemu_plugin_cond cond,
                                                  qemu_plugin_u64 entry, uint64_t imm, void *userdata);
 
-/* Translation blocks; handles live as long as the translation callback. */
+/* Translation blocks; handles are valid until the translation callback returns. */
 size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *tb);
 uint64_t qemu_plugin_tb_vaddr(const struct qemu_plugin_tb *tb);
 struct qemu_plugin_insn *qemu_plugin_tb_get_insn(const struct qemu_plugin_tb *tb, size_t index);
@@ -131,7 +131,7 @@ size_t qemu_plugin_insn_data(const struct qemu_plugin_insn *insn, void *data, si
 size_t qemu_plugin_insn_size(const struct qemu_plugin_insn *insn);
 uint64_t qemu_plugin_insn_vaddr(const struct qemu_plugin_insn *insn);
 
-/* The current vCPU. Reading appends to the array; writing takes its whole content. */
+/* The current vCPU. Reading appends to the array; writing uses its whole content. */
 GArray *qemu_plugin_get_registers(void);
 bool qemu_plugin_read_register(struct qemu_plugin_register *handle, GByteArray *value);
 bool qemu_plugin_write_register(struct qemu_plugin_register *handle, GByteArray *value);

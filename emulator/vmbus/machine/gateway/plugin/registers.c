@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Guest registers, by the names that QEMU's gdb description gives them. */
+/* Guest registers, by their names in QEMU's gdb description. */
 #include "gateway.h"
 
 #include <stdio.h>
@@ -30,7 +30,7 @@ bool registers_find(struct vcpu_state *vcpu)
     g_array_free(found, 1);
     for (int which = 0; which < GUEST_COUNT; which++) {
         if (!vcpu->registers[which]) {
-            fprintf(stderr, "vmbus gateway: this QEMU shows no register %s\n", register_names[which]);
+            fprintf(stderr, "vmbus gateway: this QEMU does not provide the register %s\n", register_names[which]);
             return false;
         }
     }
@@ -59,15 +59,15 @@ void register_write(struct vcpu_state *vcpu, enum gateway_register which, uint64
 }
 
 /*
- * Whether the vCPU runs 64-bit code (CS.L and EFER.LMA). The descriptor cache of CS is not among the registers,
- * but R15 can be changed in 64-bit code only: writes are dropped elsewhere, as the register does not exist.
+ * Return whether the vCPU runs 64-bit code (CS.L and EFER.LMA). The descriptor cache of CS cannot be read, but R15
+ * can be written only in 64-bit code; elsewhere writes are dropped.
  */
 bool registers_long_mode(struct vcpu_state *vcpu)
 {
     uint64_t before = register_read(vcpu, GUEST_R15);
 
     if (before) {
-        return true; /* it reads as 0 elsewhere */
+        return true; /* R15 reads as 0 outside 64-bit code */
     }
     register_write(vcpu, GUEST_R15, 1);
     bool long_mode = register_read(vcpu, GUEST_R15) == 1;
@@ -75,11 +75,11 @@ bool registers_long_mode(struct vcpu_state *vcpu)
     return long_mode;
 }
 
-/* Whether the current privilege level is 0. */
+/* Return whether the current privilege level is 0. */
 bool registers_privileged(struct vcpu_state *vcpu)
 {
     if (!(register_read(vcpu, GUEST_CR0) & CR0_PE)) {
-        return true; /* real mode: the selector is no privilege level */
+        return true; /* real mode: the selector does not contain a privilege level */
     }
     if (register_read(vcpu, GUEST_EFLAGS) & EFLAGS_VM) {
         return false;

@@ -2,9 +2,9 @@
 /*
  * The memory that the gateway and the emulator share, and the messages on the socket.
  *
- * emulator/vmbus/wire/gateway.py declares the same; a unit test holds both against each other. Every word has one
- * writer, named beside it: the gateway (G) or the emulator (E). Sequence numbers begin at 0. The orders in
- * which words are stored and loaded are in docs/gateway.md.
+ * emulator/vmbus/wire/gateway.py declares the same layout; a unit test compares the two. Every word has one writer,
+ * named beside it: the gateway (G) or the emulator (E). Sequence numbers begin at 0. docs/gateway.md describes the
+ * order of stores and loads.
  */
 #ifndef VMBUS_SHARED_H
 #define VMBUS_SHARED_H
@@ -25,21 +25,21 @@ enum gateway_kind { KIND_CPUID = 1, KIND_RDMSR = 2, KIND_WRMSR = 3, KIND_VMCALL 
 enum gateway_verdict {
     VERDICT_OK = 0,    /* the value is the result */
     VERDICT_FAULT = 1, /* #GP for an MSR, #UD for VMCALL */
-    VERDICT_AGAIN = 2, /* forget this request; whoever comes back for it asks anew */
+    VERDICT_AGAIN = 2, /* the request was dropped; if the instruction is executed again, it makes a new one */
 };
 
 enum gateway_emulator { EMULATOR_NONE = 0, EMULATOR_ATTACHED = 1, EMULATOR_ACTIVE = 2 };
 
-/* The gateway does nothing with it: it keeps the word for an emulator's successor. */
+/* The gateway only stores this word, for the next emulator. */
 enum gateway_guest { GUEST_FREE = 0, GUEST_ENGAGED = 1, GUEST_LEFT = 2 };
 
 #define SLOT_LONG_MODE 1u
 
-/* A trap that waits for an answer. G; stable from the store of its sequence number on. */
+/* A trap that waits for an answer. G; does not change after its sequence number was stored. */
 struct gateway_slot {
     uint32_t kind;
     uint32_t flags;
-    uint64_t tsc; /* host TSC at the first trap; 0 when the host has none */
+    uint64_t tsc; /* host TSC when the request was made; 0 if the host has no TSC */
     uint64_t pc;
     uint64_t rax;
     uint64_t rbx;
@@ -63,8 +63,8 @@ struct gateway_answer {
 
 struct gateway_vcpu {
     uint32_t present;          /* G: the vCPU exists */
-    _Atomic uint32_t sleeping; /* G: 1 while it sleeps on the sequence of an answer */
-    uint64_t requests;         /* G: counters from here */
+    _Atomic uint32_t sleeping; /* G: 1 while the vCPU sleeps on the sequence number of an answer */
+    uint64_t requests;         /* G: first of the counters */
     uint64_t retries;
     uint64_t doorbells;
     uint64_t gone_results;
@@ -72,8 +72,8 @@ struct gateway_vcpu {
     uint64_t auto_eois;
     uint64_t no_slot;
     uint64_t reserved0[8];
-    _Atomic uint64_t retired[GATEWAY_SLOTS];  /* G: sequence of the last request done with */
-    _Atomic uint64_t auto_eoi[4];             /* E: vectors to end at once */
+    _Atomic uint64_t retired[GATEWAY_SLOTS];  /* G: sequence number of the last finished request */
+    _Atomic uint64_t auto_eoi[4];             /* E: bitmap of vectors that the gateway ends */
     uint64_t reserved1[4];
     struct gateway_answer answers[GATEWAY_SLOTS];
     struct gateway_slot slots[GATEWAY_SLOTS];
@@ -97,7 +97,7 @@ struct gateway_rule {
     uint32_t first;
 };
 
-/* Result of VMCALLs with this call code after the emulator has been away for longer than the hold limit. */
+/* Result of VMCALLs with this call code if no emulator was attached for longer than hold_limit_ms. */
 struct gateway_gone {
     uint32_t code;
     uint32_t status;
@@ -114,27 +114,27 @@ struct gateway_control {
     uint64_t doorbell_offset;
     uint64_t code_offset;
     uint64_t code_pages;
-    /* G: who is here */
+    /* G: vCPUs and the attached emulator */
     _Atomic uint32_t vcpus; /* highest index seen, plus one */
     _Atomic uint32_t emulator;
-    _Atomic uint32_t owner; /* goes up at every attach */
+    _Atomic uint32_t owner; /* incremented at every attach */
     _Atomic uint32_t was_active;
     uint64_t reserved0[6];
     /* G, under clock_sequence */
     _Atomic uint32_t clock_sequence;
-    uint32_t tsc_known; /* the host has a TSC: else all below is 0 */
+    uint32_t tsc_known; /* 1: the host has a TSC; 0: the fields below are 0, too */
     uint32_t arm_seen;  /* the `arm` that the samples belong to */
     uint32_t samples;
-    uint64_t tsc_offset; /* host TSC - guest TSC, modulo 2^64: the least of the samples */
+    uint64_t tsc_offset; /* host TSC - guest TSC, modulo 2^64: middle of the intersected bounds */
     uint64_t pair_tsc;   /* host TSC and CLOCK_MONOTONIC at the same moment */
     uint64_t pair_ns;
     uint64_t tsc_frequency; /* Hz; 0 until measured */
     uint64_t reserved1[2];
     /* E */
-    _Atomic uint32_t waiting; /* write the eventfd when there is something to do */
+    _Atomic uint32_t waiting; /* 1: write the eventfd when there is work */
     uint32_t reserved2[15];
-    _Atomic uint32_t arm;           /* another value asks for new TSC samples */
-    _Atomic uint32_t hold_limit_ms; /* 0: for ever */
+    _Atomic uint32_t arm;           /* a change requests new TSC samples */
+    _Atomic uint32_t hold_limit_ms; /* 0: requests wait without limit */
     _Atomic uint32_t spin_ns;       /* how long a vCPU spins for an answer before it sleeps */
     uint32_t guest;                 /* enum gateway_guest */
     uint32_t reserved3[12];
@@ -164,13 +164,13 @@ struct gateway_message {
     uint32_t flags;   /* HELLO */
 };
 
-/* The reply to a HELLO that went well carries two descriptors: the memory, and an eventfd. */
+/* The reply to a successful HELLO carries two descriptors: the memory and an eventfd. */
 struct gateway_reply {
     uint32_t magic;
     uint32_t type;
     uint32_t status;
     uint32_t version;
-    uint64_t argument; /* HELLO: size of the region, or process id of the emulator that is there */
+    uint64_t argument; /* HELLO: size of the region, or process id of the attached emulator */
 };
 
 #endif

@@ -1,18 +1,18 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Requests: traps that only the emulator can answer.
+ * Requests: traps that the emulator has to answer.
  *
- * A vCPU owns GATEWAY_SLOTS slots. The state of a slot follows from three sequence numbers, each with one writer:
+ * A vCPU has GATEWAY_SLOTS slots. Three sequence numbers, each with one writer, define the state of a slot:
  *
  *      request (G)  answer (E)  retired (G)     state
  *      n            < n         < n             pending: the emulator has to answer
- *      n            n           < n             answered: waits for the vCPU to come back
+ *      n            n           < n             answered: the vCPU has not fetched the answer
  *      n            any         n               free
  *
- * A vCPU never waits for longer than REST_NS: then it runs the same instruction again (so that QEMU can stop,
- * reset or interrupt it in between), and finds its slot by the key. An interrupt handler that traps meanwhile
- * gets a slot of its own. A slot that nobody comes back for (the guest was reset) is taken over once answered,
- * oldest first; one that is not answered is never taken over, as the emulator may be reading it.
+ * A vCPU sleeps for at most REST_NS. Then it executes the same instruction again, so that QEMU can stop, reset or
+ * interrupt it in between, and finds its slot by the key. A trap in an interrupt handler gets a slot of its own.
+ * An answered slot whose answer was never fetched (the guest was reset) can be reused, the oldest first. A slot that
+ * is not answered is never reused, because the emulator may be reading it.
  */
 #define _GNU_SOURCE
 #include "gateway.h"
@@ -39,7 +39,7 @@ static void pause_briefly(void)
 #endif
 }
 
-/* Make the emulator look, if it sleeps. What it shall see was stored before. */
+/* Wake the emulator if it sleeps. The caller has stored the new work before. */
 void emulator_wake(void)
 {
     uint64_t one = 1;
@@ -47,11 +47,11 @@ void emulator_wake(void)
     atomic_thread_fence(memory_order_seq_cst);
     if (atomic_load_explicit(&gateway.control->waiting, memory_order_relaxed)) {
         ssize_t written = write(gateway.event_fd, &one, sizeof(one));
-        (void)written; /* EAGAIN: it is awake already */
+        (void)written; /* EAGAIN: the counter is full, so the emulator wakes anyway */
     }
 }
 
-/* Nobody is active: sleep until somebody is, but not for long. */
+/* Sleep until an emulator is active, for at most REST_NS. */
 void emulator_rest(void)
 {
     uint32_t state = atomic_load(&gateway.control->emulator);
@@ -88,7 +88,7 @@ static int find(struct vcpu_state *vcpu, const struct trap_key *key)
     return -1;
 }
 
-/* A free slot, or the oldest of those whose answer nobody fetched; -1 when all are pending. */
+/* Return a free slot, or the oldest slot with an unfetched answer; -1 if all are pending. */
 static int claim(struct vcpu_state *vcpu)
 {
     int oldest = -1;
@@ -136,7 +136,7 @@ static void ask(struct vcpu_state *vcpu, int slot, const struct trap_key *key, b
     emulator_wake();
 }
 
-/* Spin, then sleep, until the slot is answered or a moment has passed. */
+/* Spin for spin_ns, then sleep for at most REST_NS, until the slot is answered. Return whether it is. */
 static bool await(struct vcpu_state *vcpu, int slot)
 {
     uint32_t spin_ns = atomic_load_explicit(&gateway.control->spin_ns, memory_order_relaxed);
@@ -167,8 +167,8 @@ static bool await(struct vcpu_state *vcpu, int slot)
 }
 
 /*
- * Nobody has been attached for longer than the emulator wanted, and this call has a status that makes the guest
- * try again later. Under the lock nobody can attach, so a pending request can still be withdrawn.
+ * Answer a VMCALL with its listed status if no emulator was attached for longer than hold_limit_ms. The status makes
+ * the guest try again later. No emulator can attach while the lock is held, so a pending request can be withdrawn.
  */
 static bool give_up(struct vcpu_state *vcpu, const struct trap_key *key, bool long_mode, int slot,
                     uint64_t *value)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Look-ups in the tables that the emulator hands over, under its sequence lock. An emulator that died while it
- * wrote leaves the sequence odd: nothing is found until its successor has written them anew.
+ * Look-ups in the tables that the emulator writes, under its sequence lock. If an emulator died while it wrote a
+ * table, the sequence number stays odd, and every look-up fails until the next emulator has written the tables.
  */
 #include "gateway.h"
 

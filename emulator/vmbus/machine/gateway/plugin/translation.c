@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Guest code as QEMU translates it: which instructions to call back on, and which pages hold code. */
+/* Translation of guest code: registers callbacks for instructions, and marks the pages that contain code. */
 #include "gateway.h"
 
 #define INSN_MAX 15
 
 /*
- * A vCPU of this thread. Translation callbacks are not told which one runs; with one thread for all of them any
- * will do, since only its register handles and its buffer are used.
+ * A vCPU of this thread. Translation callbacks do not get the index of the vCPU. If one thread runs all vCPUs, any of
+ * them is suitable, because only its register handles and its buffer are used.
  */
 static _Thread_local struct vcpu_state *vcpu_of_thread;
 
@@ -34,7 +34,7 @@ struct insn_info insn_unpack(const void *userdata)
     };
 }
 
-enum { KIND_RDTSC = 7 }; /* not trapped: timed */
+enum { KIND_RDTSC = 7 }; /* not trapped, only sampled */
 
 static bool is_prefix(uint8_t byte, bool vmcall_possible)
 {
@@ -50,9 +50,9 @@ static bool is_prefix(uint8_t byte, bool vmcall_possible)
     case 0x66:
     case 0xf2:
     case 0xf3:
-        return !vmcall_possible; /* ignored by the others, but they make another instruction of 0F 01 C1 */
+        return !vmcall_possible; /* ignored by the other instructions, but with them 0F 01 C1 is not VMCALL */
     default:
-        return byte >= 0x40 && byte <= 0x4f; /* REX: in other code an instruction of its own, so never here */
+        return byte >= 0x40 && byte <= 0x4f; /* REX; outside 64-bit code these are separate instructions */
     }
 }
 
@@ -95,7 +95,7 @@ static unsigned int insn_kind(const uint8_t *bytes, size_t size)
     return 0;
 }
 
-/* The page holds translated code from now on: who writes it has to go through QEMU. */
+/* Mark the page as containing translated code: from now on, writes to it must go through QEMU. */
 static void mark_code(uint64_t vaddr)
 {
     uint64_t address;
@@ -145,7 +145,7 @@ void on_translation(struct qemu_plugin_tb *tb, void *userdata)
                 if (!vcpu) {
                     return;
                 }
-                /* In this moment all registers are those of the start of the block. */
+                /* During translation all registers are those of the start of the block. */
                 base = start - register_read(vcpu, GUEST_RIP);
                 info.long_mode = registers_long_mode(vcpu);
                 info.privileged = registers_privileged(vcpu);

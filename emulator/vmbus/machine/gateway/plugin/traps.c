@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The four instructions, called before each of them. Returning runs the instruction natively; the other ways out
- * are step_over() and run_again(), which do not return.
+ * Callbacks before each of the four instructions. If a callback returns, the instruction runs natively; step_over()
+ * and run_again() do not return.
  */
 #include "gateway.h"
 
@@ -23,14 +23,14 @@ static bool emulator_was_active(void)
     return atomic_load_explicit(&gateway.control->was_active, memory_order_acquire);
 }
 
-/* Go on behind the instruction. Does not return. */
+/* Continue after the instruction. Does not return. */
 static void step_over(struct vcpu_state *vcpu, struct insn_info info)
 {
     uint64_t next = insn_pc(vcpu, info) + info.size;
     qemu_plugin_set_pc(info.long_mode ? next : next & UINT32_MAX);
 }
 
-/* Run the instruction anew, after QEMU has looked for other work. Does not return. */
+/* Execute the instruction again, after QEMU has handled pending work. Does not return. */
 static void run_again(struct vcpu_state *vcpu, struct insn_info info)
 {
     qemu_plugin_set_pc(insn_pc(vcpu, info));
@@ -47,8 +47,8 @@ static void give_result(struct vcpu_state *vcpu, struct insn_info info, uint64_t
 }
 
 /*
- * Let the instruction fault by itself. VMCALL is #UD under TCG. An MSR instruction gets the number of an MSR that
- * faults; the discontinuity callback puts RCX back before the guest's handler runs.
+ * Make the instruction fault natively. VMCALL raises #UD under TCG. An MSR instruction gets the number of an MSR that
+ * raises #GP; the discontinuity callback restores RCX before the guest's handler runs.
  */
 static void give_fault(struct vcpu_state *vcpu, struct insn_info info)
 {
