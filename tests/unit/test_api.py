@@ -30,6 +30,24 @@ def test_every_public_name_is_documented_and_nothing_else(facade: types.ModuleTy
     assert sorted(names) == sorted(facade.__all__)
 
 
+@pytest.mark.parametrize(
+    ("facade", "name"),
+    [
+        (vmbus.api, "Channel"),
+        (vmbus.api, "DeviceEnvironment"),
+        (vmbus.testing, "LoopbackGuest"),
+        (vmbus.testing, "FakeChannel"),
+    ],
+)
+def test_documented_members_exist(facade: types.ModuleType, name: str) -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    row = re.search(rf"^\| `{name}` \| (.*) \|$", text, re.MULTILINE)
+    assert row is not None
+    members = set(re.findall(r"`(\w+)`", row[1])) - {"io"} - set(facade.__all__)
+    assert members
+    assert [member for member in sorted(members) if not hasattr(getattr(facade, name), member)] == []
+
+
 @pytest.mark.parametrize("facade", FACADES, ids=lambda facade: facade.__name__)
 def test_all_is_what_is_imported(facade: types.ModuleType) -> None:
     tree = ast.parse(Path(str(facade.__file__)).read_text())

@@ -267,11 +267,13 @@ class Demo:
         """Save, continue, restore: what happened after the snapshot is undone, in the guest and in the emulator."""
         await snapshots.save(self.guest.host, "demo")
         saved_beat, saved_count = self._heartbeat()["sequence"], self._count()
-        await self._until(lambda: self._count() >= saved_count + 10, "the guest to go on")
+        await self._until(
+            lambda: self._count() >= saved_count + 10, "the guest to continue after the snapshot"
+        )
         lost_beat, lost_count = self._heartbeat()["sequence"], self._count()
         self.output.clear()
         await snapshots.load(self.guest.host, "demo")
-        await self._until(lambda: self._count() > 1, "the guest to go on where the snapshot was made")
+        await self._until(lambda: self._count() > 1, "the guest to continue from the snapshot")
         await self._more_beats(_BEATS)
         count = self._count()
         if count >= lost_count + 5 or count < saved_count - 1:

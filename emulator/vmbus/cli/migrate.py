@@ -185,8 +185,8 @@ def main(arguments: argparse.Namespace) -> int:
 def _wait_ready(control: Path, uri: str | None, arguments: argparse.Namespace) -> int:
     if uri is not None or arguments.share_memory or arguments.cpr is not None:
         raise UsageError("--wait-ready starts no migration: leave out the URI, --share-memory and --cpr")
-    limit = arguments.timeout
-    found = ask(control, "wait-ready", limit=limit + 30, timeout=limit)
+    timeout = arguments.timeout
+    found = ask(control, "wait-ready", limit=timeout + 30, timeout=timeout)
     if arguments.json:
         json.dump(found, sys.stdout, indent=2)
         print()
@@ -207,14 +207,14 @@ def own_descriptor(number: int) -> int:
 
 
 def _ask_with_progress(
-    control: Path, command: str, request: Mapping[str, Any], limit: float, descriptors: Sequence[int]
+    control: Path, command: str, request: Mapping[str, Any], timeout: float, descriptors: Sequence[int]
 ) -> Any:
     """Ask, and show QEMU's progress on a terminal meanwhile."""
     result: list[Any] = []
 
     def wait() -> None:
         try:
-            result.append(ask(control, command, limit=limit, descriptors=descriptors, **request))
+            result.append(ask(control, command, limit=timeout, descriptors=descriptors, **request))
         except UserError as error:
             result.append(error)
 
@@ -306,11 +306,11 @@ async def take_back(host: Host, request: Mapping[str, Any]) -> object:
 async def wait_ready(host: Host, request: Mapping[str, Any]) -> object:
     """Answer the control socket's ``wait-ready`` as soon as migrate-continue may be sent."""
     coordinator = host.migration
-    limit = float(request.get("timeout", 600))
+    timeout = float(request.get("timeout", 600))
     try:
-        ready = await coordinator.until_ready(limit)
+        ready = await coordinator.until_ready(timeout)
     except TimeoutError:
-        raise MigrationFailed(f"no migration was ready within {limit:g} s") from None
+        raise MigrationFailed(f"no migration was ready within {timeout:g} s") from None
     if not ready:
         report = coordinator.report
         raise MigrationFailed(f"the migration ended before that: {report.refusal or report.status}")

@@ -99,7 +99,7 @@ def render(what: str, tag: str, found: Mapping[str, Any]) -> str:
 async def answer(host: Host, request: Mapping[str, Any]) -> object:
     """Answer the control socket's ``snapshot``."""
     what, tag = request.get("what"), str(request.get("tag", ""))
-    limit = float(request.get("timeout", 600))
+    timeout = float(request.get("timeout", 600))
     begun = time.monotonic()
     found: dict[str, object] = {}
     if what == "list":
@@ -112,11 +112,11 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
     if not tag:
         raise UserError("the name of the snapshot is missing")
     if what == "save":
-        found.update((await snapshots.save(host, tag, limit=limit)).as_dict())
+        found.update((await snapshots.save(host, tag, limit=timeout)).as_dict())
     elif what == "load":
-        await snapshots.load(host, tag, limit=limit)
+        await snapshots.load(host, tag, limit=timeout)
     elif what == "delete":
-        await snapshots.delete(host, tag, limit=limit)
+        await snapshots.delete(host, tag, limit=timeout)
     else:
         raise UserError(f"unknown action {what!r}; known: delete, list, load, save")
     return {"tag": tag, "seconds": time.monotonic() - begun, **found}

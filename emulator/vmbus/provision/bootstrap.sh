@@ -8,8 +8,8 @@ job=
 trap 'rm -f "$log"' EXIT
 trap '[ -z "$job" ] || kill "$job" 2>/dev/null; exit 130' INT TERM
 
-# step TEXT COMMAND...: says what is done, and how long it took; on a terminal dots show that it goes on. The command's
-# output is shown only if it fails.
+# step TEXT COMMAND...: prints what is done and how long it took, and on a terminal dots meanwhile. The output of the
+# command is shown only if the command fails.
 step() {
     text=$1
     shift
