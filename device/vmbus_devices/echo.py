@@ -133,7 +133,7 @@ class Echo(Device):
         instance: Annotated[uuid.UUID, Help("instance GUID, for more than one echo device")] = ECHO_INSTANCE,
         monitor: Annotated[
             bool,
-            Help("let the guest signal through its monitor page; uio_hv_generic of Linux 6.1 wants that"),
+            Help("let the guest signal through its monitor page; uio_hv_generic of Linux 6.1 needs that"),
         ] = False,
     ) -> None:
         """A device for the registry: parameters with a ``Help`` are options of ``--device echo,...``."""
@@ -145,7 +145,7 @@ class Echo(Device):
     # --- what a device must have: an offer, and an answer to packets ---
 
     def offer(self) -> Offer:
-        """A plain channel. The GUIDs are how a guest's driver, or its user, finds the device."""
+        """Return the offer of a channel. A guest's driver, or its user, finds the device by the GUIDs."""
         flags = OfferFlags.REQUEST_MONITORED_NOTIFICATION if self.monitor else OfferFlags(0)
         return Offer(interface_id=ECHO_INTERFACE, instance_id=self.instance, name=self.name, flags=flags)
 
@@ -223,9 +223,7 @@ class Echo(Device):
         """Return header and data. The payload is padded to 8 bytes; the header has the length of the data."""
         if packet.kind is PacketType.TRANSFER_PAGES:
             raise EchoRefusal(EchoStatus.MALFORMED, "a packet of type 7")
-        header = ECHO_HEADER.parse(
-            packet.payload
-        )  # raises MalformedError, which is a GuestError, if too short
+        header = ECHO_HEADER.parse(packet.payload)  # raises MalformedError, a GuestError, if too short
         data = packet.payload[ECHO_HEADER.size :]
         if header.length > len(data):
             raise EchoRefusal(

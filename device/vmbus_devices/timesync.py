@@ -1,4 +1,4 @@
-"""Time synchronisation: tells the guest what time it is.
+"""Time synchronisation: gives the guest the time of the host.
 
 Source: docs/protocol/devices.md#time-synchronisation. After negotiation one *sync* (the guest sets its clock), then
 *samples* (Linux feeds them to the PTP clock "hyperv"), each ``interval`` seconds after the answer to the one before.
@@ -48,7 +48,7 @@ WITHOUT_REFERENCE = (IcVersion(1, 0), IcVersion(3, 0))
 
 
 class TimeSync(IntegrationComponent):
-    """Tells the guest what time it is."""
+    """Gives the guest the time of the host."""
 
     name = "timesync"
     interface_id = TIMESYNC_INTERFACE

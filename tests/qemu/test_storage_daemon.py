@@ -90,7 +90,7 @@ def test_every_format_keeps_what_was_written(tmp_path: Path, opened: Open, forma
     assert backend.size >= 64 * MIB
     backend.lock()
     data = os.urandom(3 * MIB)
-    backend.write(MIB + 512, [memoryview(data)[:1000], memoryview(data)[1000:]], through=True)
+    backend.write(MIB + 512, [memoryview(data)[:1000], memoryview(data)[1000:]], fua=True)
     backend.flush()
     assert read(backend, MIB, 4 * MIB) == bytes(512) + data + bytes(MIB - 512)
     backend.unlock()
