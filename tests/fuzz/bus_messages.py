@@ -157,8 +157,8 @@ class Fuzzer:
 
     def contact(self) -> bytes:
         rng = self.rng
-        version = rng.choice([*Version, Version.COPPER, Version.IRON, rng.getrandbits(32)])
-        target = rng.choice((0, 0, 0, 1, 3, 4, rng.getrandbits(32)))
+        version: int = rng.choice([*Version, Version.COPPER, Version.IRON, rng.getrandbits(32)])
+        target: int = rng.choice((0, 0, 0, 1, 3, 4, rng.getrandbits(32)))
         info = b"\x02\0\0\0" + rng.choice((bytes(4), b"\xff\0\0\0", rng.randbytes(4)))
         if version < Version.WIN10_RS3_1 or rng.random() < 0.1:
             info = rng.choice((bytes(8), b"\0\x70" + bytes(6), rng.randbytes(8)))

@@ -129,7 +129,8 @@ class Fuzzer:
 
     def make_guest(self) -> None:
         """The guest, and what its memory is."""
-        self.watched = self.memory = WatchedMemory()
+        self.watched = WatchedMemory()
+        self.memory: FakeMemory = self.watched
         self.guest = LoopbackGuest(self.device, ring_pages=64, memory=self.memory, start=False)
         self.device.clock = lambda: self.guest.timers.seconds
         self.device.start(
@@ -277,7 +278,8 @@ class Fuzzer:
             path, target, lun = rng.choice((0, 1, 255)), rng.choice((0, 1, 2, 255)), rng.randrange(256)
         plain = rng.random() < 0.3
         cdb, blocks = self.plain_cdb() if plain else self.cdb()
-        extension, runs, total = b"", [], 0
+        extension, total = b"", 0
+        runs: list[tuple[int, int]] = []
         if plain or rng.random() < 0.8:
             extension, runs, total = self.buffer(blocks, plain=plain)
         direction = rng.choice((OUT, IN, IN, NONE)) if rng.random() < 0.98 else rng.randrange(256)

@@ -41,7 +41,7 @@ from vmbus.hypervisor.msrs import GeneralProtection, MsrTable
 from vmbus.hypervisor.overlay import PageOverlay
 from vmbus.hypervisor.reference_time import GuestClock, ReferenceTime
 from vmbus.hypervisor.saved_state.restore import check_state, restore_reference_time, restore_vp
-from vmbus.hypervisor.saved_state.values import PartitionState, save_reference_time, save_vp
+from vmbus.hypervisor.saved_state.values import PartitionState, capture_reference_time, capture_vp
 from vmbus.hypervisor.stimer import SyntheticTimers
 from vmbus.hypervisor.synic import Synic, SynicEvents
 from vmbus.ports import PAGE_SIZE, GuestMemory, Interrupts, Timers
@@ -213,9 +213,9 @@ class Partition:
             reference_tsc=self.reference_tsc.value,
             tsc_invariant_control=self.tsc_invariant_control,
             crash_parameters=tuple(self.crash.parameters),
-            time=save_reference_time(self.reference_time),
+            time=capture_reference_time(self.reference_time),
             vps=tuple(
-                save_vp(page, synic, timers)
+                capture_vp(page, synic, timers)
                 for page, synic, timers in zip(
                     self.assist_pages, self.synic.vps, self.synthetic_timers.vps, strict=True
                 )

@@ -11,7 +11,7 @@ Source: docs/saved-state.md; :mod:`vmbus.bus.io.channel_io`. Which part saves wh
 ``ChannelIo`` keeps transaction ids but no payloads: OUTSTANDING and TAKEN chunks of such a channel have an empty
 payload. The device saves what it needs to continue in ``Device.save``, and continues in ``Device.restored``.
 
-A restore leaves the ``ChannelIo`` closed, with the adopted state. When guest memory is complete the bus calls its
+A restore leaves the ``ChannelIo`` closed, with the restored state. When guest memory is complete the bus calls its
 ``restored``, and the channel runs.
 """
 
@@ -61,10 +61,13 @@ class BusChannel(Protocol):
 
     offer: Offer
     state: BusState
-    relid: int | None
     request: OpenRequest | None
     counters: ChannelCounters
     paused: bool
+
+    @property
+    def relid(self) -> int | None:
+        """Channel id, None while the channel is released."""
 
     @property
     def connection_id(self) -> int | None:
@@ -146,7 +149,7 @@ class DeviceChannel:
         self.channel.resume()
 
     def disable(self) -> None:
-        """Drop the adopted state; the bus revokes the offer."""
+        """Drop the restored state; the bus revokes the offer."""
         self._switched += 1
         self._view = None
         if self.io.state is IoState.CLOSED:
@@ -187,7 +190,7 @@ class DeviceChannel:
 
     def _state(self) -> ChannelState:
         channel, io = self.channel, self.io
-        if io.state is IoState.CLOSED and channel.is_open and not self._adopted():
+        if io.state is IoState.CLOSED and channel.is_open and not self._restored():
             raise DeviceError(f"{io.device.name} cannot be saved: its channel is open, but the device is not")
         kept = io.save()
         queue = tuple(_queued(packet) for packet in kept.output)
@@ -238,7 +241,7 @@ class DeviceChannel:
         except Exception as error:
             raise DeviceError(f"{device.name} cannot be saved: Device.save raised {error!r}") from error
 
-    def _adopted(self) -> bool:
+    def _restored(self) -> bool:
         """Return whether the device's end was restored and waits until guest memory is complete."""
         return self._saver.restored(self)
 
@@ -323,7 +326,7 @@ def _built(each: OutgoingPacket | SavedCompletion) -> bytes:
 
 
 def _io_state(state: ChannelState) -> ChannelIoState:
-    """Return the state that a ``ChannelIo`` adopts. Raises RingError or ValueError."""
+    """Return the state that a ``ChannelIo`` restores. Raises RingError or ValueError."""
     awaited = [each.packet.transaction_id for each in state.outstanding]
     for each in state.queue:
         if isinstance(each, OutgoingPacket) and each.packet.flags & COMPLETION_REQUESTED:

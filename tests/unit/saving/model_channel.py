@@ -19,6 +19,7 @@ from vmbus.saving import (
     NtStatus,
     OutgoingPacket,
     RestorePacket,
+    SavableChannel,
     SavePacket,
     SavePacketResult,
 )
@@ -123,7 +124,8 @@ class ModelChannel:
         self.apply_fails: Exception | None = None
         self.saver: ChannelSaver | None = None
         self.unrestored: list[SavedPacket] = []
-        self._held: list[Callable[[], None]] = []
+        self.on_restore_packet: Callable[[ModelChannel, bytes, bytes], NtStatus] = self._restore_packet
+        self._deferred: list[Callable[[], None]] = []
         self._callbacks = callbacks
 
     # --- what a guest does
@@ -166,7 +168,7 @@ class ModelChannel:
     def finish(self, transaction_id: int, payload: bytes = b"done....") -> None:
         """Complete a packet that was taken; the completion waits while a view is taken."""
         if self.view_taken:
-            self._held.append(lambda: self.finish(transaction_id, payload))
+            self._deferred.append(lambda: self.finish(transaction_id, payload))
             return
         packet = next(each for each in self.taken if each.transaction_id == transaction_id)
         self.taken.remove(packet)
@@ -189,7 +191,7 @@ class ModelChannel:
 
     @property
     def restore_packet(self) -> RestorePacket | None:
-        return self._restore_packet if self._callbacks else None  # type: ignore[return-value]
+        return self.on_restore_packet if self._callbacks else None  # type: ignore[return-value]
 
     def pause(self) -> None:
         self.paused = True
@@ -218,8 +220,8 @@ class ModelChannel:
         if not self.view_taken:
             raise InternalError("no view was taken")
         self.view_taken = False
-        held, self._held = self._held, []
-        for action in held:
+        deferred, self._deferred = self._deferred, []
+        for action in deferred:
             action()
         self._run()
 
@@ -342,7 +344,7 @@ def new_process(source: ModelChannel, *, callbacks: bool = True) -> ModelChannel
     return ModelChannel(source.identity, ring=copy.deepcopy(source.ring), callbacks=callbacks)
 
 
-def save(saver: ChannelSaver, channel: ModelChannel, size: int = 1 << 16) -> list[bytes]:
+def save(saver: ChannelSaver, channel: SavableChannel, size: int = 1 << 16) -> list[bytes]:
     """The loop that the specification recommends to a caller; the buffers that were filled."""
     status = saver.save_begin(channel)
     if status != OK:

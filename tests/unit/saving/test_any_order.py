@@ -177,8 +177,8 @@ class AnyOrder(RuleBasedStateMachine):
         """Whatever happened: the channel goes on, and everything is answered and arrives once."""
         self.saver.save_end(self.channel)
         assert self.saver.start(self.channel) == OK
-        for packet in copy.copy(self.channel.taken):
-            self.channel.finish(packet.transaction_id)
+        for taken in copy.copy(self.channel.taken):
+            self.channel.finish(taken.transaction_id)
         while self.channel.ring.to_guest:
             packet = self.channel.guest_reads()
             if isinstance(packet, SavedCompletion):

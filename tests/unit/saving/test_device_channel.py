@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -157,7 +156,8 @@ class TestMove:
             for number in (3, 1):
                 process.device.finish(process.io, number)
             process.guest.run()
-        received, expected = [], []
+        received: list[tuple[object, ...]] = []
+        expected: list[tuple[object, ...]] = []
         for process, into in ((target, received), (twin, expected)):
             while packets := process.guest.receive():
                 into += [(p.kind, p.flags, p.transaction_id, p.payload, p.extension) for p in packets]
@@ -360,7 +360,7 @@ class TestRefusals:
 
 class TestOnARealBus:
     @pytest.fixture
-    def guest(self) -> Iterator[ScriptedGuest]:
+    def guest(self) -> ScriptedGuest:
         guest = ScriptedGuest.on_fakes()
         self.device = Keeper()
         self.device.start(DeviceEnvironment(guest.memory, guest.timers, guest.timers.now))

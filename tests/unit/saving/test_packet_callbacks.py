@@ -53,7 +53,7 @@ class TestSavePacket:
         assert channel.device.save_calls == [0, 77]
 
     def test_runs_for_unsent_and_outstanding_packets_in_order_and_for_no_other(
-        self, saver: ChannelSaver
+        self, saver: ChannelSaver, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         channel = busy_channel()
         seen = []
@@ -63,7 +63,7 @@ class TestSavePacket:
             seen.append(packet.transaction_id)
             return answer(of, packet, buffer)
 
-        channel.device.save_packet = remembers  # type: ignore[method-assign]
+        monkeypatch.setattr(channel.device, "save_packet", remembers)
         save(saver, channel)
         assert list(dict.fromkeys(seen)) == [1, 2, 3, 4, 5]
 
@@ -229,7 +229,7 @@ class TestRestorePacket:
     def test_success_without_a_restored_packet_is_a_failure(self, saver: ChannelSaver) -> None:
         channel = busy_channel()
         target = new_process(channel)
-        target._restore_packet = lambda *_: OK  # type: ignore[method-assign]
+        target.on_restore_packet = lambda *_: OK
         assert restore(saver, target, save(saver, channel)) == [NtStatus.STATUS_UNSUCCESSFUL]
         assert saver.start(target) == BAD_STATE
 
@@ -274,7 +274,7 @@ class TestVmbPacketRestore:
                 found.append(saver.packet_restore(saver.packet_allocate(of), library))
             return OK
 
-        target._restore_packet = callback  # type: ignore[method-assign]
+        target.on_restore_packet = callback
         assert restore(saver, target, save(saver, channel)) == [OK]
         return found
 
@@ -292,7 +292,7 @@ class TestVmbPacketRestore:
             found.append(saver.packet_restore(packet, library))
             return OK
 
-        target._restore_packet = callback  # type: ignore[method-assign]
+        target.on_restore_packet = callback
         restore(saver, target, save(saver, channel))
         assert found == [NtStatus.STATUS_INVALID_PARAMETER_1]
 

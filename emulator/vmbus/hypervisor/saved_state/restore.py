@@ -1,10 +1,10 @@
-"""Checks a partition's saved state, and puts its parts back into live objects.
+"""Checks of a partition's saved state, and its restoration into live objects.
 
 Source: docs/conformance.md#row-55.
 
 Restoring does not touch guest memory: the pages that SIMP and SIEFP name hold messages and flags that the guest has
 not seen yet, so they are not zeroed, and queued messages stay queued behind them.
-:class:`~vmbus.hypervisor.partition.Partition` calls both in ``restore``.
+:meth:`Partition.restore <vmbus.hypervisor.partition.Partition.restore>` calls all of these functions.
 """
 
 from __future__ import annotations

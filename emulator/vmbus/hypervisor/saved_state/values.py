@@ -1,10 +1,11 @@
-"""A partition's state as plain values, and the functions that capture it from live objects.
+"""The state of a partition as plain values, and how they are captured.
 
 Source: docs/protocol/saving.md#hypervisor-state, docs/conformance.md#row-55.
 
-Nothing here refers to a live object. Guest pages (message slots, event flags, hypercall page, reference TSC page)
-are guest RAM and are transferred with it; these values are the state that is not in RAM.
-:class:`~vmbus.hypervisor.partition.Partition` puts them together in ``save``.
+    live objects --capture_*()--> values (here) --layout--> bytes --layout--> values --restore--> live objects
+
+No value refers to a live object. Guest pages (message slots, event flags, hypercall page, reference TSC page) are not
+part of the state: they are guest RAM and are transferred with it.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class PartitionState:
     vps: tuple[VpState, ...]
 
 
-def save_reference_time(time: ReferenceTime) -> ReferenceTimeState:
+def capture_reference_time(time: ReferenceTime) -> ReferenceTimeState:
     """Capture reference time and the constants that were published last."""
     scaling = time.scaling
     return ReferenceTimeState(
@@ -103,13 +104,13 @@ def save_reference_time(time: ReferenceTime) -> ReferenceTimeState:
     )
 
 
-def save_vp(assist_page: PageOverlay, synic: VpSynic, timers: Iterable[SyntheticTimer]) -> VpState:
+def capture_vp(assist_page: PageOverlay, synic: VpSynic, timers: Iterable[SyntheticTimer]) -> VpState:
     """Capture one virtual processor."""
     return VpState(
         assist_page=assist_page.value,
         scontrol=synic.scontrol,
-        siefp=_save_page(synic.siefp),
-        simp=_save_page(synic.simp),
+        siefp=_capture_page(synic.siefp),
+        simp=_capture_page(synic.simp),
         sints=tuple(synic.sint_values),
         messages=tuple(
             QueuedMessage(sint, int(message.message_type), message.payload, message.timer, message.expiration)
@@ -121,5 +122,5 @@ def save_vp(assist_page: PageOverlay, synic: VpSynic, timers: Iterable[Synthetic
     )
 
 
-def _save_page(page: PageOverlay) -> PageState:
+def _capture_page(page: PageOverlay) -> PageState:
     return PageState(page.value, page.last_gpn)
