@@ -1,8 +1,8 @@
-"""What the pure state machines need from the world, as protocols.
+"""What the pure state machines need of the machine, as protocols.
 
-``hypervisor``, ``bus`` and ``device`` know nothing of QEMU. They are given objects of these shapes: the real
-ones live in ``vmbus.machine``, fast fakes in ``vmbus.testing.fakes``. All calls are made from one thread (the
-event loop's), none of them blocks.
+``hypervisor``, ``bus`` and devices do not depend on QEMU. They get objects of these types: :mod:`vmbus.machine` has
+the real ones, :mod:`vmbus.testing.fakes` fast fakes. All calls are made from one thread (the event loop's), and none
+of them blocks.
 """
 
 from __future__ import annotations
@@ -23,84 +23,87 @@ class GuestPages(Protocol):
 
     @property
     def size(self) -> int:
-        """Bytes in all."""
+        """Bytes of all pages."""
 
     def read(self, offset: int, length: int) -> bytes:
-        """A private copy."""
+        """Return a private copy."""
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Store ``data``; no promise of atomicity or order beyond x86 program order."""
 
     def load_u32(self, offset: int) -> int:
-        """One aligned 32-bit load (``offset`` is a multiple of 4)."""
+        """Make one aligned 32-bit load (``offset`` is a multiple of 4)."""
 
     def store_u32(self, offset: int, value: int) -> None:
-        """One aligned 32-bit store."""
+        """Make one aligned 32-bit store."""
 
     def address_u32(self, offset: int) -> int:
-        """Where that word lies in this process, for compiled code to look at; 0 if it cannot."""
+        """Return the address of that word in this process, for compiled code; 0 if it has none."""
 
 
 class WritableMemory(Protocol):
     """Guest RAM that input is stored into, by any thread, through ``views``; then :meth:`finish` is called.
 
-    Until then nobody else knows of what was stored: the guest is told of it afterwards, and the machine is not saved
+    Until then the stores are not logged: report the input to the guest only afterwards, and do not save the machine
     in between.
     """
 
     @property
     def views(self) -> list[memoryview]:
-        """The runs in order; one run may be several views. Empty once finished."""
+        """The runs in order; one run may have several views. Empty after :meth:`finish`."""
 
     def finish(self, length: int) -> None:
-        """The first ``length`` bytes, at most, were stored. In the event loop's thread, once; drops the views."""
+        """Log that at most the first ``length`` bytes were stored, and drop the views.
+
+        Called once, in the event loop's thread.
+        """
 
 
 class GuestMemory(Protocol):
-    """The one way into guest RAM. Addresses are guest physical (GPA), lengths in bytes."""
+    """Guest RAM; no other code may access it. Addresses are guest physical (GPA), lengths in bytes."""
 
     def is_ram(self, gpa: int, length: int) -> bool:
-        """Whether all of ``[gpa, gpa + length)`` is RAM."""
+        """Return whether all of ``[gpa, gpa + length)`` is RAM."""
 
     def read(self, gpa: int, length: int) -> bytes:
-        """A private copy. Raises :class:`~vmbus.errors.GuestAddressError`."""
+        """Return a private copy. Raises :class:`~vmbus.errors.GuestAddressError`."""
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Store ``data``. Raises :class:`~vmbus.errors.GuestAddressError`."""
 
     def write_code(self, gpa: int, data: bytes) -> None:
-        """Store instructions: always through QEMU, so that no stale translation survives."""
+        """Store instructions, always through QEMU, which then drops stale translations."""
 
     def readable(self, runs: Sequence[tuple[int, int]]) -> list[memoryview]:
-        """Guest RAM in place: views of the ``(address, bytes)`` runs in order, for output without a copy.
+        """Return views of guest RAM at the ``(address, bytes)`` runs, in order, for output without a copy.
 
-        The guest may change what is in them at any time, so nothing in them may be checked and then used. Drop them
-        before the machine goes. Raises :class:`~vmbus.errors.GuestAddressError`.
+        The guest may change the contents at any time, so nothing in them may be checked and then used. Drop the views
+        before the machine is closed. Raises :class:`~vmbus.errors.GuestAddressError`.
         """
 
     def writable(self, runs: Sequence[tuple[int, int]]) -> WritableMemory:
-        """Guest RAM in place, for input without a copy: see :class:`WritableMemory`.
+        """Return views of guest RAM for input without a copy: see :class:`WritableMemory`.
 
         Raises :class:`~vmbus.errors.GuestAddressError`, before anything can be stored.
         """
 
     def pages(self, pfns: Sequence[int]) -> GuestPages:
-        """The pages with these page frame numbers, in this order.
+        """Return the pages with these page frame numbers, in this order.
 
         Raises :class:`~vmbus.errors.GuestAddressError` if one of them is not RAM.
         """
 
     def fence(self) -> None:
-        """A full memory fence: earlier stores are visible before later loads are made."""
+        """Make a full memory fence: earlier stores are visible before later loads are made."""
 
 
 class Interrupts(Protocol):
     """Raises interrupts in the guest."""
 
     def request(self, vp: int, vector: int, *, auto_eoi: bool = False) -> None:
-        """Edge-triggered fixed interrupt ``vector`` on virtual processor ``vp``; returns at once.
+        """Raise the edge-triggered fixed interrupt ``vector`` on virtual processor ``vp``; return at once.
 
-        ``auto_eoi``: the guest will not write EOI; the local APIC must forget the interrupt by itself.
+        ``auto_eoi``: the guest will not write EOI, so the local APIC must clear the interrupt in service itself.
         """
 
 
@@ -108,14 +111,14 @@ class ReferenceClock(Protocol):
     """Reference time of the partition (TLFS 12.5), in units of 100 ns since its creation."""
 
     def now(self) -> int:
-        """The counter; never goes back."""
+        """Return the counter, which never goes backwards."""
 
 
 class TimerHandle(Protocol):
-    """A timer that can be called off."""
+    """A timer that can be cancelled."""
 
     def cancel(self) -> None:
-        """No effect if it has fired."""
+        """Cancel the timer; no effect if it has fired."""
 
 
 class Timers(Protocol):
@@ -132,10 +135,10 @@ class Workers(Protocol):
     """Threads for work that blocks: files, sockets, name look-up."""
 
     def run(self, work: Callable[[], None], done: Callable[[Exception | None], None], /) -> None:
-        """Call ``work`` in another thread, then ``done`` in the event loop's, with what ``work`` raised.
+        """Call ``work`` in another thread, then ``done`` in the event loop's, with the exception of ``work`` or None.
 
-        ``work`` leaves its result where ``done`` finds it. Many may be asked for: they wait for a free thread in
-        order, and those that end at about the same time are reported together.
+        ``work`` stores its result for ``done``. Any number may be submitted: they wait for a free thread in order,
+        and those that end at about the same time are reported together.
         """
 
     def transfer(
@@ -148,29 +151,29 @@ class Workers(Protocol):
         done: Callable[[int], None],
         /,
     ) -> bool:
-        """Read or write a file without a thread, if that is possible: otherwise False, and nothing happens.
+        """Read or write a file without a thread; return False, and do nothing, where that is not possible.
 
-        ``done`` gets the bytes transferred, or minus an errno; ``flags`` are those of preadv2(2). The file stays
-        open and the views stay valid until then.
+        ``done`` gets the number of bytes transferred, or a negative errno; ``flags`` are those of preadv2(2). The
+        file must stay open and the views valid until then.
         """
 
     def watch(self, fd: int, readable: Callable[[], None], /) -> Callable[[], None] | None:
-        """Call ``readable`` in the event loop's thread whenever a socket has something to read.
+        """Call ``readable`` in the event loop's thread whenever socket ``fd`` is readable.
 
-        What to call to end that, before the socket is closed; both from any thread. ``None`` where there is no event
-        loop.
+        Return a function that ends this, to be called before the socket is closed; ``None`` where there is no event
+        loop. Both may be called from any thread.
         """
 
     def expect(
         self, done: Callable[[Exception | None], None], /
     ) -> Callable[[Exception | None], None] | None:
-        """Work is done elsewhere, in threads of the device's own: what to call when it has ended, from any thread.
+        """Announce work in threads of the device's own; return a function to call when it ends, from any thread.
 
-        ``done`` follows in the event loop's. ``None`` where there is no event loop: the work is to be waited for.
+        ``done`` is then called in the event loop's thread. ``None`` where there is no event loop: wait for the work.
         """
 
     def submit(self) -> None:
-        """Begin the transfers that were asked for; without it they begin in the next turn of the event loop."""
+        """Begin the submitted transfers at once, instead of in the next turn of the event loop."""
 
 
 class FastOwner(Protocol):
@@ -303,7 +306,7 @@ class NativeServices(Protocol):
 
 
 class Synic(Protocol):
-    """The host side of the guest's synthetic interrupt controllers, and of its connection ids."""
+    """The host's side of the guest's synthetic interrupt controllers and connection ids."""
 
     @property
     def vp_count(self) -> int:
@@ -313,16 +316,16 @@ class Synic(Protocol):
         """Queue a channel message (type 1, at most 240 bytes) for slot ``sint`` of ``vp``; order is kept."""
 
     def queued_messages(self, vp: int, sint: int) -> int:
-        """How many messages wait for that slot."""
+        """Return how many messages wait for that slot."""
 
     def discard_messages(self) -> None:
-        """Forget every queued channel message that is not yet in a slot."""
+        """Drop every queued channel message that is not in a slot yet."""
 
     def signal_event(self, vp: int, sint: int, flag: int) -> None:
         """Set event flag ``flag`` (0..2047) and interrupt; dropped when the SynIC of ``vp`` is not set up."""
 
     def connect_event_port(self, connection_id: int, signalled: Callable[[], None]) -> None:
-        """Let HvSignalEvent on ``connection_id`` call ``signalled``."""
+        """Call ``signalled`` for every HvSignalEvent on ``connection_id``."""
 
     def disconnect_event_port(self, connection_id: int) -> None:
-        """The id is unknown from now on."""
+        """Make the id unknown again."""

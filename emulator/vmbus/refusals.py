@@ -1,8 +1,8 @@
-"""What was refused, how often, and why: one object for each thing that refuses guest input.
+"""Counters of refused guest input, one object for each part that refuses.
 
-A reason is a short name that never changes (``gpadl-unknown-relid``), never text that a guest can choose, so
-the counters stay few. A hostile guest can cause a refusal at any rate; the log gets at most one line a second
-for each reason, which says how many were left out.
+A reason is a short name that never changes (``gpadl-unknown-relid``), never text that a guest can choose, so there
+are few counters. A hostile guest can cause refusals at any rate; the log gets at most one line per second and reason,
+which tells how many were not logged.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable
 
 LOG_INTERVAL = 1.0
-"""Seconds between two lines of one reason."""
+"""Minimum seconds between two log lines of one reason."""
 
 
 class Refusals:
     """Counts and logs the refusals of ``owner`` (``"bus"``, ``"channel 3 (heartbeat)"``).
 
-    ``clock`` gives seconds and never goes back.
+    ``clock`` returns seconds and never goes backwards.
     """
 
     def __init__(
@@ -51,5 +51,5 @@ class Refusals:
 
     @property
     def total(self) -> int:
-        """How many refusals there were, of all reasons."""
+        """The number of refusals, of all reasons."""
         return sum(self.counts.values())

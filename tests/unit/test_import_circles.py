@@ -44,7 +44,7 @@ def imports(source: str, modules: Mapping[str, str]) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in modules)
-        elif isinstance(node, ast.ImportFrom) and node.module in modules:
+        elif isinstance(node, ast.ImportFrom) and node.module is not None and node.module in modules:
             for alias in node.names:
                 below = f"{node.module}.{alias.name}"
                 yield below if below in modules else node.module

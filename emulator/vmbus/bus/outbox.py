@@ -56,7 +56,7 @@ class Outbox:
         self._forget_delivered(target)
 
     def pause(self, by: str) -> None:
-        """Send nothing until everybody who paused has resumed."""
+        """Send nothing until :meth:`resume` was called by each name that has paused."""
         self._paused_by.add(by)
 
     def resume(self, by: str) -> None:

@@ -160,7 +160,7 @@ class Bus:
         self.connection.target = HOME
         self._disconnect(NextAction.NONE, reserved_too=True)
 
-    # ---- for devices
+    # --- for devices ---
 
     @property
     def channels(self) -> tuple[Channel, ...]:
@@ -357,7 +357,7 @@ class Bus:
         return True
 
     def monitor_changed(self) -> None:
-        """Look again at which channels have a monitor bit: one of them was opened or closed."""
+        """Start or stop polling the monitor page: a channel with a monitor bit was opened or closed."""
         self._monitor.update()
 
     # --- connecting and disconnecting ---

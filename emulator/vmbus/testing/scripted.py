@@ -1,4 +1,4 @@
-"""A guest that follows a script, and an endpoint that writes down what it is told: for tests of the bus.
+"""A guest that follows a script, and an endpoint that records its calls: for tests of the bus.
 
     guest = ScriptedGuest.on_fakes()
     channel = guest.bus.offer(an_offer("echo"), endpoint := RecordingEndpoint())
@@ -6,7 +6,7 @@
     guest.open_channel(channel.relid)       # GPADL, OPENCHANNEL
     assert endpoint.calls[-1] == "opened"
 
-Every call returns what the host answered, parsed, in order; ``take`` gives what it said by itself.
+Every call returns the host's answers, parsed, in order; ``take`` returns the messages that answer no call.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ FIRST_GPADL_ID = 0xE1E10
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A message from the host: where it went, its number and its parsed body."""
+    """A message from the host: its target, its number and its parsed body."""
 
     vp: int
     sint: int
@@ -82,7 +82,7 @@ class Answer:
 
 
 def parse_host_message(payload: bytes) -> tuple[MessageType, Any]:
-    """Number and body of a host's message, in the longest form that its length allows."""
+    """Return number and body of a host's message, in the longest form that its length allows."""
     number = MessageType(int.from_bytes(payload[:4], "little"))
     rule = MESSAGES[number]
     forms = [rule.record, *(record for _, record in rule.longer)]
@@ -91,14 +91,14 @@ def parse_host_message(payload: bytes) -> tuple[MessageType, Any]:
 
 
 def an_offer(name: str = "device", *, interface: int = 1, instance: int | None = None, **more: Any) -> Offer:
-    """An offer with small numbers for GUIDs; the instance follows from the name if not given."""
+    """Return an offer with small numbers for GUIDs; the default instance is derived from the name."""
     if instance is None:
         instance = int.from_bytes(name.encode()[:8], "big")
     return Offer(uuid.UUID(int=interface), uuid.UUID(int=instance), name=name, **more)
 
 
 class ForgetfulEndpoint:
-    """Notes its calls; refuses or defers what it is told to. It cannot be restored."""
+    """An endpoint that records its calls, and refuses or defers them on request. It cannot be restored."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -153,7 +153,7 @@ class ForgetfulEndpoint:
 
 
 class RecordingEndpoint(ForgetfulEndpoint):
-    """One that can be restored."""
+    """A :class:`ForgetfulEndpoint` that can be restored."""
 
     def restored(self, channel: EndpointChannel) -> None:
         self._note("restored")
@@ -163,7 +163,7 @@ class RecordingEndpoint(ForgetfulEndpoint):
 
 
 class ScriptedGuest:
-    """Speaks to a bus as a guest does, over fakes."""
+    """A guest that posts messages to a bus over fakes."""
 
     def __init__(self, bus: Bus, synic: FakeSynic, memory: FakeMemory, timers: FakeTimers) -> None:
         self.bus = bus
@@ -179,7 +179,7 @@ class ScriptedGuest:
 
     @classmethod
     def on_fakes(cls, *, vp_count: int = 4, memory_size: int = 16 << 20, **options: Any) -> ScriptedGuest:
-        """A guest, and a :class:`Bus` made with ``options``, over new fakes."""
+        """Return a guest and a :class:`Bus`, made with ``options``, over new fakes."""
         memory, synic, timers = FakeMemory(memory_size), FakeSynic(vp_count), FakeTimers()
         bus = Bus(memory=memory, synic=synic, timers=timers, **options)
         return cls(bus, synic, memory, timers)
@@ -190,15 +190,15 @@ class ScriptedGuest:
         return self.bus.save()
 
     def another_bus(self, **options: Any) -> Bus:
-        """A bus in another process, as it were: the same memory and SynIC, but timers of its own."""
+        """Return a bus as in another process: with the same memory and SynIC, and new timers."""
         self.synic.ports.clear()
         self.timers = FakeTimers()
         return Bus(memory=self.memory, synic=self.synic, timers=self.timers, **options)
 
-    # ---- what every message needs
+    # --- messages ---
 
     def post(self, payload: bytes, *, connection_id: int | None = None, **more: Any) -> PostResult:
-        """Post a message as the machine does (a promise where the bus gives one), and take nothing."""
+        """Post a message as the machine does, acknowledged early where the bus allows it; take no answers."""
         connection = self.connection_id if connection_id is None else connection_id
         if not more and self.bus.can_acknowledge_early(payload):
             self.bus.handle_acknowledged(connection, payload)
@@ -206,7 +206,7 @@ class ScriptedGuest:
         return self.bus.handle_message(0, connection, payload, **more)
 
     def take(self) -> list[Answer]:
-        """What the host has said since the last time."""
+        """Return the messages of the host since the last call."""
         taken = []
         while self.synic.messages:
             vp, sint, payload = self.synic.messages.popleft()
@@ -215,14 +215,14 @@ class ScriptedGuest:
         return taken
 
     def ask(self, payload: bytes, **more: Any) -> list[Any]:
-        """Post a message; the bodies of what the host says to it."""
+        """Post a message; return the bodies of the messages that the host sends."""
         result = self.post(payload, **more)
         if result is not PostResult.OK:
             raise InternalError(f"the host answered {result}")
         return [answer.message for answer in self.take()]
 
     def pages(self, count: int) -> list[int]:
-        """Page frame numbers that nobody has used yet; the last 16 pages of RAM are never given."""
+        """Return page frame numbers that were not used before; the last 16 pages of RAM are never used."""
         first = self._next_page
         self._next_page += count
         if not self.memory.is_ram(first * PAGE_SIZE, (count + 16) * PAGE_SIZE):
@@ -230,10 +230,10 @@ class ScriptedGuest:
         return list(range(first, first + count))
 
     def new_gpadl_id(self) -> int:
-        """An id as Linux chooses them."""
+        """Return a GPADL id as Linux chooses them."""
         return next(self._gpadl_ids)
 
-    # ---- the connection
+    # --- the connection ---
 
     def contact(
         self,
@@ -248,7 +248,7 @@ class ScriptedGuest:
         client_id: uuid.UUID | None = None,
         **more: Any,
     ) -> list[Any]:
-        """INITIATE_CONTACT; the answers."""
+        """Send INITIATE_CONTACT; return the answers."""
         info = TARGET_INFO.build(TargetInfo(sint, vtl, int(features)))
         if version < Version.WIN10_RS3_1:
             info = (interrupt_page or 0).to_bytes(8, "little")
@@ -265,24 +265,24 @@ class ScriptedGuest:
         return answers
 
     def request_offers(self) -> list[OfferChannel]:
-        """REQUESTOFFERS; the offers, without the end mark."""
+        """Send REQUESTOFFERS; return the offers, without ALLOFFERS_DELIVERED."""
         return [
             each for each in self.ask(REQUESTOFFERS.build(HeaderOnly())) if isinstance(each, OfferChannel)
         ]
 
     def connect(self, version: int = Version.IRON, **more: Any) -> list[OfferChannel]:
-        """Contact, then offers."""
+        """Send INITIATE_CONTACT and REQUESTOFFERS; return the offers."""
         self.contact(version, **more)
         return self.request_offers()
 
     def unload(self) -> list[Any]:
-        """UNLOAD; the answers."""
+        """Send UNLOAD; return the answers."""
         return self.ask(UNLOAD.build(HeaderOnly()))
 
-    # ---- GPADLs
+    # --- GPADLs ---
 
     def post_ranges(self, relid: int, ranges: Sequence[GpaRange], gpadl_id: int | None = None) -> list[Any]:
-        """Share ``ranges``; the answers."""
+        """Share ``ranges``; return the answers."""
         gpadl_id = self.new_gpadl_id() if gpadl_id is None else gpadl_id
         answers = []
         for message in split_gpadl(relid, gpadl_id, ranges):
@@ -290,7 +290,7 @@ class ScriptedGuest:
         return answers
 
     def share(self, relid: int, count: int = 8, gpadl_id: int | None = None) -> int:
-        """Share ``count`` new pages, which must succeed; the GPADL id."""
+        """Share ``count`` new pages, which must succeed; return the GPADL id."""
         gpadl_id = self.new_gpadl_id() if gpadl_id is None else gpadl_id
         answers = self.post_ranges(relid, [GpaRange(count * PAGE_SIZE, 0, self.pages(count))], gpadl_id)
         if answers != [GpadlCreated(relid, gpadl_id, STATUS_SUCCESS)]:
@@ -298,16 +298,16 @@ class ScriptedGuest:
         return gpadl_id
 
     def share_raw(self, relid: int, count: int = 8) -> int:
-        """Share ``count`` new pages, whatever the host says to it; the GPADL id."""
+        """Share ``count`` new pages, whatever the host answers; return the GPADL id."""
         gpadl_id = self.new_gpadl_id()
         self.post_ranges(relid, [GpaRange(count * PAGE_SIZE, 0, self.pages(count))], gpadl_id)
         return gpadl_id
 
     def teardown(self, relid: int, gpadl_id: int) -> list[GpadlTorndown]:
-        """GPADL_TEARDOWN; the answers."""
+        """Send GPADL_TEARDOWN; return the answers."""
         return self.ask(GPADL_TEARDOWN.build(GpadlTeardown(relid, gpadl_id)))
 
-    # ---- channels
+    # --- channels ---
 
     def open(
         self,
@@ -321,7 +321,7 @@ class ScriptedGuest:
         event_flag: int = 0,
         open_flags: int = 0,
     ) -> list[OpenResult]:
-        """OPENCHANNEL, in the form that the agreed features ask for; the answers."""
+        """Send OPENCHANNEL in the form of the agreed features; return the answers."""
         message = (relid, relid if open_id is None else open_id, gpadl_id, vp, downstream, bytes(120))
         long = Feature.GUEST_SPECIFIED_SIGNAL_PARAMETERS | Feature.CHANNEL_INTERRUPT_REDIRECTION
         if self.features & long:
@@ -330,7 +330,7 @@ class ScriptedGuest:
         return self.ask(OPENCHANNEL.build(OpenChannel(*message)))
 
     def open_channel(self, relid: int, **more: Any) -> int:
-        """Share 8 pages and open with them, which must succeed; the GPADL id."""
+        """Share 8 pages and open with them, which must succeed; return the GPADL id."""
         gpadl_id = self.share(relid)
         answers = self.open(relid, gpadl_id, **more)
         if [answer.status for answer in answers] != [STATUS_SUCCESS]:
@@ -338,21 +338,21 @@ class ScriptedGuest:
         return gpadl_id
 
     def close(self, relid: int) -> list[Any]:
-        """CLOSECHANNEL; what the host says to it (nothing, as a rule)."""
+        """Send CLOSECHANNEL; return what the host sends (usually nothing)."""
         return self.ask(CLOSECHANNEL.build(ChannelOnly(relid)))
 
     def release(self, relid: int) -> list[Any]:
-        """RELID_RELEASED."""
+        """Send RELID_RELEASED; return what the host sends."""
         return self.ask(RELID_RELEASED.build(ChannelOnly(relid)))
 
     def modify(self, relid: int, vp: int) -> list[Any]:
-        """MODIFYCHANNEL."""
+        """Send MODIFYCHANNEL; return the answers."""
         return self.ask(MODIFYCHANNEL.build(ModifyChannel(relid, vp)))
 
     def open_reserved(self, relid: int, gpadl_id: int, *, vp: int = 0, sint: int = 5) -> list[Any]:
-        """OPEN_RESERVED_CHANNEL."""
+        """Send OPEN_RESERVED_CHANNEL; return the answers."""
         return self.ask(OPEN_RESERVED_CHANNEL.build(OpenReservedChannel(relid, vp, sint, gpadl_id, 4)))
 
     def close_reserved(self, relid: int, *, vp: int = 0, sint: int = 5) -> list[Any]:
-        """CLOSE_RESERVED_CHANNEL."""
+        """Send CLOSE_RESERVED_CHANNEL; return the answers."""
         return self.ask(CLOSE_RESERVED_CHANNEL.build(CloseReservedChannel(relid, vp, sint)))

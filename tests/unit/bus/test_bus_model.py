@@ -104,7 +104,7 @@ class BusModel(RuleBasedStateMachine):
         self.opens = 0
         self.steps = 0
 
-    # ---- helpers
+    # --- helpers ---
 
     def now_and_then(self, every: int) -> bool:
         """What ends things is rare, so that the guest gets something done first."""
@@ -130,14 +130,16 @@ class BusModel(RuleBasedStateMachine):
 
     def draw_relid(self, data: st.DataObject) -> int:
         """Of a channel that there is, mostly."""
-        return data.draw(st.sampled_from([*self.model] * 4 + [1, 2, 3, 4]))
+        relid: int = data.draw(st.sampled_from([*self.model] * 4 + [1, 2, 3, 4]))
+        return relid
 
     def draw_gpadl(self, data: st.DataObject, relid: int) -> int:
         """Of a GPADL that the channel has, mostly."""
         model = self.model.get(relid)
-        return data.draw(st.sampled_from([*(model.gpadls if model else ())] * 4 + [1, 2, 3, 4]))
+        gpadl: int = data.draw(st.sampled_from([*(model.gpadls if model else ())] * 4 + [1, 2, 3, 4]))
+        return gpadl
 
-    # ---- the host's devices
+    # --- the host's devices ---
 
     @initialize(slow=st.lists(st.booleans(), min_size=1, max_size=3))
     def first_devices(self, slow: list[bool]) -> None:
@@ -211,7 +213,7 @@ class BusModel(RuleBasedStateMachine):
             wanted += self.opening(relid, model, open_id, ring)
         return wanted
 
-    # ---- the connection
+    # --- the connection ---
 
     def forget_assemblies(self, relid: int) -> None:
         self.assemblies = {key: each for key, each in self.assemblies.items() if each[0] != relid}
@@ -294,7 +296,7 @@ class BusModel(RuleBasedStateMachine):
                 wanted += self.rescind_now(relid, model)
         self.expect(wanted + self.disconnected())
 
-    # ---- GPADLs
+    # --- GPADLs ---
 
     @rule(
         data=st.data(),
@@ -352,7 +354,7 @@ class BusModel(RuleBasedStateMachine):
                 wanted = model.end_teardowns()
         assert found == wanted
 
-    # ---- channels
+    # --- channels ---
 
     def opening(self, relid: int, model: ModelChannel, open_id: int, ring: int) -> list[Said]:
         size = self.ring_pages(relid, ring) if model.gpadls.get(ring) == "accepted" else 0
@@ -435,7 +437,7 @@ class BusModel(RuleBasedStateMachine):
             wanted = [(MessageType.MODIFYCHANNEL_RESPONSE, (relid, OK if fine else BAD))]
         self.expect(wanted)
 
-    # ---- always
+    # --- always ---
 
     @invariant()
     def time_passes(self) -> None:
@@ -454,7 +456,7 @@ class BusModel(RuleBasedStateMachine):
         assert set(self.guest.synic.ports) == {2, 3} | {0x2000 | relid for relid in relids}
 
     @invariant()
-    def endpoints_are_told_in_pairs(self) -> None:
+    def endpoints_are_called_in_pairs(self) -> None:
         for channel in self.channels:
             calls = channel.endpoint.calls  # type: ignore[attr-defined]
             assert calls.count("opened") - calls.count("closed") == channel.endpoint.is_open  # type: ignore[attr-defined]

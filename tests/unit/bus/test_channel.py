@@ -359,7 +359,7 @@ def test_modify_channel_errors(connected: ScriptedGuest) -> None:
 
 
 @pytest.mark.conformance(37)
-def test_stopped_device_lets_open_and_modify_wait(
+def test_open_and_modify_wait_while_the_channel_is_paused(
     connected: ScriptedGuest, endpoint: RecordingEndpoint
 ) -> None:
     channel = connected.bus.channels[0]
@@ -389,7 +389,7 @@ def test_stopped_device_lets_open_and_modify_wait(
     assert channel.state is ChannelState.CLOSED
 
 
-def test_stopped_device_below_5_3_gets_the_latest_modification(
+def test_paused_channel_below_5_3_gets_the_latest_modification(
     connected: ScriptedGuest, endpoint: RecordingEndpoint
 ) -> None:
     connected.connect(Version.WIN10_RS5)
@@ -421,7 +421,7 @@ def test_ring_torn_down_while_an_open_waits_fails_the_open(
     assert "opened" not in endpoint.calls
 
 
-def test_unload_and_revoke_of_a_stopped_channel_that_was_to_open(
+def test_unload_and_revoke_of_a_paused_channel_that_was_to_open(
     connected: ScriptedGuest, endpoint: RecordingEndpoint
 ) -> None:
     channel = connected.bus.channels[0]
@@ -556,7 +556,7 @@ def test_paused_bus_tells_a_guest_to_retry_when_it_holds_enough(connected: Scrip
     assert connected.bus.channels[0].refusals.counts == {"close-state": MAX_INBOX}
 
 
-def test_promised_messages_are_handled_even_when_the_guest_takes_none(connected: ScriptedGuest) -> None:
+def test_acknowledged_messages_are_handled_even_when_the_guest_takes_none(connected: ScriptedGuest) -> None:
     header = split_gpadl(9, 5, [GpaRange(PAGE_SIZE, 0, [1])])[0]
     while connected.post(header) is PostResult.OK:
         pass
@@ -630,7 +630,7 @@ def test_signals_without_an_open_channel_go_nowhere(
         channel.ring_pages()
 
 
-def test_endpoint_that_raises_everywhere_harms_nobody_else(connected: ScriptedGuest) -> None:
+def test_endpoint_that_raises_everywhere_harms_no_other_channel(connected: ScriptedGuest) -> None:
     broken, sound = RecordingEndpoint(), RecordingEndpoint()
     connected.bus.offer(an_offer("broken"), broken)
     connected.bus.offer(an_offer("sound"), sound)

@@ -312,7 +312,7 @@ def test_contact_3_0_unload_contact_0_13_offers_the_channels_again(guest: Script
 
 
 @pytest.mark.conformance(12)
-def test_server_monitor_pages_are_told_when_negotiated() -> None:
+def test_server_monitor_pages_are_sent_when_negotiated() -> None:
     pages = MonitorPages(0x5000, 0x6000)
     guest = ScriptedGuest.on_fakes(supported_flags=ALL_FEATURES, server_monitor_pages=pages)
     own = (guest.pages(1)[0] * 4096, guest.pages(1)[0] * 4096)

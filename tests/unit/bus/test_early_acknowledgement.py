@@ -1,4 +1,4 @@
-"""Which messages are promised to the guest before they are acted on."""
+"""Which messages are acknowledged before the bus acts on them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def connected() -> ScriptedGuest:
 
 
 @pytest.mark.parametrize("number", list(MessageType))
-def test_only_messages_with_at_most_an_ordinary_answer_are_promised(number: MessageType) -> None:
+def test_only_messages_with_at_most_an_ordinary_answer_are_acknowledged_early(number: MessageType) -> None:
     assert connected().bus.can_acknowledge_early(message(number)) == (int(number) in EARLY_ACKNOWLEDGED)
 
 
@@ -34,13 +34,13 @@ def test_contact_unload_and_reserved_channels_wait_for_the_bus() -> None:
     }
 
 
-def test_a_paused_bus_promises_nothing() -> None:
+def test_a_paused_bus_acknowledges_nothing_early() -> None:
     guest = connected()
     guest.bus.pause()
     assert not guest.bus.can_acknowledge_early(message(MessageType.GPADL_TEARDOWN))
 
 
-def test_a_guest_that_takes_no_answers_is_promised_nothing() -> None:
+def test_a_guest_that_takes_no_answers_gets_nothing_acknowledged_early() -> None:
     guest = connected()
     header = message(MessageType.GPADL_HEADER)[:20]  # for no channel: each is answered with a failure
     posted = 0
@@ -52,7 +52,7 @@ def test_a_guest_that_takes_no_answers_is_promised_nothing() -> None:
 
 
 @pytest.mark.parametrize("junk", [b"", b"\x08", bytes(300), b"\xff" * 8])
-def test_junk_is_not_promised_or_does_no_harm(junk: bytes) -> None:
+def test_junk_is_not_acknowledged_early_or_does_no_harm(junk: bytes) -> None:
     guest = connected()
     if guest.bus.can_acknowledge_early(junk):
         guest.bus.handle_acknowledged(1, junk)

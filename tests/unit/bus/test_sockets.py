@@ -78,7 +78,7 @@ def test_host_connects_with_the_accept_byte_set(guest: ScriptedGuest) -> None:
 
 @pytest.mark.conformance(41)
 @pytest.mark.parametrize("version", [Version.WIN10, Version.WIN10_RS3_0, Version.IRON])
-def test_refusal_is_told_from_4_1(guest: ScriptedGuest, version: Version) -> None:
+def test_refusal_is_answered_from_4_1(guest: ScriptedGuest, version: Version) -> None:
     guest.connect(version)
     assert guest.ask(SHORT) == ([REFUSED] if version >= Version.WIN10_RS3_0 else [])
     assert guest.bus.refusals.counts == {}
@@ -99,7 +99,7 @@ def test_listener_may_refuse_later_or_fail(guest: ScriptedGuest, listener: Liste
     assert guest.ask(SHORT) == [REFUSED]
     guest.unload()
     guest.bus.refuse_socket(listener.requests[0])
-    assert guest.take() == [], "nobody is there to be told"
+    assert guest.take() == [], "no connection is left to answer on"
 
 
 @pytest.mark.conformance(42)

@@ -46,7 +46,7 @@ def numbers(guest: ScriptedGuest) -> list[MessageType]:
 
 
 class Move:
-    """The scripted guest's bus is saved; the state goes on in another bus with these devices."""
+    """The scripted guest's bus is saved; the state is restored in another bus with these devices."""
 
     def __init__(self, guest: ScriptedGuest) -> None:
         self.guest = guest
@@ -100,7 +100,7 @@ def test_state_without_a_connection_restores_disconnected(
 
 @pytest.mark.conformance(47)
 @pytest.mark.parametrize("early", [False, True])
-def test_open_channel_goes_on(guest: ScriptedGuest, move: Move, early: bool) -> None:
+def test_open_channel_continues(guest: ScriptedGuest, move: Move, early: bool) -> None:
     offer(guest, RecordingEndpoint(), RecordingEndpoint())
     guest.connect(vp=2)
     ring = guest.open_channel(1, vp=3)
@@ -125,7 +125,7 @@ def test_open_channel_goes_on(guest: ScriptedGuest, move: Move, early: bool) -> 
 
 
 @pytest.mark.conformance(47)
-@pytest.mark.parametrize("how", ["slow", "stopped"])
+@pytest.mark.parametrize("how", ["slow", "paused"])
 def test_open_under_way_is_asked_for_once_more_and_answered_once(
     guest: ScriptedGuest, move: Move, how: str
 ) -> None:
@@ -134,7 +134,7 @@ def test_open_under_way_is_asked_for_once_more_and_answered_once(
     (channel,) = offer(guest, slow)
     guest.connect()
     ring = guest.share(1)
-    if how == "stopped":
+    if how == "paused":
         channel.pause()
     assert guest.open(1, ring, open_id=9) == []
     endpoint = RecordingEndpoint()
@@ -295,7 +295,7 @@ def test_device_that_is_gone_is_rescinded(guest: ScriptedGuest, move: Move) -> N
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_device_that_cannot_go_on_is_rescinded_and_offered_anew(
+def test_channel_that_cannot_be_restored_is_rescinded_and_offered_anew(
     guest: ScriptedGuest, move: Move, fails: bool
 ) -> None:
     offer(guest, RecordingEndpoint())
@@ -449,7 +449,7 @@ def test_reserved_channel_survives_disconnected(guest: ScriptedGuest, move: Move
     guest.open_channel(1)
 
 
-def test_reserved_channel_whose_device_cannot_go_on_is_let_go(guest: ScriptedGuest, move: Move) -> None:
+def test_reserved_channel_that_cannot_be_restored_is_released(guest: ScriptedGuest, move: Move) -> None:
     offer(guest, RecordingEndpoint())
     guest.connect()
     guest.open_reserved(1, guest.share(1))
@@ -473,7 +473,7 @@ def test_close_of_a_reserved_channel_under_way_is_answered(guest: ScriptedGuest,
     assert (answer.vp, answer.sint, answer.message) == (2, 9, ChannelOnly(1))
 
 
-def test_guests_choice_of_signals_and_monitor_bits_go_on(guest: ScriptedGuest) -> None:
+def test_guests_choice_of_signals_and_monitor_bits_are_restored(guest: ScriptedGuest) -> None:
     flags = OfferFlags.REQUEST_MONITORED_NOTIFICATION
     guest.bus.offer(an_offer(flags=flags), RecordingEndpoint())
     pages = [pfn * PAGE_SIZE for pfn in guest.pages(2)]
@@ -497,7 +497,7 @@ def test_guests_choice_of_signals_and_monitor_bits_go_on(guest: ScriptedGuest) -
     assert len(endpoint.calls) == calls + 1
 
 
-def test_subchannels_go_on_with_their_primary(guest: ScriptedGuest) -> None:
+def test_subchannels_are_restored_with_their_primary(guest: ScriptedGuest) -> None:
     def devices(bus: Bus) -> list[RecordingEndpoint]:
         endpoints = [RecordingEndpoint(), RecordingEndpoint()]
         for index, endpoint in enumerate(endpoints):
@@ -517,7 +517,7 @@ def test_subchannels_go_on_with_their_primary(guest: ScriptedGuest) -> None:
     assert guest.close(1) == [ChannelOnly(2)]
 
 
-def test_source_goes_on_when_the_move_is_called_off(guest: ScriptedGuest) -> None:
+def test_source_resumes_when_the_migration_is_cancelled(guest: ScriptedGuest) -> None:
     endpoint = RecordingEndpoint()
     offer(guest, endpoint)
     guest.connect()

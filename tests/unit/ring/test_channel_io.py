@@ -31,13 +31,13 @@ INSTANCE = uuid.UUID("0b1a4c4e-97aa-4f87-8bd1-2a9f5a1e0c22")
 
 
 class Recorder(Device):
-    """Notes what it is told; ``react`` is what it does with a packet."""
+    """A device that records its calls; ``react`` handles a packet."""
 
     name = "recorder"
 
     def __init__(self, react: Callable[[ChannelIo, Packet], None] | None = None) -> None:
         self.react = react or (lambda io, packet: io.answer(packet, packet.payload))
-        self.told: list[str] = []
+        self.calls: list[str] = []
         self.packets: list[Packet] = []
         self.completions: list[Packet] = []
         self.refusals: list[str] = []
@@ -48,7 +48,7 @@ class Recorder(Device):
         return Offer(INTERFACE, INSTANCE, name=self.name)
 
     def opened(self, io: ChannelIo) -> None:
-        self.told.append("opened")
+        self.calls.append("opened")
         self.on_open(io)
 
     def packet(self, io: ChannelIo, packet: Packet) -> None:
@@ -63,14 +63,14 @@ class Recorder(Device):
         super().refused(io, packet, error)
 
     def writable(self, io: ChannelIo) -> None:
-        self.told.append("writable")
+        self.calls.append("writable")
         self.on_writable(io)
 
     def closed(self, io: ChannelIo) -> None:
-        self.told.append("closed")
+        self.calls.append("closed")
 
     def restored(self, io: ChannelIo) -> None:
-        self.told.append("restored")
+        self.calls.append("restored")
 
 
 def ignore(io: ChannelIo, packet: Packet) -> None:
@@ -99,7 +99,7 @@ def guest(device: Recorder) -> Iterator[LoopbackGuest]:
         yield guest
 
 
-# --- one packet, many packets -----------------------------------------------------------------------------
+# --- one packet, many packets ---
 
 
 def test_a_request_is_answered_by_a_completion_with_its_id(guest: LoopbackGuest) -> None:
@@ -190,7 +190,7 @@ def test_packets_that_lie_in_the_ring_at_the_open_are_taken(device: Recorder) ->
     assert ids(device.packets) == [0, 1]
 
 
-# --- completions the other way ----------------------------------------------------------------------------
+# --- completions the other way ---
 
 
 def test_the_guest_completes_what_the_host_asked_for(guest: LoopbackGuest, device: Recorder) -> None:
@@ -204,7 +204,7 @@ def test_the_guest_completes_what_the_host_asked_for(guest: LoopbackGuest, devic
     assert device.packets == []
 
 
-def test_completions_that_nobody_asked_for_are_refused(guest: LoopbackGuest, device: Recorder) -> None:
+def test_completions_that_were_not_requested_are_refused(guest: LoopbackGuest, device: Recorder) -> None:
     guest.send(kind=COMPLETION, transaction_id=9)
     guest.io.send(b"", transaction_id=9, completion_requested=True)
     guest.run()
@@ -215,7 +215,7 @@ def test_completions_that_nobody_asked_for_are_refused(guest: LoopbackGuest, dev
     assert guest.io.state is IoState.RUNNING
 
 
-# --- what a device does wrong -----------------------------------------------------------------------------
+# --- what a device does wrong ---
 
 
 def test_a_second_completion_is_the_devices_error(device: Recorder) -> None:
@@ -271,7 +271,7 @@ def test_a_device_that_raises_costs_its_channel_only(
         guest.doorbell()
         assert len(device.packets) == 3
         assert guest.io.refusals.counts == {"device-error": 1}
-    assert device.told == ["opened", "closed"]
+    assert device.calls == ["opened", "closed"]
     assert any(record.exc_info for record in caplog.records)
 
 
@@ -279,9 +279,9 @@ def test_a_failed_channel_works_again_when_it_is_opened_anew(device: Recorder) -
     guest = LoopbackGuest(device)
     guest.open()
     guest.put(guest_packet(kind=0))
-    assert guest.io.state is IoState.FAILED
+    failed = guest.io.state
     guest.close()
-    assert guest.io.state is IoState.CLOSED
+    assert (failed, guest.io.state) == (IoState.FAILED, IoState.CLOSED)
     guest.open()
     guest.put(*numbered(2))
     assert (guest.io.failure, ids(guest.receive())) == ("", [0, 1])
@@ -368,7 +368,7 @@ def test_a_channel_that_the_device_closes_from_inside_is_not_touched_any_more(de
     assert guest.io.state is IoState.CLOSED
 
 
-# --- what a guest does wrong ------------------------------------------------------------------------------
+# --- what a guest does wrong ---
 
 
 @pytest.mark.parametrize(
@@ -410,7 +410,7 @@ def test_rings_that_are_none_are_refused_at_the_open(device: Recorder) -> None:
     guest.channel.incoming = guest.memory.pages([3])
     with pytest.raises(RingError):
         guest.open()
-    assert (guest.io.state, device.told) == (IoState.CLOSED, [])
+    assert (guest.io.state, device.calls) == (IoState.CLOSED, [])
 
 
 def test_a_packet_that_fits_the_driver_but_not_the_guests_ring_stops_the_channel(device: Recorder) -> None:
@@ -518,7 +518,7 @@ def test_no_more_is_owed_than_the_limit(device: Recorder, monkeypatch: pytest.Mo
         assert ids(device.packets) == list(range(100))
 
 
-# --- fairness ---------------------------------------------------------------------------------------------
+# --- fairness ---
 
 
 def test_one_channel_does_not_starve_the_others() -> None:
@@ -550,7 +550,7 @@ def test_room_is_given_back_batch_by_batch(device: Recorder) -> None:
     assert seen == [0] * BATCH_PACKETS + [BATCH_PACKETS * 32] * BATCH_PACKETS
 
 
-# --- blocked, and resumed ---------------------------------------------------------------------------------
+# --- blocked and paused input ---
 
 
 @pytest.mark.conformance(57)
@@ -610,10 +610,10 @@ def test_writable_comes_once_for_each_wish(guest: LoopbackGuest, device: Recorde
     guest.io.notify_room()
     guest.run()
     guest.doorbell()
-    assert device.told.count("writable") == 1
+    assert device.calls.count("writable") == 1
 
 
-def test_held_packets_wait_in_the_ring(device: Recorder) -> None:
+def test_packets_wait_in_the_ring_while_input_is_paused(device: Recorder) -> None:
     def react(io: ChannelIo, packet: Packet) -> None:
         if packet.transaction_id == 3:
             io.pause_input()
@@ -632,7 +632,7 @@ def test_held_packets_wait_in_the_ring(device: Recorder) -> None:
         assert ids(device.packets) == list(range(10))
 
 
-# --- races with a guest that runs -------------------------------------------------------------------------
+# --- races with a guest that runs ---
 
 
 def test_a_packet_that_comes_just_before_the_host_sleeps_is_taken(device: Recorder) -> None:
@@ -641,7 +641,7 @@ def test_a_packet_that_comes_just_before_the_host_sleeps_is_taken(device: Record
     late = iter(range(3))
 
     def act(access: str, offset: int) -> None:
-        # The host's last look is past, its mask still seen: the guest writes without a signal.
+        # The host has loaded the write index, and the guest still sees the mask: it writes without a signal.
         if (access, offset) == ("store", 8) and pages.load_u32(8) == 0:
             pages.store_u32(8, 1)
             for n in late:
@@ -675,7 +675,7 @@ def test_room_that_comes_just_when_the_host_begins_to_wait_is_used(device: Recor
     assert got + ids(guest.receive()) == list(range(200))
 
 
-# --- paused, saved, resumed -------------------------------------------------------------------------------
+# --- paused, saved, restored ---
 
 
 @pytest.mark.conformance(39)
@@ -720,7 +720,7 @@ def test_a_pause_in_the_middle_of_a_batch_leaves_the_rest_in_the_ring(device: Re
         assert ids(guest.receive()) == list(range(10))
 
 
-def test_a_saved_channel_goes_on_elsewhere(device: Recorder) -> None:
+def test_a_saved_channel_is_restored_elsewhere(device: Recorder) -> None:
     device.react = ignore
     guest = LoopbackGuest(device)
     guest.open()
@@ -744,7 +744,7 @@ def test_a_saved_channel_goes_on_elsewhere(device: Recorder) -> None:
     assert guest.interrupts == interrupts + 1
     guest.io = io
     guest.run()
-    assert (heir.told, ids(heir.packets)) == (["restored"], [])  # blocked until the guest reads
+    assert (heir.calls, ids(heir.packets)) == (["restored"], [])  # blocked until the guest reads
     got = []
     while packets := guest.receive():
         got += [(packet.kind, packet.transaction_id) for packet in packets]
@@ -773,7 +773,7 @@ def test_only_a_paused_channel_is_saved_and_only_a_closed_one_takes_a_state(gues
         guest.io.restore(ChannelIoState())
 
 
-# --- timers -----------------------------------------------------------------------------------------------
+# --- timers ---
 
 
 def test_timers_of_a_channel_end_with_it_and_wait_while_it_is_paused(device: Recorder) -> None:
@@ -807,7 +807,7 @@ def test_a_timer_that_raises_fails_its_channel_only(guest: LoopbackGuest) -> Non
     assert guest.io.failure == "device-error"
 
 
-# --- looking before sleeping ------------------------------------------------------------------------------
+# --- polling before sleeping ---
 
 
 class Clock:
@@ -857,7 +857,7 @@ def test_a_busy_channel_is_looked_at_for_a_while_and_saves_doorbells(device: Rec
     assert guest.channel.incoming.load_u32(8) == 0
 
 
-def test_the_look_stops_paying_and_ends(device: Recorder) -> None:
+def test_polling_that_finds_nothing_ends(device: Recorder) -> None:
     guest, clock = looking_guest(device)
     for n in range(5):
         guest.put(*numbered(1, n))
@@ -870,11 +870,12 @@ def test_the_look_stops_paying_and_ends(device: Recorder) -> None:
     assert guest.io.counters.turns == turns + 1
 
 
-# --- the rest ---------------------------------------------------------------------------------------------
+# --- the rest ---
 
 
 def test_sub_channels_have_an_io_each(device: Recorder) -> None:
     offered: list[tuple[Offer, ChannelIo]] = []
+    guest = LoopbackGuest(device)
 
     class Bus:
         def offer(self, offer: Offer, endpoint: Any) -> Any:
@@ -884,7 +885,6 @@ def test_sub_channels_have_an_io_each(device: Recorder) -> None:
         def revoke(self, channel: Any) -> None:
             raise AssertionError
 
-    guest = LoopbackGuest(device)
     device.start(DeviceEnvironment(guest.memory, guest.timers, guest.timers.now, Bus()))
     guest.open()
     assert guest.io.subchannel_index == 0
@@ -916,7 +916,7 @@ def test_a_channel_that_was_never_opened_is_not_there(device: Recorder) -> None:
         _ = io.channel
 
 
-def test_state_given_to_a_device_that_keeps_none_is_refused(device: Recorder) -> None:
+def test_state_given_to_a_device_without_state_is_refused(device: Recorder) -> None:
     device.restore(device.save())
     with pytest.raises(DeviceError, match="has no saved state"):
         device.restore(b"something")

@@ -132,7 +132,7 @@ def test_a_copy_that_ends_inside_a_packet_is_no_error() -> None:
         assert parse_packet(IN_BAND[:cut], 0, len(IN_BAND)) is None
 
 
-# --- descriptors that stop a channel --------------------------------------------------------------------
+# --- descriptors that stop a channel ---
 
 
 def descriptor(kind: int = 6, offset: int = 2, length: int = 2, flags: int = 0) -> bytes:
@@ -180,7 +180,7 @@ def test_a_gpa_direct_packet_without_any_range_is_refused() -> None:
     assert caught.value.reason == "invalid-gpa-direct-range-count"
 
 
-# --- ranges that cost one packet ------------------------------------------------------------------------
+# --- ranges that cost one packet ---
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_a_packet_that_no_descriptor_can_describe_is_not_built() -> None:
     assert caught.value.reason == "invalid-message-length"
 
 
-# --- the declaration and the parser agree -----------------------------------------------------------------
+# --- the declaration and the parser agree ---
 
 GPA_RANGES = st.lists(
     st.integers(1, 3 * 4096).flatmap(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 from vmbus.bus.io import ring as ring_module
@@ -71,7 +72,7 @@ class Outgoing(Side):
         self.reader = RingReader(self.pages, 1 << 20)
 
 
-# --- opening --------------------------------------------------------------------------------------------
+# --- opening ---
 
 
 def test_opening_masks_signals_and_offers_pending_send_size() -> None:
@@ -93,7 +94,7 @@ def test_making_a_ring_stores_nothing() -> None:
     assert side.memory.ram == before
 
 
-def test_reopened_rings_go_on_where_their_indices_are() -> None:
+def test_reopened_rings_continue_where_their_indices_are() -> None:
     side = Incoming(start=512)
     side.writer.write(guest_packet(b"12345678"))
     again = IncomingRing(side.pages, side.memory)
@@ -122,7 +123,7 @@ def test_a_ring_beyond_32_bits_is_refused() -> None:
     assert caught.value.reason == "ring-too-large"
 
 
-# --- borders --------------------------------------------------------------------------------------------
+# --- borders ---
 
 ALL_OFFSETS = range(0, 4096, 8)
 
@@ -202,7 +203,7 @@ def test_the_longest_packet_of_all_is_read() -> None:
     assert side.drain() == [payload]
 
 
-# --- what is taken and given back -----------------------------------------------------------------------
+# --- what is taken and given back ---
 
 
 def test_room_is_given_back_only_by_commit() -> None:
@@ -248,7 +249,7 @@ def test_committed_packets_cannot_be_put_back() -> None:
         side.ring.untake(batch)
 
 
-# --- signals for data -----------------------------------------------------------------------------------
+# --- signals for data ---
 
 
 @pytest.mark.conformance(56)
@@ -302,7 +303,7 @@ def test_a_mask_that_the_guest_sets_is_noticed() -> None:
     assert caught.value.reason == "interrupts-externally-masked"
 
 
-# --- signals for room -----------------------------------------------------------------------------------
+# --- signals for room ---
 
 
 def full_incoming() -> Incoming:
@@ -336,7 +337,7 @@ def test_a_batch_that_makes_the_room_signals_once() -> None:
 
 
 @pytest.mark.conformance(57)
-def test_nobody_waits_nobody_is_signalled() -> None:
+def test_without_a_waiting_side_there_is_no_signal() -> None:
     side = full_incoming()
     side.ring.read_batch(127)
     assert side.ring.commit() is False
@@ -411,7 +412,7 @@ def test_a_packet_that_can_never_fit_is_refused() -> None:
     assert side.ring.write([in_band(), bytes(side.ring.largest + 8)])[0] == 1
 
 
-# --- a guest that breaks the rules ----------------------------------------------------------------------
+# --- a guest that breaks the rules ---
 
 BAD_INDICES = [4, 1, 4095, 4096, 8192, 0xFFFFFFFF, 0xFFFFFFF8, 0x80000000]
 
@@ -427,8 +428,8 @@ def test_indices_outside_the_data_are_refused(index: int) -> None:
     for offset in (WRITE_INDEX, READ_INDEX):
         side = Side()
         side.set(offset, index)
-        assert refused(lambda side=side: IncomingRing(side.pages, side.memory)) == "invalid-ring-pointer"
-        assert refused(lambda side=side: OutgoingRing(side.pages, side.memory)) == "invalid-ring-pointer"
+        assert refused(partial(IncomingRing, side.pages, side.memory)) == "invalid-ring-pointer"
+        assert refused(partial(OutgoingRing, side.pages, side.memory)) == "invalid-ring-pointer"
     side = Incoming()
     side.set(WRITE_INDEX, index)
     assert refused(lambda: side.ring.read_batch(1)) == "invalid-ring-pointer"
@@ -487,7 +488,7 @@ def test_the_guest_cannot_move_the_indices_that_the_host_owns() -> None:
     assert out.get(WRITE_INDEX) == 64
 
 
-def test_a_write_index_that_goes_back_harms_nobody() -> None:
+def test_a_write_index_that_goes_backwards_does_no_harm() -> None:
     side = Incoming()
     side.writer.write(*[guest_packet(bytes([n])) for n in range(10)])
     assert len(side.ring.read_batch(5)) == 5

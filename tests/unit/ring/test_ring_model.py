@@ -1,7 +1,7 @@
 """Both rings against a model: any order of writes, reads, masks and waits keeps every packet, once, in order.
 
 The guest's sides are ``RingWriter`` and ``RingReader``, which share no code with the host's. Besides the packets
-the model checks that nobody sleeps for ever: a side that may sleep while there is something for it to do must
+the model checks that no side sleeps for ever: a side that may sleep while there is something for it to do must
 have been signalled.
 """
 

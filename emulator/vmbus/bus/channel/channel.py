@@ -146,7 +146,7 @@ class Channel:
     def ring_pages(self) -> tuple[GuestPages, GuestPages]:
         """Return the pages of both rings: guest to host (incoming), host to guest (outgoing).
 
-        Raises :class:`ProtocolError` when the channel is not open, or its GPADL holds no two rings.
+        Raises :class:`ProtocolError` when the channel is not open, or its GPADL is too small for two rings.
         """
         if self.request is None:
             raise ProtocolError("ring-not-open")

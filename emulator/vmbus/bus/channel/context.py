@@ -35,7 +35,7 @@ class ChannelHost(Protocol):
         """Signal through the interrupt page; return False when this connection has none."""
 
     def monitor_changed(self) -> None:
-        """Look again at which channels have a monitor bit: one of them was opened or closed."""
+        """Start or stop polling the monitor page: a channel with a monitor bit was opened or closed."""
 
 
 class ChannelContext(Protocol):

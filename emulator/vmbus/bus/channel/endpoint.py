@@ -48,7 +48,7 @@ class EndpointChannel(Protocol):
     def ring_pages(self) -> tuple[GuestPages, GuestPages]:
         """Return the pages of the ring from the guest, and those of the ring to the guest.
 
-        Raises :class:`ProtocolError` when the channel is not open, or its GPADL holds no two rings.
+        Raises :class:`ProtocolError` when the channel is not open, or its GPADL is too small for two rings.
         """
 
     def gpadl_pages(self, gpadl_id: int) -> GuestPages:
@@ -67,13 +67,13 @@ class EndpointChannel(Protocol):
         """Answer the open: with success, or with a refusal because of ``error``."""
 
     def defer_close(self) -> None:
-        """Go on using the rings until :meth:`finish_close`; only inside ``closed``."""
+        """Keep using the rings until :meth:`finish_close`; only inside ``closed``."""
 
     def finish_close(self) -> None:
         """Give the rings back: no page of them is in use any more."""
 
     def defer_teardown(self, gpadl: Gpadl) -> None:
-        """Go on using the pages of ``gpadl`` until :meth:`finish_teardown`; only inside ``gpadl_torn_down``."""
+        """Keep using the pages of ``gpadl`` until :meth:`finish_teardown`; only inside ``gpadl_torn_down``."""
 
     def finish_teardown(self, gpadl: Gpadl) -> None:
         """Give ``gpadl`` back: no page of it is in use any more."""
@@ -92,7 +92,7 @@ class Endpoint(Protocol):
         """Stop using the rings. Called once for each ``opened`` that succeeded."""
 
     def signalled(self, channel: EndpointChannel) -> None:
-        """Look at the ring: the guest rang the doorbell (or set the monitor bit). May be spurious."""
+        """Read the ring: the guest rang the doorbell (or set the monitor bit). May be spurious."""
 
     def gpadl_created(self, channel: EndpointChannel, gpadl: Gpadl) -> None:
         """Take note of pages that the guest shares. Raise a GuestError or DeviceError to refuse them."""

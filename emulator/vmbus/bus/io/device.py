@@ -12,7 +12,7 @@ with ``io.complete``. An exception of a hook never ends the process:
 
     | raised in packet()                       | what follows                                              |
     | RingError, ProtocolError                 | the channel fails: no more packets until it is opened anew |
-    | another GuestError (MalformedError, ...) | counted; refused(io, packet, error) answers; it goes on    |
+    | another GuestError (MalformedError, ...) | counted; refused(io, packet, error) answers                |
     | anything else                            | a bug: traceback in the log, the channel fails             |
 
 The smallest possible device::
@@ -45,7 +45,7 @@ from vmbus.wire.packet import Packet
 __all__ = ["ControlCommand", "Device", "DeviceEnvironment", "InlineWorkers"]
 
 ControlCommand = Callable[[Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
-"""A function that answers one command of the control socket, from the request's keys, with what JSON can hold."""
+"""A function that answers one command of the control socket: from the keys of the request, an object for JSON."""
 
 
 class Device(ABC):

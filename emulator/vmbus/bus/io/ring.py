@@ -104,7 +104,7 @@ class IncomingRing(_Ring):
         self._index(WRITE_INDEX)
         self._masked = self._load(INTERRUPT_MASK) != 0
         # A private copy of what lies in the ring from _taken on begins at _buffer[_at]. _known bytes were
-        # committed by the guest when its write index was last looked at; the copy may be shorter.
+        # committed by the guest when its write index was last loaded; the copy may be shorter.
         self._buffer = b""
         self._at = 0
         self._known = 0

@@ -85,8 +85,8 @@ def check_state(state: BusState, limits: Limits, memory: GuestMemory, vp_count: 
     _unique("GPADL in progress", [each.gpadl_id for each in state.assemblies])
     for assembly in state.assemblies:
         _check_assembly(assembly, relids)
-    for held in state.inbox:
-        _consistent(len(held.payload) <= MAX_MESSAGE, "a message that is too long")
+    for message in state.inbox:
+        _consistent(len(message.payload) <= MAX_MESSAGE, "a message that is too long")
     for outgoing in state.outbox:
         _consistent(0 < len(outgoing.payload) <= MAX_MESSAGE, "an answer that is too long")
         _check_target(outgoing.target, vp_count)
