@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from vmbus.api import Registry, options_of
+from vmbus.api import Channel, Device, Registry, options_of
 from vmbus.wire import echo
 
 ROOT = Path(__file__).parents[3]
@@ -48,6 +48,16 @@ def test_what_the_tutorial_shows_is_in_the_package(block: int) -> None:
     files = [without_blank_lines(path.read_text()) for path in ADDER.rglob("*.py")]
     text = without_blank_lines(shown[block])
     assert any(form in file for form in (text, textwrap.indent(text, "    ")) for file in files), shown[block]
+
+
+def test_members_that_the_tutorial_names_exist() -> None:
+    prose = re.sub(r"^```.*?^```", "", DOCUMENT.read_text(), flags=re.DOTALL | re.MULTILINE)
+    of_channels = set(re.findall(r"`io\.(\w+)", prose)) - {"channel"}
+    hooks = set(re.findall(r"`([a-z]\w+)\(io\b", prose))
+    assert of_channels >= {"answer", "complete", "send"}
+    assert hooks >= {"opened", "refused", "restored"}
+    assert [name for name in of_channels if not hasattr(Channel, name)] == []
+    assert [name for name in hooks if not hasattr(Device, name)] == []
 
 
 def test_the_entry_point_of_the_tutorial_is_that_of_the_package() -> None:
