@@ -85,7 +85,13 @@ class EmulatorOptions:
                 section="machine",
                 why="use the memory backend vmbus-ram for guest RAM",
             ),
-            Option("m", "", (("size", f"{mebibytes}M"),), section="memory", why="RAM size, equal to that of vmbus-ram"),
+            Option(
+                "m",
+                "",
+                (("size", f"{mebibytes}M"),),
+                section="memory",
+                why="RAM size, equal to that of vmbus-ram",
+            ),
             Option(
                 "chardev",
                 "socket",
@@ -106,7 +112,12 @@ class EmulatorOptions:
                 why="the emulator raises interrupts through qtest",
             ),
             Option("qtest-log", "none"),
-            Option("acpitable", "", (("file", str(self.acpi_table)),), why="ACPI device by which the guest finds VMBus"),
+            Option(
+                "acpitable",
+                "",
+                (("file", str(self.acpi_table)),),
+                why="ACPI device by which the guest finds VMBus",
+            ),
             Option(
                 "plugin",
                 str(self.gateway_library),
