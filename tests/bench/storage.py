@@ -167,12 +167,12 @@ async def measure(
             load=(*LOADED_MODULES, "hv_storvsc", "sd_mod", "virtio_blk", "virtio_scsi", "ahci"),
             extra=qemu_disks(image, vcpus),
         ) as guest:
-            await guest.until(lambda: len(reports(guest)) > 0, "the guest's disks", BOOT_LIMIT)
+            await guest.until(lambda: len(reports(guest)) > 0, "the guest's disks", timeout=BOOT_LIMIT)
             taken = []
             for number in range(1, len(steps) + 1):
                 before = ThreadTimes.now(guest.guest.process.pid)
                 await guest.until(
-                    lambda n=number: len(reports(guest)) > n, f"{steps[number - 1]}", 60 + 5 * seconds
+                    lambda n=number: len(reports(guest)) > n, f"{steps[number - 1]}", timeout=60 + 5 * seconds
                 )
                 report = reports(guest)[number]
                 if report["failed"]:

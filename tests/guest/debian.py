@@ -14,7 +14,8 @@ import pytest
 from vmbus.errors import MissingRequirement
 from vmbus.provision.system_disk import copy_system, find_system
 
-from tests.guest.harness import DEFAULT_DEVICES, LIMIT, Booted, boot
+from tests.guest.harness import DEFAULT_DEVICES, Booted, boot
+from tests.guest.waiting import LIMIT, section, while_alive
 
 ROOT = "/dev/sda1"
 FILE_SYSTEM_AT = 1 << 20
@@ -53,44 +54,48 @@ def check_file_system(image: Path, *options: str) -> None:
 class Shell:
     """Root's shell in the system; one command at a time."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, guest: Booted, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._guest = guest
         self._reader = reader
         self._writer = writer
         self._count = 0
         self.heard = ""
 
-    async def _until(self, text: str, limit: float) -> str:
-        """What comes before ``text``."""
-        try:
-            async with asyncio.timeout(limit):
-                while text not in self.heard:
-                    data = await self._reader.read(65536)
-                    assert data, f"the port was closed while waiting for {text!r}: {self.heard}"
-                    self.heard += data.decode(errors="replace")
-        except TimeoutError:
-            raise AssertionError(f"no {text!r} within {limit:g} s, but {self.heard!r}") from None
+    def gone(self) -> str:
+        return self._guest.gone()
+
+    def report(self) -> str:
+        return section("shell", self.heard[-8000:]) + "\n" + self._guest.report()
+
+    async def _until(self, text: str, timeout: float) -> str:
+        """Return what comes before ``text``."""
+        async with while_alive(f"{text!r} from the shell", self, timeout=timeout):
+            while text not in self.heard:
+                data = await self._reader.read(65536)
+                assert data, f"the port was closed while waiting for {text!r}: {self.heard}"
+                self.heard += data.decode(errors="replace")
         before, _, self.heard = self.heard.partition(text)
         return before
 
-    async def ready(self, limit: float = LIMIT) -> None:
+    async def ready(self, timeout: float = LIMIT) -> None:
         """Wait until root is logged in, after a boot."""
-        await self._until("root@debian:~# ", limit)
+        await self._until("root@debian:~# ", timeout)
         # bash edits lines, and echoes them; dash does neither
         self.send("stty -echo; PS1= PS2= DEBIAN_FRONTEND=noninteractive exec dash")
-        await self._until("exec dash", limit)
+        await self._until("exec dash", timeout)
         await self.run("true")
 
-    async def run(self, command: str, limit: float = LIMIT) -> tuple[int, str]:
+    async def run(self, command: str, timeout: float = LIMIT) -> tuple[int, str]:
         """Exit status and output of a shell line."""
         self._count += 1
         self.send(f"{{ {command}\n}} </dev/null; echo end-'{self._count}' $?.")
-        output = await self._until(f"end-{self._count} ", limit)
-        status = await self._until(".", limit)
+        output = await self._until(f"end-{self._count} ", timeout)
+        status = await self._until(".", timeout)
         return int(status), output.replace("\r\n", "\n").strip("\n")
 
-    async def does(self, command: str, limit: float = LIMIT) -> str:
+    async def does(self, command: str, timeout: float = LIMIT) -> str:
         """The output of a shell line that succeeds."""
-        status, output = await self.run(command, limit)
+        status, output = await self.run(command, timeout)
         assert status == 0, f"{command}: status {status}\n{output}"
         return output
 
@@ -116,7 +121,7 @@ async def boot_debian(
         devices=(*devices, f"scsi,{disk}"),
         extra=("-serial", f"unix:{port},server=on,wait=off", *HYPER_V_SMBIOS),
     ) as guest:
-        shell = Shell(*await asyncio.open_unix_connection(str(port)))
+        shell = Shell(guest, *await asyncio.open_unix_connection(str(port)))
         try:
             await shell.ready()
             yield guest, shell

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 from vmbus.machine.host import HostOptions
 from vmbus.wire.version import Version
 
-from tests.guest.harness import LIMIT, boot, nothing_lost
+from tests.guest.harness import boot, nothing_lost
 
 pytestmark = pytest.mark.guest
 
@@ -86,9 +85,7 @@ async def test_a_kernel_boots_connects_and_keeps_its_heartbeat(
             return int(guest.output.split(b"\n")[-2])
 
         await guest.until(lambda: abs(clock() - time.time()) < 5, "clock set by time synchronisation")
-        result: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-        guest.device("shutdown").shut_down("shutdown", result.set_result)
-        assert str(await asyncio.wait_for(result, LIMIT)) == "ok"
+        assert await guest.shut_down() == "ok"
         await guest.finish()
         assert complaints(guest.console()) == []
 

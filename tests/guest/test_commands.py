@@ -2,76 +2,64 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import shlex
+import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vmbus.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
 from vmbus.provision.kernel import find_kernel
 from vmbus.provision.qemu import find_qemu
 
+from tests.guest.emulator import LIMIT, Emulator, asked
 from tests.guest.harness import LOADED_MODULES
+from tests.guest.waiting import Process, reporting, until
 
 pytestmark = pytest.mark.guest
 
-VMBUS = [sys.executable, "-m", "vmbus"]
-LIMIT = 120.0
 
+@dataclass
+class User:
+    """A user with a runtime directory of its own."""
 
-def vmbus(*words: str, environment: dict[str, str], **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*VMBUS, *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-        **options,
-    )  # type: ignore[call-overload,no-any-return]
+    runtime: Path
+    logs: Path
+
+    def starts(self, *words: str, dies: str = "") -> Emulator:
+        return Emulator.start(self.runtime, *words, dies=dies, logs=self.logs)
+
+    async def asks(self, *words: str, status: int = 0) -> str:
+        return await asked(self.runtime, *words, status=status, logs=self.logs)
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """An environment with a runtime directory of its own, which must be empty in the end."""
+def user(tmp_path: Path) -> Iterator[User]:
+    """A user whose runtime directory must have no files in the end."""
     runtime = Path("/dev/shm") / f"vmbus-test-{os.getpid()}"
     runtime.mkdir(mode=0o700)
     try:
-        yield {**os.environ, "XDG_RUNTIME_DIR": str(runtime)}
+        yield User(runtime, tmp_path)
         left = [path for path in runtime.rglob("*") if not path.is_dir()]
         assert left == [], "files were left behind"
     finally:
-        subprocess.run(["rm", "-rf", str(runtime)], check=True)
+        shutil.rmtree(runtime)
 
 
-def wait_for(condition: Callable[[], object], what: str, limit: float = LIMIT) -> None:
-    end = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < end, f"no {what} within {limit:g} s"
-        time.sleep(0.05)
-
-
-def test_run_gives_the_commands_output_and_its_status(tmp_path: Path, environment: dict[str, str]) -> None:
+async def test_run_gives_the_commands_output_and_its_status(tmp_path: Path, user: User) -> None:
     console = tmp_path / "console.txt"
     added = tmp_path / "hello.sh"
     added.write_text("#!/bin/sh\necho \"added program: $1\"\nprintf '\\001\\377'\nexit 7\n")
     added.chmod(0o755)
-    done = subprocess.run(
-        [*VMBUS, "run", "--add", f"{added}:/bin/hello", "--serial", str(console), "--", "hello", "a  b"],
-        env=environment,
-        capture_output=True,
-        timeout=LIMIT,
-        check=False,
-    )
-    assert done.returncode == 7, done.stderr
-    assert done.stdout == b"added program: a  b\n\x01\xff"
+    done = user.starts("run", "--add", f"{added}:/bin/hello", "--serial", str(console), "--", "hello", "a  b")
+    status, errors = await done.ended()
+    assert status == 7, errors
+    assert done.output_bytes == b"added program: a  b\n\x01\xff"
     assert "Hypervisor detected: Microsoft Hyper-V" in console.read_text(errors="replace")
 
 
@@ -88,125 +76,118 @@ def test_run_gives_the_commands_output_and_its_status(tmp_path: Path, environmen
         (["status", "x/y"], "no guest name", 2),
     ],
 )
-def test_what_went_wrong_is_said_and_nothing_is_left(
-    environment: dict[str, str], words: list[str], complaint: str, status: int
+async def test_what_went_wrong_is_said_and_nothing_is_left(
+    user: User, words: list[str], complaint: str, status: int
 ) -> None:
-    done = vmbus(*words, environment=environment)
-    assert complaint in done.stderr
-    assert done.returncode == status
-    assert "Traceback" not in done.stderr
+    errors = await user.asks(*words, status=status)
+    assert complaint in errors
+    assert "Traceback" not in errors
 
 
-@contextmanager
-def hand_started_qemu(
-    tmp_path: Path, environment: dict[str, str], memory: str = "6G"
-) -> Iterator[subprocess.Popen]:
+@dataclass
+class ByHand:
     """A QEMU as a user would start it, with the words that ``vmbus qemu-args`` prints."""
+
+    user: User
+    qemu: Process
+    folder: Path
+
+    @contextlib.asynccontextmanager
+    async def attached(self, dies: str = "") -> AsyncIterator[Emulator]:
+        """``vmbus attach`` in the background."""
+        emulator = self.user.starts(
+            *("attach", "--qmp", str(self.folder / "emulator-qmp.sock"), "--name", "hand"),
+            *("--device", "heartbeat,interval=0.2"),
+            dies=dies,
+        )
+        try:
+            with reporting(lambda: (self.qemu, emulator)):
+                yield emulator
+        finally:
+            emulator.process.kill()
+            emulator.process.wait(LIMIT)
+
+    async def ended(self) -> int:
+        """Wait for QEMU's end."""
+        await until(lambda: self.qemu.process.poll() is not None, "end of QEMU", timeout=LIMIT)
+        return self.qemu.process.wait()
+
+
+@contextlib.asynccontextmanager
+async def started_by_hand(tmp_path: Path, user: User, memory: str) -> AsyncIterator[ByHand]:
     folder = tmp_path / "vm"
     folder.mkdir()
-    printed = vmbus("qemu-args", "--dir", str(folder), "--memory", memory, environment=environment)
-    assert printed.returncode == 0, printed.stderr
+    printed = await user.asks("qemu-args", "--dir", str(folder), "--memory", memory)
     kernel = find_kernel("debian-6.12")
+    console = tmp_path / "console.log"
     line = [
         *find_qemu().argv_prefix,
-        *shlex.split(printed.stdout),
+        *shlex.split(printed),
         *("-machine", "q35", "-cpu", "max", "-smp", "2", "-display", "none", "-nodefaults"),
-        *("-serial", f"file:{tmp_path / 'console.log'}", "-kernel", str(kernel.vmlinuz)),
+        *("-serial", f"file:{console}", "-kernel", str(kernel.vmlinuz)),
         *("-initrd", str(build_initramfs(kernel, modules=LOADED_MODULES))),
         *("-append", " ".join(KERNEL_ARGUMENTS)),
     ]
-    with subprocess.Popen(line, cwd=folder) as qemu:
-        try:
-            wait_for((folder / "emulator-qmp.sock").exists, "QMP socket")
-            yield qemu
-        finally:
-            qemu.kill()
+    with Process.started("QEMU", line, console, cwd=folder) as qemu:
+        await until((folder / "emulator-qmp.sock").exists, "QMP socket", qemu, timeout=LIMIT)
+        yield ByHand(user, qemu, folder)
 
 
-@contextmanager
-def attached(folder: Path, environment: dict[str, str], *more: str) -> Iterator[subprocess.Popen]:
-    """``vmbus attach`` in the background."""
-    words = [*VMBUS, "attach", "--qmp", str(folder / "emulator-qmp.sock"), "--name", "hand", *more]
-    words += ["--device", "heartbeat,interval=0.2"]
-    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as emulator:
-        try:
-            yield emulator
-        finally:
-            emulator.kill()
-
-
-def status_of(environment: dict[str, str]) -> dict:
-    done = vmbus("status", "hand", "--json", environment=environment)
-    return json.loads(done.stdout) if done.returncode == 0 else {}
-
-
-def answers(environment: dict[str, str]) -> int:
-    for channel in status_of(environment).get("channels", ()):
-        if channel["device"] == "heartbeat":
-            return channel["details"]["answers"]
-    return 0
-
-
-def test_attach_to_a_qemu_started_by_hand_status_and_shutdown(
-    tmp_path: Path, environment: dict[str, str]
-) -> None:
-    with hand_started_qemu(tmp_path, environment) as qemu, attached(tmp_path / "vm", environment) as emulator:
-        wait_for(lambda: answers(environment) >= 3, "three heartbeats")
-        found = status_of(environment)
+async def test_attach_to_a_qemu_started_by_hand_status_and_shutdown(tmp_path: Path, user: User) -> None:
+    async with started_by_hand(tmp_path, user, "6G") as hand, hand.attached() as emulator:
+        await emulator.more_beats("hand", hand.qemu)
+        found = await emulator.status("hand")
         assert found["bus"]["version"] == "5.3"
         assert found["vcpus"] == 2
         assert found["qemu"]["memory"] == 6 << 30
-        shown = vmbus("status", environment=environment)
-        assert "heartbeat" in shown.stdout and "VMBus 5.3" in shown.stdout
-        second = vmbus("attach", "--qmp", str(tmp_path / "vm/emulator-qmp.sock"), environment=environment)
-        assert second.returncode == 1 and "serves one client" in second.stderr
-        asked = vmbus("shutdown", "hand", environment=environment)
-        assert (asked.returncode, asked.stdout) == (0, "ok\n"), asked.stderr
-        assert qemu.wait(LIMIT) == 0
-        assert emulator.wait(LIMIT) == 0
+        shown = await user.asks("status")
+        assert "heartbeat" in shown
+        assert "VMBus 5.3" in shown
+        second = await user.asks("attach", "--qmp", str(hand.folder / "emulator-qmp.sock"), status=1)
+        assert "serves one client" in second
+        assert await user.asks("shutdown", "hand") == "ok\n"
+        assert await hand.ended() == 0
+        assert (await emulator.ended())[0] == 0
 
 
-def test_an_emulator_killed_while_the_guest_waits_is_replaced(
-    tmp_path: Path, environment: dict[str, str]
-) -> None:
-    console = tmp_path / "console.log"
-    with hand_started_qemu(tmp_path, environment, "512M") as qemu:
-        with attached(tmp_path / "vm", environment) as emulator:
-            wait_for(lambda: console.exists() and "Microsoft Hyper-V" in console.read_text(), "the kernel")
-            emulator.send_signal(signal.SIGKILL)
-            emulator.wait(LIMIT)
-        with attached(tmp_path / "vm", environment):
-            wait_for(lambda: answers(environment) >= 3, "three heartbeats")
-            vmbus("shutdown", "hand", environment=environment)
-            assert qemu.wait(LIMIT) == 0
-    subprocess.run(["rm", "-rf", environment["XDG_RUNTIME_DIR"] + "/vmbus"], check=True)
+async def test_an_emulator_killed_while_the_guest_waits_is_replaced(tmp_path: Path, user: User) -> None:
+    """The first one dies in place of its first answer, so the guest waits, and has set up nothing yet."""
+    async with started_by_hand(tmp_path, user, "512M") as hand:
+        async with hand.attached(dies="trap") as emulator:
+            await emulator.killed()
+        assert hand.qemu.gone() == ""
+        async with hand.attached() as emulator:
+            await emulator.more_beats("hand", hand.qemu)
+            assert await user.asks("shutdown", "hand") == "ok\n"
+            assert await hand.ended() == 0
+            assert (await emulator.ended())[0] == 0
+    shutil.rmtree(user.runtime / "vmbus")  # what the first one left
 
 
-def test_a_qemu_without_the_options_is_told_what_to_add(tmp_path: Path, environment: dict[str, str]) -> None:
+async def test_a_qemu_without_the_options_is_told_what_to_add(tmp_path: Path, user: User) -> None:
     socket = tmp_path / "qmp.sock"
     line = [*find_qemu().argv_prefix, "-accel", "tcg", "-display", "none", "-nodefaults"]
-    with subprocess.Popen([*line, "-S", "-qmp", f"unix:{socket},server=on,wait=off"]) as qemu:
-        try:
-            wait_for(socket.exists, "QMP socket")
-            done = vmbus("attach", "--qmp", str(socket), environment=environment)
-        finally:
-            qemu.kill()
-    assert done.returncode == 1
+    with Process.started("QEMU", [*line, "-S", "-qmp", f"unix:{socket},server=on,wait=off"]) as qemu:
+        await until(socket.exists, "QMP socket", qemu, timeout=LIMIT)
+        errors = await user.asks("attach", "--qmp", str(socket), status=1)
     for option in ("memory-backend-file", "-qtest unix:", "-plugin", "vmbus qemu-args"):
-        assert option in done.stderr
+        assert option in errors
 
 
-def test_an_emulator_that_is_killed_takes_its_own_qemu_along(environment: dict[str, str]) -> None:
-    with subprocess.Popen([*VMBUS, "run", "--name", "doomed"], env=environment) as emulator:
-        try:
-            directory = Path(environment["XDG_RUNTIME_DIR"]) / "vmbus" / "doomed"
-            wait_for((directory / "control.sock").exists, "control socket")
-            pid = json.loads(vmbus("status", "doomed", "--json", environment=environment).stdout)["qemu"][
-                "pid"
-            ]
-        finally:
-            emulator.kill()
-    wait_for(lambda: not Path(f"/proc/{pid}").exists(), "end of QEMU")
+async def test_an_emulator_that_is_killed_takes_its_own_qemu_along(user: User) -> None:
+    emulator = user.starts("run", "--name", "doomed")
+    try:
+        found: dict[str, Any] = {}
+
+        async def served() -> bool:
+            found.update(await emulator.status("doomed"))
+            return bool(found)
+
+        await until(served, "guest that is served", emulator, timeout=LIMIT)
+    finally:
+        emulator.process.send_signal(signal.SIGKILL)
+    await emulator.killed()
+    qemu = Path(f"/proc/{found['qemu']['pid']}")
+    await until(lambda: not qemu.exists(), "end of QEMU", timeout=LIMIT)
     # What a SIGKILL left is swept by the next guest of that name.
-    done = vmbus("run", "--name", "doomed", "--", "true", environment=environment)
-    assert done.returncode == 0, done.stderr
+    await user.asks("run", "--name", "doomed", "--", "true")

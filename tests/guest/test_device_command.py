@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from vmbus.cli import main
 
-from tests.guest.harness import LIMIT, LOADED_MODULES, boot
+from tests.guest.harness import LOADED_MODULES, boot
 from tests.guest.test_boot import complaints
 from tests.guest.test_image_formats import qemu_img
+from tests.guest.waiting import LIMIT
 
 pytestmark = pytest.mark.guest
 

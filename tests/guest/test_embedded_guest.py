@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -18,9 +19,10 @@ from vmbus.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
 from vmbus.provision.kernel import DEFAULT_GUEST, GUESTS, GuestKernel, find_kernel
 from vmbus.provision.qemu import find_qemu
 
+from tests.guest.waiting import LIMIT, Process, until_blocking
+
 pytestmark = pytest.mark.guest
 
-LIMIT = 180.0
 EVERY_BYTE = bytes(range(256)) * 16
 
 
@@ -41,7 +43,7 @@ def run(kernel: GuestKernel, image: Path, folder: Path) -> Finished:
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
         listener.bind(str(folder / "port"))
         listener.listen()
-        listener.settimeout(LIMIT)
+        listener.setblocking(False)
         command = [
             *qemu.argv_prefix,
             *(
@@ -62,6 +64,8 @@ def run(kernel: GuestKernel, image: Path, folder: Path) -> Finished:
         ]
         with subprocess.Popen(command, env={**os.environ, **qemu.environment}) as process:
             try:
+                side = Process("QEMU", process, console)
+                until_blocking(lambda: select.select([listener], [], [], 0)[0], "connection of QEMU", side)
                 port, _ = listener.accept()
                 received = CommandOutput()
                 output = b"".join(received.feed(data) for data in _until_closed(port))

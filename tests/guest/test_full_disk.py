@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import subprocess
@@ -11,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest.harness import LIMIT, LOADED_MODULES, boot
+from tests.guest.harness import LOADED_MODULES, boot
 from tests.guest.test_boot import complaints
 from tests.guest.test_scsi import WAIT, units
+from tests.guest.waiting import LIMIT
 
 pytestmark = pytest.mark.guest
 
@@ -57,9 +57,12 @@ async def test_a_guest_waits_for_room_and_loses_nothing(tmp_path: Path) -> None:
             assert found["status"] == "paused"
             assert b"written" not in guest.output
             await guest.host.qmp.execute("cont")  # there is no room yet
-            async with asyncio.timeout(LIMIT):  # what it was stopped for before may still be written there
-                while (await guest.host.qmp.execute("query-status"))["status"] != "paused":  # noqa: ASYNC110
-                    await asyncio.sleep(0.05)
+
+            async def paused() -> bool:
+                return bool((await guest.host.qmp.execute("query-status"))["status"] == "paused")
+
+            # what it was stopped for before may still be written there
+            await guest.until(paused, "stopped guest")
             await guest.until(lambda: guest.status()["stopped_because"], "the reason")
             subprocess.run(["mount", "-o", f"remount,size={64 * MIB}", folder], check=True)  # noqa: ASYNC221
             await guest.host.qmp.execute("cont")

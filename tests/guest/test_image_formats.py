@@ -9,9 +9,10 @@ import pytest
 from vmbus.machine.migration.drive import MigrationFailed
 from vmbus.provision.qemu import find_qemu
 
-from tests.guest.harness import LIMIT, LOADED_MODULES, boot
+from tests.guest.harness import LOADED_MODULES, boot
 from tests.guest.test_boot import complaints
 from tests.guest.test_scsi import WAIT, e2fs, units
+from tests.guest.waiting import LIMIT
 
 pytestmark = pytest.mark.guest
 

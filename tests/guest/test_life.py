@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from vmbus.machine.host import ExitReason, HostOptions
 from vmbus.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
 from vmbus.provision.kernel import find_kernel
 
-from tests.guest.harness import LIMIT, LOADED_MODULES, Booted, boot
+from tests.guest.harness import LOADED_MODULES, boot
 from tests.guest.test_boot import complaints
 
 pytestmark = pytest.mark.guest
@@ -27,29 +26,19 @@ def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-async def beats(guest: Booted, more: int = 3) -> None:
-    """Wait for ``more`` heartbeats from now on."""
-    before = guest.channel("heartbeat")["details"]["answers"]
-    await guest.until(
-        lambda: guest.channel("heartbeat")["details"]["answers"] >= before + more, f"{more} more heartbeats"
-    )
-
-
 async def test_a_reboot_inside_one_qemu(tmp_path: Path) -> None:
     async with boot(tmp_path) as guest:
         await guest.until(lambda: guest.host.partition.guest_os_id, "the first boot")
-        await beats(guest)
+        await guest.more_beats()
         for _ in range(2):
             before = guest.host.events.resets
-            result: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-            guest.device("shutdown").shut_down("restart", result.set_result)
-            assert str(await asyncio.wait_for(result, LIMIT)) == "ok"
+            assert await guest.shut_down("restart") == "ok"
             # Linux tries several ways to reset a machine; QEMU may tell of more than one.
             await guest.until(lambda n=before: guest.host.events.resets > n, "the reset")
             await guest.until(lambda: guest.host.bus.status()["version"] is None, "a clean bus")
             assert guest.host.bus.status()["gpadls"] == 0
             await guest.until(lambda: guest.channel("heartbeat")["state"] == "open", "the next boot")
-            await beats(guest)
+            await guest.more_beats()
         assert guest.host.bus.status()["gpadls"] == 3
         assert complaints(guest.console()) == []
 
@@ -72,9 +61,9 @@ async def test_kexec_into_a_second_kernel(tmp_path: Path, guest_program: Callabl
         add=[(guest_program("kexec"), "/bin/kexec"), *added],
         command=[f"echo first; kexec /vmlinuz /initrd '{line}'"],
     ) as guest:
-        await beats(guest)
+        await guest.more_beats()
         await guest.says("second kernel: 3 devices")
-        await beats(guest)
+        await guest.more_beats()
         assert guest.host.events.resets == 0
         await guest.until(lambda: guest.host.bus.status()["gpadls"] == 3, "all GPADLs")
         guest.tell("enough")
@@ -95,6 +84,7 @@ async def test_a_crash_kernel_connects_after_a_panic(
         smp=2,
         append="crashkernel=320M",
         add=[(guest_program("kexec"), "/bin/kexec"), *added],
+        may_panic=True,
         command=[
             f"kexec -p /vmlinuz /initrd '{line} nr_cpus=1' && echo loaded && echo c > /proc/sysrq-trigger"
         ],
@@ -126,7 +116,7 @@ async def test_every_driver_is_unloaded_and_loaded_fifty_times(tmp_path: Path) -
 
 async def test_a_panic_unloads_the_bus_and_reports_five_parameters(tmp_path: Path) -> None:
     async with boot(
-        tmp_path, command=["echo ready; echo c > /proc/sysrq-trigger"], append="panic=0"
+        tmp_path, command=["echo ready; echo c > /proc/sysrq-trigger"], append="panic=0", may_panic=True
     ) as guest:
         await guest.until(lambda: guest.host.events.crashes, "a crash report")
         report = guest.host.events.crashes[0]
@@ -145,11 +135,11 @@ async def test_a_cpu_with_bound_channels_is_moved_from_or_refused(tmp_path: Path
     )
 
     async with boot(tmp_path, smp=2, command=[script]) as guest:
-        await beats(guest)
+        await guest.more_beats()
         guest.tell("begin")
         await guest.says("last: ")
         await guest.says(" .")
-        await beats(guest)
+        await guest.more_beats()
         assert b"last: 0-1 ." in guest.output, guest.tail()
         guest.tell("enough")
         assert await guest.finish() == 0
@@ -181,7 +171,7 @@ async def test_a_guest_that_uses_auto_eoi(tmp_path: Path) -> None:
         append="nox2apic",
     ) as guest:
         await guest.until(lambda: guest.channel("heartbeat")["state"] == "open", "the channel")
-        await beats(guest, 20)
+        await guest.more_beats(20)
         sints = guest.status()["partition"]["vps"][0]["sints"]
         assert sints["2"]["auto_eoi"] is True
 
@@ -189,11 +179,10 @@ async def test_a_guest_that_uses_auto_eoi(tmp_path: Path) -> None:
 async def test_qemu_killed_leaves_nothing(tmp_path: Path) -> None:
     before = descriptors()
     async with boot(tmp_path) as guest:
-        await beats(guest)
+        await guest.more_beats()
         directory, memory = guest.guest.directory.path, guest.guest.directory.memory
         guest.guest.process.process.kill()
-        exit_reason = await asyncio.wait_for(guest._serving, LIMIT)
-        assert exit_reason is ExitReason.QEMU_GONE
+        assert await guest.exit_reason() is ExitReason.QEMU_GONE
     assert not directory.exists()
     assert not memory.exists()
     assert descriptors() <= before

@@ -6,16 +6,16 @@ import contextlib
 import hashlib
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from vmbus.provision.qemu import find_qemu
 
-from tests.guest.harness import LIMIT, LOADED_MODULES, boot
+from tests.guest.harness import LOADED_MODULES, boot
 from tests.guest.test_boot import complaints
 from tests.guest.test_scsi import WAIT, units
+from tests.guest.waiting import Process, until_blocking
 
 pytestmark = pytest.mark.guest
 
@@ -67,13 +67,8 @@ def served(image: Path, path: Path) -> Iterator[Server]:
     server = Server(image, path)
     server.start()
     try:
-        end = time.monotonic() + LIMIT
-        while not path.exists():
-            assert time.monotonic() < end, "no socket of the server"
-            assert server.process is not None
-            assert server.process.poll() is None
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                server.process.wait(0.02)
+        assert server.process is not None
+        until_blocking(path.exists, "socket of the server", Process("qemu-nbd", server.process))
         yield server
     finally:
         server.kill()

@@ -22,7 +22,8 @@ from vmbus.provision.initramfs import KERNEL_ARGUMENTS, ROOT_MODULES, build_init
 from vmbus.provision.kernel import find_kernel
 from vmbus.provision.qemu import QemuBinary, find_qemu
 
-from tests.guest.harness import LIMIT, LOADED_MODULES, STORAGE_MODULES, Booted
+from tests.guest.harness import LOADED_MODULES, STORAGE_MODULES, Booted
+from tests.guest.waiting import LIMIT, reporting, while_alive
 
 
 @dataclass
@@ -36,7 +37,9 @@ class Journey:
     host_options: HostOptions | None
     qemu: QemuBinary = field(default_factory=find_qemu)
     here: Booted = field(init=False)
-    stations: list[contextlib.AsyncExitStack] = field(default_factory=list)
+    stations: dict[Booted, contextlib.AsyncExitStack] = field(default_factory=dict)
+    """The places that have not been ended."""
+    begun: int = 0
     moves: int = 0
 
     async def begin(
@@ -47,10 +50,9 @@ class Journey:
         memory_of: Booted | None = None,
     ) -> Booted:
         """A new QEMU and emulator; with the memory file ``memory_of`` another place, if it is to be shared."""
-        number = len(self.stations)
-        console = self.folder / f"console-{number}.log"
+        console = self.folder / f"console-{self.begun}.log"
+        self.begun += 1
         stack = contextlib.AsyncExitStack()
-        self.stations.append(stack)
         guest = await stack.enter_async_context(
             Guest.start(
                 name=None,
@@ -64,7 +66,7 @@ class Journey:
             )
         )
         station = Booted(guest, console)
-        station.stack = stack
+        self.stations[station] = stack
         return station
 
     async def target(self, *, devices: Sequence[str] | None = None) -> Booted:
@@ -80,8 +82,9 @@ class Journey:
         """Migrate to ``there``, or to a new place; the one before is ended."""
         before = self.here
         there = there or await self.target()
-        outcome = await migrate(before.host, self.uri(there), limit=LIMIT)
-        await arrived(there.host, limit=LIMIT)
+        async with while_alive("end of the migration", before, there):
+            outcome = await migrate(before.host, self.uri(there), limit=LIMIT)
+            await arrived(there.host, limit=LIMIT)
         await self.settle_at(there)
         return outcome
 
@@ -89,15 +92,28 @@ class Journey:
         """The guest is there now."""
         before = self.here
         await before.stop_following()
-        await before.stack.aclose()
+        await self._end(before)
         there.output, there.received = before.output, before.received
+        there.may_panic, there.failure_word = before.may_panic, before.failure_word
         there.start_following()
         self.here = there
         self.moves += 1
 
     async def leave(self, there: Booted) -> None:
         """End a place that the guest did not come to."""
-        await there.stack.aclose()
+        await self._end(there)
+
+    async def _end(self, station: Booted) -> None:
+        await self.stations.pop(station).aclose()
+
+    def sides(self) -> list[Booted]:
+        """Every place that has not been ended: where the guest is, and where it may go."""
+        return list(self.stations)
+
+    async def close(self) -> None:
+        """End every place that there still is."""
+        while self.stations:
+            await self.stations.popitem()[1].aclose()
 
     @property
     def host(self) -> Host:
@@ -185,9 +201,9 @@ async def journey(
         made.here = await made.begin(options)
         made.here.received, made.here.output = CommandOutput(), bytearray()
         made.here.start_following()
-        yield made
+        with reporting(made.sides):
+            yield made
     finally:
         if hasattr(made, "here"):
             await made.here.stop_following()
-        for stack in made.stations:
-            await stack.aclose()
+        await made.close()

@@ -51,6 +51,7 @@ async def under_load(
         extra=extra,
         snapshots=image,
     ) as guest:
+        guest.here.failure_word = b"failed"
         await guest.here.says("started")
         await more_beats(guest)
         yield guest

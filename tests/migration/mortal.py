@@ -8,6 +8,7 @@ ready                                   with everything prepared, in place of le
 saving, saved                           before, or just after it answers Save()
 loading, loaded                         before, or just after it answers Load()
 running                                 when QEMU tells that the guest runs (again)
+trap                                    when the guest first needs its host, in place of an answer
 ======================================  ===========================================================================
 """
 
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vmbus.cli import main
+from vmbus.machine.host import Host
 from vmbus.machine.migration.coordinator import Coordinator
 from vmbus.machine.qemu.qmp import Qmp
 
@@ -66,6 +68,8 @@ def prepare(moment: str) -> None:
         _after(Coordinator, "load")
     elif moment == "running":
         _before(Coordinator, "_resumed")
+    elif moment == "trap":
+        _before(Host, "_serve")
     else:
         _before(Coordinator, "_migration", lambda status: status == moment)
 

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vmbus.errors import UserError
-from vmbus.machine.control import ask
 from vmbus.machine.gateway import build as gateway_build
 from vmbus.machine.guest import emulator_options
 from vmbus.machine.migration.vmstate import DbusDaemon
@@ -24,74 +16,8 @@ from vmbus.machine.qemu.qmp import Qmp
 from vmbus.machine.rundir import RunDirectory
 from vmbus.provision.qemu import find_qemu
 
-LIMIT = 120.0
-
-
-async def until(condition: Callable[[], Awaitable[object]], what: str) -> None:
-    """Ask until the answer is true."""
-    end = time.monotonic() + LIMIT
-    while not await condition():
-        assert time.monotonic() < end, f"no {what} within {LIMIT:g} s"
-        await asyncio.sleep(0.02)
-
-
-@dataclass
-class Emulator:
-    """``vmbus`` as a process of its own."""
-
-    process: subprocess.Popen[str]
-    folder: Path
-
-    @classmethod
-    def start(cls, folder: Path, *words: str, dies: str = "") -> Emulator:
-        """``vmbus WORDS``, run directories in ``folder``; ``dies``: a moment of ``mortal``."""
-        module = ["tests.migration.mortal", dies] if dies else ["emulator"]
-        return cls(
-            subprocess.Popen(
-                [sys.executable, "-m", *module, *words],
-                env={**os.environ, "XDG_RUNTIME_DIR": str(folder)},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            ),
-            folder,
-        )
-
-    async def ended(self) -> tuple[int, str]:
-        """Its exit status (negative: by that signal), and what it said."""
-        _, errors = await asyncio.to_thread(self.process.communicate, timeout=LIMIT)
-        return self.process.returncode, errors
-
-    async def killed(self) -> None:
-        """It killed itself."""
-        status, errors = await self.ended()
-        assert status == -signal.SIGKILL, errors
-
-    async def beats(self, name: str) -> int:
-        """Heartbeats answered by the guest of that name; 0 while it is not served."""
-        control = self.folder / "vmbus" / name / "control.sock"
-        try:
-            channels = (await asyncio.to_thread(ask, control, "status"))["channels"]
-        except UserError:
-            return 0
-        return next((each["details"]["answers"] for each in channels if each["device"] == "heartbeat"), 0)
-
-    async def more_beats(self, name: str) -> None:
-        """The guest lives, and is served."""
-        wanted = await self.beats(name) + 3
-        end = time.monotonic() + LIMIT
-        while await self.beats(name) < wanted:
-            if self.process.poll() is not None:
-                raise AssertionError((await self.ended())[1])
-            assert time.monotonic() < end, f"no heartbeats of {name} within {LIMIT} s"
-            await asyncio.sleep(0.02)
-
-    async def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-        with contextlib.suppress(ValueError):  # what it said was read already
-            await asyncio.to_thread(self.process.communicate, timeout=LIMIT)
+from tests.guest.emulator import LIMIT, Emulator
+from tests.guest.waiting import end_of, reporting, section, until
 
 
 @dataclass
@@ -138,15 +64,19 @@ class OwnQemu:
         return found
 
     async def attached(self) -> None:
-        """An emulator serves it."""
+        """Wait until the last emulator that was started serves it."""
         control = self.directory.path.parent / "vmbus" / self.directory.name / "control.sock"
-        end = time.monotonic() + LIMIT
-        while not control.exists():
-            emulator = self.emulators[-1]
-            if emulator.process.poll() is not None:
-                raise AssertionError((await emulator.ended())[1])
-            assert time.monotonic() < end, f"no emulator attached within {LIMIT} s"
-            await asyncio.sleep(0.02)
+        await until(control.exists, "attached emulator", self, self.emulators[-1], timeout=LIMIT)
+
+    def gone(self) -> str:
+        code = self.process.process.poll()
+        return "" if code is None else f"the QEMU in {self.directory.name} ended with status {code}"
+
+    def report(self) -> str:
+        folder = self.directory.path
+        parts = [section("console", end_of(folder / "console.log")), section("QEMU", self.process.messages())]
+        shown = [emulator.report() for emulator in self.emulators]
+        return "\n".join([f"=== QEMU in {self.directory.name} ===", *parts, *shown])
 
     async def status(self) -> str:
         """QEMU's run state."""
@@ -154,11 +84,15 @@ class OwnQemu:
 
     async def migration(self, *wanted: str) -> str:
         """Wait until the migration is in one of the statuses; which."""
-        end = time.monotonic() + LIMIT
-        while (found := (await self.qmp.execute("query-migrate")).get("status")) not in wanted:
-            assert time.monotonic() < end, f"the migration is {found}, not {' or '.join(wanted)}"
-            await asyncio.sleep(0.02)
-        return str(found)
+        found = ""
+
+        async def reached() -> bool:
+            nonlocal found
+            found = str((await self.qmp.execute("query-migrate")).get("status"))
+            return found in wanted
+
+        await until(reached, f"migration that is {' or '.join(wanted)}", self, timeout=LIMIT)
+        return found
 
     async def send(self, uri: str) -> None:
         """Begin to migrate, as a program does that knows of no emulator."""
@@ -180,10 +114,14 @@ class OwnQemu:
 
 @contextlib.asynccontextmanager
 async def own_qemu(folder: Path, options: GuestOptions, memory: int = 256 << 20) -> AsyncIterator[OwnQemu]:
-    """A QEMU (memory in bytes) that is ended on the way out, with its emulators."""
+    """A QEMU (memory in bytes) that is ended on the way out, with its emulators.
+
+    A failure inside carries the reports of all of them.
+    """
     found = await OwnQemu.start(folder, options, memory)
     try:
-        yield found
+        with reporting(lambda: (found,)):
+            yield found
     finally:
         await found.close()
 

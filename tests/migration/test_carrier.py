@@ -72,8 +72,8 @@ async def test_a_qemu_without_dbus(tmp_path: Path) -> None:
         there = await listening(guest, socket)
         coordinator = guest.host.migration
         await guest.host.qmp.execute("migrate", {"uri": guest.uri(there)})
-        await coordinator.until(
-            lambda: coordinator.report.statuses[-1:] in (["cancelled"], ["failed"]), LIMIT
+        await guest.here.migration(
+            lambda: coordinator.report.statuses[-1:] in (["cancelled"], ["failed"]), "end of the migration"
         )
         assert "nothing carries" in coordinator.report.refusal
         await guest.leave(there)
@@ -126,11 +126,11 @@ async def test_a_file_that_is_not_the_guests_is_refused_and_the_guest_taken_back
                 moving = asyncio.ensure_future(
                     migrate(guest.host, guest.uri(there), carrier=carrier, limit=LIMIT)
                 )
-                await coordinator.until(
+                await guest.here.migration(
                     lambda coordinator=coordinator, before=before: (
                         coordinator.report is not before and coordinator.ready
                     ),
-                    LIMIT,
+                    "state made ready",
                 )
                 data = path.read_bytes()
                 if harm == "truncated":

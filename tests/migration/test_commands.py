@@ -2,190 +2,160 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import json
 import os
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
 from vmbus.machine.qemu.qmp import Qmp
 from vmbus.wire.echo import ECHO_INSTANCE
 
+from tests.guest.emulator import LIMIT, Emulator, asked
+from tests.guest.waiting import Side, reporting, until, while_alive
 from tests.migration.journey import machine
-from tests.migration.own_qemu import Emulator, own_qemu, travellers
-from tests.migration.own_qemu import until as holds
+from tests.migration.own_qemu import own_qemu, travellers
 
 pytestmark = pytest.mark.guest
 
-LIMIT = 120
 COUNT = (
     f"i=0; until [ -e /sys/bus/vmbus/devices/{ECHO_INSTANCE} ]; do i=$((i+1)); echo $i; usleep 50000; done"
 )
 """Shell: count until an echo device is there."""
 
 
-def vmbus(folder: Path, *words: str, descriptors: Sequence[int] = ()) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "vmbus", *words],
-        pass_fds=descriptors,
-        env={**os.environ, "XDG_RUNTIME_DIR": str(folder)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@contextlib.asynccontextmanager
+async def emulators() -> AsyncIterator[list[Emulator]]:
+    """A list for those that a test starts: they are ended on the way out, and shown in a failure."""
+    started: list[Emulator] = []
+    try:
+        with reporting(lambda: started):
+            yield started
+    finally:
+        for emulator in started:
+            await emulator.stop()
 
 
-def asked(folder: Path, *words: str, status: int = 0, descriptors: Sequence[int] = ()) -> str:
-    process = vmbus(folder, *words, descriptors=descriptors)
-    output, errors = process.communicate(timeout=LIMIT)
-    assert process.returncode == status, errors
-    return output if status == 0 else errors
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    end = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < end, f"no {what} within {LIMIT} s"
-        time.sleep(0.05)
-
-
-def beats(folder: Path, name: str) -> int:
-    process = vmbus(folder, "status", name, "--json")
-    output, _ = process.communicate(timeout=LIMIT)
-    if process.returncode:
-        return 0
-    channels = json.loads(output)["channels"]
-    return next((each["details"]["answers"] for each in channels if each["device"] == "heartbeat"), 0)
-
-
-def test_a_guest_moves_is_saved_and_leaves_for_another_process(tmp_path: Path) -> None:
+async def test_a_guest_moves_is_saved_and_leaves_for_another_process(tmp_path: Path) -> None:
     options = ("--memory", "256M", "--device", "heartbeat,interval=0.1")
     command = ("--", "sh", "-c", f"{COUNT}; exit 5")
-    source = vmbus(
-        tmp_path, "run", "--name", "a", "--snapshots", str(tmp_path / "s.qcow2"), *options, *command
-    )
-    target = None
-    try:
-        until(lambda: beats(tmp_path, "a") > 3, "heartbeats")
-        summary = json.loads(asked(tmp_path, "migrate", "a", "--save-buffer", "100", "--json"))
+
+    async def vmbus(*words: str, status: int = 0) -> str:
+        return await asked(tmp_path, *words, status=status)
+
+    async with emulators() as started:
+
+        def run(name: str, *words: str) -> Emulator:
+            started.append(Emulator.start(tmp_path, "run", "--name", name, *words, *options, *command))
+            return started[-1]
+
+        source = run("a", "--snapshots", str(tmp_path / "s.qcow2"))
+        await source.more_beats("a")
+        summary = json.loads(await vmbus("migrate", "a", "--save-buffer", "100", "--json"))
         assert summary["statuses"][-1] == "completed"
         assert summary["state_bytes"] > 0
         statuses = {status for channel in summary["channels"] for status in channel["statuses"]}
         assert statuses == {"STATUS_BUFFER_TOO_SMALL", "STATUS_BUFFER_OVERFLOW", "STATUS_SUCCESS"}
-        assert "the guest stood still for" in asked(tmp_path, "migrate")
+        assert "the guest stood still for" in await vmbus("migrate")
 
-        assert "saved one" in asked(tmp_path, "snapshot", "save", "one")
-        listed = json.loads(asked(tmp_path, "snapshot", "list", "a", "--json"))
+        assert "saved one" in await vmbus("snapshot", "save", "one")
+        listed = json.loads(await vmbus("snapshot", "list", "a", "--json"))
         assert [each["tag"] for each in listed["snapshots"]] == ["one"]
-        assert "loaded one" in asked(tmp_path, "snapshot", "load", "a", "one")
-        assert "no snapshot two" in asked(tmp_path, "snapshot", "load", "two", status=1)
-        assert "deleted one" in asked(tmp_path, "snapshot", "delete", "one")
-        assert "goes on here" in asked(tmp_path, "migrate", "a", f"unix:{tmp_path}/nobody", status=1)
+        assert "loaded one" in await vmbus("snapshot", "load", "a", "one")
+        assert "no snapshot two" in await vmbus("snapshot", "load", "two", status=1)
+        assert "deleted one" in await vmbus("snapshot", "delete", "one")
+        assert "goes on here" in await vmbus("migrate", "a", f"unix:{tmp_path}/nobody", status=1)
 
         uri = f"unix:{tmp_path}/incoming.sock"
         # A guest that is to be taken has the same machine; the image for snapshots belongs to it.
-        target = vmbus(
-            tmp_path,
-            *("run", "--name", "b", "--incoming", uri, "--snapshots", str(tmp_path / "t.qcow2")),
-            *(*options, *command),
-        )
-        until((tmp_path / "incoming.sock").exists, "listening target")
-        asked(tmp_path, "migrate", "a", uri)
-        output, errors = source.communicate(timeout=LIMIT)
-        assert source.returncode == 0, errors
+        target = run("b", "--incoming", uri, "--snapshots", str(tmp_path / "t.qcow2"))
+        await until((tmp_path / "incoming.sock").exists, "listening target", target, timeout=LIMIT)
+        await vmbus("migrate", "a", uri)
+        status, errors = await source.ended()
+        assert status == 0, errors
         assert "has moved" in errors
-        until(lambda: beats(tmp_path, "b") > 3, "heartbeats there")
-        asked(tmp_path, "device", "add", "b", "echo")
-        rest, errors = target.communicate(timeout=LIMIT)
-        assert target.returncode == 5, errors
-        numbers = [int(word) for word in output.split()]
+        await target.more_beats("b")
+        await vmbus("device", "add", "b", "echo")
+        status, errors = await target.ended()
+        assert status == 5, errors
+        numbers = [int(word) for word in source.output.split()]
         # The load of the snapshot took it back a little; apart from that every number comes once, in order.
         backwards = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
         assert len(backwards) <= 1
-        whole = numbers[backwards[0] if backwards else 0 :] + [int(word) for word in rest.split()]
+        rest = [int(word) for word in target.output.split()]
+        whole = numbers[backwards[0] if backwards else 0 :] + rest
         assert rest
         assert whole == list(range(whole[0], whole[0] + len(whole)))
         assert list((tmp_path / "vmbus").iterdir()) == []
-    finally:
-        for process in (source, target):
-            if process is not None and process.poll() is None:
-                process.terminate()
-                process.communicate(timeout=30)
 
 
 async def test_somebody_else_drives_over_descriptors_and_asks_when_to_go_on(tmp_path: Path) -> None:
     options = ("--memory", "256M", "--device", "heartbeat,interval=0.1", "--switchover", "observe")
     command = ("--", "sh", "-c", f"{COUNT}; exit 6")
 
-    async def drive(here: socket.socket) -> None:
+    async def vmbus(*words: str, status: int = 0, descriptors: Sequence[int] = ()) -> str:
+        return await asked(tmp_path, *words, status=status, descriptors=descriptors)
+
+    async def drive(here: socket.socket, *sides: Side) -> None:
         """What libvirt does: a monitor of its own, a socket that is connected already."""
         qmp = await Qmp.connect(str(tmp_path / "vmbus" / "a" / "qmp.sock"))
         await qmp.hand_over(here.fileno(), "there")
         here.close()
         await qmp.execute("migrate", {"uri": "fd:there"})
-        found = json.loads(await asyncio.to_thread(asked, tmp_path, "migrate", "a", "--wait-ready", "--json"))
+        found = json.loads(await vmbus("migrate", "a", "--wait-ready", "--json"))
         assert found["state_bytes"] > 0
-        status = json.loads(await asyncio.to_thread(asked, tmp_path, "status", "a", "--json"))
+        status = json.loads(await vmbus("status", "a", "--json"))
         assert status["migration"]["phase"] == "ready"
         assert status["migration"]["ready"]
         assert (await qmp.execute("query-migrate"))["status"] == "pre-switchover"
         await qmp.execute("migrate-continue", {"state": "pre-switchover"})
-        async for _, data in qmp.events():
-            if data.get("status") == "completed":
-                break
+        await event(qmp, "MIGRATION", "completed", sides=sides)
         await qmp.execute("quit")
         await qmp.close()
 
-    started: list[subprocess.Popen[str]] = []
+    def control(name: str) -> Path:
+        return tmp_path / "vmbus" / name / "control.sock"
 
-    def run(name: str, *words: str, descriptors: Sequence[int] = ()) -> subprocess.Popen[str]:
-        process = vmbus(tmp_path, "run", "--name", name, *words, *options, *command, descriptors=descriptors)
-        started.append(process)
-        return process
+    async with emulators() as started:
 
-    try:
+        def run(name: str, *words: str, descriptors: Sequence[int] = ()) -> Emulator:
+            line = ("run", "--name", name, *words, *options, *command)
+            started.append(Emulator.start(tmp_path, *line, descriptors=descriptors))
+            return started[-1]
+
         source = run("a")
-        until(lambda: beats(tmp_path, "a") > 3, "heartbeats")
+        await source.more_beats("a")
         here, there = socket.socketpair()
         with here, there:
             number = there.fileno()
             second = run("b", "--incoming", f"fd:{number}", descriptors=[number])
             there.close()
-            until((tmp_path / "vmbus" / "b" / "control.sock").exists, "target")
-            await drive(here)
-        output, errors = source.communicate(timeout=LIMIT)
-        assert source.returncode == 0, errors
+            await until(control("b").exists, "target", second, timeout=LIMIT)
+            await drive(here, source, second)
+        status, errors = await source.ended()
+        assert status == 0, errors
         assert "has moved" in errors
-        until(lambda: beats(tmp_path, "b") > 3, "heartbeats there")
+        await second.more_beats("b")
 
         # Through a pipe, and driven by vmbus itself: nobody has to send anything.
-        assert "by its number" in asked(tmp_path, "migrate", "b", "fd:there", status=2)
-        assert "Bad file descriptor" in asked(tmp_path, "migrate", "b", "fd:77", status=2)
+        assert "by its number" in await vmbus("migrate", "b", "fd:there", status=2)
+        assert "Bad file descriptor" in await vmbus("migrate", "b", "fd:77", status=2)
         reading, writing = os.pipe()
         with os.fdopen(reading, "rb") as reader, os.fdopen(writing, "wb") as writer:
             third = run("c", "--incoming", f"fd:{reading}", descriptors=[reading])
             reader.close()
-            until((tmp_path / "vmbus" / "c" / "control.sock").exists, "target")
-            asked(tmp_path, "migrate", "b", f"fd:{writing}", descriptors=[writing])
+            await until(control("c").exists, "target", third, timeout=LIMIT)
+            await vmbus("migrate", "b", f"fd:{writing}", descriptors=[writing])
             writer.close()
-        middle, errors = second.communicate(timeout=LIMIT)
-        assert second.returncode == 0, errors
-        asked(tmp_path, "device", "add", "c", "echo")
-        rest, errors = third.communicate(timeout=LIMIT)
-        assert third.returncode == 6, errors
-        numbers = [int(word) for word in (output + middle + rest).split()]
+        status, errors = await second.ended()
+        assert status == 0, errors
+        await vmbus("device", "add", "c", "echo")
+        status, errors = await third.ended()
+        assert status == 6, errors
+        numbers = [int(word) for emulator in started for word in emulator.output.split()]
         assert numbers == list(range(1, len(numbers) + 1))
-    finally:
-        for process in started:
-            if process.poll() is None:
-                process.terminate()
-                process.communicate(timeout=30)
 
 
 async def test_a_guest_is_taken_back_and_then_leaves_beside_qemus_stream(tmp_path: Path) -> None:
@@ -193,16 +163,16 @@ async def test_a_guest_is_taken_back_and_then_leaves_beside_qemus_stream(tmp_pat
     count = ["i=0; while i=$((i+1)); do echo $i; usleep 50000; done"]
     command = ("--", "sh", "-c", *count)
     void, main, carrier = (f"unix:{tmp_path}/{name}" for name in ("void", "main", "carrier"))
-    started: list[Emulator] = []
-
-    def run(name: str, *words: str) -> Emulator:
-        started.append(Emulator.start(tmp_path, "run", "--name", name, *words, *options, *command))
-        return started[-1]
 
     async def says(*words: str, status: int = 0) -> str:
-        return await asyncio.to_thread(asked, tmp_path, *words, status=status)
+        return await asked(tmp_path, *words, status=status)
 
-    try:
+    async with emulators() as started:
+
+        def run(name: str, *words: str) -> Emulator:
+            started.append(Emulator.start(tmp_path, "run", "--name", name, *words, *options, *command))
+            return started[-1]
+
         source = run("a")
         await source.more_beats("a")
         assert "nothing to take back: it is idle" in await says("migrate", "a", "--take-back", status=1)
@@ -210,11 +180,11 @@ async def test_a_guest_is_taken_back_and_then_leaves_beside_qemus_stream(tmp_pat
 
         # Somebody else sends it away, to a target that dies when it has everything.
         target = run("void", "--incoming", void)
-        await holds(lambda: is_there(tmp_path / "void"), "listening target")
+        await until((tmp_path / "void").exists, "listening target", target, timeout=LIMIT)
         driver = await Qmp.connect(str(tmp_path / "vmbus" / "a" / "qmp.sock"))
         await driver.execute("migrate-set-capabilities", {"capabilities": [WAY_BACK]})
         await driver.execute("migrate", {"uri": void})
-        await event(driver, "MIGRATION", "completed")
+        await event(driver, "MIGRATION", "completed", sides=[source, target])
         await target.more_beats("void")
         target.process.kill()
         await target.ended()
@@ -222,7 +192,7 @@ async def test_a_guest_is_taken_back_and_then_leaves_beside_qemus_stream(tmp_pat
         # It must not go on by itself.
         answered = await source.beats("a")
         await driver.execute("cont")
-        await event(driver, "STOP")
+        await event(driver, "STOP", sides=[source])
         assert await source.beats("a") == answered
         assert "it is left" in await says("migrate", "a", void, status=1)
         assert await says("migrate", "a", "--take-back") == "the guest goes on here\n"
@@ -242,10 +212,10 @@ async def test_a_guest_is_taken_back_and_then_leaves_beside_qemus_stream(tmp_pat
 
         # And on it goes, into another emulator's QEMU, and into one that no emulator started.
         target = run("b", "--incoming", main, "--carrier", carrier)
-        await holds(lambda: is_there(tmp_path / "main"), "listening target")
+        await until((tmp_path / "main").exists, "listening target", target, timeout=LIMIT)
         await says("migrate", "a", main, "--carrier", carrier)
-        first, errors = await asyncio.to_thread(source.process.communicate, timeout=LIMIT)
-        assert source.process.returncode == 0, errors
+        status, errors = await source.ended()
+        assert status == 0, errors
         await target.more_beats("b")
         async with own_qemu(tmp_path / "c", travellers(machine(tmp_path, command=count))[1]) as last:
             last.attach("--carrier", carrier)
@@ -258,26 +228,19 @@ async def test_a_guest_is_taken_back_and_then_leaves_beside_qemus_stream(tmp_pat
             await says("migrate", "b", main, "--carrier", carrier)
             assert await last.emulators[-1].beats("c") >= answered
             await last.emulators[-1].more_beats("c")
-            second, errors = await asyncio.to_thread(target.process.communicate, timeout=LIMIT)
-            assert target.process.returncode == 0, errors
-        numbers = [int(word) for word in (first + second).split()]
+            status, errors = await target.ended()
+            assert status == 0, errors
+        numbers = [int(word) for word in (source.output + target.output).split()]
         assert numbers == list(range(1, len(numbers) + 1))  # what it said in the void came again
-    finally:
-        for emulator in started:
-            await emulator.stop()
 
 
 WAY_BACK = {"capability": "return-path", "state": True}
 
 
-async def event(qmp: Qmp, wanted: str, status: str = "") -> None:
+async def event(qmp: Qmp, wanted: str, status: str = "", *, sides: Sequence[Side]) -> None:
     """Wait for an event, with that status if one is given."""
-    async with asyncio.timeout(LIMIT):
+    async with while_alive(f"event {wanted} {status}", *sides, timeout=LIMIT):
         async for name, data in qmp.events():
             if name == wanted and (not status or data["status"] == status):
                 return
     raise AssertionError(f"QEMU ended before {wanted} {status}")
-
-
-async def is_there(path: Path) -> bool:
-    return path.exists()

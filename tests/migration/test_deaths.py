@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -20,9 +19,11 @@ from vmbus.machine.migration.coordinator import Phase, Switchover
 from vmbus.machine.migration.drive import MigrationFailed, arrived, migrate, receive
 from vmbus.machine.qemu.launch import GuestOptions
 
+from tests.guest.emulator import LIMIT, Emulator
 from tests.guest.harness import Booted
+from tests.guest.waiting import reporting, until
 from tests.migration.journey import Journey, journey, machine
-from tests.migration.own_qemu import LIMIT, Emulator, OwnQemu, own_qemu, travellers, until
+from tests.migration.own_qemu import OwnQemu, own_qemu, travellers
 from tests.migration.test_live import beats, more_beats
 
 pytestmark = pytest.mark.guest
@@ -38,10 +39,10 @@ async def listening(folder: Path, options: GuestOptions) -> AsyncIterator[Booted
     try:
         there = await places.begin(options)
         await receive(there.host, f"unix:{folder}/migration.sock")
-        yield there
+        with reporting(places.sides):
+            yield there
     finally:
-        for stack in places.stations:
-            await stack.aclose()
+        await places.close()
 
 
 @pytest.mark.parametrize("moment", [*BEFORE, *AFTER])
@@ -63,7 +64,9 @@ async def it_has_left(source: OwnQemu, there: Booted) -> None:
     await arrived(there.host, LIMIT)
     answers = there.device("heartbeat").status()["answers"]
     there.start_following()
-    await there.until(lambda: there.device("heartbeat").status()["answers"] > answers + 3, "heartbeats")
+    await there.until(
+        lambda: there.device("heartbeat").status()["answers"] > answers + 3, "heartbeats", source
+    )
     assert there.device("heartbeat").status()["odd_answers"] == 0
     await there.stop_following()
     assert await source.status() == "postmigrate"
@@ -186,7 +189,7 @@ async def leave_for_a_target_that_dies(guest: Journey, moment: str) -> None:
         there.host.migration.state.restore = lambda _: target.kill()  # type: ignore[method-assign]
     moving = asyncio.ensure_future(migrate(host, guest.uri(there), limit=LIMIT))
     if moment in ("setup", "active"):
-        await coordinator.until(lambda: moment in coordinator.report.statuses, LIMIT)
+        await guest.here.migration(lambda: moment in coordinator.report.statuses, f"status {moment}")
         target.kill()
     elif moment == "pre-switchover":
         await guest.here.until(lambda: coordinator.report.prepared_in, "state made ready")
@@ -216,11 +219,11 @@ async def test_an_emulator_that_started_its_qemu_takes_it_along(tmp_path: Path, 
     target = None
     try:
         await source.more_beats("a")
-        pid = qemu_of(await asked(tmp_path, "status", "a", "--json"))
+        pid = (await source.status("a"))["qemu"]["pid"]
         target = Emulator.start(
             tmp_path, "run", "--name", "b", "--incoming", uri, *options, dies=moment if at_target else ""
         )
-        await until(lambda: exists(tmp_path / "migration.sock"), "listening target")
+        await until((tmp_path / "migration.sock").exists, "listening target", source, target)
         moving = Emulator.start(tmp_path, "migrate", "a", uri)
         await (target if at_target else source).killed()
         status, said = await moving.ended()
@@ -229,7 +232,7 @@ async def test_an_emulator_that_started_its_qemu_takes_it_along(tmp_path: Path, 
             assert "goes on here" in said
             await source.more_beats("a")
         else:
-            await until(lambda: is_gone(Path(f"/proc/{pid}")), "end of the QEMU")
+            await until(lambda: not Path(f"/proc/{pid}").exists(), "end of the QEMU")
         if moment == "completed":  # before that, what its QEMU had not sent yet is lost with it
             await target.more_beats("b")
         elif not at_target:
@@ -241,24 +244,5 @@ async def test_an_emulator_that_started_its_qemu_takes_it_along(tmp_path: Path, 
                 await emulator.stop()
 
 
-async def asked(folder: Path, *words: str) -> str:
-    process = Emulator.start(folder, *words).process
-    output, errors = await asyncio.to_thread(process.communicate, timeout=LIMIT)
-    assert process.returncode == 0, errors
-    return output
-
-
-def qemu_of(status: str) -> int:
-    return int(json.loads(status)["qemu"]["pid"])
-
-
 async def is_paused(host: Host) -> bool:
     return bool((await host.qmp.execute("query-status"))["status"] == "paused")
-
-
-async def exists(path: Path) -> bool:
-    return path.exists()
-
-
-async def is_gone(path: Path) -> bool:
-    return not path.exists()

@@ -11,7 +11,8 @@ from vmbus.machine.migration.coordinator import Phase, Switchover
 from vmbus.machine.migration.drive import MigrationFailed, Outcome, arrived, migrate
 from vmbus_devices.heartbeat import Heartbeat
 
-from tests.guest.harness import LIMIT, Booted
+from tests.guest.harness import Booted
+from tests.guest.waiting import LIMIT
 from tests.migration.journey import Journey, journey
 
 pytestmark = pytest.mark.guest
@@ -22,8 +23,7 @@ def beats(guest: Journey) -> int:
 
 
 async def more_beats(guest: Journey, count: int = 5) -> None:
-    wanted = beats(guest) + count
-    await guest.here.until(lambda: beats(guest) >= wanted, f"{count} more heartbeats")
+    await guest.here.more_beats(count)
 
 
 class Unsavable(Heartbeat):
@@ -43,8 +43,10 @@ async def under_way(guest: Journey, there: Booted) -> asyncio.Task[Outcome]:
     coordinator = guest.host.migration
     before = coordinator.report
     moving = asyncio.ensure_future(migrate(guest.host, guest.uri(there), limit=LIMIT))
-    await coordinator.until(
-        lambda: coordinator.report is not before and coordinator.report.statuses[-1:] == ["active"], LIMIT
+    await guest.here.migration(
+        lambda: coordinator.report is not before and coordinator.report.statuses[-1:] == ["active"],
+        "status active",
+        there,
     )
     return moving
 
@@ -114,7 +116,7 @@ async def test_a_guest_that_cannot_leave_goes_on_and_can_leave_later(tmp_path: P
         there = await guest.target()
         host.migration.switchover = Switchover.OBSERVE
         moving = asyncio.ensure_future(migrate(host, guest.uri(there), limit=LIMIT))
-        await host.migration.until(lambda: host.migration.phase is Phase.READY, LIMIT)
+        await guest.here.migration(lambda: host.migration.phase is Phase.READY, "phase ready", there)
         answered = beats(guest)
         await asyncio.sleep(0.2)  # a guest that stands does not answer, and a frozen host does not ask
         assert beats(guest) == answered

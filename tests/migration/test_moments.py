@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,9 @@ from vmbus.wire.packet import Packet
 from vmbus.wire.ring import RESERVED_BYTES
 from vmbus_devices.echo import Echo
 
-from tests.guest.harness import LIMIT, LOADED_MODULES
+from tests.guest.harness import LOADED_MODULES
 from tests.guest.test_boot import complaints
+from tests.guest.waiting import while_alive
 from tests.migration.journey import Journey, journey
 from tests.migration.load import ECHOING, Program, guest_resumed, went_well
 from tests.migration.test_live import more_beats
@@ -32,12 +33,13 @@ MESSAGES = 1024
 """Bytes that the messages still have that a guest may have posted when it is stopped."""
 
 
-def echoing(
-    folder: Path, program: Program, command: str, *, smp: int = 1
-) -> contextlib.AbstractAsyncContextManager[Journey]:
+@contextlib.asynccontextmanager
+async def echoing(folder: Path, program: Program, command: str, *, smp: int = 1) -> AsyncIterator[Journey]:
     """A guest with an echo client, which ``command`` runs."""
     client = [(program("echo_client"), "/bin/echo_client")]
-    return journey(folder, smp=smp, devices=ECHO, load=UIO, add=client, command=[command])
+    async with journey(folder, smp=smp, devices=ECHO, load=UIO, add=client, command=[command]) as guest:
+        guest.here.failure_word = b"failed"
+        yield guest
 
 
 def unharmed(guest: Journey) -> None:
@@ -51,7 +53,7 @@ def unharmed(guest: Journey) -> None:
 
 async def caught(guest: Journey, condition: Callable[[], object]) -> None:
     """Stop the guest while ``condition()`` holds."""
-    async with asyncio.timeout(LIMIT):
+    async with while_alive("moment in which the guest is to be stopped", guest.here):
         while True:
             await asyncio.sleep(0)  # these moments are short: look after every turn of the host
             if condition():

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from vmbus.machine.migration.drive import MigrationFailed
 
-from tests.guest.harness import LIMIT, boot
+from tests.guest.harness import boot
 from tests.guest.test_boot import complaints
+from tests.guest.waiting import LIMIT
 
 pytestmark = pytest.mark.guest
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from vmbus.errors import QemuError
 from vmbus.machine.migration.addresses import structured
-from vmbus.machine.migration.coordinator import Coordinator, Phase, Switchover
+from vmbus.machine.migration.coordinator import Phase, Switchover
 from vmbus.machine.migration.drive import MigrationFailed, arrived, migrate, receive
 from vmbus.machine.qemu.qmp import Qmp
 
@@ -34,8 +34,13 @@ async def somebody(guest: Journey) -> AsyncIterator[Qmp]:
         await monitor.close()
 
 
-def told(coordinator: Coordinator, *statuses: str) -> Any:
-    return coordinator.until(lambda: coordinator.report.statuses[-1:] in [[each] for each in statuses], LIMIT)
+async def reaches(guest: Journey, *statuses: str) -> None:
+    """Wait until the last status that QEMU reported of the migration is one of ``statuses``."""
+    coordinator = guest.host.migration
+    await guest.here.migration(
+        lambda: coordinator.report.statuses[-1:] in [[each] for each in statuses],
+        f"status {' or '.join(statuses)}",
+    )
 
 
 async def status(guest: Journey) -> str:
@@ -68,20 +73,20 @@ async def test_a_migration_may_be_cancelled_at_every_status(tmp_path: Path, gues
 
         with deaf_listener() as uri:
             await other.execute("migrate", {"uri": uri})
-            await told(coordinator, "setup")
+            await reaches(guest, "setup")
             assert await status(guest) == "setup"
             await cancel()
-            await told(coordinator, "cancelling")  # until the connection is made or refused
-        await told(coordinator, "cancelled")
+            await reaches(guest, "cancelling")  # until the connection is made or refused
+        await reaches(guest, "cancelled")
         await guest_resumed(guest)
 
         # While it is cancelled, and when it is.
         there = await guest.target()
         await put(guest.host, {}, {"max-bandwidth": 1 << 20})
         await other.execute("migrate", {"uri": guest.uri(there)})
-        await told(coordinator, "active")
+        await reaches(guest, "active")
         await asyncio.gather(*(guest.host.qmp.execute("migrate_cancel") for _ in range(3)), cancel())
-        await told(coordinator, "cancelled")
+        await reaches(guest, "cancelled")
         assert "cancelling" in coordinator.report.statuses
         await cancel()
         assert await status(guest) == "cancelled"
@@ -94,13 +99,13 @@ async def test_a_migration_may_be_cancelled_at_every_status(tmp_path: Path, gues
         await other.execute("migrate", {"uri": guest.uri(there)})
         assert await coordinator.until_ready(LIMIT)
         await cancel()
-        await told(coordinator, "cancelled")
+        await reaches(guest, "cancelled")
         coordinator.switchover = Switchover.OWN
         await guest_resumed(guest)
         await guest.leave(there)
 
         await other.execute("migrate", {"uri": f"unix:{tmp_path}/nobody"})
-        await told(coordinator, "failed")
+        await reaches(guest, "failed")
         await cancel()
         assert await status(guest) == "failed"
         await guest_resumed(guest)
@@ -150,17 +155,17 @@ async def test_what_cannot_work_is_refused_before_it_begins_and_cancelled_if_som
                 await migrate(guest.host, f"file:{tmp_path}/guest", limit=LIMIT)
             before = coordinator.report
             await other.execute("migrate", {"uri": f"unix:{sink}"})
-            await coordinator.until(lambda before=before: coordinator.report is not before, LIMIT)
-            await told(coordinator, "cancelled", "failed")
+            await guest.here.migration(lambda before=before: coordinator.report is not before, "report")
+            await reaches(guest, "cancelled", "failed")
             await guest.here.until(lambda name=name: coordinator.report.refusal.startswith(name), "reason")
             if name == "x-colo":  # not before QEMU has its connection: it might wait for the target's word
                 with deaf_listener() as uri:
                     await other.execute("migrate", {"uri": uri})
-                    await told(coordinator, "setup")
+                    await reaches(guest, "setup")
                     await guest.here.until(lambda: coordinator.report.refusal, "reason")
                     await more_beats(guest)
                     assert coordinator.report.statuses == ["setup"]
-                await told(coordinator, "failed")
+                await reaches(guest, "failed")
             await put(guest.host, dict.fromkeys(capabilities, False))
             await put(guest.host, {"pause-before-switchover": True})
             await guest_resumed(guest)
@@ -194,7 +199,7 @@ async def test_channels_descriptor_sets_and_addresses_that_make_no_sense(
             there = await guest.target()
             main["addr"] = structured(guest.uri(there))
             await other.execute("migrate", {"channels": [main]})
-            await told(coordinator, "completed")
+            await reaches(guest, "completed")
         await arrived(there.host, limit=LIMIT)
         await guest.settle_at(there)
         await guest_resumed(guest)

@@ -105,7 +105,7 @@ async def test_a_guest_that_writes_too_fast_is_slowed_down_until_it_can_leave(
                 throttled.append(percentage)
 
         moving = asyncio.ensure_future(migrate(guest.host, uri, progress=watch, limit=2 * LIMIT))
-        await guest.here.until(lambda: throttled or moving.done(), "throttling", LIMIT)
+        await guest.here.until(lambda: throttled or moving.done(), "throttling", there)
         assert throttled
         await put(guest.host, {}, {"max-bandwidth": 1 << 30, "downtime-limit": 1000})
         went_well(await moving)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from vmbus.machine.migration import snapshots
 from vmbus.machine.migration.drive import arrived, migrate
 from vmbus.machine.qemu.qmp import Qmp
 
+from tests.guest.waiting import while_alive
 from tests.migration.journey import Journey
 from tests.migration.load import LIMIT, Program, guest_resumed, under_load, went_well
 from tests.migration.test_live import beats
@@ -34,7 +34,7 @@ async def falls_asleep(guest: Journey) -> None:
     port = guest.here.guest.command
     assert port is not None
     port[1].write(b"sleep\n")
-    async with asyncio.timeout(LIMIT):
+    async with while_alive("sleeping guest", guest.here):
         async for name, _ in monitor.events():
             if name == "SUSPEND":
                 break

@@ -11,6 +11,7 @@ from vmbus.machine.migration.drive import MigrationFailed, arrived, migrate
 from vmbus.machine.migration.report import Report
 from vmbus.machine.qemu.qmp import Qmp
 
+from tests.guest.waiting import while_alive
 from tests.migration.journey import journey
 from tests.migration.load import LIMIT, Program, guest_resumed, put, swallow, under_load, went_well
 from tests.migration.test_live import more_beats
@@ -31,13 +32,13 @@ async def test_a_migration_that_another_program_drives_is_followed(tmp_path: Pat
             await _set(other, capability, True)
             coordinator.report = Report()
             await other.execute("migrate", {"uri": guest.uri(there)})
-            await coordinator.until(
-                lambda: coordinator.report.statuses[-1:] in (["cancelled"], ["failed"]), LIMIT
+            await guest.here.migration(
+                lambda: coordinator.report.statuses[-1:] in (["cancelled"], ["failed"]),
+                "end of the migration",
             )
             await guest.here.until(
                 lambda name=capability: coordinator.report.refusal.startswith(f"{name}: "),
                 "reason",
-                LIMIT,
             )
             with pytest.raises(MigrationFailed):
                 await arrived(there.host, LIMIT)
@@ -51,7 +52,7 @@ async def test_a_migration_that_another_program_drives_is_followed(tmp_path: Pat
         await _set(other, "return-path", True)
         coordinator.report = Report()
         await other.execute("migrate", {"uri": guest.uri(there)})
-        await coordinator.until(lambda: "failed" in coordinator.report.statuses, LIMIT)
+        await guest.here.migration(lambda: "failed" in coordinator.report.statuses, "status failed")
         assert "behind the emulator's back" in there.host.migration.load_refused
         await _set(other, "pause-before-switchover", True)
         await more_beats(guest)
@@ -61,10 +62,10 @@ async def test_a_migration_that_another_program_drives_is_followed(tmp_path: Pat
         there = await guest.target()
         coordinator.switchover = Switchover.OBSERVE
         await other.execute("migrate", {"uri": guest.uri(there)})
-        await coordinator.until(lambda: coordinator.phase is Phase.READY, LIMIT)
-        await guest.here.until(lambda: coordinator.report.prepared_in, "state made ready", LIMIT)
+        await guest.here.migration(lambda: coordinator.phase is Phase.READY, "phase ready", there)
+        await guest.here.until(lambda: coordinator.report.prepared_in, "state made ready", there)
         await other.execute("migrate-continue", {"state": "pre-switchover"})
-        await coordinator.until(lambda: coordinator.phase is Phase.LEFT, LIMIT)
+        await guest.here.migration(lambda: coordinator.phase is Phase.LEFT, "phase left", there)
         await arrived(there.host, LIMIT)
         await other.close()
         await guest.settle_at(there)
@@ -93,7 +94,9 @@ async def test_a_driver_that_does_not_wait_for_the_emulator_cannot_lose_the_gues
             await _set(other, "return-path", way_back)
             waiting = asyncio.ensure_future(coordinator.until_ready(LIMIT))
             await other.execute("migrate", {"uri": guest.uri(there)})
-            await coordinator.until(lambda: coordinator.report.statuses[-1:] == ["pre-switchover"], LIMIT)
+            await guest.here.migration(
+                lambda: coordinator.report.statuses[-1:] == ["pre-switchover"], "status pre-switchover", there
+            )
             assert not coordinator.ready
             await other.execute("migrate-continue", {"state": "pre-switchover"})
             assert not await waiting
@@ -101,7 +104,7 @@ async def test_a_driver_that_does_not_wait_for_the_emulator_cannot_lose_the_gues
             assert coordinator.report.statuses[-1] == ("failed" if way_back else "completed")
             done.set()
             monkeypatch.undo()
-            await coordinator.until(lambda: coordinator.phase is Phase.IDLE, LIMIT)
+            await guest.here.migration(lambda: coordinator.phase is Phase.IDLE, "phase idle")
             await guest_resumed(guest)
             assert "behind the emulator's back" in there.host.migration.load_refused
             await guest.leave(there)
@@ -135,19 +138,20 @@ async def test_cancelled_in_the_pause_while_a_device_writes_guest_memory(
             for turns in range(0, 30, 6):  # of this loop, in which the emulator makes its state
                 before = coordinator.report
                 await other.execute("migrate", {"uri": f"unix:{sink}"})
-                async for name, data in other.events():
-                    if (name, data.get("status")) == ("MIGRATION", "pre-switchover"):
-                        break
+                async with while_alive("status pre-switchover", guest.here):
+                    async for name, data in other.events():
+                        if (name, data.get("status")) == ("MIGRATION", "pre-switchover"):
+                            break
                 for _ in range(turns):
                     await asyncio.sleep(0)
                 await other.execute("migrate_cancel")
-                await coordinator.until(
+                await guest.here.migration(
                     lambda before=before: (
                         coordinator.report is not before
                         and coordinator.report.statuses[-1:] == ["cancelled"]
                         and coordinator.phase is Phase.IDLE
                     ),
-                    LIMIT,
+                    "cancelled migration",
                 )
                 carried.append(coordinator.report.pages_carried)
         await other.close()
@@ -173,7 +177,7 @@ async def test_a_guest_that_was_stopped_before_is_stopped_after(tmp_path: Path) 
         await guest.leave(there)
         there = await guest.target()
         await before.qmp.execute("migrate", {"uri": guest.uri(there)})
-        await before.migration.until(lambda: before.migration.phase is Phase.LEFT, LIMIT)
+        await guest.here.migration(lambda: before.migration.phase is Phase.LEFT, "phase left", there)
         await arrived(there.host, LIMIT)
         await guest.settle_at(there)
         assert guest.host.migration.phase is Phase.LOADED

@@ -12,7 +12,8 @@ from vmbus.machine.gateway.traps import Trap
 from vmbus.machine.migration.coordinator import Phase, Switchover
 from vmbus.machine.migration.drive import MigrationFailed, migrate
 
-from tests.guest.harness import LIMIT, LOADED_MODULES
+from tests.guest.harness import LOADED_MODULES
+from tests.guest.waiting import LIMIT
 from tests.migration.journey import Journey, journey
 
 pytestmark = pytest.mark.guest
@@ -61,7 +62,7 @@ async def test_an_answer_that_no_processor_fetched_goes_along(
         coordinator = guest.host.migration
         coordinator.switchover = Switchover.OBSERVE
         moving = asyncio.ensure_future(migrate(guest.host, guest.uri(there), limit=LIMIT))
-        await coordinator.until(lambda: coordinator.phase is Phase.READY, LIMIT)
+        await guest.here.migration(lambda: coordinator.phase is Phase.READY, "phase ready", there)
         await guest.here.until(lambda: coordinator.report.prepared_in, "state made ready")
         await guest.host.qmp.execute("migrate_cancel")
         with pytest.raises(MigrationFailed):

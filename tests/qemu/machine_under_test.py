@@ -95,6 +95,7 @@ class Machine:
         end = time.monotonic() + LIMIT
         while (found := self.console()) != wanted:
             assert found == wanted[: len(found)], found
+            assert self.process.poll() is None, f"QEMU ended while waiting for {wanted}, after {found}"
             assert time.monotonic() < end, f"no {wanted} within {LIMIT} s, but {found}"
             time.sleep(0.01)
 
