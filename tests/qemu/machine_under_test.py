@@ -93,9 +93,12 @@ class Machine:
     def prints(self, wanted: list[int]) -> None:
         """Wait until the guest has printed ``wanted``, and nothing else."""
         end = time.monotonic() + LIMIT
-        while (found := self.console()) != wanted:
+        while True:
+            ended = self.process.poll() is not None  # before the look: the last of it may come with the end
+            if (found := self.console()) == wanted:
+                return
             assert found == wanted[: len(found)], found
-            assert self.process.poll() is None, f"QEMU ended while waiting for {wanted}, after {found}"
+            assert not ended, f"QEMU ended while waiting for {wanted}, after {found}"
             assert time.monotonic() < end, f"no {wanted} within {LIMIT} s, but {found}"
             time.sleep(0.01)
 
