@@ -1,9 +1,11 @@
-"""Throws messages at a bus: ``python -m tests.fuzz.bus_messages --count 1000000 --seed 1``.
+"""Random messages for a bus.
 
-Most messages are well-formed with small numbers, so that they reach deep; some are cut, lengthened or damaged;
-some are noise. Devices come and go, close slowly, fail; the guest takes its messages late or not at all. Nothing
-may raise, all that a guest can make the host hold is bounded, and after a machine reset nothing is left.
-Reports the rate and how far the process grew.
+    python -m tests.fuzz.bus_messages --count 1000000 --seed 1
+
+Most messages are well-formed with small numbers, so that they pass the first checks; some are truncated, lengthened
+or damaged; some are random bytes. Devices are added and removed, close slowly and fail; the guest takes its messages
+late or never. Checked: nothing raises, all state that a guest can cause in the host is bounded, and a machine reset
+leaves none of it. Reports the rate and the growth of the process.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ WEIGHTS = [0.5, 20, 8, 25, 12, 8, 4, 0.3, 0.1, 3, 4, 1, 4, 1, 0.3, 1]
 
 
 class ForgetfulFuzzEndpoint(ForgetfulEndpoint):
-    """Keeps no notes; fails and defers at random. It cannot be restored."""
+    """An endpoint that fails and defers at random, and cannot be restored."""
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__()
@@ -55,7 +57,7 @@ class ForgetfulFuzzEndpoint(ForgetfulEndpoint):
 
 
 class FuzzEndpoint(ForgetfulFuzzEndpoint):
-    """One that can be restored."""
+    """An endpoint that fails and defers at random, and can be restored."""
 
     def restored(self, channel: Channel) -> None:
         self._note("restored")
@@ -63,7 +65,7 @@ class FuzzEndpoint(ForgetfulFuzzEndpoint):
 
 
 class Fuzzer:
-    """One bus under fire."""
+    """A bus that receives random messages."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -74,10 +76,10 @@ class Fuzzer:
         self.moves = 0
         self.peak = Counter[str]()
 
-    # ---- messages
+    # --- messages ---
 
     def small(self) -> bytes:
-        """A number that is likely to name something."""
+        """Return a 32-bit number that is likely to be the id of something."""
         rng = self.rng
         draw = rng.random()
         number = (
@@ -88,7 +90,7 @@ class Fuzzer:
         return number.to_bytes(4, "little")
 
     def names(self) -> tuple[bytes, bytes]:
-        """A channel and one of its GPADLs that there are, mostly."""
+        """Return the ids of a channel and of one of its GPADLs, which mostly exist."""
         rng = self.rng
         channels = self.bus.channels
         if not channels or rng.random() < 0.2:
@@ -100,7 +102,7 @@ class Fuzzer:
         return relid, rng.choice(list(channel.gpadls)).to_bytes(4, "little")
 
     def message(self) -> bytes:
-        """One message, sound or not."""
+        """Return one message, valid or not."""
         rng = self.rng
         draw = rng.random()
         if draw < 0.02:
@@ -165,10 +167,10 @@ class Fuzzer:
         pages = rng.choice((bytes(16), b"\0\x50" + bytes(6) + b"\0\x60" + bytes(6), rng.randbytes(16)))
         return version.to_bytes(4, "little") + target.to_bytes(4, "little") + info + pages + bytes(16)
 
-    # ---- what happens besides
+    # --- other events ---
 
     def devices(self) -> None:
-        """Something on the host's side."""
+        """Make something happen at the host's side."""
         rng, bus = self.rng, self.bus
         channels = bus.channels
         acts: list[Callable[[], object]] = [
@@ -197,7 +199,7 @@ class Fuzzer:
             self.move()
             bus = self.bus
         else:
-            with contextlib.suppress(VmbusError):  # the devices of this fuzzer break their contract too
+            with contextlib.suppress(VmbusError):  # the devices of this fuzzer violate their contract, too
                 act()
         if rng.random() < 0.4:
             bus.resume()
@@ -207,7 +209,7 @@ class Fuzzer:
         rng.choice(ports)()
 
     def move(self) -> None:
-        """Save the bus and go on with another: every state that is saved can be restored."""
+        """Save the bus and continue with another one: every saved state can be restored."""
         state = self.guest.save()
         old = [channel for channel in self.bus.channels if not channel.revoking]
         refusals = self.bus.refusals.counts
@@ -217,13 +219,13 @@ class Fuzzer:
         for channel in old:
             if self.rng.random() < 0.8:
                 endpoint = FuzzEndpoint if self.rng.random() < 0.8 else ForgetfulFuzzEndpoint
-                with contextlib.suppress(VmbusError):  # a sub-channel whose primary did not come
+                with contextlib.suppress(VmbusError):  # a sub-channel without its primary channel
                     self.bus.offer(channel.offer, endpoint(self.rng))
         self.bus.resume()
         self.moves += 1
 
     def let_go(self) -> None:
-        """Every device finishes what it put off."""
+        """Let every device finish what it deferred."""
         for channel in self.bus.channels:
             channel.resume()
             for act in (channel.finish_open, channel.finish_close):
@@ -243,7 +245,7 @@ class Fuzzer:
         )
 
     def reconnect(self) -> None:
-        """A sound connection, so that what follows has one to work on."""
+        """Make a valid connection for the messages that follow."""
         for _ in range(3):
             with contextlib.suppress(VmbusError):
                 self.offer()
@@ -264,10 +266,10 @@ class Fuzzer:
         self.guest.synic.messages.clear()
         self.guest.synic.events.clear()
 
-    # ---- checks
+    # --- checks ---
 
     def check(self) -> None:
-        """All that a guest can make the host hold is bounded and adds up."""
+        """Check that all state that a guest can cause in the host is bounded and consistent."""
         bus = self.bus
         held = [gpadl for channel in bus.channels for gpadl in channel.gpadls.values()]
         quota, assemblies = bus.gpadl_assembler.quota, bus.gpadl_assembler.assemblies
@@ -292,7 +294,7 @@ class Fuzzer:
         bus.status()
 
     def finish(self) -> None:
-        """After a reset, and when all devices have let go, nothing is left."""
+        """Check that nothing is left after a reset, when all devices have finished."""
         bus = self.bus
         bus.resume()
         bus.reset()
@@ -305,7 +307,7 @@ class Fuzzer:
             raise AssertionError(f"left over: {busy}, {vars(quota)}, {assemblies}, ports {ports}")
 
     def run(self, count: int) -> None:
-        """Throw ``count`` messages."""
+        """Send ``count`` messages."""
         rng = self.rng
         for number in range(1, count + 1):
             self.post(self.message())
@@ -323,11 +325,11 @@ class Fuzzer:
 
 
 ALLOWED_GROWTH = 8 << 10
-"""KiB that the peak of memory may grow after the warm-up: what a guest can make the host hold is bounded."""
+"""KiB by which the peak of memory may grow after the warm-up: state that a guest can cause is bounded."""
 
 
 def main() -> int:
-    """Run from the command line; exit status 1 when memory grew."""
+    """Run from the command line; return exit status 1 if memory grew."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,6 +1,6 @@
-"""The requests of :mod:`tests.fuzz.storvsc_requests`, the plain ones done by the compiled fast path.
+"""The requests of :mod:`tests.fuzz.storvsc_requests`, with the compiled fast path.
 
-Two disks are files, and guest memory is mapped; after each request all pages of the guest's are looked at.
+Two disks are files, and guest memory is mapped; all guest pages are compared after each request.
 
     python -m tests.fuzz.compiled_requests --count 50000 --seed 7
 """
@@ -21,7 +21,7 @@ from tests.unit.fastpath.fast_guest import HIGH, HOLE, RAM, FastGuest
 
 
 class CompiledFuzzer(Fuzzer):
-    """``folder``: where the disks' files are."""
+    """A fuzzer with the compiled fast path; ``folder``: for the files of the disks."""
 
     def __init__(self, seed: int, folder: Path) -> None:
         self.folder = folder
@@ -66,7 +66,7 @@ class CompiledFuzzer(Fuzzer):
         self.fast.settle()
 
     def finish(self) -> None:
-        """Let go, and say how much of it was compiled code's work."""
+        """Close, and report how many requests the compiled code did."""
         taken = self.fast.path.requests
         print(f"{taken} requests were done by the fast path")
         if not taken:

@@ -1,16 +1,16 @@
-"""Random ring images: the host reads and writes rings that a mad guest left, and nothing but RingError happens.
+"""Random ring images: the host reads and writes rings with arbitrary content and raises nothing but RingError.
 
     python -m tests.fuzz.ring_images --count 1000000 --seed 1
 
-Each image is a pair of control pages and data pages: indices, packets and bytes are good, nearly good or random,
-and may change between two accesses of the host's. Checked for each image:
+Each image is a pair of control pages and data pages: indices, packets and bytes are valid, nearly valid or random,
+and may change between two accesses of the host. Checked for each image:
 
-* nothing is raised but ``RingError`` (for a packet's own fault: a packet with ``error``);
-* the host makes no access outside of the ring, and a bounded number of them;
-* no packet is longer than what was in the ring; ranges keep their limits;
-* what the host stores as an index is a possible index.
+* nothing is raised but ``RingError`` (an invalid list of ranges: a packet with ``error``);
+* the host makes no access outside the ring, and a bounded number of accesses;
+* no packet is longer than the bytes in the ring; ranges are within their limits;
+* every index that the host stores is a valid index.
 
-A failure prints the seed and the number of the image: ``--seed S --first N --count 1`` runs it alone.
+A failure prints the seed and the number of the image; ``--seed S --first N --count 1`` repeats this image.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from vmbus.ports import PAGE_SIZE
 from vmbus.wire.packet import MAX_PFNS, MAX_RANGES, Packet, PacketType, build_packet
 
 ACCESSES = 400
-"""More than any image may cost the host."""
+"""Accesses of the host to one image, at most."""
 
 
 class Memory:
-    """A ``GuestMemory`` of which only the fence is there."""
+    """A ``GuestMemory`` that has only the fence."""
 
     def fence(self) -> None:
         pass
@@ -87,7 +87,7 @@ class Pages:
 
 
 def index_word(rng: random.Random, size: int) -> int:
-    """An index: mostly possible."""
+    """Return an index that is mostly valid."""
     choice = rng.random()
     if choice < 0.8:
         return rng.randrange(0, size, 8)
@@ -97,7 +97,7 @@ def index_word(rng: random.Random, size: int) -> int:
 
 
 def some_packet(rng: random.Random) -> bytes:
-    """A packet with its trailer: good, or nearly."""
+    """Return a packet with its trailer, valid or nearly valid."""
     kind = rng.choice((6, 6, 6, 9, 9, 9, 7, 11, rng.randrange(16)))
     extension = b""
     if kind == 9:
@@ -128,7 +128,7 @@ def some_packet(rng: random.Random) -> bytes:
 
 
 def fill(rng: random.Random, pages: Pages) -> None:
-    """Make an image of ``pages``."""
+    """Fill ``pages`` with an image."""
     size = pages.size - PAGE_SIZE
     start = rng.randrange(0, size, 8)
     at = start
@@ -157,7 +157,7 @@ def fill(rng: random.Random, pages: Pages) -> None:
 
 
 def check(packet: Packet, size: int) -> None:
-    """What must be true of any packet that was taken."""
+    """Check what must be true of every packet that was taken."""
     if not 24 <= packet.size <= size or len(packet.payload) > packet.size - 24:
         raise AssertionError(f"{packet.size} bytes in a ring of {size}")
     if len(packet.ranges) > MAX_RANGES or sum([len(each.pfns) for each in packet.ranges]) > MAX_PFNS:
@@ -170,7 +170,7 @@ def check(packet: Packet, size: int) -> None:
 
 
 def read_all(rng: random.Random, pages: Pages, seen: Counter[str]) -> None:
-    """What the host does with a ring from the guest."""
+    """Do what the host does with a ring from the guest."""
     ring = IncomingRing(pages, Memory())  # type: ignore[arg-type]
     if rng.random() < 0.5:
         ring.initialize()
@@ -189,7 +189,7 @@ def read_all(rng: random.Random, pages: Pages, seen: Counter[str]) -> None:
 
 
 def write_some(rng: random.Random, pages: Pages, seen: Counter[str]) -> None:
-    """What the host does with a ring to the guest."""
+    """Do what the host does with a ring to the guest."""
     ring = OutgoingRing(pages, Memory())  # type: ignore[arg-type]
     for _ in range(5):
         packets = [
@@ -203,7 +203,7 @@ def write_some(rng: random.Random, pages: Pages, seen: Counter[str]) -> None:
 
 
 def run(seed: int, first: int, count: int, seen: Counter[str] | None = None) -> Counter[str]:
-    """Try ``count`` images. Raises whatever goes wrong, with the number of the image as a note."""
+    """Try ``count`` images. Raises any failure, with the number of the image as a note."""
     seen = Counter() if seen is None else seen
     rings = [Pages(1), Pages(2), Pages(12)]
     for number in range(first, first + count):
@@ -226,11 +226,11 @@ def run(seed: int, first: int, count: int, seen: Counter[str] | None = None) -> 
 
 
 ALLOWED_GROWTH = 8 << 10
-"""KiB that the peak of memory may grow after the warm-up."""
+"""KiB by which the peak of memory may grow after the warm-up."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; exit status 1 when an image breaks something."""
+    """Run from the command line; return exit status 1 if an image causes a failure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,12 +1,11 @@
 """Random requests for a storage controller: operations, lengths, addresses, CDBs, ranges, pages outside RAM.
 
-A request is mostly sound and damaged in a place or two; after it, what the controller did is held against what the
-request allowed:
+A request is mostly valid, with one or two damaged fields. After it, the effects are compared with those that the
+request allows:
 
-* it is answered once, or it makes the channel fail for a reason that a guest can be blamed for; never is it the
-  device's own mistake;
-* nothing is stored but where its pages are, and not more than it asked for; nothing at all if its data goes out;
-* a failed channel can be opened again, and a sound read gives what a sound write stored.
+* it is answered once, or the channel fails for a reason that is the guest's fault, never the device's;
+* data is stored only to its pages, and not more than was requested; none if its data goes to the disk;
+* a failed channel can be opened again, and a valid read returns what a valid write stored.
 
     python -m tests.fuzz.storvsc_requests --count 1000000 --seed 7
 """
@@ -44,7 +43,7 @@ from vmbus_devices.scsi.faults import FaultPlan, parse_faults
 
 RAM = 8 << 20
 DATA_PAGES = range(512, 1536)
-"""Where buffers are; the rings lie before, and what lies behind is nobody's."""
+"""Pages of buffers; the rings lie below them, the pages above them must never be written."""
 OUTSIDE = (RAM // PAGE_SIZE, 1 << 20, 1 << 40, (1 << 52) - 1, (1 << 64) - 1)
 
 OPCODES = (
@@ -77,7 +76,7 @@ CHECK_EVERY = 2000
 
 
 class WatchedMemory(FakeMemory):
-    """Keeps where something was stored, but for the rings."""
+    """Memory that records where data was stored, except in the rings."""
 
     def __init__(self) -> None:
         super().__init__(RAM)
@@ -95,7 +94,7 @@ class WatchedMemory(FakeMemory):
 
 
 def units() -> list[tuple[int, int, BlockUnit]]:
-    """Disks of every kind, and a drive: target, LUN, unit."""
+    """Return disks of every kind and a CD-ROM drive: (target, LUN, unit)."""
     aligned = MemoryBackend(2 << 20)
     aligned.alignment = 512
     slow = MemoryBackend(2 << 20)
@@ -113,7 +112,7 @@ def units() -> list[tuple[int, int, BlockUnit]]:
 
 
 class Fuzzer:
-    """A controller under fire."""
+    """A storage controller that receives random requests."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -122,13 +121,13 @@ class Fuzzer:
             self.device.attach(unit, target, lun)
         self.make_guest()
         self.next_id = 0
-        #: Transaction id -> where it allows stores: page runs, and how many bytes.
         self.open: dict[int, tuple[list[tuple[int, int]], int]] = {}
+        """Transaction id → page runs that the request allows stores to, and the number of bytes."""
         self.results: Counter[str] = Counter()
         self.behind = self.digest()
 
     def make_guest(self) -> None:
-        """The guest, and what its memory is."""
+        """Make the guest and its memory."""
         self.watched = WatchedMemory()
         self.memory: FakeMemory = self.watched
         self.guest = LoopbackGuest(self.device, ring_pages=64, memory=self.memory, start=False)
@@ -140,11 +139,11 @@ class Fuzzer:
         )
 
     def digest(self) -> bytes:
-        """Of the memory that nobody may store to."""
+        """Return the digest of the memory that must never be written."""
         return hashlib.sha256(memoryview(self.watched.ram)[DATA_PAGES.stop * PAGE_SIZE :]).digest()
 
     def look(self) -> None:
-        """Nothing was stored where no request allows it."""
+        """Check that data was stored only where a request allows it."""
         touched = self.watched.touched
         allowed = merged(run for runs, _ in self.open.values() for run in runs) if touched else []
         for gpa, length in touched:
@@ -153,13 +152,13 @@ class Fuzzer:
         touched.clear()
 
     def forget_stores(self) -> None:
-        """What was stored until now is of no interest."""
+        """Clear the record of stores."""
         self.watched.touched.clear()
 
-    # --- the guest
+    # --- the guest ---
 
     def begin(self) -> None:
-        """Open the channel and agree, as a driver does."""
+        """Open the channel and negotiate, as a driver does."""
         self.guest.open()
         for operation, union in ((7, b""), (9, struct.pack("<HH", 0x602, 0)), (10, b""), (8, b"")):
             answer = self.exchange(struct.pack("<III", operation, 1, 0) + union)
@@ -167,7 +166,7 @@ class Fuzzer:
                 raise AssertionError(f"operation {operation} is answered {answer.hex()}")
 
     def exchange(self, payload: bytes, ranges: Sequence[tuple[int, int, Sequence[int]]] = ()) -> bytes:
-        """Send a sound packet; the payload of its answer."""
+        """Send a valid packet; return the payload of its answer."""
         self.next_id += 1
         self.guest.send(
             payload.ljust(64, b"\0"),
@@ -181,10 +180,10 @@ class Fuzzer:
             raise AssertionError(f"{len(found)} answers to {payload.hex()}: {self.guest.io.status()}")
         return found[0].payload
 
-    # --- requests
+    # --- requests ---
 
     def number(self, bits: int) -> int:
-        """One that is likely to be at an edge."""
+        """Return a number that is likely to be a boundary value."""
         rng = self.rng
         most = (1 << bits) - 1
         return (
@@ -197,7 +196,7 @@ class Fuzzer:
         )
 
     def cdb(self) -> tuple[bytes, int]:
-        """A command, and how many blocks it is about."""
+        """Return a command, and its number of blocks."""
         rng = self.rng
         opcode = rng.choice(OPCODES) if rng.random() < 0.95 else rng.randrange(256)
         if rng.random() < 0.1:
@@ -216,7 +215,7 @@ class Fuzzer:
         return cdb.ljust(16, b"\0"), blocks
 
     def plain_cdb(self) -> tuple[bytes, int]:
-        """A read or write as a driver sends it, perhaps over the end."""
+        """Return a read or write as a driver sends it, possibly beyond the end of the disk."""
         rng = self.rng
         blocks = rng.choice((1, 8, rng.randrange(1, 65)))
         write = 2 * rng.randrange(2)
@@ -229,7 +228,7 @@ class Fuzzer:
         return cdb.ljust(16, b"\0"), blocks
 
     def buffer(self, blocks: int, *, plain: bool = False) -> tuple[bytes, list[tuple[int, int]], int]:
-        """The extension of a packet, the runs that it names, and their bytes."""
+        """Return the extension of a packet, its runs of guest memory, and their bytes in total."""
         rng = self.rng
         ranges = []
         shifted = False
@@ -247,7 +246,7 @@ class Fuzzer:
                 pfns[rng.randrange(len(pfns))] = rng.choice(OUTSIDE)
             if rng.random() < 0.05:
                 pfns = pfns[: rng.randrange(len(pfns) + 1)]
-                shifted = True  # what follows is taken for page numbers
+                shifted = True  # the bytes behind are parsed as page numbers
             ranges.append((count, offset, pfns))
         runs = []
         for count, offset, pfns in ranges:
@@ -271,7 +270,7 @@ class Fuzzer:
         return [(DATA_PAGES.start * PAGE_SIZE, len(DATA_PAGES) * PAGE_SIZE)]
 
     def request(self) -> None:
-        """One packet, and what came of it."""
+        """Send one packet and check its effects."""
         rng = self.rng
         path, target, lun = rng.choice(PLACES)
         if rng.random() < 0.05:
@@ -317,13 +316,13 @@ class Fuzzer:
             self.guest.advance(1)
             self.settle()
 
-    # --- checks
+    # --- checks ---
 
     def wait(self) -> None:
-        """Until what is done beside the event loop is done."""
+        """Wait for work outside the event loop."""
 
     def settle(self) -> None:
-        """Take answers, and look at what was stored."""
+        """Take answers, and check what was stored."""
         self.wait()
         self.look()
         for answer in self.guest.receive():
@@ -339,7 +338,7 @@ class Fuzzer:
             self.failed(self.guest.io.failure)
 
     def judge(self, payload: bytes, most: int) -> None:
-        if len(payload) < 12:  # as short as what was asked
+        if len(payload) < 12:  # as short as the request
             self.results["short"] += 1
             return
         operation, _, status = struct.unpack_from("<III", payload)
@@ -362,7 +361,7 @@ class Fuzzer:
             ] += 1
 
     def failed(self, reason: str) -> None:
-        """The channel failed: the guest closes it and begins anew."""
+        """Close the failed channel and open it again."""
         if reason == "device-error":
             raise AssertionError("the device made a mistake")
         self.results[f"channel: {reason}"] += 1
@@ -376,14 +375,14 @@ class Fuzzer:
         self.begin()
 
     def check(self) -> None:
-        """Everything is answered in the end, and data is kept."""
+        """Check that everything is answered at the end, and that data is kept."""
         self.guest.advance(10)
         self.forget_stores()
         self.settle()
         if self.open:
             raise AssertionError(f"{len(self.open)} requests are not answered: {self.device.status()}")
         if self.digest() != self.behind:
-            raise AssertionError("memory of nobody was changed")
+            raise AssertionError("memory that no request may write was changed")
         data = self.rng.randbytes(8 * 512)
         pages = list(DATA_PAGES[:4])
         for opcode, direction, pfn in ((0x2A, OUT, pages[0]), (0x28, IN, pages[2])):
@@ -404,7 +403,7 @@ class Fuzzer:
         self.forget_stores()
 
     def finish(self) -> None:
-        """After the last request."""
+        """Finish after the last request."""
 
     def run(self, count: int) -> None:
         """Send ``count`` requests."""
@@ -423,7 +422,7 @@ class Fuzzer:
 
 
 def merged(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """``(start, end)`` of runs of ``(start, length)``, those that touch joined."""
+    """Return ``(start, end)`` of runs of ``(start, length)``, with adjacent runs joined."""
     found: list[tuple[int, int]] = []
     for start, length in sorted(runs):
         if found and start <= found[-1][1]:
@@ -434,7 +433,7 @@ def merged(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def main(make: Callable[[int], Fuzzer] = Fuzzer) -> int:
-    """Run from the command line, with the fuzzer that ``make`` makes of a seed."""
+    """Run from the command line, with the fuzzer that ``make`` returns for a seed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""A million random inputs: nothing but refusals, no growth of memory. Seeds are kept: a failure can be repeated."""
+"""A million random inputs cause only refusals and no growth of memory. The seeds are fixed, to repeat a failure."""
 
 from __future__ import annotations
 

@@ -7,13 +7,13 @@ from tests.unit.hypervisor.scripted_guest import ScriptedGuest
 
 @pytest.fixture
 def guest() -> ScriptedGuest:
-    """One processor, nothing set up."""
+    """Return a guest with one processor that has set up nothing."""
     return ScriptedGuest()
 
 
 @pytest.fixture
 def running() -> ScriptedGuest:
-    """Two processors, hypercall page and SynIC (SINT2) set up on both."""
+    """Return a guest with two processors that has set up the hypercall page and SINT2 on both."""
     guest = ScriptedGuest(vps=2)
     guest.enable_hypercalls()
     guest.enable_synic(0)

@@ -1,4 +1,4 @@
-"""A guest that does by hand what a kernel does: MSRs, hypercalls, message slots, event flags."""
+"""A scripted guest: the MSR accesses, hypercalls, message slots and event flags of a kernel, step by step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOT_RAM = 0xFF << 32
 
 
 class FakeClock:
-    """A guest clock on top of :class:`FakeTimers`; ``drift`` shifts the TSC, ``elapsed`` time before the start."""
+    """A guest clock on top of :class:`FakeTimers`; ``drift`` shifts the TSC, ``elapsed``: time before the start."""
 
     apic_frequency = 1_000_000_000
 
@@ -45,7 +45,7 @@ class FakeClock:
 
 
 class RacingMemory(FakeMemory):
-    """Calls ``at_fence`` once, at the next fence: there the guest does something in between."""
+    """Memory that calls ``at_fence`` once, at the next fence, for actions of the guest between two host accesses."""
 
     at_fence: Callable[[], None] | None = None
 
@@ -57,7 +57,7 @@ class RacingMemory(FakeMemory):
 
 
 class RecordedEvents(PartitionEvents):
-    """What the partition told its owner."""
+    """The notifications of a partition, in order."""
 
     def __init__(self) -> None:
         self.os_ids: list[int] = []
@@ -98,7 +98,7 @@ class ScriptedGuest:
         self.synic = self.partition.synic
 
     def make_partition(self) -> Partition:
-        """Another partition on the same memory, as a migration's target has it."""
+        """Return another partition on the same memory, like that of a migration's target."""
         return Partition(
             vp_count=self.vps,
             memory=self.memory,
@@ -120,21 +120,21 @@ class ScriptedGuest:
         self.partition.write_msr(vp, msr, value)
 
     def page(self) -> int:
-        """Address of a fresh page that holds old data."""
+        """Return the address of an unused page that contains old data."""
         gpa = self._next_page * PAGE_SIZE
         self._next_page += 1
         self.memory.write(gpa, b"\xa5" * PAGE_SIZE)
         return gpa
 
     def enable_hypercalls(self) -> int:
-        """Address of the hypercall page."""
+        """Return the address of the hypercall page."""
         gpa = self.page()
         self.wr(Msr.GUEST_OS_ID, LINUX_6_1)
         self.wr(Msr.HYPERCALL, gpa | 1)
         return gpa
 
     def enable_synic(self, vp: int = 0, sint: int = 2, flags: int = 0, vector: int = VECTOR) -> None:
-        """In the order of Linux: SIMP, SIEFP, SINT, SCONTROL."""
+        """Set up SIMP, SIEFP, a SINT and SCONTROL, in the order of Linux."""
         self.wr(Msr.SIMP, self.page() | 1, vp)
         self.wr(Msr.SIEFP, self.page() | 1, vp)
         self.wr(Msr.SINT0 + sint, vector | flags, vp)
@@ -149,7 +149,7 @@ class ScriptedGuest:
         return MESSAGE_SLOT.parse(self.memory.read(self.slot_address(vp, sint), MESSAGE_SLOT_SIZE))
 
     def free_slot(self, vp: int = 0, sint: int = 2) -> bool:
-        """Clear the type word; whether the guest has to write EOM."""
+        """Clear the type word; return whether the guest must write EOM."""
         address = self.slot_address(vp, sint)
         self.memory.write(address, bytes(4))
         return bool(self.memory.read(address + 5, 1)[0] & MESSAGE_PENDING)
@@ -158,7 +158,7 @@ class ScriptedGuest:
         self.wr(Msr.EOM, 0, vp)
 
     def take_message(self, vp: int = 0, sint: int = 2) -> bytes | None:
-        """The message in the slot, then freed as Linux frees it; None if there is none."""
+        """Return the message in the slot, or None, and free the slot as Linux does."""
         slot = self.slot(vp, sint)
         if slot.message_type == 0:
             return None
@@ -219,7 +219,7 @@ class ScriptedGuest:
         return self.vmcall(control, address, long=long, vp=vp)
 
     def vectors(self) -> list[tuple[int, int]]:
-        """(VP, vector) of the interrupts since the last call."""
+        """Return (VP, vector) of the interrupts since the last call."""
         taken = [(vp, vector) for vp, vector, _ in self.interrupts.requests]
         self.interrupts.requests.clear()
         return taken

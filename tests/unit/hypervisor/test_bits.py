@@ -1,4 +1,4 @@
-"""Bit fields: what is derived agrees with the declaration."""
+"""Bit fields: the derived codec agrees with construct."""
 
 from __future__ import annotations
 

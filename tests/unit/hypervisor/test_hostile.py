@@ -1,4 +1,4 @@
-"""Whatever a guest does, it gets an answer, #GP or #UD; nothing else happens to the host."""
+"""Arbitrary accesses of a guest end with a value, #GP or #UD, and have no other effect on the host."""
 
 from __future__ import annotations
 

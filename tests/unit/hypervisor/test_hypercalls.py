@@ -1,4 +1,4 @@
-"""HvPostMessage, HvSignalEvent and everything else (docs/protocol/discovery.md#hypercalls)."""
+"""HvPostMessage, HvSignalEvent and other hypercalls (docs/protocol/discovery.md#hypercalls)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SIGNAL = 0x5D
 
 @pytest.fixture
 def messages(running: ScriptedGuest) -> list[tuple[int, int, bytes]]:
-    """What arrives at connection 1."""
+    """Return the messages that arrive at connection 1."""
     arrived: list[tuple[int, int, bytes]] = []
     running.partition.connect_message_port(1, lambda *message: arrived.append(message))
     return arrived
@@ -39,7 +39,7 @@ def messages(running: ScriptedGuest) -> list[tuple[int, int, bytes]]:
 
 @pytest.fixture
 def events(running: ScriptedGuest) -> list[int]:
-    """What arrives at connection 0x2001."""
+    """Return the events that arrive at connection 0x2001."""
     arrived: list[int] = []
     running.synic.connect_event_port(0x2001, lambda: arrived.append(0x2001))
     return arrived
@@ -226,7 +226,7 @@ def test_doorbell_rule_is_the_fast_signal(running: ScriptedGuest, events: list[i
     assert running.partition.refusals.counts == {"doorbell-unknown-connection": 1}
 
 
-# --- the rest ---
+# --- other hypercalls ---
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
-"""A guest's life as Linux leads it (docs/protocol/discovery.md#boot-sequence, docs/protocol/messages.md#life-cycle):
-boot, unload, kexec, crash, hibernation, reset."""
+"""The life cycle of a Linux guest: boot, unload, kexec, crash, hibernation, reset.
+
+Source: docs/protocol/discovery.md#boot-sequence, docs/protocol/messages.md#life-cycle.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,7 @@ class Linux:
         guest.wr(Msr.SCONTROL, guest.rd(Msr.SCONTROL, cpu) & ~1, cpu)
 
     def leave_hypervisor(self) -> None:
-        """hyperv_cleanup: in this order."""
+        """Write what hyperv_cleanup writes, in this order."""
         self.guest.wr(Msr.GUEST_OS_ID, 0)
         self.guest.wr(Msr.HYPERCALL, 0)
         self.guest.wr(Msr.REFERENCE_TSC, 0)
@@ -83,7 +85,7 @@ def linux() -> Linux:
 
 
 def answers_messages(linux: Linux) -> bool:
-    """Whether a message posted on VP 1 comes back as one to VP 0."""
+    """Return whether a message posted on VP 1 is answered by one to VP 0."""
     guest = linux.guest
     guest.vectors()
     guest.partition.connect_message_port(
@@ -172,7 +174,7 @@ def test_id_cleared_first_disables_the_hypercall_page_and_keeps_its_place(linux:
 
 
 def test_crash_of_one_cpu_polls_the_slots_of_all(linux: Linux) -> None:
-    """SynIC stays on on the other CPU; UNLOAD_RESPONSE on VP 1 is found and freed from VP 0."""
+    """The SynIC stays enabled on the other CPU; VP 0 finds and frees UNLOAD_RESPONSE in the slot of VP 1."""
     guest = linux.guest
     guest.synic.post_message(1, 2, b"offer")
     guest.synic.post_message(1, 2, b"another offer")
@@ -244,7 +246,7 @@ def test_machine_reset_is_power_on(linux: Linux) -> None:
     assert guest.vmcall(0x1005D, 0x2001) == 0
 
 
-def test_status_says_who_runs_and_what_waits(linux: Linux) -> None:
+def test_status_has_the_guest_os_and_queued_messages(linux: Linux) -> None:
     guest = linux.guest
     guest.synic.post_message(1, 2, b"1")
     guest.synic.post_message(1, 2, b"2")

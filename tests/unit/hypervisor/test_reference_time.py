@@ -64,7 +64,7 @@ def test_page_and_counter_are_one_clock(guest: ScriptedGuest) -> None:
     assert guest.rd(Msr.TIME_REF_COUNT) == pytest.approx(guest.timers.now(), abs=2)
 
 
-def test_time_goes_on_where_it_was_when_the_page_is_enabled(guest: ScriptedGuest) -> None:
+def test_time_is_continuous_when_the_page_is_enabled(guest: ScriptedGuest) -> None:
     guest.timers.advance(7)
     before = guest.rd(Msr.TIME_REF_COUNT)
     enable(guest)
@@ -144,7 +144,7 @@ def test_time_never_goes_back(guest: ScriptedGuest) -> None:
     assert guest.rd(Msr.TIME_REF_COUNT) >= before
 
 
-def test_restored_time_goes_on_at_another_tsc_rate(guest: ScriptedGuest) -> None:
+def test_restored_time_is_continuous_at_another_tsc_rate(guest: ScriptedGuest) -> None:
     enable(guest)
     guest.timers.advance(5)
     guest.partition.pause()

@@ -1,4 +1,4 @@
-"""Synthetic MSRs: existence, scope, reset values and what they refuse.
+"""Synthetic MSRs: existence, scope, reset values and refused values.
 
 Source: docs/protocol/discovery.md#synthetic-msrs.
 """
@@ -185,7 +185,7 @@ def test_tsc_invariant_control_refuses_reserved_bits(guest: ScriptedGuest) -> No
         guest.wr(Msr.TSC_INVARIANT_CONTROL, 2)
 
 
-def test_reset_register_asks_the_owner_and_reads_zero(guest: ScriptedGuest) -> None:
+def test_reset_register_notifies_the_owner_and_reads_zero(guest: ScriptedGuest) -> None:
     guest.wr(Msr.RESET, 0)
     guest.wr(Msr.RESET, 2)
     assert guest.events.resets == 0
@@ -292,7 +292,7 @@ def test_low_vector_on_an_unmasked_sint_faults(guest: ScriptedGuest, vector: int
     guest.wr(Msr.SINT0 + 2, 16)
 
 
-def test_auto_eoi_vectors_are_told_when_they_change(guest: ScriptedGuest) -> None:
+def test_auto_eoi_vectors_are_notified_when_they_change(guest: ScriptedGuest) -> None:
     guest.wr(Msr.SINT0 + 2, AUTO_EOI | 0xF3)
     guest.wr(Msr.SINT0 + 3, AUTO_EOI | 0xF3)
     guest.wr(Msr.SINT0 + 4, AUTO_EOI | 0x40)
@@ -303,6 +303,6 @@ def test_auto_eoi_vectors_are_told_when_they_change(guest: ScriptedGuest) -> Non
     assert guest.events.auto_eoi[-1] == (0, set())
 
 
-def test_synic_changes_are_told(guest: ScriptedGuest) -> None:
+def test_synic_changes_are_notified(guest: ScriptedGuest) -> None:
     guest.enable_synic()
     assert guest.events.synic_changes == [0, 0, 0, 0]

@@ -1,4 +1,4 @@
-"""Export and import of a partition.
+"""Saving and restoring of a partition.
 
 Source: docs/protocol/saving.md#hypervisor-state, docs/conformance.md#row-55.
 """
@@ -20,7 +20,7 @@ from tests.unit.hypervisor.test_stimer import MILLISECOND, config
 
 
 def migrate(guest: ScriptedGuest) -> PartitionState:
-    """To another partition on the same memory; it is not resumed yet."""
+    """Restore into another partition on the same memory, without resuming it."""
     guest.partition.pause()
     state = guest.partition.save()
     guest.move_to(guest.make_partition())
@@ -42,7 +42,7 @@ def test_restoring_the_pages_clears_neither_them_nor_the_queue(running: Scripted
     assert running.flags(1) == {7}
 
 
-def test_everything_survives_and_a_second_export_is_the_same() -> None:
+def test_all_state_is_restored_and_a_second_save_is_the_same() -> None:
     guest = ScriptedGuest(vps=2, features=Features(stimer=True, stimer_direct=True))
     guest.enable_hypercalls()
     guest.enable_synic(0)
@@ -68,7 +68,7 @@ def test_everything_survives_and_a_second_export_is_the_same() -> None:
     assert guest.vmcall(0xFFFF) == 2
 
 
-def test_nothing_reaches_the_guest_between_import_and_resume(running: ScriptedGuest) -> None:
+def test_nothing_reaches_the_guest_between_restore_and_resume(running: ScriptedGuest) -> None:
     migrate(running)
     ram = bytes(running.memory.ram)
     running.vectors()
@@ -85,7 +85,7 @@ def test_nothing_reaches_the_guest_between_import_and_resume(running: ScriptedGu
     assert running.flags() == {3}
 
 
-def test_events_owed_while_paused_are_part_of_the_state(running: ScriptedGuest) -> None:
+def test_events_deferred_while_paused_are_part_of_the_state(running: ScriptedGuest) -> None:
     running.partition.pause()
     running.synic.signal_event(1, 2, 9)
     state = migrate(running)
@@ -94,7 +94,7 @@ def test_events_owed_while_paused_are_part_of_the_state(running: ScriptedGuest) 
     assert running.flags(1) == {9}
 
 
-def test_resume_interrupts_for_what_the_guest_has_yet_to_see(running: ScriptedGuest) -> None:
+def test_resume_interrupts_for_messages_and_flags_that_the_guest_has_not_seen(running: ScriptedGuest) -> None:
     running.synic.post_message(0, 2, b"unseen")
     running.synic.signal_event(1, 2, 4)
     running.vectors()
@@ -104,7 +104,7 @@ def test_resume_interrupts_for_what_the_guest_has_yet_to_see(running: ScriptedGu
     assert running.vectors() == [(0, VECTOR), (1, VECTOR)]
 
 
-def test_source_goes_on_after_a_save_that_came_to_nothing(running: ScriptedGuest) -> None:
+def test_source_resumes_after_a_save_without_a_restore(running: ScriptedGuest) -> None:
     running.synic.post_message(0, 2, b"1")
     running.synic.post_message(0, 2, b"2")
     running.partition.pause()
@@ -124,7 +124,7 @@ def test_page_enabled_again_after_restore_is_still_the_same_page(running: Script
     assert running.memory.read(value & ~1, 4) == b"kept"
 
 
-def test_timers_go_on_where_they_were() -> None:
+def test_timers_continue_after_a_restore() -> None:
     guest = ScriptedGuest(features=Features(stimer=True))
     guest.enable_synic()
     guest.synic.post_message(0, 2, b"busy")
@@ -149,8 +149,8 @@ def test_timers_go_on_where_they_were() -> None:
     )
 
 
-def test_imported_timer_of_the_old_partition_is_called_off(running: ScriptedGuest) -> None:
-    """Importing over a partition that runs (a snapshot is loaded) leaves nothing of its own behind."""
+def test_restore_cancels_the_state_that_the_partition_had(running: ScriptedGuest) -> None:
+    """A restore into a running partition (loading of a snapshot) replaces all of its state."""
     fresh = ScriptedGuest(vps=2).partition.save()
     running.synic.post_message(0, 2, b"1")
     running.synic.post_message(0, 2, b"2")

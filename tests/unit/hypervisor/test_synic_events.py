@@ -57,14 +57,14 @@ def test_flag_is_looked_at_after_a_fence(running: ScriptedGuest) -> None:
     running.synic.signal_event(0, 2, 5)
     running.vectors()
     assert isinstance(running.memory, RacingMemory)
-    # What the guest does before the fence is seen: a flag it cleared is set and signalled anew.
+    # A flag that the guest clears before the fence is set and signalled again.
     running.memory.at_fence = running.clear_flags
     running.synic.signal_event(0, 2, 5)
     assert running.flags() == {5}
     assert running.vectors() == [(0, VECTOR)]
 
 
-def test_auto_eoi_sint_says_so_with_the_interrupt(guest: ScriptedGuest) -> None:
+def test_interrupt_of_an_auto_eoi_sint_has_the_flag(guest: ScriptedGuest) -> None:
     guest.enable_synic(flags=AUTO_EOI)
     guest.synic.signal_event(0, 2, 1)
     assert guest.interrupts.requests == [(0, VECTOR, True)]

@@ -62,7 +62,7 @@ def test_pending_flag_tells_whether_more_messages_follow(running: ScriptedGuest)
 def test_slot_freed_between_the_two_looks_is_filled_at_once(running: ScriptedGuest) -> None:
     running.synic.post_message(0, 2, b"first")
     running.vectors()
-    # The guest frees the slot after it was seen busy, and before it can see the pending flag: no EOM will come.
+    # The guest frees the slot after the host saw it busy and before it can see the pending flag: it writes no EOM.
     running.memory.at_fence = lambda: running.memory.write(running.slot_address(), bytes(4))
     running.synic.post_message(0, 2, b"second")
     assert running.vectors() == [(0, VECTOR)]
@@ -230,7 +230,7 @@ def test_a_sint_that_does_not_exist_is_refused(running: ScriptedGuest, vp: int, 
     assert running.partition.refusals.counts == {"no-such-sint": 3}
 
 
-# --- the safety net for guests that leave out EOM ---
+# --- guests that free a slot without EOM ---
 
 
 def test_slot_freed_without_eom_is_found_by_the_slow_poll(running: ScriptedGuest) -> None:

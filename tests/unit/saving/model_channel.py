@@ -1,7 +1,7 @@
-"""A channel in memory, as faithful as saving needs: rings that are the guest's, queues that are the host's.
+"""A model of a channel: rings of the guest, queues of the host, and a device.
 
-``ModelRing`` stands for guest memory and travels by itself; ``ModelChannel`` is the host's end in one process;
-``ModelDevice`` is the device behind it, with a note about every packet that it sent.
+``ModelRing`` is guest memory, which is transferred separately. ``ModelChannel`` is the host's end in one process.
+``ModelDevice`` is its device, with a note (saved state) for every packet that it sent.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def identity(number: int = 1, subchannel: int = 0) -> ChannelIdentity:
 
 
 def request(transaction_id: int, payload: bytes = b"request.", pfns: tuple[int, ...] = ()) -> SavedPacket:
-    """A packet from the guest that asks for a completion."""
+    """Return a packet of the guest that requests a completion."""
     ranges = (GpaRange(len(pfns) * 4096, 0, pfns),) if pfns else ()
     return SavedPacket(9 if pfns else 6, 1, transaction_id, payload, ranges)
 
@@ -60,7 +60,7 @@ def transfer_request(transaction_id: int) -> SavedPacket:
 
 @dataclass
 class ModelRing:
-    """Guest memory: what the guest wrote and the host has not read, and the reverse. ``room``: packets."""
+    """Guest memory: packets that are written and not read, in both directions; ``room``: packets per direction."""
 
     room: int = 3
     to_host: deque[SavedPacket] = field(default_factory=deque)
@@ -68,7 +68,7 @@ class ModelRing:
 
 
 class ModelDevice:
-    """Keeps a note for each packet that it sent; says yes to everything unless scripted."""
+    """A device with a note for each packet that it sent; its callbacks succeed unless scripted."""
 
     def __init__(self) -> None:
         self.notes: dict[int, bytes] = {}
@@ -128,7 +128,7 @@ class ModelChannel:
         self._deferred: list[Callable[[], None]] = []
         self._callbacks = callbacks
 
-    # --- what a guest does
+    # --- actions of the guest ---
 
     def guest_opens(self) -> None:
         self.opening = SavedOpen(7, 0xE1E10, 0, 4, b"user data")
@@ -148,7 +148,7 @@ class ModelChannel:
         self._run()
 
     def guest_reads(self) -> SavedPacket | SavedCompletion:
-        """Take one packet off the ring; the host fills the room if it may."""
+        """Take one packet off the ring; the host then sends what is queued."""
         packet = self.ring.to_guest.popleft()
         self._run()
         return packet
@@ -156,7 +156,7 @@ class ModelChannel:
     def guest_completes(self, transaction_id: int) -> None:
         self.guest_sends(SavedPacket(11, 0, transaction_id, b""))
 
-    # --- what the device does
+    # --- actions of the device ---
 
     def send(self, payload: bytes, note: bytes = b"") -> int:
         number, self.next_transaction_id = self.next_transaction_id, self.next_transaction_id + 1
@@ -175,7 +175,7 @@ class ModelChannel:
         self.queue.append(SavedCompletion(transaction_id, payload))
         self._run()
 
-    # --- SavableChannel
+    # --- SavableChannel ---
 
     @property
     def unsent(self) -> list[SavedPacket]:
@@ -244,7 +244,7 @@ class ModelChannel:
         self.device.state = state.device
         self.changes += 1
 
-    # --- for tests
+    # --- for tests ---
 
     def view(self) -> ChannelState:
         axes = ChannelAxes(self.enabled * 1 | self.open * 2 | self.paused * 4)
@@ -267,7 +267,7 @@ class ModelChannel:
         )
 
     def everything(self) -> object:
-        """All that may not change when something is refused."""
+        """Return all state that a refusal must not change."""
         device = self.device
         return copy.deepcopy(
             (
@@ -300,7 +300,7 @@ class ModelChannel:
         self.queue = deque()
 
     def _run(self) -> None:
-        """What a running channel does: writes what is queued, takes what is there."""
+        """Send what is queued and take what the guest sent, if the channel is active."""
         if self.view_taken or self.paused or not self.open:
             return
         ring = self.ring
@@ -320,7 +320,7 @@ class ModelChannel:
 
 
 def busy_channel(who: ChannelIdentity | None = None) -> ModelChannel:
-    """A paused channel with one or more of everything: 3 sent, 2 unsent, 1 completion waiting, 3 taken."""
+    """Return a paused channel with packets in all states: 3 sent, 2 unsent, 1 completion queued, 3 taken."""
     channel = ModelChannel(who)
     channel.device.state = b"device state"
     channel.start()
@@ -340,12 +340,12 @@ def busy_channel(who: ChannelIdentity | None = None) -> ModelChannel:
 
 
 def new_process(source: ModelChannel, *, callbacks: bool = True) -> ModelChannel:
-    """The same channel in another process: guest memory is there, the host's end is fresh and not started."""
+    """Return the same channel in another process: the same guest memory, and a new host's end, not started."""
     return ModelChannel(source.identity, ring=copy.deepcopy(source.ring), callbacks=callbacks)
 
 
 def save(saver: ChannelSaver, channel: SavableChannel, size: int = 1 << 16) -> list[bytes]:
-    """The loop that the specification recommends to a caller; the buffers that were filled."""
+    """Save in the loop that the KMCL documentation recommends; return the filled buffers."""
     status = saver.save_begin(channel)
     if status != OK:
         raise InternalError(f"save_begin: {status!s}")
@@ -370,7 +370,7 @@ def restore(saver: ChannelSaver, channel: ModelChannel, records: list[bytes]) ->
 
 
 def split(data: bytes) -> list[bytes]:
-    """``data`` chunk by chunk."""
+    """Return the chunks of ``data``."""
     found = []
     while data:
         size = 32 + int.from_bytes(data[24:28], "little")
@@ -380,5 +380,5 @@ def split(data: bytes) -> list[bytes]:
 
 
 def chunks(channel: ModelChannel) -> list[bytes]:
-    """The chunks that a save with id 1 gives, one by one."""
+    """Return the chunks of a save with id 1."""
     return split(b"".join(save(ChannelSaver(save_ids=lambda: 1), channel)))

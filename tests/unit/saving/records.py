@@ -31,7 +31,7 @@ from vmbus.wire.saved import (
 
 @dataclass(frozen=True)
 class Pages:
-    """A record that is a page list only."""
+    """A record with only a page list."""
 
     pfns: tuple[int, ...]
 

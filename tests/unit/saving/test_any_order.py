@@ -1,4 +1,4 @@
-"""Begin, continue, end, start, pause, restore in any order, while a guest works: nothing is lost or doubled."""
+"""Begin, continue, end, start, pause and restore in any order while a guest runs: no packet is lost or duplicated."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.unit.saving.model_channel import (
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """``expected``: the chunks that the save under way has still to give; ``records``: a finished save."""
+    """``expected``: the remaining chunks of the save in progress; ``records``: a complete save."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.sent: list[int] = []
         self.arrived: list[int] = []
 
-    # --- the guest; it runs while the channel is no view was taken
+    # --- the guest, which runs while no view is taken ---
 
     def guest_runs(self) -> bool:
         return not self.channel.view_taken
@@ -65,7 +65,7 @@ class AnyOrder(RuleBasedStateMachine):
         if completes:
             self.channel.guest_completes(packet.transaction_id)
 
-    # --- the device; its work ends when it likes
+    # --- the device, whose work ends at any time ---
 
     @rule(size=st.integers(0, 50))
     def device_sends(self, size: int) -> None:
@@ -77,7 +77,7 @@ class AnyOrder(RuleBasedStateMachine):
     def device_finishes(self, data: st.DataObject) -> None:
         self.channel.finish(data.draw(st.sampled_from(self.channel.taken)).transaction_id)
 
-    # --- who saves
+    # --- the source ---
 
     @rule()
     def pause(self) -> None:
@@ -139,7 +139,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.records = None
         self.saving = False
 
-    # --- who restores
+    # --- the target ---
 
     @rule(data=st.binary(min_size=1, max_size=8))
     def restore_of_anything_into_a_running_channel_is_refused(self, data: bytes) -> None:
@@ -166,7 +166,7 @@ class AnyOrder(RuleBasedStateMachine):
         }
         self.channel, self.saver, self.records = target, saver, None
 
-    # --- what must always hold
+    # --- invariants ---
 
     @invariant()
     def nothing_is_doubled_or_overtaken(self) -> None:
@@ -174,7 +174,7 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.arrived == self.sent[: len(self.arrived)]
 
     def teardown(self) -> None:
-        """Whatever happened: the channel goes on, and everything is answered and arrives once."""
+        """After any sequence the channel can be started, and every packet is answered and arrives once."""
         self.saver.save_end(self.channel)
         assert self.saver.start(self.channel) == OK
         for taken in copy.copy(self.channel.taken):

@@ -1,4 +1,4 @@
-"""A short state may not cost much memory: a run of very many pages takes a few bytes."""
+"""Memory that a short state can make the reader allocate is bounded: a run of many pages takes few bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vmbus.wire.saved import (
 from tests.unit.saving.test_golden import IDENTITY, MEMORY, STATE
 
 FEW = 2
-"""Packets of the largest size that are allowed here, so that the test is quick."""
+"""Packets of the largest size that the test allows, so that it is quick."""
 MAX_MEMORY = 60 << 20
 """Bytes; each packet alone takes 5 MiB."""
 HEADER = replace(STATE.channel, identity=ChannelIdentity(*IDENTITY, 0))
@@ -88,7 +88,7 @@ def _few_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("make", [many_memories, many_taken, many_sent, many_channels])
-def test_pages_that_nobody_can_name_are_refused_before_they_cost_memory(make: Callable[[], bytes]) -> None:
+def test_too_many_pages_are_refused_before_they_are_allocated(make: Callable[[], bytes]) -> None:
     data = make()
     assert len(data) < 1 << 20
     tracemalloc.start()

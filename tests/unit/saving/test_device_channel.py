@@ -31,7 +31,7 @@ INTERFACE, INSTANCE = uuid.UUID(int=0x77), uuid.UUID(int=0x88)
 
 
 class Keeper(Device):
-    """Keeps each request until told; saves what it keeps."""
+    """A device that keeps each request until :meth:`finish`, and saves the requests that it keeps."""
 
     name = "keeper"
 
@@ -72,7 +72,7 @@ class Keeper(Device):
 
 
 class RestorableChannel(FakeChannel):
-    """What the bus knows of the channel; the same in both processes."""
+    """The bus's channel, equal in both processes."""
 
     def __init__(self, offer: Offer, like: FakeChannel) -> None:
         super().__init__(offer, like.incoming, like.outgoing)
@@ -91,7 +91,7 @@ class RestorableChannel(FakeChannel):
 
 
 class Process:
-    """A device, its channel's end and a saver, over guest memory that is there already or not."""
+    """A device, its channel's end and a saver, on new or on given guest memory."""
 
     def __init__(self, memory: FakeMemory | None = None) -> None:
         self.device = Keeper()
@@ -105,7 +105,7 @@ class Process:
         self.channel = DeviceChannel(self.saver, self.bus_channel, self.io)
 
     def resume(self) -> None:
-        """What the bus does when guest memory is complete, and then who restored."""
+        """Continue after a restore: first the bus, when guest memory is complete, then the saver."""
         self.io.restored(self.bus_channel)
         assert self.saver.start(self.channel) == OK
         self.guest.run()
@@ -119,7 +119,7 @@ def source() -> Process:
 
 
 def moved(source: Process) -> Process:
-    """Saved, and restored in a new process with a copy of guest memory; not yet resumed."""
+    """Save, and restore in a new process with a copy of guest memory, without resuming it."""
     source.saver.pause(source.channel)
     data = save_machine(source.saver, [source.channel]).data
     memory = FakeMemory(4 << 20)
@@ -131,7 +131,7 @@ def moved(source: Process) -> Process:
 
 
 def fill(source: Process) -> None:
-    """Requests that are kept, and so much output that the ring is full."""
+    """Send requests that the device keeps, and output until the ring is full."""
     for number in range(1, 4):
         source.guest.send(b"request%d" % number, transaction_id=number, completion_requested=True)
     source.io.send(b"want an answer", transaction_id=100, completion_requested=True)
@@ -211,7 +211,7 @@ class TestMove:
         (again,) = read_machine(save_machine(target.saver, [target.channel]).data).channels
         assert again.state == target.channel.take_view()
 
-    def test_cancelled_migration_goes_on(self, source: Process) -> None:
+    def test_channel_continues_after_a_cancelled_migration(self, source: Process) -> None:
         fill(source)
         moved(source)
         assert source.saver.start(source.channel) == OK

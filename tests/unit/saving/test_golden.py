@@ -62,7 +62,7 @@ def blob(data: bytes) -> bytes:
 
 
 def pages(*runs: tuple[int, int]) -> bytes:
-    """Each run as (difference to the end of the one before, pages)."""
+    """Return the bytes of runs, each given as (difference to the end of the previous run, pages)."""
     found = varint(len(runs))
     for step, length in runs:
         found += varint(step * 2 if step >= 0 else -step * 2 - 1) + varint(length - 1)
@@ -83,7 +83,7 @@ def packet_record(kind: int, transaction_id: int, payload: bytes, ranges: bytes,
 
 
 def channel_v1() -> list[bytes]:
-    """The chunks of a channel that has one of everything."""
+    """Return the chunks of a channel with at least one record of each kind."""
     header = identity_record() + struct.pack("<B", 1 | 2 | 4 | 8)
     header += struct.pack("<IIIIIII", 12, 0x200C, 0x11, 4096, 1 << 20, 64, 256)
     header += struct.pack("<HHHQ", 1000, 8, 16, 7)
@@ -116,7 +116,7 @@ def channel_v1() -> list[bytes]:
 
 
 def machine_v1() -> bytes:
-    """A machine's state with that channel, saved into two buffers."""
+    """Return a machine's state with that channel, saved into two buffers."""
     parts = channel_v1()
     records = varint(2) + blob(b"".join(parts[:3])) + blob(b"".join(parts[3:]))
     data = b""
@@ -191,7 +191,7 @@ def test_version_1_of_a_channel_is_restored_and_written_again_byte_for_byte() ->
 
 
 def test_written_files_are_the_ones_that_were_released() -> None:
-    # If this fails, the writer above was changed: put it back. A new layout is a new version.
+    # If this fails, the layout was changed: revert the change. A new layout needs a new version.
     assert hashlib.sha256(b"".join(channel_v1())).hexdigest() == CHANNEL_V1
     assert hashlib.sha256(machine_v1()).hexdigest() == MACHINE_V1
 
@@ -224,7 +224,7 @@ PAGES_V1 = "ac05aabf1da13475b94e7fa94fe2a8c42c1d908d2062ff7eb241ac431b6f7d70"
 
 
 def pages_v1() -> bytes:
-    """A machine's state that carries pages of guest memory in two chunks, after its other parts."""
+    """Return a machine's state with pages of guest memory in two chunks, behind its other records."""
     first = (
         pages((5, 2), (0xFFFF9, 1))
         + varint(3)

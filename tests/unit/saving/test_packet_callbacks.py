@@ -256,7 +256,7 @@ class TestRestorePacket:
 
 class TestVmbPacketRestore:
     def answers(self, saver: ChannelSaver, scenario: str) -> list[NtStatus]:
-        """What the calls of a RestorePacket callback that follows ``scenario`` return."""
+        """Return the results of the calls that a RestorePacket callback makes in ``scenario``."""
         channel = one_packet()
         target = new_process(channel)
         found: list[NtStatus] = []

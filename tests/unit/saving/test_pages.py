@@ -1,4 +1,4 @@
-"""Pages of guest memory in a machine's state: how many, in which order, and that a bad one changes nothing."""
+"""Pages of guest memory in a machine's state: number and order are checked, and an invalid one changes nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ONE = SavedPages((5, 9), (b"five", b""))
 
 
 class Memory:
-    """Guest memory of a new process; ``order`` tells what was applied before what."""
+    """Guest memory of a new process; ``order``: the parts in the order in which they were applied."""
 
     def __init__(self, order: list[str], says: str | None = None) -> None:
         self.order = order
@@ -48,7 +48,7 @@ class Memory:
 
 
 class Ordered(Target):
-    """A part that tells when it is applied."""
+    """A section that records when it is applied."""
 
     def __init__(self, order: list[str]) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ def test_pages_that_contradict_each_other_are_refused(pages: list[SavedPages]) -
 
 
 def varint_list(*pages: int) -> bytes:
-    """One run a page, each less than 64 further than the one before."""
+    """Return a page list with one run per page; pages must be less than 64 apart."""
     found, end = bytes([len(pages)]), 0
     for page in pages:
         found += bytes([(page - end) * 2, 0])

@@ -1,4 +1,4 @@
-"""Page lists as runs."""
+"""Page lists, stored as runs."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ WHOLE = b"".join(CHUNKS)
 def refused(
     data: bytes, *, after: bytes = b"", status: NtStatus = BAD, target: ModelChannel | None = None
 ) -> Reason:
-    """Why ``data`` is refused after ``after`` was taken; that nothing changes, and the right bytes still work."""
+    """Return why ``data`` is refused after ``after``; check that nothing changes and the right bytes are accepted."""
     saver = ChannelSaver()
     target = target or new_process(SOURCE)
     target.saver = saver
@@ -81,7 +81,7 @@ class TestRestoredChannel:
         restore(saver, target, [WHOLE])
         assert target.ring == SOURCE.ring
 
-    # Row 47, as far as it is this library's: what was taken is done again once, each answer is given once.
+    # Row 47, for this library: each packet taken is handed to the device once, each answer is sent once.
     def test_does_what_it_had_taken_again_and_answers_each_once(self, saver: ChannelSaver) -> None:
         target = new_process(SOURCE)
         restore(saver, target, [WHOLE])
@@ -97,7 +97,7 @@ class TestRestoredChannel:
                 answers.append(packet.transaction_id)
         assert answers == [0xA1, 0xA2, 0xA3, 0xA4]
 
-    # Row 51, as far as it is this library's.
+    # Row 51, for this library.
     def test_keeps_the_order_of_its_queue_and_the_transaction_ids(self, saver: ChannelSaver) -> None:
         target = new_process(SOURCE)
         restore(saver, target, [WHOLE])
@@ -124,7 +124,7 @@ class TestRestoredChannel:
         assert restore(saver, second, save(saver, target)) == [OK]
         assert second.view() == target.view()
 
-    # Row 46, as far as it is this library's.
+    # Row 46, for this library.
     def test_that_was_never_opened_is_restored_closed(self, saver: ChannelSaver) -> None:
         channel = ModelChannel()
         target = new_process(channel)
@@ -135,7 +135,7 @@ class TestRestoredChannel:
         target.guest_sends(request(1))
         assert [packet.transaction_id for packet in target.device.given] == [1]
 
-    def test_without_a_restore_works_anew(self, saver: ChannelSaver) -> None:
+    def test_without_a_restore_allows_a_restore(self, saver: ChannelSaver) -> None:
         channel = ModelChannel()
         assert saver.start(channel) == OK
 
@@ -288,7 +288,7 @@ class TestForeignChunks:
 
 class TestVersions:
     def with_chunk(self, *, index: int = 0, **changes: int) -> bytes:
-        """All chunks, the one at ``index`` built with ``changes``."""
+        """Return all chunks, the one at ``index`` built with ``changes``."""
         record = CHUNKS[index][32:]
         fields = {"kind": 1 if index == 0 else 2, "version": 1, "flags": 0} | changes
         kind = fields.pop("kind")

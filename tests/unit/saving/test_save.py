@@ -249,7 +249,7 @@ class TestEnd:
         saver.save_end(channel)
         assert channel.everything() == before
 
-    def test_start_after_end_goes_on_as_if_nothing_had_been_asked(self, saver: ChannelSaver) -> None:
+    def test_start_after_end_continues_as_if_nothing_was_saved(self, saver: ChannelSaver) -> None:
         channel, twin = busy_channel(), busy_channel()
         save(saver, channel)
         saver.start(channel)

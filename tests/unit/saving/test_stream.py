@@ -1,4 +1,4 @@
-"""A whole machine's state: writing, reading, restoring."""
+"""A whole machine's state: saving, reading, restoring."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ BUS = SavedSection("bus", 1, b"contact, offers, GPADLs")
 
 
 class Target:
-    """The bus or the hypervisor part of a new process."""
+    """The bus section or the hypervisor section of a new process."""
 
     def __init__(self, says: str | None = None) -> None:
         self.says = says
@@ -99,7 +99,7 @@ def refused(data: bytes) -> StateRefused:
 
 
 def stream(*parts: tuple[ChunkKind, object], end: SavedEnd | None = None) -> bytes:
-    """A machine's state with any parts between MACHINE and END."""
+    """Return a machine's state with ``parts`` between MACHINE and END."""
     data = b""
     for index, (kind, record) in enumerate([(ChunkKind.MACHINE, SavedMachine("test")), *parts]):
         data += encode(kind, record, save_id=1, index=index, last=False)
@@ -149,7 +149,7 @@ class TestSaving:
         channel.pause()
         assert len(save_machine(ChannelSaver(), [channel]).data) < 200_000
 
-    def test_too_large_a_state_is_refused_with_its_size_and_the_source_goes_on(self) -> None:
+    def test_too_large_a_state_is_refused_with_its_size_and_the_source_continues(self) -> None:
         source = machine()
         before = [each.everything() for each in source]
         size = len(saved(source))
@@ -161,7 +161,7 @@ class TestSaving:
         assert [each.everything() for each in source] == before
         assert len(save_machine(fixed_saver(), source, hypervisor=HYPERVISOR, bus=BUS, limit=size).data)
 
-    def test_limit_is_one_mebibyte_unless_told(self) -> None:
+    def test_limit_is_one_mebibyte_by_default(self) -> None:
         channel = ModelChannel()
         channel.device.state = bytes(1 << 20)
         with pytest.raises(StateRefused) as caught:
@@ -323,7 +323,7 @@ class TestRestoring:
         assert str(identity(3)) in error.detail
         assert hypervisor.applied == bus.applied == []
 
-    # Row 50, as far as it is this library's.
+    # Row 50, for this library.
     def test_channel_that_was_added_since_is_left_as_it_is(self) -> None:
         source, saver = machine(), ChannelSaver()
         added = ModelChannel(identity(77))
@@ -334,10 +334,10 @@ class TestRestoring:
         assert added.everything() == before
         assert saver.start(added) == OK
 
-    # Row 52, as far as it is this library's: the part's own words for version and for flags get through.
+    # Row 52, for this library: the section's own message about version and features is passed on.
     @pytest.mark.parametrize("says", ["version 6.0 is more than 5.3", "feature flags 0x40 are not supported"])
     @pytest.mark.parametrize("part", ["bus", "hypervisor"])
-    def test_part_that_says_no_refuses_all(self, says: str, part: str) -> None:
+    def test_section_that_is_not_accepted_refuses_all(self, says: str, part: str) -> None:
         source, saver = machine(), ChannelSaver()
         targets = {"bus": Target(), "hypervisor": Target()} | {part: Target(says)}
         restore = Restore(saver, new_machine(source, saver), targets["hypervisor"], targets["bus"])
@@ -349,7 +349,7 @@ class TestRestoring:
         self.refused(Restore(saver, new_machine(source, saver), Target()), saved(source), Reason.NOT_THERE)
 
     @pytest.mark.parametrize("failing", [0, 1, 2])
-    def test_one_channel_that_says_no_leaves_all_as_they_were(self, failing: int) -> None:
+    def test_channel_that_is_not_accepted_leaves_all_unchanged(self, failing: int) -> None:
         source, saver = machine(), ChannelSaver()
         channels = new_machine(source, saver)
         channels[failing].veto = "no such disk"
@@ -378,7 +378,7 @@ class TestRestoring:
         assert caught.value.changed
         assert caught.value.reason == Reason.DEVICE_FAILED
 
-    # Row 46, as far as it is this library's.
+    # Row 46, for this library.
     def test_machine_without_a_connection(self) -> None:
         source, saver = [ModelChannel(identity(1)), ModelChannel(identity(2))], ChannelSaver()
         channels = new_machine(source, saver)
@@ -386,7 +386,7 @@ class TestRestoring:
         Restore(saver, channels).apply(read_machine(data))
         assert not any(each.open for each in channels)
 
-    def test_state_goes_on_to_a_third_process(self) -> None:
+    def test_restored_state_is_saved_again_for_a_third_process(self) -> None:
         source, saver = machine(), fixed_saver()
         data = saved(source)
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""What is compiled from a declaration does what the declaration says."""
+"""Compiled codecs agree with construct."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Mixed:
     number: int
 
 
-#: The dataclass's order is not the declaration's.
+# The dataclass has another order of fields than the declaration.
 MIXED = Record(
     Mixed,
     "_kind" / c.Default(c.Int16ul, 0xABCD),
@@ -84,7 +84,7 @@ def test_what_is_compiled_agrees_with_construct(record: Record[Any], seed: int) 
     assert record.size == slow.size
     try:
         expected = slow.parse(raw)
-    except MalformedError:  # a constant that is another one
+    except MalformedError:  # a wrong constant
         with pytest.raises(MalformedError):
             record.parse(raw)
         return
@@ -103,7 +103,7 @@ def test_any_bytes_are_taken_or_refused_as_construct_does_it(
 ) -> None:
     chance = random.Random(seed)
     size = chance.randrange(400)
-    # Small numbers are counts and choices that may be right.
+    # Small numbers are likely to be valid counts and choices.
     raw = bytes(chance.choices((0, 0, 0, 1, 2), k=size)) if few else chance.randbytes(size)
     slow = by_construct(record)
     assert record.compiled is not None
@@ -158,7 +158,7 @@ def test_what_is_not_plain_is_left_to_construct() -> None:
     assert record.parse(b"\2\5\6").items == [5, 6]
 
 
-# --- saved records: many small fields ----------------------------------------------------------------------------
+# --- saved records: many small fields ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,7 @@ def outer_fields() -> list[Any]:
 
 OUTER = Record(Outer, *outer_fields())
 DECLARED = c.Struct(*outer_fields())
-"""The same, as construct itself does it."""
+"""The same declaration, interpreted by construct."""
 
 outers = st.builds(
     Outer,
@@ -216,7 +216,7 @@ outers = st.builds(
 
 
 @given(outers)
-def test_many_fields_are_written_and_read_as_their_declaration_says(value: Outer) -> None:
+def test_many_fields_are_built_and_parsed_as_by_construct(value: Outer) -> None:
     assert OUTER.compiled is not None
     data = OUTER.build(value)
     assert data == DECLARED.build({name: getattr(value, name) for name in Outer.__slots__})

@@ -1,4 +1,4 @@
-"""The devices' declarations against bytes written by hand, and against the fast codecs derived from them."""
+"""Declarations of device messages, compared with bytes written by hand and with the derived fast codecs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Channel messages: sizes, offsets, and that what is built is parsed again.
+"""Channel messages: sizes, offsets, and that built messages are parsed to the same values.
 
 Source: docs/protocol/messages.md#message-table.
 """
@@ -78,7 +78,7 @@ def test_versions_are_named_as_people_say_them() -> None:
     ]  # fmt: skip
 
 
-def test_arrays_of_the_monitor_page_lie_where_the_specification_says() -> None:
+def test_arrays_of_the_monitor_page_have_the_specified_offsets() -> None:
     page = bytearray(4096)
     page[TRIGGER_GROUPS_OFFSET] = 1
     page[LATENCY_OFFSET] = 2
@@ -91,7 +91,7 @@ def test_arrays_of_the_monitor_page_lie_where_the_specification_says() -> None:
 
 
 def test_gpadl_header_is_as_in_the_trace() -> None:
-    """Step 8 of docs/protocol/messages.md#example-trace."""
+    """Compare with step 8 of docs/protocol/messages.md#example-trace."""
     (message,) = split_gpadl(1, 0xE1E10, [GpaRange(0x8000, 0, list(range(8)))])
     assert message[:28] == bytes.fromhex(
         "08000000000000000100000010 1e0e00480001000080000000000000".replace(" ", "")
