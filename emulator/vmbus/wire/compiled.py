@@ -29,14 +29,14 @@ import construct as c
 from vmbus.wire.plain import (
     Blob,
     Counted,
+    CustomField,
+    FixedTuple,
     Guid,
-    Maybe,
-    Members,
     Nested,
-    OwnForm,
+    Nullable,
     PlainAdapter,
-    Several,
     Text,
+    VarTuple,
     VarUint,
     give_varint,
     take_varint,
@@ -255,11 +255,11 @@ class _Taker(_Function):
             return self._then(f"int.from_bytes({raw}, 'little', signed={bool(inner.signed)})")
         if isinstance(inner, Nested):
             return self._then(self._record(inner.record.cls, inner.record.struct))
-        if isinstance(inner, Maybe):
-            return self._maybe(inner)
-        if isinstance(inner, Members):
+        if isinstance(inner, Nullable):
+            return self._nullable(inner)
+        if isinstance(inner, VarTuple):
             return self._then(f"tuple({self._counted(inner.subcon)})")
-        if isinstance(inner, Several):
+        if isinstance(inner, FixedTuple):
             return self._then(f"tuple({self.value(inner.subcon)})")
         if isinstance(inner, PlainAdapter):
             decode = self._writer.refer("decode", inner._decode)
@@ -271,9 +271,9 @@ class _Taker(_Function):
             return self._then("{" + ", ".join(f"{name!r}: {var}" for name, var in fields.items()) + "}")
         if isinstance(inner, Counted):
             return self._counted(inner)
-        return self._own_form(inner)
+        return self._custom_field(inner)
 
-    def _own_form(self, inner: Any) -> str:
+    def _custom_field(self, inner: Any) -> str:
         self._varying()
         if inner in (Blob, Text):
             count = self._varint()
@@ -284,7 +284,7 @@ class _Taker(_Function):
             return raw if inner is Blob else self._then(f"{raw}.decode()")
         if inner is VarUint:
             return self._varint()
-        if isinstance(inner, OwnForm):
+        if isinstance(inner, CustomField):
             variable, take = self._writer.variable(), self._writer.refer("take", inner.take)
             self._line(f"{variable}, at = {take}(data, at)")
             return variable
@@ -304,12 +304,12 @@ class _Taker(_Function):
             self._flush()
             self._line(result.format(value))
 
-    def _maybe(self, maybe: Maybe) -> str:
+    def _nullable(self, nullable: Nullable) -> str:
         there = self.value(c.Int8ul)
         self._varying()
         found = self._writer.variable()
         self._line(f"{found} = None")
-        self._element(f"if {there}:", maybe.inner, f"{found} = {{}}")
+        self._element(f"if {there}:", nullable.inner, f"{found} = {{}}")
         self._line(f"if {there} > 1: raise ValueError")
         return found
 
@@ -377,9 +377,9 @@ class _Giver(_Function):
             )
         elif isinstance(inner, Nested):
             self._fields(inner.record.struct, self._named(expression) + ".{}")
-        elif isinstance(inner, Maybe):
-            self._maybe(inner, expression)
-        elif isinstance(inner, Members | Several):
+        elif isinstance(inner, Nullable):
+            self._nullable(inner, expression)
+        elif isinstance(inner, VarTuple | FixedTuple):
             self.value(inner.subcon, expression)
         elif isinstance(inner, PlainAdapter):
             encode = self._writer.refer("encode", inner._encode)
@@ -409,7 +409,7 @@ class _Giver(_Function):
             self._line(f"write({raw})")
         elif inner is VarUint:
             self._varint(expression)
-        elif isinstance(inner, OwnForm):
+        elif isinstance(inner, CustomField):
             self._flush()
             self._line(f"write({self._writer.refer('give', inner.give)}({expression}))")
         else:
@@ -419,8 +419,8 @@ class _Giver(_Function):
         self._flush()
         self._line(f"write({self._writer.refer('give', give_varint)}({expression}))")
 
-    def _maybe(self, maybe: Maybe, expression: str) -> None:
+    def _nullable(self, nullable: Nullable, expression: str) -> None:
         found = self._named(expression)
         self._fixed("B", f"{found} is not None")
         with self._block(f"if {found} is not None:"):
-            self.value(maybe.inner, found)
+            self.value(nullable.inner, found)

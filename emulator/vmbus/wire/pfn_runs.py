@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import construct as c
 
-from vmbus.wire.plain import OwnForm, PlainAdapter, VarUint, append_varint, take_varint
+from vmbus.wire.plain import CustomField, PlainAdapter, VarUint, append_varint, take_varint
 
 PFN_LIMIT = 1 << 52
 """Number of page frames of a 64-bit address space."""
@@ -58,7 +58,7 @@ def steps(pfns: Sequence[int]) -> list[Run]:
     return found
 
 
-class _RawRuns(OwnForm):
+class _RawRuns(CustomField):
     """``PrefixedArray(VarUint, Struct("step" / VarUint, "more" / VarUint))``; a unit test compares the two.
 
     A storage driver under load has tens of thousands of scattered pages in its packets, which are saved and restored

@@ -10,9 +10,9 @@ another form:
 ``Blob``       bytes, preceded by their number
 ``Text``       UTF-8 text, preceded by its number of bytes
 ``Nested``     a record within a record
-``Maybe``      a field that may be ``None``
-``Members``    a tuple of any length
-``Several``    a tuple of fixed length
+``Nullable``   a field that may be ``None``
+``VarTuple``   a tuple of any length
+``FixedTuple`` a tuple of fixed length
 ``Guid``       a GUID in its wire form
 =============  ====================================================================
 """
@@ -33,7 +33,7 @@ class PlainAdapter(c.Adapter):  # type: ignore[misc]
     """An adapter that depends only on the value itself; its context is None when it is called by compiled code."""
 
 
-class OwnForm(c.Construct):  # type: ignore[misc]
+class CustomField(c.Construct):  # type: ignore[misc]
     """A field with its own parser and builder, ``take`` and ``give``, which compiled code calls directly."""
 
     longest = 0
@@ -99,7 +99,7 @@ def give_varint(value: int) -> bytes:
     return bytes(encoded)
 
 
-class _VarUint(OwnForm):
+class _VarUint(CustomField):
     """An unsigned number below 2**64 (base 128): least significant 7 bits first, bit 7 set if more bytes follow."""
 
     longest = _VARINT_BYTES
@@ -148,7 +148,7 @@ class Nested(PlainAdapter):
         return {name: getattr(obj, name) for name in self._names}
 
 
-class Maybe(PlainAdapter):
+class Nullable(PlainAdapter):
     """A field that may be ``None``: a byte (0 or 1), then the field if the byte is 1."""
 
     def __init__(self, subcon: Any) -> None:
@@ -164,7 +164,7 @@ class Maybe(PlainAdapter):
         return [] if obj is None else [obj]
 
 
-class Several(PlainAdapter):
+class FixedTuple(PlainAdapter):
     """The elements of construct's array ``subcon``, as a tuple."""
 
     def _decode(self, obj: Any, context: Any, path: str) -> tuple[Any, ...]:
@@ -174,7 +174,7 @@ class Several(PlainAdapter):
         return obj
 
 
-class Members(Several):
+class VarTuple(FixedTuple):
     """The number of elements as a varint, then the elements; the value is a tuple."""
 
     def __init__(self, subcon: Any) -> None:

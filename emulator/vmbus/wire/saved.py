@@ -23,7 +23,7 @@ from vmbus.wire.chunk import ChunkKind
 from vmbus.wire.codec import Record
 from vmbus.wire.packet import GpaRange, TransferPages, TransferRange
 from vmbus.wire.pfn_runs import MAX_PAGES, PFN_LIMIT, PfnList, PfnRuns, RawRuns, expand, steps
-from vmbus.wire.plain import Blob, Counted, Guid, Maybe, Members, Nested, PlainAdapter, Text, VarUint
+from vmbus.wire.plain import Blob, Counted, Guid, Nested, Nullable, PlainAdapter, Text, VarTuple, VarUint
 
 T = TypeVar("T")
 
@@ -136,8 +136,8 @@ SAVED_OPEN = Record(
     "downstream_offset" / c.Int32ul,
     "user_data" / Blob,
     "flags" / c.Int16ul,
-    "event_flag" / Maybe(c.Int16ul),
-    "connection_id" / Maybe(c.Int32ul),
+    "event_flag" / Nullable(c.Int16ul),
+    "connection_id" / Nullable(c.Int32ul),
 )
 
 
@@ -218,8 +218,8 @@ SAVED_CHANNEL = Record(
     "mmio_megabytes" / c.Int16ul,
     "mmio_megabytes_optional" / c.Int16ul,
     "next_transaction_id" / c.Int64ul,
-    "open" / Maybe(Nested(SAVED_OPEN)),
-    "gpadls" / Members(Nested(SAVED_GPADL)),
+    "open" / Nullable(Nested(SAVED_OPEN)),
+    "gpadls" / VarTuple(Nested(SAVED_GPADL)),
     "failure" / Text,
 )
 
@@ -246,7 +246,7 @@ SAVED_PACKET = Record(
     "transaction_id" / c.Int64ul,
     "payload" / Blob,
     "ranges" / _Ranges(),
-    "transfer_pages" / Maybe(_TransferPages()),
+    "transfer_pages" / Nullable(_TransferPages()),
 )
 
 
@@ -316,7 +316,7 @@ class SavedChannelRecords:
 
 
 SAVED_CHANNEL_RECORDS = Record(
-    SavedChannelRecords, "identity" / Nested(CHANNEL_IDENTITY), "records" / Members(Blob)
+    SavedChannelRecords, "identity" / Nested(CHANNEL_IDENTITY), "records" / VarTuple(Blob)
 )
 
 
@@ -388,7 +388,7 @@ class SavedPages:
     contents: tuple[bytes, ...]
 
 
-SAVED_PAGES = Record(SavedPages, "pfns" / PfnList(PAGES_IN_RECORD), "contents" / Members(_PageContent()))
+SAVED_PAGES = Record(SavedPages, "pfns" / PfnList(PAGES_IN_RECORD), "contents" / VarTuple(_PageContent()))
 
 
 @dataclass(frozen=True, slots=True)

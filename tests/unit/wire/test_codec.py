@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from vmbus.errors import InternalError, MalformedError
 from vmbus.wire.codec import Record
 from vmbus.wire.compiled import REFUSED_DATA
-from vmbus.wire.plain import Blob, Guid, Maybe, Members, Nested, Text
+from vmbus.wire.plain import Blob, Guid, Nested, Nullable, Text, VarTuple
 
 
 def all_records() -> list[tuple[str, Record[Any]]]:
@@ -188,8 +188,8 @@ def outer_fields() -> list[Any]:
         "head" / c.Int32ul,
         "flag" / c.Int8ul,
         "inner" / Nested(INNER),
-        "perhaps" / Maybe(c.Int16ul),
-        "names" / Members(Text),
+        "perhaps" / Nullable(c.Int16ul),
+        "names" / VarTuple(Text),
         "blob" / Blob,
         "tail" / c.Int64ul,
         "guid" / Guid,

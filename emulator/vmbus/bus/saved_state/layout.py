@@ -25,7 +25,7 @@ from vmbus.bus.saved_state.values import (
     WaitingMessage,
 )
 from vmbus.wire.codec import Record
-from vmbus.wire.plain import Blob, Guid, Maybe, Members, Nested, PlainAdapter, Several, VarUint
+from vmbus.wire.plain import Blob, FixedTuple, Guid, Nested, Nullable, PlainAdapter, VarTuple, VarUint
 from vmbus.wire.version import ALL_FEATURES, Feature, Version
 
 _PHASES = (Phase.DISCONNECTED, Phase.CONNECTED, Phase.DISCONNECTING)
@@ -108,47 +108,47 @@ _CONTACT = Record(
     "interrupt_page" / c.Int64ul,
     "parent_to_child" / c.Int64ul,
     "child_to_parent" / c.Int64ul,
-    "client_id" / Maybe(Guid),
+    "client_id" / Nullable(Guid),
     "trusted" / _FLAG,
 )
 _CONNECTION = Record(
     ConnectionRecord,
     "phase" / _Choice(_PHASES),
-    "version" / Maybe(_AGREED),
+    "version" / Nullable(_AGREED),
     "features" / _FEATURES,
     "target" / Nested(_TARGET),
     "interrupt_page" / c.Int64ul,
-    "monitor_pages" / Maybe(Nested(_MONITOR_PAGES)),
-    "client_id" / Maybe(Guid),
+    "monitor_pages" / Nullable(Nested(_MONITOR_PAGES)),
+    "client_id" / Nullable(Guid),
     "trusted" / _FLAG,
     "offers_sent" / _FLAG,
     "paused" / _FLAG,
     "next_action" / _Choice(_ACTIONS),
-    "next_contact" / Maybe(Nested(_CONTACT)),
+    "next_contact" / Nullable(Nested(_CONTACT)),
 )
 _RESERVED = Record(ReservedClient, "target" / Nested(_TARGET), "version" / _AGREED, "features" / _FEATURES)
 _REQUEST = Record(
     OpenRequest,
     "open_id" / c.Int32ul,
     "ring_gpadl_id" / c.Int32ul,
-    "target_vp" / Maybe(c.Int32ul),
+    "target_vp" / Nullable(c.Int32ul),
     "downstream_offset" / c.Int32ul,
     "user_data" / Blob,
-    "event_flag" / Maybe(c.Int16ul),
-    "connection_id" / Maybe(c.Int32ul),
+    "event_flag" / Nullable(c.Int16ul),
+    "connection_id" / Nullable(c.Int32ul),
     "redirect_interrupt" / _FLAG,
-    "reserved" / Maybe(Nested(_RESERVED)),
+    "reserved" / Nullable(Nested(_RESERVED)),
 )
 _RANGE = Record(
     RangeRecord,
     "byte_count" / c.Int32ul,
     "byte_offset" / c.Int32ul,
-    "runs" / Members(Several(VarUint[2])),
+    "runs" / VarTuple(FixedTuple(VarUint[2])),
 )
 _GPADL = Record(
     GpadlRecord,
     "gpadl_id" / c.Int32ul,
-    "ranges" / Members(Nested(_RANGE)),
+    "ranges" / VarTuple(Nested(_RANGE)),
     "tearing_down" / _FLAG,
     "device_notified" / _FLAG,
 )
@@ -166,19 +166,19 @@ _CHANNEL = Record(
     "instance_id" / Guid,
     "subchannel_index" / c.Int16ul,
     "state" / _Choice(_STATES),
-    "relid" / Maybe(c.Int32ul),
-    "monitor_id" / Maybe(c.Int32ul),
+    "relid" / Nullable(c.Int32ul),
+    "monitor_id" / Nullable(c.Int32ul),
     "offered" / _FLAG,
-    "request" / Maybe(Nested(_REQUEST)),
-    "reopen" / Maybe(Nested(_REQUEST)),
-    "target_vp" / Maybe(c.Int32ul),
-    "pending_target" / Maybe(c.Int32ul),
-    "close_answer" / Maybe(Nested(_TARGET)),
+    "request" / Nullable(Nested(_REQUEST)),
+    "reopen" / Nullable(Nested(_REQUEST)),
+    "target_vp" / Nullable(c.Int32ul),
+    "pending_target" / Nullable(c.Int32ul),
+    "close_answer" / Nullable(Nested(_TARGET)),
     "revoking" / _FLAG,
     "abandoned" / _FLAG,
     "released_by_guest" / _FLAG,
     "waiting" / _FLAG,
-    "gpadls" / Members(Nested(_GPADL)),
+    "gpadls" / VarTuple(Nested(_GPADL)),
 )
 _WAITING = Record(WaitingMessage, "connection_id" / c.Int32ul, "payload" / Blob, "trusted" / _FLAG)
 _OUTGOING = Record(Outgoing, "target" / Nested(_TARGET), "payload" / Blob, "lasting" / _FLAG)
@@ -186,8 +186,8 @@ _OUTGOING = Record(Outgoing, "target" / Nested(_TARGET), "payload" / Blob, "last
 SAVED_BUS = Record(
     BusState,
     "connection" / Nested(_CONNECTION),
-    "channels" / Members(Nested(_CHANNEL)),
-    "assemblies" / Members(Nested(_ASSEMBLY)),
-    "inbox" / Members(Nested(_WAITING)),
-    "outbox" / Members(Nested(_OUTGOING)),
+    "channels" / VarTuple(Nested(_CHANNEL)),
+    "assemblies" / VarTuple(Nested(_ASSEMBLY)),
+    "inbox" / VarTuple(Nested(_WAITING)),
+    "outbox" / VarTuple(Nested(_OUTGOING)),
 )

@@ -18,16 +18,16 @@ from vmbus.hypervisor.saved_state.values import (
 )
 from vmbus.wire.codec import Record
 from vmbus.wire.msr import SINT_COUNT, STIMER_COUNT
-from vmbus.wire.plain import Blob, Maybe, Members, Nested, Several
+from vmbus.wire.plain import Blob, FixedTuple, Nested, Nullable, VarTuple
 
-_TIMER = Record(TimerState, "config" / c.Int64ul, "count" / c.Int64ul, "expiration" / Maybe(c.Int64ul))
-_PAGE = Record(PageState, "value" / c.Int64ul, "last_gpn" / Maybe(c.Int64ul))
+_TIMER = Record(TimerState, "config" / c.Int64ul, "count" / c.Int64ul, "expiration" / Nullable(c.Int64ul))
+_PAGE = Record(PageState, "value" / c.Int64ul, "last_gpn" / Nullable(c.Int64ul))
 _MESSAGE = Record(
     QueuedMessage,
     "sint" / c.Int8ul,
     "message_type" / c.Int32ul,
     "payload" / Blob,
-    "timer" / Maybe(c.Int8ul),
+    "timer" / Nullable(c.Int8ul),
     "expiration" / c.Int64ul,
 )
 _VP = Record(
@@ -36,10 +36,10 @@ _VP = Record(
     "scontrol" / c.Int64ul,
     "siefp" / Nested(_PAGE),
     "simp" / Nested(_PAGE),
-    "sints" / Several(c.Int64ul[SINT_COUNT]),
-    "messages" / Members(Nested(_MESSAGE)),
-    "timers" / Several(Nested(_TIMER)[STIMER_COUNT]),
-    "deferred_events" / Members(Several(c.Int16ul[2])),
+    "sints" / FixedTuple(c.Int64ul[SINT_COUNT]),
+    "messages" / VarTuple(Nested(_MESSAGE)),
+    "timers" / FixedTuple(Nested(_TIMER)[STIMER_COUNT]),
+    "deferred_events" / VarTuple(FixedTuple(c.Int16ul[2])),
 )
 _TIME = Record(
     ReferenceTimeState,
@@ -55,7 +55,7 @@ SAVED_PARTITION = Record(
     "hypercall" / c.Int64ul,
     "reference_tsc" / c.Int64ul,
     "tsc_invariant_control" / c.Int64ul,
-    "crash_parameters" / Members(c.Int64ul),
+    "crash_parameters" / VarTuple(c.Int64ul),
     "time" / Nested(_TIME),
-    "vps" / Members(Nested(_VP)),
+    "vps" / VarTuple(Nested(_VP)),
 )

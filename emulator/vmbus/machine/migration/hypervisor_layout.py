@@ -13,7 +13,7 @@ import construct as c
 from vmbus.hypervisor.saved_state.layout import SAVED_PARTITION
 from vmbus.hypervisor.saved_state.values import PartitionState
 from vmbus.wire.codec import Record
-from vmbus.wire.plain import Members, Nested, Several, Text
+from vmbus.wire.plain import FixedTuple, Nested, Text, VarTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class SavedAnswer:
 _IDENTITY_WORDS = 11
 _ANSWER = Record(
     SavedAnswer,
-    "identity" / Several(c.Int64ul[_IDENTITY_WORDS]),
+    "identity" / FixedTuple(c.Int64ul[_IDENTITY_WORDS]),
     "verdict" / c.Int32ul,
     "value" / c.Int64ul,
 )
@@ -51,9 +51,9 @@ class SavedHypervisor:
 
 SAVED_HYPERVISOR = Record(
     SavedHypervisor,
-    "offered" / Members(Text),
+    "offered" / VarTuple(Text),
     "tsc" / c.Int64ul,
     "tsc_frequency" / c.Int64ul,
-    "answers" / Members(Nested(_ANSWER)),
+    "answers" / VarTuple(Nested(_ANSWER)),
     "partition" / Nested(SAVED_PARTITION),
 )
