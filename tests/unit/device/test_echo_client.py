@@ -27,7 +27,7 @@ from vmbus_devices.echo import Echo
 PROGRAMS = Path(__file__).parents[2] / "guest" / "programs"
 PAGE = 4096
 BUFFER_PAGES = 4
-LIMIT = 60.0
+TIMEOUT = 60.0
 """Seconds for one run of the program; it needs one or two."""
 
 
@@ -104,7 +104,7 @@ class Host:
             stdout=asyncio.subprocess.PIPE,
         )
         try:
-            output, _ = await asyncio.wait_for(process.communicate(), LIMIT)
+            output, _ = await asyncio.wait_for(process.communicate(), TIMEOUT)
         finally:
             if process.returncode is None:
                 process.kill()

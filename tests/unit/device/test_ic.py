@@ -199,7 +199,7 @@ def test_lengths_that_contradict_each_other_are_refused(guest: IcGuest, payload:
     guest.send(payload)
     assert guest.refusals() == {reason: 1}
     guest.answer_negotiation(offer, (3, 0), (3, 0))
-    assert component(guest).state is IcState.READY, "the channel goes on"
+    assert component(guest).state is IcState.READY, "the channel still works"
 
 
 def test_short_negotiation_is_refused(guest: IcGuest) -> None:

@@ -70,7 +70,7 @@ class Sample(Device):
 
 
 class Untyped(Device):
-    """A device whose option nobody can write."""
+    """A device with an option of a type that no text can express."""
 
     name = "untyped"
 
@@ -146,7 +146,7 @@ def test_defaults_are_the_devices_own(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "a device name comes first"),
         (",path=x", "a device name comes first"),
@@ -175,14 +175,14 @@ def test_defaults_are_the_devices_own(registry: Registry) -> None:
         ("sample,path=x,id=a b", "id=a b"),
     ],
 )
-def test_mistakes_say_what_is_allowed(registry: Registry, text: str, told: str) -> None:
+def test_mistakes_say_what_is_allowed(registry: Registry, text: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         registry.create(text)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("missing", "does not load"),
         ("no-module", "does not load"),
@@ -191,10 +191,10 @@ def test_mistakes_say_what_is_allowed(registry: Registry, text: str, told: str) 
         ("sample,path=x,label=broken", "cannot be created"),
     ],
 )
-def test_broken_packages_are_not_the_users_fault(registry: Registry, text: str, told: str) -> None:
+def test_broken_packages_are_not_the_users_fault(registry: Registry, text: str, message: str) -> None:
     with pytest.raises(DeviceError) as caught:
         registry.create(text)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_one_name_in_two_packages_is_refused() -> None:

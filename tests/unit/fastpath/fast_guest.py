@@ -21,7 +21,7 @@ HOLE = 6 << 20
 """The guest's RAM is 0 to 6 MiB and 16 to 18 MiB, as if there was a hole."""
 HIGH = 16 << 20
 
-LIMIT = 20.0
+TIMEOUT = 20.0
 
 
 class Timer:
@@ -118,7 +118,7 @@ class FastGuest(ScsiGuest):
     def settle(self) -> None:
         """Until nothing is under way."""
         while self.path.in_flight:
-            assert self.loop.run(LIMIT), "a transfer did not end"
+            assert self.loop.run(TIMEOUT), "a transfer did not end"
         self.run()
 
     def __enter__(self) -> Self:

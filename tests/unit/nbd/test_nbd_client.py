@@ -44,7 +44,7 @@ from tests.unit.nbd.nbd_server import (
 )
 
 SIZE = 1 << 20
-LIMIT = 20.0
+TIMEOUT = 20.0
 
 Open = Callable[..., NbdBackend]
 
@@ -68,7 +68,7 @@ def opened() -> Iterator[Open]:
     yield make
     for client in clients:
         client.close()
-        assert client.wait_closed(LIMIT)
+        assert client.wait_closed(TIMEOUT)
 
 
 def views(length: int, count: int = 4) -> list[memoryview]:
@@ -126,15 +126,15 @@ def test_many_requests_are_under_way_at_a_time(server: Server, opened: Open) -> 
 
         backend.start(index * 512, [buffers[index]], 512, False, False, ended)
     for _ in range(count):
-        assert done.acquire(timeout=LIMIT)
+        assert done.acquire(timeout=TIMEOUT)
     assert order == list(reversed(range(count)))
     assert [bytes(buffer) for buffer in buffers] == [bytes([index]) * 512 for index in range(count)]
 
 
 def test_a_write_larger_than_the_socket_takes_does_not_block_who_asks(server: Server, opened: Open) -> None:
     backend = opened(server, connections=1)
-    go_on = threading.Event()
-    server.before = lambda *request: 0 if go_on.wait(LIMIT) else 5
+    proceed = threading.Event()
+    server.before = lambda *request: 0 if proceed.wait(TIMEOUT) else 5
     data = memoryview(os.urandom(SIZE // 2))
     done = threading.Semaphore(0)
     errors: list[Exception | None] = []
@@ -145,9 +145,9 @@ def test_a_write_larger_than_the_socket_takes_does_not_block_who_asks(server: Se
 
     for _ in range(16):  # far more than any socket buffer
         backend.start(0, [data], len(data), True, False, ended)
-    go_on.set()
+    proceed.set()
     for _ in range(16):
-        assert done.acquire(timeout=LIMIT)
+        assert done.acquire(timeout=TIMEOUT)
     assert errors == [None] * 16
     assert server.data[: len(data)] == data
 
@@ -281,8 +281,8 @@ def test_what_is_under_way_fails_when_the_disk_is_closed(server: Server, opened:
 
     backend.start(0, [memoryview(bytearray(512))], 512, False, False, ended)
     backend.close()
-    assert backend.wait_closed(LIMIT)
-    assert done.wait(LIMIT)
+    assert backend.wait_closed(TIMEOUT)
+    assert done.wait(TIMEOUT)
     assert isinstance(errors[0], OSError)
     with pytest.raises(OSError, match="closed"):
         read(backend, 0, 512)
@@ -412,8 +412,8 @@ def test_no_answer_at_all_harms_anything(garbage: bytes, cut: bool) -> None:
     done = threading.Event()
     client.submit(Request(Command.READ, 0, 512, lambda error: done.set(), [around[512:1024]]))
     threading.Timer(0.01, client.close).start()
-    assert done.wait(LIMIT)
-    assert client.wait_closed(LIMIT)
+    assert done.wait(TIMEOUT)
+    assert client.wait_closed(TIMEOUT)
     assert around[:512] == around[1024:] == b"\xaa" * 512
 
 
@@ -442,7 +442,7 @@ def test_replies_are_taken_by_an_event_loop_once_there_is_one(server: Server, op
                 backend.start((turn * 50 + index) * 512, buffer, 8192, False, False, workers.expect(done))
             await asyncio.sleep(0.01)
             server.hang_up()
-        assert await workers.settle(LIMIT)
+        assert await workers.settle(TIMEOUT)
         assert errors == [None] * 200
         assert threads == {loop_thread}
         for index, buffer in enumerate(buffers):
@@ -450,10 +450,10 @@ def test_replies_are_taken_by_an_event_loop_once_there_is_one(server: Server, op
         server.before = lambda command, flags, offset, length, cookie: bytes(16)  # a lie
         backend.client._reconnect = 0.0
         backend.start(0, views(512), 512, False, False, workers.expect(done))
-        assert await workers.settle(LIMIT)
+        assert await workers.settle(TIMEOUT)
         assert isinstance(errors[-1], OSError)
         backend.close()
-        assert await asyncio.to_thread(backend.wait_closed, LIMIT)
+        assert await asyncio.to_thread(backend.wait_closed, TIMEOUT)
         workers.close()
 
     asyncio.run(story())

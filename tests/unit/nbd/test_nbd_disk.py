@@ -62,7 +62,7 @@ def listen(tmp_path: Path) -> Iterator[Listen]:
 
 
 def connected_again(device: Scsi) -> None:
-    """A device that starts has its connections made anew; what is under way then is sent once more."""
+    """A start of the device replaces the connections; requests under way are sent again."""
     end = time.monotonic() + 30
     while (status := device.status()["units"]["0:0"])["sessions"] < 2 or not status["connections"]:
         assert time.monotonic() < end, status

@@ -449,7 +449,7 @@ def test_a_saved_controller_goes_on_elsewhere_and_waiting_commands_are_done_ther
         guest.io.resume()
         guest.advance(6)
         assert [each.transaction_id for each in guest.answers()] == [number], (
-            "a failed migration goes on here"
+            "after a failed migration the source continues"
         )
 
 

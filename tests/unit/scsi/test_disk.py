@@ -165,7 +165,7 @@ def test_a_read_only_disk_refuses_all_that_writes() -> None:
 
 
 class Journal(MemoryBackend):
-    """Notes what is asked of it; raises what it is told to."""
+    """Records all calls; raises the error it was given."""
 
     flush_needed = True
     write_cache = True

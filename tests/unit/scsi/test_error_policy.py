@@ -1,4 +1,4 @@
-"""werror= and rerror=: a guest that is stopped for an error, and goes on."""
+"""werror= and rerror=: a guest is stopped for an error, and resumed."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_the_images_are_free_once_a_controller_was_saved(image: Path) -> None:
         assert state
         other.close()
         second.stop()
-        assert guest.read(0, 1, offset=8).good, "a migration that failed: it goes on here"
+        assert guest.read(0, 1, offset=8).good, "after a failed migration the source continues"
 
 
 def test_a_disk_in_a_file_through_the_channel(image: Path) -> None:

@@ -98,7 +98,7 @@ def test_an_option_of_the_controller_holds_for_all_of_its_lines() -> None:
     assert (first.queues, first.max_transfer, str(first.max_version)) == (2, 64 << 10, "5.1")
     assert (second.queues, second.max_transfer, str(second.max_version)) == (3, 256 << 10, "6.2")
     assert sorted(first.units) == [(0, 0), (0, 1), (0, 2)]
-    # Made anew from their lines, and from one line alone, they are the same.
+    # Made again from their lines, and from one line alone, they are the same.
     for lines in (first.lines(), [first.lines()[1]]):
         again = made(lines)
         assert (again.queues, again.max_transfer, str(again.max_version)) == (2, 64 << 10, "5.1")
