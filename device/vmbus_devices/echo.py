@@ -20,18 +20,26 @@ from __future__ import annotations
 import uuid
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import construct as c
-from vmbus.bus.channel.gpadl import GpadlState
-from vmbus.bus.io.device import Device
-from vmbus.bus.io.guest_buffer import GuestBuffer
-from vmbus.bus.offers import Offer
-from vmbus.devices.options import Help
-from vmbus.devices.saved import SavedState
-from vmbus.errors import GuestAddressError, GuestError
-from vmbus.ports import PAGE_SIZE
-from vmbus.wire.codec import Record
+from vmbus.api import (
+    PAGE_SIZE,
+    Channel,
+    Device,
+    GpadlState,
+    GpaRange,
+    GuestAddressError,
+    GuestBuffer,
+    GuestError,
+    Help,
+    Offer,
+    OfferFlags,
+    Packet,
+    PacketType,
+    Record,
+    SavedState,
+)
 from vmbus.wire.echo import (
     ECHO_CHECKSUM,
     ECHO_GENERATE,
@@ -57,11 +65,6 @@ from vmbus.wire.echo import (
     build_header,
     parse_header,
 )
-from vmbus.wire.offer import OfferFlags
-from vmbus.wire.packet import GpaRange, Packet, PacketType
-
-if TYPE_CHECKING:
-    from vmbus.bus.io.channel_io import ChannelIo
 
 COUNTERS = ("requests", "refused", "echoed_bytes", "filled_bytes", "summed_bytes", "generated")
 
@@ -149,7 +152,7 @@ class Echo(Device):
         flags = OfferFlags.REQUEST_MONITORED_NOTIFICATION if self.monitor else OfferFlags(0)
         return Offer(interface_id=ECHO_INTERFACE, instance_id=self.instance, name=self.name, flags=flags)
 
-    def packet(self, io: ChannelIo, packet: Packet) -> None:
+    def packet(self, io: Channel, packet: Packet) -> None:
         """One request. Whatever raises a GuestError on the way ends in :meth:`refused`."""
         self.counts["requests"] += 1
         header, data = self._parse(packet)
@@ -167,7 +170,7 @@ class Echo(Device):
         else:
             raise EchoRefusal(EchoStatus.UNKNOWN_OPERATION, f"{header.operation}")
 
-    def refused(self, io: ChannelIo, packet: Packet, error: GuestError) -> None:
+    def refused(self, io: Channel, packet: Packet, error: GuestError) -> None:
         """Answer with the reason. The packet may contain anything; if its header cannot be parsed, zeros are used."""
         self.counts["refused"] += 1
         if isinstance(error, EchoRefusal):
@@ -183,11 +186,11 @@ class Echo(Device):
 
     # --- other events ---
 
-    def closed(self, io: ChannelIo) -> None:
+    def closed(self, io: Channel) -> None:
         """Drop the generation under way: the next open starts from zero."""
         self._generation = None
 
-    def writable(self, io: ChannelIo) -> None:
+    def writable(self, io: Channel) -> None:
         """Send more: all that was sent is in the ring (requested with ``notify_room``)."""
         self._send_generated(io)
 
@@ -212,7 +215,7 @@ class Echo(Device):
         if saved.next < saved.count and saved.size <= MAX_GENERATE_SIZE:
             self._generation = Generation(saved.next, saved.count, saved.size, saved.burst)
 
-    def restored(self, io: ChannelIo) -> None:
+    def restored(self, io: Channel) -> None:
         """Continue a generation after a restore; called in place of ``opened``."""
         if self._generation is not None:
             io.notify_room()
@@ -235,7 +238,7 @@ class Echo(Device):
             raise EchoRefusal(EchoStatus.BAD_CHECKSUM, f"{header.checksum:#x} over {len(data)} bytes")
         return header, data
 
-    def _fill(self, io: ChannelIo, packet: Packet, header: EchoHeader, data: bytes) -> None:
+    def _fill(self, io: Channel, packet: Packet, header: EchoHeader, data: bytes) -> None:
         ranges, source = _ranges(io, packet, data)
         if not source:
             raise EchoRefusal(EchoStatus.MALFORMED, "nothing to fill with")
@@ -246,14 +249,14 @@ class Echo(Device):
         self.counts["filled_bytes"] += buffer.length
         self._answer(io, packet, header, b"")
 
-    def _checksum(self, io: ChannelIo, packet: Packet, header: EchoHeader, data: bytes) -> None:
+    def _checksum(self, io: Channel, packet: Packet, header: EchoHeader, data: bytes) -> None:
         ranges, _ = _ranges(io, packet, data)
         buffer = GuestBuffer(io.memory, ranges)
         self.counts["summed_bytes"] += buffer.length
         found = EchoChecksum(zlib.crc32(buffer.read()), buffer.length)
         self._answer(io, packet, header, ECHO_CHECKSUM.build(found))
 
-    def _generate(self, io: ChannelIo, packet: Packet, header: EchoHeader, data: bytes) -> None:
+    def _generate(self, io: Channel, packet: Packet, header: EchoHeader, data: bytes) -> None:
         wanted: EchoGenerate = ECHO_GENERATE.parse(data)
         if self._generation is not None:
             raise EchoRefusal(
@@ -266,7 +269,7 @@ class Echo(Device):
             self._generation = Generation(0, wanted.count, wanted.size, wanted.burst)
             io.notify_room()
 
-    def _send_generated(self, io: ChannelIo) -> None:
+    def _send_generated(self, io: Channel) -> None:
         going = self._generation
         if going is None:
             return
@@ -290,7 +293,7 @@ class Echo(Device):
 
     def _answer(
         self,
-        io: ChannelIo,
+        io: Channel,
         packet: Packet,
         header: EchoHeader,
         data: bytes,
@@ -301,7 +304,7 @@ class Echo(Device):
         io.answer(packet, build_header(header.operation, status, len(data), header.sequence, crc) + data)
 
 
-def _ranges(io: ChannelIo, packet: Packet, data: bytes) -> tuple[list[GpaRange], bytes]:
+def _ranges(io: Channel, packet: Packet, data: bytes) -> tuple[list[GpaRange], bytes]:
     """Return the guest memory that a request names, and the data that follows."""
     if packet.kind is PacketType.GPA_DIRECT:
         ranges, rest = list(packet.ranges), data
@@ -321,7 +324,7 @@ def _ranges(io: ChannelIo, packet: Packet, data: bytes) -> tuple[list[GpaRange],
     return ranges, rest
 
 
-def _named_range(io: ChannelIo, wanted: EchoRange) -> GpaRange:
+def _named_range(io: Channel, wanted: EchoRange) -> GpaRange:
     """Return the pages of a range that the guest names by address, or by an offset in a GPADL of the channel."""
     if not 0 < wanted.length <= MAX_TRANSFER:
         raise EchoRefusal(EchoStatus.TOO_LARGE, f"a range of {wanted.length} bytes")

@@ -22,11 +22,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import construct as c
-from vmbus.devices.histogram import Histogram
-from vmbus.devices.options import Help
-from vmbus.devices.saved import SavedState
-from vmbus.ports import TimerHandle
-from vmbus.wire.codec import Record
+from vmbus.api import Help, Histogram, Record, SavedState, TimerHandle
 from vmbus.wire.ic import (
     HEARTBEAT_INSTANCE,
     HEARTBEAT_INTERFACE,

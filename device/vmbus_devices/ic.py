@@ -37,15 +37,25 @@ import logging
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import construct as c
-from vmbus.bus.io.device import Device
-from vmbus.bus.offers import Offer, pipe_area
-from vmbus.devices.saved import SavedState
-from vmbus.errors import DeviceError, GuestError, InternalError
-from vmbus.ports import TimerHandle
-from vmbus.wire.codec import Record
+from vmbus.api import (
+    Channel,
+    Device,
+    DeviceError,
+    GuestError,
+    InternalError,
+    Offer,
+    OfferFlags,
+    Packet,
+    PacketType,
+    PipeMode,
+    Record,
+    SavedState,
+    TimerHandle,
+    pipe_area,
+)
 from vmbus.wire.ic import (
     BODY_OFFSET,
     FRAMEWORK_VERSIONS,
@@ -61,12 +71,7 @@ from vmbus.wire.ic import (
     build_message,
     parse_message,
 )
-from vmbus.wire.offer import OfferFlags, PipeMode
-from vmbus.wire.packet import Packet, PacketType
 from vmbus.wire.pipe import PIPE_HEADER, PipeType
-
-if TYPE_CHECKING:
-    from vmbus.bus.io.channel_io import ChannelIo
 
 _logger = logging.getLogger(__name__)
 
@@ -131,7 +136,7 @@ class IntegrationComponent(Device):
         """The agreed version of the framing; ``None`` unless ready."""
         self.version: IcVersion | None = None
         """The agreed version of the component's own messages; ``None`` unless ready."""
-        self._io: ChannelIo | None = None
+        self._io: Channel | None = None
         self._pending: int | None = None
         self._next_transaction = 1
         self._timer: TimerHandle | None = None
@@ -198,12 +203,12 @@ class IntegrationComponent(Device):
             name=self.name,
         )
 
-    def opened(self, io: ChannelIo) -> None:
+    def opened(self, io: Channel) -> None:
         """Start to negotiate."""
         self._io = io
         self._negotiate()
 
-    def restored(self, io: ChannelIo) -> None:
+    def restored(self, io: Channel) -> None:
         """Continue where the saved component was; negotiate if the negotiation had not ended."""
         self._io = io
         if self.state is IcState.READY:
@@ -215,7 +220,7 @@ class IntegrationComponent(Device):
         """Called in place of :meth:`ready` after a restore that kept the negotiated versions."""
         self.ready()
 
-    def closed(self, io: ChannelIo) -> None:
+    def closed(self, io: Channel) -> None:
         """Clear what was negotiated."""
         self._cancel()
         pending = self.pending
@@ -230,7 +235,7 @@ class IntegrationComponent(Device):
         """Cancel the timer."""
         self._cancel()
 
-    def packet(self, io: ChannelIo, packet: Packet) -> None:
+    def packet(self, io: Channel, packet: Packet) -> None:
         """Take an answer of the guest."""
         if packet.kind is not PacketType.IN_BAND:
             raise GuestError("ic-unexpected-packet", f"type {packet.kind}")

@@ -22,10 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import construct as c
-from vmbus.bus.io.device import ControlCommand
-from vmbus.devices.saved import SavedState
-from vmbus.errors import UsageError
-from vmbus.wire.codec import Record
+from vmbus.api import ControlCommand, Record, SavedState, UsageError
 from vmbus.wire.ic import (
     SHUTDOWN_BODY,
     SHUTDOWN_INSTANCE,

@@ -17,10 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from vmbus.bus.io.device import DeviceEnvironment
-from vmbus.devices.options import Help
-from vmbus.errors import DeviceError
-from vmbus.ports import TimerHandle
+from vmbus.api import DeviceEnvironment, DeviceError, Help, TimerHandle
 from vmbus.wire.ic import (
     TIMESYNC_BODY,
     TIMESYNC_INSTANCE,
