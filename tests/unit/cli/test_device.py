@@ -16,6 +16,7 @@ from vmbus.api import (
     Channel,
     ControlCommand,
     Device,
+    HasParts,
     Help,
     Offer,
     Packet,
@@ -31,6 +32,8 @@ from vmbus.machine.host import AttachedDevice, Host
 from vmbus.machine.migration.coordinator import Phase
 from vmbus.machine.served import Served
 from vmbus.testing import LoopbackGuest
+
+MIB = 1 << 20
 
 
 class Shelf(Device):
@@ -274,3 +277,23 @@ def test_the_control_socket_answers_the_commands_of_devices(host: FakeHost, tmp_
 
     host.ask("add", line="shelf,box=one")
     asyncio.run(story())
+
+
+def test_the_scsi_controller_has_the_hooks() -> None:
+    controller = Registry().create("scsi,format=memory,size=1M,lun=1")
+    assert isinstance(controller, HasParts)
+    assert list(controller.parts()) == ["0:1"]
+    part = controller.parts()["0:1"]
+    assert (part.type, part.size) == ("disk", MIB)
+    assert "lun=1" in part.line
+    assert [controller.part_name(text) for text in ("0:1", "1", "0", "1:1", "x", "")] == [
+        "0:1",
+        "0:1",
+        *[None] * 4,
+    ]
+    assert not controller.busy()
+    for size, told in ((MIB - 512, "made smaller"), (MIB + 1, "block")):
+        with pytest.raises(UserError, match=told):
+            asyncio.run(controller.resize_part("0:1", size))
+    controller.detach_part("0:1")
+    assert controller.parts() == {}
