@@ -6,8 +6,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 GUESTS := debian-6.1 debian-6.12 debian-backports
 PYTEST := $(BIN)/python -m pytest
+# Processes that tests run in. A guest of one vCPU leaves a second processor nearly idle. WORKERS=0: one after the other.
+WORKERS ?= 2
+PARALLEL = -n $(WORKERS) --dist worksteal
 
-.PHONY: help all demo test soak unit setup check bench bench-storage fuzz clean
+.PHONY: help all demo test test-all soak unit flaky setup check coverage bench bench-storage fuzz clean
 
 ## Style, types, and all tests; what `make` alone does.
 all: check test
@@ -29,11 +32,24 @@ setup: $(STAMP)
 demo: setup
 	@$(BIN)/vmbus demo
 
-## Everything: state machines, a real QEMU, real kernels.
-test: $(STAMP)
+.PHONY: test-guests
+test-guests: $(STAMP)
 	@$(BIN)/vmbus setup $(foreach guest,$(GUESTS),--guest $(guest))
 	-@$(BIN)/vmbus setup --system # where it cannot be made, the tests that need it say so
-	$(PYTEST) tests $(TESTFLAGS)
+
+## State machines, a real QEMU, real kernels: what must pass before a change is merged.
+test: test-guests
+	$(PYTEST) tests -m "not full" $(PARALLEL) $(TESTFLAGS)
+
+## The same, and every other case of the matrices: kernels, vCPUs, moments, cache modes.
+test-all: test-guests
+	$(PYTEST) tests $(PARALLEL) $(TESTFLAGS)
+
+## Run tests again and again: make flaky N=20 K=expression LOAD=2, alone and beside LOAD busy processes.
+N ?= 20
+LOAD ?= 2
+flaky: test-guests
+	@$(BIN)/python -m tests.tools.flaky --runs $(N) --load $(LOAD) -k "$(or $(K),$(error say which tests: make flaky K=expression))" $(FLAKYFLAGS)
 
 ## A hundred migrations of each kernel under load, with 1 and 2 vCPUs: some twenty minutes. SOAK=N: N of each.
 SOAK ?= 100
@@ -43,7 +59,7 @@ soak: $(STAMP)
 
 ## Only what needs no QEMU.
 unit: $(STAMP)
-	$(PYTEST) tests/unit $(TESTFLAGS)
+	$(PYTEST) tests/unit tests/tools $(TESTFLAGS)
 
 ## Style, types, and the static analyser on all C.
 check: $(STAMP)
@@ -51,6 +67,13 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m tests.analyse
+
+## How much of the code the unit tests run: measured, no gate. The lines are in build/coverage.
+coverage: $(STAMP)
+	@$(PYTEST) tests/unit -q -n $(WORKERS) -p no:cacheprovider --cov=vmbus --cov=vmbus_devices --cov-branch \
+		--cov-report=html:build/coverage --cov-report=term >build/coverage.log || { cat build/coverage.log; exit 1; }
+	@awk '$$1 == "TOTAL" {print "unit tests run " $$NF " of the statements and branches; see build/coverage/index.html"}' \
+		build/coverage.log
 
 ## A million messages, a million ring images, 300 000 requests to a disk; FUZZ_SEED=N for others.
 FUZZ_SEED ?= 1
@@ -67,6 +90,19 @@ bench: setup
 ## This disk against QEMU's own. FOLDER=DIR: where the image is made; JSON=1: as above.
 bench-storage: setup
 	@$(BIN)/python -m tests.bench.storage $(if $(FOLDER),--folder $(FOLDER)) $(if $(JSON),--json)
+
+# An environment of its own: the pages need mkdocs and nothing of the package, no QEMU, no compiler.
+DOCS_VENV := build/docs-venv
+## The documentation as a site in build/site; a dead link is an error.
+.PHONY: docs
+docs:
+	@[ -x $(DOCS_VENV)/bin/mkdocs ] && [ $(DOCS_VENV)/bin/mkdocs -nt pyproject.toml ] || { \
+		python3 -m venv $(DOCS_VENV) && \
+		$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+			$$(python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])') && \
+		touch $(DOCS_VENV)/bin/mkdocs; }
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 ## Remove what was made here; what was fetched stays in ~/.cache/vmbus.
 clean:

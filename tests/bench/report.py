@@ -24,11 +24,13 @@ class Distribution:
     def of(cls, samples: Iterable[float]) -> Distribution:
         ordered = sorted(samples)
         if not ordered:
-            return cls(0, *(math.nan,) * 5)
+            return cls(0, math.nan, math.nan, math.nan, math.nan, math.nan)
         return cls(
             len(ordered),
             ordered[0],
-            *(quantile(ordered, share) for share in (0.5, 0.9, 0.99)),
+            quantile(ordered, 0.5),
+            quantile(ordered, 0.9),
+            quantile(ordered, 0.99),
             ordered[-1],
         )
 

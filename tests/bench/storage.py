@@ -120,7 +120,12 @@ def qemu_disks(image: Path, queues: int) -> list[str]:
     """QEMU's options for its own devices on ``image``."""
     line = ["-object", "iothread,id=io-blk", "-object", "iothread,id=io-scsi"]
     for name in QEMUS:
-        file = {"driver": "file", "filename": str(image), "aio": "io_uring", "locking": "off"}
+        file: dict[str, object] = {
+            "driver": "file",
+            "filename": str(image),
+            "aio": "io_uring",
+            "locking": "off",
+        }
         file |= {"cache": {"direct": True}}
         node = {"driver": "raw", "node-name": name, "file": file, "cache": {"direct": True}}
         line += ["-blockdev", json.dumps(node)]
@@ -172,7 +177,7 @@ async def measure(
             for number in range(1, len(steps) + 1):
                 before = ThreadTimes.now(guest.guest.process.pid)
                 await guest.until(
-                    lambda n=number: len(reports(guest)) > n, f"{steps[number - 1]}", timeout=60 + 5 * seconds
+                    lambda: len(reports(guest)) > number, f"{steps[number - 1]}", timeout=60 + 5 * seconds
                 )
                 report = reports(guest)[number]
                 if report["failed"]:

@@ -10,6 +10,7 @@ from vmbus.provision.qemu import find_qemu
 
 from tests.guest.debian import boot_debian, check_file_system, system_copy, system_image
 from tests.guest.harness import nothing_lost
+from tests.guest.matrix import full
 from tests.guest.test_boot import complaints
 from tests.guest.test_scsi import ASKED_IN_VAIN, units
 
@@ -37,7 +38,7 @@ def overlay(folder: Path) -> Path:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("disk", ["raw", "overlay"])
+@pytest.mark.parametrize("disk", ["raw", full("overlay")])
 async def test_debian_lives_on_the_disk(tmp_path: Path, disk: str) -> None:
     image = system_copy(tmp_path) if disk == "raw" else overlay(tmp_path)
 

@@ -19,6 +19,7 @@ from vmbus.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
 from vmbus.provision.kernel import DEFAULT_GUEST, GUESTS, GuestKernel, find_kernel
 from vmbus.provision.qemu import find_qemu
 
+from tests.guest.matrix import full
 from tests.guest.waiting import LIMIT, Process, until_blocking
 
 pytestmark = pytest.mark.guest
@@ -91,7 +92,7 @@ def kernel_of(name: str) -> GuestKernel:
         pytest.skip(str(missing))
 
 
-@pytest.mark.parametrize("name", sorted(GUESTS))
+@pytest.mark.parametrize("name", [name if name == DEFAULT_GUEST else full(name) for name in sorted(GUESTS)])
 def test_a_command_s_output_and_status_come_back_and_the_guest_powers_off(name: str, tmp_path: Path) -> None:
     kernel = kernel_of(name)
     script = "cat; uname -r; lsmod | grep -c ^sd_mod; exit 7"

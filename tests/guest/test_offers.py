@@ -37,7 +37,7 @@ async def test_a_device_comes_and_goes_while_the_guest_runs(tmp_path: Path) -> N
         await guest.more_beats()
         for _ in range(30):
             attached = guest.host.add_device(Registry().create("echo"))
-            await guest.until(lambda a=attached: a.channel.relid, "an offer")
+            await guest.until(lambda: attached.channel.relid, "an offer")
             guest.host.remove_device(attached)
             await guest.until(lambda: len(guest.status()["channels"]) == 3, "the offer to be released")
         await guest.more_beats()

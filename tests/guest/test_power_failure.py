@@ -23,6 +23,8 @@ from pathlib import Path
 import pytest
 from vmbus.provision.qemu import find_qemu
 
+from tests.guest.matrix import full
+
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(600)]
 
 MIB = 1 << 20
@@ -128,8 +130,12 @@ def qemu_img(*words: str | Path, allowed: tuple[int, ...] = (0,)) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    ["cache=none", "cache=writeback", "cache=directsync", "cache=none,format=qcow2"],
-    ids=["none", "writeback", "directsync", "qcow2"],
+    [
+        pytest.param("cache=none", id="none"),
+        full("cache=writeback", id="writeback"),
+        full("cache=directsync", id="directsync"),
+        pytest.param("cache=none,format=qcow2", id="qcow2"),
+    ],
 )
 def test_what_was_acknowledged_is_there_after_a_kill(
     tmp_path: Path, guest_program: Callable[[str], Path], options: str

@@ -127,9 +127,7 @@ async def test_a_file_that_is_not_the_guests_is_refused_and_the_guest_taken_back
                     migrate(guest.host, guest.uri(there), carrier=carrier, limit=LIMIT)
                 )
                 await guest.here.migration(
-                    lambda coordinator=coordinator, before=before: (
-                        coordinator.report is not before and coordinator.ready
-                    ),
+                    lambda: coordinator.report is not before and coordinator.ready,
                     "state made ready",
                 )
                 data = path.read_bytes()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest.harness import LOADED_MODULES
+from tests.guest.matrix import full
 from tests.migration.journey import Journey, journey
 
 pytestmark = pytest.mark.guest
@@ -36,7 +37,7 @@ class Clocks:
         return self.lines()[-1]
 
 
-@pytest.mark.parametrize("smp", [1, 2])
+@pytest.mark.parametrize("smp", [full(1), 2])
 async def test_no_clock_of_the_guest_steps_back_over_migrations(
     tmp_path: Path, guest_program: Callable[[str], Path], smp: int
 ) -> None:

@@ -15,6 +15,7 @@ import pytest
 from vmbus.machine.migration import snapshots
 
 from tests.guest.debian import system_image
+from tests.guest.matrix import full
 from tests.guest.test_boot import complaints
 from tests.guest.test_scsi import ASKED_IN_VAIN
 from tests.migration.journey import Journey, journey
@@ -23,7 +24,6 @@ pytestmark = pytest.mark.guest
 
 MIB = 1 << 20
 SIZE = 112 * MIB
-MOVES = 20
 
 JOBS = """
 [global]
@@ -107,7 +107,9 @@ async def more_rounds(guest: Journey, count: int) -> None:
     wanted = rounds(guest) + count
     output = guest.here.output
     await guest.here.until(
-        lambda: output.count(b"round") >= wanted or b"failed" in output, f"{count} more rounds of fio", 240
+        lambda: output.count(b"round") >= wanted or b"failed" in output,
+        f"{count} more rounds of fio",
+        timeout=240,
     )
     assert b"failed" not in output, output.decode(errors="replace")
 
@@ -140,7 +142,10 @@ async def back_and_forth(guest: Journey, image: Path, tag: str) -> None:
 
 
 @pytest.mark.timeout(600)
-async def test_not_one_block_is_wrong_over_migrations_and_snapshots(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("moves", "loads"), [(6, 1), full(20, 3)])
+async def test_not_one_block_is_wrong_over_migrations_and_snapshots(
+    tmp_path: Path, moves: int, loads: int
+) -> None:
     system = system_image()
     image = tmp_path / "data.img"
     image.touch()
@@ -160,15 +165,15 @@ async def test_not_one_block_is_wrong_over_migrations_and_snapshots(tmp_path: Pa
         snapshots=True,
     ) as guest:
         await more_requests(guest, 1000)
-        for number in range(3):
+        for number in range(loads):
             await back_and_forth(guest, image, f"snapshot-{number}")
             await more_requests(guest)
-        for _ in range(MOVES):
+        for _ in range(moves):
             outcome = await guest.move()
             assert outcome.report.statuses[-1] == "completed"
             await more_requests(guest)
         await more_rounds(guest, 2)
-        assert guest.moves == MOVES
+        assert guest.moves == moves
         found = guest.here.status()
         disks = [channel for channel in found["channels"] if channel["device"] == "scsi"]
         assert [channel["subchannel"] for channel in disks] == [0, 1]

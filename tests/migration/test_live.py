@@ -56,6 +56,7 @@ async def test_a_guest_that_cannot_leave_goes_on_and_can_leave_later(tmp_path: P
         host = guest.host
         device = guest.device("heartbeat")
         device.__class__ = Unsavable
+        assert isinstance(device, Unsavable)
         await more_beats(guest)
 
         # Nobody listens.

@@ -19,6 +19,7 @@ from vmbus.wire.ring import RESERVED_BYTES
 from vmbus_devices.echo import Echo
 
 from tests.guest.harness import LOADED_MODULES
+from tests.guest.matrix import full
 from tests.guest.test_boot import complaints
 from tests.guest.waiting import while_alive
 from tests.migration.journey import Journey, journey
@@ -68,7 +69,7 @@ def shares_partly(guest: Journey) -> bool:
     return any(0 < len(each.data) < each.capacity - MESSAGES for each in assemblies)
 
 
-@pytest.mark.parametrize("smp", [1, 2])
+@pytest.mark.parametrize("smp", [full(1), 2])
 async def test_while_the_guest_boots(tmp_path: Path, guest_program: Program, smp: int) -> None:
     async with echoing(tmp_path, guest_program, ECHOING, smp=smp) as guest:
         seen = set()
@@ -96,9 +97,7 @@ async def test_while_channels_are_opened_and_closed(tmp_path: Path, guest_progra
         for _ in range(4):
             opens = guest.here.channel("echo")["opens"]
             went_well(await guest.move())
-            await guest.here.until(
-                lambda before=opens: guest.here.channel("echo")["opens"] > before + 2, "opened channels"
-            )
+            await guest.here.until(lambda: guest.here.channel("echo")["opens"] > opens + 2, "opened channels")
         unharmed(guest)
 
 
@@ -115,9 +114,7 @@ async def test_while_modules_come_and_go(tmp_path: Path) -> None:
         for _ in range(4):
             await guest.move()
             rounds = guest.here.output.count(b"round")
-            await guest.here.until(
-                lambda before=rounds: guest.here.output.count(b"round") > before, "another round"
-            )
+            await guest.here.until(lambda: guest.here.output.count(b"round") > rounds, "another round")
         unharmed(guest)
 
 
@@ -136,9 +133,7 @@ async def test_in_the_middle_of_a_gpadl_of_many_messages(tmp_path: Path, guest_p
             assert shares_partly(guest)
             await guest.host.qmp.execute("cont")
             reports = guest.here.output.count(b"}\n")
-            await guest.here.until(
-                lambda before=reports: guest.here.output.count(b"}\n") > before + 1, "echoes after that"
-            )
+            await guest.here.until(lambda: guest.here.output.count(b"}\n") > reports + 1, "echoes after that")
         unharmed(guest)
 
 
@@ -153,7 +148,7 @@ async def test_with_a_ring_that_is_full(tmp_path: Path, guest_program: Program) 
         await guest.here.says("started")
         for _ in range(4):
             io = echo_io(guest)
-            await caught(guest, lambda io=io: io.backlog)
+            await caught(guest, lambda: io.backlog)
             await guest.move()
             await guest.host.qmp.execute("cont")
             await more_beats(guest)
@@ -211,12 +206,12 @@ async def test_with_a_ring_that_the_guest_has_filled(tmp_path: Path, guest_progr
         for _ in range(2):
             # Both rings are full: the guest waits for the host, and the host for the guest.
             io = echo_io(guest)
-            await caught(guest, lambda io=io: waits_for_each_other(io))
+            await caught(guest, lambda: waits_for_each_other(io))
             went_well(await guest.move())
             await guest.host.qmp.execute("cont")
             requests = guest.device("echo").status()["requests"]
             await guest.here.until(
-                lambda before=requests: guest.device("echo").status()["requests"] > before + 2 * BURST,
+                lambda: guest.device("echo").status()["requests"] > requests + 2 * BURST,
                 "echoes after that",
             )
 
@@ -228,12 +223,14 @@ async def test_with_a_ring_that_the_guest_has_filled(tmp_path: Path, guest_progr
             await more_beats(guest)  # whatever it was told when it arrived, it knows now
             assert waits_for_room(io)
             assert io.counters.packets_in == io.counters.packets_out == 0
-            device.__class__, device.kept = Slow, []
+            device.__class__ = Slow
+            assert isinstance(device, Slow)
+            device.kept = []
             io.resume_input()
-            await guest.here.until(lambda io=io: io.counters.packets_in >= BURST, "more than the ring held")
+            await guest.here.until(lambda: io.counters.packets_in >= BURST, "more than the ring held")
             assert io.counters.packets_out == 0
             device.catch_up(io)
             await guest.here.until(
-                lambda io=io: io.counters.packets_out > 3 * BURST, "echoes after those that were late"
+                lambda: io.counters.packets_out > 3 * BURST, "echoes after those that were late"
             )
         await guest_resumed(guest)

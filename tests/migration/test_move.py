@@ -33,7 +33,7 @@ async def test_name_output_and_status_of_a_command_survive_moves(tmp_path: Path)
             assert (outcome.memory_bytes < 4 << 20) == share
             pids.add(guest.guest.process.pid)
             await guest.until(
-                lambda before=answers: guest.device("heartbeat").status()["answers"] > before,
+                lambda: guest.device("heartbeat").status()["answers"] > answers,
                 "heartbeats after the move",
             )
         assert len(pids) == 4

@@ -155,9 +155,9 @@ async def test_what_cannot_work_is_refused_before_it_begins_and_cancelled_if_som
                 await migrate(guest.host, f"file:{tmp_path}/guest", limit=LIMIT)
             before = coordinator.report
             await other.execute("migrate", {"uri": f"unix:{sink}"})
-            await guest.here.migration(lambda before=before: coordinator.report is not before, "report")
+            await guest.here.migration(lambda: coordinator.report is not before, "report")
             await reaches(guest, "cancelled", "failed")
-            await guest.here.until(lambda name=name: coordinator.report.refusal.startswith(name), "reason")
+            await guest.here.until(lambda: coordinator.report.refusal.startswith(name), "reason")
             if name == "x-colo":  # not before QEMU has its connection: it might wait for the target's word
                 with deaf_listener() as uri:
                     await other.execute("migrate", {"uri": uri})
@@ -181,15 +181,16 @@ async def test_channels_descriptor_sets_and_addresses_that_make_no_sense(
     async with under_load(tmp_path, guest_program) as guest:
         coordinator = guest.host.migration
         async with somebody(guest) as other:
-            main = {"channel-type": "main", "addr": structured(f"unix:{tmp_path}/nobody")}
-            for wrong in (
+            main: dict[str, Any] = {"channel-type": "main", "addr": structured(f"unix:{tmp_path}/nobody")}
+            nonsense: tuple[dict[str, object], ...] = (
                 {"uri": f"unix:{tmp_path}/nobody", "channels": [main]},
                 {},
                 {"channels": []},
                 {"channels": [main, main]},
                 {"uri": "nonsense"},
                 {"uri": "unix:"},
-            ):
+            )
+            for wrong in nonsense:
                 with pytest.raises(QemuError):
                     await other.execute("migrate", wrong)
             assert coordinator.report.statuses == []

@@ -9,6 +9,7 @@ from vmbus.machine.migration import snapshots
 from vmbus.machine.migration.drive import arrived, migrate
 from vmbus.machine.qemu.qmp import Qmp
 
+from tests.guest.matrix import full
 from tests.guest.waiting import while_alive
 from tests.migration.journey import Journey
 from tests.migration.load import LIMIT, Program, guest_resumed, under_load, went_well
@@ -53,7 +54,7 @@ async def wakes(guest: Journey) -> None:
     assert all(synics(guest))
 
 
-@pytest.mark.parametrize("smp", [1, 2])
+@pytest.mark.parametrize("smp", [full(1), 2])
 async def test_a_sleeping_guest_is_moved_and_wakes_there(
     tmp_path: Path, guest_program: Program, smp: int
 ) -> None:

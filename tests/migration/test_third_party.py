@@ -37,7 +37,7 @@ async def test_a_migration_that_another_program_drives_is_followed(tmp_path: Pat
                 "end of the migration",
             )
             await guest.here.until(
-                lambda name=capability: coordinator.report.refusal.startswith(f"{name}: "),
+                lambda: coordinator.report.refusal.startswith(f"{capability}: "),
                 "reason",
             )
             with pytest.raises(MigrationFailed):
@@ -146,7 +146,7 @@ async def test_cancelled_in_the_pause_while_a_device_writes_guest_memory(
                     await asyncio.sleep(0)
                 await other.execute("migrate_cancel")
                 await guest.here.migration(
-                    lambda before=before: (
+                    lambda: (
                         coordinator.report is not before
                         and coordinator.report.statuses[-1:] == ["cancelled"]
                         and coordinator.phase is Phase.IDLE

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vmbus.machine.gateway.traps import Trap
@@ -21,12 +22,13 @@ pytestmark = pytest.mark.guest
 
 async def hold_traps(guest: Journey, monkeypatch: pytest.MonkeyPatch) -> list[Trap]:
     """From now on traps are not answered, until the host is frozen for a migration; returns when there is one."""
-    host, held = guest.host, []
+    host = guest.host
+    held: list[Trap] = []
     serve, hold = host._serve, host.migration.state.hold
 
     def answer_late() -> None:
         if host._serve != serve:
-            host._serve = serve
+            monkeypatch.setattr(host, "_serve", serve)
             for trap in held:
                 serve(trap)
         hold()
@@ -48,12 +50,13 @@ async def test_an_answer_that_no_processor_fetched_goes_along(
     ) as guest:
 
         def lines() -> list[bytes]:
-            return guest.here.output.splitlines(True)[:-1]
+            return bytes(guest.here.output).splitlines(True)[:-1]
 
-        async def more() -> dict:
+        async def more() -> dict[str, Any]:
             wanted = len(lines()) + 4
             await guest.here.until(lambda: len(lines()) >= wanted, "four more lines")
-            return json.loads(lines()[-1])
+            found: dict[str, Any] = json.loads(lines()[-1])
+            return found
 
         await more()
         # It comes back: the answer is fetched here.
