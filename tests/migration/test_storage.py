@@ -58,6 +58,9 @@ async def test_what_was_written_is_read_over_migrations(tmp_path: Path) -> None:
         assert complaints(guest.here.console()) == []
 
 
+MIN_MOVES, MAX_MOVES = 3, 20
+MIN_EARLY = 1000
+"""Pages that a disk was read into while memory was sent: with fewer the comparison below says little."""
 READING = """
 until [ -b /dev/sda ]; do usleep 100000; done
 while :; do
@@ -83,8 +86,10 @@ async def test_what_was_read_is_marked_before_the_guest_is_told_of_it(tmp_path: 
     ) as guest:
         output = guest.here.output
         await guest.here.says("again")
-        early = pause = 0
-        for _ in range(3):
+        early = pause = moves = 0
+        while moves < MIN_MOVES or early <= MIN_EARLY:  # how much is read during a move is a matter of speed
+            assert moves < MAX_MOVES, f"{early} pages were marked early in {moves} moves"
+            moves += 1
             report = (await guest.move()).report
             early += report.pages_marked_early
             pause += report.pages_marked
@@ -92,6 +97,5 @@ async def test_what_was_read_is_marked_before_the_guest_is_told_of_it(tmp_path: 
             await guest.here.until(lambda: output.count(b"again") > looks + 1, "two more looks")
         looked = [line.split()[1] for line in output.decode().splitlines()[:-1] if line.endswith("-")]
         assert set(looked) == {right}
-        assert early > 1000
         assert pause < early / 4  # rings, SynIC, and small answers
         assert complaints(guest.here.console()) == []
