@@ -55,7 +55,7 @@ PROLOGUE = f"""
     jb 77b
     .endm
 main:
-    mov $0xff, %al      /* what SeaBIOS left running may interrupt nobody */
+    mov $0xff, %al      /* what SeaBIOS left running must not interrupt */
     out %al, $0x21
     out %al, $0xa1
     write_msr 0x40000000, 0x81000000

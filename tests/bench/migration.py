@@ -142,7 +142,7 @@ async def _compare(result: Result, name: str, command: str, interval: float) -> 
     result.figure(f"{name}: state", size, "bytes")
 
 
-# --- with the emulator ---------------------------------------------------------------------------------------
+# --- with the emulator ---
 
 
 @contextlib.asynccontextmanager
@@ -172,11 +172,11 @@ async def _with_emulator(options: GuestOptions, interval: float) -> AsyncIterato
         await serving
 
 
-# --- QEMU alone ----------------------------------------------------------------------------------------------
+# --- QEMU alone ---
 
 
 class Bare:
-    """A guest in a QEMU that knows of no emulator. ``helper``: it has ``state`` saved and loaded for nobody."""
+    """A guest in a QEMU without an emulator. ``helper``: a D-Bus peer has ``state`` saved and loaded, to compare with."""
 
     def __init__(self, options: GuestOptions, *, helper: bool = False) -> None:
         self._options = options
@@ -261,7 +261,7 @@ async def _alone(options: GuestOptions, *, helper: bool = False) -> AsyncIterato
         await bare.close()
 
 
-# --- the log of written pages --------------------------------------------------------------------------------
+# --- the log of written pages ---
 
 
 class _NoLog(ast.NodeTransformer):

@@ -59,7 +59,7 @@ class Result:
     """Name of a row → what it should be."""
     notes: list[str] = field(default_factory=list)
     ratios: dict[str, list[float]] = field(default_factory=dict)
-    """Name → a ratio of each round; whoever adds them shows them in a note."""
+    """Name → a ratio of each round; they are shown in a note by the part that adds them."""
 
     def add(self, name: str, samples: Iterable[float], aim: str = "") -> None:
         """A row of durations in microseconds."""

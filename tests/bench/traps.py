@@ -51,7 +51,7 @@ class Silent(Device):
         return Offer(uuid.UUID(int=0xBE7C), uuid.UUID(int=1))
 
     def packet(self, io: ChannelIo, packet: Packet) -> None:
-        """Nothing comes: nobody opens it."""
+        """Nothing comes: it is not opened."""
 
 
 def _post(label: str) -> str:

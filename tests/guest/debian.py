@@ -24,7 +24,7 @@ HYPER_V_SMBIOS = ("-smbios", "type=1,manufacturer=Microsoft Corporation,product=
 
 
 def system_image() -> Path:
-    """The image that copies are made of. Nobody writes to it; several guests may have it with ``readonly=on``."""
+    """Return the image that copies are made of. It is not written to; guests may share it with ``readonly=on``."""
     try:
         return find_system()
     except MissingRequirement as missing:

@@ -126,7 +126,7 @@ class Emulator:
     # --- the guest that it serves ---
 
     async def status(self, name: str) -> dict[str, Any]:
-        """Return what ``vmbus status`` knows of a guest; empty while it is not served."""
+        """Return what ``vmbus status`` reports of a guest; empty while it is not served."""
         control = self.folder / "vmbus" / name / "control.sock"
         try:
             found: dict[str, Any] = await asyncio.to_thread(ask, control, "status")

@@ -49,7 +49,7 @@ async def test_a_device_comes_and_goes_while_the_guest_runs(tmp_path: Path) -> N
 async def test_a_storm_of_offers_and_rescinds(tmp_path: Path) -> None:
     async with boot(tmp_path, devices=DEFAULT_DEVICES) as guest:
         await guest.more_beats()
-        for _ in range(200):  # nobody waits for the guest
+        for _ in range(200):  # without waiting for the guest
             guest.host.remove_device(guest.host.add_device(Registry().create("echo")))
         await guest.until(
             lambda: len(guest.status()["channels"]) == 3, "every rescinded channel to be released"

@@ -22,7 +22,7 @@ from tests.guest.waiting import end_of, reporting, section, until
 
 @dataclass
 class OwnQemu:
-    """A QEMU with everything that an emulator needs, and with a QMP socket for whoever drives it."""
+    """A QEMU with everything that an emulator needs, and with a QMP socket for the program that drives it."""
 
     directory: RunDirectory
     process: QemuProcess
@@ -95,7 +95,7 @@ class OwnQemu:
         return found
 
     async def send(self, uri: str) -> None:
-        """Begin to migrate, as a program does that knows of no emulator."""
+        """Begin to migrate, as a program does that is not made for an emulator."""
         capability = {"capability": "return-path", "state": True}
         await self.qmp.execute("migrate-set-capabilities", {"capabilities": [capability]})
         await self.qmp.execute("migrate", {"uri": uri})

@@ -53,11 +53,11 @@ async def test_a_qemu_without_dbus(tmp_path: Path) -> None:
         await more_beats(guest)
         assert guest.host.facts.dbus_address is None
         socket = CarrierAddress("unix", tmp_path / "c.sock")
-        for _ in range(2):  # who came that way leaves that way
+        for _ in range(2):  # a guest that arrived with a side channel leaves with one
             await moved(guest, socket)
         await moved(guest, CarrierAddress("file", tmp_path / "state"))
 
-        # Nothing to carry it, nobody there, another machine: it does not even begin.
+        # No side channel, no listener, another machine: the migration does not begin.
         with pytest.raises(MigrationFailed, match="with --carrier"):
             await migrate(guest.host, f"unix:{tmp_path}/nobody", limit=LIMIT)
         with pytest.raises(UserError, match="no emulator takes a state"):
@@ -68,7 +68,7 @@ async def test_a_qemu_without_dbus(tmp_path: Path) -> None:
         await guest.leave(there)
         await more_beats(guest)
 
-        # Somebody else drives, and nothing carries the state: the guest stays.
+        # Another program drives, and nothing carries the state: the guest stays.
         there = await listening(guest, socket)
         coordinator = guest.host.migration
         await guest.host.qmp.execute("migrate", {"uri": guest.uri(there)})

@@ -139,7 +139,7 @@ async def test_somebody_else_drives_over_descriptors_and_asks_when_to_go_on(tmp_
         assert "has moved" in errors
         await second.more_beats("b")
 
-        # Through a pipe, and driven by vmbus itself: nobody has to send anything.
+        # Through a pipe, and driven by vmbus itself: no other program takes part.
         assert "by its number" in await vmbus("migrate", "b", "fd:there", status=2)
         assert "Bad file descriptor" in await vmbus("migrate", "b", "fd:77", status=2)
         reading, writing = os.pipe()
@@ -178,7 +178,7 @@ async def test_a_guest_is_taken_back_and_then_leaves_beside_qemus_stream(tmp_pat
         assert "nothing to take back: it is idle" in await says("migrate", "a", "--take-back", status=1)
         assert "goes with no URI" in await says("migrate", "a", void, "--take-back", status=2)
 
-        # Somebody else sends it away, to a target that dies when it has everything.
+        # Another program sends it away, to a target that dies when it has everything.
         target = run("void", "--incoming", void)
         await until((tmp_path / "void").exists, "listening target", target, timeout=LIMIT)
         driver = await Qmp.connect(str(tmp_path / "vmbus" / "a" / "qmp.sock"))
@@ -199,7 +199,7 @@ async def test_a_guest_is_taken_back_and_then_leaves_beside_qemus_stream(tmp_pat
         await source.more_beats("a")
         await driver.close()
 
-        # It goes where nobody can say that it is refused, and it is: it was kept, and is taken back.
+        # It goes into a file, which cannot report a refusal, and is refused: it was kept, and is taken back.
         file = f"file:{tmp_path}/guest"
         assert "goes with a URI" in await says("migrate", "a", "--keep", status=2)
         assert "--take-back lets it go on" in await says("migrate", "a", file, "--keep")

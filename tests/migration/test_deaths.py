@@ -1,4 +1,4 @@
-"""Whoever dies at whatever moment of a migration: the guest lives on one side, never on both.
+"""An emulator or a QEMU dies at each moment of a migration: the guest lives on one side, never on both.
 
 What the guest has set up is known to its emulator alone until the state is out. So an emulator that dies before that
 costs the guest its devices, as it does without a migration; it stays where it is, held, and can be reset.
@@ -81,7 +81,7 @@ async def it_has_left(source: OwnQemu, there: Booted) -> None:
 
 
 async def it_has_stayed(source: OwnQemu, there: Booted, moment: str) -> None:
-    # Whoever drives QEMU may see it wait for ever: a successor sees to that, and does not touch the guest.
+    # QEMU may wait for ever: the next emulator ends the migration, and does not touch the guest.
     await source.migration("failed" if moment == "saving" else "pre-switchover")
     assert there.host.migration.phase is Phase.INCOMING
     status, said = await source.attach().ended()
@@ -134,7 +134,7 @@ async def test_the_target_loses_its_emulator(tmp_path: Path) -> None:
             assert await emulator.beats("b") > answered
             assert host.migration.fenced
 
-            # Somebody lets the source go on: it must not.
+            # Another program lets the source go on: it must not.
             await host.qmp.execute("cont")
             await until(lambda: is_paused(host), "stopped source")
             await asyncio.sleep(0.2)  # nothing more is served
@@ -147,7 +147,7 @@ async def test_the_target_loses_its_emulator(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="nothing to take back"):
             await host.migration.take_back()
 
-        # It dies when it has everything: the guest is there, and held, until somebody gives it up.
+        # It dies when it has everything: the guest is there and waits, until it is taken back.
         for moment in ("loaded", "running"):
             async with own_qemu(tmp_path / moment, incoming) as there:
                 uri = f"unix:{tmp_path}/{moment}.sock"
@@ -213,7 +213,7 @@ async def leave_for_a_target_that_dies(guest: Journey, moment: str) -> None:
 
 @pytest.mark.parametrize("moment", [full("ready"), "completed", "loading"])
 async def test_an_emulator_that_started_its_qemu_takes_it_along(tmp_path: Path, moment: str) -> None:
-    """``vmbus run`` on both sides; who dies at ``loading`` is the target."""
+    """``vmbus run`` on both sides; at ``loading`` it is the target that dies."""
     at_target = moment == "loading"
 
     options = ("--memory", "256M", "--device", "heartbeat,interval=0.05")

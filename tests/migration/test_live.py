@@ -59,7 +59,7 @@ async def test_a_guest_that_cannot_leave_goes_on_and_can_leave_later(tmp_path: P
         assert isinstance(device, Unsavable)
         await more_beats(guest)
 
-        # Nobody listens.
+        # There is no listener.
         with pytest.raises(MigrationFailed, match="goes on here"):
             await migrate(host, f"unix:{tmp_path}/nobody.sock", limit=LIMIT)
         await more_beats(guest)
@@ -119,7 +119,7 @@ async def test_a_guest_that_cannot_leave_goes_on_and_can_leave_later(tmp_path: P
         moving = asyncio.ensure_future(migrate(host, guest.uri(there), limit=LIMIT))
         await guest.here.migration(lambda: host.migration.phase is Phase.READY, "phase ready", there)
         answered = beats(guest)
-        await asyncio.sleep(0.2)  # a guest that stands does not answer, and a frozen host does not ask
+        await asyncio.sleep(0.2)  # a guest that stands does not answer, and a paused host does not ask
         assert beats(guest) == answered
         await host.qmp.execute("migrate_cancel")
         with pytest.raises(MigrationFailed, match="goes on here"):

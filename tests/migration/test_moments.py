@@ -207,7 +207,7 @@ BURST = 1200
 
 
 async def test_with_a_ring_that_the_guest_has_filled(tmp_path: Path, guest_program: Program) -> None:
-    """The guest sends faster than the host takes: it waits for room, and is told when there is some."""
+    """The guest sends faster than the host takes: it waits for room, and is signalled when there is some."""
     async with echoing(
         tmp_path,
         guest_program,
@@ -232,7 +232,7 @@ async def test_with_a_ring_that_the_guest_has_filled(tmp_path: Path, guest_progr
             await guest.here.until(lambda: waits_for_room(echo_io(guest)), "a ring that is full")
             went_well(await guest.move())
             io, device = echo_io(guest), guest.device("echo")
-            await more_beats(guest)  # whatever it was told when it arrived, it knows now
+            await more_beats(guest)  # signals of its arrival have been handled by now
             assert waits_for_room(io)
             assert io.counters.packets_in == io.counters.packets_out == 0
             device.__class__ = Slow

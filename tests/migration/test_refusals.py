@@ -1,4 +1,4 @@
-"""Migrations that are cancelled, wrongly asked for, or impossible: the guest goes on as if nobody had asked."""
+"""Migrations that are cancelled, wrongly asked for, or impossible: the guest goes on as it did before."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.guest
 
 
 @contextlib.asynccontextmanager
-async def somebody(guest: Journey) -> AsyncIterator[Qmp]:
+async def monitor_of(guest: Journey) -> AsyncIterator[Qmp]:
     """Another program, with a monitor of its own."""
     monitor = await Qmp.connect(str(guest.here.guest.directory.user_qmp))
     try:
@@ -49,7 +49,7 @@ async def status(guest: Journey) -> str:
 
 @contextlib.contextmanager
 def deaf_listener() -> Any:
-    """The address of a listener that lets nobody in: who connects waits."""
+    """Yield the address of a listener that accepts no connection: a client waits."""
     with socket.socket() as listener, contextlib.ExitStack() as stack:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -61,7 +61,7 @@ def deaf_listener() -> Any:
 
 
 async def test_a_migration_may_be_cancelled_at_every_status(tmp_path: Path, guest_program: Program) -> None:
-    async with under_load(tmp_path, guest_program) as guest, somebody(guest) as other:
+    async with under_load(tmp_path, guest_program) as guest, monitor_of(guest) as other:
         coordinator = guest.host.migration
 
         async def cancel() -> None:
@@ -135,7 +135,7 @@ async def test_what_cannot_work_is_refused_before_it_begins_and_cancelled_if_som
 ) -> None:
     async with contextlib.AsyncExitStack() as stack:
         guest = await stack.enter_async_context(under_load(tmp_path, guest_program))
-        other = await stack.enter_async_context(somebody(guest))
+        other = await stack.enter_async_context(monitor_of(guest))
         coordinator = guest.host.migration
         known = {each["capability"] for each in await other.execute("query-migrate-capabilities")}
         refused = []
@@ -144,7 +144,7 @@ async def test_what_cannot_work_is_refused_before_it_begins_and_cancelled_if_som
         for name, capabilities in IMPOSSIBLE:
             if not known.issuperset(capabilities):
                 continue
-            # QEMU lets nobody have both.
+            # QEMU refuses to have both on.
             await put(guest.host, {"pause-before-switchover": name != "background-snapshot"})
             await put(guest.host, {"return-path": name == "x-colo"})
             try:
@@ -180,7 +180,7 @@ async def test_channels_descriptor_sets_and_addresses_that_make_no_sense(
 ) -> None:
     async with under_load(tmp_path, guest_program) as guest:
         coordinator = guest.host.migration
-        async with somebody(guest) as other:
+        async with monitor_of(guest) as other:
             main: dict[str, Any] = {"channel-type": "main", "addr": structured(f"unix:{tmp_path}/nobody")}
             nonsense: tuple[dict[str, object], ...] = (
                 {"uri": f"unix:{tmp_path}/nobody", "channels": [main]},
@@ -205,11 +205,11 @@ async def test_channels_descriptor_sets_and_addresses_that_make_no_sense(
         await guest.settle_at(there)
         await guest_resumed(guest)
 
-        # Into a set of descriptors that somebody gave QEMU, and out of one.
+        # Into a set of descriptors that another program gave QEMU, and out of one.
         file = tmp_path / "guest"
         file.write_bytes(b"header".ljust(4096, b"."))
         uri = "file:/dev/fdset/7,offset=0x1000"
-        async with somebody(guest) as other:
+        async with monitor_of(guest) as other:
             await give(other, file, "ab")
             went_well(await migrate(guest.host, uri, limit=LIMIT))
         assert file.read_bytes()[:4096].rstrip(b".") == b"header"

@@ -28,7 +28,7 @@ WAYS: list[tuple[dict[str, bool], dict[str, Any]]] = [
 
 async def test_over_tcp(tmp_path: Path, guest_program: Program) -> None:
     async with under_load(tmp_path, guest_program) as guest:
-        # Who arrived one way leaves that way, and the next one.
+        # A guest that arrived one way leaves that way, and the next one.
         for capabilities, parameters in [way for way in WAYS for _ in range(2)]:
             await put(guest.host, dict.fromkeys(("multifd", "xbzrle", "switchover-ack"), False))
             there = await place(guest, capabilities, parameters)
@@ -60,7 +60,7 @@ async def test_through_a_command(tmp_path: Path, guest_program: Program) -> None
         await guest_resumed(guest)
 
 
-HEADER = b"what stands before the offset belongs to somebody else".ljust(4096, b".")
+HEADER = b"what stands before the offset belongs to another program".ljust(4096, b".")
 
 
 async def test_into_a_file_and_out_of_it(tmp_path: Path, guest_program: Program) -> None:
@@ -74,7 +74,7 @@ async def test_into_a_file_and_out_of_it(tmp_path: Path, guest_program: Program)
             went_well(await migrate(guest.host, uri, limit=LIMIT))
             assert file.read_bytes()[:offset] == HEADER[:offset]
 
-            # Nobody needs the guest's old place for this.
+            # The guest's old place is not needed for this.
             there = await place(guest, {})
             await put(there.host, capabilities)
             await receive(there.host, uri)

@@ -1,4 +1,4 @@
-"""Guest memory that is not copied (x-ignore-shared, CPR): the same guest goes on in it, or nobody does."""
+"""Guest memory that is not copied (x-ignore-shared, CPR): the same guest goes on in it, or none does."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ async def test_cpr_reboot_with_memory_in_the_file_and_beside_it(
 
 
 def cpr_place(guest: Journey, channel: Path) -> asyncio.Task[Booted]:
-    """Somewhere that takes over descriptors first: it answers nobody before they have come."""
+    """Start a target that takes over descriptors first: it answers nothing before they have come."""
     address = {"transport": "socket", "type": "unix", "path": str(channel)}
     incoming = ("-incoming", json.dumps({"channel-type": "cpr", "addr": address}))
     options = replace(guest.options, incoming=True, extra=(*AUX_SHARED, *incoming))

@@ -63,7 +63,7 @@ async def test_a_sleeping_guest_is_moved_and_wakes_there(
     async with under_load(
         tmp_path, guest_program, smp=smp, side_channel=SLEEPER, image=True, extra=pc
     ) as guest:
-        # Nobody moves it.
+        # It is not moved.
         await falls_asleep(guest)
         await wakes(guest)
 

@@ -1,4 +1,4 @@
-"""Somebody else drives QEMU: the emulator follows, or says why not."""
+"""Another program drives QEMU: the emulator follows, or reports why it cannot."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.guest
 
 
 async def hold_traps(guest: Journey, monkeypatch: pytest.MonkeyPatch) -> list[Trap]:
-    """From now on traps are not answered, until the host is frozen for a migration; returns when there is one."""
+    """Leave traps unanswered until the host is paused for a migration; return when there is one."""
     host = guest.host
     held: list[Trap] = []
     serve, hold = host._serve, host.migration.state.hold
@@ -35,7 +35,7 @@ async def hold_traps(guest: Journey, monkeypatch: pytest.MonkeyPatch) -> list[Tr
 
     monkeypatch.setattr(host, "_serve", held.append)
     monkeypatch.setattr(host.migration.state, "hold", answer_late)
-    await guest.here.until(lambda: held, "trap that nobody answers")
+    await guest.here.until(lambda: held, "unanswered trap")
     return held
 
 
@@ -75,7 +75,7 @@ async def test_an_answer_that_no_processor_fetched_goes_along(
         await more()
         await guest.leave(there)
 
-        # It leaves: the answer is fetched there, and nobody is asked again.
+        # It leaves: the answer is fetched there, and no host is asked again.
         held = await hold_traps(guest, monkeypatch)
         there = await guest.target()
         asked: list[tuple[int, ...]] = []

@@ -25,7 +25,7 @@ header:
     .globl start
 start:
     cli
-    mov $0xff, %al      /* the firmware's timer goes on, and nobody here takes its interrupts */
+    mov $0xff, %al      /* the firmware's timer goes on, and its interrupts have no handler here */
     outb %al, $0x21
     outb %al, $0xa1
     mov $0x200000, %esp

@@ -39,7 +39,7 @@ def options(folder: Path, mebibytes: int = 128) -> EmulatorOptions:
 
 @contextmanager
 def qemu(folder: Path, words: Sequence[str]) -> Iterator[None]:
-    """A QEMU that has not been let go yet."""
+    """Start a QEMU whose vCPUs have not been started."""
     binary = find_qemu()
     line = [*binary.argv_prefix, "-S", "-nodefaults", "-no-user-config", "-display", "none", *words]
     log = folder / "qemu.log"

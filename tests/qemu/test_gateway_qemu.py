@@ -47,7 +47,7 @@ def refuse(trap: Trap) -> None:
     raise AssertionError(f"{trap} should not have come")
 
 
-# --- the four instructions ------------------------------------------------------------------------------------
+# --- the four instructions ---
 
 
 def test_cpuid_comes_from_the_table_and_only_in_its_range(start: Start) -> None:
@@ -331,7 +331,7 @@ def test_two_vcpus_one_of_them_in_real_mode(start: Start, threads: str) -> None:
         assert gateway.vcpus == 2
 
 
-# --- doorbells ------------------------------------------------------------------------------------------------
+# --- doorbells ---
 
 
 def test_doorbells_are_posted_and_do_not_wait(start: Start) -> None:
@@ -395,7 +395,7 @@ def test_doorbells_of_a_32_bit_guest_wake_a_sleeping_emulator_and_outlive_it(sta
         trap = next_trap_and_doorbells(gateway, rung)
         assert rung == [5]
         gateway.answer(trap, 0)
-        gateway.close()  # the second doorbell rings while nobody is there
+        gateway.close()  # the second doorbell rings while no emulator is attached
         time.sleep(0.1)
         successor = machine.attach()
         assert next_trap_and_doorbells(successor, rung).msr == 0x40000021
@@ -408,7 +408,7 @@ def next_trap_and_doorbells(gateway: Gateway, rung: list[int]) -> Trap:
     return found[0]
 
 
-# --- waiting --------------------------------------------------------------------------------------------------
+# --- waiting ---
 
 HELD = """
 main:
@@ -546,7 +546,7 @@ def test_after_the_hold_limit_a_message_hypercall_gets_its_status(start: Start) 
         assert machine.output() == [0x13, 0x44]
 
 
-# --- interrupts -----------------------------------------------------------------------------------------------
+# --- interrupts ---
 
 
 def test_a_trap_in_an_interrupt_handler_while_another_is_held(start: Start) -> None:
@@ -628,7 +628,7 @@ def test_auto_eoi_vectors_are_ended_by_the_gateway(start: Start, auto_eoi: bool)
         assert gateway.counters()[0]["auto_eois"] == (3 if auto_eoi else 0)
 
 
-# --- clock and code pages -------------------------------------------------------------------------------------
+# --- clock and code pages ---
 
 
 ROUNDS = 100

@@ -145,7 +145,7 @@ def test_two_guests_cannot_write_to_one_image(image: Path, opened: Open) -> None
         except OSError:
             return False
 
-    wait(has_it, "image that was let go of")
+    wait(has_it, "image that was released")
 
 
 def test_the_next_one_gets_it_as_soon_as_it_is_let_go_of(image: Path, opened: Open) -> None:

@@ -159,7 +159,7 @@ static void break_channel(struct link *link, uint64_t id)
 	case 1: /* shorter than any packet */
 		send_packet(link, PACKET_IN_BAND, PACKET_WANTS_COMPLETION, id, NULL, 0, packet, 8 * random_below(2));
 		break;
-	case 2: /* nobody is to be told */
+	case 2: /* without a completion */
 		send_packet(link, PACKET_IN_BAND, 0, id, NULL, 0, packet, PACKET);
 		break;
 	case 3: /* ranges without end, or none */
