@@ -30,10 +30,9 @@ LIMIT = 60.0
 
 _HYPERCALL_PAGE = 0x400000
 _MESSAGE_PAGE = 0x401000
-#: SINT2 slot of the message page.
 MESSAGE_SLOT = _MESSAGE_PAGE + 2 * 256
+"""SINT2 slot of the message page."""
 
-#: R11: TSC ticks of 200 microseconds. The guest has named itself, may call, and takes messages without interrupts.
 PROLOGUE = f"""
     .macro write_msr number, value
     mov $\\value, %eax
@@ -76,6 +75,7 @@ main:
     div %rcx
     mov %rax, %r11
 """
+"""R11: TSC ticks of 200 microseconds. The guest has named itself, may call, and takes messages without interrupts."""
 
 
 @contextlib.asynccontextmanager

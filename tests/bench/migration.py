@@ -176,7 +176,7 @@ async def _with_emulator(options: GuestOptions, interval: float) -> AsyncIterato
 
 
 class Bare:
-    """A guest in a QEMU without an emulator. ``helper``: a D-Bus peer has ``state`` saved and loaded, to compare with."""
+    """A guest in a QEMU without an emulator. ``helper``: a D-Bus peer has ``state`` saved and loaded."""
 
     def __init__(self, options: GuestOptions, *, helper: bool = False) -> None:
         self._options = options

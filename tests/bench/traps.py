@@ -33,13 +33,13 @@ _CONTACT = INITIATE_CONTACT.build(InitiateContact(Version.IRON, 0, bytes(8), 0, 
 _SHARE = split_gpadl(_RELID, _GPADL, [GpaRange(4096, 0, [0x500])])[0]
 _UNSHARE = GPADL_TEARDOWN.build(GpadlTeardown(_RELID, _GPADL))
 
-#: Label → what is posted there.
 _MESSAGES = {
     "contact": _CONTACT,
     "request_offers": REQUESTOFFERS.build(HeaderOnly()),
     "share": _SHARE,
     "unshare": _UNSHARE,
 }
+"""Label → what is posted there."""
 
 
 class Silent(Device):
@@ -63,7 +63,6 @@ def _post(label: str) -> str:
         or %rax, %r14"""
 
 
-#: Name → instructions; several of them take turns.
 _KINDS: Mapping[str, tuple[str, ...]] = {
     "nothing": ("",),
     "CPUID (table)": ("mov $0x40000000, %eax\ncpuid",),
@@ -80,6 +79,7 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
         or %rax, %r14""",
     ),
 }
+"""Name → instructions; several of them take turns."""
 
 
 def _loop(instructions: tuple[str, ...], pause: bool) -> str:
