@@ -60,11 +60,14 @@ if [ -n "$needed" ]; then
         exit 1
     fi
     # shellcheck disable=SC2086
-    step "installing Debian packages:$needed (a minute or two)" install_packages $needed
+    step "installing Debian packages:$needed (a minute or two)" install_packages $needed || {
+        echo "Check the network and apt's configuration, then run the command again." >&2
+        exit 1
+    }
 fi
 if [ -n "$wanted" ]; then
     if [ "$can_install" = no ]; then
-        echo "One test will be skipped, because a Debian package is missing:$wanted"
+        echo "One test will be skipped without this Debian package; as root, run: apt-get install$wanted"
     else
         # shellcheck disable=SC2086
         step "installing Debian packages for the tests:$wanted (under a minute)" install_packages $wanted ||
@@ -77,6 +80,12 @@ python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     exit 1
 }
 
-[ -x "$venv/bin/python" ] || step "making the Python environment $venv (some seconds)" python3 -m venv "$venv"
+# An interrupted attempt leaves a Python without pip.
+"$venv/bin/python" -m pip --version >"$log" 2>&1 ||
+    step "making the Python environment $venv (some seconds)" python3 -m venv "$venv"
+# Not -qq: of a network that fails only pip's warnings tell, and they are shown only then.
 step "installing the emulator and its test tools into $venv (under a minute)" \
-    "$venv/bin/python" -m pip install -qq --disable-pip-version-check -e '.[dev]'
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check -e '.[dev]' || {
+    echo "If pip cannot reach its package index: check the network and pip's configuration, then run the command again." >&2
+    exit 1
+}
