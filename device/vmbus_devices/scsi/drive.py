@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vmbus.devices.options import parse_size
 from vmbus.errors import DeviceError, UsageError, UserError
 
 from vmbus_devices.nbd.client import AddressConnector, Client
@@ -21,8 +22,6 @@ from vmbus_devices.scsi.file import Cache, FileBackend
 from vmbus_devices.scsi.image import DetectZeroes, ImageBackend, ImageFile, ImageServers, probe
 from vmbus_devices.scsi.nbd import MIN_MAXIMUM, NbdBackend
 
-_SIZE = re.compile(r"(\d+)([KMGT]?)", re.IGNORECASE)
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SERIAL = re.compile(r"[!-~]{1,64}")
 BLOCK_SIZES = (512, 4096)
 _MAX_IMAGE_CONNECTIONS = 2
@@ -74,14 +73,6 @@ class DriveOptions:
     write_errors: WriteErrors = WriteErrors.REPORT
     read_errors: ReadErrors = ReadErrors.REPORT
     max_transfer: int = 256 << 10
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of ``4G``. Raises :class:`~vmbus.errors.UsageError`."""
-    found = _SIZE.fullmatch(text)
-    if found is None or not int(found[1]):
-        raise UsageError(f"size={text}: not a size; write 512M or 4G, for example")
-    return int(found[1]) * _UNITS[found[2].upper()]
 
 
 def open_drive(options: DriveOptions, default_serial: str, images: ImageServers | None = None) -> BlockUnit:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 import inspect
 import math
+import re
 import types
 import typing
 import uuid
@@ -22,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from vmbus.errors import DeviceError, UsageError
+
+_SIZE = re.compile(r"(\d+)([KMGT]?)", re.IGNORECASE)
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,3 +129,13 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(text)
     return value
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that ``20G`` stands for; a bare number is bytes. Raises :class:`~vmbus.errors.UsageError`."""
+    found = _SIZE.fullmatch(text)
+    if found is None or not int(found[1]):
+        raise UsageError(
+            f"{text!r} is not a size: write a number of bytes, or one with K, M, G or T, as in 20G"
+        )
+    return int(found[1]) * _UNITS[found[2].upper()]
