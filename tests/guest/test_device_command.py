@@ -66,7 +66,7 @@ async def test_devices_come_go_grow_and_move(tmp_path: Path, capsys: pytest.Capt
         assert added == "other is offered\n"
         await sees("sda:12288 sdb:32768 sdc:4096")
         # The disk that came first goes, and the others keep their places over a move.
-        assert await vmbus("remove", "scsi/0:0") == "scsi/0:0 is taken away\n"
+        assert await vmbus("remove", "scsi/0:0") == "scsi/0:0 is removed\n"
         await sees("sdb:32768 sdc:4096")
         before = json.loads(await vmbus("list", "--json"))["devices"]
         await guest.guest.move(limit=LIMIT)
@@ -80,9 +80,9 @@ async def test_devices_come_go_grow_and_move(tmp_path: Path, capsys: pytest.Capt
         assert await vmbus("resize", "scsi/0:1", "64M") == f"scsi/0:1 has {64 * MIB} bytes\n"
         await sees("sdb:65536 sdc:4096")
         assert b"sdc-failed" not in guest.output
-        assert await vmbus("remove", "other") == "other is taken away\n"  # under load
+        assert await vmbus("remove", "other") == "other is removed\n"  # under load
         await guest.says("sdc-failed")
-        assert await vmbus("remove", "scsi/0:1") == "scsi/0:1 is taken away\n"
+        assert await vmbus("remove", "scsi/0:1") == "scsi/0:1 is removed\n"
         await sees("")
         assert "cannot be made smaller" not in await vmbus("list")
         for words, message in (

@@ -195,7 +195,7 @@ async def test_a_guest_is_taken_back_and_then_leaves_beside_qemus_stream(tmp_pat
         await event(driver, "STOP", sides=[source])
         assert await source.beats("a") == answered
         assert "it is left" in await says("migrate", "a", void, status=1)
-        assert await says("migrate", "a", "--take-back") == "the guest goes on here\n"
+        assert await says("migrate", "a", "--take-back") == "the guest was resumed here\n"
         await source.more_beats("a")
         await driver.close()
 

@@ -59,8 +59,7 @@ def add_parser(verbs: Any) -> None:
         "--carrier",
         metavar="unix:PATH|file:PATH",
         help="for a QEMU that waits for a migrating guest: receive the emulator's state here "
-        "instead of in QEMU's stream; "
-        "as `vmbus migrate --carrier`",
+        "instead of in QEMU's stream; as `vmbus migrate --carrier`",
     )
     add_host_options(parser)
     parser.set_defaults(action=main)

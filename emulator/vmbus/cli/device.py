@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
-import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +14,9 @@ from vmbus.bus.io.device import Device
 from vmbus.cli.devices import registry
 from vmbus.cli.table import table
 from vmbus.devices.joined import Joinable
+from vmbus.devices.options import parse_size
 from vmbus.devices.parts import HasParts, Part
-from vmbus.errors import UsageError, UserError
+from vmbus.errors import InternalError, MissingRequirement, UserError
 from vmbus.machine import rundir
 from vmbus.machine.control import ask
 from vmbus.machine.host import AttachedDevice, Host
@@ -35,9 +36,6 @@ examples:
 The guest is notified, but not asked: unmount a disk before you remove it. Added devices migrate with the guest
 (`vmbus migrate NAME`); if you start the target yourself, give `vmbus run --incoming` the same devices.
 """
-
-_SIZE = re.compile(r"(\d+)([KMGT]?)", re.IGNORECASE)
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 QUIET_PERIOD = 0.5
 """Seconds without a request after which the guest has finished with a device whose parts were all detached."""
@@ -110,16 +108,6 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def parse_size(text: str) -> int:
-    """Return the bytes that ``20G`` stands for; a bare number is bytes. Raises :class:`~vmbus.errors.UsageError`."""
-    found = _SIZE.fullmatch(text)
-    if found is None or not int(found[1]):
-        raise UsageError(
-            f"{text!r} is not a size: write a number of bytes, or one with K, M, G or T, as in 20G"
-        )
-    return int(found[1]) * _UNITS[found[2].upper()]
-
-
 def render(devices: list[Mapping[str, Any]]) -> str:
     """Return a table with one row for each device and one for each of its parts."""
     rows = []
@@ -172,7 +160,7 @@ def _parts(device: Device) -> Mapping[str, Part]:
 async def _add(host: Host, line: str) -> dict[str, Any]:
     present = [each for attached in host.devices for each in attached.device.lines()]
     [line] = registry().completed([line], present)
-    device = await asyncio.to_thread(registry().create, line)
+    device = await asyncio.to_thread(_create, line)
     try:
         if found := _join(host, device):
             return {"name": found, "done": f"{found} is there"}
@@ -183,6 +171,16 @@ async def _add(host: Host, line: str) -> dict[str, Any]:
         device.stop()
         raise
     return {"name": device.name, "done": f"{device.name} is offered"}
+
+
+def _create(line: str) -> Device:
+    """Return the device of ``line``, with its libraries compiled: later that would block the event loop."""
+    device = registry().create(line)
+    for library in device.native_libraries:
+        # The device works without the library, and its start() logs the reason.
+        with contextlib.suppress(MissingRequirement, InternalError, OSError):
+            library.build()
+    return device
 
 
 def _join(host: Host, device: Device) -> str:
@@ -219,11 +217,11 @@ async def _remove(host: Host, name: str) -> dict[str, Any]:
     if isinstance(device, HasParts):
         if part is not None:
             device.detach_part(part)
-            return {"name": name, "done": f"{name} is taken away"}
+            return {"name": name, "done": f"{name} is removed"}
         await _detach_parts(attached, device)
     if attached in host.devices:
         host.remove_device(attached)
-    return {"name": name, "done": f"{name} is taken away"}
+    return {"name": name, "done": f"{name} is removed"}
 
 
 async def _detach_parts(attached: AttachedDevice, device: HasParts) -> None:

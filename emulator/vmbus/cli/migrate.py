@@ -87,8 +87,8 @@ def add_parser(verbs: Any) -> None:
         "--wait-ready",
         action="store_true",
         help="start no migration, but wait until the emulator's part of one that another program drives is ready, so "
-        "that migrate-continue may be sent (see `vmbus run --switchover`); exit status 1 if that "
-        "migration ends first",
+        "that migrate-continue may be sent (see `vmbus run --switchover`); exit status 1 if that migration "
+        "ends first",
     )
     parser.add_argument(
         "--timeout",
@@ -101,15 +101,13 @@ def add_parser(verbs: Any) -> None:
         "--keep",
         action="store_true",
         help="after the guest has left, keep it here as well, stopped, for --take-back: where the "
-        "target cannot report "
-        "that it refused the guest (file:, exec:, a pipe, or --carrier file:)",
+        "target cannot report that it refused the guest (file:, exec:, a pipe, or --carrier file:)",
     )
     parser.add_argument(
         "--take-back",
         action="store_true",
         help="resume the guest here, after it was migrated with --keep or by another program and "
-        "the target is known to "
-        "have failed",
+        "the target is known to have failed",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     parser.set_defaults(action=main)
@@ -121,9 +119,8 @@ def main(arguments: argparse.Namespace) -> int:
         name, uri = None, name
     if uri is not None and arguments.share_memory:
         raise UsageError(
-            "--share-memory is for a guest that moves into a new QEMU on this machine; for a URI, "
-            "set x-ignore-shared "
-            "on both sides, and start the target with the same mem-path"
+            "--share-memory is for a guest that moves into a new QEMU on this machine; for a URI, set "
+            "x-ignore-shared on both sides, and start the target with the same mem-path"
         )
     if uri is None and arguments.keep:
         raise UsageError(
@@ -143,11 +140,11 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.take_back:
         if uri is not None or arguments.share_memory or arguments.wait_ready:
             raise UsageError(
-                "--take-back resumes the guest that was here and starts no migration: it goes with no URI, no "
-                "--share-memory, no --wait-ready"
+                "--take-back resumes the guest that was here and starts no migration: it goes with no URI, "
+                "no --share-memory, no --wait-ready"
             )
         ask(control, "take-back")
-        print("the guest goes on here")
+        print("the guest was resumed here")
         return 0
     if arguments.wait_ready:
         return _wait_ready(control, uri, arguments)
@@ -291,9 +288,8 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
 async def move(host: Host, request: Mapping[str, Any]) -> object:
     """Answer the control socket's ``move`` for a guest whose QEMU the emulator did not start."""
     raise MigrationFailed(
-        "the emulator did not start this guest's QEMU, so it cannot start a second one like it: "
-        "start one with -incoming "
-        "defer, attach an emulator to it, and say where it listens (vmbus migrate NAME URI)"
+        "the emulator did not start this guest's QEMU, so it cannot start a second one like it: start one "
+        "with -incoming defer, attach an emulator to it, and say where it listens (vmbus migrate NAME URI)"
     )
 
 

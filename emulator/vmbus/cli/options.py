@@ -98,8 +98,7 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         metavar="SECONDS",
         help="how long the guest waits for another emulator if this one goes away; after that its "
-        "messages are answered "
-        "with a status on which it tries again (default: no limit)",
+        "messages are answered with a status on which it tries again (default: no limit)",
     )
     group.add_argument(
         "--switchover",
@@ -108,8 +107,8 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
         default=Switchover.OWN,
         metavar="{own,observe}",
         help="who sends migrate-continue in migrations that pause before the switch-over: own: the "
-        "emulator, as soon as "
-        "its state is ready; observe: the program that drives, after `vmbus migrate --wait-ready` (default: own)",
+        "emulator, as soon as its state is ready; observe: the program that drives, after `vmbus migrate "
+        "--wait-ready` (default: own)",
     )
     group.add_argument(
         "--auto-eoi",

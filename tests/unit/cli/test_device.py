@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from vmbus.api import (
     Device,
     HasParts,
     Help,
+    InternalError,
     Offer,
     Packet,
     Part,
@@ -27,6 +29,8 @@ from vmbus.api import (
 )
 from vmbus.cli import device as verb
 from vmbus.cli import shutdown
+from vmbus.devices.options import parse_size
+from vmbus.errors import MissingRequirement
 from vmbus.machine.control import ask
 from vmbus.machine.host import AttachedDevice, Host
 from vmbus.machine.migration.coordinator import Phase
@@ -172,7 +176,7 @@ def test_a_second_device_of_a_name_is_refused(host: FakeHost) -> None:
 def test_a_part_is_removed_by_its_name_however_it_is_written(host: FakeHost) -> None:
     host.ask("add", line="shelf,box=one")
     host.ask("add", line="shelf,box=two")
-    assert host.ask("remove", device="shelf/ONE")["done"] == "shelf/ONE is taken away"
+    assert host.ask("remove", device="shelf/ONE")["done"] == "shelf/ONE is removed"
     assert [part["name"] for part in host.ask("list")["devices"][0]["disks"]] == ["shelf/two"]
 
 
@@ -227,6 +231,27 @@ def test_what_cannot_be_done_is_explained(host: FakeHost, request_: dict[str, An
         host.ask(request_.pop("action"), **request_)
 
 
+@pytest.mark.parametrize(
+    "error", [None, MissingRequirement("no compiler"), InternalError("it does not compile")]
+)
+def test_libraries_are_compiled_before_an_added_device_starts(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    calls: list[str] = []
+
+    def build() -> None:
+        calls.append(
+            "build" if threading.current_thread() is not threading.main_thread() else "blocked the loop"
+        )
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(Plain, "native_libraries", (SimpleNamespace(build=build),))
+    monkeypatch.setattr(Plain, "start", lambda self, environment: calls.append("start"))
+    host.ask("add", line="plain")
+    assert calls == ["build", "start"]
+
+
 def test_devices_stay_as_they_are_while_the_guest_moves(host: FakeHost) -> None:
     host.migration.phase = Phase.MIGRATING
     assert host.ask("list") == {"devices": []}
@@ -236,13 +261,13 @@ def test_devices_stay_as_they_are_while_the_guest_moves(host: FakeHost) -> None:
 
 @pytest.mark.parametrize(("text", "size"), [("512", 512), ("4k", 4096), ("20G", 20 << 30), ("1T", 1 << 40)])
 def test_sizes(text: str, size: int) -> None:
-    assert verb.parse_size(text) == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "0", "G", "20GB", "-1", "1.5G"])
 def test_other_sizes_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="as in 20G"):
-        verb.parse_size(text)
+        parse_size(text)
 
 
 def shut_down(host: FakeHost, request: Mapping[str, Any]) -> object:
