@@ -28,7 +28,7 @@ def compiler() -> str:
         if name and (found := shutil.which(name)):
             return found
     raise MissingRequirement(
-        "the trap gateway has to be compiled once, and there is no C compiler: "
+        "parts of the emulator have to be compiled once, and there is no C compiler: "
         "apt-get install gcc libc6-dev (Debian, Ubuntu), dnf install gcc (Fedora)"
     )
 

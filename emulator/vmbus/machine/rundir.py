@@ -213,8 +213,9 @@ def find(name: str | None) -> Path:
         for path in served:
             if path.name == name:
                 return path
-        known = ", ".join(path.name for path in served) or "none runs"
-        raise UserError(f"no emulator serves a guest named {name} (running: {known})")
+        known = ", ".join(path.name for path in served)
+        others = f"served are: {known}" if known else "no guest is served; `vmbus run` starts one"
+        raise UserError(f"no emulator serves a guest named {name}; {others}")
     if len(served) == 1:
         return served[0]
     if not served:
