@@ -224,8 +224,9 @@ class Controller(Device):
             raise UserError(f"{size} bytes are not a multiple of the block size, {unit.block_size} bytes")
         else:
             await asyncio.to_thread(unit.backend.grow, size)
-        if self.units.get(place) is unit:
-            self.resize(*place)
+        if self.units.get(place) is not unit:  # perhaps another one is there by now
+            raise UserError(f"{self.name}/{name} was removed while it was resized")
+        self.resize(*place)
 
     def busy(self) -> bool:
         return self._any_busy()

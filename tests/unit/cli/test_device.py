@@ -36,6 +36,7 @@ from vmbus.machine.host import AttachedDevice, Host
 from vmbus.machine.migration.coordinator import Phase
 from vmbus.machine.served import Served
 from vmbus.testing import LoopbackGuest
+from vmbus_devices.scsi.controller import Controller
 
 MIB = 1 << 20
 
@@ -322,3 +323,19 @@ def test_the_scsi_controller_has_the_hooks() -> None:
             asyncio.run(controller.resize_part("0:1", size))
     controller.detach_part("0:1")
     assert controller.parts() == {}
+
+
+def test_a_disk_that_replaced_the_resized_one_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller = Registry().create("scsi,format=memory,size=1M")
+    assert isinstance(controller, Controller)
+    [unit] = controller.units.values()
+
+    def grow(size: int) -> None:
+        controller.detach_part("0:0")
+        other = Registry().create("scsi,format=memory,size=4M")
+        assert isinstance(other, Controller)
+        controller.units[0, 0] = other.units[0, 0]
+
+    monkeypatch.setattr(unit.backend, "grow", grow)
+    with pytest.raises(UserError, match="0:0 was removed while it was resized"):
+        asyncio.run(controller.resize_part("0:0", 2 * MIB))
