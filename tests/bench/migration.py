@@ -110,7 +110,7 @@ async def _compare(result: Result, name: str, command: str, interval: float) -> 
         async def move_own() -> None:
             nonlocal size
             await guest.host.qmp.execute("migrate-set-parameters", limit)
-            outcome = await guest.move(limit=LIMIT)
+            outcome = await guest.move(timeout=LIMIT)
             own.append(outcome.downtime * 1e3)
             prepared.append(outcome.report.prepared_in * 1e3)
             size = outcome.report.state_bytes

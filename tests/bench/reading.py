@@ -59,7 +59,7 @@ async def _add(result: Result) -> None:
 
 async def _move(guest: Guest, *, early: bool) -> tuple[float, float, int, int]:
     if not early:
-        guest.host.migration.early.begin = lambda: None  # type: ignore[method-assign]
-    outcome = await guest.move(limit=LIMIT)
+        guest.host.migration.tracker.begin = lambda: None  # type: ignore[method-assign]
+    outcome = await guest.move(timeout=LIMIT)
     report = outcome.report
     return outcome.downtime, report.prepared_in, report.pages_marked, report.pages_marked_early

@@ -69,7 +69,7 @@ async def test_devices_come_go_grow_and_move(tmp_path: Path, capsys: pytest.Capt
         assert await vmbus("remove", "scsi/0:0") == "scsi/0:0 is removed\n"
         await sees("sdb:32768 sdc:4096")
         before = json.loads(await vmbus("list", "--json"))["devices"]
-        await guest.guest.move(limit=LIMIT)
+        await guest.guest.move(timeout=LIMIT)
         after = json.loads(await vmbus("list", "--json"))["devices"]
         assert [each["name"] for each in after] == [each["name"] for each in before]
         assert [disk["name"] for each in after for disk in each["disks"]] == ["scsi/0:1", "other/0:0"]

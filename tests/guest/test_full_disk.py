@@ -52,7 +52,7 @@ async def test_a_guest_waits_for_room_and_loses_nothing(tmp_path: Path) -> None:
             await guest.until(lambda: guest.status()["stopped_because"], "the guest to be stopped")
             assert "No space left" in guest.status()["stopped_because"][0]
             assert "No space left" in units(guest)["0:0"]["kept"]["because"]
-            await guest.guest.move(limit=LIMIT)
+            await guest.guest.move(timeout=LIMIT)
             found = await guest.host.qmp.execute("query-status")
             assert found["status"] == "paused"
             assert b"written" not in guest.output

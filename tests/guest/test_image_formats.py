@@ -62,14 +62,14 @@ async def test_a_guest_moves_with_its_overlay_under_load(tmp_path: Path) -> None
 
         await guest_resumed()
         for _ in range(2):
-            await guest.guest.move(limit=LIMIT)
+            await guest.guest.move(timeout=LIMIT)
             await guest_resumed()
         new_devices, guest.guest._new_devices = guest.guest._new_devices, lambda lines: []
         with pytest.raises(MigrationFailed):
-            await guest.guest.move(limit=LIMIT)
+            await guest.guest.move(timeout=LIMIT)
         guest.guest._new_devices = new_devices
         await guest_resumed()
-        await guest.guest.move(limit=LIMIT)
+        await guest.guest.move(timeout=LIMIT)
         await guest_resumed()
         found = units(guest)["0:0"]
         assert (found["backend"], found["format"]) == ("image", "qcow2")

@@ -72,7 +72,7 @@ class Journey:
     async def target(self, *, devices: Sequence[str] | None = None) -> Booted:
         """A place to go to, listening."""
         there = await self.begin(replace(self.options, incoming=True), devices=devices)
-        await receive(there.host, self.uri(there))
+        await receive(there.host.migration, self.uri(there))
         return there
 
     def uri(self, there: Booted) -> str:
@@ -83,8 +83,8 @@ class Journey:
         before = self.here
         there = there or await self.target()
         async with while_alive("end of the migration", before, there):
-            outcome = await migrate(before.host, self.uri(there), limit=LIMIT)
-            await arrived(there.host, limit=LIMIT)
+            outcome = await migrate(before.host.migration, self.uri(there), timeout=LIMIT)
+            await arrived(there.host.migration, timeout=LIMIT)
         await self.settle_at(there)
         return outcome
 

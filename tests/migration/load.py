@@ -110,7 +110,7 @@ async def place(
 
 async def tcp_uri(there: Booted) -> str:
     """Have it listen on a port that is free."""
-    await receive(there.host, "tcp:127.0.0.1:0")
+    await receive(there.host.migration, "tcp:127.0.0.1:0")
     address = (await there.host.qmp.execute("query-migrate"))["socket-address"][0]
     return f"tcp:{address['host']}:{address['port']}"
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from vmbus.errors import UserError
-from vmbus.machine.migration.coordinator import Coordinator, Phase, Switchover
+from vmbus.machine.migration.coordinator import Coordinator
 from vmbus.machine.migration.drive import MigrationFailed, arrived, migrate, receive
 from vmbus.machine.migration.side_channel import CarrierAddress
+from vmbus.machine.migration.state_machine import Phase, Switchover
 
 from tests.guest.harness import Booted
 from tests.migration.journey import Journey, journey
@@ -27,14 +28,14 @@ UUID = "11111111-2222-4333-8444-555555555555"
 async def listening(guest: Journey, carrier: CarrierAddress, *, uuid: str = UUID) -> Booted:
     extra = ("-uuid", uuid)
     there = await guest.begin(replace(guest.options, incoming=True, extra=extra))
-    await receive(there.host, guest.uri(there), carrier=carrier)
+    await receive(there.host.migration, guest.uri(there), carrier=carrier)
     return there
 
 
 async def moved(guest: Journey, carrier: CarrierAddress) -> None:
     there = await listening(guest, carrier)
-    await migrate(guest.host, guest.uri(there), carrier=carrier, limit=LIMIT)
-    await arrived(there.host, limit=LIMIT)
+    await migrate(guest.host.migration, guest.uri(there), carrier=carrier, timeout=LIMIT)
+    await arrived(there.host.migration, timeout=LIMIT)
     await guest.settle_at(there)
     await more_beats(guest)
 
@@ -59,12 +60,12 @@ async def test_a_qemu_without_dbus(tmp_path: Path) -> None:
 
         # No side channel, no listener, another machine: the migration does not begin.
         with pytest.raises(MigrationFailed, match="with --carrier"):
-            await migrate(guest.host, f"unix:{tmp_path}/nobody", limit=LIMIT)
+            await migrate(guest.host.migration, f"unix:{tmp_path}/nobody", timeout=LIMIT)
         with pytest.raises(UserError, match="no emulator takes a state"):
-            await migrate(guest.host, f"unix:{tmp_path}/nobody", carrier=socket, limit=LIMIT)
+            await migrate(guest.host.migration, f"unix:{tmp_path}/nobody", carrier=socket, timeout=LIMIT)
         there = await listening(guest, socket, uuid=UUID.replace("1", "6"))
         with pytest.raises(UserError, match="waits for machine 66666666"):
-            await migrate(guest.host, guest.uri(there), carrier=socket, limit=LIMIT)
+            await migrate(guest.host.migration, guest.uri(there), carrier=socket, timeout=LIMIT)
         await guest.leave(there)
         await more_beats(guest)
 
@@ -81,9 +82,9 @@ async def test_a_qemu_without_dbus(tmp_path: Path) -> None:
 
         # The target has other devices: it says so before QEMU may go on.
         there = await guest.begin(replace(guest.options, incoming=True), devices=("shutdown",))
-        await receive(there.host, guest.uri(there), carrier=socket)
-        with pytest.raises(MigrationFailed, match=r"not-there.*goes on here"):
-            await migrate(guest.host, guest.uri(there), carrier=socket, limit=LIMIT)
+        await receive(there.host.migration, guest.uri(there), carrier=socket)
+        with pytest.raises(MigrationFailed, match=r"not-there.*continues here"):
+            await migrate(guest.host.migration, guest.uri(there), carrier=socket, timeout=LIMIT)
         await guest.leave(there)
         await more_beats(guest)
 
@@ -93,8 +94,8 @@ async def test_a_qemu_without_dbus(tmp_path: Path) -> None:
             incoming = there.host.migration.side_channel._incoming
             assert incoming is not None
             incoming._check = dying(there, gone)
-            with pytest.raises(MigrationFailed, match="goes on here"):
-                await migrate(guest.host, guest.uri(there), carrier=socket, limit=LIMIT)
+            with pytest.raises(MigrationFailed, match="continues here"):
+                await migrate(guest.host.migration, guest.uri(there), carrier=socket, timeout=LIMIT)
             await guest.leave(there)
             await more_beats(guest)
 
@@ -124,7 +125,7 @@ async def test_a_file_that_is_not_the_guests_is_refused_and_the_guest_taken_back
             before = coordinator.report
             with guest_waits(coordinator):
                 moving = asyncio.ensure_future(
-                    migrate(guest.host, guest.uri(there), carrier=carrier, limit=LIMIT)
+                    migrate(guest.host.migration, guest.uri(there), carrier=carrier, timeout=LIMIT)
                 )
                 await guest.here.migration(
                     lambda: coordinator.report is not before and coordinator.ready,
@@ -141,12 +142,12 @@ async def test_a_file_that_is_not_the_guests_is_refused_and_the_guest_taken_back
                     path.write_bytes(old)
                 await guest.host.qmp.execute("migrate-continue", {"state": "pre-switchover"})
                 if dbus:
-                    with pytest.raises(MigrationFailed, match="goes on here"):
+                    with pytest.raises(MigrationFailed, match="continues here"):
                         await moving
                 else:
                     await moving
             with pytest.raises(MigrationFailed):
-                await arrived(there.host, limit=LIMIT)
+                await arrived(there.host.migration, timeout=LIMIT)
             assert (await there.host.qmp.execute("query-status"))["status"] != "running"
             await guest.leave(there)
             if not dbus:
@@ -170,9 +171,9 @@ async def test_more_state_than_qemu_carries(tmp_path: Path) -> None:
         carrier = CarrierAddress("unix", tmp_path / "c.sock")
         there = await listening(guest, carrier)
         there.device("heartbeat").__class__ = Large
-        outcome = await migrate(guest.host, guest.uri(there), carrier=carrier, limit=LIMIT)
+        outcome = await migrate(guest.host.migration, guest.uri(there), carrier=carrier, timeout=LIMIT)
         assert outcome.report.state_bytes > 2 << 20
-        await arrived(there.host, limit=LIMIT)
+        await arrived(there.host.migration, timeout=LIMIT)
         await guest.settle_at(there)
         await more_beats(guest)
 

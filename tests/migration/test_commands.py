@@ -66,7 +66,7 @@ async def test_a_guest_moves_is_saved_and_leaves_for_another_process(tmp_path: P
         assert "loaded one" in await vmbus("snapshot", "load", "a", "one")
         assert "no snapshot two" in await vmbus("snapshot", "load", "two", status=1)
         assert "deleted one" in await vmbus("snapshot", "delete", "one")
-        assert "goes on here" in await vmbus("migrate", "a", f"unix:{tmp_path}/nobody", status=1)
+        assert "continues here" in await vmbus("migrate", "a", f"unix:{tmp_path}/nobody", status=1)
 
         uri = f"unix:{tmp_path}/incoming.sock"
         # A guest that is to be taken has the same machine; the image for snapshots belongs to it.

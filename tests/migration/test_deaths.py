@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from vmbus.errors import UserError
 from vmbus.machine.host import Host
-from vmbus.machine.migration.coordinator import Phase, Switchover
 from vmbus.machine.migration.drive import MigrationFailed, arrived, migrate, receive
+from vmbus.machine.migration.state_machine import Phase, Switchover
 from vmbus.machine.qemu.launch import GuestOptions
 
 from tests.guest.emulator import LIMIT, Emulator
@@ -41,7 +41,7 @@ async def listening(folder: Path, options: GuestOptions) -> AsyncIterator[Booted
     places = Journey(folder, options, 256 << 20, ("heartbeat,interval=0.05", "shutdown", "timesync"), None)
     try:
         there = await places.begin(options)
-        await receive(there.host, f"unix:{folder}/migration.sock")
+        await receive(there.host.migration, f"unix:{folder}/migration.sock")
         with reporting(places.sides):
             yield there
     finally:
@@ -64,7 +64,7 @@ async def test_the_source_loses_its_emulator(tmp_path: Path, moment: str) -> Non
 
 
 async def it_has_left(source: OwnQemu, there: Booted) -> None:
-    await arrived(there.host, LIMIT)
+    await arrived(there.host.migration, LIMIT)
     answers = there.device("heartbeat").status()["answers"]
     there.start_following()
     await there.until(
@@ -90,7 +90,7 @@ async def it_has_stayed(source: OwnQemu, there: Booted, moment: str) -> None:
     assert ("pre-switchover" in said) == (moment != "saving")
     assert await source.status() == "running"
     with pytest.raises(MigrationFailed):
-        await arrived(there.host, LIMIT)
+        await arrived(there.host.migration, LIMIT)
     assert (await there.host.qmp.execute("query-status"))["status"] != "running"
     if moment == "ready":  # one is enough: it boots
         successor = source.attach("--reset")
@@ -109,8 +109,8 @@ async def test_the_target_loses_its_emulator(tmp_path: Path) -> None:
                 emulator = there.attach(dies=moment)
                 await there.attached()
                 await there.receive(uri)
-                with pytest.raises(MigrationFailed, match="goes on here"):
-                    await migrate(host, uri, limit=LIMIT)
+                with pytest.raises(MigrationFailed, match="continues here"):
+                    await migrate(host.migration, uri, timeout=LIMIT)
                 await emulator.killed()
                 await more_beats(guest)
 
@@ -121,7 +121,7 @@ async def test_the_target_loses_its_emulator(tmp_path: Path) -> None:
             await there.attached()
             await there.receive(uri)
             await host.qmp.execute("migrate-set-parameters", {"max-bandwidth": 4 << 20})
-            moving = asyncio.ensure_future(migrate(host, uri, limit=LIMIT))
+            moving = asyncio.ensure_future(migrate(host.migration, uri, timeout=LIMIT))
             await emulator.killed()
             # The control socket of the one that died is still there.
             (tmp_path / "vmbus" / "b" / "control.sock").unlink()
@@ -154,7 +154,7 @@ async def test_the_target_loses_its_emulator(tmp_path: Path) -> None:
                 emulator = there.attach(dies=moment)
                 await there.attached()
                 await there.receive(uri)
-                await migrate(host, uri, limit=LIMIT)
+                await migrate(host.migration, uri, timeout=LIMIT)
                 await emulator.killed()
                 status, said = await there.attach().ended()
                 assert status == 1
@@ -190,7 +190,7 @@ async def leave_for_a_target_that_dies(guest: Journey, moment: str) -> None:
         coordinator.switchover = Switchover.OBSERVE
     elif moment == "device":  # QEMU has asked for the state, and waits for the target's word
         there.host.migration.state.restore = lambda _: target.kill()  # type: ignore[method-assign,assignment]
-    moving = asyncio.ensure_future(migrate(host, guest.uri(there), limit=LIMIT))
+    moving = asyncio.ensure_future(migrate(host.migration, guest.uri(there), timeout=LIMIT))
     if moment in ("setup", "active"):
         await guest.here.migration(lambda: moment in coordinator.report.statuses, f"status {moment}")
         target.kill()
@@ -204,7 +204,7 @@ async def leave_for_a_target_that_dies(guest: Journey, moment: str) -> None:
         assert coordinator.fenced
         await coordinator.take_back()
     else:
-        with pytest.raises(MigrationFailed, match="goes on here"):
+        with pytest.raises(MigrationFailed, match="continues here"):
             await moving
     coordinator.switchover = Switchover.OWN
     await host.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 30})
@@ -232,7 +232,7 @@ async def test_an_emulator_that_started_its_qemu_takes_it_along(tmp_path: Path, 
         status, said = await moving.ended()
         if moment == "loading":
             assert status == 1
-            assert "goes on here" in said
+            assert "continues here" in said
             await source.more_beats("a")
         else:
             await until(lambda: not Path(f"/proc/{pid}").exists(), "end of the QEMU")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from vmbus.errors import DeviceError
-from vmbus.machine.migration.coordinator import Phase, Switchover
 from vmbus.machine.migration.drive import MigrationFailed, Outcome, arrived, migrate
+from vmbus.machine.migration.state_machine import Phase, Switchover
 from vmbus_devices.heartbeat import Heartbeat
 
 from tests.guest.harness import Booted
@@ -42,7 +42,7 @@ async def under_way(guest: Journey, there: Booted) -> asyncio.Task[Outcome]:
     """A migration that has begun to send memory."""
     coordinator = guest.host.migration
     before = coordinator.report
-    moving = asyncio.ensure_future(migrate(guest.host, guest.uri(there), limit=LIMIT))
+    moving = asyncio.ensure_future(migrate(guest.host.migration, guest.uri(there), timeout=LIMIT))
     await guest.here.migration(
         lambda: coordinator.report is not before and coordinator.report.statuses[-1:] == ["active"],
         "status active",
@@ -60,34 +60,34 @@ async def test_a_guest_that_cannot_leave_goes_on_and_can_leave_later(tmp_path: P
         await more_beats(guest)
 
         # There is no listener.
-        with pytest.raises(MigrationFailed, match="goes on here"):
-            await migrate(host, f"unix:{tmp_path}/nobody.sock", limit=LIMIT)
+        with pytest.raises(MigrationFailed, match="continues here"):
+            await migrate(host.migration, f"unix:{tmp_path}/nobody.sock", timeout=LIMIT)
         await more_beats(guest)
 
         # A device that cannot be saved: the reason comes out, the guest stays.
         there = await guest.target()
         device.reason = "a disk in the middle of something"
         with pytest.raises(MigrationFailed, match="in the middle of something"):
-            await migrate(host, guest.uri(there), limit=LIMIT)
+            await migrate(host.migration, guest.uri(there), timeout=LIMIT)
         device.reason = ""
         await more_beats(guest)
         with pytest.raises(MigrationFailed):
-            await arrived(there.host, limit=LIMIT)
+            await arrived(there.host.migration, timeout=LIMIT)
         await guest.leave(there)
 
         # More state than QEMU's carrier takes.
         there = await guest.target()
         device.size = 2 << 20
         with pytest.raises(MigrationFailed, match="too-large"):
-            await migrate(host, guest.uri(there), limit=LIMIT)
+            await migrate(host.migration, guest.uri(there), timeout=LIMIT)
         device.size = 0
         await more_beats(guest)
         await guest.leave(there)
 
         # The target has another set of devices: its Load() says so, the source hears of it.
         there = await guest.target(devices=("shutdown",))
-        with pytest.raises(MigrationFailed, match="goes on here"):
-            await migrate(host, guest.uri(there), limit=LIMIT)
+        with pytest.raises(MigrationFailed, match="continues here"):
+            await migrate(host.migration, guest.uri(there), timeout=LIMIT)
         assert "not-there" in there.host.migration.load_refused
         await more_beats(guest)
         await guest.leave(there)
@@ -97,7 +97,7 @@ async def test_a_guest_that_cannot_leave_goes_on_and_can_leave_later(tmp_path: P
         await host.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
         moving = await under_way(guest, there)
         there.guest.process.process.kill()
-        with pytest.raises(MigrationFailed, match="goes on here"):
+        with pytest.raises(MigrationFailed, match="continues here"):
             await moving
         await more_beats(guest)
         await guest.leave(there)
@@ -106,7 +106,7 @@ async def test_a_guest_that_cannot_leave_goes_on_and_can_leave_later(tmp_path: P
         there = await guest.target()
         moving = await under_way(guest, there)
         await host.qmp.execute("migrate_cancel")
-        with pytest.raises(MigrationFailed, match="goes on here"):
+        with pytest.raises(MigrationFailed, match="continues here"):
             await moving
         assert host.migration.report.statuses[-1] == "cancelled"
         await host.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 30})
@@ -116,13 +116,13 @@ async def test_a_guest_that_cannot_leave_goes_on_and_can_leave_later(tmp_path: P
         # Cancelled at the last moment: the state is made, the guest stands.
         there = await guest.target()
         host.migration.switchover = Switchover.OBSERVE
-        moving = asyncio.ensure_future(migrate(host, guest.uri(there), limit=LIMIT))
+        moving = asyncio.ensure_future(migrate(host.migration, guest.uri(there), timeout=LIMIT))
         await guest.here.migration(lambda: host.migration.phase is Phase.READY, "phase ready", there)
         answered = beats(guest)
         await asyncio.sleep(0.2)  # a guest that stands does not answer, and a paused host does not ask
         assert beats(guest) == answered
         await host.qmp.execute("migrate_cancel")
-        with pytest.raises(MigrationFailed, match="goes on here"):
+        with pytest.raises(MigrationFailed, match="continues here"):
             await moving
         host.migration.switchover = Switchover.OWN
         await more_beats(guest)

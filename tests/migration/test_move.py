@@ -29,7 +29,7 @@ async def test_name_output_and_status_of_a_command_survive_moves(tmp_path: Path)
         pids = {guest.guest.process.pid}
         for share in (False, True, True):
             answers = guest.device("heartbeat").status()["answers"]
-            outcome = await guest.guest.move(share_memory=share, limit=LIMIT)
+            outcome = await guest.guest.move(share_memory=share, timeout=LIMIT)
             assert (outcome.memory_bytes < 4 << 20) == share
             pids.add(guest.guest.process.pid)
             await guest.until(
@@ -52,7 +52,7 @@ async def test_a_guest_that_cannot_move_stays(tmp_path: Path) -> None:
         guest.guest._new_devices = lambda lines: []
         for share in (False, True):
             with pytest.raises(MigrationFailed, match="not-there"):
-                await guest.guest.move(share_memory=share, limit=LIMIT)
+                await guest.guest.move(share_memory=share, timeout=LIMIT)
         answers = guest.device("heartbeat").status()["answers"]
         await guest.until(
             lambda: guest.device("heartbeat").status()["answers"] > answers + 3, "heartbeats after that"

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from vmbus.errors import QemuError
 from vmbus.machine.migration.addresses import structured
-from vmbus.machine.migration.coordinator import Phase, Switchover
 from vmbus.machine.migration.drive import MigrationFailed, arrived, migrate, receive
+from vmbus.machine.migration.state_machine import Phase, Switchover
 from vmbus.machine.qemu.qmp import Qmp
 
 from tests.migration.journey import Journey
@@ -111,11 +111,11 @@ async def test_a_migration_may_be_cancelled_at_every_status(tmp_path: Path, gues
         await guest_resumed(guest)
 
         there = await guest.target()
-        went_well(await migrate(guest.host, guest.uri(there), limit=LIMIT))
+        went_well(await migrate(guest.host.migration, guest.uri(there), timeout=LIMIT))
         await cancel()
         assert await status(guest) == "completed"
         assert coordinator.phase is Phase.LEFT
-        await arrived(there.host, limit=LIMIT)
+        await arrived(there.host.migration, timeout=LIMIT)
         await guest.settle_at(there)
         await guest_resumed(guest)
 
@@ -151,8 +151,8 @@ async def test_what_cannot_work_is_refused_before_it_begins_and_cancelled_if_som
                 await put(guest.host, capabilities)
             except QemuError:  # not on this host, or not with this machine
                 continue
-            with pytest.raises(MigrationFailed, match=f"^{name}: .*; the guest goes on here"):
-                await migrate(guest.host, f"file:{tmp_path}/guest", limit=LIMIT)
+            with pytest.raises(MigrationFailed, match=f"^{name}: .*; the guest continues here"):
+                await migrate(guest.host.migration, f"file:{tmp_path}/guest", timeout=LIMIT)
             before = coordinator.report
             await other.execute("migrate", {"uri": f"unix:{sink}"})
             await guest.here.migration(lambda: coordinator.report is not before, "report")
@@ -201,7 +201,7 @@ async def test_channels_descriptor_sets_and_addresses_that_make_no_sense(
             main["addr"] = structured(guest.uri(there))
             await other.execute("migrate", {"channels": [main]})
             await reaches(guest, "completed")
-        await arrived(there.host, limit=LIMIT)
+        await arrived(there.host.migration, timeout=LIMIT)
         await guest.settle_at(there)
         await guest_resumed(guest)
 
@@ -211,12 +211,12 @@ async def test_channels_descriptor_sets_and_addresses_that_make_no_sense(
         uri = "file:/dev/fdset/7,offset=0x1000"
         async with monitor_of(guest) as other:
             await give(other, file, "ab")
-            went_well(await migrate(guest.host, uri, limit=LIMIT))
+            went_well(await migrate(guest.host.migration, uri, timeout=LIMIT))
         assert file.read_bytes()[:4096].rstrip(b".") == b"header"
         there = await guest.begin(replace(guest.options, incoming=True))
         await give(there.host.qmp, file, "rb")
-        await receive(there.host, uri)
-        await arrived(there.host, limit=LIMIT)
+        await receive(there.host.migration, uri)
+        await arrived(there.host.migration, timeout=LIMIT)
         await guest.settle_at(there)
         await guest_resumed(guest)
 

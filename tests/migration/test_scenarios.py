@@ -33,8 +33,8 @@ async def test_over_tcp(tmp_path: Path, guest_program: Program) -> None:
             await put(guest.host, dict.fromkeys(("multifd", "xbzrle", "switchover-ack"), False))
             there = await place(guest, capabilities, parameters)
             uri = await tcp_uri(there)
-            went_well(await migrate(guest.host, uri, limit=LIMIT))
-            await arrived(there.host, limit=LIMIT)
+            went_well(await migrate(guest.host.migration, uri, timeout=LIMIT))
+            await arrived(there.host.migration, timeout=LIMIT)
             await guest.settle_at(there)
             await guest_resumed(guest)
 
@@ -44,18 +44,18 @@ async def test_through_a_command(tmp_path: Path, guest_program: Program) -> None
         pipe = tmp_path / "pipe"
         os.mkfifo(pipe)
         there = await place(guest, {})
-        await receive(there.host, f"exec:cat < {pipe}")
-        went_well(await migrate(guest.host, f"exec:cat > {pipe}", limit=LIMIT))
-        await arrived(there.host, limit=LIMIT)
+        await receive(there.host.migration, f"exec:cat < {pipe}")
+        went_well(await migrate(guest.host.migration, f"exec:cat > {pipe}", timeout=LIMIT))
+        await arrived(there.host.migration, timeout=LIMIT)
         await guest.settle_at(there)
         await guest_resumed(guest)
 
         # The command has more to do than to pass it on.
         packed = tmp_path / "packed.gz"
-        went_well(await migrate(guest.host, f"exec:gzip -1 > {packed}", limit=LIMIT))
+        went_well(await migrate(guest.host.migration, f"exec:gzip -1 > {packed}", timeout=LIMIT))
         there = await place(guest, {})
-        await receive(there.host, f"exec:gzip -dc < {packed}")
-        await arrived(there.host, limit=LIMIT)
+        await receive(there.host.migration, f"exec:gzip -dc < {packed}")
+        await arrived(there.host.migration, timeout=LIMIT)
         await guest.settle_at(there)
         await guest_resumed(guest)
 
@@ -71,14 +71,14 @@ async def test_into_a_file_and_out_of_it(tmp_path: Path, guest_program: Program)
             file.write_bytes(HEADER[:offset])
             uri = f"file:{file}" + (f",offset={offset:#x}" if offset else "")
             await put(guest.host, capabilities)
-            went_well(await migrate(guest.host, uri, limit=LIMIT))
+            went_well(await migrate(guest.host.migration, uri, timeout=LIMIT))
             assert file.read_bytes()[:offset] == HEADER[:offset]
 
             # The guest's old place is not needed for this.
             there = await place(guest, {})
             await put(there.host, capabilities)
-            await receive(there.host, uri)
-            await arrived(there.host, limit=LIMIT)
+            await receive(there.host.migration, uri)
+            await arrived(there.host.migration, timeout=LIMIT)
             await guest.settle_at(there)
             await guest_resumed(guest)
 
@@ -104,12 +104,12 @@ async def test_a_guest_that_writes_too_fast_is_slowed_down_until_it_can_leave(
             if percentage := found.get("cpu-throttle-percentage", 0):
                 throttled.append(percentage)
 
-        moving = asyncio.ensure_future(migrate(guest.host, uri, progress=watch, limit=2 * LIMIT))
+        moving = asyncio.ensure_future(migrate(guest.host.migration, uri, progress=watch, timeout=2 * LIMIT))
         await guest.here.until(lambda: throttled or moving.done(), "throttling", there)
         assert throttled
         await put(guest.host, {}, {"max-bandwidth": 1 << 30, "downtime-limit": 1000})
         went_well(await moving)
-        await arrived(there.host, limit=LIMIT)
+        await arrived(there.host.migration, timeout=LIMIT)
         await guest.settle_at(there)
         await guest_resumed(guest)
 
@@ -122,15 +122,15 @@ async def test_a_place_with_another_uuid_is_refused(tmp_path: Path, guest_progra
         for station in (guest.here, there):
             await put(station.host, {"validate-uuid": True})
         uri = await tcp_uri(there)
-        with pytest.raises(MigrationFailed, match="goes on here"):
-            await migrate(guest.host, uri, limit=LIMIT)
+        with pytest.raises(MigrationFailed, match="continues here"):
+            await migrate(guest.host.migration, uri, timeout=LIMIT)
         with pytest.raises(MigrationFailed):
-            await arrived(there.host, limit=LIMIT)
+            await arrived(there.host.migration, timeout=LIMIT)
         await guest.leave(there)
         await guest_resumed(guest)
 
         there = await place(guest, {"validate-uuid": True})
-        went_well(await migrate(guest.host, await tcp_uri(there), limit=LIMIT))
-        await arrived(there.host, limit=LIMIT)
+        went_well(await migrate(guest.host.migration, await tcp_uri(there), timeout=LIMIT))
+        await arrived(there.host.migration, timeout=LIMIT)
         await guest.settle_at(there)
         await guest_resumed(guest)

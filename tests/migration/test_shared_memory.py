@@ -26,7 +26,7 @@ AUX_SHARED = ("-machine", "aux-ram-share=on")
 
 
 async def arrives(guest: Journey, there: Booted) -> None:
-    await arrived(there.host, limit=LIMIT)
+    await arrived(there.host.migration, timeout=LIMIT)
     await guest.settle_at(there)
     await guest_resumed(guest)
 
@@ -35,23 +35,23 @@ async def test_a_handover_on_one_host_copies_no_memory(tmp_path: Path, guest_pro
     async with under_load(tmp_path, guest_program, image=True) as guest:
         # A place with a memory file of its own has no guest in it: refused there, and the guest goes on.
         there = await place(guest, SHARED)
-        with pytest.raises(MigrationFailed, match="goes on here"):
-            await migrate(guest.host, await tcp_uri(there), limit=LIMIT)
+        with pytest.raises(MigrationFailed, match="continues here"):
+            await migrate(guest.host.migration, await tcp_uri(there), timeout=LIMIT)
         assert "in another file" in there.host.migration.load_refused
         await guest_resumed(guest)
         await guest.leave(there)
 
         for _ in range(2):
             there = await place(guest, SHARED, memory_of=guest.here)
-            outcome = await migrate(guest.host, await tcp_uri(there), limit=LIMIT)
+            outcome = await migrate(guest.host.migration, await tcp_uri(there), timeout=LIMIT)
             went_well(outcome)
             assert outcome.memory_bytes < LEAST
             await arrives(guest, there)
 
         # What holds for migrations holds for snapshots too, which would have no memory.
         with pytest.raises(SnapshotFailed, match="x-ignore-shared"):
-            await snapshots.save(guest.host, "empty")
-        assert await snapshots.listed(guest.host) == []
+            await snapshots.save(guest.host.migration, "empty")
+        assert await snapshots.listed(guest.host.migration) == []
         await guest_resumed(guest)
         await put(guest.host, {"x-ignore-shared": False})
         outcome = await guest.move()
@@ -70,13 +70,13 @@ async def test_a_target_that_fails_has_not_touched_the_memory_it_shares(
             )
             for station in (guest.here, there):
                 await put(station.host, SHARED)
-            with pytest.raises(MigrationFailed, match="goes on here"):
-                await migrate(guest.host, await tcp_uri(there), limit=LIMIT)
+            with pytest.raises(MigrationFailed, match="continues here"):
+                await migrate(guest.host.migration, await tcp_uri(there), timeout=LIMIT)
             assert "not-there" in there.host.migration.load_refused
             await guest_resumed(guest)
             await guest.leave(there)
         there = await place(guest, SHARED, memory_of=guest.here)
-        went_well(await migrate(guest.host, await tcp_uri(there), limit=LIMIT))
+        went_well(await migrate(guest.host.migration, await tcp_uri(there), timeout=LIMIT))
         await arrives(guest, there)
 
 
@@ -87,15 +87,15 @@ async def test_cpr_reboot_with_memory_in_the_file_and_beside_it(
         reboot = {"mode": "cpr-reboot"}
         uri = f"file:{tmp_path}/guest"
         await put(guest.host, {}, reboot)
-        outcome = await migrate(guest.host, uri, limit=LIMIT)
+        outcome = await migrate(guest.host.migration, uri, timeout=LIMIT)
         went_well(outcome)
         assert outcome.memory_bytes > LEAST
         there = await place(guest, {}, reboot)
-        await receive(there.host, uri)
+        await receive(there.host.migration, uri)
         await arrives(guest, there)
 
         await put(guest.host, SHARED)
-        outcome = await migrate(guest.host, uri, limit=LIMIT)
+        outcome = await migrate(guest.host.migration, uri, timeout=LIMIT)
         went_well(outcome)
         assert outcome.memory_bytes < LEAST
 
@@ -104,16 +104,16 @@ async def test_cpr_reboot_with_memory_in_the_file_and_beside_it(
         await guest_resumed(guest)
         there = await place(guest, SHARED, reboot, memory_of=guest.here)
         await guest.host.qmp.execute("stop")
-        await receive(there.host, uri)
+        await receive(there.host.migration, uri)
         with pytest.raises(MigrationFailed, match="not as the guest left it"):
-            await arrived(there.host, limit=LIMIT)
+            await arrived(there.host.migration, timeout=LIMIT)
         await guest.leave(there)
         await guest.host.qmp.execute("cont")
         await guest_resumed(guest)
 
-        went_well(await migrate(guest.host, uri, limit=LIMIT))
+        went_well(await migrate(guest.host.migration, uri, timeout=LIMIT))
         there = await place(guest, SHARED, reboot, memory_of=guest.here)
-        await receive(there.host, uri)
+        await receive(there.host.migration, uri)
         await arrives(guest, there)
 
 
@@ -132,10 +132,10 @@ async def test_cpr_transfer(tmp_path: Path, guest_program: Program) -> None:
             coming = cpr_place(guest, channel)
             await guest.here.until(channel.exists, "channel for descriptors")
             moving = asyncio.ensure_future(
-                migrate(guest.host, f"unix:{main}", cpr=f"unix:{channel}", limit=LIMIT)
+                migrate(guest.host.migration, f"unix:{main}", cpr=f"unix:{channel}", timeout=LIMIT)
             )
             there = await coming
-            await receive(there.host, f"unix:{main}")
+            await receive(there.host.migration, f"unix:{main}")
             outcome = await moving
             went_well(outcome)
             assert outcome.memory_bytes < 1 << 20
@@ -146,7 +146,7 @@ async def test_cpr_exec_is_refused(tmp_path: Path, guest_program: Program) -> No
     async with under_load(tmp_path, guest_program, extra=AUX_SHARED) as guest:
         await put(guest.host, {}, {"mode": "cpr-exec", "cpr-exec-command": ["false"]})
         with pytest.raises(MigrationFailed, match="cpr-exec: QEMU would become another program"):
-            await migrate(guest.host, f"file:{tmp_path}/guest", limit=LIMIT)
+            await migrate(guest.host.migration, f"file:{tmp_path}/guest", timeout=LIMIT)
         await guest_resumed(guest)
         await put(guest.host, {}, {"mode": "normal"})
         went_well(await guest.move())

@@ -38,7 +38,7 @@ async def test_a_guest_goes_back_to_a_snapshot_as_often_as_asked(tmp_path: Path)
         host = guest.host
         await more_beats(guest)
         before_save = (await count_on(guest, 5))[-1]
-        report = await snapshots.save(host, "first")
+        report = await snapshots.save(host.migration, "first")
         assert report.state_bytes > 0
         after_save = (await count_on(guest, 1))[-1]
         await more_beats(guest)
@@ -46,23 +46,23 @@ async def test_a_guest_goes_back_to_a_snapshot_as_often_as_asked(tmp_path: Path)
         sequence = guest.device("heartbeat").status()["sequence"]
         for _ in range(2):
             before = len(numbers(guest))
-            await snapshots.load(host, "first")
+            await snapshots.load(host.migration, "first")
             assert guest.device("heartbeat").status()["sequence"] < sequence
             # It counts on from where it was saved; a line that was under way then may come in two halves.
             later = since_it_jumped((await count_on(guest, 20))[before:])
             assert before_save <= later[0] <= after_save + 3
             assert len(later) > 10
             await more_beats(guest, 10)
-        await snapshots.save(host, "second")
+        await snapshots.save(host.migration, "second")
         await more_beats(guest)
-        assert [each.tag for each in await snapshots.listed(host)] == ["first", "second"]
+        assert [each.tag for each in await snapshots.listed(host.migration)] == ["first", "second"]
         with pytest.raises(SnapshotFailed, match="already"):
-            await snapshots.save(host, "second")
-        await snapshots.delete(host, "first")
+            await snapshots.save(host.migration, "second")
+        await snapshots.delete(host.migration, "first")
         with pytest.raises(SnapshotFailed, match="no snapshot first"):
-            await snapshots.load(host, "first")
+            await snapshots.load(host.migration, "first")
         await more_beats(guest)
-        await snapshots.load(host, "second")
+        await snapshots.load(host.migration, "second")
         await more_beats(guest)
         await count_on(guest, 10)
         assert guest.device("heartbeat").status()["odd_answers"] == 0
@@ -75,7 +75,7 @@ async def test_a_guest_goes_back_to_a_snapshot_as_often_as_asked(tmp_path: Path)
         await host.qmp.monitor("savevm behind")
         await more_beats(guest)
         with pytest.raises(SnapshotFailed, match="behind the emulator's back"):
-            await snapshots.load(host, "behind")
-        await snapshots.load(host, "second")
+            await snapshots.load(host.migration, "behind")
+        await snapshots.load(host.migration, "second")
         await host.qmp.execute("cont")
         await more_beats(guest)

@@ -77,8 +77,8 @@ async def test_a_sleeping_guest_is_moved_and_wakes_there(
         await falls_asleep(guest)
         await guest.host.qmp.execute("stop")
         there = await guest.target()
-        went_well(await migrate(guest.host, guest.uri(there), limit=LIMIT))
-        await arrived(there.host, limit=LIMIT)
+        went_well(await migrate(guest.host.migration, guest.uri(there), timeout=LIMIT))
+        await arrived(there.host.migration, timeout=LIMIT)
         await guest.settle_at(there)
         assert await run_state(guest) == "paused"
         await guest.host.qmp.execute("cont")
@@ -87,8 +87,8 @@ async def test_a_sleeping_guest_is_moved_and_wakes_there(
 
         # In a snapshot, too.
         await falls_asleep(guest)
-        await snapshots.save(guest.host, "asleep")
+        await snapshots.save(guest.host.migration, "asleep")
         assert await run_state(guest) == "suspended"
         await wakes(guest)
-        await snapshots.load(guest.host, "asleep")
+        await snapshots.load(guest.host.migration, "asleep")
         await wakes(guest)

@@ -6,9 +6,9 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from vmbus.machine.migration.coordinator import Phase, Switchover
 from vmbus.machine.migration.drive import MigrationFailed, arrived, migrate
 from vmbus.machine.migration.report import Report
+from vmbus.machine.migration.state_machine import Phase, Switchover
 from vmbus.machine.qemu.qmp import Qmp
 
 from tests.guest.waiting import while_alive
@@ -41,7 +41,7 @@ async def test_a_migration_that_another_program_drives_is_followed(tmp_path: Pat
                 "reason",
             )
             with pytest.raises(MigrationFailed):
-                await arrived(there.host, LIMIT)
+                await arrived(there.host.migration, LIMIT)
             await _set(other, capability, False)
             await more_beats(guest)
             await guest.leave(there)
@@ -66,7 +66,7 @@ async def test_a_migration_that_another_program_drives_is_followed(tmp_path: Pat
         await guest.here.until(lambda: coordinator.report.prepared_in, "state made ready", there)
         await other.execute("migrate-continue", {"state": "pre-switchover"})
         await guest.here.migration(lambda: coordinator.phase is Phase.LEFT, "phase left", there)
-        await arrived(there.host, LIMIT)
+        await arrived(there.host.migration, LIMIT)
         await other.close()
         await guest.settle_at(there)
         await more_beats(guest, 10)
@@ -114,7 +114,7 @@ async def test_a_driver_that_does_not_wait_for_the_emulator_cannot_lose_the_gues
         await other.execute("migrate", {"uri": guest.uri(there)})
         assert await waiting
         await other.execute("migrate-continue", {"state": "pre-switchover"})
-        await arrived(there.host, LIMIT)
+        await arrived(there.host.migration, LIMIT)
         await other.close()
         await guest.settle_at(there)
         await guest_resumed(guest)
@@ -170,15 +170,15 @@ async def test_a_guest_that_was_stopped_before_is_stopped_after(tmp_path: Path) 
         await guest.host.qmp.execute("stop")
         before = guest.host
         there = await guest.target(devices=("shutdown",))
-        with pytest.raises(MigrationFailed, match="goes on here"):  # once QEMU has asked for the state
-            await migrate(before, guest.uri(there), limit=LIMIT)
+        with pytest.raises(MigrationFailed, match="continues here"):  # once QEMU has asked for the state
+            await migrate(before.migration, guest.uri(there), timeout=LIMIT)
         assert "not-there" in there.host.migration.load_refused
         assert before.migration.phase is Phase.IDLE
         await guest.leave(there)
         there = await guest.target()
         await before.qmp.execute("migrate", {"uri": guest.uri(there)})
         await guest.here.migration(lambda: before.migration.phase is Phase.LEFT, "phase left", there)
-        await arrived(there.host, LIMIT)
+        await arrived(there.host.migration, LIMIT)
         await guest.settle_at(there)
         assert guest.host.migration.phase is Phase.LOADED
         assert (await guest.host.qmp.execute("query-status"))["status"] == "paused"

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from vmbus.machine.gateway.traps import Trap
-from vmbus.machine.migration.coordinator import Phase, Switchover
 from vmbus.machine.migration.drive import MigrationFailed, migrate
+from vmbus.machine.migration.state_machine import Phase, Switchover
 
 from tests.guest.harness import LOADED_MODULES
 from tests.guest.waiting import LIMIT
@@ -24,7 +24,7 @@ async def hold_traps(guest: Journey, monkeypatch: pytest.MonkeyPatch) -> list[Tr
     """Leave traps unanswered until the host is paused for a migration; return when there is one."""
     host = guest.host
     held: list[Trap] = []
-    serve, hold = host._serve, host.migration.state.hold
+    serve, hold = host._serve, host.migration.state.pause_channels
 
     def answer_late() -> None:
         if host._serve != serve:
@@ -34,7 +34,7 @@ async def hold_traps(guest: Journey, monkeypatch: pytest.MonkeyPatch) -> list[Tr
         hold()
 
     monkeypatch.setattr(host, "_serve", held.append)
-    monkeypatch.setattr(host.migration.state, "hold", answer_late)
+    monkeypatch.setattr(host.migration.state, "pause_channels", answer_late)
     await guest.here.until(lambda: held, "unanswered trap")
     return held
 
@@ -64,7 +64,7 @@ async def test_an_answer_that_no_processor_fetched_goes_along(
         there = await guest.target()
         coordinator = guest.host.migration
         coordinator.switchover = Switchover.OBSERVE
-        moving = asyncio.ensure_future(migrate(guest.host, guest.uri(there), limit=LIMIT))
+        moving = asyncio.ensure_future(migrate(guest.host.migration, guest.uri(there), timeout=LIMIT))
         await guest.here.migration(lambda: coordinator.phase is Phase.READY, "phase ready", there)
         await guest.here.until(lambda: coordinator.report.prepared_in, "state made ready")
         await guest.host.qmp.execute("migrate_cancel")

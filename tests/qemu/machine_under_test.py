@@ -59,9 +59,9 @@ class Machine:
                 assert time.monotonic() < end, f"no {what} within {LIMIT} s: {error}"
                 time.sleep(0.01)
 
-    def attach(self, *, take_over: bool = False) -> Gateway:
+    def attach(self, *, takeover: bool = False) -> Gateway:
         """Attach, as soon as QEMU listens."""
-        gateway = self._until("gateway", lambda: Gateway.attach(self.socket, take_over=take_over))
+        gateway = self._until("gateway", lambda: Gateway.attach(self.socket, takeover=takeover))
         assert isinstance(gateway, Gateway)
         self._gateways.append(gateway)
         return gateway

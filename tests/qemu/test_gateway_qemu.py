@@ -509,7 +509,7 @@ def test_taking_over_sends_the_other_away(start: Start) -> None:
     with start(HELD) as machine:
         first = active(machine)
         next_trap(first)
-        second = machine.attach(take_over=True)
+        second = machine.attach(takeover=True)
         assert first.closed
         with pytest.raises(GatewayError, match="taken over"):
             first.traps()
@@ -534,7 +534,7 @@ def test_after_the_hold_limit_a_message_hypercall_gets_its_status(start: Start) 
     """
     with start(program) as machine:
         gateway = active(machine)
-        gateway.set_hold_limit(0.1, {0x5C: 0x13})
+        gateway.set_hold_timeout(0.1, {0x5C: 0x13})
         gateway.answer(next_trap(gateway), 0)
         next_trap(gateway)  # the message is left unanswered
         gateway.close()

@@ -265,14 +265,14 @@ class Demo:
 
     async def _snapshot(self) -> None:
         """Save, continue, restore: what happened after the snapshot is undone, in the guest and in the emulator."""
-        await snapshots.save(self.guest.host, "demo")
+        await snapshots.save(self.guest.host.migration, "demo")
         saved_beat, saved_count = self._heartbeat()["sequence"], self._count()
         await self._until(
             lambda: self._count() >= saved_count + 10, "the guest to continue after the snapshot"
         )
         lost_beat, lost_count = self._heartbeat()["sequence"], self._count()
         self.output.clear()
-        await snapshots.load(self.guest.host, "demo")
+        await snapshots.load(self.guest.host.migration, "demo")
         await self._until(lambda: self._count() > 1, "the guest to continue from the snapshot")
         await self._more_beats(_BEATS)
         count = self._count()

@@ -20,7 +20,7 @@ from vmbus.errors import InternalError, MissingRequirement, UserError
 from vmbus.machine import rundir
 from vmbus.machine.control import ask
 from vmbus.machine.host import AttachedDevice, Host
-from vmbus.machine.migration.coordinator import Phase
+from vmbus.machine.migration.state_machine import Phase
 
 _EPILOG = """\
 examples:

@@ -271,12 +271,12 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
     try:
         with host.migration.driven_here():
             outcome = await migrate(
-                host,
+                host.migration,
                 str(request["uri"]),
                 cpr=str(request["cpr"]) if "cpr" in request else None,
                 descriptor=next(iter(request["descriptors"]), None),
                 carrier=CarrierAddress.parse(str(request["carrier"])) if "carrier" in request else None,
-                limit=float(request.get("timeout", 600)),
+                timeout=float(request.get("timeout", 600)),
             )
     except (KeyError, ValueError) as error:
         raise MigrationFailed(f"not a request to migrate: {error}") from error

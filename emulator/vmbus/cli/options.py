@@ -11,7 +11,7 @@ from vmbus.devices.registry import Registry
 from vmbus.errors import VmbusError
 from vmbus.hypervisor.features import Features
 from vmbus.machine.host import HostOptions
-from vmbus.machine.migration.coordinator import Switchover
+from vmbus.machine.migration.state_machine import Switchover
 from vmbus.wire.version import Version
 
 DEFAULT_GUEST = "debian-6.12"
@@ -126,9 +126,9 @@ def host_options(arguments: argparse.Namespace) -> HostOptions:
             deprecate_auto_eoi=not arguments.auto_eoi,
         ),
         max_version=arguments.max_version,
-        take_over=getattr(arguments, "take_over", False),
+        takeover=getattr(arguments, "take_over", False),
         reset=getattr(arguments, "reset", False),
-        hold_limit=arguments.hold_limit,
+        hold_timeout=arguments.hold_limit,
         switchover=arguments.switchover,
     )
 

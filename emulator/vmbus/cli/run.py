@@ -298,7 +298,7 @@ async def run_guest(decided: Plan, output: Callable[[bytes], object] | None) -> 
     ) as guest:
         if decided.incoming is not None:
             await _receive(guest.host, decided.incoming, decided.carrier)
-            await arrived(guest.host, None)
+            await arrived(guest.host.migration, None)
         if output is None or guest.command is None:
             if sys.stderr.isatty():
                 print(
@@ -315,7 +315,7 @@ async def run_guest(decided: Plan, output: Callable[[bytes], object] | None) -> 
 
 async def _receive(host: Host, uri: str, carrier: CarrierAddress | None) -> None:
     number = descriptor_number(uri)
-    await receive(host, uri, descriptor=number, carrier=carrier)
+    await receive(host.migration, uri, descriptor=number, carrier=carrier)
     if number is not None:
         os.close(number)  # QEMU has a copy; the peer must see it when QEMU closes that
 

@@ -106,17 +106,17 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
         return {
             "snapshots": [
                 {"tag": each.tag, "size": each.size, "date": each.date}
-                for each in await snapshots.listed(host)
+                for each in await snapshots.listed(host.migration)
             ]
         }
     if not tag:
         raise UserError("the name of the snapshot is missing")
     if what == "save":
-        found.update((await snapshots.save(host, tag, limit=timeout)).as_dict())
+        found.update((await snapshots.save(host.migration, tag, timeout=timeout)).as_dict())
     elif what == "load":
-        await snapshots.load(host, tag, limit=timeout)
+        await snapshots.load(host.migration, tag, timeout=timeout)
     elif what == "delete":
-        await snapshots.delete(host, tag, limit=timeout)
+        await snapshots.delete(host.migration, tag, timeout=timeout)
     else:
         raise UserError(f"unknown action {what!r}; known: delete, list, load, save")
     return {"tag": tag, "seconds": time.monotonic() - begun, **found}

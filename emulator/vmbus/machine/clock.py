@@ -92,8 +92,8 @@ class TcgClock:
             self.stopped_at = self._source.guest_tsc_now()
             self._stopped = True
 
-    def go(self) -> None:
-        """The guest goes on; its TSC has to be sampled anew."""
+    def resume(self) -> None:
+        """Continue: the guest runs again, and its TSC has to be sampled anew."""
         self._free_time = self._last
         self._free_since = time.monotonic_ns()
         self._stopped = False

@@ -22,9 +22,9 @@ from vmbus.errors import InternalError, QemuGone
 from vmbus.machine import rundir
 from vmbus.machine.host import Host, HostOptions
 from vmbus.machine.migration.configuration import leave_memory
-from vmbus.machine.migration.coordinator import Phase
 from vmbus.machine.migration.drive import MigrationFailed, Outcome, Progress, arrived, migrate, receive
 from vmbus.machine.migration.side_channel import CarrierAddress
+from vmbus.machine.migration.state_machine import Phase
 from vmbus.machine.migration.vmstate import DbusDaemon
 from vmbus.machine.qemu.acpi import vmbus_table
 from vmbus.machine.qemu.arguments import EmulatorOptions
@@ -210,7 +210,7 @@ class Guest:
             directory.remove()
 
     async def move(
-        self, *, share_memory: bool = False, progress: Progress | None = None, limit: float = 600.0
+        self, *, share_memory: bool = False, progress: Progress | None = None, timeout: float = 600.0
     ) -> Outcome:
         """Live-migrate into a new QEMU, served by a new host; the old ones are ended.
 
@@ -222,11 +222,11 @@ class Guest:
             raise MigrationFailed("this guest is moving already")
         self._moving = True
         try:
-            return await self._move(share_memory, progress, limit)
+            return await self._move(share_memory, progress, timeout)
         finally:
             self._moving = False
 
-    async def _move(self, share_memory: bool, progress: Progress | None, limit: float) -> Outcome:
+    async def _move(self, share_memory: bool, progress: Progress | None, timeout: float) -> Outcome:
         if self._new_devices is None:
             raise MigrationFailed("this guest's devices cannot be made a second time")
         lines = [line for attached in self.host.devices for line in attached.device.lines()]
@@ -244,8 +244,10 @@ class Guest:
         options = self._setup.options
         options = replace(options, incoming=True, serial=options.serial or self.directory.console)
         setup = replace(self._setup, options=options)
-        buffer_size = self.host.migration.buffer_size
+        source = self.host.migration
+        buffer_size = source.buffer_size
         new = await Station.open(directory, self.directory.name, setup, devices)
+        target = new.serving.migration
         try:
             uri = f"unix:{directory.path}/migration.sock"
             if share_memory:
@@ -254,21 +256,21 @@ class Guest:
             carrier = None
             if self.host.facts.dbus_address is None:
                 carrier = CarrierAddress("unix", directory.path / "carrier.sock")
-            await receive(new.serving, uri, carrier=carrier)
-            outcome = await migrate(self.host, uri, carrier=carrier, progress=progress, limit=limit)
-            await arrived(new.serving, limit)
+            await receive(target, uri, carrier=carrier)
+            outcome = await migrate(source, uri, carrier=carrier, progress=progress, timeout=timeout)
+            await arrived(target, timeout)
         except BaseException as error:
             await new.close()
             if share_memory:
                 await leave_memory(self.host.qmp, False)
-            if self.host.migration.phase is Phase.LEFT:  # it is nowhere else: what it left is still all there
-                await self.host.migration.take_back()
-            if (why := new.serving.migration.load_refused) and isinstance(error, MigrationFailed):
-                raise MigrationFailed(f"{why}; the guest goes on here") from error
+            if source.phase is Phase.LEFT:  # the target is ended, and the source still has all of the guest
+                await source.take_back()
+            if (why := target.load_refused) and isinstance(error, MigrationFailed):
+                raise MigrationFailed(f"{why}; the guest continues here") from error
             raise
         if share_memory:
             await leave_memory(new.serving.qmp, False)
-        new.serving.migration.buffer_size = buffer_size
+        target.buffer_size = buffer_size
         self._station = new
         self.served.replace(new.serving)
         await old.close()
@@ -280,5 +282,5 @@ class Guest:
             host.migration.buffer_size = int(request["save_buffer"])
         share = request.get("share_memory") is True
         with host.migration.driven_here():
-            outcome = await self.move(share_memory=share, limit=float(request.get("timeout", 600)))
+            outcome = await self.move(share_memory=share, timeout=float(request.get("timeout", 600)))
         return outcome.as_dict()

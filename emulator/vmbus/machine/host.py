@@ -1,12 +1,13 @@
-"""The Hyper-V host of one running QEMU: what binds the wires to the state machines.
+"""The Hyper-V host of one running QEMU: connects QEMU's sockets to the state machines.
 
     gateway ── traps ──→ Partition ── messages ──→ Bus ──→ Channel ──→ device
             ── doorbells ─────────── event ports ──────────┘
-    QMP     ── RESET, STOP, RESUME, SHUTDOWN ──→ this module
+    QMP     ── RESET, STOP, RESUME, SHUTDOWN ──→ Host
+    QMP     ── MIGRATION, STOP, RESUME ──→ migration.Coordinator
     Partition, Bus ── interrupts ──→ qtest        all of them ── guest memory ──→ mapping
 
-Everything runs on one event loop; nothing here blocks it but a write through qtest, which QEMU's main loop
-answers at once. The life of a host:
+Everything runs on one event loop. Only writes through qtest block it, until QEMU's main loop has answered. The life
+of a host:
 
     attach() → serve() … QEMU ends, or stop() is called → close()
 """
@@ -38,18 +39,20 @@ from vmbus.hypervisor.features import Features
 from vmbus.hypervisor.hypercalls import AcknowledgedEarly, HypercallRegisters, UndefinedOpcode
 from vmbus.hypervisor.msrs import GeneralProtection
 from vmbus.hypervisor.partition import Partition, PartitionEvents
-from vmbus.machine import takeover as succession
+from vmbus.machine import takeover
 from vmbus.machine.clock import TcgClock
 from vmbus.machine.gateway.client import Gateway
 from vmbus.machine.gateway.traps import Fault, Trap
 from vmbus.machine.io.engines import NativeEngines
 from vmbus.machine.io.workers import WorkerThreads
 from vmbus.machine.memory import MappedMemory
-from vmbus.machine.migration.coordinator import Coordinator, Phase, Switchover
+from vmbus.machine.migration.coordinator import Coordinator
+from vmbus.machine.migration.host_state import HostState
+from vmbus.machine.migration.ports import MigrationPorts
+from vmbus.machine.migration.state_machine import Phase, Switchover
 from vmbus.machine.qemu.discovery import QemuFacts, discover
-from vmbus.machine.qemu.local_apics import LocalApics
 from vmbus.machine.qemu.qmp import Qmp
-from vmbus.machine.qemu.qtest import Qtest
+from vmbus.machine.qemu.qtest import LocalApics, Qtest
 from vmbus.wire.gateway import GuestState, TrapKind
 from vmbus.wire.hypercall import CallCode, HvStatus
 from vmbus.wire.version import Version
@@ -58,7 +61,7 @@ _logger = logging.getLogger(__name__)
 
 
 class ExitReason(Enum):
-    """Why :meth:`Host.serve` returned."""
+    """The reason why :meth:`Host.serve` returned."""
 
     POWERED_OFF = "powered off"
     QEMU_GONE = "QEMU ended"
@@ -68,23 +71,24 @@ class ExitReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class HostOptions:
-    """What the user may choose of the host."""
+    """Choices of the user."""
 
     features: Features = field(default_factory=Features)
     max_version: Version = Version.COPPER
-    take_over: bool = False
+    takeover: bool = False
+    """Detach an emulator that is attached to QEMU."""
     reset: bool = False
-    """Reset a guest whose emulator is gone, and with it what it knew (see ``succession``)."""
-    hold_limit: float = 0.0
-    """Seconds that a guest waits for an emulator that has gone before its messages are refused with the status on
-    which guests try again; 0: it waits for ever."""
+    """Reset a guest whose emulator has ended: only that emulator had its state (:mod:`~vmbus.machine.takeover`)."""
+    hold_timeout: float = 0.0
+    """Seconds that a guest waits for a next emulator before its messages are refused with the status on which guests
+    try again; 0: without limit."""
     switchover: Switchover = Switchover.OWN
-    """Who sends ``migrate-continue`` in a migration that somebody else began."""
+    """Which program sends ``migrate-continue`` in a migration that another program began."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttachedDevice:
-    """A device, its primary channel, and what goes through it."""
+    """A device, its primary channel, and the host's end of that channel."""
 
     device: Device
     io: ChannelIo
@@ -93,7 +97,7 @@ class AttachedDevice:
 
 @dataclass(slots=True)
 class HostEvents:
-    """What happened to the guest so far; each list is short and bounded by :data:`_KEEP`."""
+    """What happened to the guest so far; no list has more than :data:`_KEEP` entries."""
 
     crashes: list[CrashReport] = field(default_factory=list)
     resets: int = 0
@@ -102,29 +106,28 @@ class HostEvents:
 
 _KEEP = 16
 
-#: Seconds in which QEMU's last QMP events must have come once another of its sockets broke.
-_LAST_WORDS = 5.0
+_QMP_TIMEOUT = 5.0
+"""Seconds for QEMU's last QMP events after another of its sockets broke."""
 
-SETTLE_LIMIT = 10.0
-"""Seconds that devices' work in threads may take to end before the host lets go of guest memory."""
+SETTLE_TIMEOUT = 10.0
+"""Seconds that devices' work in threads may take to end before the host unmaps guest memory."""
 
-#: Connection ids of channels (``Channel.connection_id``): 0x2000 + relid.
 EVENT_CONNECTIONS = 0x2000
+"""Connection ids of channels (``Channel.connection_id``) are 0x2000 + relid."""
 
-#: How many relids there are; 0 is none of them.
 RELIDS = 2048
+"""Number of relids; 0 is not used."""
 
-
-#: How long a vCPU looks for its answer before it sleeps: a message takes 30 to 60 us here, and being woken from
-#: sleep costs a vCPU as much again (docs/performance.md).
 SPIN_NS = 100_000
+"""Nanoseconds that a vCPU polls for its answer before it sleeps. A message takes 30 to 60 us here, and to wake a vCPU
+costs as much again (docs/performance.md)."""
 
-#: Times that a busy guest is looked at again before everybody else has a turn.
 GATEWAY_ROUNDS = 64
+"""Times that a busy guest is served before the event loop runs anything else."""
 
 
 class Host:
-    """Serves one guest. Made by :meth:`attach`."""
+    """The host of one guest. Made by :meth:`attach`."""
 
     class _Events(PartitionEvents):
         def __init__(self, host: Host) -> None:
@@ -135,11 +138,11 @@ class Host:
 
         def guest_os_changed(self, os_id: int) -> None:
             self._host.gateway.guest = GuestState.ENGAGED if os_id else GuestState.FREE
-            # A guest enables its reference TSC page before it names itself; the TSC may become known later.
+            # A guest enables its reference TSC page before it writes its id; the TSC may become known later.
             self._host._tsc_page_waits = bool(os_id)
 
         def synic_changed(self, vp: int) -> None:
-            # Signals while a processor cannot take them are dropped. One that slept (S3) would wait for ever.
+            # Signals to a processor that cannot take them are dropped. A guest would wait for them after S3.
             if self._host.partition.synic.vps[vp].can_signal(MESSAGE_SINT):
                 for channel in self._host.bus.channels:
                     if channel.target_vp == vp:
@@ -187,7 +190,7 @@ class Host:
         )
         for connection in (1, 4):
             self.partition.connect_message_port(connection, self._message)
-        # Whoever looks for long instead of sleeping takes a processor, and with none to spare a vCPU's.
+        # A long poll window occupies a processor: with none to spare, it would be a vCPU's.
         self._spare = len(os.sched_getaffinity(0)) > len(facts.apic_ids)
         self.workers = WorkerThreads(loop)
         self.workers.engines = NativeEngines(
@@ -202,14 +205,35 @@ class Host:
             native=self.workers.engines,
             stop_guest=self.stop_guest,
         )
-        #: Why devices stopped the guest, until it goes on.
         self.stopped_because: list[str] = []
+        """Why devices stopped the guest, until it is resumed."""
         self.devices: list[AttachedDevice] = []
-        self.migration = Coordinator(self, switchover=options.switchover)
+        self.migration = self._coordinator(options.switchover)
         self._tsc_page_waits = False
         self._gateway_again: asyncio.Handle | None = None
         self.gateway_traps = 0
         self.gateway_doorbells = 0
+
+    def _coordinator(self, switchover: Switchover) -> Coordinator:
+        ports = MigrationPorts(
+            qmp=self.qmp,
+            qtest=self.qtest,
+            memory=self.memory,
+            gateway=self.gateway,
+            workers=self.workers,
+            service=self,
+            dbus_address=self.facts.dbus_address,
+        )
+        state = HostState(
+            partition=self.partition,
+            bus=self.bus,
+            memory=self.memory,
+            clock=self.clock,
+            gateway=self.gateway,
+            qtest=self.qtest,
+            service=self,
+        )
+        return Coordinator(ports, state, switchover=switchover)
 
     @classmethod
     async def attach(
@@ -217,9 +241,9 @@ class Host:
     ) -> Host:
         """Attach to the QEMU behind a QMP socket and offer ``devices``.
 
-        Raises :class:`~vmbus.errors.QemuUnsuitable` naming what is missing,
-        :class:`~vmbus.errors.GatewayError` when another emulator is attached, and
-        :class:`~vmbus.machine.takeover.GuestLost` for a guest whose emulator is gone with what it knew.
+        Raises :class:`~vmbus.errors.QemuUnsuitable` with what is missing, :class:`~vmbus.errors.GatewayError` when
+        another emulator is attached, and :class:`~vmbus.machine.takeover.GuestLost` for a guest whose state ended
+        with its emulator.
         """
         options = options or HostOptions()
         qmp = qmp_socket if isinstance(qmp_socket, Qmp) else await Qmp.connect(str(qmp_socket))
@@ -228,16 +252,16 @@ class Host:
         try:
             facts = await discover(qmp)
             qtest = Qtest.connect(facts.qtest_socket)
-            gateway = Gateway.attach(facts.gateway_socket, take_over=options.take_over)
-            if await succession.end_migration(qmp):
+            gateway = Gateway.attach(facts.gateway_socket, takeover=options.takeover)
+            if await takeover.end_migration(qmp):
                 facts = await discover(qmp)
-            await succession.check_guest(qmp, gateway, reset=options.reset)
-            let_go = options.reset and await succession.reset_guest(qmp, gateway)
+            await takeover.check_guest(qmp, gateway, reset=options.reset)
+            resume = options.reset and await takeover.reset_guest(qmp, gateway)
             host = cls(facts, qmp, qtest, gateway, options)
             if not facts.atomic:
                 _logger.warning(
-                    "this QEMU can have one vCPU only, and its guest's locked instructions are not atomic: now and "
-                    "then a signal is lost, and a channel hangs. Start it with -smp 1,maxcpus=2"
+                    "this QEMU can have only one vCPU, so its guest's locked instructions are not atomic: a signal "
+                    "can be lost, and its channel then hangs. Start QEMU with -smp 1,maxcpus=2"
                 )
         except BaseException:
             if gateway is not None:
@@ -254,7 +278,7 @@ class Host:
                 host.clock.stop()
             await host.migration.start()
             host._activate(options)
-            if let_go:
+            if resume:
                 await qmp.cont()
         except BaseException:
             await host.close()
@@ -262,12 +286,12 @@ class Host:
         return host
 
     def channel_end(self, device: ChannelDevice) -> ChannelIo:
-        """The host's end of a channel of ``device`` that is about to be offered."""
+        """Return the host's end for a channel of ``device`` that is about to be offered."""
         longest = device.poll_window if self._spare else min(device.poll_window, Device.poll_window)
         return ChannelIo(device, self._loop, poll_window=longest)
 
     def add_device(self, device: Device) -> AttachedDevice:
-        """Offer one more device; the guest sees it at once if it has asked for offers."""
+        """Offer one more device; the guest gets the offer at once if it has asked for offers."""
         io = self.channel_end(device)
         device.start(self.environment)
         attached = AttachedDevice(device, io, self.bus.offer(device.offer(), io))
@@ -275,7 +299,7 @@ class Host:
         return attached
 
     def remove_device(self, attached: AttachedDevice) -> None:
-        """Take a device's offer back (hot removal); the guest lets go of it in its own time."""
+        """Rescind a device's offer (hot removal) and stop the device. The guest releases the channel later."""
         self.devices.remove(attached)
         self.bus.revoke(attached.channel)
         attached.device.stop()
@@ -283,10 +307,10 @@ class Host:
     def _activate(self, options: HostOptions) -> None:
         self.gateway.set_cpuid(cpuid_table(options.features, len(self.facts.apic_ids)))
         self.gateway.set_doorbells(self.partition.doorbell_rules(EVENT_CONNECTIONS, RELIDS))
-        self.gateway.set_hold_limit(
-            options.hold_limit, {CallCode.POST_MESSAGE: HvStatus.INSUFFICIENT_BUFFERS}
+        self.gateway.set_hold_timeout(
+            options.hold_timeout, {CallCode.POST_MESSAGE: HvStatus.INSUFFICIENT_BUFFERS}
         )
-        if len(os.sched_getaffinity(0)) > 1:  # with one processor a vCPU that looks keeps the answer away
+        if len(os.sched_getaffinity(0)) > 1:  # with one processor, a vCPU that polls delays the answer
             self.gateway.set_spin(SPIN_NS)
         self.gateway.activate()
         self._loop.add_reader(self.gateway.fileno(), self._gateway_ready)
@@ -299,7 +323,7 @@ class Host:
         result = self.bus.handle_message(vp, connection_id, payload)
         return HvStatus.SUCCESS if result is PostResult.OK else HvStatus.INSUFFICIENT_BUFFERS
 
-    # --- the gateway ------------------------------------------------------------------------------------
+    # --- the gateway ---
 
     def _gateway_ready(self) -> None:
         gateway = self.gateway
@@ -320,7 +344,7 @@ class Host:
             self._lost(error)
 
     def look_at_gateway(self) -> None:
-        """There may be traps and doorbells that nobody was woken for."""
+        """Serve the gateway in the next turn of the event loop: it may have traps and doorbells without a wake-up."""
         self._gateway_again = self._loop.call_soon(self._gateway_ready)
 
     def _leave_gateway(self) -> None:
@@ -329,7 +353,7 @@ class Host:
             self._gateway_again.cancel()
 
     def serve_gateway(self) -> None:
-        """Answer the traps that wait, take the doorbells that were rung."""
+        """Answer the traps that wait, and handle the doorbells that were rung."""
         for trap in self.gateway.traps():
             self._serve(trap)
         for index in self.gateway.doorbells():
@@ -360,7 +384,9 @@ class Host:
             raise
         except Exception:
             _logger.exception(
-                "a %s of vCPU %d could not be answered; please report this", trap.kind.name, trap.vcpu
+                "internal error in the answer to a %s of vCPU %d; please report this",
+                trap.kind.name,
+                trap.vcpu,
             )
             if trap.kind is TrapKind.VMCALL:
                 self.gateway.answer(trap, HvStatus.OPERATION_FAILED)
@@ -377,9 +403,9 @@ class Host:
         except (GatewayError, QemuGone):
             raise
         except Exception:
-            _logger.exception("a message of the guest could not be acted on; please report this")
+            _logger.exception("internal error in the handling of a guest's message; please report this")
 
-    # --- the guest's life --------------------------------------------------------------------------------
+    # --- the guest's life ---
 
     async def _follow_life(self) -> None:
         async for name, data in self.qmp.events():
@@ -391,18 +417,18 @@ class Host:
                 self.clock.stop()
             elif name == "RESUME":
                 self.gateway.clock.arm()
-                self.clock.go()
+                self.clock.resume()
             elif name == "SHUTDOWN":
                 self._shutdown_reason = str(data.get("reason", ""))
             elif name == "GUEST_PANICKED":
                 self.events.guest_panicked += 1
             self.migration.event(name, data)
             if name == "RESUME":
-                self._goes_on()
+                self._resumed()
         self._ended_by_itself(None)
 
     def stop_guest(self, reason: str) -> None:
-        """A device cannot go on as things are: stop the guest until somebody has mended that (``cont``)."""
+        """Stop the guest: a device cannot work until the user removes the cause and resumes the guest (``cont``)."""
         if not self.stopped_because:
             self.background(self._stop_guest())
         if reason not in self.stopped_because and len(self.stopped_because) < _KEEP:
@@ -412,16 +438,18 @@ class Host:
     async def _stop_guest(self) -> None:
         await self.qmp.execute("stop")
 
-    def _goes_on(self) -> None:
+    def _resumed(self) -> None:
         self.stopped_because.clear()
         for attached in tuple(self.devices):
             try:
                 attached.device.guest_resumed()
             except Exception:
-                _logger.exception("%s does not go on; please report this", attached.device.name)
+                _logger.exception(
+                    "internal error: %s cannot continue; please report this", attached.device.name
+                )
 
     def reset(self) -> None:
-        """The machine was reset: everything that the guest had set up is gone, the offers stay."""
+        """Drop everything that the guest had set up, after a reset of the machine; keep the offers."""
         _logger.info("the machine was reset")
         self.gateway.forget_requests()
         self.bus.reset()
@@ -432,11 +460,12 @@ class Host:
             _logger.warning("the guest reports a crash: %s", report)
             self.events.crashes.append(report)
 
-    def background(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run ``work`` beside everything else; an error of QEMU's in it ends the host, another one fails it."""
+    def background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run ``work`` as a task. An error of QEMU in it ends the host; another error is raised by :meth:`serve`."""
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._background_done)
+        return task
 
     def _background_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
@@ -449,17 +478,17 @@ class Host:
                 self._ended.set_exception(error)
 
     def _lost(self, error: QemuError) -> None:
-        """A socket of QEMU's broke. What that means (a power-off, a crash) is for the QMP events still to come."""
+        """Handle a broken socket of QEMU. QMP events that are still to come say whether it was a power-off."""
         self._leave_gateway()
         if self._shutdown_reason:
             self._ended_by_itself(error)
         elif self._lost_because is None:
             _logger.info("%s", error)
             self._lost_because = error
-            self._loop.call_later(_LAST_WORDS, self._ended_by_itself, error)
+            self._loop.call_later(_QMP_TIMEOUT, self._ended_by_itself, error)
 
     def _ended_by_itself(self, error: QemuError | None) -> None:
-        if self.migration.phase is Phase.LEFT:  # QEMU is ended when nobody needs it any more
+        if self.migration.phase is Phase.LEFT:  # QEMU is ended when it is not needed any more
             self._end(ExitReason.MIGRATED, error)
         else:
             self._end(ExitReason.POWERED_OFF if self._shutdown_reason else ExitReason.QEMU_GONE, error)
@@ -476,29 +505,29 @@ class Host:
         return await asyncio.shield(self._ended)
 
     def stop(self, exit_reason: ExitReason = ExitReason.STOPPED) -> None:
-        """Let :meth:`serve` return; QEMU goes on, its guest waits for the next emulator."""
+        """Make :meth:`serve` return. QEMU is not ended; its guest waits for the next emulator."""
         self._end(exit_reason, None)
 
     async def close(self) -> None:
-        """Let go of QEMU and of guest memory."""
+        """Close the connections to QEMU, and unmap guest memory when devices do not use it any more."""
         self._leave_gateway()
-        self.partition.pause()  # no timer of it fires any more
-        for channel in self.bus.channels:  # and no turn of a channel finds guest memory unmapped
+        self.partition.pause()  # none of its timers fires any more
+        for channel in self.bus.channels:  # and no channel uses guest memory after it is unmapped
             if isinstance(channel.endpoint, ChannelIo):
                 channel.endpoint.pause()
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.migration.close()
-        if not await self.workers.settle(SETTLE_LIMIT):
+        if not await self.workers.settle(SETTLE_TIMEOUT):
             _logger.warning(
-                "%d pieces of devices' work are not done; they are left behind", self.workers.unfinished
+                "%d pieces of devices' work did not end in time and are abandoned", self.workers.unfinished
             )
         for attached in self.devices:
             attached.device.stop()
         for attached in self.devices:
-            if not await asyncio.to_thread(attached.device.wait_closed, SETTLE_LIMIT):
-                _logger.warning("%s has not let go of all it has", attached.device.name)
+            if not await asyncio.to_thread(attached.device.wait_closed, SETTLE_TIMEOUT):
+                _logger.warning("%s did not end all its work in time", attached.device.name)
         self.workers.close()
         self.gateway.close()
         self.qtest.close()

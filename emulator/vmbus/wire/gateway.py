@@ -243,7 +243,7 @@ class Status(IntEnum):
     REFUSED = 3
 
 
-HELLO_TAKE_OVER = 1
+HELLO_TAKEOVER = 1
 """Flag of HELLO: disconnect the emulator that is connected, and take its place."""
 
 

@@ -33,7 +33,7 @@ from vmbus.devices.options import parse_size
 from vmbus.errors import MissingRequirement
 from vmbus.machine.control import ask
 from vmbus.machine.host import AttachedDevice, Host
-from vmbus.machine.migration.coordinator import Phase
+from vmbus.machine.migration.state_machine import Phase
 from vmbus.machine.served import Served
 from vmbus.testing import LoopbackGuest
 from vmbus_devices.scsi.controller import Controller

@@ -108,15 +108,15 @@ class Harness:
         """Whether nothing was printed that :meth:`expect` has not seen."""
         return self._lines.empty()
 
-    def attach(self, *, take_over: bool = False) -> Gateway:
+    def attach(self, *, takeover: bool = False) -> Gateway:
         """Attach; waits for a predecessor that has just closed to be noticed."""
         end = time.monotonic() + LIMIT
         while True:
             try:
-                gateway = Gateway.attach(self.socket, take_over=take_over)
+                gateway = Gateway.attach(self.socket, takeover=takeover)
                 break
             except GatewayError:
-                if take_over or time.monotonic() > end:
+                if takeover or time.monotonic() > end:
                     raise
                 time.sleep(0.001)
         self._gateways.append(gateway)

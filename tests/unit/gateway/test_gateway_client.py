@@ -64,7 +64,7 @@ def test_taking_over_wakes_and_ends_the_first(harness: Harness) -> None:
     first = harness.active()
     assert first.traps() == []
     assert not first.sleep_prepare()
-    second = harness.attach(take_over=True)
+    second = harness.attach(takeover=True)
     assert select.select([first.fileno()], [], [], 30)[0]
     assert first.closed
     with pytest.raises(GatewayError, match="taken over"):
@@ -80,7 +80,7 @@ def test_an_emulator_that_was_sent_away_answers_nothing_any_more(harness: Harnes
     first = harness.active()
     harness.start(RDMSR, rcx=MSR)
     (seen_by_first,) = traps(first)
-    second = harness.attach(take_over=True)
+    second = harness.attach(takeover=True)
     (seen_by_second,) = traps(second)
     first.answer(seen_by_first, 1)
     second.answer(seen_by_second, 2)

@@ -282,7 +282,7 @@ def test_with_wait_off_everything_is_native_until_the_first_activation(
 
 def test_a_gone_emulator_s_message_calls_get_their_status_after_the_limit(harness: Harness) -> None:
     gateway = harness.active()
-    gateway.set_hold_limit(0.02, {0x5C: 0x13})
+    gateway.set_hold_timeout(0.02, {0x5C: 0x13})
     harness.start(VMCALL, rcx=0x5C)
     (trap,) = traps(gateway)
     gateway.close()

@@ -32,7 +32,7 @@ NUMBERS = {
     "GATEWAY_GONE": wire.GONE,
     "GATEWAY_MESSAGE_MAGIC": wire.MESSAGE_MAGIC,
     "SLOT_LONG_MODE": wire.SLOT_LONG_MODE,
-    "HELLO_TAKE_OVER": wire.HELLO_TAKE_OVER,
+    "HELLO_TAKEOVER": wire.HELLO_TAKEOVER,
     **{f"KIND_{kind.name}": kind.value for kind in wire.TrapKind},
     **{f"VERDICT_{verdict.name}": verdict.value for verdict in wire.Verdict},
     **{f"EMULATOR_{state.name}": state.value for state in wire.EmulatorState},

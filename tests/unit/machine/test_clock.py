@@ -38,7 +38,7 @@ def test_time_stands_still_while_the_guest_is_stopped() -> None:
     assert not clock.tsc_known
     assert clock.stopped_at == 10 * GHZ
     source.tsc = None
-    clock.go()
+    clock.resume()
     assert before <= clock.now() < before + 10_000_000
     source.tsc = 10 * GHZ + 1000
     assert before <= clock.now() < before + 10_000_000
@@ -51,7 +51,7 @@ def test_a_guest_from_another_qemu_keeps_its_time_and_its_frequency() -> None:
     assert clock.restore(GHZ, 100 * GHZ, 5_000_000_000, 4_999_999_000)
     assert clock.tsc_frequency == GHZ
     assert clock.now() == 4_999_999_000
-    clock.go()
+    clock.resume()
     assert 4_999_999_000 <= clock.now() < 5_000_000_000
     source.tsc = 101 * GHZ
     assert clock.now() == 5_010_000_000 - 1 or clock.now() == 5_010_000_000
@@ -63,7 +63,7 @@ def test_a_tsc_of_another_rate_goes_on_from_the_time_at_which_the_guest_was_stop
     clock.stop()
     assert not clock.restore(GHZ, 100 * GHZ, 5_000_000_000, 4_000_000_000)
     assert clock.tsc_frequency == 3 * GHZ
-    clock.go()
+    clock.resume()
     source.tsc = 100 * GHZ + 3 * GHZ
     assert clock.now() in (5_010_000_000 - 1, 5_010_000_000)
 

@@ -8,15 +8,18 @@ moment that it runs.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
-from types import SimpleNamespace
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
-from vmbus.errors import QemuError
+from vmbus.bus.io.channel_io import ChannelDevice, ChannelIo
+from vmbus.errors import InternalError, QemuError
+from vmbus.machine.gateway.traps import Unclaimed
 from vmbus.machine.memory import MappedMemory, RamRegion
 from vmbus.machine.migration.carried_pages import CarriedPages, read
-from vmbus.machine.migration.coordinator import Coordinator, Phase, Switchover
+from vmbus.machine.migration.coordinator import Coordinator
+from vmbus.machine.migration.ports import MigrationPorts
+from vmbus.machine.migration.state_machine import Phase, Switchover
 from vmbus.ports import PAGE_SIZE
 from vmbus.saving import (
     ChannelSaver,
@@ -28,8 +31,8 @@ from vmbus.saving import (
     save_machine,
 )
 from vmbus.saving.pages import MAX_CARRIED
-
-from tests.unit.machine.test_dirty_pages import host_of
+from vmbus.wire.gateway import GuestState
+from vmbus.wire.saved import ChannelIdentity
 
 PAGES = 512
 THEIRS = range(60, 60 + 20)
@@ -37,11 +40,11 @@ MANY = range(256, 256 + MAX_CARRIED + 37)
 SHARED = {16: 4, 24: 0, 40: 6, 41: 15 * 256, 42: 0, 0x33: 4095}
 """Pages that host and guest both write → the byte of each that is the host's."""
 TURNS = 60
-"""Of the event loop, in which the emulator has done its part."""
+"""Turns of the event loop in which the emulator has done its part."""
 
 
 class Qemu:
-    """QEMU and the guest in it; also its QMP and its qtest socket."""
+    """QEMU and the guest in it; also its monitor, its qtest socket, its gateway and the host's service."""
 
     def __init__(self, cancel_at: int | None = None) -> None:
         self.ram = bytearray(b"\1" * (PAGES * PAGE_SIZE))
@@ -51,20 +54,32 @@ class Qemu:
         self.status = "none"
         self.runs = True
         self.stopped_before = False
-        self.coordinator: Coordinator
         self.moments = 0
         self.cancel_at = cancel_at
         self.marks = 0
         self.lost = 0
+        self.saved = b""
         self.settled = asyncio.Event()
         self.settled.set()
+        self.guest = GuestState.ENGAGED
+        self.state = State(self)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.get_running_loop()
+        ports = MigrationPorts(
+            qmp=self,
+            qtest=self,
+            memory=self.memory,
+            gateway=self,
+            workers=Workers(self),
+            service=self,
+            dbus_address="unix:path=/nowhere",
+        )
+        self.coordinator = Coordinator(ports, self.state)
 
-    # --- the guest
+    # --- the guest ---
 
     def moment(self) -> None:
-        """Something happens between any two steps of the emulator."""
+        """Let something happen between any two steps of the emulator."""
         self.moments += 1
         if self.moments == self.cancel_at:
             self.cancel()
@@ -73,7 +88,7 @@ class Qemu:
                 self.guest_writes(page)
 
     def guest_writes(self, page: int) -> None:
-        """Every byte of a page but the host's."""
+        """Write every byte of a page but the host's."""
         start = page * PAGE_SIZE
         kept = self.ram[start + SHARED[page]] if page in SHARED else None
         self.ram[start : start + PAGE_SIZE] = bytes([self.moments & 0xFF]) * PAGE_SIZE
@@ -81,9 +96,9 @@ class Qemu:
             self.ram[start + SHARED[page]] = kept
         self.dirty.add(page)
 
-    # --- migrations
+    # --- migrations ---
 
-    def tell(self, name: str, **data: object) -> None:
+    def send_event(self, name: str, **data: object) -> None:
         self._loop.call_soon(self.coordinator.event, name, data)
 
     def begin(self) -> None:
@@ -97,7 +112,7 @@ class Qemu:
     def pause(self) -> None:
         self.runs = False
         if not self.stopped_before:
-            self.tell("STOP")
+            self.send_event("STOP")
         self._become("pre-switchover")
 
     def cancel(self) -> None:
@@ -105,11 +120,11 @@ class Qemu:
             self._become("cancelled")
             if not self.stopped_before:
                 self.runs = True
-                self.tell("RESUME")
+                self.send_event("RESUME")
 
     def _become(self, status: str) -> None:
         self.status = status
-        self.tell("MIGRATION", status=status)
+        self.send_event("MIGRATION", status=status)
 
     def _pass(self) -> None:
         for page in self.dirty:
@@ -117,7 +132,9 @@ class Qemu:
             self.sent[part] = self.ram[part]
         self.dirty = set()
 
-    # --- QMP
+    # --- the monitor ---
+
+    connected = True
 
     async def execute(self, command: str, arguments: object = None) -> Any:
         await asyncio.sleep(0)
@@ -132,13 +149,21 @@ class Qemu:
         elif command == "migrate-continue":
             if self.status != "pre-switchover":
                 raise QemuError("not in the right state")
+            self._become("device")
             self._pass()
+            self.saved = await self.coordinator.save()
             self._become("completed")
         await asyncio.sleep(0)
         self.moment()
         return answer
 
-    # --- qtest
+    async def cont(self) -> None:
+        raise InternalError("no guest is resumed by a command here")
+
+    async def hand_over(self, descriptor: int, name: str) -> None:
+        raise InternalError("no descriptor is passed here")
+
+    # --- the qtest socket ---
 
     def mark(self, bytes_there: Sequence[tuple[int, int]]) -> None:
         for gpa, value in bytes_there:
@@ -151,18 +176,29 @@ class Qemu:
             self.marks += 1
         self.moment()
 
-    # --- the rest of a host
+    def settle(self) -> None: ...
 
-    def background(self, work: Coroutine[Any, Any, None]) -> None:
+    # --- the gateway and the service ---
+
+    def unclaimed(self) -> list[Unclaimed]:
+        return []
+
+    def carry(self, unclaimed: Iterable[Unclaimed]) -> None: ...
+
+    def background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
-    async def settle(self, limit: float) -> bool:
-        self.moment()
-        await self.settled.wait()
-        self.moment()
-        return True
+    def serve_gateway(self) -> None: ...
+
+    def look_at_gateway(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+    def channel_end(self, device: ChannelDevice) -> ChannelIo:
+        raise InternalError("there are no channels here")
 
     async def quiet(self) -> None:
         for _ in range(TURNS):
@@ -173,6 +209,21 @@ class Qemu:
             assert self.memory.filled is None, "buffers are marked early only while a migration is under way"
 
 
+class Workers:
+    """Devices' work, which ends when ``settled`` is set."""
+
+    engines = None
+
+    def __init__(self, qemu: Qemu) -> None:
+        self.qemu = qemu
+
+    async def settle(self, timeout: float) -> bool:
+        self.qemu.moment()
+        await self.qemu.settled.wait()
+        self.qemu.moment()
+        return True
+
+
 class State:
     """A host without channels; ``refuses``: why it cannot be saved."""
 
@@ -180,13 +231,19 @@ class State:
         self.qemu = qemu
         self.refuses = ""
 
-    def hold(self) -> None:
+    def pause_channels(self) -> None:
         self.qemu.moment()
 
-    freeze = thaw = hold
+    pause = resume = reset = pause_channels
 
-    def names(self) -> dict[Any, str]:
+    def names(self) -> dict[ChannelIdentity, str]:
         return {}
+
+    def unclaimed_answers(self) -> int:
+        return 0
+
+    def owned_bytes(self) -> Mapping[int, int]:
+        return SHARED
 
     def save(self, buffer_size: int, *, memory_stays: bool, pages: Sequence[int], limit: int) -> SavedState:
         if self.refuses:
@@ -196,19 +253,10 @@ class State:
         self.qemu.moment()
         return save_machine(ChannelSaver(), [], pages=found, limit=limit)
 
+    def restore(self, data: bytes) -> None:
+        raise InternalError("no guest arrives here")
 
-def followed(cancel_at: int | None = None) -> Qemu:
-    qemu = Qemu(cancel_at)
-    host = host_of(qemu.memory)
-    host.qtest = host.qmp = qemu
-    host.workers = SimpleNamespace(settle=qemu.settle, engines=None)
-    host.clock = SimpleNamespace(stop=lambda: None)
-    host.gateway = SimpleNamespace(unclaimed=list)
-    host.background = qemu.background
-    qemu.coordinator = Coordinator(host)  # type: ignore[arg-type]
-    qemu.coordinator._helper = object()  # type: ignore[assignment]
-    qemu.coordinator.state = State(qemu)  # type: ignore[assignment]
-    return qemu
+    check = check_memory = restore
 
 
 async def until_the_pause(qemu: Qemu, theirs: Sequence[int] = THEIRS) -> None:
@@ -227,43 +275,37 @@ async def copied(qemu: Qemu, theirs: Sequence[int] = THEIRS) -> None:
         qemu.memory.write(page * PAGE_SIZE + 2048, b"from the host")
 
 
-async def arrives(qemu: Qemu) -> bytes:
+def arrives(qemu: Qemu) -> bytes:
     """What the target has in its memory."""
     assert qemu.coordinator.phase is Phase.LEFT
-    state = read_machine(await qemu.coordinator.save())
+    state = read_machine(qemu.saved)
     target = MappedMemory(memoryview(qemu.sent), [RamRegion(0, len(qemu.sent), 0)])
     Restore(ChannelSaver(), [], memory=CarriedPages(target)).apply(state)
     return bytes(qemu.sent)
 
 
-def test_the_target_has_every_byte_and_nothing_of_the_guests_own_was_written_back() -> None:
-    async def story() -> None:
-        qemu = followed()
-        await until_the_pause(qemu)
-        before = bytes(qemu.ram)
-        await qemu.quiet()
-        assert await arrives(qemu) == bytes(qemu.ram) == before
-        assert qemu.marks == qemu.coordinator.report.pages_marked == len(SHARED)
-        assert qemu.coordinator.report.pages_carried == len(THEIRS)
-
-    asyncio.run(story())
+async def test_the_target_has_every_byte_and_nothing_of_the_guests_own_was_written_back() -> None:
+    qemu = Qemu()
+    await until_the_pause(qemu)
+    before = bytes(qemu.ram)
+    await qemu.quiet()
+    assert arrives(qemu) == bytes(qemu.ram) == before
+    assert qemu.marks == qemu.coordinator.report.pages_marked == len(SHARED)
+    assert qemu.coordinator.report.pages_carried == len(THEIRS)
 
 
-def test_pages_beyond_what_a_state_carries_are_marked() -> None:
-    async def story() -> None:
-        qemu = followed()
-        await until_the_pause(qemu, MANY)
-        await qemu.quiet()
-        assert await arrives(qemu) == bytes(qemu.ram)
-        assert qemu.marks == len(SHARED) + 37
-        assert qemu.coordinator.report.pages_carried == MAX_CARRIED
-
-    asyncio.run(story())
+async def test_pages_beyond_what_a_state_carries_are_marked() -> None:
+    qemu = Qemu()
+    await until_the_pause(qemu, MANY)
+    await qemu.quiet()
+    assert arrives(qemu) == bytes(qemu.ram)
+    assert qemu.marks == len(SHARED) + 37
+    assert qemu.coordinator.report.pages_carried == MAX_CARRIED
 
 
 async def cancelled_at(moment: int) -> Qemu:
     """Cancelled then, if QEMU still lets itself be cancelled; the next migration loses nothing either way."""
-    qemu = followed()
+    qemu = Qemu()
     await until_the_pause(qemu)
     qemu.cancel_at = qemu.moments + moment
     await qemu.quiet()
@@ -272,93 +314,76 @@ async def cancelled_at(moment: int) -> Qemu:
         assert not qemu.coordinator.ready
         await until_the_pause(qemu)
         await qemu.quiet()
-        assert await arrives(qemu) == bytes(qemu.ram)
+        assert arrives(qemu) == bytes(qemu.ram)
         qemu.status = "cancelled"
     return qemu
 
 
-def test_whoever_cancels_at_any_moment_loses_no_byte_of_the_guests() -> None:
-    async def story() -> None:
-        moment, last = 0, "cancelled"
-        while last == "cancelled":
-            moment += 1
-            qemu = await cancelled_at(moment)
-            last = qemu.status
-            assert qemu.lost == 0, moment
-            assert qemu.coordinator.report.pages_carried == len(THEIRS)
-        assert moment > 2 * len(SHARED)
-
-    asyncio.run(story())
+async def test_whoever_cancels_at_any_moment_loses_no_byte_of_the_guests() -> None:
+    moment, last = 0, "cancelled"
+    while last == "cancelled":
+        moment += 1
+        qemu = await cancelled_at(moment)
+        last = qemu.status
+        assert qemu.lost == 0, moment
+        assert qemu.coordinator.report.pages_carried == len(THEIRS)
+    assert moment > 2 * len(SHARED)
 
 
-def test_bytes_would_be_lost_if_these_pages_were_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_bytes_would_be_lost_if_these_pages_were_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the model above is good for."""
     monkeypatch.setitem(globals(), "read", lambda memory, pages: [])
-
-    async def story() -> None:
-        assert sum([(await cancelled_at(moment)).lost for moment in range(1, 40)])
-
-    asyncio.run(story())
+    assert sum([(await cancelled_at(moment)).lost for moment in range(1, 40)])
 
 
-def test_a_guest_that_cannot_be_saved_loses_nothing_when_it_can() -> None:
-    async def story() -> None:
-        qemu = followed()
-        state: Any = qemu.coordinator.state
-        state.refuses = "a disk in the middle of something"
-        await until_the_pause(qemu)
-        await qemu.quiet()
-        assert qemu.status == "cancelled"
-        assert qemu.marks == qemu.coordinator.report.pages_carried == 0
-        state.refuses = ""
-        await until_the_pause(qemu)
-        await qemu.quiet()
-        assert await arrives(qemu) == bytes(qemu.ram)
-
-    asyncio.run(story())
+async def test_a_guest_that_cannot_be_saved_loses_nothing_when_it_can() -> None:
+    qemu = Qemu()
+    state = qemu.state
+    state.refuses = "a disk in the middle of something"
+    await until_the_pause(qemu)
+    await qemu.quiet()
+    assert qemu.status == "cancelled"
+    assert qemu.marks == qemu.coordinator.report.pages_carried == 0
+    state.refuses = ""
+    await until_the_pause(qemu)
+    await qemu.quiet()
+    assert arrives(qemu) == bytes(qemu.ram)
 
 
-def test_a_migration_that_begins_before_the_last_one_is_wound_up_loses_nothing() -> None:
+async def test_a_migration_that_begins_before_the_last_one_is_wound_up_loses_nothing() -> None:
     """A device has much to do: its work for the one ends when the next one has copied memory."""
-
-    async def story() -> None:
-        qemu = followed()
-        qemu.settled.clear()
-        await until_the_pause(qemu)
-        await qemu.quiet()
-        qemu.cancel()
-        await qemu.quiet()
-        await copied(qemu)
-        qemu.runs = False  # or it would tell QEMU of the page itself
-        qemu.settled.set()
-        await qemu.quiet()
-        qemu.pause()
-        await qemu.quiet()
-        assert await arrives(qemu) == bytes(qemu.ram)
-
-    asyncio.run(story())
+    qemu = Qemu()
+    qemu.settled.clear()
+    await until_the_pause(qemu)
+    await qemu.quiet()
+    qemu.cancel()
+    await qemu.quiet()
+    await copied(qemu)
+    qemu.runs = False  # or it would tell QEMU of the page itself
+    qemu.settled.set()
+    await qemu.quiet()
+    qemu.pause()
+    await qemu.quiet()
+    assert arrives(qemu) == bytes(qemu.ram)
 
 
 @pytest.mark.parametrize("why", ["cancelled", "refused"])
-def test_a_guest_that_was_stopped_before_can_leave_at_the_second_attempt(why: str) -> None:
-    async def story() -> None:
-        qemu = followed()
-        qemu.runs, qemu.stopped_before = False, True
-        state: Any = qemu.coordinator.state
-        if why == "refused":
-            state.refuses = "a disk in the middle of something"
-        else:
-            qemu.coordinator.switchover = Switchover.OBSERVE
-        await until_the_pause(qemu)
-        await qemu.quiet()
-        qemu.cancel()
-        await qemu.quiet()
-        assert qemu.status == "cancelled"
-        assert qemu.coordinator.phase is Phase.IDLE
-        assert not qemu.coordinator.ready
-        state.refuses, qemu.coordinator.switchover = "", Switchover.OWN
-        await until_the_pause(qemu)
-        await qemu.quiet()
-        assert await arrives(qemu) == bytes(qemu.ram)
-
-    asyncio.run(story())
+async def test_a_guest_that_was_stopped_before_can_leave_at_the_second_attempt(why: str) -> None:
+    qemu = Qemu()
+    qemu.runs, qemu.stopped_before = False, True
+    state = qemu.state
+    if why == "refused":
+        state.refuses = "a disk in the middle of something"
+    else:
+        qemu.coordinator.switchover = Switchover.OBSERVE
+    await until_the_pause(qemu)
+    await qemu.quiet()
+    qemu.cancel()
+    await qemu.quiet()
+    assert qemu.status == "cancelled"
+    assert qemu.coordinator.phase is Phase.IDLE
+    assert not qemu.coordinator.ready
+    state.refuses, qemu.coordinator.switchover = "", Switchover.OWN
+    await until_the_pause(qemu)
+    await qemu.quiet()
+    assert arrives(qemu) == bytes(qemu.ram)

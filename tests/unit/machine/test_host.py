@@ -13,8 +13,8 @@ from vmbus.hypervisor import GeneralProtection, UndefinedOpcode
 from vmbus.hypervisor.hypercalls import AcknowledgedEarly, HypercallResult
 from vmbus.machine.gateway.traps import Fault, Trap
 from vmbus.machine.host import ExitReason, Host
-from vmbus.machine.migration.coordinator import Phase
-from vmbus.machine.qemu.local_apics import LocalApics
+from vmbus.machine.migration.state_machine import Phase
+from vmbus.machine.qemu.qtest import LocalApics
 from vmbus.wire.gateway import TrapKind
 from vmbus.wire.hypercall import HvStatus
 

@@ -116,8 +116,8 @@ class Gateway:
     # --- attaching --------------------------------------------------------------------------------------
 
     @classmethod
-    def attach(cls, path: Path | str, *, take_over: bool = False) -> Gateway:
-        """Attach to the gateway that listens on ``path``; ``take_over`` sends away an emulator that is there.
+    def attach(cls, path: Path | str, *, takeover: bool = False) -> Gateway:
+        """Attach to the gateway that listens on ``path``; ``takeover`` detaches an emulator that is attached.
 
         Requests that a predecessor left unanswered are handed out again by :meth:`traps`. Raises
         :class:`~vmbus.errors.GatewayError` with a message that says what to do.
@@ -133,7 +133,7 @@ class Gateway:
                     f"no trap gateway listens on {path} ({error.strerror}): QEMU must run with "
                     f"-plugin vmbus-gateway.so,socket={path}, as the same user"
                 ) from error
-            flags = wire.HELLO_TAKE_OVER if take_over else 0
+            flags = wire.HELLO_TAKEOVER if takeover else 0
             reply, descriptors = converse(connection, wire.Message(wire.MessageType.HELLO, flags=flags))
             check_reply(path, reply)
             if len(descriptors) != 2:
@@ -232,7 +232,7 @@ class Gateway:
         self._set_table("rules", entries, wire.DOORBELL_RULE.size, wire.RULES)
         self._doorbell_limit = max((rule.first + rule.count for rule in rules), default=0)
 
-    def set_hold_limit(self, seconds: float, statuses: Mapping[int, int]) -> None:
+    def set_hold_timeout(self, seconds: float, statuses: Mapping[int, int]) -> None:
         """How long the guest waits for an emulator that has gone, and what it is told then.
 
         ``statuses``: call code of a VMCALL → its result after that time. Other traps, and all if ``seconds`` is 0,

@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 Work = Callable[[], None]
 Done = Callable[[Exception | None], None]
 
-STOP_LIMIT = 5.0
+STOP_TIMEOUT = 5.0
 """Seconds in which an event loop that still runs has stopped to watch a socket."""
 THREADS = 16
 """Pieces of work that are done side by side."""
@@ -44,7 +44,7 @@ class WorkerThreads:
         self._finished: deque[tuple[Done, Exception | None]] = deque()
         self._lock = threading.Lock()
         self._woken = False
-        self._settled: asyncio.Event | None = None
+        self._settled = asyncio.Event()
         self._uring: Uring | None = None
         self._uring_tried = False
         self.engines: NativeEngines | None = None
@@ -109,7 +109,7 @@ class WorkerThreads:
 
             with contextlib.suppress(RuntimeError):  # the loop is closed: nothing is called any more
                 loop.call_soon_threadsafe(remove)
-                stopped.wait(STOP_LIMIT)
+                stopped.wait(STOP_TIMEOUT)
 
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(loop.add_reader, fd, readable)
@@ -124,8 +124,8 @@ class WorkerThreads:
             self._uring.submit()
 
     def ended(self) -> None:
-        """Something has ended: see whether all has that is waited for."""
-        if self._settled is not None and not self.unfinished:
+        """Note that work has ended: wake those that wait for all of it."""
+        if not self.unfinished:
             self._settled.set()
 
     def _serve(self) -> None:
@@ -161,13 +161,15 @@ class WorkerThreads:
                 _logger.exception("the end of a piece of work failed")
         self.ended()
 
-    async def settle(self, limit: float) -> bool:
-        """Wait until all work is done and reported, ``limit`` seconds at most; whether it is."""
+    async def settle(self, timeout: float) -> bool:
+        """Wait until all work is done and reported; return False on timeout (seconds).
+
+        Several tasks may wait at the same time.
+        """
         if self.unfinished:
-            self._settled = asyncio.Event()
+            self._settled.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._settled.wait(), limit)
-            self._settled = None
+                await asyncio.wait_for(self._settled.wait(), timeout)
         return not self.unfinished
 
     def close(self) -> None:

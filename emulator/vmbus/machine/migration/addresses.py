@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from vmbus.errors import QemuError, UsageError
-from vmbus.machine.qemu.qmp import Qmp
+from vmbus.machine.migration.ports import Monitor
 
 _SOCKETS = ("tcp:", "unix:", "vsock:")
 
@@ -42,7 +42,7 @@ def two_way(uri: str, descriptor: int | None = None) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def handed_over(qmp: Qmp, uri: str, descriptor: int | None) -> AsyncIterator[str]:
+async def handed_over(qmp: Monitor, uri: str, descriptor: int | None) -> AsyncIterator[str]:
     """``uri`` for a command of ``qmp``; for ``fd:`` QEMU has ``descriptor`` meanwhile, under a name of its own."""
     if descriptor is None:
         if descriptor_number(uri) is not None:

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from vmbus.machine.qemu.qmp import Qmp
+from vmbus.machine.migration.ports import Monitor
 
 CAPABILITIES = ("events", "pause-before-switchover")
 """Set when the emulator attaches: docs/migration.md says what for."""
@@ -56,7 +56,7 @@ class Configuration:
         return ""
 
 
-async def read_configuration(qmp: Qmp) -> Configuration:
+async def read_configuration(qmp: Monitor) -> Configuration:
     """What QEMU is set up for now."""
     capabilities = await qmp.execute("query-migrate-capabilities")
     parameters = await qmp.execute("query-migrate-parameters")
@@ -70,14 +70,14 @@ async def read_configuration(qmp: Qmp) -> Configuration:
     )
 
 
-async def leave_memory(qmp: Qmp, stays: bool) -> None:
+async def leave_memory(qmp: Monitor, stays: bool) -> None:
     """Whether migrations leave guest memory in its file, for the target to map it; both sides must agree."""
     wanted = [{"capability": "x-ignore-shared", "state": stays}]
     await qmp.execute("migrate-set-capabilities", {"capabilities": wanted})
 
 
 @contextlib.asynccontextmanager
-async def cpr_transfer(qmp: Qmp) -> AsyncIterator[None]:
+async def cpr_transfer(qmp: Monitor) -> AsyncIterator[None]:
     """A migration in the mode ``cpr-transfer``; the mode is what it was afterwards."""
     before = (await qmp.execute("query-migrate-parameters")).get("mode", _NORMAL)
     await qmp.execute("migrate-set-parameters", {"mode": "cpr-transfer"})

@@ -1,22 +1,9 @@
-"""Follows every migration of the guest, whoever started it, and has its state ready when QEMU asks.
+"""Takes part in every migration of the guest, whichever program started it: its state is ready when QEMU asks.
 
-    source  idle ──MIGRATION setup──▶ migrating ──pre-switchover──▶ ready ──completed──▶ left
-              ▲                           │                           │                    │
-              └────── failed, cancelled ──┴───────────── RESUME ──────┘      take_back() ──┘
-    target  incoming ──Load()──▶ loaded ──RESUME──▶ idle          (also of a snapshot that is loaded)
-              └──── refused ────▶ lost ──reset or another snapshot──▶ idle
-    snapshot  idle ──▶ in a snapshot ──▶ idle                     (driven by ``snapshots``)
+:mod:`~vmbus.machine.migration.state_machine` decides; the coordinator passes QEMU's events to it and performs its
+actions: commands on QMP, pages marked through qtest, the host paused, saved and resumed, the state delivered.
 
-At ``pre-switchover`` QEMU has stopped the guest and waits: the host is frozen, its state saved, every page that
-was written through the mapping is in that state or marked, and only if QEMU still waits then is the state good to
-be taken. In ``Save()`` and ``Load()`` nothing is asked of QEMU. A ``Save()`` for which nothing was made ready
-(``savevm`` behind the emulator's back, a migration without the pause) gets a refusal in place of a state: QEMU
-cannot fail a save for that, but whoever loads it fails, with the reason.
-
-A guest that has left must not live twice. Where the target answers (``return-path``), ``completed`` says that it
-has everything: from then on the source is fenced. If somebody lets it go on all the same, it is stopped again,
-unless :meth:`Coordinator.take_back` was told that the target is no more. Without an answer (``file:``, ``exec:``)
-only who drives QEMU knows who has it, and a guest that goes on is served.
+In ``Save()`` and ``Load()`` nothing is asked of QEMU, whose main loop waits for the answer.
 """
 
 from __future__ import annotations
@@ -25,384 +12,441 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
-from enum import Enum
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from vmbus.errors import QemuError, UserError, VmbusError
-from vmbus.machine.migration.configuration import CAPABILITIES, Configuration, read_configuration
+from vmbus.machine.migration.configuration import CAPABILITIES, read_configuration
 from vmbus.machine.migration.dirty_pages import DirtyPageTracker, WrittenPages, remember
-from vmbus.machine.migration.host_state import HostState
+from vmbus.machine.migration.ports import MigrationPorts
 from vmbus.machine.migration.report import Report
 from vmbus.machine.migration.side_channel import CARRIED_LIMIT, CarrierAddress, SideChannel
+from vmbus.machine.migration.state_machine import (
+    Action,
+    Actions,
+    Carrier,
+    MigrationStateMachine,
+    Phase,
+    Switchover,
+)
 from vmbus.machine.migration.vmstate import VmStateHelper
-from vmbus.saving import Reason, StateRefused, refusal_stream
+from vmbus.saving import Reason, SavedState, StateRefused, refusal_stream
 from vmbus.saving.stream import BUFFER_SIZE, STREAM_LIMIT
 from vmbus.wire.frame import REFERENCE, REFERENCE_MAGIC
 from vmbus.wire.gateway import GuestState
-
-if TYPE_CHECKING:
-    from vmbus.machine.host import Host
+from vmbus.wire.saved import ChannelIdentity
 
 _logger = logging.getLogger(__name__)
 
-SETTLE_LIMIT = 10.0
+SETTLE_TIMEOUT = 10.0
 """Seconds that devices have to end their work (reads of files, mostly) once the guest is stopped."""
 
-_ANSWER_LIMIT = 5.0
+_ANSWER_TIMEOUT = 5.0
 """Seconds for an answer that QEMU has sent."""
 
 
-class Phase(Enum):
-    """States of the module's table."""
+class MachineState(Protocol):
+    """The state of a host as a whole; :class:`~vmbus.machine.migration.host_state.HostState`."""
 
-    IDLE = "idle"
-    MIGRATING = "migrating"
-    READY = "ready"
-    LEFT = "left"
-    SNAPSHOT = "in a snapshot"
-    INCOMING = "incoming"
-    LOADED = "loaded"
-    LOST = "without the state that its memory needs"
+    def pause_channels(self) -> None:
+        """Take no more packets; work under way may end."""
 
+    def pause(self) -> None:
+        """Pause all; no work is under way."""
 
-class Switchover(Enum):
-    """Who lets QEMU go on after ``pre-switchover``."""
+    def resume(self) -> None:
+        """Resume all."""
 
-    OWN = "own"
-    OBSERVE = "observe"
+    def reset(self) -> None:
+        """Drop all that belongs to the guest: another state follows."""
+
+    def save(self, buffer_size: int, *, memory_stays: bool, pages: Sequence[int], limit: int) -> SavedState:
+        """Return the state of the paused host. Raises :class:`~vmbus.saving.StateRefused`."""
+
+    def restore(self, data: bytes) -> None:
+        """Restore a state, paused. Raises :class:`~vmbus.saving.StateRefused`."""
+
+    def check(self, data: bytes) -> None:
+        """Raise :class:`~vmbus.saving.StateRefused` for a state that cannot be restored."""
+
+    def check_memory(self, data: bytes) -> None:
+        """Raise :class:`~vmbus.saving.StateRefused` if memory that was not copied changed since the save."""
+
+    def names(self) -> dict[ChannelIdentity, str]:
+        """Return the names of the channels' devices."""
+
+    def unclaimed_answers(self) -> int:
+        """Return how many answers to traps the state has."""
+
+    def owned_bytes(self) -> Mapping[int, int]:
+        """Return, by page frame number, the offset of a byte that only the host writes now."""
 
 
 class Coordinator:
-    """The emulator's part in migrations and snapshots of one guest. Made by :meth:`start`."""
+    """The emulator's part in migrations and snapshots of one guest. Started by :meth:`start`."""
 
     def __init__(
         self,
-        host: Host,
+        ports: MigrationPorts,
+        state: MachineState,
         *,
         switchover: Switchover = Switchover.OWN,
         buffer_size: int = BUFFER_SIZE,
     ) -> None:
-        self.state = HostState(host)
-        self.early = DirtyPageTracker(host.memory, host.qtest, host.workers)
-        self.phase = Phase.IDLE
-        self.report = Report()
-        self.switchover = switchover
+        self.ports = ports
+        self.state = state
+        self.tracker = DirtyPageTracker(ports.memory, ports.qtest, ports.workers)
         self.buffer_size = buffer_size
-        #: Why the last Load() was refused; empty if it was not.
-        self.load_refused = ""
-        self._host = host
+        """Bytes of the buffer that channels are saved into at first."""
+        self.side_channel = SideChannel(ports.qmp)
+        self._machine = MigrationStateMachine(switchover)
         self._helper: VmStateHelper | None = None
-        self._data: bytes | None = None
-        self._good = False
-        self._looking: asyncio.Task[None] | None = None
-        self._configuration: Configuration | None = None
-        #: Whether the guest is known to be elsewhere: nothing is served, and it may not go on here.
-        self.fenced = False
-        self._refused_to_save = False
-        self._stopped = False
-        #: What takes the state if QEMU's stream does not.
-        self.side_channel = SideChannel(host.qmp)
+        self._written: WrittenPages | None = None
+        """Pages to mark in the pause."""
+        self._paused_at = 0.0
+        self._check: asyncio.Task[Actions] | None = None
         self._watchers: set[Callable[[], None]] = set()
+        self._at_once: Mapping[Action, Callable[[], None]] = {
+            Action.BEGIN_TRACKING: self._begin_tracking,
+            Action.END_TRACKING: self._end_tracking,
+            Action.FENCE: self._fence,
+            Action.UNFENCE: self._unfence,
+            Action.PAUSE: self._pause,
+            Action.RESUME: self._resume,
+        }
+        self._in_time: Mapping[Action, Callable[[Report], Awaitable[Actions]]] = {
+            Action.EXAMINE: self._examine,
+            Action.FORGET_WRITTEN: self._forget_written,
+            Action.CANCEL_WHEN_SENDING: self._cancel_when_sending,
+            Action.SWITCH_OVER: self._switch_over,
+            Action.SETTLE: self._settle,
+            Action.SAVE: self._save,
+            Action.MARK_PAGES: self._mark_pages,
+            Action.DELIVER: self._deliver,
+            Action.CHECK: self._check_only,
+            Action.CHECK_AND_CONTINUE: self._check_and_continue,
+            Action.CANCEL: self._cancel,
+            Action.TAKE_STATE: self._take_state,
+            Action.STOP_GUEST: self._stop_guest,
+            Action.RESUME_GUEST: self._resume_guest,
+            Action.RESUME_ARRIVED: self._resume_arrived,
+        }
 
     async def start(self) -> None:
-        """Join the carrier and see to QEMU's capabilities. The host has not been activated yet.
+        """Join the D-Bus daemon and set QEMU's capabilities. The host has not been activated yet.
 
-        Raises :class:`~vmbus.errors.QemuUnsuitable` when the carrier's daemon is not there.
+        Raises :class:`~vmbus.errors.QemuUnsuitable` when no D-Bus daemon answers.
         """
-        status = await self._host.qmp.execute("query-status")
+        qmp, address = self.ports.qmp, self.ports.dbus_address
+        status = await qmp.execute("query-status")
         if status["status"] == "inmigrate":
             self.expect()
-            if (
-                self._host.facts.dbus_address is None
-            ):  # QEMU must not let the guest go before it has its state
-                await self._host.qmp.execute("stop")
+            if address is None:  # QEMU must not run the guest before the state is restored
+                await qmp.execute("stop")
         await self._set_capabilities()
-        if self._host.facts.dbus_address is not None:
-            self._helper = await VmStateHelper.connect(self._host.facts.dbus_address, self)
+        if address is not None:
+            self._helper = await VmStateHelper.connect(address, self)
 
     async def close(self) -> None:
-        """Leave the carrier."""
+        """Leave the D-Bus daemon."""
         await self.side_channel.close()
         if self._helper is not None:
             await self._helper.close()
 
     async def _set_capabilities(self) -> None:
-        qmp = self._host.qmp
         wanted = [{"capability": name, "state": True} for name in CAPABILITIES]
         try:
-            await qmp.execute("migrate-set-capabilities", {"capabilities": wanted})
+            await self.ports.qmp.execute("migrate-set-capabilities", {"capabilities": wanted})
         except QemuError as error:  # a migration is under way, or other capabilities exclude these
-            _logger.warning("migrations of this guest will not be followed: %s", error)
+            _logger.warning(
+                "this guest cannot be migrated or saved until QEMU accepts the capabilities: %s", error
+            )
 
-    # --- what QEMU tells -----------------------------------------------------------------------------------
+    # --- state ---
 
-    def event(self, name: str, data: dict[str, Any]) -> None:
-        """A QMP event, in order."""
+    @property
+    def phase(self) -> Phase:
+        """Phase of the guest."""
+        return self._machine.phase
+
+    @property
+    def report(self) -> Report:
+        """Report of the migration or snapshot under way, or the last one; a new one begins with each."""
+        return self._machine.report
+
+    @report.setter
+    def report(self, report: Report) -> None:
+        self._machine.report = report
+
+    @property
+    def switchover(self) -> Switchover:
+        """Which program sends ``migrate-continue``."""
+        return self._machine.switchover
+
+    @switchover.setter
+    def switchover(self, switchover: Switchover) -> None:
+        self._machine.switchover = switchover
+
+    @property
+    def fenced(self) -> bool:
+        """Whether the guest is known to be elsewhere: it is not served, and may not run here."""
+        return self._machine.fenced
+
+    @property
+    def load_refused(self) -> str:
+        """Why the last ``Load()`` was refused; empty if it was not."""
+        return self._machine.load_refused
+
+    @property
+    def ready(self) -> bool:
+        """Whether the state is prepared: ``migrate-continue`` may be sent."""
+        return self._machine.ready
+
+    # --- QMP events ---
+
+    def event(self, name: str, data: Mapping[str, Any]) -> None:
+        """Handle a QMP event; called in the order in which QEMU sent them."""
         if name == "RESUME":
             self._resumed()
         elif name == "STOP":
-            self._stopped = self.phase is Phase.MIGRATING
+            self._react(self._machine.stopped())
         elif name == "MIGRATION":
             self._migration(str(data.get("status")))
         else:
             return
         self._changed()
 
+    def _resumed(self) -> None:
+        self._react(self._machine.resumed())
+
+    def _migration(self, status: str) -> None:
+        _logger.info("migration: %s", status)
+        self._react(self._machine.migration(status))
+
+    def _react(self, actions: Actions) -> None:
+        """Perform ``actions``; those that take time in tasks of their own."""
+        for action in actions:
+            if action in self._at_once:
+                self._at_once[action]()
+            else:
+                self.ports.service.background(self._perform((action,), self.report))
+
+    async def _perform(self, actions: Actions, report: Report) -> None:
+        """Perform ``actions`` for the migration ``report``, and those that follow from their answers."""
+        for action in actions:
+            if action in self._at_once:
+                self._at_once[action]()
+            else:
+                await self._perform(await self._in_time[action](report), report)
+
     def _changed(self) -> None:
         for watcher in tuple(self._watchers):
             watcher()
 
-    def _migration(self, status: str) -> None:
-        _logger.info("migration: %s", status)
-        if self.phase in (Phase.SNAPSHOT, Phase.INCOMING, Phase.LOADED):
-            if self.phase is Phase.INCOMING and status == "completed":  # and no Load() has come
-                self._host.background(self._take())
-            return
-        if status == "setup":
-            self.report = Report()
-            self.phase = Phase.MIGRATING
-            self.early.begin()
-            self._configuration = None
-            self._refused_to_save = self._stopped = False
-            self._host.background(self._examine_configuration())
-        self.report.statuses.append(status)
-        if self.report.ended:
-            self.early.end()
-        if status == "pre-switchover":
-            self._host.background(self._switch_over(self.report))
-        elif status == "completed" and self._refused_to_save:
-            self._host.background(self._stay())
-        elif status == "completed" and self.phase is Phase.READY:
-            self._left()
-        elif status in ("failed", "cancelled"):
-            # With a guest that ran before, RESUME thaws. One that was stopped before stays so, and frozen.
-            self._data = None
-            self._good = False
-            if self.phase is Phase.MIGRATING or (self.phase is Phase.READY and not self._stopped):
-                self.phase = Phase.IDLE
+    # --- actions ---
 
-    def _left(self) -> None:
-        self.phase = Phase.LEFT
-        self.fenced = self._configuration is not None and self._configuration.answered
-        if self.fenced:
-            self._host.gateway.guest = GuestState.LEFT
+    def _fence(self) -> None:
+        self.ports.gateway.guest = GuestState.LEFT
 
-    def _resumed(self) -> None:
-        if self.fenced:
-            _logger.error(
-                "somebody let the guest go on here, but it has left, and the target has it: it is stopped again. If "
-                "the target is no more, `vmbus migrate NAME --take-back` lets it go on"
-            )
-            self._host.background(self._stop())
-            return
-        if self.phase is Phase.LEFT:
-            _logger.warning("the guest goes on here after it was sent away; nobody else may let it run now")
-        if self.phase is Phase.LOST:
-            _logger.error("the guest goes on %s: until it is reset, its devices are gone", self.phase.value)
-        self._data = self.side_channel.reference = None
-        self._good = False
-        self.phase = Phase.IDLE
-        self.state.thaw()
+    def _unfence(self) -> None:
+        self.ports.gateway.guest = GuestState.ENGAGED
+        self.ports.service.look_at_gateway()
 
-    async def _stop(self) -> None:
-        await self._host.qmp.execute("stop")
+    def _begin_tracking(self) -> None:
+        self.tracker.begin()
 
-    async def take_back(self) -> None:
-        """The guest has left, but the target is known to have failed: it goes on here.
+    def _end_tracking(self) -> None:
+        self.tracker.end()
 
-        Raises :class:`~vmbus.errors.UserError` for a guest that has not left, and for one that went on at the
-        target in the very memory that is here.
-        """
-        if self.phase is not Phase.LEFT:
-            raise UserError(
-                f"the guest has not left, there is nothing to take back: it is {self.phase.value}"
-            )
-        if self._configuration is not None and self._configuration.memory_stays and self._data is not None:
-            try:
-                self.state.check_memory(self._data)
-            except StateRefused as error:
-                raise UserError(
-                    f"the guest went on at the target, in the memory that is here: {error}"
-                ) from error
-        if self.fenced:
-            self.fenced = False
-            self._host.gateway.guest = GuestState.ENGAGED
-            self._host.look_at_gateway()
-        await self._host.qmp.cont()
+    def _pause(self) -> None:
+        self.state.pause()
 
-    async def _examine_configuration(self) -> None:
-        report = self.report
-        self._configuration = await read_configuration(self._host.qmp)
-        if self._configuration.memory_stays:
-            self.early.end()
-        else:
-            await self._forget_written()
-        if why := "the guest has left already" if self.fenced else self._configuration.refusal:
-            _logger.error("migration cancelled: %s", why)
-            report.refusal = why
-            if await self._begun(report):
-                await self._cancel()
+    def _resume(self) -> None:
+        self.side_channel.reference = None
+        self.state.resume()
 
-    async def _begun(self, report: Report) -> bool:
-        """Wait until QEMU sends; whether the migration is still under way then.
+    async def _examine(self, report: Report) -> Actions:
+        return self._machine.configuration_read(report, await read_configuration(self.ports.qmp))
 
-        Cancelled in ``setup``, QEMU 11.1 may wait for the target's word before it has said anything itself, and
-        stand still with all of its main loop until the target goes.
+    async def _forget_written(self, report: Report) -> Actions:
+        """QEMU reads all of memory after ``setup``: what was written until then need not be marked."""
+        pages = self.ports.memory.take_dirty()
+        if (await self.ports.qmp.execute("query-migrate")).get("status") != "setup":
+            remember(self.ports.memory, pages)
+        return ()
+
+    async def _cancel_when_sending(self, report: Report) -> Actions:
+        """Cancel the migration, if it is still under way when QEMU sends.
+
+        Cancelled in ``setup``, QEMU 11.1 may wait for the target's answer before it has sent anything itself, and
+        block its main loop until the target ends.
         """
         await self.until(lambda: self.report is not report or report.status != "setup", None)
-        return self.report is report and report.status in ("active", "device", "pre-switchover")
+        if self.report is report and report.status in ("active", "device", "pre-switchover"):
+            return (Action.CANCEL,)
+        return ()
 
-    async def _forget_written(self) -> None:
-        """QEMU reads all of memory after ``setup``: what was written until then need not be marked."""
-        pages = self._host.memory.take_dirty()
-        if (await self._host.qmp.execute("query-migrate")).get("status") != "setup":
-            remember(self._host.memory, pages)
-
-    async def _switch_over(self, report: Report) -> None:
-        begun = time.monotonic()
-        how = self._configuration or await read_configuration(self._host.qmp)
-        if not self._paused(report):
-            return  # the guest goes on already
-        written = await self._prepare(Phase.READY, memory_stays=how.memory_stays)
-        if not self._paused(report):
-            return
-        report.refusal = report.refusal or how.refusal
-        if not how.memory_stays:
-            report.pages_marked_early = self.early.pages
-        if written is not None:
-            report.pages_marked = await written.mark(
-                self._host,
-                lambda: self.phase is Phase.READY and self._paused(report),
-            )
+    async def _switch_over(self, report: Report) -> Actions:
+        self._paused_at = time.monotonic()
+        configuration = self._machine.configuration or await read_configuration(self.ports.qmp)
         if self.side_channel.used:
-            if self._data is not None and not report.refusal:
-                await self._deliver(self._data)
-        elif self._helper is None:
-            report.refusal = report.refusal or (
-                "nothing carries the emulator's state: QEMU runs without dbus-vmstate, so use "
-                "`vmbus migrate --carrier`"
-            )
-        report.prepared_in = time.monotonic() - begun
-        # QEMU takes one command after the other, so its answer to the first is on its way before it goes on. The
-        # answer to the second may come after its Save(), for which it keeps everything else waiting.
-        self._looking = asyncio.ensure_future(self._look_whether_it_waits(report))
-        if self.switchover is Switchover.OWN and not report.refusal:
-            await asyncio.gather(self._looking, self._go_on())
+            carrier = Carrier.SIDE_CHANNEL
         else:
-            await self._looking
-        if self._good and report.refusal:
-            # Nothing that QEMU could send would be taken: the guest goes on here, at once.
-            await self._cancel()
+            carrier = Carrier.NONE if self.ports.dbus_address is None else Carrier.STREAM
+        return self._machine.switch_over(report, configuration, carrier)
 
-    async def _go_on(self) -> None:
-        with contextlib.suppress(QemuError):  # it was cancelled in this moment: an event tells
-            await self._host.qmp.execute("migrate-continue", {"state": "pre-switchover"})
+    async def _settle(self, report: Report) -> Actions:
+        self.state.pause_channels()
+        in_time = await self.ports.workers.settle(SETTLE_TIMEOUT)
+        return self._machine.settled(report, in_time=in_time)
 
-    async def _look_whether_it_waits(self, report: Report) -> None:
-        """If it does, nobody let QEMU go on before everything was ready for it."""
-        found = await self._host.qmp.execute("query-migrate")
-        ours = self.report is report and self.phase is Phase.READY
-        self._good = ours and found.get("status") == "pre-switchover"
-        self._changed()
-
-    def _paused(self, report: Report) -> bool:
-        """Whether nothing has come from QEMU since it stopped the guest in that migration."""
-        return self.report is report and report.status == "pre-switchover"
-
-    async def _deliver(self, state: bytes) -> None:
-        """Over the second carrier; the target has it afterwards, or ``report.refusal`` says why not."""
+    async def _save(self, report: Report) -> Actions:
+        self.state.pause()
+        self.side_channel.reference = self._written = None
+        machine = self._machine
+        snapshot = machine.phase is Phase.SNAPSHOT  # contains all of memory, as it is then
+        memory_stays = (
+            not snapshot and machine.configuration is not None and machine.configuration.memory_stays
+        )
+        if not snapshot and not memory_stays:
+            report.pages_marked_early = self.tracker.pages
+            self._written = WrittenPages.of(self.ports.memory, self.state.owned_bytes())
+        in_frame = machine.carrier is Carrier.SIDE_CHANNEL and not snapshot
         try:
-            await self.side_channel.deliver(state, ran=self._stopped)
+            saved = self.state.save(
+                self.buffer_size,
+                memory_stays=memory_stays,
+                pages=self._written.theirs if self._written is not None else (),
+                limit=CARRIED_LIMIT if in_frame else STREAM_LIMIT,
+            )
         except StateRefused as error:
-            _logger.error("the state was not delivered: %s", error)
-            self.report.refusal = str(error)
+            self._written = None
+            return machine.save_refused(report, error)
+        if self._written is not None:
+            self._written = self._written.without(saved.pages)
+        report.pages_carried = len(saved.pages)
+        report.state_bytes = len(saved.data)
+        report.channels = saved.channels
+        report.names = self.state.names()
+        report.answers_carried = self.state.unclaimed_answers()
+        return machine.saved(report, saved.data)
+
+    async def _mark_pages(self, report: Report) -> Actions:
+        if self._written is not None:
+            report.pages_marked = await self._written.mark(
+                self.ports.memory, self.ports.qtest, lambda: self._machine.may_mark(report)
+            )
+        return self._machine.pages_marked(report)
+
+    async def _deliver(self, report: Report) -> Actions:
+        state = self._machine.prepared
+        if state is None:
+            return ()  # the migration was cancelled
+        try:
+            await self.side_channel.deliver(state, ran=self._machine.guest_ran)
+        except StateRefused as error:
+            return self._machine.delivered(report, str(error))
+        return self._machine.delivered(report)
+
+    async def _check_only(self, report: Report) -> Actions:
+        return await self._ask(report)
+
+    async def _check_and_continue(self, report: Report) -> Actions:
+        # QEMU executes one command after the other, so its answer to the first is on its way before it continues. The
+        # answer to the second may come after its Save(), for which it keeps everything else waiting.
+        asking = self._ask(report)
+        actions, _ = await asyncio.gather(asking, self._continue())
+        return actions
+
+    def _ask(self, report: Report) -> asyncio.Task[Actions]:
+        report.prepared_in = time.monotonic() - self._paused_at
+        self._check = asyncio.ensure_future(self._query_status(report))
+        return self._check
+
+    async def _query_status(self, report: Report) -> Actions:
+        found = await self.ports.qmp.execute("query-migrate")
+        actions = self._machine.status_read(report, str(found.get("status")))
+        self._changed()
+        return actions
+
+    async def _continue(self) -> None:
+        with contextlib.suppress(QemuError):  # it was cancelled in this moment: an event follows
+            await self.ports.qmp.execute("migrate-continue", {"state": "pre-switchover"})
+
+    async def _cancel(self, report: Report) -> Actions:
+        with contextlib.suppress(QemuError):
+            await self.ports.qmp.execute("migrate_cancel")
+        return ()
+
+    async def _take_state(self, report: Report) -> Actions:
+        if self.phase is not Phase.INCOMING:
+            return ()
+        actions: Actions = ()
+        try:
+            frame = self.side_channel.frame()
+            self.state.restore(frame.state)
+        except VmbusError as error:
+            self._machine.state_missing(str(error))
+        else:
+            actions = self._machine.state_taken(ran=frame.ran)
+        self._changed()
+        return actions
+
+    async def _stop_guest(self, report: Report) -> Actions:
+        await self.ports.qmp.execute("stop")
+        return ()
+
+    async def _resume_guest(self, report: Report) -> Actions:
+        await self.ports.qmp.cont()
+        return ()
+
+    async def _resume_arrived(self, report: Report) -> Actions:
+        await self.ports.qmp.execute("cont")  # at once: the guest arrived here, QEMU has no migration to end
+        return ()
+
+    # --- commands ---
+
+    async def take_back(self) -> None:
+        """Resume a guest that has left here: its target is known to have failed.
+
+        Raises :class:`~vmbus.errors.UserError` for a guest that has not left, and for one that ran at the target in
+        the same memory.
+        """
+        machine = self._machine
+        machine.check_left()
+        if machine.configuration is not None and machine.configuration.memory_stays and machine.prepared:
+            try:
+                self.state.check_memory(machine.prepared)
+            except StateRefused as error:
+                raise UserError(
+                    f"the guest ran at the target, in the memory that is here: {error}"
+                ) from error
+        await self._perform(machine.take_back(), self.report)
 
     async def listen(self, address: CarrierAddress) -> None:
-        """Expect the state over the second carrier. Raises :class:`~vmbus.errors.UserError`."""
+        """Expect the state over a side channel. Raises :class:`~vmbus.errors.UserError`."""
         if self.phase is not Phase.INCOMING:
             raise UserError(
                 f"--carrier {address} is for a QEMU that waits for a guest: this one is {self.phase.value}"
             )
         await self.side_channel.listen(address, self.state.check)
 
-    async def _take(self) -> None:
-        """QEMU has taken the guest, and knows of no state of the emulator's."""
-        if self.phase is not Phase.INCOMING:
-            return
-        try:
-            frame = self.side_channel.frame()
-            self.state.restore(frame.state)
-        except VmbusError as error:
-            _logger.error("the guest came without its state, and stays stopped: %s", error)
-            self.load_refused = str(error)
-            self.abandon()
-        else:
-            self.phase = Phase.LOADED
-            if frame.ran:
-                await self._host.qmp.execute("cont")  # at once: it came here, nothing is wound up
-        self._changed()
+    async def begin_snapshot(self) -> None:
+        """Prepare the state for a snapshot. The guest is stopped; the caller then asks QEMU for the save.
 
-    async def _stay(self) -> None:
-        """QEMU takes the guest for gone, and no target can have it: what was sent had no state in it."""
-        _logger.error("the migration completed without the emulator's state: the guest goes on here")
-        if self._stopped:
-            await self._host.qmp.cont()
-        else:
-            self.phase = Phase.IDLE
-
-    async def _cancel(self) -> None:
-        with contextlib.suppress(QemuError):
-            await self._host.qmp.execute("migrate_cancel")
-
-    # --- preparing -----------------------------------------------------------------------------------------
-
-    async def make_ready(self) -> None:
-        """For a snapshot: the guest is stopped, and the next Save() is asked for by who calls this."""
-        self.report = Report()
-        await self._prepare(Phase.SNAPSHOT)
-        self._good = True
-
-    async def _prepare(self, phase: Phase, *, memory_stays: bool = False) -> WrittenPages | None:
-        """Freeze and save; the guest is stopped. What went wrong is in ``report.refusal``.
-
-        Returns the pages that are to be marked, if the state is made and QEMU copies memory.
+        ``report.refusal`` says why the guest cannot be saved. If another program resumed the guest meanwhile, the
+        phase is not ``Phase.SNAPSHOT`` afterwards.
         """
-        self.phase = phase
-        self._good = False
-        self._host.clock.stop()
-        self.state.hold()
-        settled = await self._host.workers.settle(SETTLE_LIMIT)
-        self.early.end()
-        if self.phase is not phase:
-            return None  # it goes on already
-        self.state.freeze()
-        written = None  # a snapshot is taken of all of memory, after this
-        try:
-            if not settled:
-                raise StateRefused(Reason.WRONG_STATE, "a device's work did not end in time")
-            limit = CARRIED_LIMIT if self.side_channel.used and phase is Phase.READY else STREAM_LIMIT
-            if not memory_stays and phase is Phase.READY:
-                written = WrittenPages.of(self._host)
-            theirs = written.theirs if written is not None else ()
-            saved = self.state.save(self.buffer_size, memory_stays=memory_stays, pages=theirs, limit=limit)
-        except StateRefused as error:
-            _logger.error("the guest cannot be saved: %s", error)
-            self.report.refusal = str(error)
-            self._data = refusal_stream(error)
-            return None
-        else:
-            self._data = saved.data
-            self.report.pages_carried = len(saved.pages)
-            self.report.state_bytes = len(saved.data)
-            self.report.channels = saved.channels
-            self.report.names = self.state.names()
-            self.report.answers_carried = len(self._host.gateway.unclaimed())
-            return written.without(saved.pages) if written is not None else None
+        actions = self._machine.begin_snapshot()
+        await self._perform(actions, self.report)
+
+    def end_snapshot(self) -> None:
+        """End what :meth:`begin_snapshot` began."""
+        self._machine.end_snapshot()
 
     @contextlib.contextmanager
     def driven_here(self) -> Iterator[None]:
-        """Meanwhile migrations are this process's own: nobody else sends ``migrate-continue``."""
+        """Have this process send ``migrate-continue`` in the meantime."""
         before, self.switchover = self.switchover, Switchover.OWN
         try:
             yield
@@ -410,75 +454,67 @@ class Coordinator:
             self.switchover = before
 
     def expect(self) -> None:
-        """A state will be loaded before the guest runs (again)."""
-        self.phase = Phase.INCOMING
-        self.load_refused = ""
-        self.state.freeze()
+        """Expect that a state is loaded before the guest runs (again)."""
+        self._react(self._machine.expect())
 
     def abandon(self) -> None:
-        """The state that was expected did not come, and guest memory may be replaced already."""
-        self.phase = Phase.LOST
+        """Expect no state any more; guest memory may be replaced already."""
+        self._machine.abandon()
 
-    # --- what QEMU asks over D-Bus: no QMP, no qtest in here -------------------------------------------------
+    # --- requests of QEMU over D-Bus: no QMP, no qtest ---
 
     async def save(self) -> bytes:
-        """``Save()``."""
-        if self._looking is not None:
-            # QEMU has answered already, but what it says here may be read before what it said there.
-            await asyncio.wait({self._looking}, timeout=_ANSWER_LIMIT)
-        if self._good and self._data is not None:
-            return self.side_channel.reference or self._data
+        """Answer ``Save()``: the state that was prepared, a reference to it, or a refusal."""
+        if self._check is not None:
+            # QEMU has answered already, but its request here may be read before its answer there.
+            await asyncio.wait({self._check}, timeout=_ANSWER_TIMEOUT)
+        state = self._machine.save_requested()
+        if state is not None:
+            return self.side_channel.reference or state
         error = StateRefused(
             Reason.WRONG_STATE,
             "the machine was saved behind the emulator's back, while guest memory was being written; use `vmbus "
             "snapshot`, or a migration with pause-before-switchover",
         )
         _logger.error("%s", error)
-        self._refused_to_save = True
         return refusal_stream(error)
 
     def load(self, state: bytes) -> None:
-        """``Load(state)``."""
+        """Answer ``Load(state)``. Raises :class:`~vmbus.errors.VmbusError` to refuse it."""
         try:
-            if self.phase is not Phase.INCOMING:
-                raise StateRefused(
-                    Reason.WRONG_STATE,
-                    "guest memory was replaced behind the emulator's back; use `vmbus snapshot load`",
-                )
+            self._machine.load_requested()
             if state.startswith(REFERENCE_MAGIC):
                 state = self.side_channel.frame(REFERENCE.parse(state).digest).state
             self.state.restore(state)
         except VmbusError as error:
-            self.load_refused = str(error)
+            self._machine.load_failed(str(error))
             raise
-        self.phase = Phase.LOADED
+        self._machine.loaded()
 
-    # --- waiting -------------------------------------------------------------------------------------------
+    # --- waiting ---
 
-    @property
-    def ready(self) -> bool:
-        """Whether the state is made and good: QEMU may be told to go on after ``pre-switchover``."""
-        return self.phase is Phase.READY and self._good and not self.report.refusal
+    async def until_ready(self, timeout: float) -> bool:
+        """Wait until :attr:`ready`, in the migration under way or the next one; return False if it ends before.
 
-    async def until_ready(self, limit: float) -> bool:
-        """Wait until :attr:`ready`, of the migration under way or the next one; ``False`` if it ends before that.
-
-        Raises ``TimeoutError`` after ``limit`` seconds.
+        Raises ``TimeoutError`` after ``timeout`` seconds.
         """
         before = self.report if self.phase is Phase.IDLE else None
 
         def ended() -> bool:
             return self.report is not before and self.report.ended
 
-        await self.until(lambda: self.ready or ended(), limit)
+        await self.until(lambda: self.ready or ended(), timeout)
         return self.ready
 
-    async def until(self, condition: Callable[[], bool], limit: float | None) -> None:
-        """Wait until ``condition()`` holds, looked at after each event. Raises ``TimeoutError``."""
+    async def until(self, condition: Callable[[], bool], timeout: float | None) -> None:
+        """Wait until ``condition()`` holds; it is evaluated after each event.
+
+        Raises ``TimeoutError`` after ``timeout`` seconds; ``None``: never.
+        """
         changed = asyncio.Event()
         self._watchers.add(changed.set)
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(timeout):
                 while not condition():
                     changed.clear()
                     await changed.wait()

@@ -1,7 +1,7 @@
-"""Drives QEMU through a migration or a snapshot, and tells what it took.
+"""Makes QEMU migrate the guest, or receive one, and returns what it took.
 
-The choreography of the emulator's own part is :mod:`vmbus.machine.migration.coordinator`, which works the same
-when somebody else drives.
+The emulator's own part is done by :mod:`vmbus.machine.migration.coordinator`, in the same way if another program
+drives QEMU.
 """
 
 from __future__ import annotations
@@ -10,31 +10,33 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vmbus.errors import QemuError, UserError
 from vmbus.machine.migration.addresses import handed_over, structured, two_way
 from vmbus.machine.migration.configuration import CAPABILITIES, cpr_transfer, read_configuration
-from vmbus.machine.migration.coordinator import Phase
+from vmbus.machine.migration.coordinator import Coordinator
 from vmbus.machine.migration.report import ENDED, Report
 from vmbus.machine.migration.side_channel import CarrierAddress
-
-if TYPE_CHECKING:
-    from vmbus.machine.host import Host
+from vmbus.machine.migration.state_machine import Phase
 
 _POLL = 0.05
+"""Seconds between two ``query-migrate`` at the source."""
 _ARRIVAL_POLL = 0.25
-_EVENT_LIMIT = 10.0
-_SETUP_LIMIT = 5.0
+"""Seconds between two ``query-migrate`` at the target."""
+_EVENT_TIMEOUT = 10.0
+"""Seconds for an event that QEMU has sent."""
+_SETUP_TIMEOUT = 5.0
+"""Seconds to wait for the end of ``setup`` before a migration is cancelled."""
 
 
 class MigrationFailed(UserError):
-    """The guest goes on where it was; the message says why it could not leave."""
+    """A migration that failed: the guest continues where it was; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A migration that succeeded. Times in seconds, from QEMU's own account."""
+    """A migration that succeeded. Times in seconds, as QEMU reports them."""
 
     total: float
     downtime: float
@@ -43,7 +45,7 @@ class Outcome:
     report: Report
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON knows it."""
+        """Return the figures for JSON."""
         return {
             "total": self.total,
             "downtime": self.downtime,
@@ -54,46 +56,46 @@ class Outcome:
 
 
 Progress = Callable[[dict[str, Any]], object]
-"""Called with QEMU's ``query-migrate`` now and then."""
+"""Called with the result of QEMU's ``query-migrate`` now and then."""
 
 
 async def migrate(
-    host: Host,
+    coordinator: Coordinator,
     uri: str,
     *,
     cpr: str | None = None,
     descriptor: int | None = None,
     carrier: CarrierAddress | None = None,
     progress: Progress | None = None,
-    limit: float = 600.0,
+    timeout: float = 600.0,
 ) -> Outcome:
-    """Send the guest of ``host`` to ``uri``; returns when the target has it.
+    """Send the guest of ``coordinator`` to ``uri``; return when the target has it.
 
-    ``cpr``: where a QEMU waits for the descriptors of guest memory and more (``unix:PATH``, its ``-incoming`` of
-    channel type ``cpr``); then nothing is copied. ``descriptor``: what ``fd:`` names, of this process.
+    ``cpr``: address of a QEMU that waits for the descriptors of guest memory and more (``unix:PATH``, its
+    ``-incoming`` of channel type ``cpr``); then nothing is copied. ``descriptor``: the descriptor of this process
+    that ``fd:`` names. ``carrier``: side channel for the emulator's state, if QEMU's stream does not carry it.
 
-    ``carrier``: how the emulator's state goes, if not in QEMU's stream.
-
-    Raises :class:`MigrationFailed` when it stays here: refused, failed, cancelled, or not done in ``limit``
-    seconds.
+    Raises :class:`MigrationFailed` when the guest stays here: the migration was refused, failed, was cancelled, or
+    did not end within ``timeout`` seconds.
     """
-    coordinator = host.migration
-    if host.facts.dbus_address is None and carrier is None:
+    ports = coordinator.ports
+    if ports.dbus_address is None and carrier is None:
         raise MigrationFailed(
             "this QEMU runs without -object dbus-vmstate, which carries the emulator's state: "
-            "`vmbus qemu-args --migratable` prints the options; or let the emulators do it, with --carrier"
+            "`vmbus qemu-args --migratable` prints the options; or transfer the state over a side channel, with "
+            "--carrier"
         )
     if coordinator.phase is not Phase.IDLE:
         raise MigrationFailed(f"the guest cannot be migrated now: it is {coordinator.phase.value}")
-    qmp = host.qmp
+    coordinator.report = Report()
+    qmp = ports.qmp
     if refusal := (await read_configuration(qmp)).refusal:
-        raise MigrationFailed(f"{refusal}; the guest goes on here")
+        raise MigrationFailed(f"{refusal}; the guest continues here")
     wanted = {**dict.fromkeys(CAPABILITIES, True), "return-path": two_way(uri, descriptor)}
     await qmp.execute(
         "migrate-set-capabilities",
         {"capabilities": [{"capability": name, "state": state} for name, state in wanted.items()]},
     )
-    coordinator.report = Report()
     async with contextlib.AsyncExitStack() as stack:
         try:
             if carrier is not None:
@@ -109,18 +111,18 @@ async def migrate(
                 }
             else:
                 arguments = {"uri": address}
-            host.memory.take_dirty()  # QEMU begins with all of memory
-            coordinator.early.begin()
+            ports.memory.take_dirty()  # QEMU begins with all of memory
+            coordinator.tracker.begin()
             await qmp.execute("migrate", arguments)
         except QemuError as error:
-            coordinator.early.end()
+            coordinator.tracker.end()
             raise MigrationFailed(str(error)) from error
-        found = await _followed(host, progress, limit)
+        found = await _wait_ended(coordinator, progress, timeout)
     if found["status"] != "completed":
-        # Of one that was cancelled QEMU describes what the end of its connection looked like.
+        # For a cancelled migration QEMU describes how the end of its connection looked.
         described = None if found["status"] == "cancelled" else found.get("error-desc")
         why = coordinator.report.refusal or described or f"it was {found['status']}"
-        raise MigrationFailed(f"{why}; the guest goes on here")
+        raise MigrationFailed(f"{why}; the guest continues here")
     ram = found.get("ram", {})
     return Outcome(
         total=found.get("total-time", 0) / 1000,
@@ -131,67 +133,73 @@ async def migrate(
     )
 
 
-async def _followed(host: Host, progress: Progress | None, limit: float) -> dict[str, Any]:
-    """QEMU's account of the migration that has begun, once it has ended; after ``limit`` seconds it is cancelled."""
+async def _wait_ended(coordinator: Coordinator, progress: Progress | None, timeout: float) -> dict[str, Any]:
+    """Return QEMU's report of the migration that has begun, once it has ended; cancel it on timeout."""
     try:
-        async with asyncio.timeout(limit):
-            return await _ended(host, progress)
+        async with asyncio.timeout(timeout):
+            return await _ended(coordinator, progress)
     except TimeoutError:
-        coordinator = host.migration
-        with contextlib.suppress(TimeoutError):  # in ``setup`` a cancel may hang QEMU, but it may be for ever
-            await coordinator.until(lambda: coordinator.report.status != "setup", _SETUP_LIMIT)
+        with contextlib.suppress(
+            TimeoutError
+        ):  # in ``setup`` a cancel may hang QEMU, but ``setup`` may never end
+            await coordinator.until(lambda: coordinator.report.status != "setup", _SETUP_TIMEOUT)
         with contextlib.suppress(QemuError):
-            await host.qmp.execute("migrate_cancel")
-        await _ended(host, None)
-        raise MigrationFailed(f"not done within {limit:g} s; the guest goes on here") from None
+            await coordinator.ports.qmp.execute("migrate_cancel")
+        await _ended(coordinator, None)
+        raise MigrationFailed(f"not done within {timeout:g} s; the guest continues here") from None
 
 
-async def _ended(host: Host, progress: Progress | None) -> dict[str, Any]:
+async def _ended(coordinator: Coordinator, progress: Progress | None) -> dict[str, Any]:
     """Wait for the end of a migration."""
-    coordinator = host.migration
     while True:
-        found: dict[str, Any] = await host.qmp.execute("query-migrate")
+        found: dict[str, Any] = await coordinator.ports.qmp.execute("query-migrate")
         status = str(found.get("status"))
         if progress is not None:
             progress(found)
         if status in ENDED:
-            # The answer may overtake the event, and only that ends the follower's part.
+            # The answer may overtake the event, and only the event ends the coordinator's part.
             with contextlib.suppress(TimeoutError):
-                await coordinator.until(lambda: coordinator.report.ended, _EVENT_LIMIT)
+                await coordinator.until(lambda: coordinator.report.ended, _EVENT_TIMEOUT)
             return found
-        with contextlib.suppress(TimeoutError):  # between them it stands still, and QEMU has better to do
+        with contextlib.suppress(TimeoutError):  # the event shortens the wait
             await coordinator.until(lambda: coordinator.report.ended, _POLL)
 
 
 async def receive(
-    host: Host, uri: str, *, descriptor: int | None = None, carrier: CarrierAddress | None = None
+    coordinator: Coordinator,
+    uri: str,
+    *,
+    descriptor: int | None = None,
+    carrier: CarrierAddress | None = None,
 ) -> None:
-    """Listen on ``uri`` for the guest; returns when QEMU listens. See :func:`arrived`.
+    """Listen on ``uri`` for a guest; return when QEMU listens. See :func:`arrived`.
 
-    ``descriptor``: what ``fd:`` names, of this process. ``carrier``: how the emulator's state comes, if not in QEMU's
-    stream.
+    ``descriptor``: the descriptor of this process that ``fd:`` names. ``carrier``: side channel for the emulator's
+    state, if QEMU's stream does not carry it.
     """
+    qmp = coordinator.ports.qmp
     if carrier is not None:
-        await host.migration.listen(carrier)
-    async with handed_over(host.qmp, uri, descriptor) as address:
-        await host.qmp.execute("migrate-incoming", {"uri": address, "exit-on-error": False})
+        await coordinator.listen(carrier)
+    async with handed_over(qmp, uri, descriptor) as address:
+        await qmp.execute("migrate-incoming", {"uri": address, "exit-on-error": False})
 
 
-async def arrived(host: Host, limit: float | None = 600.0) -> None:
-    """Wait until the guest is here: it runs, or is stopped as it was before; with no ``limit``, for ever.
+async def arrived(coordinator: Coordinator, timeout: float | None = 600.0) -> None:
+    """Wait until the guest is here: it runs, or is stopped as it was before.
 
-    Raises :class:`MigrationFailed` if it did not come.
+    Raises :class:`MigrationFailed` if it did not come, and ``TimeoutError`` after ``timeout`` seconds (``None``:
+    never).
     """
-    coordinator = host.migration
-    async with asyncio.timeout(limit):
+    qmp = coordinator.ports.qmp
+    async with asyncio.timeout(timeout):
         while coordinator.phase in (Phase.INCOMING, Phase.LOADED):
-            found = await host.qmp.execute("query-migrate")
+            found = await qmp.execute("query-migrate")
             if found.get("status") == "failed":
                 raise MigrationFailed(
                     coordinator.load_refused or found.get("error-desc", "the migration failed")
                 )
             if found.get("status") == "completed" and coordinator.phase is Phase.LOADED:
-                state = await host.qmp.execute("query-status")
+                state = await qmp.execute("query-status")
                 if state["status"] == "paused":
                     return
             with contextlib.suppress(TimeoutError):

@@ -1,10 +1,10 @@
-"""All of a host as one state: frozen, saved, restored, thawed.
+"""All of a host as one state: paused, saved, restored, resumed.
 
-    running ──freeze──▶ frozen ──save──▶ frozen ──thaw──▶ running          (a migration that failed: as before)
-    fresh ───freeze──▶ frozen ──restore──▶ frozen ──thaw──▶ running        (the target, before its guest runs)
+    running ──pause──▶ paused ──save──▶ paused ──resume──▶ running          (a migration that failed: as before)
+    fresh ───pause──▶ paused ──restore──▶ paused ──resume──▶ running        (the target, before its guest runs)
 
-Frozen: no write of guest memory, no interrupt, no completion; traps are still answered. A thaw kicks both
-directions of every channel once.
+Paused: no write of guest memory, no interrupt, no completion; traps are still answered. After a resume, both
+directions of every channel are signalled once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vmbus.bus.channel.channel import Channel
 from vmbus.bus.channel.state import ChannelState as BusChannelState
@@ -20,12 +20,17 @@ from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.bus.saved_state.layout import SAVED_BUS
 from vmbus.bus.saved_state.restore import BusStateRefused, check_state
 from vmbus.bus.saved_state.values import BusState
+from vmbus.bus.server import Bus
 from vmbus.errors import MalformedError
 from vmbus.hypervisor.features import Features
+from vmbus.hypervisor.partition import Partition
 from vmbus.hypervisor.reference_time import TscScaling
 from vmbus.machine.gateway.traps import Unclaimed
+from vmbus.machine.memory import MappedMemory
 from vmbus.machine.migration import carried_pages, shared_memory
+from vmbus.machine.migration.dirty_pages import owned_bytes
 from vmbus.machine.migration.hypervisor_layout import SAVED_HYPERVISOR, SavedAnswer, SavedHypervisor
+from vmbus.machine.migration.ports import GuestService, PageMarker, PausableClock, TrapAnswers
 from vmbus.saving import (
     ChannelSaver,
     ChannelState,
@@ -42,38 +47,37 @@ from vmbus.saving.stream import BUFFER_SIZE, STREAM_LIMIT
 from vmbus.wire.codec import Record
 from vmbus.wire.saved import RECORDS, ChannelIdentity, SavedSection, parse_record
 
-if TYPE_CHECKING:
-    from vmbus.machine.host import Host
-
 _logger = logging.getLogger(__name__)
 
 
 class HypervisorSection:
-    """The hypervisor part, its clock and what the gateway has answered, as a section of a state."""
+    """The partition, its clock and the unclaimed answers of the gateway, as a section of a state."""
 
     name = "hypervisor"
     version = 1
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
+    def __init__(self, partition: Partition, clock: PausableClock, gateway: TrapAnswers) -> None:
+        self._partition = partition
+        self._clock = clock
+        self._gateway = gateway
         self._last: tuple[bytes, SavedHypervisor] | None = None
-        #: The state comes from this host: the TSC is the same one, whatever its frequency was measured to be.
         self.same_host = False
+        """Whether the state comes from this host: its TSC is this one, whatever its frequency was measured to be."""
 
     def _parsed(self, section: SavedSection) -> SavedHypervisor:
-        """Parsing takes milliseconds, and the same section is checked and then applied."""
+        """Return the section's record. Parsing takes milliseconds, and a section is checked and then applied."""
         if self._last is None or self._last[0] != section.state:
             self._last = (section.state, parse_record(SAVED_HYPERVISOR, section.state))
         return self._last[1]
 
     def save(self) -> SavedSection:
-        host = self._host
+        """Return the section of the paused host."""
         saved = SavedHypervisor(
-            offered=offered(host.partition.features),
-            tsc=host.clock.stopped_at or 0,
-            tsc_frequency=host.clock.tsc_frequency,
-            answers=tuple(SavedAnswer(*answer) for answer in host.gateway.unclaimed()),
-            partition=host.partition.save(),
+            offered=offered(self._partition.features),
+            tsc=self._clock.stopped_at or 0,
+            tsc_frequency=self._clock.tsc_frequency,
+            answers=tuple(SavedAnswer(*answer) for answer in self._gateway.unclaimed()),
+            partition=self._partition.save(),
         )
         return SavedSection(self.name, self.version, SAVED_HYPERVISOR.build(saved))
 
@@ -82,27 +86,26 @@ class HypervisorSection:
             return f"{section.name} of version {section.version}, this emulator reads version {self.version}"
         try:
             saved = self._parsed(section)
-            self._host.partition.check_state(saved.partition)
+            self._partition.check_state(saved.partition)
         except MalformedError as error:
             return str(error)
-        here = offered(self._host.partition.features)
+        here = offered(self._partition.features)
         if saved.offered != here:
             differing = ", ".join(sorted(set(saved.offered) ^ set(here)))
             return f"the guest was offered other features of Hyper-V than this emulator offers: {differing}"
         return None
 
     def apply_restore(self, section: SavedSection) -> None:
-        host = self._host
         saved = self._parsed(section)
         time = saved.partition.time
         now = time.time
-        if time.frequency and saved.tsc:  # what a guest that computes time itself has seen
+        if time.frequency and saved.tsc:  # what a guest that computes the time itself has seen
             now = max(now, TscScaling(time.frequency, time.scale, time.offset).time(saved.tsc))
-        same = host.clock.restore(saved.tsc_frequency, saved.tsc, now, time.time, same_host=self.same_host)
-        host.partition.restore(saved.partition)
-        if not same:  # the guest asks for the time until its TSC is known here
-            host.partition.publish_reference_tsc()
-        host.gateway.carry(
+        same = self._clock.restore(saved.tsc_frequency, saved.tsc, now, time.time, same_host=self.same_host)
+        self._partition.restore(saved.partition)
+        if not same:  # the guest reads the counter MSR until its TSC is known here
+            self._partition.publish_reference_tsc()
+        self._gateway.carry(
             Unclaimed(answer.identity, answer.verdict, answer.value) for answer in saved.answers
         )
 
@@ -113,8 +116,8 @@ class BusSection:
     name = "bus"
     version = 1
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
         self._last: tuple[bytes, BusState] | None = None
 
     def _parsed(self, section: SavedSection) -> BusState:
@@ -123,12 +126,13 @@ class BusSection:
         return self._last[1]
 
     def save(self) -> SavedSection:
-        return SavedSection(self.name, self.version, SAVED_BUS.build(self._host.bus.save()))
+        """Return the section of the paused host."""
+        return SavedSection(self.name, self.version, SAVED_BUS.build(self._bus.save()))
 
     def check_restore(self, section: SavedSection, channels: Sequence[ChannelState]) -> str | None:
         if (section.name, section.version) != (self.name, self.version):
             return f"{section.name} of version {section.version}, this emulator reads version {self.version}"
-        bus = self._host.bus
+        bus = self._bus
         try:
             state = self._parsed(section)
             check_state(state, bus.limits, bus.memory, bus.synic.vp_count)
@@ -141,15 +145,17 @@ class BusSection:
         }
         for each in channels:
             if (each.channel.open is not None) != (each.channel.identity in is_open):
-                return f"channel {each.channel.identity} is open for one, and not for the other"
+                return (
+                    f"channel {each.channel.identity} is open in one of channel and bus, and not in the other"
+                )
         return None
 
     def apply_restore(self, section: SavedSection) -> None:
-        self._host.bus.restore(self._parsed(section))
+        self._bus.restore(self._parsed(section))
 
 
 def offered(features: Features) -> tuple[str, ...]:
-    """The features as names, to be compared with those of another emulator."""
+    """Return the features as names, for comparison with those of another emulator."""
     found = []
     for field in dataclasses.fields(features):
         value = getattr(features, field.name)
@@ -161,28 +167,44 @@ def offered(features: Features) -> tuple[str, ...]:
 
 
 def _compile_records() -> None:
-    """What is read and written while a guest stands still is not compiled then."""
+    """Compile the records now, and not while a guest stands still."""
     records: list[Record[Any]] = [SAVED_BUS, SAVED_HYPERVISOR]
     records.extend(each for kind in RECORDS.values() for each in kind.values())
     for record in records:
-        record.compiled  # noqa: B018 - made when it is looked at
+        record.compiled  # noqa: B018 - compiled on first access
 
 
 class HostState:
-    """Freezes, saves, restores and thaws one host."""
+    """The state of one host as a whole."""
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
+    def __init__(
+        self,
+        *,
+        partition: Partition,
+        bus: Bus,
+        memory: MappedMemory,
+        clock: PausableClock,
+        gateway: TrapAnswers,
+        qtest: PageMarker,
+        service: GuestService,
+    ) -> None:
+        self._partition = partition
+        self._bus = bus
+        self._memory = memory
+        self._clock = clock
+        self._gateway = gateway
+        self._qtest = qtest
+        self._service = service
         self._saver = ChannelSaver()
         self._channels: dict[Channel, DeviceChannel] = {}
-        self._hypervisor = HypervisorSection(host)
-        self._bus = BusSection(host)
-        self.frozen = False
+        self._hypervisor_section = HypervisorSection(partition, clock, gateway)
+        self._bus_section = BusSection(bus)
+        self.paused = False
         _compile_records()
 
     def _known(self) -> list[DeviceChannel]:
-        """The channels that a device serves, in the order of their offers."""
-        there = [each for each in self._host.bus.channels if isinstance(each.endpoint, ChannelIo)]
+        """Return the channels that a device serves, in the order of their offers."""
+        there = [each for each in self._bus.channels if isinstance(each.endpoint, ChannelIo)]
         self._channels = {
             channel: self._channels.get(channel) or DeviceChannel(self._saver, channel, channel.endpoint)  # type: ignore[arg-type]
             for channel in there
@@ -190,32 +212,46 @@ class HostState:
         return list(self._channels.values())
 
     def names(self) -> dict[ChannelIdentity, str]:
-        """The names of the channels' devices."""
+        """Return the names of the channels' devices."""
         return {channel.identity: channel.io.device.name for channel in self._known()}
 
-    def hold(self) -> None:
-        """Take no more packets; work that is under way may end. The guest is stopped, or has not run yet."""
-        if self.frozen:
+    def unclaimed_answers(self) -> int:
+        """Return the number of answers to traps that no vCPU has fetched: the state has them."""
+        return len(self._gateway.unclaimed())
+
+    def owned_bytes(self) -> dict[int, int]:
+        """Return the bytes that only the host writes now (:mod:`~vmbus.machine.migration.dirty_pages`)."""
+        return owned_bytes(
+            self._bus.connection.monitor_pages,
+            self._bus.channels,
+            self._partition.synic.vps,
+            self._partition.reference_tsc,
+        )
+
+    def pause_channels(self) -> None:
+        """Take no more packets; work under way may end. The guest is stopped, or has not run yet."""
+        self._clock.stop()
+        if self.paused:
             return
-        self.frozen = True
-        self._host.serve_gateway()
+        self.paused = True
+        self._service.serve_gateway()
         for channel in self._known():
             self._saver.pause(channel)
 
-    def freeze(self) -> None:
-        """Stand still. The guest is stopped, or has not run yet; no work is under way."""
-        self.hold()
-        self._host.bus.pause()
-        self._host.partition.pause()
-        self._host.qtest.settle()
+    def pause(self) -> None:
+        """Pause everything. The guest is stopped, or has not run yet; no work is under way."""
+        self.pause_channels()
+        self._bus.pause()
+        self._partition.pause()
+        self._qtest.settle()
 
-    def thaw(self) -> None:
-        """Go on, where it was frozen or from what was restored."""
-        if not self.frozen:
+    def resume(self) -> None:
+        """Resume everything, from where it was paused or from what was restored."""
+        if not self.paused:
             return
-        self.frozen = False
-        self._host.partition.resume()
-        self._host.bus.resume()
+        self.paused = False
+        self._partition.resume()
+        self._bus.resume()
         for channel in self._known():
             self._saver.start(channel)
 
@@ -227,32 +263,35 @@ class HostState:
         pages: Sequence[int] = (),
         limit: int = STREAM_LIMIT,
     ) -> SavedState:
-        """The state of a frozen host, of at most ``limit`` bytes; ``memory_stays``: the target maps the same memory.
+        """Return the state of the paused host, at most ``limit`` bytes.
 
-        ``pages``: addresses of pages of guest memory that go along, as many of them as there is room for.
+        ``buffer_size``: bytes of the buffer that channels are saved into at first. ``memory_stays``: the target maps
+        the same memory. ``pages``: addresses of pages of guest memory that the state carries, as many as fit.
 
         Raises :class:`~vmbus.saving.StateRefused`.
         """
-        memory = shared_memory.describe(self._host.memory, self._host.bus.channels) if memory_stays else None
+        memory = shared_memory.describe(self._memory, self._bus.channels) if memory_stays else None
         return save_machine(
             self._saver,
             self._known(),
-            hypervisor=self._hypervisor.save(),
-            bus=self._bus.save(),
+            hypervisor=self._hypervisor_section.save(),
+            bus=self._bus_section.save(),
             memory=memory,
-            pages=carried_pages.read(self._host.memory, pages),
+            pages=carried_pages.read(self._memory, pages),
             buffer_size=buffer_size,
             limit=limit,
         )
 
     def restore(self, data: bytes) -> None:
-        """Be in a saved state, frozen. Raises :class:`~vmbus.saving.StateRefused`, before anything changed
-        unless a device refused.
+        """Restore a saved state; the host stays paused.
+
+        Raises :class:`~vmbus.saving.StateRefused`, before anything has changed unless a device refused.
         """
         state = read_machine(data)
         if state.memory is not None:
-            shared_memory.check(state.memory, self._host.memory)
-        self._hypervisor.same_host = state.memory is not None and state.memory.boot == shared_memory.boot_id()
+            shared_memory.check(state.memory, self._memory)
+        from_here = state.memory is not None and state.memory.boot == shared_memory.boot_id()
+        self._hypervisor_section.same_host = from_here
         made = self._make_subchannels(state)
         restore = self._restore()
         try:
@@ -260,53 +299,58 @@ class HostState:
         except StateRefused as error:
             if not error.changed:
                 for channel in made:
-                    self._host.bus.revoke(channel)
+                    self._bus.revoke(channel)
             raise
         finally:
             forget_parsed()
 
     def check(self, data: bytes) -> None:
-        """Whether ``data`` could be restored, once guest memory is here. Raises
-        :class:`~vmbus.saving.StateRefused`.
-        """
+        """Raise :class:`~vmbus.saving.StateRefused` if ``data`` could not be restored, once guest memory is here."""
         state = read_machine(data)
         made = self._make_subchannels(state)
         try:
             self._restore().check(state)
         finally:
             for channel in made:
-                self._host.bus.revoke(channel)
+                self._bus.revoke(channel)
 
     def _restore(self) -> Restore:
-        memory = carried_pages.CarriedPages(self._host.memory)
-        return Restore(self._saver, self._known(), hypervisor=self._hypervisor, bus=self._bus, memory=memory)
+        return Restore(
+            self._saver,
+            self._known(),
+            hypervisor=self._hypervisor_section,
+            bus=self._bus_section,
+            memory=carried_pages.CarriedPages(self._memory),
+        )
 
     def check_memory(self, data: bytes) -> None:
-        """Raises :class:`~vmbus.saving.StateRefused` if memory that was not copied changed since the save."""
+        """Raise :class:`~vmbus.saving.StateRefused` if memory that was not copied changed since the save."""
         saved = read_machine(data).memory
         if saved is not None:
-            shared_memory.check(saved, self._host.memory)
+            shared_memory.check(saved, self._memory)
 
     def _make_subchannels(self, state: MachineState) -> list[Channel]:
-        """A device offers sub-channels when its guest asks; the guest of ``state`` did that elsewhere."""
+        """Offer the sub-channels of ``state``, and return them.
+
+        A device offers sub-channels when its guest asks for them; the guest of ``state`` did that elsewhere.
+        """
         there = {channel.identity: channel for channel in self._known()}
         made = []
         for saved in sorted(state.channels, key=lambda saved: saved.identity.subchannel_index):
             identity = saved.identity
             primary = there.get(dataclasses.replace(identity, subchannel_index=0))
             if identity in there or primary is None:
-                continue  # if it is missing altogether, the check says so
-            io = self._host.channel_end(primary.io.device)
+                continue  # the check refuses a channel whose primary is missing
+            io = self._service.channel_end(primary.io.device)
             offer = dataclasses.replace(primary.channel.offer, subchannel_index=identity.subchannel_index)
-            channel = self._host.bus.offer(offer, io)
+            channel = self._bus.offer(offer, io)
             channel.pause()
             primary.io.subchannels.append(io)
             made.append(channel)
         return made
 
-    def forget(self) -> None:
-        """Drop all that belongs to the guest, without touching its memory: another state is about to come."""
-        host = self._host
-        host.reset()
+    def reset(self) -> None:
+        """Drop all that belongs to the guest, without a write of its memory: another state follows."""
+        self._service.reset()
         for channel in self._known():
             self._saver.disable(channel)

@@ -26,7 +26,7 @@ from uuid import UUID, uuid4
 
 from vmbus import __version__
 from vmbus.errors import MalformedError, UsageError, UserError, VmbusError
-from vmbus.machine.qemu.qmp import Qmp
+from vmbus.machine.migration.ports import Monitor
 from vmbus.saving import Reason, StateRefused
 from vmbus.wire.frame import (
     DIGEST_SIZE,
@@ -242,7 +242,7 @@ class IncomingCarrier:
 class SideChannel:
     """Both ends, as one guest has them."""
 
-    def __init__(self, qmp: Qmp) -> None:
+    def __init__(self, qmp: Monitor) -> None:
         self._qmp = qmp
         self._outgoing: OutgoingCarrier | None = None
         self._incoming: IncomingCarrier | None = None

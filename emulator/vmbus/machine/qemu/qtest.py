@@ -1,4 +1,4 @@
-"""The qtest socket of a running QEMU: interrupts into the guest, and writes that QEMU itself sees.
+"""The qtest socket of a running QEMU: interrupts into the guest, and writes that QEMU itself executes.
 
 qtest is QEMU's own device test protocol (``docs/devel/testing/qtest.rst`` in QEMU): one line a command, answered
 by ``OK`` or ``FAIL``. It works beside ``-accel tcg`` while the guest runs. Two commands are used:
@@ -7,7 +7,7 @@ by ``OK`` or ``FAIL``. It works beside ``-accel tcg`` while the guest runs. Two 
 * ``b64write address length data``: a write of guest memory after which QEMU drops translated code and marks
   the pages dirty.
 
-Interrupts are posted: nobody waits for their ``OK``. The answers are counted and read when there are some, so that
+Interrupts are posted without waiting for their ``OK``. The answers are counted, and read when there are some, so that
 QEMU never blocks on a full socket.
 """
 
@@ -18,31 +18,31 @@ import contextlib
 import select
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vmbus.errors import QemuError, QemuGone, QemuUnsuitable
 
 _MSI_BASE = 0xFEE00000
 _READ_ANSWERS_AT = 32
 _WRITE_CHUNK = 16 << 10
-_MARKS = 2000  # so many answers fit any socket's buffer
+_MARKS = 2000  # the answers to these fit into any socket's buffer
 
 
 class Qtest:
     """A connection to the qtest socket; not for use from several threads."""
 
-    def __init__(self, connection: socket.socket, *, limit: float = 10.0) -> None:
-        """``limit``: seconds that QEMU's main loop may take to answer before it counts as gone."""
+    def __init__(self, connection: socket.socket, *, timeout: float = 10.0) -> None:
+        """``timeout``: seconds that QEMU's main loop may take to answer before QEMU counts as gone."""
         self._socket = connection
-        self._limit = limit
+        self._timeout = timeout
         self._unanswered = 0
         self._buffer = b""
         self._lines: dict[tuple[int, int], bytes] = {}
         self.interrupts = 0
 
     @classmethod
-    def connect(cls, path: str, *, limit: float = 10.0) -> Qtest:
-        """Raises :class:`~vmbus.errors.QemuUnsuitable` when nothing listens there."""
+    def connect(cls, path: str, *, timeout: float = 10.0) -> Qtest:
+        """Connect to ``path``. Raises :class:`~vmbus.errors.QemuUnsuitable` when nothing listens there."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             connection.connect(path)
@@ -51,9 +51,10 @@ class Qtest:
             raise QemuUnsuitable(
                 f"cannot connect to QEMU's qtest socket {path}: {error.strerror}; is another emulator attached?"
             ) from error
-        return cls(connection, limit=limit)
+        return cls(connection, timeout=timeout)
 
     def close(self) -> None:
+        """Close the connection; the guest does not notice."""
         self._socket.close()
 
     def interrupt(self, apic_id: int, vector: int) -> None:
@@ -66,17 +67,17 @@ class Qtest:
         self._send(line)
 
     def write_memory(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
-        """Write guest memory through QEMU; returns when it has been written."""
+        """Write guest memory through QEMU; return when it has been written."""
         for start in range(0, len(data), _WRITE_CHUNK):
             chunk = data[start : start + _WRITE_CHUNK]
             self._send(b"b64write 0x%x 0x%x %s\n" % (gpa + start, len(chunk), base64.b64encode(chunk)))
         self.settle()
 
     def mark(self, bytes_there: Sequence[tuple[int, int]]) -> None:
-        """Write each ``(address, byte)``; returns when all are written.
+        """Write each ``(address, byte)``; return when all are written.
 
-        For pages that were written behind QEMU's back: the byte is what is there already, so only QEMU's log of
-        dirty pages changes. The guest must not run, or it may lose what it writes there at this moment.
+        For pages that were written through the mapping: the byte is the one that is there, so only QEMU's log of
+        dirty pages changes. If the guest may write the byte, it must not run: its store would be lost.
         """
         for start in range(0, len(bytes_there), _MARKS):
             part = bytes_there[start : start + _MARKS]
@@ -86,12 +87,14 @@ class Qtest:
             self.settle()
 
     def settle(self) -> None:
-        """Wait until QEMU has done everything that was asked so far."""
-        end = time.monotonic() + self._limit
+        """Wait until QEMU has executed all commands so far. Raises :class:`~vmbus.errors.QemuGone` on timeout."""
+        end = time.monotonic() + self._timeout
         while self._unanswered:
             left = end - time.monotonic()
             if left <= 0 or not select.select([self._socket], [], [], left)[0]:
-                raise QemuGone(f"QEMU's main loop has not answered on the qtest socket for {self._limit:g} s")
+                raise QemuGone(
+                    f"QEMU's main loop has not answered on the qtest socket for {self._timeout:g} s"
+                )
             self._read_answers()
 
     def _send(self, line: bytes) -> None:
@@ -119,3 +122,20 @@ class Qtest:
                     self._unanswered -= 1
                 elif not answer.startswith(b"IRQ"):
                     raise QemuError(f"QEMU refused a qtest command: {answer.decode('ascii', 'replace')}")
+
+
+class LocalApics:
+    """:class:`~vmbus.ports.Interrupts`: MSIs to the guest's local APICs, through qtest."""
+
+    def __init__(self, qtest: Qtest, apic_ids: Sequence[int], gone: Callable[[QemuGone], None]) -> None:
+        """``gone``: called when QEMU has closed the socket; later requests have no effect."""
+        self._qtest = qtest
+        self._apic_ids = tuple(apic_ids)
+        self._gone = gone
+
+    def request(self, vp: int, vector: int, *, auto_eoi: bool = False) -> None:
+        # The gateway ends auto-EOI interrupts by itself: see Host._Events.auto_eoi_changed.
+        try:
+            self._qtest.interrupt(self._apic_ids[vp], vector)
+        except QemuGone as error:  # the caller, a device at work, cannot handle that
+            self._gone(error)

@@ -115,7 +115,7 @@ static bool hello(struct connection *connection)
     if (other == connection) {
         return false;
     }
-    if (other && !(message->flags & HELLO_TAKE_OVER)) {
+    if (other && !(message->flags & HELLO_TAKEOVER)) {
         reply(connection, MESSAGE_HELLO, STATUS_BUSY, (uint64_t)other->pid, false);
         return false;
     }

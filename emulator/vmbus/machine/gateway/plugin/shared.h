@@ -155,7 +155,7 @@ struct gateway_control {
 enum gateway_message_type { MESSAGE_HELLO = 1, MESSAGE_ACTIVATE = 2, MESSAGE_CLOCK = 3 };
 enum gateway_status { STATUS_OK = 0, STATUS_VERSION = 1, STATUS_BUSY = 2, STATUS_REFUSED = 3 };
 
-#define HELLO_TAKE_OVER 1u
+#define HELLO_TAKEOVER 1u
 
 struct gateway_message {
     uint32_t magic;

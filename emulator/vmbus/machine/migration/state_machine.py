@@ -1,0 +1,402 @@
+"""The emulator's part in migrations and snapshots of one guest, as a state machine without I/O.
+
+    source    idle ──MIGRATION setup──▶ migrating ──pre-switchover──▶ ready ──completed──▶ left
+                ▲                           │                           │                    │
+                └────── failed, cancelled ──┴───────────── RESUME ──────┘      take_back() ──┘
+    target    incoming ──Load()──▶ loaded ──RESUME──▶ idle          (also of a snapshot that is loaded)
+                └──── refused ────▶ lost ──RESUME (after a reset), or another snapshot──▶ idle
+    snapshot  idle ──▶ in a snapshot ──▶ idle                       (started by ``snapshots``)
+
+Events are method calls: QMP events (:meth:`migration`, :meth:`stopped`, :meth:`resumed`), requests over D-Bus, and
+the answers to actions. Each returns the actions that the coordinator performs, in order. What follows one
+``pre-switchover``, each step after the answer to the one before:
+
+    SWITCH_OVER ─▶ SETTLE ─▶ SAVE ─▶ MARK_PAGES ─▶ DELIVER ─▶ CHECK, or CHECK_AND_CONTINUE ─▶ (CANCEL)
+                                 (if memory is   (if there is
+                                  copied)         a side channel)
+
+An answer names the migration that it belongs to by its :class:`Report`. An answer that comes when QEMU has left
+``pre-switchover``, or when another migration has begun, has no effect.
+
+``good`` is true only from the answer of ``query-migrate`` that QEMU still waits, when everything was prepared: then
+nobody has let QEMU continue before. A ``Save()`` at any other time (``savevm`` without the emulator, a migration
+without the pause, a ``migrate-continue`` that came too early) gets a refusal in place of a state: QEMU cannot fail a
+save for that, but a target that loads it fails, with the reason.
+
+A guest that has left must not run twice. Where the target answers (``return-path``), ``completed`` says that the
+target has everything: from then on the source is *fenced*. If the guest is resumed at the source all the same, it is
+stopped again, until :meth:`take_back`; and it is not sent a second time. Without an answer (``file:``, ``exec:``)
+only the program that drives QEMU can tell where the guest is, and a guest that is resumed at the source is served.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from enum import Enum
+
+from vmbus.errors import UserError
+from vmbus.machine.migration.configuration import Configuration
+from vmbus.machine.migration.report import Report
+from vmbus.saving import Reason, StateRefused, refusal_stream
+
+_logger = logging.getLogger(__name__)
+
+
+class Phase(Enum):
+    """States of the module's table."""
+
+    IDLE = "idle"
+    MIGRATING = "migrating"
+    READY = "ready"
+    LEFT = "left"
+    SNAPSHOT = "in a snapshot"
+    INCOMING = "incoming"
+    LOADED = "loaded"
+    LOST = "without the state that its memory needs"
+
+
+class Switchover(Enum):
+    """Which program sends ``migrate-continue`` after ``pre-switchover``."""
+
+    OWN = "own"
+    OBSERVE = "observe"
+
+
+class Carrier(Enum):
+    """What carries the emulator's state of a migration."""
+
+    STREAM = "QEMU's stream"
+    SIDE_CHANNEL = "a side channel"
+    NONE = "nothing"
+
+
+class Action(Enum):
+    """What the coordinator does for the state machine, and the method that takes the answer."""
+
+    BEGIN_TRACKING = "track pages that devices fill"
+    END_TRACKING = "track them no longer"
+    EXAMINE = "read QEMU's configuration"
+    """``configuration_read``"""
+    FORGET_WRITTEN = "forget which pages were written before QEMU reads any"
+    CANCEL_WHEN_SENDING = "cancel the migration as soon as QEMU sends"
+    SWITCH_OVER = "read QEMU's configuration, if it is not known yet"
+    """``switch_over``"""
+    SETTLE = "pause channels, wait for devices' work"
+    """``settled``"""
+    SAVE = "pause the rest of the host and save it"
+    """``saved``, ``save_refused``"""
+    MARK_PAGES = "mark pages that the state does not carry"
+    """``pages_marked``"""
+    DELIVER = "send the state over the side channel"
+    """``delivered``"""
+    CHECK = "ask QEMU whether it still waits"
+    """``status_read``"""
+    CHECK_AND_CONTINUE = (
+        "ask QEMU whether it still waits, and send migrate-continue without waiting for the answer"
+    )
+    """``status_read``"""
+    CANCEL = "send migrate_cancel"
+    TAKE_STATE = "restore the state that came over the side channel"
+    """``state_taken``, ``state_missing``"""
+    FENCE = "note that the guest has left, for later emulators"
+    UNFENCE = "note that the guest is here, and serve it"
+    PAUSE = "pause the host"
+    RESUME = "resume the host: its guest runs"
+    STOP_GUEST = "send stop"
+    RESUME_GUEST = "send cont, as soon as QEMU accepts it"
+    RESUME_ARRIVED = "send cont at once"
+
+
+Actions = Sequence[Action]
+
+_WAITING = "pre-switchover"
+_NO_CARRIER = (
+    "nothing carries the emulator's state: QEMU runs without dbus-vmstate, so use `vmbus migrate --carrier`"
+)
+
+
+class MigrationStateMachine:
+    """Decides what happens in migrations and snapshots of one guest."""
+
+    def __init__(self, switchover: Switchover = Switchover.OWN) -> None:
+        self.phase = Phase.IDLE
+        self.report = Report()
+        """The migration or snapshot under way, or the last one."""
+        self.switchover = switchover
+        self.configuration: Configuration | None = None
+        """Of the migration under way, or the last one; ``None`` until it was read."""
+        self.prepared: bytes | None = None
+        """The state, or the refusal, that was made last; kept while the guest has left."""
+        self.good = False
+        """Whether :meth:`save_requested` may return it."""
+        self.fenced = False
+        """Whether the guest is known to be elsewhere: it is not served, and may not run here."""
+        self.carrier = Carrier.STREAM
+        """Of the state of the migration under way, or the last one."""
+        self.load_refused = ""
+        """Why the last ``Load()`` was refused; empty if it was not."""
+        self.guest_ran = False
+        """Whether QEMU stopped a running guest for the migration under way: RESUME follows, if it fails."""
+        self._save_was_refused = False
+        """Of the last ``Save()``. A new migration does not reset it: its events may be read after its ``Save()``."""
+
+    # --- QMP events ---
+
+    def migration(self, status: str) -> Actions:
+        """Handle MIGRATION with QEMU's new ``status``."""
+        if self.phase in (Phase.SNAPSHOT, Phase.INCOMING, Phase.LOADED):
+            # On a target that has no state yet: its QEMU has no dbus-vmstate, so Load() will not come.
+            return (Action.TAKE_STATE,) if self.phase is Phase.INCOMING and status == "completed" else ()
+        if self.fenced:
+            return self._migration_of_a_guest_that_left(status)
+        actions: list[Action] = []
+        if status == "setup":
+            self.report = Report()
+            self.phase = Phase.MIGRATING
+            self.configuration = None
+            self.good = self.guest_ran = False
+            actions += (Action.BEGIN_TRACKING, Action.EXAMINE)
+        self.report.statuses.append(status)
+        if self.report.ended:
+            actions.append(Action.END_TRACKING)
+        if status == _WAITING:
+            actions.append(Action.SWITCH_OVER)
+        elif status == "completed" and self._save_was_refused:
+            actions += self._stay()
+        elif status == "completed" and self.phase is Phase.READY:
+            actions += self._leave()
+        elif status in ("failed", "cancelled"):
+            # If the guest ran before, RESUME follows and resumes the host. Otherwise both stay paused.
+            self.prepared = None
+            self.good = False
+            if self.phase is Phase.MIGRATING or (self.phase is Phase.READY and not self.guest_ran):
+                self.phase = Phase.IDLE
+        return actions
+
+    def stopped(self) -> Actions:
+        """Handle STOP: the guest was stopped, by QEMU for a switch-over or by a command."""
+        self.guest_ran = self.phase is Phase.MIGRATING
+        return ()
+
+    def resumed(self) -> Actions:
+        """Handle RESUME: the guest runs."""
+        if self.fenced:
+            _logger.error(
+                "the guest was resumed here, but it has left and the target has it: it is stopped again. If the "
+                "target has ended, `vmbus migrate NAME --take-back` resumes the guest here"
+            )
+            return (Action.STOP_GUEST,)
+        if self.phase is Phase.LEFT:
+            _logger.warning(
+                "the guest was resumed here after it was sent away: it must not run anywhere else now"
+            )
+        if self.phase is Phase.LOST:
+            _logger.error(
+                "the guest was resumed %s: its devices do not work until it is reset", self.phase.value
+            )
+        self.prepared = None
+        self.good = False
+        self.phase = Phase.IDLE
+        return (Action.RESUME,)
+
+    # --- answers before the switch-over ---
+
+    def configuration_read(self, report: Report, configuration: Configuration) -> Actions:
+        """Take the configuration of the migration ``report``."""
+        if self.report is not report:
+            return ()
+        self.configuration = configuration
+        actions = [Action.END_TRACKING if configuration.memory_stays else Action.FORGET_WRITTEN]
+        if configuration.refusal:
+            actions += self._refuse(configuration.refusal)
+        return actions
+
+    # --- the switch-over ---
+
+    def paused(self, report: Report) -> bool:
+        """Return whether QEMU has sent nothing since it stopped the guest for the migration ``report``."""
+        return self.report is report and report.status == _WAITING and not self.fenced
+
+    def may_mark(self, report: Report) -> bool:
+        """Return whether the guest is known to stand still in the pause of the migration ``report``."""
+        return self.phase is Phase.READY and self.paused(report)
+
+    def switch_over(self, report: Report, configuration: Configuration, carrier: Carrier) -> Actions:
+        """Begin to prepare the state, in the pause of the migration ``report``."""
+        if not self.paused(report):
+            return ()  # the guest runs already
+        self.configuration = self.configuration or configuration
+        self.carrier = carrier
+        self.phase = Phase.READY
+        self.good = False
+        report.refusal = report.refusal or configuration.refusal
+        return (Action.SETTLE,)
+
+    def settled(self, report: Report, *, in_time: bool) -> Actions:
+        """Continue when the work of devices is done; ``in_time``: whether it is."""
+        if not (self.may_mark(report) or self._saves_snapshot(report)):
+            return ()
+        if in_time:
+            return (Action.END_TRACKING, Action.SAVE)
+        error = StateRefused(Reason.WRONG_STATE, "a device's work did not end in time")
+        return (Action.END_TRACKING, Action.PAUSE, *self.save_refused(report, error))
+
+    def saved(self, report: Report, data: bytes) -> Actions:
+        """Take the state ``data`` that was saved."""
+        self.prepared = data
+        if self._saves_snapshot(report):
+            self.good = True  # the guest is stopped, and only the caller asks QEMU to save it
+            return ()
+        if self.configuration is not None and self.configuration.memory_stays:
+            return self.pages_marked(report)
+        return (Action.MARK_PAGES,)
+
+    def save_refused(self, report: Report, error: StateRefused) -> Actions:
+        """Prepare a refusal: the guest cannot be saved."""
+        _logger.error("the guest cannot be saved: %s", error)
+        report.refusal = str(error)
+        self.prepared = refusal_stream(error)
+        return () if self._saves_snapshot(report) else self.pages_marked(report)
+
+    def pages_marked(self, report: Report) -> Actions:
+        """Continue when QEMU can read all that the state does not carry."""
+        if not self.paused(report):
+            return ()
+        if self.carrier is Carrier.SIDE_CHANNEL and not report.refusal:
+            return (Action.DELIVER,)
+        if self.carrier is Carrier.NONE:
+            report.refusal = report.refusal or _NO_CARRIER
+        return self._check(report)
+
+    def delivered(self, report: Report, refusal: str = "") -> Actions:
+        """Continue when the target has the state, or did not accept it because of ``refusal``."""
+        if refusal:
+            _logger.error("the target did not accept the state: %s", refusal)
+            report.refusal = refusal
+        return self._check(report) if self.paused(report) else ()
+
+    def _check(self, report: Report) -> Actions:
+        if self.switchover is Switchover.OWN and not report.refusal:
+            return (Action.CHECK_AND_CONTINUE,)
+        return (Action.CHECK,)
+
+    def status_read(self, report: Report, status: str) -> Actions:
+        """Take the answer of ``query-migrate``: everything was prepared before it was asked."""
+        ours = self.report is report and self.phase is Phase.READY
+        self.good = ours and status == _WAITING
+        # The target would refuse all that QEMU could send now: the guest continues here, at once.
+        return (Action.CANCEL,) if self.good and report.refusal else ()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the state is prepared: ``migrate-continue`` may be sent."""
+        return self.phase is Phase.READY and self.good and not self.report.refusal
+
+    # --- requests over D-Bus ---
+
+    def save_requested(self) -> bytes | None:
+        """Return the answer to ``Save()``; ``None``: refuse it, no state was prepared for it."""
+        self._save_was_refused = not self.good or self.prepared is None
+        return None if self._save_was_refused else self.prepared
+
+    def load_requested(self) -> None:
+        """Raise :class:`~vmbus.saving.StateRefused` for a ``Load()`` that was not expected."""
+        if self.phase is not Phase.INCOMING:
+            raise StateRefused(
+                Reason.WRONG_STATE,
+                "guest memory was replaced behind the emulator's back; use `vmbus snapshot load`",
+            )
+
+    def loaded(self) -> None:
+        """Note that the state was restored."""
+        self.phase = Phase.LOADED
+
+    def load_failed(self, reason: str) -> None:
+        """Note why ``Load()`` failed: QEMU fails the migration, or the snapshot."""
+        self.load_refused = reason
+
+    # --- the target without dbus-vmstate ---
+
+    def state_taken(self, *, ran: bool) -> Actions:
+        """Note that the state of the side channel was restored; ``ran``: whether the guest ran at the source."""
+        self.phase = Phase.LOADED
+        return (Action.RESUME_ARRIVED,) if ran else ()
+
+    def state_missing(self, reason: str) -> None:
+        """Note that QEMU has received the guest, and that its state did not come or cannot be restored."""
+        _logger.error("the guest arrived without its state and stays stopped: %s", reason)
+        self.load_failed(reason)
+        self.abandon()
+
+    # --- commands ---
+
+    def expect(self) -> Actions:
+        """Expect that a state is loaded before the guest runs (again)."""
+        self.phase = Phase.INCOMING
+        self.load_refused = ""
+        return (Action.PAUSE,)
+
+    def abandon(self) -> None:
+        """Expect no state any more; guest memory may be replaced already."""
+        self.phase = Phase.LOST
+
+    def begin_snapshot(self) -> Actions:
+        """Prepare the state for a snapshot. The guest is stopped; the caller asks QEMU for the save."""
+        self.report = Report()
+        self.phase = Phase.SNAPSHOT
+        self.good = False
+        return (Action.SETTLE,)
+
+    def end_snapshot(self) -> None:
+        """Note that the snapshot was made, or was not."""
+        if self.phase is Phase.SNAPSHOT:
+            self.phase = Phase.IDLE
+
+    def check_left(self) -> None:
+        """Raise :class:`~vmbus.errors.UserError` if the guest has not left."""
+        if self.phase is not Phase.LEFT:
+            raise UserError(
+                f"the guest has not left, there is nothing to take back: it is {self.phase.value}"
+            )
+
+    def take_back(self) -> Actions:
+        """Resume a guest that has left here; its target is known to have failed."""
+        was_fenced, self.fenced = self.fenced, False
+        return (Action.UNFENCE, Action.RESUME_GUEST) if was_fenced else (Action.RESUME_GUEST,)
+
+    # --- private ---
+
+    def _saves_snapshot(self, report: Report) -> bool:
+        return self.phase is Phase.SNAPSHOT and self.report is report
+
+    def _leave(self) -> Actions:
+        self.phase = Phase.LEFT
+        self.good = False  # the state is sent once
+        self.fenced = self.configuration is not None and self.configuration.answered
+        return (Action.FENCE,) if self.fenced else ()
+
+    def _stay(self) -> Actions:
+        """Resume the guest here: what QEMU sent had a refusal in place of the state, and no target can load that."""
+        _logger.error(
+            "QEMU reports the migration as completed, but its stream holds no emulator state: resuming on the source"
+        )
+        self._save_was_refused = False
+        if self.guest_ran:
+            return (Action.RESUME_GUEST,)
+        self.phase = Phase.IDLE
+        return ()
+
+    def _migration_of_a_guest_that_left(self, status: str) -> Actions:
+        """Refuse to send it again. Its phase and its state stay, for :meth:`take_back`."""
+        actions: Actions = ()
+        if status == "setup":
+            self.report = Report()
+            actions = self._refuse("the guest has left already")
+        self.report.statuses.append(status)
+        return actions
+
+    def _refuse(self, reason: str) -> Actions:
+        _logger.error("migration cancelled: %s", reason)
+        self.report.refusal = reason
+        return (Action.CANCEL_WHEN_SENDING,)
