@@ -76,7 +76,7 @@ class Record(Generic[T]):
             if compiled.size is None and type(data) is not bytes:
                 data = bytes(data)
             try:
-                value: T = compiled.take(data, 0)[0]
+                value: T = compiled.decode(data, 0)[0]
                 return value
             except REFUSED_DATA:
                 pass  # construct raises it again, with a message
@@ -93,7 +93,7 @@ class Record(Generic[T]):
         if self.compiled is not None:
             pieces: list[bytes] = []
             try:
-                self.compiled.give(value, pieces.append)
+                self.compiled.encode(value, pieces.append)
                 return b"".join(pieces)
             except REFUSED_VALUES:
                 pass  # construct raises it again, with a message

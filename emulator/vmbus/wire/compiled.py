@@ -2,10 +2,10 @@
 
     compile_record(Point, Struct("x" / Int32ul, "name" / Text))     makes, in short:
 
-    def take(data, at):                           def give(value, write):
+    def decode(data, at):                         def encode(value, write):
         (v1,) = unpack1(data, at)                     write(pack1(value.x))
         at += 4                                       v1 = value.name.encode()
-        v2 = data[at]                                 write(give_varint(len(v1)))
+        v2 = data[at]                                 write(encode_varint(len(v1)))
         ...                                           write(v1)
         return Point(v1, v3), at
 
@@ -38,19 +38,19 @@ from vmbus.wire.plain import (
     Text,
     VarTuple,
     VarUint,
-    give_varint,
-    take_varint,
+    decode_varint,
+    encode_varint,
 )
 
-Take = Callable[[bytes, int], tuple[Any, int]]
-"""``take(data, at)`` returns the value at offset ``at`` and the offset behind it."""
-Give = Callable[[Any, Callable[[bytes], object]], None]
-"""``give(value, write)`` calls ``write`` with the bytes of ``value``, piece by piece."""
+Decode = Callable[[bytes, int], tuple[Any, int]]
+"""``decode(data, at)`` returns the value at offset ``at`` and the offset behind it."""
+Encode = Callable[[Any, Callable[[bytes], object]], None]
+"""``encode(value, write)`` calls ``write`` with the bytes of ``value``, piece by piece."""
 
 REFUSED_DATA = (c.ConstructError, struct.error, IndexError, ValueError, OverflowError)
-"""Exceptions of ``take`` for data that the declaration does not accept."""
+"""Exceptions of ``decode`` for data that the declaration does not accept."""
 REFUSED_VALUES = (*REFUSED_DATA, TypeError, AttributeError)
-"""Exceptions of ``give`` for a value that the declaration does not accept."""
+"""Exceptions of ``encode`` for a value that the declaration does not accept."""
 
 _INTEGER_CODES = {
     "Int8ul": "B",
@@ -74,8 +74,8 @@ class NotPlainError(Exception):
 class Compiled:
     """The two functions of a declaration; ``size`` in bytes, None if it varies."""
 
-    take: Take
-    give: Give
+    decode: Decode
+    encode: Encode
     size: int | None
 
 
@@ -83,14 +83,14 @@ def compile_record(cls: type, declaration: c.Struct) -> Compiled | None:
     """Compile the declaration of a dataclass (see :class:`~vmbus.wire.codec.Record`); ``None`` if it is not plain."""
     writer = _Writer()
     try:
-        taken = _Taker(writer).record(cls, declaration)
-        given = _Giver(writer).record(cls, declaration)
+        decoder = _Decoder(writer).record(cls, declaration)
+        encoder = _Encoder(writer).record(cls, declaration)
     except NotPlainError:
         return None
-    source = "\n".join([*taken, *given])
+    source = "\n".join([*decoder, *encoder])
     exec(compile(source, f"<{cls.__name__}>", "exec"), writer.names)
     size = writer.size if writer.fixed else None
-    return Compiled(writer.names["take"], writer.names["give"], size)
+    return Compiled(writer.names["decode"], writer.names["encode"], size)
 
 
 def integer_letter(subcon: Any) -> str | None:
@@ -174,8 +174,8 @@ class _Function:
         self._indent = before
 
 
-class _Taker(_Function):
-    """Writer of ``take``."""
+class _Decoder(_Function):
+    """Writer of ``decode``."""
 
     def __init__(self, writer: _Writer) -> None:
         super().__init__(writer)
@@ -185,7 +185,7 @@ class _Taker(_Function):
     def record(self, cls: type, declaration: c.Struct) -> list[str]:
         value = self._record(cls, declaration)
         self._flush()
-        return ["def take(data, at):", *self._lines, f"    return {value}, at"]
+        return ["def decode(data, at):", *self._lines, f"    return {value}, at"]
 
     def _flush(self) -> None:
         if self._code:
@@ -285,16 +285,16 @@ class _Taker(_Function):
         if inner is VarUint:
             return self._varint()
         if isinstance(inner, CustomField):
-            variable, take = self._writer.variable(), self._writer.refer("take", inner.take)
-            self._line(f"{variable}, at = {take}(data, at)")
+            variable, decode = self._writer.variable(), self._writer.refer("decode", inner.decode)
+            self._line(f"{variable}, at = {decode}(data, at)")
             return variable
         raise NotPlainError(str(inner))
 
     def _varint(self) -> str:
-        variable, take = self._writer.variable(), self._writer.refer("take", take_varint)
+        variable, decode = self._writer.variable(), self._writer.refer("decode", decode_varint)
         self._line(f"{variable} = data[at]")
         self._line("at += 1")
-        self._line(f"if {variable} >= 128: {variable}, at = {take}(data, at - 1)")
+        self._line(f"if {variable} >= 128: {variable}, at = {decode}(data, at - 1)")
         return variable
 
     def _element(self, head: str, subcon: Any, result: str) -> None:
@@ -322,8 +322,8 @@ class _Taker(_Function):
         return found
 
 
-class _Giver(_Function):
-    """Writer of ``give``, the inverse of ``take``."""
+class _Encoder(_Function):
+    """Writer of ``encode``, the inverse of ``decode``."""
 
     def __init__(self, writer: _Writer) -> None:
         super().__init__(writer)
@@ -332,7 +332,7 @@ class _Giver(_Function):
     def record(self, cls: type, declaration: c.Struct) -> list[str]:
         self._fields(declaration, "value.{}")
         self._flush()
-        return ["def give(value, write):", *(self._lines or ["    pass"])]
+        return ["def encode(value, write):", *(self._lines or ["    pass"])]
 
     def _flush(self) -> None:
         if self._code:
@@ -411,13 +411,13 @@ class _Giver(_Function):
             self._varint(expression)
         elif isinstance(inner, CustomField):
             self._flush()
-            self._line(f"write({self._writer.refer('give', inner.give)}({expression}))")
+            self._line(f"write({self._writer.refer('encode', inner.encode)}({expression}))")
         else:
             raise NotPlainError(str(inner))
 
     def _varint(self, expression: str) -> None:
         self._flush()
-        self._line(f"write({self._writer.refer('give', give_varint)}({expression}))")
+        self._line(f"write({self._writer.refer('encode', encode_varint)}({expression}))")
 
     def _nullable(self, nullable: Nullable, expression: str) -> None:
         found = self._named(expression)

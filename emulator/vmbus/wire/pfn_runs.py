@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import construct as c
 
-from vmbus.wire.plain import CustomField, PlainAdapter, VarUint, append_varint, take_varint
+from vmbus.wire.plain import CustomField, PlainAdapter, VarUint, append_varint, decode_varint
 
 PFN_LIMIT = 1 << 52
 """Number of page frames of a 64-bit address space."""
@@ -67,22 +67,22 @@ class _RawRuns(CustomField):
 
     longest = 2 * VarUint.longest * (MAX_PAGES + 1)
 
-    def take(self, data: bytes, at: int) -> tuple[list[Run], int]:
-        count, at = take_varint(data, at)
+    def decode(self, data: bytes, at: int) -> tuple[list[Run], int]:
+        count, at = decode_varint(data, at)
         found = []
         for _ in range(count):
             step = data[at]
             at += 1
             if step >= 0x80:
-                step, at = take_varint(data, at - 1)
+                step, at = decode_varint(data, at - 1)
             more = data[at]
             at += 1
             if more >= 0x80:
-                more, at = take_varint(data, at - 1)
+                more, at = decode_varint(data, at - 1)
             found.append(Run(step, more))
         return found, at
 
-    def give(self, value: Sequence[Run]) -> bytes:
+    def encode(self, value: Sequence[Run]) -> bytes:
         encoded = bytearray()
         append_varint(encoded, len(value))
         for step, more in value:

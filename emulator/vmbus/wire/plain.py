@@ -34,19 +34,19 @@ class PlainAdapter(c.Adapter):  # type: ignore[misc]
 
 
 class CustomField(c.Construct):  # type: ignore[misc]
-    """A field with its own parser and builder, ``take`` and ``give``, which compiled code calls directly."""
+    """A field with its own parser and builder, ``decode`` and ``encode``, which compiled code calls directly."""
 
     longest = 0
     """Bytes that one value can have at most."""
 
-    def take(self, data: bytes, at: int) -> tuple[Any, int]:
+    def decode(self, data: bytes, at: int) -> tuple[Any, int]:
         """Return the value at offset ``at`` and the offset behind it.
 
         Raises ``IndexError`` if the data end within the value, ``construct.ValidationError`` for an invalid form.
         """
         raise NotImplementedError
 
-    def give(self, value: Any) -> bytes:
+    def encode(self, value: Any) -> bytes:
         """Return the bytes of ``value``. Raises ``construct.IntegerError`` for a value that has no form."""
         raise NotImplementedError
 
@@ -54,20 +54,20 @@ class CustomField(c.Construct):  # type: ignore[misc]
         start = c.stream_tell(stream, path)
         data = stream.read(self.longest)
         try:
-            value, used = self.take(data, 0)
+            value, used = self.decode(data, 0)
         except IndexError as error:
             raise c.StreamError("the data end within the field", path) from error
         c.stream_seek(stream, start + used, 0, path)
         return value
 
     def _build(self, obj: Any, stream: Any, context: Any, path: str) -> Any:
-        encoded = self.give(obj)
+        encoded = self.encode(obj)
         c.stream_write(stream, encoded, len(encoded), path)
         return obj
 
 
-def take_varint(data: bytes, at: int) -> tuple[int, int]:
-    """Parse a varint: ``VarUint.take`` as a function."""
+def decode_varint(data: bytes, at: int) -> tuple[int, int]:
+    """Parse a varint: ``VarUint.decode`` as a function."""
     value = shift = 0
     while True:
         byte = data[at]
@@ -90,8 +90,8 @@ def append_varint(encoded: bytearray, value: int) -> None:
     encoded.append(value)
 
 
-def give_varint(value: int) -> bytes:
-    """Build a varint: ``VarUint.give`` as a function."""
+def encode_varint(value: int) -> bytes:
+    """Build a varint: ``VarUint.encode`` as a function."""
     if not isinstance(value, int) or value < 0 or value >> 64:
         raise c.IntegerError(f"{value!r} is not an unsigned 64-bit number")
     encoded = bytearray()
@@ -104,11 +104,11 @@ class _VarUint(CustomField):
 
     longest = _VARINT_BYTES
 
-    def take(self, data: bytes, at: int) -> tuple[int, int]:
-        return take_varint(data, at)
+    def decode(self, data: bytes, at: int) -> tuple[int, int]:
+        return decode_varint(data, at)
 
-    def give(self, value: int) -> bytes:
-        return give_varint(value)
+    def encode(self, value: int) -> bytes:
+        return encode_varint(value)
 
 
 VarUint = _VarUint()

@@ -111,12 +111,12 @@ def test_any_bytes_are_taken_or_refused_as_construct_does_it(
         expected = slow.parse(raw)
     except MalformedError:
         with pytest.raises(REFUSED_DATA):
-            record.compiled.take(raw, 0)
+            record.compiled.decode(raw, 0)
         return
-    value, end = record.compiled.take(raw, 0)
+    value, end = record.compiled.decode(raw, 0)
     assert value == expected
     pieces: list[bytes] = []
-    record.compiled.give(value, pieces.append)
+    record.compiled.encode(value, pieces.append)
     assert b"".join(pieces) == slow.build(value)
     assert end <= len(raw)
 
