@@ -213,7 +213,7 @@ class DeviceChannel:
         for axis, holds in (
             (ChannelAxes.OPEN, request is not None),
             (ChannelAxes.PAUSED, channel.paused),
-            (ChannelAxes.HELD, kept.input_paused),
+            (ChannelAxes.INPUT_PAUSED, kept.input_paused),
         ):
             axes |= axis if holds else ChannelAxes(0)
         return SavedChannel(
@@ -335,6 +335,6 @@ def _io_state(state: ChannelState) -> ChannelIoState:
         owed=_count([packet.transaction_id for packet in state.taken]),
         awaited=_count(awaited),
         output=tuple(_built(each) for each in state.queue),
-        input_paused=bool(state.channel.axes & ChannelAxes.HELD),
+        input_paused=bool(state.channel.axes & ChannelAxes.INPUT_PAUSED),
         failure=state.channel.failure,
     )

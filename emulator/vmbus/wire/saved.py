@@ -155,13 +155,13 @@ SAVED_GPADL = Record(SavedGpadl, "gpadl_id" / c.Int32ul, "page_count" / c.Int32u
 class ChannelAxes(enum.IntFlag):
     """The axes of a channel's state (docs/protocol/saving.md#channel-axes); open and paused are independent.
 
-    HELD: the device has stopped reading packets and will resume by itself (backpressure).
+    INPUT_PAUSED: the device has stopped reading packets and will resume by itself (backpressure).
     """
 
     ENABLED = 1
     OPEN = 2
     PAUSED = 4
-    HELD = 8
+    INPUT_PAUSED = 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,7 +135,7 @@ def machine_v1() -> bytes:
 STATE = ChannelState(
     SavedChannel(
         ChannelIdentity(*IDENTITY, 3),
-        ChannelAxes.ENABLED | ChannelAxes.OPEN | ChannelAxes.PAUSED | ChannelAxes.HELD,
+        ChannelAxes.ENABLED | ChannelAxes.OPEN | ChannelAxes.PAUSED | ChannelAxes.INPUT_PAUSED,
         relid=12,
         connection_id=0x200C,
         offer_flags=0x11,
