@@ -13,9 +13,6 @@ import construct as c
 from vmbus.wire.bits import BitRecord
 from vmbus.wire.codec import Record
 
-FIRST_LEAF = 0x40000000
-LAST_LEAF = 0x400000FF
-
 VENDOR = b"Microsoft Hv"
 """Leaf 0, EBX, ECX and EDX."""
 INTERFACE_SIGNATURE = int.from_bytes(b"Hv#1", "little")

@@ -127,8 +127,6 @@ _TRANSFER_RANGE = derive_struct(TRANSFER_RANGE)
 
 DESCRIPTOR_SIZE = _DESCRIPTOR.size
 TRAILER_SIZE = _TRAILER.size
-MAX_PACKET = 0xFFFF * UNIT + TRAILER_SIZE
-"""Bytes of the longest packet that a descriptor can describe, including the trailer."""
 
 
 class GpaRange(NamedTuple):

@@ -1,6 +1,6 @@
 """The control page of a ring buffer, the first page of each ring; the data pages follow it.
 
-Source: docs/protocol/rings.md#control-page. Indices are byte offsets into the data area.
+Source: docs/protocol/rings.md#control-page. Indices are byte offsets into the data area, multiples of 8.
 
     | Off  | Size | Field             | Written by |
     |    0 |    4 | write index       | writer     |
@@ -20,9 +20,6 @@ from vmbus.wire.codec import Record
 
 RING_PAGE = 4096
 """Bytes of the control page, and the granularity of the data area."""
-
-INDEX_STEP = 8
-"""Bytes that every index and every length in a ring is a multiple of."""
 
 RESERVED_BYTES = 8
 """Bytes of a ring that always stay unused, because equal indices mean an empty ring."""

@@ -51,7 +51,6 @@ MESSAGE_SLOT = Record(
 MESSAGE_SLOT_STRUCT = derive_struct(MESSAGE_SLOT.struct)
 SLOT_TYPE_SIZE = 4
 SLOT_FLAGS_OFFSET = 5
-SLOT_HEADER_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True)
