@@ -181,7 +181,7 @@ class ChannelSaver:
         if context.busy or context.save is not None:
             return self._refuse(channel, _BadState, "a save is in progress, end it first")
         if context.phase in (_Restore.PARTIAL, _Restore.BROKEN):
-            return self._refuse(channel, _BadState, f"its restore is {context.phase.name}")
+            return self._refuse(channel, _BadState, f"its restore is {context.phase.value}")
         if channel.open and not channel.paused:
             return self._refuse(channel, _BadState, "the channel is active, pause it first")
         try:

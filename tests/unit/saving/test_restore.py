@@ -389,6 +389,15 @@ class TestContradictions:
         assert refused(build_chunk(1, record, save_id=1, index=0, flags=1)) == Reason.DAMAGED
 
 
+class TestSaveDuringARestore:
+    def test_is_refused_with_the_progress_of_the_restore(self, saver: ChannelSaver) -> None:
+        target = new_process(SOURCE)
+        assert saver.restore_from_buffer(target, CHUNKS[0]) == MORE
+        assert saver.save_begin(target) == NtStatus.STATUS_INVALID_DEVICE_STATE
+        refusal = saver.refusal(target)
+        assert refusal is not None and refusal.detail == "its restore is incomplete"
+
+
 class TestWhatTheChannelSays:
     def test_no_is_a_refusal_that_changes_nothing(self) -> None:
         target = new_process(SOURCE)
