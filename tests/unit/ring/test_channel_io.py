@@ -901,6 +901,12 @@ def test_sub_channels_have_an_io_each(device: Recorder) -> None:
     assert guest.io.subchannels == []
 
 
+def test_sub_channels_need_an_environment_that_can_offer_them(guest: LoopbackGuest) -> None:
+    with pytest.raises(DeviceError, match="no offers"):
+        guest.io.offer_subchannels(1)
+    assert guest.io.subchannels == []
+
+
 def test_the_status_is_plain_values(guest: LoopbackGuest) -> None:
     guest.put(*numbered(2), guest_packet(kind=0))
     status = guest.io.status()

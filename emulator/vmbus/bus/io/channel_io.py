@@ -363,10 +363,13 @@ class ChannelIo:
         """Offer sub-channels 1 to ``count`` of this primary channel; each has an ``io`` of its own.
 
         The bus revokes them when the guest closes the primary channel, as guests expect. Raises
-        :class:`~vmbus.errors.DeviceError` if this is no primary channel, or sub-channels are offered already.
+        :class:`~vmbus.errors.DeviceError` if this is no primary channel, if sub-channels are offered already, or
+        where the device's environment cannot offer any.
         """
         offers = self.device.environment.offers
-        if offers is None or self.subchannel_index or self.subchannels:
+        if offers is None:
+            raise DeviceError(f"{self.device.name}: its DeviceEnvironment has no offers, so no sub-channels")
+        if self.subchannel_index or self.subchannels:
             raise DeviceError(
                 f"{self.device.name}: sub-channels need a primary channel, and can be offered once per opening"
             )
