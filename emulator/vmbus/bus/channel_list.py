@@ -108,14 +108,14 @@ class ChannelList:
         return any(channel.signals.port == connection_id for channel in self.channels)
 
     def revoke_subchannels(self, channel: Channel) -> bool:
-        """Revoke the sub-channels of ``channel``; return whether the guest has been told about all of them."""
+        """Revoke the sub-channels of ``channel``; return whether all of them are rescinded or released."""
         if channel.offer.subchannel_index:
             return True
-        all_told = True
+        all_left = True
         for sub in self._subchannels(channel):
             self.revoke(sub)
-            all_told = all_told and sub.state in (ChannelState.REVOKED, ChannelState.RELEASED)
-        return all_told
+            all_left = all_left and sub.state in (ChannelState.REVOKED, ChannelState.RELEASED)
+        return all_left
 
     def rescind(self, channel: Channel) -> None:
         """Send RESCIND_CHANNELOFFER: ``channel`` has left, and is revoked now."""

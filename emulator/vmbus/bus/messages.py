@@ -72,7 +72,7 @@ EARLY_ACKNOWLEDGED = frozenset(
 
 
 class PostResult(enum.Enum):
-    """What HvPostMessage tells the guest. ``RETRY``: nothing happened, post it again (status 0x13)."""
+    """The result of HvPostMessage. ``RETRY``: nothing happened, the guest must post it again (status 0x13)."""
 
     OK = "ok"
     RETRY = "retry"
@@ -82,8 +82,8 @@ class PostResult(enum.Enum):
 class PostedMessage:
     """A message as the guest posted it.
 
-    ``trusted``: it came from a paravisor on a confidential connection. ``acknowledged``: the guest was told that the
-    message is accepted, so the guest cannot be made to retry.
+    ``trusted``: it came from a paravisor on a confidential connection. ``acknowledged``: HvPostMessage has
+    succeeded already, so the guest cannot be made to retry.
     """
 
     connection_id: int

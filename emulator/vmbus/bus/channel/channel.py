@@ -48,7 +48,7 @@ class ChannelOwner(Protocol):
         """Return whether a signal on that id reaches a channel."""
 
     def revoke_subchannels(self, channel: Channel) -> bool:
-        """Revoke the sub-channels of ``channel``; return whether the guest has been told about all of them."""
+        """Revoke the sub-channels of ``channel``; return whether all of them are rescinded or released."""
 
     def rescind(self, channel: Channel) -> None:
         """Send RESCIND_CHANNELOFFER: ``channel`` has left, and is revoked now."""

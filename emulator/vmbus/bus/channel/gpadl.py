@@ -47,9 +47,8 @@ MAX_ASSEMBLIES = 256
 
 
 class GpadlState(enum.Enum):
-    """States of a GPADL."""
+    """States of a complete GPADL; one in progress is an :class:`Assembly`."""
 
-    IN_PROGRESS = "in progress"
     ACCEPTED = "accepted"
     TEARING_DOWN = "tearing down"
 

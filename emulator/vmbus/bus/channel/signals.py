@@ -4,8 +4,8 @@ Source: docs/protocol/messages.md#open-channel, docs/protocol/messages.md#modify
 
     target None --OPEN, MODIFYCHANNEL--> target VP --close--> None
 
-While the channel is paused MODIFYCHANNEL waits: the first one from version 5.3 on, where each is answered, the
-latest one before that.
+While the channel is paused one MODIFYCHANNEL waits: from version 5.3 on, where it has an answer, the first one, and
+others are refused until then; before 5.3 the latest one.
 """
 
 from __future__ import annotations
