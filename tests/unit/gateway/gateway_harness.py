@@ -137,8 +137,8 @@ class Harness:
         self.send(f"run {vcpu} {instruction} {int(bits == 64)} {cpl} {pc:x} {values}")
 
     def done(self) -> Done:
-        _, how, *numbers, times = self.expect("done")
-        return Done(how, *(int(number, 16) for number in numbers), int(times))
+        _, how, pc, rax, rbx, rcx, rdx, times = self.expect("done")
+        return Done(how, int(pc, 16), int(rax, 16), int(rbx, 16), int(rcx, 16), int(rdx, 16), int(times))
 
     def run(self, instruction: str, vcpu: int = 0, **options: int) -> Done:
         """Run an instruction that the emulator is not needed for."""

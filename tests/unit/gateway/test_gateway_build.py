@@ -49,7 +49,7 @@ def test_the_source_compiles_without_a_warning(source: Path, tmp_path: Path) -> 
         "-Werror",
         "-c",
         "-o",
-        tmp_path / "object.o",
-        source,
+        str(tmp_path / "object.o"),
+        str(source),
     ]
     assert subprocess.run(command, check=False, capture_output=True, text=True).stderr == ""

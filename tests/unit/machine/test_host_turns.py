@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from types import SimpleNamespace
 
-from vmbus.machine.host import GATEWAY_ROUNDS, Host
+from vmbus.machine.host import GATEWAY_ROUNDS, ExitReason, Host
 
 
 class BusyGateway:
@@ -61,7 +61,7 @@ def test_nothing_is_asked_for_again_when_the_host_has_ended() -> None:
     async def story() -> None:
         gateway = BusyGateway()
         host = busy_host(gateway)
-        host._ended.set_result(None)
+        host._ended.set_result(ExitReason.POWERED_OFF)
         host._gateway_ready()
         assert host._gateway_again is None
 

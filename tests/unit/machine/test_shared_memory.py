@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -75,7 +76,7 @@ def test_another_size_is_refused(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"pages": (SIZE // PAGE_SIZE,)}, {"first": 1 << 30}, {"step": 0}])
-def test_pages_that_do_not_exist_are_refused(path: Path, change: dict) -> None:
+def test_pages_that_do_not_exist_are_refused(path: Path, change: dict[str, Any]) -> None:
     saved = dataclasses.replace(describe(mapped(path), []), **change)
     with pytest.raises(StateRefused) as error:
         check(saved, mapped(path))

@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dbus_fast import Message, MessageType
@@ -43,7 +44,7 @@ def test_qemu_s_calls_are_answered_and_nothing_is_left_behind(tmp_path: Path) ->
         helper = await VmStateHelper.connect(daemon.address, keeper)
         bus = await MessageBus(bus_address=daemon.address).connect()
 
-        async def call(member: str, *, interface: str = "org.qemu.VMState1", **more: object) -> Message:
+        async def call(member: str, *, interface: str = "org.qemu.VMState1", **more: Any) -> Message:
             reply = await bus.call(
                 Message(
                     destination="org.qemu.VMState1",
