@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -63,9 +64,9 @@ def children() -> set[int]:
         except OSError:  # the thread has ended
             continue
         for child in numbers:
-            line = Path(f"/proc/{child}/cmdline")
-            if line.exists() and b"qemu-storage-daemon" in line.read_bytes():
-                found.add(int(child))
+            with contextlib.suppress(OSError):  # it has ended
+                if b"qemu-storage-daemon" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.add(int(child))
     return found
 
 

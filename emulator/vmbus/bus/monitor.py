@@ -65,6 +65,12 @@ class MonitorScan:
             latency = min(channel.offer.monitor_latency for channel in monitored) / 10_000_000
             self._timer = self._timers.call_later(max(latency, MIN_INTERVAL), self._poll)
 
+    def stop(self) -> None:
+        """Stop polling: guest memory is about to be unmapped."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def _poll(self) -> None:
         self._timer = None
         page = self._page()

@@ -360,6 +360,10 @@ class Bus:
         """Start or stop polling the monitor page: a channel with a monitor bit was opened or closed."""
         self._monitor.update()
 
+    def close(self) -> None:
+        """Stop reading guest memory by itself: it is about to be unmapped."""
+        self._monitor.stop()
+
     # --- connecting and disconnecting ---
 
     def _disconnect(

@@ -512,6 +512,7 @@ class Host:
         """Close the connections to QEMU, and unmap guest memory when devices do not use it any more."""
         self._leave_gateway()
         self.partition.pause()  # none of its timers fires any more
+        self.bus.close()
         for channel in self.bus.channels:  # and no channel uses guest memory after it is unmapped
             if isinstance(channel.endpoint, ChannelIo):
                 channel.endpoint.pause()

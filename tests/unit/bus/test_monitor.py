@@ -80,6 +80,17 @@ def test_nothing_polls_while_no_monitored_channel_is_open(guest: ScriptedGuest, 
     assert guest.bus._monitor.polls == looks
 
 
+def test_a_bus_that_is_closed_leaves_guest_memory_alone(guest: ScriptedGuest, page: int) -> None:
+    guest.open_channel(1)
+    guest.timers.advance(UNSTICK_DELAY * 2)
+    assert pending_timers(guest) == 1
+    guest.bus.close()
+    assert pending_timers(guest) == 0
+    looks = guest.bus._monitor.polls
+    guest.timers.advance(1)
+    assert guest.bus._monitor.polls == looks
+
+
 def test_pages_may_move(guest: ScriptedGuest, page: int) -> None:
     guest.open_channel(1)
     new = [pfn * PAGE_SIZE for pfn in guest.pages(2)]
