@@ -92,7 +92,7 @@ class Emulator:
         if self.process.poll() is None and (name := self._name()):
             control = self.folder / "vmbus" / name / "control.sock"
             try:
-                found = json.dumps(ask(control, "status", limit=5), indent=1)
+                found = json.dumps(ask(control, "status", answer_timeout=5), indent=1)
             except UserError as error:
                 found = str(error)
             parts.append(section("vmbus status", found))

@@ -61,7 +61,7 @@ async def test_a_qemu_without_dbus(tmp_path: Path) -> None:
         # No side channel, no listener, another machine: the migration does not begin.
         with pytest.raises(MigrationFailed, match="with --carrier"):
             await migrate(guest.host.migration, f"unix:{tmp_path}/nobody", timeout=LIMIT)
-        with pytest.raises(UserError, match="no emulator takes a state"):
+        with pytest.raises(UserError, match="no emulator receives a state"):
             await migrate(guest.host.migration, f"unix:{tmp_path}/nobody", carrier=socket, timeout=LIMIT)
         there = await listening(guest, socket, uuid=UUID.replace("1", "6"))
         with pytest.raises(UserError, match="waits for machine 66666666"):

@@ -221,7 +221,7 @@ async def test_a_guest_is_taken_back_and_then_leaves_beside_qemus_stream(tmp_pat
             last.attach("--carrier", carrier)
             await last.attached()
             await last.receive(main)
-            assert "no emulator takes a state" in await says(
+            assert "no emulator receives a state" in await says(
                 *("migrate", "b", main, "--carrier", f"{carrier}2"), status=1
             )
             answered = await target.beats("b")

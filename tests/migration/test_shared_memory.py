@@ -145,7 +145,7 @@ async def test_cpr_transfer(tmp_path: Path, guest_program: Program) -> None:
 async def test_cpr_exec_is_refused(tmp_path: Path, guest_program: Program) -> None:
     async with under_load(tmp_path, guest_program, extra=AUX_SHARED) as guest:
         await put(guest.host, {}, {"mode": "cpr-exec", "cpr-exec-command": ["false"]})
-        with pytest.raises(MigrationFailed, match="cpr-exec: QEMU would become another program"):
+        with pytest.raises(MigrationFailed, match="cpr-exec: QEMU would be replaced by another program"):
             await migrate(guest.host.migration, f"file:{tmp_path}/guest", timeout=LIMIT)
         await guest_resumed(guest)
         await put(guest.host, {}, {"mode": "normal"})

@@ -97,7 +97,7 @@ def main(arguments: argparse.Namespace) -> int:
         if size is not None:
             request["size"] = parse_size(size)
     control = rundir.find(name) / "control.sock"
-    found = ask(control, "device", limit=CONTROL_TIMEOUT, **request)
+    found = ask(control, "device", answer_timeout=CONTROL_TIMEOUT, **request)
     if arguments.json:
         json.dump(found, sys.stdout, indent=2)
         print()

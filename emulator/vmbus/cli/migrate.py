@@ -183,7 +183,7 @@ def _wait_ready(control: Path, uri: str | None, arguments: argparse.Namespace) -
     if uri is not None or arguments.share_memory or arguments.cpr is not None:
         raise UsageError("--wait-ready starts no migration: leave out the URI, --share-memory and --cpr")
     timeout = arguments.timeout
-    found = ask(control, "wait-ready", limit=timeout + 30, timeout=timeout)
+    found = ask(control, "wait-ready", answer_timeout=timeout + 30, timeout=timeout)
     if arguments.json:
         json.dump(found, sys.stdout, indent=2)
         print()
@@ -211,7 +211,7 @@ def _ask_with_progress(
 
     def wait() -> None:
         try:
-            result.append(ask(control, command, limit=timeout, descriptors=descriptors, **request))
+            result.append(ask(control, command, answer_timeout=timeout, descriptors=descriptors, **request))
         except UserError as error:
             result.append(error)
 
@@ -222,7 +222,9 @@ def _ask_with_progress(
         asking.join(_POLL)
         if asking.is_alive() and sys.stderr.isatty():
             try:
-                print(f"\r\x1b[K{_line(ask(control, 'migration', limit=5))}", end="", file=sys.stderr)
+                print(
+                    f"\r\x1b[K{_line(ask(control, 'migration', answer_timeout=5))}", end="", file=sys.stderr
+                )
             except UserError:
                 continue  # the guest has left already, or is at the switch-over
             shown = True

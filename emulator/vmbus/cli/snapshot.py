@@ -64,7 +64,7 @@ def main(arguments: argparse.Namespace) -> int:
     found = ask(
         control,
         "snapshot",
-        limit=arguments.timeout + 30,
+        answer_timeout=arguments.timeout + 30,
         what=arguments.what,
         tag=tag,
         timeout=arguments.timeout,

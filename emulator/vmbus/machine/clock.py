@@ -10,7 +10,7 @@ the formula that a guest applies to the page, so that both agree to the last uni
 while the guest is stopped.
 
 Until the first sample, or on a host whose TSC cannot be read, reference time is the host's monotonic clock since
-the emulator began, moved so that it never steps back when the TSC becomes known.
+the emulator started, adjusted so that it never steps back when the TSC becomes known.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-#: QEMU's local APIC timer counts nanoseconds.
 APIC_FREQUENCY = 1_000_000_000
+"""Frequency in Hz of QEMU's local APIC timer."""
 
 _UNITS_PER_SECOND = 10_000_000
 
 SAME_TSC = 200e-6
-"""Two frequencies that differ by less than this share are two measurements of the same."""
+"""Two frequencies that differ by less than this part are two measurements of one TSC."""
 
 
 class TscSource(Protocol):
@@ -32,10 +32,10 @@ class TscSource(Protocol):
 
     @property
     def tsc_frequency(self) -> int | None:
-        """Ticks a second; ``None`` where the host has no TSC."""
+        """Frequency in Hz; ``None`` where the host has no TSC."""
 
     def guest_tsc_now(self) -> int | None:
-        """The guest's TSC; ``None`` until it was sampled."""
+        """Return the guest's TSC; ``None`` until it was sampled."""
 
 
 class TcgClock:
@@ -47,19 +47,19 @@ class TcgClock:
         self._source = source
         self._last = 0
         self._frequency = 0
-        # Without a TSC, time goes on from here with the host's monotonic clock.
+        # Without a TSC, time continues from here with the host's monotonic clock.
         self._free_time = 0
         self._free_since = time.monotonic_ns()
         # With one, time was _origin_time when the guest's TSC was _origin_tsc.
         self._origin_tsc = 0
         self._origin_time = 0
         self._stopped = False
-        #: The guest's TSC when the guest was stopped, if it was known; ``None`` while the guest runs.
         self.stopped_at: int | None = None
+        """The guest's TSC when the guest was stopped, if it was known; ``None`` while the guest runs."""
 
     @property
     def tsc_frequency(self) -> int:
-        """Hz; read once, so that every answer to the guest is the same. 0 where the host has no TSC."""
+        """Frequency in Hz, read once: every answer to the guest is the same. 0 where the host has no TSC."""
         if not self._frequency:
             self._frequency = self._source.tsc_frequency or 0
         return self._frequency
@@ -69,11 +69,11 @@ class TcgClock:
         return not self._stopped and bool(self.tsc_frequency) and self._source.guest_tsc_now() is not None
 
     def guest_tsc(self) -> int:
-        """The guest's TSC now; 0 while it is not known."""
+        """Return the guest's TSC now; 0 while it is not known."""
         return self._source.guest_tsc_now() or 0
 
     def now(self) -> int:
-        """Reference time in units of 100 ns; never less than what was returned before."""
+        """Return the reference time in units of 100 ns, never less than before."""
         if self._stopped:
             return self._last
         tsc = self._source.guest_tsc_now()
@@ -87,7 +87,7 @@ class TcgClock:
         return self._last
 
     def stop(self) -> None:
-        """The guest was stopped: its TSC stands still, and so does time, at what was returned last."""
+        """Stop time, at the value returned last: the guest was stopped, and its TSC with it."""
         if not self._stopped:
             self.stopped_at = self._source.guest_tsc_now()
             self._stopped = True
@@ -99,19 +99,19 @@ class TcgClock:
         self._stopped = False
         self.stopped_at = None
 
-    def restore(self, frequency: int, tsc: int, now: int, told: int, *, same_host: bool = False) -> bool:
-        """The guest comes from another QEMU or another time. It knows its TSC's ``frequency`` (Hz, 0: none);
-        reference time was ``now`` when its TSC was ``tsc`` (0: not known), and was ``told`` it last. Whether the
-        TSC runs here as it did there.
+    def restore(self, frequency: int, tsc: int, now: int, last_read: int, *, same_host: bool = False) -> bool:
+        """Continue the time of a saved guest; return whether its TSC has the same frequency here.
 
-        QEMU lets a guest's TSC go on where it stood. Two measurements of one TSC differ a little, and the guest
-        must see one: up to :data:`SAME_TSC` the guest's counts; on the ``same_host``, in any case.
+        The guest has read that its TSC has ``frequency`` (Hz, 0: none). Reference time was ``now`` when the TSC was
+        ``tsc`` (0: not known); ``last_read`` was the last value that the guest read. QEMU continues the TSC where it
+        stopped. Two measurements of one TSC differ a little, and the guest must see one value: up to a difference of
+        :data:`SAME_TSC`, and always on the ``same_host``, the one that the guest has read.
         """
         own = self.tsc_frequency
         same = same_host or abs(own - frequency) <= frequency * SAME_TSC
         if same:
             self._frequency = frequency
-        self._last = self._free_time = told
+        self._last = self._free_time = last_read
         self._free_since = time.monotonic_ns()
         self._origin_tsc, self._origin_time = (tsc, now) if tsc else (0, 0)
         return same

@@ -1,4 +1,4 @@
-"""The control socket of a served guest: one JSON object a line, asked and answered.
+"""The control socket of a served guest: one JSON object per line, a request or its answer.
 
     → {"command": "status"}
     ← {"return": {...}}            or {"error": "what went wrong and what to do"}
@@ -6,8 +6,8 @@
 Descriptors may come with a request (``SCM_RIGHTS``); its handler finds their numbers in ``descriptors``. They are
 closed when it is answered.
 
-The socket lies in the guest's run directory (mode 0700), so only its user reaches it. ``vmbus status`` and the
-other verbs that speak to a running emulator use :func:`ask`.
+The socket is in the guest's run directory (mode 0700), so only its user can connect. ``vmbus status`` and the other
+commands for a running emulator use :func:`ask`.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class _Requests:
         return line
 
     def close_descriptors(self) -> None:
-        """Close what came."""
+        """Close the descriptors that came."""
         while self.descriptors:
             os.close(self.descriptors.pop())
 
@@ -145,14 +145,19 @@ class _Requests:
 
 
 def ask(
-    path: Path, command: str, *, limit: float = 30.0, descriptors: Sequence[int] = (), **arguments: object
+    path: Path,
+    command: str,
+    *,
+    answer_timeout: float = 30.0,
+    descriptors: Sequence[int] = (),
+    **arguments: object,
 ) -> Any:
-    """Ask a running emulator and wait for its answer; ``descriptors`` of this process go along.
+    """Send a request to a running emulator and return its answer; ``descriptors`` of this process go along.
 
-    Raises :class:`~vmbus.errors.UserError`.
+    Raises :class:`~vmbus.errors.UserError`, also after ``answer_timeout`` seconds without an answer.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(limit)
+        connection.settimeout(answer_timeout)
         try:
             connection.connect(str(path))
             request = json.dumps({"command": command, **arguments}).encode() + b"\n"
@@ -163,7 +168,9 @@ def ask(
         except OSError as error:
             raise UserError(f"the emulator at {path} does not answer: {error}") from error
     if not line.endswith(b"\n"):
-        raise UserError(f"the emulator at {path} ended before it answered; is it still there? (vmbus status)")
+        raise UserError(
+            f"the emulator at {path} ended before it answered; `vmbus status` shows whether it runs"
+        )
     answer = json.loads(line)
     if "error" in answer:
         raise UserError(str(answer["error"]))

@@ -1,11 +1,11 @@
-"""A guest of one's own: its run directory, its QEMU, the host that serves it, all ended together.
+"""A guest that this process starts: its run directory, its QEMU and its host, which end together.
 
     async with Guest.start(...) as guest:
-        ending = await guest.served.serve()
+        exit_reason = await guest.served.serve()
 
-Whatever happens inside, QEMU is ended and the run directory removed on the way out. A guest can move
-(:meth:`Guest.move`) to a new QEMU and a new host, by live migration; name, control socket and the output of its
-command go on.
+At the end of the block QEMU is ended and the run directory removed, also after an error. A guest can move
+(:meth:`Guest.move`) to a new QEMU and a new host, by live migration; its name, its control socket and the output of
+its command stay.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def emulator_options(
     wait: bool = True,
     migratable: bool = True,
 ) -> EmulatorOptions:
-    """The emulator's options for a guest in ``directory``; ``migratable`` needs a QEMU with ``dbus-vmstate``."""
+    """Return the emulator's options for a guest in ``directory``; ``migratable`` needs ``dbus-vmstate``."""
     return EmulatorOptions(
         memory_path=directory.memory,
         memory_size=memory_size,
@@ -58,7 +58,7 @@ def emulator_options(
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What every QEMU of one guest is started with."""
+    """The configuration of every QEMU of one guest."""
 
     qemu: QemuBinary
     gateway_library: Path
@@ -68,7 +68,7 @@ class Setup:
 
 
 class Station:
-    """One QEMU with the host that serves it. Made by :meth:`open`."""
+    """One QEMU with its host. Made by :meth:`open`."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self.directory = directory
@@ -81,7 +81,7 @@ class Station:
     async def open(
         cls, directory: RunDirectory, name: str, setup: Setup, devices: Sequence[Device]
     ) -> Station:
-        """Start QEMU with the guest held at its first look for a hypervisor, attach, let it go."""
+        """Start QEMU, whose guest waits at its first query for a hypervisor, and attach: the guest continues."""
         station = cls(directory)
         try:
             await station._open(name, setup, devices)
@@ -92,7 +92,7 @@ class Station:
 
     async def _open(self, name: str, setup: Setup, devices: Sequence[Device]) -> None:
         directory, qemu = self.directory, setup.qemu
-        if qemu.dbus_vmstate:  # QEMU connects to it when it starts
+        if qemu.dbus_vmstate:  # QEMU connects to the daemon when it starts
             self.daemon = await DbusDaemon.start(qemu.dbus_daemon(), directory.path)
         directory.acpi_table.write_bytes(vmbus_table())
         options = emulator_options(
@@ -113,10 +113,10 @@ class Station:
         return self.host
 
     async def close(self) -> None:
-        """End all of it, and remove its files; what is gone already is no error."""
+        """End QEMU, host and daemon, and remove their files, as far as they exist."""
         if self.host is not None:
             if self.process is not None and self.process.process.poll() is None and self.host.qmp.connected:
-                with contextlib.suppress(QemuGone):  # it may end by itself in this moment
+                with contextlib.suppress(QemuGone):  # it may end by itself at this moment
                     await self.host.qmp.execute("quit")
             await self.host.close()
         if self.process is not None:
@@ -149,23 +149,23 @@ class Guest:
 
     @property
     def host(self) -> Host:
-        """Who serves it now."""
+        """The host that serves the guest now."""
         return self.served.host
 
     @property
     def process(self) -> QemuProcess:
-        """Its QEMU now."""
+        """The QEMU that runs the guest now."""
         if self._station.process is None:
             raise InternalError("a guest without a QEMU")
         return self._station.process
 
     @property
     def command(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
-        """The second serial port of the QEMU that it is in now; see :meth:`command_output`."""
+        """The second serial port of the guest's present QEMU; see :meth:`command_output`."""
         return self._station.command
 
     async def command_output(self) -> AsyncIterator[bytes]:
-        """What comes out of the second serial port, wherever the guest is, until its QEMU ends."""
+        """Yield the output of the second serial port, also after a move, until QEMU ends."""
         while (command := (station := self._station).command) is not None:
             while data := await command[0].read(1 << 16):
                 yield data
@@ -188,10 +188,10 @@ class Guest:
         new_devices: Callable[[Sequence[str]], Sequence[Device]] | None = None,
         memory_of: Path | None = None,
     ) -> AsyncIterator[Guest]:
-        """Start QEMU with the guest held at its first look for a hypervisor, attach, let it go.
+        """Start QEMU, whose guest waits at its first query for a hypervisor, and attach: the guest continues.
 
         ``new_devices`` makes devices from their lines, for a guest that may :meth:`move`. ``memory_of``: the memory
-        file of a guest that will come here and find its memory in it.
+        file of a guest that will arrive with its memory in that file.
         """
         directory = rundir.create(name, memory_size, memory_of=memory_of)
         setup = Setup(qemu, gateway_library, memory_size, options, host_options)
@@ -212,14 +212,14 @@ class Guest:
     async def move(
         self, *, share_memory: bool = False, progress: Progress | None = None, timeout: float = 600.0
     ) -> Outcome:
-        """Live-migrate into a new QEMU, served by a new host; the old ones are ended.
+        """Live-migrate into a new QEMU with a new host; end the old ones.
 
-        ``share_memory``: guest memory stays in its file, which the new QEMU maps too; nothing of it is copied.
+        ``share_memory``: guest memory stays in its file, which the new QEMU maps, too; it is not copied.
 
-        Raises :class:`~vmbus.machine.migration.drive.MigrationFailed`: then the guest goes on where it is.
+        Raises :class:`~vmbus.machine.migration.drive.MigrationFailed`: then the guest continues where it is.
         """
         if self._moving:
-            raise MigrationFailed("this guest is moving already")
+            raise MigrationFailed("this guest is being moved already")
         self._moving = True
         try:
             return await self._move(share_memory, progress, timeout)
@@ -230,9 +230,7 @@ class Guest:
         if self._new_devices is None:
             raise MigrationFailed("this guest's devices cannot be made a second time")
         lines = [line for attached in self.host.devices for line in attached.device.lines()]
-        devices = await asyncio.to_thread(
-            self._new_devices, lines
-        )  # images are opened: that may take its time
+        devices = await asyncio.to_thread(self._new_devices, lines)  # opens images, which may take long
         old = self._station
         self._moves += 1
         directory = rundir.within(

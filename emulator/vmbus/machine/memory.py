@@ -1,18 +1,18 @@
-"""Guest RAM, mapped: the only way in, so that neither QEMU's translations nor its dirty log go stale.
+"""Guest RAM, mapped: the only access to it, so that neither QEMU's translations nor its dirty log go stale.
 
 The guest's RAM is a shared file (``memory-backend-file,share=on``) that QEMU and this process both map. A store
-through the mapping is invisible to QEMU in two ways, and every write here answers for both:
+through the mapping is invisible to QEMU in two ways, and every write here takes care of both:
 
 * **Stale code.** TCG keeps translations of guest code per page and drops them only when QEMU itself sees a
   write. The gateway notes every page that code was translated from (:class:`CodePages`). A write stores through
-  the mapping first and looks at the notes after a fence; where one is set it is cleared and the same bytes are
-  written once more through QEMU (:class:`WriteThrough`), which drops the translations. In this order a
-  translation made before the store is seen by the look, and one made after it has read the new bytes.
-* **Dirty pages.** Every page written is remembered in ``dirty`` (a byte a page) until somebody takes it
-  (:meth:`MappedMemory.take_dirty`), for migration.
+  the mapping first and checks the notes after a fence; where a note is set, the note is cleared and the same bytes
+  are written once more through QEMU (:class:`WriteThrough`), which drops the translations. In this order the check
+  sees a translation that was made before the store, and a translation made after it has read the new bytes.
+* **Dirty pages.** Every page written is recorded in ``dirty`` (a byte for each page) for migrations, until
+  :meth:`MappedMemory.take_dirty`.
 
-Index words of rings (:meth:`MappedPages.store_u32`) skip the look for code: a guest that runs the words it shares
-as indices has no expectation to disappoint, and the page's note stays set for whoever fills it next.
+Index words of rings (:meth:`MappedPages.store_u32`) skip the check: no guest executes the words that it shares as
+indices, and the page's note stays set for the next write.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ Buffer = bytes | bytearray | memoryview
 
 
 class CodePages(Protocol):
-    """Which guest pages code was translated from, as noted by the gateway."""
+    """The guest pages that code was translated from, as noted by the gateway."""
 
     def test_and_clear(self, first_pfn: int, count: int) -> list[int]:
-        """Of the pages ``first_pfn .. first_pfn + count - 1`` those that were noted; their notes are cleared."""
+        """Return those of the pages ``first_pfn .. first_pfn + count - 1`` that are noted, and clear their notes."""
 
     def native(self) -> tuple[int, int]:
-        """Address of the notes in this process, a byte a page from page 0 on, and how many pages have one."""
+        """Return the address of the notes in this process (a byte for each page), and their number."""
 
 
 class WriteThrough(Protocol):
-    """A way to write guest memory through QEMU; returns when the write has been made."""
+    """Writes of guest memory that QEMU executes."""
 
     def write_memory(self, gpa: int, data: Buffer) -> None:
-        """Store ``data`` at ``gpa``."""
+        """Store ``data`` at ``gpa``; return when it is stored."""
 
 
 @dataclass(frozen=True, slots=True)
 class RamFile:
-    """The file that guest RAM is: its device and inode number on this host, its ``size`` in bytes."""
+    """The file of guest RAM: device and inode number on this host, ``size`` in bytes."""
 
     device: int
     inode: int
@@ -60,7 +60,7 @@ class RamFile:
 
 @dataclass(frozen=True, slots=True)
 class RamRegion:
-    """``size`` bytes of RAM at guest physical address ``gpa``, found at ``offset`` in the backing file."""
+    """``size`` bytes of RAM at guest physical address ``gpa``, at ``offset`` in the backing file."""
 
     gpa: int
     size: int
@@ -91,7 +91,7 @@ class MappedPages:
         self._words = memory._words
 
     def _pieces(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """``(offset in the file, length)`` of each run that ``[offset, offset + length)`` touches."""
+        """Return ``(offset in the file, length)`` of each run that ``[offset, offset + length)`` touches."""
         if offset < 0 or length < 0 or offset + length > self.size:
             raise IndexError(f"[{offset}, {offset + length}) is outside {self.size} bytes")
         pieces = []
@@ -181,14 +181,14 @@ class MappedMemory:
         self._through = through
         self._fence = threading.Lock()
         self._mapping: mmap.mmap | None = None
-        #: Where the first byte of the file is in this process.
         self.address = address_of(ram)
-        #: What is mapped; ``None`` for memory that is no file.
+        """Address of the first byte of the file in this process."""
         self.file: RamFile | None = None
-        #: Told of buffers that were filled, as (offset in the file, length), before the guest is.
+        """The file that is mapped; ``None`` for memory without a file."""
         self.filled: Callable[[Sequence[tuple[int, int]]], None] | None = None
-        #: A byte a page of the file: 1 where this process wrote since the last ``take_dirty``.
+        """Called with ``(offset in the file, length)`` of buffers that were filled, before the guest is notified."""
         self.dirty = bytearray(len(ram) // PAGE_SIZE)
+        """A byte for each page of the file: 1 where this process wrote since the last ``take_dirty``."""
 
     @classmethod
     def map_file(
@@ -222,7 +222,7 @@ class MappedMemory:
         return memory
 
     def close(self) -> None:
-        """Unmap; every :class:`MappedPages` is dead afterwards."""
+        """Unmap; every :class:`MappedPages` is unusable afterwards."""
         self._words.release()
         self._ram.release()
         if self._mapping is not None:
@@ -240,7 +240,7 @@ class MappedMemory:
         return False
 
     def _pieces(self, gpa: int, length: int) -> list[tuple[int, int]]:
-        """``(offset in the file, length)`` for ``[gpa, gpa + length)``; a range may cross touching regions."""
+        """Return ``(offset in the file, length)`` of the runs of ``[gpa, gpa + length)``, which may cross regions."""
         pieces = []
         at, left = gpa, length
         for start, stop, delta in self._spans:
@@ -267,9 +267,10 @@ class MappedMemory:
             done += step
 
     def put_page(self, pfn: int, content: Buffer) -> None:
-        """Store a page that comes with a saved state, all of it, before the guest runs.
+        """Store a whole page that comes with a saved state, before the guest runs.
 
-        QEMU has no code of that guest yet, or drops all of it when it loads a snapshot, and is not asked: it waits.
+        QEMU has no translated code of that guest yet, or drops all of it when it loads a snapshot. QEMU cannot
+        execute the write: its main loop waits.
         """
         page = self.page_of_gpa(pfn * PAGE_SIZE)
         self._ram[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = content
@@ -309,7 +310,7 @@ class MappedMemory:
             pass
 
     def take_dirty(self) -> list[int]:
-        """Pages of the file (numbers) written since the last call; they count as clean from now on."""
+        """Return the pages of the file (numbers) written since the last call; they count as clean from now on."""
         found = []
         for page in self.written():
             self.dirty[page] = 0
@@ -317,25 +318,25 @@ class MappedMemory:
         return found
 
     def written(self) -> Iterator[int]:
-        """Pages of the file (numbers) written since the last :meth:`take_dirty`, in ascending order."""
+        """Yield the pages of the file (numbers) written since the last :meth:`take_dirty`, in ascending order."""
         at = self.dirty.find(1)
         while at >= 0:
             yield at
             at = self.dirty.find(1, at + 1)
 
     def gpa_of_page(self, page: int) -> int | None:
-        """The guest physical address of a page of the file; ``None`` for one that the guest does not see."""
+        """Return the guest physical address of a page of the file; ``None`` for one that the guest does not see."""
         try:
             return self._gpa_of(page * PAGE_SIZE)
         except GuestAddressError:
             return None
 
     def page_of_gpa(self, gpa: int) -> int:
-        """The page of the file that ``gpa`` is in. Raises :class:`~vmbus.errors.GuestAddressError`."""
+        """Return the page of the file that ``gpa`` is in. Raises :class:`~vmbus.errors.GuestAddressError`."""
         return self._pieces(gpa, 1)[0][0] // PAGE_SIZE
 
     def read_page(self, page: int) -> memoryview:
-        """A page of the file, whether the guest sees it or not. The view must not be kept."""
+        """Return a page of the file, whether the guest sees it or not. Do not keep the view."""
         return self._ram[page * PAGE_SIZE : (page + 1) * PAGE_SIZE].toreadonly()
 
     def _gpa_of(self, offset: int) -> int:
@@ -345,13 +346,13 @@ class MappedMemory:
         raise GuestAddressError(offset)
 
     def native(self) -> NativeMemory:
-        """For compiled code, which answers for its stores as everything here does."""
+        """Return where the memory is, for compiled code, which takes care of its stores as this class does."""
         notes, note_pages = (0, 0) if self._code_pages is None else self._code_pages.native()
         regions = tuple((region.gpa, region.size, region.offset) for region in self.regions)
         return NativeMemory(self.address, len(self._ram), address_of(self.dirty), notes, note_pages, regions)
 
     def filled_by_kernel(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """``(gpa, length)``, each within a page, were stored and logged: see to code, and tell ``filled``."""
+        """Check the notes of ``(gpa, length)``, each within a page, which were stored and logged; call ``filled``."""
         self.fence()
         for gpa, length in ranges:
             if self._code_pages is not None and self._code_pages.test_and_clear(gpa // PAGE_SIZE, 1):
@@ -360,12 +361,12 @@ class MappedMemory:
             self.filled([piece for gpa, length in ranges for piece in self._pieces(gpa, length)])
 
     def write_through(self, gpa: int, length: int) -> None:
-        """Have QEMU see what was stored in ``[gpa, gpa + length)``, where a note was found and cleared."""
+        """Have QEMU drop translations of ``[gpa, gpa + length)``, where a note was found and cleared."""
         if self._through is not None:
             self._through.write_memory(gpa, self.read(gpa, length))
 
     def _store(self, offset: int, data: Buffer) -> None:
-        """Store at ``offset`` of the file (bounds already checked), then see to code and dirty pages."""
+        """Store at ``offset`` of the file (bounds already checked), then record it and check the notes."""
         length = len(data)
         if not length:
             return
@@ -373,7 +374,7 @@ class MappedMemory:
         self._stored([(offset, length)])
 
     def _stored(self, pieces: Sequence[tuple[int, int]]) -> None:
-        """``(offset in the file, length)`` were stored: see to code and dirty pages."""
+        """Record that ``(offset in the file, length)`` were stored, and check their notes."""
         dirty = self.dirty
         for offset, length in pieces:
             first = offset // PAGE_SIZE

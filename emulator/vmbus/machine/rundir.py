@@ -1,7 +1,7 @@
-"""A guest's run directory: its sockets, its memory file and its logs, mode 0700, gone when the guest is.
+"""A guest's run directory: its sockets, its memory file and its logs; mode 0700, removed when the guest ends.
 
 ``$XDG_RUNTIME_DIR/vmbus/NAME``; without that variable ``/dev/shm/vmbus-UID/NAME``. The memory file is put where
-there is room for it: in the run directory if that file system has it, else in ``/dev/shm``.
+it has room: in the run directory if its file system has enough, otherwise in ``/dev/shm``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def runtime_root() -> Path:
-    """Where the run directories of this user are."""
+    """Return the directory of this user's run directories."""
     chosen = os.environ.get("XDG_RUNTIME_DIR")
     if chosen and Path(chosen).is_dir():
         return Path(chosen) / "vmbus"
@@ -69,17 +69,17 @@ class RunDirectory:
 
     @property
     def dbus(self) -> Path:
-        """Where the D-Bus daemon listens that carries the emulator's state."""
+        """The socket of the D-Bus daemon that carries the emulator's state."""
         return self.path / "dbus.sock"
 
     @property
     def command(self) -> Path:
-        """The guest's second serial port: output of the command it runs."""
+        """The guest's second serial port: output of the command that it runs."""
         return self.path / "command.sock"
 
     @property
     def control(self) -> Path:
-        """Where ``vmbus status`` and the like reach the emulator."""
+        """The control socket of the emulator, for ``vmbus status`` and other commands."""
         return self.path / "control.sock"
 
     @property
@@ -95,7 +95,7 @@ class RunDirectory:
         return self.path / "vmbus.aml"
 
     def remove_machine(self) -> None:
-        """What belongs to one QEMU; all of the directory if it lies within another guest's."""
+        """Remove the files of one QEMU; the whole directory, if it is inside of another guest's."""
         self.memory.unlink(missing_ok=True)
         if (self.path.parent / "control.sock").exists():
             shutil.rmtree(self.path, ignore_errors=True)
@@ -103,28 +103,31 @@ class RunDirectory:
             path.unlink(missing_ok=True)
 
     def point_to(self, inner: RunDirectory) -> None:
-        """The guest has moved to a QEMU whose files are in ``inner``: what others use is found here still."""
+        """Link to the files in ``inner`` that other programs use: the guest has moved to the QEMU there."""
         for own, other in ((self.user_qmp, inner.user_qmp), (self.qemu_log, inner.qemu_log)):
             own.unlink(missing_ok=True)
             own.symlink_to(other)
 
     def remove(self) -> None:
-        """Everything of the guest; what is gone already is no error."""
+        """Remove everything of the guest; a file that does not exist is no error."""
         self.memory.unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
 
 def check_name(name: str) -> str:
-    """A name that can be a directory. Raises :class:`~vmbus.errors.UsageError`."""
+    """Return ``name`` if it can be a directory. Raises :class:`~vmbus.errors.UsageError`."""
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r} is no guest name: letters, digits, '.', '_' and '-', at most 64 of them")
+        raise UsageError(
+            f"{name!r} is not a guest name: use at most 64 letters, digits, '.', '_' and '-', and begin with a "
+            "letter or a digit"
+        )
     return name
 
 
 def create(name: str | None, memory_size: int, *, memory_of: Path | None = None) -> RunDirectory:
-    """A new, empty run directory; ``None`` for a name chooses ``guest-N``.
+    """Make a new, empty run directory; its name is ``guest-N`` if ``name`` is ``None``.
 
-    ``memory_of``: the memory file of a guest that will come here without its memory being copied.
+    ``memory_of``: memory file of a guest that will arrive without a copy of its memory.
 
     Raises :class:`~vmbus.errors.UserError` when a guest of that name runs, and
     :class:`~vmbus.errors.MissingRequirement` when no memory file system has ``memory_size`` bytes.
@@ -146,7 +149,7 @@ def create(name: str | None, memory_size: int, *, memory_of: Path | None = None)
         if path.exists():
             if is_served(path):
                 raise UserError(f"a guest named {name} runs already ({path}); choose another --name")
-            shutil.rmtree(path)  # left by a process that was killed
+            shutil.rmtree(path)  # its process was killed
         path.mkdir(mode=0o700)
     return RunDirectory(path, _memory_path(path, memory_size, path.name, memory_of))
 
@@ -154,7 +157,7 @@ def create(name: str | None, memory_size: int, *, memory_of: Path | None = None)
 def within(
     guest: RunDirectory, name: str, memory_size: int, *, memory_of: Path | None = None
 ) -> RunDirectory:
-    """A directory inside of a guest's, for another QEMU that the guest moves to. As :func:`create`."""
+    """Make a directory inside of a guest's, for a QEMU that the guest moves to. As :func:`create`."""
     path = guest.path / name
     path.mkdir(mode=0o700)
     return RunDirectory(path, _memory_path(path, memory_size, f"{guest.name}-{name}", memory_of))
@@ -167,7 +170,7 @@ def _memory_path(path: Path, size: int, name: str, memory_of: Path | None) -> Pa
         return _second_name(memory_of, candidates)
     for candidate in candidates:
         room = os.statvfs(candidate.parent)
-        # The file is sparse: the guest's working set has to fit, and some head room.
+        # The file is sparse: the guest's working set has to fit, with some reserve.
         if room.f_bavail * room.f_frsize >= min(size, 1 << 30):
             candidate.unlink(missing_ok=True)
             return candidate
@@ -178,7 +181,7 @@ def _memory_path(path: Path, size: int, name: str, memory_of: Path | None) -> Pa
 
 
 def _second_name(memory: Path, candidates: Sequence[Path]) -> Path:
-    """One more name of a memory file: each QEMU that has it open removes its own."""
+    """Give a memory file one more name: each QEMU that has it open removes its own."""
     for candidate in candidates:
         candidate.unlink(missing_ok=True)
         try:
@@ -192,7 +195,7 @@ def _second_name(memory: Path, candidates: Sequence[Path]) -> Path:
 
 
 def is_served(path: Path) -> bool:
-    """Whether an emulator listens on the control socket of this run directory."""
+    """Return whether an emulator listens on the control socket of this run directory."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(str(path / "control.sock"))
@@ -202,7 +205,7 @@ def is_served(path: Path) -> bool:
 
 
 def find(name: str | None) -> Path:
-    """The run directory of a served guest. Without a name: the only one.
+    """Return the run directory of a served guest; without a name, of the only one.
 
     Raises :class:`~vmbus.errors.UserError` when there is none, or several and no name.
     """

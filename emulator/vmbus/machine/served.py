@@ -1,4 +1,4 @@
-"""A host with its control socket: what ``vmbus run`` and ``vmbus attach`` both do once they are attached."""
+"""A host with its control socket: what ``vmbus run`` and ``vmbus attach`` do once they are attached."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from vmbus import __version__
 from vmbus.machine.control import ControlServer, Handler
 from vmbus.machine.host import ExitReason, Host
 
-#: A command of the control socket: given the host and the request.
 HostCommand = Callable[[Host, Mapping[str, Any]], Awaitable[object]]
+"""A command of the control socket, called with the host and the request."""
 
 
 class Served:
@@ -26,7 +26,7 @@ class Served:
     def __init__(
         self, host: Host, directory: Path, commands: Mapping[str, HostCommand] | None = None
     ) -> None:
-        """``commands``: what else the control socket answers."""
+        """``commands``: further commands of the control socket."""
         self.host = host
         self.directory = directory
         self.handlers: dict[str, Handler] = {"status": self._status, "stop": self._stop}
@@ -35,7 +35,7 @@ class Served:
         self._control = ControlServer(directory / "control.sock", _Commands(self))
 
     def add_command(self, name: str, command: HostCommand) -> None:
-        """Let the control socket answer one more command."""
+        """Add a command to the control socket."""
 
         async def answer(request: Mapping[str, Any]) -> object:
             return await command(self.host, request)
@@ -43,11 +43,12 @@ class Served:
         self.handlers[name] = answer
 
     def replace(self, host: Host) -> None:
-        """The guest has moved: ``host`` serves it from now on."""
+        """Serve ``host`` from now on: the guest has moved there."""
         old, self.host = self.host, host
         old.stop()
 
     async def start(self) -> None:
+        """Open the control socket."""
         await self._control.start()
 
     async def stop_listening(self) -> None:
@@ -55,7 +56,7 @@ class Served:
         await self._control.stop()
 
     async def close(self) -> None:
-        """Close the control socket, let go of QEMU."""
+        """Close the control socket and the host."""
         await self.stop_listening()
         await self.host.close()
 
@@ -106,7 +107,7 @@ class _Commands(Mapping[str, Handler]):
 
 
 def status(host: Host, name: str) -> dict[str, Any]:
-    """Everything that ``vmbus status --json`` shows."""
+    """Return everything that ``vmbus status --json`` shows."""
     bus = host.bus.status()
     channels = cast(list[dict[str, Any]], bus.pop("channels"))
     channels.sort(key=lambda channel: channel["relid"] or 0)
@@ -151,7 +152,7 @@ def status(host: Host, name: str) -> dict[str, Any]:
 
 
 def process_figures() -> dict[str, Any]:
-    """This process: resident and peak memory in bytes, CPU seconds, open descriptors."""
+    """Return figures of this process: resident and peak memory in bytes, CPU seconds, open descriptors."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     figures: dict[str, Any] = {
         "pid": os.getpid(),

@@ -1,14 +1,14 @@
-"""What an emulator finds in a QEMU that another one served before, and what it may do then.
+"""What an emulator finds in a QEMU that another emulator served before, and what it does then.
 
 =======================  =======================================================================================
 found                    then
 =======================  =======================================================================================
-a migration under way    is cancelled: what its emulator wrote and knew, nobody can send any more. In
+a migration under way    is cancelled: the state that belongs to it has ended with its emulator. In
                          ``pre-switchover`` QEMU would wait for ever
-a guest that has left    nobody may serve it: the target does
-a guest that has set     it is held: its next instruction that needs its host waits. The channels and the SynIC
-up its Hyper-V host      were known to the emulator that is gone. It can be reset
-anything else            is served: a guest that boots, or waits for its first emulator
+a guest that has left    it is not served: the target has it
+a guest that uses its    it waits: its next instruction that needs the host is not answered. The state of its SynIC
+Hyper-V host             and channels has ended with its emulator. The guest can be reset
+any other guest          is served: it boots, or waits for its first emulator
 =======================  =======================================================================================
 """
 
@@ -25,61 +25,62 @@ from vmbus.wire.gateway import GuestState
 
 _logger = logging.getLogger(__name__)
 
-_LIMIT = 30.0
-"""Seconds that QEMU may take for a cancellation, or a reset."""
+_TIMEOUT = 30.0
+"""Seconds that QEMU may take to cancel a migration, or to reset the machine."""
 _POLL = 0.02
+"""Seconds between two ``query-migrate``."""
 _OUTGOING = ("setup", "active", "pre-switchover", "device", "cancelling", "wait-unplug")
 
 
 class GuestLost(UserError):
-    """The guest cannot be served: its state is elsewhere, or nowhere. It was not touched."""
+    """A guest that cannot be served: its state is elsewhere, or lost. The guest was not changed."""
 
 
 async def end_migration(qmp: Qmp) -> bool:
-    """Cancel a migration that another emulator prepared for. Whether there was one."""
+    """Cancel a migration that began under another emulator; return whether there was one."""
     if (await qmp.execute("query-status"))["status"] == "inmigrate":
         return False
     found = False
-    async with asyncio.timeout(_LIMIT):
+    async with asyncio.timeout(_TIMEOUT):
         while (status := (await qmp.execute("query-migrate")).get("status")) in _OUTGOING:
             if not found:
                 found = True
                 _logger.warning(
-                    "a migration of this guest is under way (%s), and the emulator that prepared for it is gone: "
-                    "it is cancelled",
+                    "a migration of this guest is under way (%s), and the emulator that took part in it has ended: "
+                    "the migration is cancelled",
                     status,
                 )
-                with contextlib.suppress(QemuError):  # it ends in this moment
+                with contextlib.suppress(QemuError):  # it ends at this moment
                     await qmp.execute("migrate_cancel")
             await asyncio.sleep(_POLL)
     return found
 
 
 async def check_guest(qmp: Qmp, gateway: Gateway, *, reset: bool) -> None:
-    """Raises :class:`GuestLost` for a guest that this emulator cannot serve; with ``reset``, only one that left."""
+    """Raise :class:`GuestLost` for a guest that cannot be served; with ``reset``, only for one that has left."""
     status = (await qmp.execute("query-status"))["status"]
     if gateway.guest is GuestState.LEFT or status == "postmigrate":
         raise GuestLost(
-            "the guest of this QEMU has left: it was migrated, or saved into a file. Serving it here too would let "
-            "it live twice; end this QEMU"
+            "the guest of this QEMU has left: it was migrated, or saved into a file, and must not run twice. End "
+            "this QEMU"
         )
     if gateway.guest is GuestState.ENGAGED and not reset:
         raise GuestLost(
-            "the guest of this QEMU uses its Hyper-V host already, and what it has set up (SynIC, channels) was "
-            "known only to the emulator that served it, which is gone. The guest was not touched and waits: reset "
-            "it with `vmbus attach --reset`, or end this QEMU and load a snapshot"
+            "the guest of this QEMU uses its Hyper-V host already, and the state of that host (SynIC, channels) was "
+            "known only to the emulator that served it and has ended. The guest was not changed and waits: reset it "
+            "with `vmbus attach --reset`, or end this QEMU and load a snapshot"
         )
 
 
 async def reset_guest(qmp: Qmp, gateway: Gateway) -> bool:
-    """Reset the machine, and leave it stopped. Whether it ran before.
+    """Reset the machine and leave it stopped; return whether it ran before.
 
-    To be called before the gateway is activated: the guest that there was must not go on for a moment.
+    Call it before the gateway is activated: the old guest must not run on.
     """
     ran = bool((await qmp.execute("query-status"))["running"])
     await qmp.execute("stop")
     await qmp.execute("system_reset")
-    async with asyncio.timeout(_LIMIT), contextlib.aclosing(qmp.events()) as events:
+    async with asyncio.timeout(_TIMEOUT), contextlib.aclosing(qmp.events()) as events:
         async for name, _ in events:
             if name == "RESET":
                 break

@@ -181,7 +181,7 @@ CONTROL = c.Struct(
     "waiting" / c.Int32ul,
     "reserved2" / c.Padding(60),
     "arm" / c.Int32ul,
-    "hold_limit_ms" / c.Int32ul,
+    "hold_timeout_ms" / c.Int32ul,
     "spin_ns" / c.Int32ul,
     "guest" / c.Int32ul,
     "reserved3" / c.Padding(48),

@@ -77,7 +77,7 @@ def test_words_of_different_writers_do_not_share_a_cache_line() -> None:
     by_emulator = {
         "waiting",
         "arm",
-        "hold_limit_ms",
+        "hold_timeout_ms",
         "spin_ns",
         "table_sequence",
         "cpuid_count",

@@ -73,7 +73,7 @@ def test_a_page_that_became_shorter_has_zeros_again() -> None:
 def test_a_page_that_is_no_ram_here_is_refused_and_nothing_is_written(pfn: int) -> None:
     target = memory_of(bytes(SIZE))
     pages = [SavedPages((1,), (b"first",)), SavedPages(tuple(sorted((2, pfn))), (b"a", b"b"))]
-    with pytest.raises(StateRefused, match=f"page {pfn:#x} is none of this machine's RAM") as caught:
+    with pytest.raises(StateRefused, match=f"page {pfn:#x} is not RAM of this machine") as caught:
         restore(target, pages)
     assert caught.value.reason is Reason.NOT_ACCEPTED
     assert not caught.value.changed

@@ -71,7 +71,7 @@ def test_memory_that_was_written_since_is_refused(path: Path, page: int) -> None
 
 def test_another_size_is_refused(path: Path) -> None:
     saved = describe(mapped(path), [])
-    with pytest.raises(StateRefused, match="of 8192 bytes, and here is 4194304"):
+    with pytest.raises(StateRefused, match="of 8192 bytes, and the target has 4194304"):
         check(dataclasses.replace(saved, size=8192), mapped(path))
 
 
@@ -85,7 +85,7 @@ def test_pages_that_do_not_exist_are_refused(path: Path, change: dict[str, Any])
 
 def test_memory_that_is_no_file_cannot_stay(path: Path) -> None:
     memory = MappedMemory(memoryview(bytearray(SIZE)), [RamRegion(0, SIZE, 0)])
-    with pytest.raises(StateRefused, match="is no file"):
+    with pytest.raises(StateRefused, match="is not in a file"):
         describe(memory, [])
     with pytest.raises(StateRefused, match="no file"):
         check(describe(mapped(path), []), memory)

@@ -94,7 +94,7 @@ def test_the_source_goes_on_when_the_target_has_accepted(tmp_path: Path) -> None
     async def story() -> None:
         async with target(address) as there:
             source = await OutgoingCarrier.open(address, MACHINE)
-            with pytest.raises(StateRefused, match="no state has come"):
+            with pytest.raises(StateRefused, match="no state has arrived"):
                 there.frame()
             await source.deliver(frame())
             assert there.frame().state == STATE
@@ -115,7 +115,7 @@ def refuse(state: bytes) -> None:
     ("data", "check", "why"),
     [
         pytest.param(frame()[:-1] + b"x", lambda _: None, "damaged", id="damaged"),
-        pytest.param(frame(machine=OTHER), lambda _: None, "state of machine", id="another machine"),
+        pytest.param(frame(machine=OTHER), lambda _: None, "state belongs to machine", id="another machine"),
         pytest.param(frame(), refuse, "no such channel", id="not accepted"),
     ],
 )
@@ -129,7 +129,7 @@ def test_what_the_target_refuses_it_does_not_keep(
             source = await OutgoingCarrier.open(address, MACHINE)
             with pytest.raises(StateRefused, match=why):
                 await source.deliver(data)
-            with pytest.raises(StateRefused, match="no state has come"):
+            with pytest.raises(StateRefused, match="no state has arrived"):
                 there.frame()
             await source.close()
 
@@ -145,7 +145,7 @@ def test_a_target_that_goes_away_before_it_has_answered_has_not_accepted(tmp_pat
     async def story() -> None:
         async with target(address, dies):
             source = await OutgoingCarrier.open(address, MACHINE)
-            with pytest.raises(StateRefused, match="did not say"):
+            with pytest.raises(StateRefused, match="did not confirm"):
                 await source.deliver(frame())
             await source.close()
 

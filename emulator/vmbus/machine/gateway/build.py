@@ -1,4 +1,4 @@
-"""The trap gateway, compiled (:mod:`vmbus.native`)."""
+"""Compiles the trap gateway (:mod:`vmbus.native`)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ LIBRARY = NativeLibrary("vmbus-gateway", "the trap gateway", resources.files(__p
 
 
 def library_path(cache: Path | None = None) -> Path:
-    """Where the library of this version is, or will be."""
+    """Return the path of the library of this version, compiled or not."""
     return LIBRARY.path(cache)
 
 
 def build(cache: Path | None = None) -> Path:
-    """The compiled plug-in, ready for QEMU's ``-plugin``. Raises as :meth:`NativeLibrary.build`."""
+    """Return the path of the compiled plug-in, for QEMU's ``-plugin``. Raises as :meth:`NativeLibrary.build`."""
     return LIBRARY.build(cache)

@@ -1,13 +1,13 @@
 """The emulator's end of the trap gateway (docs/gateway.md).
 
 The gateway, a plug-in inside QEMU, shares one region of memory with the emulator: traps of the guest appear in
-slots there, answers are stored beside them, doorbells are bytes. The socket only attaches, activates and tells by
-its end that the other side has gone::
+slots there, answers are stored beside them, doorbells are bytes. The socket serves to attach and to activate; its end
+means that the other side has ended::
 
     gateway = Gateway.attach(path)
     gateway.set_cpuid(leaves)
     gateway.set_doorbells(rules)
-    gateway.activate()                      # from now on the guest's traps come
+    gateway.activate()                      # from now on there are traps
     loop.add_reader(gateway.fileno(), ready)
 
     def ready():
@@ -37,10 +37,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from vmbus.errors import GatewayError, InternalError
-from vmbus.machine.gateway.clock import GatewayClock
-from vmbus.machine.gateway.code_pages import CodePages
-from vmbus.machine.gateway.socket import TIMEOUT, check_reply, converse
+from vmbus.errors import GatewayError, InternalError, MalformedError
+from vmbus.machine.gateway.shared import CodePages, GatewayClock
 from vmbus.machine.gateway.traps import Fault, Trap, Unclaimed
 from vmbus.wire import gateway as wire
 from vmbus.wire.cpuid import CpuidLeaf
@@ -58,7 +56,7 @@ _CONTROL = {
         "owner",
         "waiting",
         "guest",
-        "hold_limit_ms",
+        "hold_timeout_ms",
         "spin_ns",
         "table_sequence",
         "cpuid_count",
@@ -67,6 +65,9 @@ _CONTROL = {
     )
 }
 _MASK64 = (1 << 64) - 1
+
+_TIMEOUT = 10.0
+"""Seconds in which the gateway answers; it has a thread of its own for that."""
 
 
 class Gateway:
@@ -86,11 +87,10 @@ class Gateway:
         self._vcpu_offset = header.vcpu_offset
         self._doorbell_offset = header.doorbell_offset
         self._doorbell_limit = wire.DOORBELLS
-        #: Pages that code was translated from.
         self.code_pages = CodePages(region, header.code_offset, header.code_pages)
-        #: The guest's TSC.
+        """Guest pages that code was translated from."""
         self.clock = GatewayClock(region, self._words)
-
+        """The guest's TSC."""
         slots = self._vcpus_max * wire.SLOTS
         first = header.request_offset // 8
         self._requests = self._quads[first : first + slots]
@@ -113,19 +113,19 @@ class Gateway:
         self._syscall = ctypes.PyDLL(None).syscall
         self._words[_CONTROL["waiting"]] = 0
 
-    # --- attaching --------------------------------------------------------------------------------------
+    # --- attaching ---
 
     @classmethod
     def attach(cls, path: Path | str, *, takeover: bool = False) -> Gateway:
         """Attach to the gateway that listens on ``path``; ``takeover`` detaches an emulator that is attached.
 
-        Requests that a predecessor left unanswered are handed out again by :meth:`traps`. Raises
+        Requests that another emulator left unanswered are returned again by :meth:`traps`. Raises
         :class:`~vmbus.errors.GatewayError` with a message that says what to do.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         descriptors: list[int] = []
         try:
-            connection.settimeout(TIMEOUT)
+            connection.settimeout(_TIMEOUT)
             try:
                 connection.connect(str(path))
             except OSError as error:
@@ -134,8 +134,8 @@ class Gateway:
                     f"-plugin vmbus-gateway.so,socket={path}, as the same user"
                 ) from error
             flags = wire.HELLO_TAKEOVER if takeover else 0
-            reply, descriptors = converse(connection, wire.Message(wire.MessageType.HELLO, flags=flags))
-            check_reply(path, reply)
+            reply, descriptors = _converse(connection, wire.Message(wire.MessageType.HELLO, flags=flags))
+            _check_reply(path, reply)
             if len(descriptors) != 2:
                 raise GatewayError(
                     f"{path} sent {len(descriptors)} descriptors, expected 2: "
@@ -160,9 +160,9 @@ class Gateway:
             raise
 
     def activate(self) -> None:
-        """The tables are in place: from now on the guest's traps are requests.
+        """Make requests of the guest's traps, from now on. The tables are in place.
 
-        The first 20 ms of QEMU's life are too short to measure the TSC's frequency: then this waits.
+        In the first 20 ms of QEMU's life, wait until the TSC's frequency can be measured.
         """
         self.clock.arm()
         known, *_, frequency = self.clock.fields()
@@ -173,11 +173,11 @@ class Gateway:
         self._request(wire.MessageType.ACTIVATE)
 
     def refresh_clock(self) -> None:
-        """Let the gateway compare the host's TSC and its monotonic clock now, instead of at the next trap."""
+        """Have the gateway compare the host's TSC and its monotonic clock now, instead of at the next trap."""
         self._request(wire.MessageType.CLOCK)
 
     def _request(self, kind: wire.MessageType) -> None:
-        reply, _ = converse(self._connection, wire.Message(kind))
+        reply, _ = _converse(self._connection, wire.Message(kind))
         if reply.status != wire.Status.OK:
             raise GatewayError(f"the trap gateway refused {kind.name} with status {reply.status}")
 
@@ -194,15 +194,15 @@ class Gateway:
             return True
 
     def fileno(self) -> int:
-        """An eventfd, readable when there is work; for ``add_reader``."""
+        """Return an eventfd, readable when there is work; for ``add_reader``."""
         return self._event
 
     def connection_fileno(self) -> int:
-        """The socket: readable once :attr:`closed`."""
+        """Return the socket's descriptor, which is readable once :attr:`closed`."""
         return self._connection.fileno()
 
     def close(self) -> None:
-        """Detach. The guest's traps wait for the next emulator; doorbells are kept for it."""
+        """Detach. The guest's traps, and its doorbells, wait for the next emulator."""
         if self._connection.fileno() < 0:
             return
         self._connection.close()
@@ -212,10 +212,10 @@ class Gateway:
         del self._origin
         self._region.close()
 
-    # --- what the gateway answers by itself ---------------------------------------------------------------
+    # --- what the gateway answers by itself ---
 
     def set_cpuid(self, leaves: Iterable[CpuidLeaf]) -> None:
-        """Leaves 0x40000000..0x400000FF; one that is not among them is all zeros."""
+        """Set leaves 0x40000000..0x400000FF of CPUID; a leaf that is not given is all zeros."""
         entries = b"".join(
             wire.CPUID_ENTRY.build(
                 {"leaf": leaf.leaf, "eax": leaf.eax, "ebx": leaf.ebx, "ecx": leaf.ecx, "edx": leaf.edx}
@@ -225,7 +225,7 @@ class Gateway:
         self._set_table("cpuid", entries, wire.CPUID_ENTRY.sizeof(), wire.CPUID_LEAVES)
 
     def set_doorbells(self, rules: Sequence[DoorbellRule]) -> None:
-        """The VMCALLs that nobody waits for; the first rule that fits counts."""
+        """Set the VMCALLs that complete without an answer; the first rule that matches applies."""
         if any(rule.first + rule.count > wire.DOORBELLS for rule in rules):
             raise InternalError(f"doorbell numbers end at {wire.DOORBELLS}")
         entries = b"".join(wire.DOORBELL_RULE.build(rule) for rule in rules)
@@ -233,24 +233,23 @@ class Gateway:
         self._doorbell_limit = max((rule.first + rule.count for rule in rules), default=0)
 
     def set_hold_timeout(self, seconds: float, statuses: Mapping[int, int]) -> None:
-        """How long the guest waits for an emulator that has gone, and what it is told then.
+        """Set how long the guest waits for a next emulator, and the results after that time.
 
-        ``statuses``: call code of a VMCALL → its result after that time. Other traps, and all if ``seconds`` is 0,
-        wait for ever.
+        ``statuses``: result of a VMCALL by its call code. Other traps, and all if ``seconds`` is 0, wait for ever.
         """
         entries = b"".join(
             wire.GONE_ENTRY.build({"code": code, "status": status}) for code, status in statuses.items()
         )
         self._set_table("gone", entries, wire.GONE_ENTRY.sizeof(), wire.GONE)
-        self._words[_CONTROL["hold_limit_ms"]] = min(round(seconds * 1000), 0xFFFFFFFF)
+        self._words[_CONTROL["hold_timeout_ms"]] = min(round(seconds * 1000), 0xFFFFFFFF)
 
     def set_spin(self, nanoseconds: int) -> None:
-        """How long a vCPU looks for its answer before it sleeps (less than a millisecond)."""
+        """Set how long a vCPU polls for its answer before it sleeps (less than a millisecond)."""
         self._words[_CONTROL["spin_ns"]] = nanoseconds
 
     @property
     def guest(self) -> GuestState:
-        """What the emulators so far have left; outlives all of them, as long as QEMU."""
+        """Where the guest is, as emulators have set it; kept as long as QEMU runs."""
         return GuestState(self._words[_CONTROL["guest"]])
 
     @guest.setter
@@ -258,7 +257,7 @@ class Gateway:
         self._words[_CONTROL["guest"]] = state
 
     def set_auto_eoi(self, vcpu: int, vectors: Iterable[int]) -> None:
-        """The interrupt vectors of ``vcpu`` that are ended for the guest as soon as they are delivered."""
+        """Set the interrupt vectors of ``vcpu`` that the gateway ends as soon as they are delivered."""
         bitmap = [0, 0, 0, 0]
         for vector in vectors:
             bitmap[vector >> 6] |= 1 << (vector & 63)
@@ -271,7 +270,7 @@ class Gateway:
             raise InternalError(f"{count} entries in the gateway's table {name}, which holds {limit}")
         counts = {"cpuid": "cpuid_count", "rules": "rule_count", "gone": "gone_count"}
         words = self._words
-        sequence = (words[_CONTROL["table_sequence"]] | 1) & 0xFFFFFFFF  # odd, if a predecessor died here
+        sequence = (words[_CONTROL["table_sequence"]] | 1) & 0xFFFFFFFF  # stays odd if an emulator ended here
         words[_CONTROL["table_sequence"]] = sequence
         self._full_fence()
         words[_CONTROL[counts[name]]] = count
@@ -281,14 +280,14 @@ class Gateway:
         words[_CONTROL["table_sequence"]] = (sequence + 1) & 0xFFFFFFFF
 
     def _full_fence(self) -> None:
-        """An uncontended lock is a locked instruction: stores made before are visible to loads made after."""
+        """Order stores before loads: to take an uncontended lock is a locked instruction."""
         self._fence.acquire()
         self._fence.release()
 
-    # --- traps ------------------------------------------------------------------------------------------
+    # --- traps ---
 
     def traps(self) -> list[Trap]:
-        """The requests that appeared since the last call, each once.
+        """Return the requests that appeared since the last call, each once.
 
         Raises :class:`~vmbus.errors.GatewayError` when another emulator has taken over.
         """
@@ -324,11 +323,11 @@ class Gateway:
         return found
 
     def answer(self, trap: Trap, value: int = 0) -> None:
-        """The result: what RDMSR reads, the status of VMCALL; WRMSR has none."""
+        """Answer with a result: the value that RDMSR reads, the status of VMCALL; WRMSR has none."""
         self._answer(trap, value & _MASK64, Verdict.OK)
 
     def answer_fault(self, trap: Trap, fault: Fault) -> None:
-        """Let the instruction fault: :attr:`Fault.GP` for MSRs, :attr:`Fault.UD` for VMCALL."""
+        """Make the instruction fault: :attr:`Fault.GP` for MSRs, :attr:`Fault.UD` for VMCALL."""
         if (fault is Fault.UD) != (trap.kind is TrapKind.VMCALL):
             raise InternalError(f"{trap.kind.name} cannot raise {fault.name}")
         self._answer(trap, 0, Verdict.FAULT)
@@ -338,12 +337,12 @@ class Gateway:
         at = self._answer_at[index]
         quads = self._quads
         if self._requests[index] != trap.sequence or quads[self._retired_at[index]] == trap.sequence:
-            return  # given up, or forgotten, meanwhile
+            return  # withdrawn, or forgotten, meanwhile
         if self._words[_CONTROL["owner"]] != self._owner:
             return  # another emulator answers now
         if quads[at] == trap.sequence:
             if self._words[2 * at + 4] == Verdict.AGAIN:
-                return  # forgotten, and nobody has come back for it
+                return  # forgotten, and the vCPU has not repeated it
             raise InternalError(f"{trap.kind.name} of vCPU {trap.vcpu} was answered twice")
         self._store_answer(trap.vcpu, at, trap.sequence, value, verdict)
 
@@ -358,7 +357,7 @@ class Gateway:
             self._syscall(_SYS_FUTEX, ctypes.c_void_p(self._address + 8 * at), _FUTEX_WAKE, 1, None, None, 0)
 
     def forget_requests(self) -> None:
-        """The machine was reset: nobody fetches what was asked before. Clears doorbells too, and samples anew."""
+        """Drop all requests and doorbells after a reset of the machine, and sample the TSC anew."""
         quads = self._quads
         for index, sequence in enumerate(self._requests.tolist()):
             if sequence and quads[self._retired_at[index]] != sequence:
@@ -371,7 +370,7 @@ class Gateway:
         self.clock.arm()
 
     def unclaimed(self) -> list[Unclaimed]:
-        """Answers that no vCPU has fetched. To be taken while the machine is stopped, for a migration."""
+        """Return the answers that no vCPU has fetched. Call it while the machine is stopped."""
         quads = self._quads
         found = []
         for index, sequence in enumerate(self._requests.tolist()):
@@ -384,16 +383,16 @@ class Gateway:
         return found + list(self._carried.values())
 
     def carry(self, unclaimed: Iterable[Unclaimed]) -> None:
-        """After a migration: answers given before it. A trap that repeats one of theirs is not handed out."""
+        """Take over answers from before a migration: a trap that repeats one of theirs gets that answer."""
         self._carried = {entry.identity: entry for entry in unclaimed}
 
-    # --- doorbells --------------------------------------------------------------------------------------
+    # --- doorbells ---
 
     def doorbells(self) -> list[int]:
-        """The doorbells rung since the last call, in ascending order.
+        """Return the doorbells rung since the last call, in ascending order.
 
-        They are cleared before this returns: what the guest stored before it rang is visible, and a guest that
-        rings again is seen by the next call.
+        They are cleared before the return: what the guest stored before it rang is visible, and the next call returns
+        a doorbell that is rung again.
         """
         start = self._doorbell_offset
         bells = self._region[start : start + self._doorbell_limit]
@@ -408,10 +407,10 @@ class Gateway:
         self._full_fence()
         return found
 
-    # --- sleeping ---------------------------------------------------------------------------------------
+    # --- sleeping ---
 
     def sleep_prepare(self) -> bool:
-        """Ask to be woken through :meth:`fileno`. True: there is work (since :meth:`traps`), do not sleep."""
+        """Request a wake-up through :meth:`fileno`; return True if there is work already: do not sleep."""
         self._words[_CONTROL["waiting"]] = 1
         self._fence.acquire()
         self._fence.release()
@@ -425,20 +424,20 @@ class Gateway:
         return False
 
     def awake(self) -> None:
-        """No longer asleep: no need to be woken."""
+        """Request no wake-up any more."""
         self._words[_CONTROL["waiting"]] = 0
         with suppress(BlockingIOError):
             os.eventfd_read(self._event)
 
-    # --- looking ----------------------------------------------------------------------------------------
+    # --- counters ---
 
     @property
     def vcpus(self) -> int:
-        """vCPUs that have run so far."""
+        """Number of vCPUs that have run so far."""
         return self._words[_CONTROL["vcpus"]]
 
     def counters(self) -> list[dict[str, int]]:
-        """What the gateway counted, one mapping a vCPU."""
+        """Return the gateway's counters, one mapping for each vCPU."""
         first = offset_of(wire.VCPU, wire.COUNTERS[0])
         found = []
         for vcpu in range(self.vcpus):
@@ -447,3 +446,58 @@ class Gateway:
                 dict(zip(wire.COUNTERS, self._quads[at : at + len(wire.COUNTERS)].tolist(), strict=True))
             )
         return found
+
+
+def _converse(connection: socket.socket, message: wire.Message) -> tuple[wire.Reply, list[int]]:
+    """Send a request; return its reply and the descriptors that come with the reply."""
+    descriptors: list[int] = []
+    connection.settimeout(_TIMEOUT)
+    try:
+        connection.sendall(wire.MESSAGE.build(message))
+        data = b""
+        while len(data) < wire.REPLY.size:
+            part, received, _, _ = socket.recv_fds(
+                connection, wire.REPLY.size - len(data), 2, socket.MSG_CMSG_CLOEXEC
+            )
+            descriptors += received
+            if not part:
+                raise GatewayError(
+                    "the trap gateway closed the connection: QEMU has ended, or another emulator took over"
+                )
+            data += part
+        reply = wire.REPLY.parse(data)
+        if reply.magic != wire.MESSAGE_MAGIC:
+            raise GatewayError("the server at that socket is not a trap gateway")
+    except OSError as error:
+        _close_all(descriptors)
+        raise GatewayError(f"the trap gateway does not answer: {error}") from error
+    except (GatewayError, MalformedError):
+        _close_all(descriptors)
+        raise
+    finally:
+        connection.setblocking(False)  # with a timeout, Gateway.closed would wait
+    return reply, descriptors
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _check_reply(path: Path | str, reply: wire.Reply) -> None:
+    """Raise :class:`~vmbus.errors.GatewayError` if the gateway on ``path`` refused."""
+    if reply.status == wire.Status.OK:
+        return
+    if reply.status == wire.Status.BUSY:
+        raise GatewayError(
+            f"an emulator (process {reply.argument}) is attached to {path}: end it, or detach it with "
+            "vmbus attach --take-over"
+        )
+    if reply.status == wire.Status.VERSION:
+        raise GatewayError(
+            f"the gateway on {path} has protocol version {reply.version}, this emulator {wire.VERSION}: "
+            "restart QEMU with this emulator's own gateway"
+        )
+    if reply.status == wire.Status.REFUSED:
+        raise GatewayError(f"the gateway on {path} belongs to another user: run the emulator as QEMU's user")
+    raise GatewayError(f"the gateway on {path} refused with status {reply.status}")

@@ -1,4 +1,4 @@
-"""What a guest's trap is, as the gateway hands it over, and how it can end."""
+"""A guest's trap, as the gateway passes it, and its possible results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vmbus.wire.gateway import TrapKind
 
 
 class Fault(Enum):
-    """How a trap faults in the guest. The instruction decides: #GP for MSRs, #UD for VMCALL."""
+    """The fault of a trap in the guest: #GP for MSRs, #UD for VMCALL."""
 
     GP = "general protection"
     UD = "undefined opcode"
@@ -44,17 +44,17 @@ class Trap(NamedTuple):
 
     @property
     def msr_value(self) -> int:
-        """What WRMSR writes."""
+        """The value that WRMSR writes."""
         return (self.rdx & 0xFFFFFFFF) << 32 | self.rax & 0xFFFFFFFF
 
     @property
     def identity(self) -> tuple[int, ...]:
-        """Equal for a trap and for its repetition in another QEMU after a migration."""
+        """A key that is equal for a trap and for its repetition in another QEMU after a migration."""
         return (self.vcpu, int(self.kind), *self[6:])
 
 
 class Unclaimed(NamedTuple):
-    """An answer that its vCPU has not fetched, to be carried over a migration."""
+    """An answer that its vCPU has not fetched, for a migration."""
 
     identity: tuple[int, ...]
     verdict: int

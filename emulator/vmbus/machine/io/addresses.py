@@ -1,4 +1,4 @@
-"""Where bytes lie in this process, for what is not Python: the kernel, and compiled code."""
+"""Addresses of buffers in this process, for the kernel and for compiled code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _release_buffer.restype = None
 
 
 def address_of(buffer: object) -> int:
-    """The address of an object with a buffer; good for as long as it is kept, and keeps its size."""
+    """Return the address of an object's buffer; valid as long as the object exists and keeps its size."""
     found = _PyBuffer()
     place = ctypes.addressof(found)
     _get_buffer(buffer, place, 0)

@@ -1,4 +1,4 @@
-"""What devices with compiled code get of the machine, and the engines that they have opened."""
+"""Services of the machine for devices with compiled code, and the engines that these have opened."""
 
 from __future__ import annotations
 

@@ -3,10 +3,10 @@
     transfer() → a submission entry ──(once a turn of the event loop)──▶ io_uring_enter ──▶ kernel
     done(result) ◀── completion entries ◀── eventfd ◀──────────────────────────────────────┘
 
-Handing a small read to a thread and back costs several times what the read costs; here a batch costs one system
-call each way, and the interpreter's lock is not fought over. Source: io_uring(7), linux/io_uring.h.
+To pass a small read to a thread and back costs several times as much as the read; here a batch costs one system call
+each way, and there is no contention for the interpreter's lock. Source: io_uring(7), linux/io_uring.h.
 
-Containers often forbid io_uring: :meth:`Uring.open` then gives ``None``, and threads do the work.
+Containers often forbid io_uring: :meth:`Uring.open` then returns ``None``, and threads do the work.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vmbus.machine.io.addresses import address_of
 _logger = logging.getLogger(__name__)
 
 ENTRIES = 256
-"""Transfers that are handed to the kernel at once; twice as many may be under way, more wait here."""
+"""Transfers that are submitted at once; twice as many may be under way, more wait here."""
 
 _SETUP, _ENTER, _REGISTER = 425, 426, 427
 _REGISTER_EVENTFD = 4
@@ -83,8 +83,8 @@ class Uring:
         self._unsubmitted = 0
         self._scheduled = False
         self._next = 0
-        #: What is under way, with everything that the kernel has the address of.
         self._pending: dict[int, tuple[Done, object]] = {}
+        """Transfers under way, with all buffers whose addresses the kernel has."""
         self._waiting: deque[tuple[int, int, Sequence[memoryview], bool, int, Done]] = deque()
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         number = ctypes.c_int(self._event)
@@ -93,14 +93,14 @@ class Uring:
 
     @classmethod
     def open(cls, loop: asyncio.AbstractEventLoop) -> Uring | None:
-        """A ring, or ``None`` where the kernel has none for us."""
+        """Return a ring, or ``None`` where the kernel does not allow one."""
         fd = -1
         try:
             buffer = ctypes.create_string_buffer(_PARAMS.size)
             fd = _call(_SETUP, ENTRIES, ctypes.addressof(buffer))
             return cls(loop, fd, _PARAMS.unpack(buffer.raw))
         except (OSError, AttributeError, NotImplementedError) as error:
-            _logger.info("no io_uring (%s): files are read and written by threads", error)
+            _logger.info("io_uring is not available (%s): threads read and write files", error)
             if fd >= 0:
                 os.close(fd)
             return None
@@ -143,7 +143,7 @@ class Uring:
         self.submit()
 
     def submit(self) -> None:
-        """Hand what was asked for to the kernel."""
+        """Submit the transfers that were requested."""
         if not self._unsubmitted or self._fd < 0:
             return
         self._sq_words[self._sq_tail_at] = self._sq_tail
@@ -179,17 +179,17 @@ class Uring:
             try:
                 done(result)
             except Exception:
-                _logger.exception("the end of a transfer failed")
+                _logger.exception("internal error at the end of a transfer; please report this")
         if self._waiting:
             self._refill()
 
     @property
     def under_way(self) -> int:
-        """Transfers that are not done."""
+        """Number of transfers that have not ended."""
         return len(self._pending) + len(self._waiting)
 
     def close(self) -> None:
-        """Let go. Nothing may be under way: the kernel would write to memory that is somebody else's by then."""
+        """Close the ring. If transfers are under way, leave it open: the kernel still writes to their buffers."""
         if self._fd < 0:
             return
         if self._pending:

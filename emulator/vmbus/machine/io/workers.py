@@ -1,9 +1,9 @@
 """Threads for devices' blocking work: files, mostly.
 
-    event loop --run--> queue --> a thread: work() --> finished --> event loop: done(), all that have finished
+    event loop --run--> queue --> a thread: work() --> finished --> event loop: done(), for all that have finished
 
-Handing one piece of work over costs more than a small read does, so both ways are shared: threads are started
-when there is work for them, and the event loop is woken once for all that finished since it last looked.
+To pass one piece of work to a thread costs more than a small read, so the costs are shared: threads are started when
+there is work for them, and the event loop is woken once for all work that has finished since.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Work = Callable[[], None]
 Done = Callable[[Exception | None], None]
 
 STOP_TIMEOUT = 5.0
-"""Seconds in which an event loop that still runs has stopped to watch a socket."""
+"""Seconds for a running event loop to stop watching a socket."""
 THREADS = 16
-"""Pieces of work that are done side by side."""
+"""Number of threads: pieces of work that are done at the same time."""
 
 
 class WorkerThreads:
@@ -48,7 +48,7 @@ class WorkerThreads:
         self._uring: Uring | None = None
         self._uring_tried = False
         self.engines: NativeEngines | None = None
-        """Compiled code whose transfers are work too."""
+        """Compiled code; its transfers count as work."""
 
     @property
     def unfinished(self) -> int:
@@ -107,7 +107,7 @@ class WorkerThreads:
                 loop.remove_reader(fd)
                 stopped.set()
 
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nothing is called any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed and calls nothing any more
                 loop.call_soon_threadsafe(remove)
                 stopped.wait(STOP_TIMEOUT)
 
@@ -135,17 +135,17 @@ class WorkerThreads:
             error: Exception | None = None
             try:
                 work()
-            except Exception as found:  # noqa: BLE001 - it is handed on
+            except Exception as found:  # noqa: BLE001 - passed to done()
                 error = found
             self._finish(done, error)
-            job = work = done = error = None  # type: ignore[assignment]  # nothing of it is kept while waiting
+            job = work = done = error = None  # type: ignore[assignment]  # keep no reference while waiting
 
     def _finish(self, done: Done, error: Exception | None) -> None:
         self._finished.append((done, error))
         with self._lock:
             wake, self._woken = not self._woken, True
         if wake:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._report)
 
     def _report(self) -> None:
@@ -158,7 +158,7 @@ class WorkerThreads:
             try:
                 done(error)
             except Exception:
-                _logger.exception("the end of a piece of work failed")
+                _logger.exception("internal error at the end of a device's work; please report this")
         self.ended()
 
     async def settle(self, timeout: float) -> bool:
@@ -173,7 +173,7 @@ class WorkerThreads:
         return not self.unfinished
 
     def close(self) -> None:
-        """Let the threads end when they have done what waits. Nothing may be asked for any more."""
+        """End the threads when they have done the work that waits. No more work may be requested."""
         for _ in self._threads:
             self._queue.put(None)
         self._threads.clear()

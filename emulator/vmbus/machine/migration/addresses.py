@@ -1,8 +1,8 @@
-"""Where a migration goes to or comes from, as a user names it and as QEMU takes it.
+"""Addresses of migrations, as users write them and as QEMU expects them.
 
 tcp:HOST:PORT   unix:PATH   vsock:CID:PORT     sockets: the target answers
 exec:COMMAND    file:PATH[,offset=N]           one way
-fd:N                                           descriptor N of the process that asks: handed over to QEMU
+fd:N                                           descriptor N of the calling process, passed to QEMU
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ _SOCKETS = ("tcp:", "unix:", "vsock:")
 
 
 def descriptor_number(uri: str) -> int | None:
-    """The N of ``fd:N``; ``None`` for every other address.
+    """Return the N of ``fd:N``; ``None`` for any other address.
 
-    Raises :class:`~vmbus.errors.UsageError` for the name of a descriptor: QEMU keeps those for each of its
-    monitors, and the emulator's has none.
+    Raises :class:`~vmbus.errors.UsageError` for a descriptor's name: names belong to the monitor on which they were
+    created, and the emulator's monitor has none.
     """
     kind, _, name = uri.partition(":")
     if kind != "fd":
         return None
     if not name.isdecimal():
-        raise UsageError(f"{uri}: name a descriptor of your own process by its number, as in fd:3")
+        raise UsageError(f"{uri}: give the number of a descriptor of your own process, as in fd:3")
     return int(name)
 
 
 def two_way(uri: str, descriptor: int | None = None) -> bool:
-    """Whether a target can answer over ``uri``."""
+    """Return whether a target can answer over ``uri``."""
     if descriptor is not None:
         return stat.S_ISSOCK(os.fstat(descriptor).st_mode)
     return uri.startswith(_SOCKETS)
@@ -43,10 +43,10 @@ def two_way(uri: str, descriptor: int | None = None) -> bool:
 
 @contextlib.asynccontextmanager
 async def handed_over(qmp: Monitor, uri: str, descriptor: int | None) -> AsyncIterator[str]:
-    """``uri`` for a command of ``qmp``; for ``fd:`` QEMU has ``descriptor`` meanwhile, under a name of its own."""
+    """Yield ``uri`` for a command of ``qmp``; for ``fd:`` QEMU has ``descriptor`` in the meantime, under a name."""
     if descriptor is None:
         if descriptor_number(uri) is not None:
-            raise UsageError(f"{uri}: no descriptor came with it")
+            raise UsageError(f"{uri}: the request came without a descriptor")
         yield uri
         return
     name = f"vmbus-{secrets.token_hex(4)}"
@@ -55,12 +55,12 @@ async def handed_over(qmp: Monitor, uri: str, descriptor: int | None) -> AsyncIt
         yield f"fd:{name}"
     finally:
         if qmp.connected:
-            with contextlib.suppress(QemuError):  # it was used: then QEMU has closed or kept it
+            with contextlib.suppress(QemuError):  # QEMU has used it, and closed or kept it
                 await qmp.execute("closefd", {"fdname": name})
 
 
 def structured(uri: str) -> dict[str, Any]:
-    """``uri`` as a QMP ``MigrationAddress``. Raises :class:`~vmbus.errors.UsageError` for an unknown form."""
+    """Return ``uri`` as a QMP ``MigrationAddress``. Raises :class:`~vmbus.errors.UsageError` for an unknown form."""
     kind, _, rest = uri.partition(":")
     if kind == "unix" and rest:
         return {"transport": "socket", "type": "unix", "path": rest}
@@ -76,4 +76,4 @@ def structured(uri: str) -> dict[str, Any]:
                 name: first.removeprefix("[").removesuffix("]"),
                 "port": port,
             }
-    raise UsageError(f"{uri!r} is no address of a migration channel; write unix:PATH or tcp:HOST:PORT")
+    raise UsageError(f"{uri!r} is not the address of a migration channel; write unix:PATH or tcp:HOST:PORT")

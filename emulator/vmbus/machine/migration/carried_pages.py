@@ -1,7 +1,7 @@
-"""Guest memory that goes along in the emulator's state: pages that QEMU does not know to be written.
+"""Guest memory that the emulator's state carries: pages whose last writes are not in QEMU's dirty log.
 
 The source reads them while its guest stands still (which pages: :mod:`vmbus.machine.migration.dirty_pages`), and the
-target writes them in ``Load()``, when all that QEMU sends of memory is there, before anything else of the state is
+target writes them in ``Load()``, when QEMU has received all its part of memory, before anything else of the state is
 applied.
 """
 
@@ -17,7 +17,7 @@ from vmbus.wire.saved import SavedPages
 
 
 def read(memory: MappedMemory, gpas: Sequence[int]) -> list[SavedPages]:
-    """What is in the pages at ``gpas``, or in as many of them as a state may carry; the guest stands still."""
+    """Return the contents of the pages at ``gpas``, at most as many as a state may carry; the guest is stopped."""
     return collect([gpa // PAGE_SIZE for gpa in gpas], lambda pfn: memory.read(pfn * PAGE_SIZE, PAGE_SIZE))
 
 
@@ -32,7 +32,7 @@ class CarriedPages:
             for pfn in each.pfns:
                 gpa = pfn * PAGE_SIZE
                 if not self._memory.is_ram(gpa, PAGE_SIZE) or gpa in VIDEO_MEMORY:
-                    return f"page {pfn:#x} is none of this machine's RAM"
+                    return f"page {pfn:#x} is not RAM of this machine"
         return None
 
     def apply_pages(self, pages: Sequence[SavedPages]) -> None:

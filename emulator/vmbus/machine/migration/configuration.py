@@ -1,8 +1,8 @@
-"""What a migration is set up to do, as far as it matters to the emulator: QEMU's mode and capabilities.
+"""The configuration of migrations that matters to the emulator: QEMU's mode and capabilities.
 
 guest memory     is sent      mode normal or cpr-reboot
                  stays        x-ignore-shared, or mode cpr-transfer: the target maps the same file
-nothing goes     post-copy, release-ram, COLO, background snapshots, mode cpr-exec
+impossible       post-copy, release-ram, COLO, background snapshots, mode cpr-exec
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from dataclasses import dataclass
 from vmbus.machine.migration.ports import Monitor
 
 CAPABILITIES = ("events", "pause-before-switchover")
-"""Set when the emulator attaches: docs/migration.md says what for."""
+"""Capabilities that are set when the emulator attaches (docs/migration.md)."""
 
 IMPOSSIBLE = {
-    "postcopy-ram": "the guest would run before its memory is there, and the emulator reads that memory",
-    "release-ram": "pages would be taken from the memory file that the emulator maps",
+    "postcopy-ram": "the guest would run before its memory has arrived, and the emulator reads that memory",
+    "release-ram": "QEMU would remove pages from the memory file that the emulator maps",
     "x-colo": "the emulator's state cannot be checkpointed",
-    "background-snapshot": "QEMU cannot hold back the emulator's writes while it saves",
+    "background-snapshot": "QEMU cannot delay the emulator's writes while it saves",
 }
-"""Capabilities with which nothing is let through."""
+"""Capabilities with which the guest cannot be migrated, and why."""
 
 IMPOSSIBLE_MODES = {
-    "cpr-exec": "QEMU would become another program, and close every socket that the emulator serves the guest "
-    "through; cpr-transfer does the same with a second process",
+    "cpr-exec": "QEMU would be replaced by another program, and would close every socket through which the "
+    "emulator serves the guest; use cpr-transfer, which does the same with a second process",
 }
-"""Modes in which nothing is let through."""
+"""Modes in which the guest cannot be migrated, and why."""
 
 _NORMAL = "normal"
 _WITHOUT_MEMORY = ("cpr-transfer",)
@@ -36,17 +36,17 @@ _WITHOUT_MEMORY = ("cpr-transfer",)
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """How the next migration goes. ``refusal``: why it cannot, or empty."""
+    """The configuration of the next migration. ``refusal``: why it cannot work, or empty."""
 
     mode: str
     memory_stays: bool
     answered: bool
-    """The target says when it has everything: QEMU's ``completed`` waits for that."""
+    """Whether the target confirms that it has everything: QEMU's ``completed`` waits for that."""
     refusal: str
 
     @property
     def snapshot_refusal(self) -> str:
-        """Why no snapshot can be made or loaded with what is set, or empty: QEMU would leave out memory there too."""
+        """Why no snapshot can be made or loaded, or empty: QEMU's capabilities apply to snapshots too."""
         if self.refusal:
             return self.refusal
         if self.mode != _NORMAL:
@@ -57,7 +57,7 @@ class Configuration:
 
 
 async def read_configuration(qmp: Monitor) -> Configuration:
-    """What QEMU is set up for now."""
+    """Return QEMU's present configuration."""
     capabilities = await qmp.execute("query-migrate-capabilities")
     parameters = await qmp.execute("query-migrate-parameters")
     on = {str(each["capability"]) for each in capabilities if each["state"]}
@@ -71,14 +71,14 @@ async def read_configuration(qmp: Monitor) -> Configuration:
 
 
 async def leave_memory(qmp: Monitor, stays: bool) -> None:
-    """Whether migrations leave guest memory in its file, for the target to map it; both sides must agree."""
+    """Set whether migrations leave guest memory in its file, for the target to map it; both sides must agree."""
     wanted = [{"capability": "x-ignore-shared", "state": stays}]
     await qmp.execute("migrate-set-capabilities", {"capabilities": wanted})
 
 
 @contextlib.asynccontextmanager
 async def cpr_transfer(qmp: Monitor) -> AsyncIterator[None]:
-    """A migration in the mode ``cpr-transfer``; the mode is what it was afterwards."""
+    """Set the mode ``cpr-transfer`` for a migration, and the mode of before afterwards."""
     before = (await qmp.execute("query-migrate-parameters")).get("mode", _NORMAL)
     await qmp.execute("migrate-set-parameters", {"mode": "cpr-transfer"})
     try:

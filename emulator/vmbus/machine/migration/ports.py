@@ -73,7 +73,7 @@ class PausableClock(Protocol):
     def stop(self) -> None:
         """Stop time: the guest was stopped."""
 
-    def restore(self, frequency: int, tsc: int, now: int, told: int, *, same_host: bool = False) -> bool:
+    def restore(self, frequency: int, tsc: int, now: int, last_read: int, *, same_host: bool = False) -> bool:
         """Continue the time of a saved guest; return whether its TSC runs at the same frequency here."""
 
 

@@ -1,4 +1,4 @@
-"""What an emulator did for a migration or a snapshot of its guest, and what it took."""
+"""What the emulator did for a migration or a snapshot of its guest, and how long it took."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from vmbus.saving.stream import ChannelStatistics
 from vmbus.wire.saved import ChannelIdentity
 
 ENDED = frozenset({"completed", "failed", "cancelled"})
-"""QEMU's last statuses of a migration."""
+"""Statuses in which QEMU's migrations end."""
 
 
 @dataclass(slots=True)
 class Report:
-    """What the emulator did for the last migration (or snapshot) of its guest. Times in seconds."""
+    """The emulator's part in one migration or snapshot of its guest. Times in seconds."""
 
     state_bytes: int = 0
     channels: tuple[ChannelStatistics, ...] = ()
     names: dict[ChannelIdentity, str] = field(default_factory=dict)
     pages_marked: int = 0
-    """In the pause, while the guest stood still."""
+    """Pages marked in the pause, while the guest stood still."""
     pages_marked_early: int = 0
-    """Before it."""
+    """Pages marked before the pause."""
     pages_carried: int = 0
-    """Not marked: they are in the state."""
+    """Pages that the state carries; they are not marked."""
     answers_carried: int = 0
     prepared_in: float = 0.0
-    """How long the stopped guest stood because of the emulator."""
+    """Seconds that the emulator needed while the guest was stopped."""
     refusal: str = ""
     statuses: list[str] = field(default_factory=list)
     """QEMU's migration statuses, in order."""
 
     @property
     def status(self) -> str:
-        """The last of them; empty before the first."""
+        """The last status; empty before the first."""
         return self.statuses[-1] if self.statuses else ""
 
     @property
     def ended(self) -> bool:
-        """Whether there will be no more."""
+        """Whether the migration has ended."""
         return self.status in ENDED
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON knows it."""
+        """Return the report for JSON."""
         return {
             "state_bytes": self.state_bytes,
             "prepared_in": self.prepared_in,

@@ -1,11 +1,11 @@
-"""Guest memory that is not copied: how the target knows that the file it maps is the guest's, as the guest left it.
+"""Guest memory that is not copied: how the target checks that it maps the guest's file, as the guest left it.
 
 With ``x-ignore-shared`` and in the mode ``cpr-transfer`` QEMU sends no guest memory: the target opens the same
-file. QEMU checks neither that it does nor that nobody wrote it since. So the source says in its state which file
-it is (device, inode, size, valid until the host is booted anew) and gives a digest of pages: those that the host
-shares with the guest and changes all the time (the first of each ring), those that it wrote last, and a thousand
-more, evenly spread. A file of another guest, an empty one, one that was copied too early, and memory in which the
-guest went on after its state was saved are all found out before anything is restored.
+file. QEMU checks neither the file nor its contents. So the source's state identifies the file (device, inode, size,
+valid until the host reboots) and has a digest of pages: those that host and guest change all the time (the first of
+each ring), those that the host wrote last, and a thousand more, evenly spread. Another guest's file, an empty file, a
+copy that was made too early, and memory in which the guest ran on after its state was saved are all refused before
+anything is restored.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from vmbus.saving import Reason, StateRefused
 from vmbus.wire.saved import SavedMemory
 
 _SPREAD = 1024
-"""Pages looked at that nobody named; 4 MiB, some milliseconds."""
+"""Pages in the digest that are spread over memory; 4 MiB, some milliseconds."""
 
 _LAST_WRITTEN = 256
 
 
 def boot_id() -> UUID:
-    """Of this boot of this host."""
+    """Return the id of this boot of this host."""
     return UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
 
 
 def describe(memory: MappedMemory, channels: Iterable[Channel]) -> SavedMemory:
-    """What the target has to find. The guest is stopped and the host stands still.
+    """Return what the target has to find. The guest is stopped and the host is paused.
 
-    Raises :class:`~vmbus.saving.StateRefused` for memory that is no file.
+    Raises :class:`~vmbus.saving.StateRefused` for memory without a file.
     """
     file = memory.file
     if file is None:
-        raise StateRefused(Reason.WRONG_STATE, "guest memory is to stay where it is, and is no file")
+        raise StateRefused(Reason.WRONG_STATE, "guest memory cannot stay where it is: it is not in a file")
     pages = sorted({*_shared(memory, channels), *itertools.islice(memory.written(), _LAST_WRITTEN)})
     step = max(file.size // PAGE_SIZE // _SPREAD, 1)
     first = secrets.randbelow(step)
@@ -52,12 +52,13 @@ def describe(memory: MappedMemory, channels: Iterable[Channel]) -> SavedMemory:
 
 
 def check(saved: SavedMemory, memory: MappedMemory) -> None:
-    """Raises :class:`~vmbus.saving.StateRefused` if ``memory`` is not what ``saved`` describes."""
+    """Raise :class:`~vmbus.saving.StateRefused` if ``memory`` is not what ``saved`` describes."""
     file = memory.file
     if file is None or file.size != saved.size:
         found = "no file" if file is None else f"{file.size} bytes"
         raise StateRefused(
-            Reason.NOT_ACCEPTED, f"guest memory stays in its file of {saved.size} bytes, and here is {found}"
+            Reason.NOT_ACCEPTED,
+            f"guest memory stays in its file of {saved.size} bytes, and the target has {found}",
         )
     here = (file.device, file.inode)
     if saved.boot == boot_id() and here != (saved.device, saved.inode):
@@ -73,18 +74,18 @@ def check(saved: SavedMemory, memory: MappedMemory) -> None:
         raise StateRefused(
             Reason.NOT_ACCEPTED,
             "guest memory was not copied, and is not as the guest left it: it is the memory of another guest, or "
-            "the guest went on after its state was saved",
+            "the guest ran on after its state was saved",
         )
 
 
 def _shared(memory: MappedMemory, channels: Iterable[Channel]) -> Iterable[int]:
-    """The first page of each ring: indices, which change with each packet."""
+    """Yield the first page of each ring: its indices change with each packet."""
     for channel in channels:
         if channel.request is None:
             continue
         try:
             pfns, downstream = split_rings(channel.request, channel.gpadls)
-        except ProtocolError:  # it will never be open
+        except ProtocolError:  # the channel cannot be opened
             continue
         for pfn in (pfns[0], pfns[downstream]):
             yield memory.page_of_gpa(pfn * PAGE_SIZE)

@@ -1,16 +1,15 @@
-"""The second carrier: a Unix socket or a file between two emulators, for a state that QEMU's stream does not take.
+"""The side channel: a Unix socket or a file between two emulators, for a state that QEMU's stream cannot carry.
 
-That is one of a QEMU without ``dbus-vmstate``, and one of more than the 1 MiB that it carries. Layouts are in
+That is the case without ``dbus-vmstate``, and for a state of more than its 1 MiB. Layouts are in
 :mod:`vmbus.wire.frame`.
 
-    unix:PATH   the target listens; the source connects before it migrates, and lets QEMU go on when the target has
-                checked the state and accepted it
-    file:PATH   the source writes it, whole and flushed, before it lets QEMU go on; the target reads it when memory
-                has come, so a refusal comes late: the source stands still, and can be taken back
+    unix:PATH   the target listens; the source connects before it migrates, and sends ``migrate-continue`` when the
+                target has checked the state and accepted it
+    file:PATH   the source writes and flushes all of it before it sends ``migrate-continue``; the target reads it
+                when memory has arrived. A refusal comes late: the source stays paused, and can be taken back
 
-With a QEMU that has ``dbus-vmstate`` its stream refers to the frame by its digest, and a frame that does not belong
-to the stream is refused in ``Load()``. Without, frame and stream belong together because their user says so; the
-machine's UUID is compared where it was given one.
+With ``dbus-vmstate``, QEMU's stream refers to the frame by its digest, and ``Load()`` refuses any other frame.
+Without it, the user is responsible for that; only the UUIDs of the machines are compared, if they have any.
 """
 
 from __future__ import annotations
@@ -48,11 +47,11 @@ from vmbus.wire.frame import (
 
 _logger = logging.getLogger(__name__)
 
-_LIMIT = 20.0
-"""Seconds for a greeting, or for a frame and its verdict; the guest stands still meanwhile."""
+_TIMEOUT = 20.0
+"""Seconds for a greeting, or for a frame and its verdict; the guest is stopped in that time."""
 
 CARRIED_LIMIT = MAX_LENGTH // 2
-"""Bytes of state that are carried at most."""
+"""Maximum size of a state in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,7 @@ class CarrierAddress:
 
     @classmethod
     def parse(cls, text: str) -> CarrierAddress:
-        """Raises :class:`~vmbus.errors.UsageError`."""
+        """Parse the option's value. Raises :class:`~vmbus.errors.UsageError`."""
         kind, _, path = text.partition(":")
         if kind not in ("unix", "file") or not path:
             raise UsageError(f"--carrier {text}: write unix:PATH or file:PATH")
@@ -84,20 +83,20 @@ class OutgoingCarrier:
 
     @classmethod
     async def open(cls, address: CarrierAddress, machine: UUID) -> OutgoingCarrier:
-        """Connect, and hear who is there. Raises :class:`~vmbus.errors.UserError`: nothing has happened yet."""
+        """Connect and check the target's greeting. Raises :class:`~vmbus.errors.UserError`: nothing has changed."""
         made = cls(address)
         if address.kind == "file":
             if not address.path.parent.is_dir():
                 raise UserError(f"{address}: there is no directory {address.path.parent}")
             return made
         try:
-            async with asyncio.timeout(_LIMIT):
+            async with asyncio.timeout(_TIMEOUT):
                 made._reader, made._writer = await asyncio.open_unix_connection(str(address.path))
                 greeting = GREETING.parse(await made._reader.readexactly(GREETING.size))
         except (OSError, EOFError, TimeoutError, MalformedError) as error:
             await made.close()
             raise UserError(
-                f"no emulator takes a state at {address} ({error}): start the target with --carrier {address}"
+                f"no emulator receives a state at {address} ({error}): start the target with --carrier {address}"
             ) from error
         if greeting.format != FORMAT or greeting.machine != machine:
             await made.close()
@@ -108,7 +107,7 @@ class OutgoingCarrier:
         return made
 
     async def deliver(self, frame: bytes) -> None:
-        """Returns when the target has accepted it (or when it is safe in its file).
+        """Send a frame; return when the target has accepted it, or when it is flushed to its file.
 
         Raises :class:`~vmbus.saving.StateRefused`.
         """
@@ -116,7 +115,7 @@ class OutgoingCarrier:
             await asyncio.to_thread(self._store, frame)
             return
         try:
-            async with asyncio.timeout(_LIMIT):
+            async with asyncio.timeout(_TIMEOUT):
                 self._writer.write(frame)
                 await self._writer.drain()
                 start = await self._reader.readexactly(VERDICT_HEADER_SIZE)
@@ -125,7 +124,7 @@ class OutgoingCarrier:
                 )
         except (OSError, EOFError, TimeoutError, MalformedError) as error:
             raise StateRefused(
-                Reason.NOT_ACCEPTED, f"the target did not say that it has the state: {error!r}"
+                Reason.NOT_ACCEPTED, f"the target did not confirm that it has the state: {error!r}"
             ) from error
         if not verdict.accepted:
             raise StateRefused(Reason.NOT_ACCEPTED, verdict.reason.decode(errors="replace"))
@@ -170,7 +169,10 @@ class IncomingCarrier:
     async def listen(
         cls, address: CarrierAddress, machine: UUID, check: Callable[[bytes], None]
     ) -> IncomingCarrier:
-        """``check``: raises :class:`~vmbus.errors.VmbusError` for a state that cannot be restored here."""
+        """Listen at ``address``. Raises :class:`~vmbus.errors.UserError`.
+
+        ``check`` raises :class:`~vmbus.errors.VmbusError` for a state that cannot be restored here.
+        """
         made = cls(address, machine, check)
         if address.kind == "unix":
             try:
@@ -182,7 +184,7 @@ class IncomingCarrier:
         return made
 
     async def close(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -191,8 +193,8 @@ class IncomingCarrier:
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             writer.write(GREETING.build(Greeting(FORMAT, self._machine)))
-            start = await reader.readexactly(FRAME_HEADER.size)  # when the source's guest stands still
-            async with asyncio.timeout(_LIMIT):
+            start = await reader.readexactly(FRAME_HEADER.size)  # when the source's guest is stopped
+            async with asyncio.timeout(_TIMEOUT):
                 try:
                     rest = await reader.readexactly(frame_size(start) - len(start))
                     self._frame = self._sound(start + rest)
@@ -204,7 +206,7 @@ class IncomingCarrier:
                 writer.write(VERDICT.build(verdict))
                 await writer.drain()
         except (OSError, EOFError, TimeoutError) as error:
-            _logger.info("a source went away: %r", error)
+            _logger.info("a source closed the side channel: %r", error)
         finally:
             writer.close()
 
@@ -212,13 +214,14 @@ class IncomingCarrier:
         frame = parse_frame(data)
         if frame.machine != self._machine:
             raise StateRefused(
-                Reason.NOT_ACCEPTED, f"the state of machine {frame.machine}, and this is {self._machine}"
+                Reason.NOT_ACCEPTED,
+                f"the state belongs to machine {frame.machine}, this is machine {self._machine}",
             )
         self._check(frame.state)
         return frame
 
     def frame(self, digest: bytes | None = None) -> Frame:
-        """The frame that has come; with a ``digest``, that one.
+        """Return the frame that has arrived; with ``digest``, only the frame with that digest.
 
         Raises :class:`~vmbus.errors.VmbusError`.
         """
@@ -231,32 +234,32 @@ class IncomingCarrier:
                     Reason.NOT_THERE, f"cannot read the state at {self.address}: {error.strerror}"
                 ) from error
         if found is None:
-            raise StateRefused(Reason.NOT_THERE, f"no state has come over {self.address}")
+            raise StateRefused(Reason.NOT_THERE, f"no state has arrived over {self.address}")
         if digest is not None and found.digest != digest:
             raise StateRefused(
-                Reason.FOREIGN_SAVE, f"what came over {self.address} belongs to another migration"
+                Reason.FOREIGN_SAVE, f"the state that came over {self.address} belongs to another migration"
             )
         return found
 
 
 class SideChannel:
-    """Both ends, as one guest has them."""
+    """Both ends of one guest's side channel."""
 
     def __init__(self, qmp: Monitor) -> None:
         self._qmp = qmp
         self._outgoing: OutgoingCarrier | None = None
         self._incoming: IncomingCarrier | None = None
-        #: What goes into QEMU's stream in place of the state that was delivered last.
         self.reference: bytes | None = None
+        """What QEMU's stream has in place of the state that was delivered last."""
 
     @property
     def used(self) -> bool:
-        """Whether the state of the migration under way goes here."""
+        """Whether the side channel carries the state of the migration under way."""
         return self._outgoing is not None
 
     @contextlib.asynccontextmanager
     async def carrying(self, address: CarrierAddress) -> AsyncIterator[None]:
-        """Meanwhile migrations are carried to ``address``. Raises :class:`~vmbus.errors.UserError` first."""
+        """Carry states to ``address`` in the meantime. Raises :class:`~vmbus.errors.UserError` before that."""
         self._outgoing = await OutgoingCarrier.open(address, await self._machine())
         try:
             yield
@@ -265,7 +268,7 @@ class SideChannel:
             await outgoing.close()
 
     async def deliver(self, state: bytes, *, ran: bool) -> None:
-        """Returns when the target has ``state``. Raises :class:`~vmbus.saving.StateRefused`."""
+        """Deliver ``state``; return when the target has it. Raises :class:`~vmbus.saving.StateRefused`."""
         if self._outgoing is None:
             raise StateRefused(Reason.WRONG_STATE, "the migration that this state was for has ended")
         frame = build_frame(
@@ -279,22 +282,22 @@ class SideChannel:
         await self._outgoing.deliver(frame)
 
     async def listen(self, address: CarrierAddress, check: Callable[[bytes], None]) -> None:
-        """As :meth:`IncomingCarrier.listen`."""
+        """Listen for a state: see :meth:`IncomingCarrier.listen`."""
         self._incoming = await IncomingCarrier.listen(address, await self._machine(), check)
 
     def frame(self, digest: bytes | None = None) -> Frame:
-        """As :meth:`IncomingCarrier.frame`."""
+        """Return the frame that has arrived: see :meth:`IncomingCarrier.frame`."""
         if self._incoming is None:
             raise StateRefused(
-                Reason.NOT_THERE, "the state comes over a carrier of its own: start this side with --carrier"
+                Reason.NOT_THERE, "the state comes over a side channel: start this side with --carrier"
             )
         return self._incoming.frame(digest)
 
     async def close(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         if self._incoming is not None:
             await self._incoming.close()
 
     async def _machine(self) -> UUID:
-        """The machine's UUID; all zeros if it was started without ``-uuid``."""
+        """Return the machine's UUID; all zeros if QEMU was started without ``-uuid``."""
         return UUID((await self._qmp.execute("query-uuid"))["UUID"])

@@ -18,8 +18,8 @@ the answers to actions. Each returns the actions that the coordinator performs, 
 An answer names the migration that it belongs to by its :class:`Report`. An answer that comes when QEMU has left
 ``pre-switchover``, or when another migration has begun, has no effect.
 
-``good`` is true only from the answer of ``query-migrate`` that QEMU still waits, when everything was prepared: then
-nobody has let QEMU continue before. A ``Save()`` at any other time (``savevm`` without the emulator, a migration
+``good`` is true only from the answer of ``query-migrate`` that QEMU still waits, when everything was prepared:
+then QEMU was not continued before that. A ``Save()`` at any other time (``savevm`` without the emulator, a migration
 without the pause, a ``migrate-continue`` that came too early) gets a refusal in place of a state: QEMU cannot fail a
 save for that, but a target that loads it fails, with the reason.
 

@@ -1,16 +1,17 @@
-"""The carrier: QEMU's ``dbus-vmstate``, and the emulator as its helper.
+"""The carrier of the state in QEMU's stream: ``dbus-vmstate``, and the emulator as its helper.
 
 Source: docs/protocol/migration.md#dbus-vmstate.
 
-QEMU's object ``dbus-vmstate`` is a client of a D-Bus daemon, private to the guest. When QEMU saves a machine it
-asks every owner of the name ``org.qemu.VMState1`` for its state and puts it into its stream; when it loads one, it
-hands it back. So the state travels with a migration, a snapshot or a file, whoever started it.
+QEMU's object ``dbus-vmstate`` is a client of a D-Bus daemon, private to the guest. When QEMU saves a machine, it
+requests the state of every owner of the name ``org.qemu.VMState1`` and puts it into its stream; when it loads a
+machine, it returns the state. So the state is part of every migration, snapshot or file.
 
-    QEMU  ── Save() ──→  answer = state      (after guest memory, QEMU's main loop stands still)
+    QEMU  ── Save() ──→  answer = state      (after guest memory; QEMU's main loop is blocked)
     QEMU  ── Load(state) ──→  answer, or an error: then the load fails
 
-Both are answered from what was prepared before: neither may ask QEMU for anything, or both wait until the
-time-out of 25 seconds. An error that Save() returns QEMU only logs; see ``coordinator`` for how a refusal travels.
+Both are answered from what was prepared before: a command for QEMU in there would wait until the timeout of 25
+seconds. QEMU only logs an error that Save() returns; :mod:`~vmbus.machine.migration.state_machine` has how a refusal
+reaches the target.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from vmbus.machine.qemu.child import end_with_parent
 _logger = logging.getLogger(__name__)
 
 HELPER_ID = "vmbus-emulator"
-"""Under which QEMU knows the emulator's state; ``id-list`` of the ``dbus-vmstate`` object."""
+"""Id of the emulator's state; in ``id-list`` of the ``dbus-vmstate`` object."""
 
 _INTERFACE = "org.qemu.VMState1"
 _PATH = "/org/qemu/VMState1"
@@ -57,7 +58,7 @@ _CONFIGURATION = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Co
 
 
 class DbusDaemon:
-    """A ``dbus-daemon`` of one guest, for nobody but this user. Made by :meth:`start`."""
+    """A ``dbus-daemon`` of one guest, for this user only. Made by :meth:`start`."""
 
     def __init__(self, process: subprocess.Popen[bytes], socket: Path, configuration: Path) -> None:
         self.process = process
@@ -65,17 +66,17 @@ class DbusDaemon:
         self._configuration = configuration
 
     @classmethod
-    async def start(cls, command: Sequence[str], directory: Path, limit: float = 10.0) -> DbusDaemon:
+    async def start(cls, command: Sequence[str], directory: Path, timeout: float = 10.0) -> DbusDaemon:
         """Start ``command`` (the argv prefix of a ``dbus-daemon``) with its socket in ``directory``.
 
-        Raises :class:`~vmbus.errors.MissingRequirement` when it does not come up within ``limit`` seconds.
+        Raises :class:`~vmbus.errors.MissingRequirement` when it is not ready within ``timeout`` seconds.
         """
         socket = directory / "dbus.sock"
         configuration = directory / "dbus.conf"
         configuration.write_text(configure_daemon(socket))
         log = directory / "dbus.log"
         with log.open("wb") as output:
-            process = subprocess.Popen(  # noqa: ASYNC220 - it takes no time, and must know its parent
+            process = subprocess.Popen(  # noqa: ASYNC220 - takes no time, and the child checks its parent
                 [*command, f"--config-file={configuration}", "--nofork", "--nopidfile", "--nosyslog"],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -84,7 +85,7 @@ class DbusDaemon:
                 preexec_fn=end_with_parent(),
             )
         daemon = cls(process, socket, configuration)
-        end = asyncio.get_running_loop().time() + limit
+        end = asyncio.get_running_loop().time() + timeout
         while not socket.exists():
             if process.poll() is not None or asyncio.get_running_loop().time() > end:
                 daemon.stop()
@@ -97,11 +98,11 @@ class DbusDaemon:
 
     @property
     def address(self) -> str:
-        """For QEMU's ``addr=`` and for :meth:`VmStateHelper.connect`."""
+        """The D-Bus address, for QEMU's ``addr=`` and for :meth:`VmStateHelper.connect`."""
         return dbus_address(self.socket)
 
     def stop(self) -> None:
-        """End it."""
+        """End the daemon and remove its files."""
         if self.process.poll() is None:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -114,29 +115,29 @@ class DbusDaemon:
 
 
 def configure_daemon(socket: Path) -> str:
-    """The configuration file of a daemon that listens on ``socket`` and carries states."""
+    """Return the configuration file of a daemon that listens on ``socket`` and carries states."""
     return _CONFIGURATION.format(path=escape(_dbus_escape(socket)))
 
 
 def _dbus_escape(path: Path) -> str:
-    """A path inside a D-Bus address: everything but a few characters as ``%xx``."""
+    """Return a path for a D-Bus address: everything but a few characters as ``%xx``."""
     plain = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-/.\\*"
     return "".join(chr(byte) if byte in plain else f"%{byte:02x}" for byte in str(path).encode())
 
 
 def dbus_address(socket: Path) -> str:
-    """The D-Bus address of a daemon that listens on ``socket``."""
+    """Return the D-Bus address of a daemon that listens on ``socket``."""
     return f"unix:path={_dbus_escape(socket)}"
 
 
 class StateKeeper(Protocol):
-    """Who has the state."""
+    """The owner of the state."""
 
     async def save(self) -> bytes:
-        """The state, prepared before. Raises :class:`~vmbus.errors.VmbusError` when there can be none."""
+        """Return the state, which was prepared before. Raises :class:`~vmbus.errors.VmbusError` if there is none."""
 
     def load(self, state: bytes) -> None:
-        """Take a state. Raises :class:`~vmbus.errors.VmbusError` to refuse it."""
+        """Restore a state. Raises :class:`~vmbus.errors.VmbusError` to refuse it."""
 
 
 class VmStateHelper:
@@ -150,7 +151,7 @@ class VmStateHelper:
 
     @classmethod
     async def connect(cls, address: str, keeper: StateKeeper) -> VmStateHelper:
-        """Join the daemon at ``address`` and be found by QEMU.
+        """Connect to the daemon at ``address`` and own the name that QEMU looks for.
 
         Raises :class:`~vmbus.errors.QemuUnsuitable` when no daemon answers there.
         """
@@ -158,7 +159,7 @@ class VmStateHelper:
         try:
             await bus.connect()
             helper = cls(bus, keeper)
-            # Queued behind other helpers: QEMU asks all of them. An emulator that was replaced has left it.
+            # Queued behind other helpers: QEMU calls all owners. An emulator that was detached owns it no more.
             await bus.request_name(_INTERFACE, NameFlag.ALLOW_REPLACEMENT)
         except (OSError, DBusError, EOFError) as error:
             bus.disconnect()
@@ -170,7 +171,7 @@ class VmStateHelper:
         return helper
 
     async def close(self) -> None:
-        """Leave; safe to call twice."""
+        """Disconnect; safe to call twice."""
         if self._bus.connected:
             self._bus.disconnect()
             with contextlib.suppress(OSError, EOFError):

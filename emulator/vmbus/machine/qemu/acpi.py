@@ -1,8 +1,8 @@
-"""The ACPI table that tells a guest of a VMBus: one device with ``_HID "VMBus"`` under ``\\_SB``.
+"""The ACPI table by which a guest finds the VMBus: one device with ``_HID "VMBus"`` under ``\\_SB``.
 
-``qemu-config/vmbus.asl`` is the same table in source form and ``qemu-config/vmbus.aml`` what :func:`vmbus_table`
-returns; tests hold the three together. The hardware id has five characters, which ``iasl`` takes for a mistake
-(compile with ``-f``) and every guest accepts. ``_CRS`` must exist, empty is enough
+``qemu-config/vmbus.asl`` is the source of the table and ``qemu-config/vmbus.aml`` the result of :func:`vmbus_table`;
+tests check that the three agree. The hardware id has five characters, which ``iasl`` reports as an error (compile
+with ``-f``) and every guest accepts. ``_CRS`` must exist and may be empty
 (docs/protocol/discovery.md#acpi-device).
 """
 
@@ -19,7 +19,7 @@ _END_TAG = b"\x79\x00"
 
 
 def _package(opcode: bytes, content: bytes) -> bytes:
-    """An AML object with a package length; one length byte is enough for all that is made here."""
+    """Return an AML object with a package length of one byte."""
     length = len(content) + 1
     if length > 0x3F:
         raise ValueError(f"{length} bytes need a longer package length")
@@ -35,7 +35,7 @@ def _string(text: str) -> bytes:
 
 
 def vmbus_table() -> bytes:
-    """The SSDT, header and checksum included."""
+    """Return the SSDT with header and checksum."""
     resources = _package(_BUFFER, _BYTE + bytes([len(_END_TAG)]) + _END_TAG)
     device = _package(
         _DEVICE,

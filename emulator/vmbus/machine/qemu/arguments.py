@@ -2,7 +2,7 @@
 
 ``vmbus qemu-args`` prints them for a command line, as a ``-readconfig`` fragment, or as libvirt's
 ``<qemu:commandline>``; ``vmbus run`` starts its own QEMU with the same list, and the files in ``qemu-config/``
-are made from it too. Some options have no ``-readconfig`` form in QEMU; they stay on the command line.
+are made from it, too. Some options have no ``-readconfig`` form in QEMU; they stay on the command line.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vmbus.machine.migration.vmstate import HELPER_ID, dbus_address
 
 
 def _escape(value: str | Path) -> str:
-    """A value inside a QEMU option list: commas are doubled."""
+    """Return a value for a QEMU option list: commas are doubled."""
     return str(value).replace(",", ",,")
 
 
@@ -25,7 +25,7 @@ class Option:
     """One QEMU option. ``section`` is its ``-readconfig`` section where QEMU knows one."""
 
     name: str
-    first: str  # what stands before the first comma: "tcg", "unix:/path"; empty if there is none
+    first: str  # the part before the first comma: "tcg", "unix:/path"; may be empty
     values: tuple[tuple[str, str], ...] = ()
     section: str | None = None
     why: str = ""
@@ -38,7 +38,7 @@ class Option:
 
     @property
     def config(self) -> str:
-        """The ``-readconfig`` section, with the reason as a comment."""
+        """Return the ``-readconfig`` section, with the reason as a comment."""
         lines = [f"# {self.why}"] if self.why else []
         lines.append(f"[{self.section}]")
         for key, value in self.values:
@@ -50,7 +50,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class EmulatorOptions:
-    """What the options name. Sizes in bytes."""
+    """Paths and sizes in the options. Sizes in bytes."""
 
     memory_path: Path
     memory_size: int
@@ -61,7 +61,7 @@ class EmulatorOptions:
     acpi_table: Path
     wait: bool = True
     dbus_socket: Path | None = None
-    """Of the D-Bus daemon that carries the emulator's state; ``None``: the guest cannot be migrated."""
+    """Socket of the D-Bus daemon that carries the emulator's state; ``None``: the guest cannot be migrated."""
 
     def options(self) -> tuple[Option, ...]:
         mebibytes = self.memory_size >> 20
@@ -148,7 +148,7 @@ class EmulatorOptions:
 
 
 def readconfig(options: Sequence[Option]) -> tuple[str, list[str]]:
-    """``(text of the fragment, options that stay on the command line)``."""
+    """Return ``(text of the fragment, options that stay on the command line)``."""
     sections = [_config_section(option) for option in options]
     text = "\n".join(section for section in sections if section is not None)
     rest = [
@@ -171,7 +171,7 @@ def _config_section(option: Option) -> str | None:
 
 
 def libvirt(options: Iterable[Option]) -> str:
-    """A ``<qemu:commandline>`` element; the domain needs ``xmlns:qemu`` as the comment in it says."""
+    """Return a ``<qemu:commandline>`` element; the domain needs ``xmlns:qemu`` as the comment in it says."""
     lines = [
         "<!-- inside <domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'> -->",
         "<qemu:commandline>",

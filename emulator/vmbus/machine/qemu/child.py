@@ -11,13 +11,13 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> Callable[[], None]:
-    """A ``preexec_fn``: the kernel kills the child when this process ends, however it ends."""
+    """Return a ``preexec_fn``: the kernel kills the child when this process ends, even by SIGKILL."""
     parent = os.getpid()
     libc = ctypes.CDLL(None, use_errno=True)
 
     def in_child() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the line above
+        if os.getppid() != parent:  # this process ended before the line above
             os._exit(1)
 
     return in_child

@@ -1,4 +1,4 @@
-"""What a running QEMU is made of, found through QMP and its own process: nothing has to be repeated by the user.
+"""Finds what a running QEMU consists of, through QMP and its process: the user need not repeat any of it.
 
 ===================  ==============================================================================
 fact                 where it is found
@@ -12,10 +12,10 @@ state carrier        ``qom-list /objects``: the ``addr`` of the object of type `
 atomic guest         ``query-hotpluggable-cpus``: there can be two vCPUs or more
 ===================  ==============================================================================
 
-Guest and host share words in which each changes bits of its own: event flags above all. The guest does it with
-locked instructions, which TCG makes plain loads and stores, and no barriers, in a machine that can never have a
-second vCPU (``-smp 1``, QEMU's default). What the host stores between the two is lost then, now and then a signal,
-and that channel waits for ever. ``-smp 1,maxcpus=2`` is enough to have them atomic.
+Guest and host share words in which each changes bits of its own, event flags above all. The guest uses locked
+instructions for that. In a machine that can never have a second vCPU (``-smp 1``, QEMU's default), TCG translates
+them to plain loads and stores without barriers: what the host stores in between is lost, a signal for example, and
+its channel then waits for ever. With ``-smp 1,maxcpus=2`` they are atomic.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MTREE_LINE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class QemuFacts:
-    """Everything that the emulator has to know of a QEMU to attach to it."""
+    """What the emulator needs of a QEMU to attach to it. Sizes in bytes."""
 
     pid: int
     version: str
@@ -49,15 +49,15 @@ class QemuFacts:
     gateway_socket: str
     apic_ids: tuple[int, ...]
     dbus_address: str | None = None
-    """Of the daemon that QEMU's ``dbus-vmstate`` object uses; without one the guest cannot be migrated."""
+    """Address of the daemon that QEMU's ``dbus-vmstate`` object uses; ``None``: QEMU has no such object."""
     atomic: bool = True
-    """Whether the guest's locked instructions are; if not, signals get lost now and then."""
+    """Whether the guest's locked instructions are atomic; if not, signals can be lost."""
 
 
 def parse_layout(tree: str, region_name: str) -> tuple[RamRegion, ...]:
-    """The RAM layout in ``info mtree -f``: one region for each distance between address and file offset.
+    """Return the RAM layout in ``info mtree -f``: one region for each distance between address and file offset.
 
-    Holes below 1 MiB (video memory, shadowed ROM) move while firmware runs and are not told apart.
+    Holes below 1 MiB (video memory, shadowed ROM) move while firmware runs and are not distinguished.
     """
     spans: dict[int, tuple[int, int]] = {}
     for line in tree.splitlines():
@@ -75,7 +75,7 @@ def parse_layout(tree: str, region_name: str) -> tuple[RamRegion, ...]:
 
 
 def plugin_socket(arguments: list[str]) -> str | None:
-    """The gateway's ``socket=`` among the ``-plugin`` options of a command line."""
+    """Return the gateway's ``socket=`` among the ``-plugin`` options of a command line."""
     for position, argument in enumerate(arguments[:-1]):
         if argument in ("-plugin", "--plugin"):
             options = arguments[position + 1].replace(",,", "\0").split(",")
@@ -86,7 +86,7 @@ def plugin_socket(arguments: list[str]) -> str | None:
 
 
 def chardev_path(filename: str) -> str | None:
-    """The path in a chardev's ``filename`` such as ``disconnected:unix:/run/q.sock,server=on``."""
+    """Return the path in a chardev's ``filename`` such as ``disconnected:unix:/run/q.sock,server=on``."""
     _, found, rest = filename.partition("unix:")
     if not found:
         return None
@@ -94,7 +94,7 @@ def chardev_path(filename: str) -> str | None:
 
 
 async def discover(qmp: Qmp) -> QemuFacts:
-    """Ask a running QEMU. Raises :class:`QemuUnsuitable` naming every option that is missing."""
+    """Return the facts of a running QEMU. Raises :class:`QemuUnsuitable` with every option that is missing."""
     missing: list[str] = []
     version = await qmp.execute("query-version")
     numbers = version["qemu"]
@@ -150,14 +150,16 @@ async def discover(qmp: Qmp) -> QemuFacts:
     if missing or ram_path is None or qtest is None or gateway is None:
         listed = "".join(f"\n  {option}" for option in missing)
         raise QemuUnsuitable(
-            f"the QEMU behind {qmp.path} lacks what the emulator needs; add:{listed}\n"
+            f"the QEMU at {qmp.path} runs without options that the emulator needs; add:{listed}\n"
             "`vmbus qemu-args` prints these options ready to use"
         )
 
     # `memory-backend` names the object; the tree shows the region by the object's last path component.
     layout = parse_layout(await qmp.monitor("info mtree -f"), backend.rsplit("/", 1)[-1])
     if not layout or sum(region.size for region in layout) > size + (2 << 20):
-        raise QemuUnsuitable(f"cannot tell where the guest's RAM ({backend}) lies from `info mtree -f`")
+        raise QemuUnsuitable(
+            f"cannot find the guest's RAM ({backend}) in the output of `info mtree -f`; please report this"
+        )
 
     apic_ids = []
     for cpu in await qmp.execute("query-cpus-fast"):
@@ -184,7 +186,7 @@ async def discover(qmp: Qmp) -> QemuFacts:
 
 
 async def _possible_cpus(qmp: Qmp) -> int:
-    """How many vCPUs there may ever be; 0: it is not known."""
+    """Return the maximum number of vCPUs; 0: not known."""
     try:
         return len(await qmp.execute("query-hotpluggable-cpus"))
     except QemuError:  # a machine whose vCPUs are fixed

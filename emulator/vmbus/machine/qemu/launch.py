@@ -1,4 +1,4 @@
-"""Starts a QEMU for ``vmbus run`` and sees to its end: no process outlives the emulator.
+"""Starts a QEMU for ``vmbus run`` and ends it: no process outlives the emulator.
 
 The child gets ``PR_SET_PDEATHSIG``: when the emulator is killed, even with SIGKILL, the kernel ends QEMU.
 """
@@ -21,6 +21,7 @@ from vmbus.machine.qemu.qmp import Qmp
 from vmbus.machine.rundir import RunDirectory
 
 _POLL = 0.01
+"""Seconds between two attempts to connect."""
 
 SNAPSHOT_NODE = "vmbus-snapshots"
 """The block node of :attr:`GuestOptions.snapshots`."""
@@ -41,7 +42,7 @@ class GuestOptions:
     incoming: bool = False
     """Wait for a migration (``migrate-incoming``) instead of booting."""
     snapshots: Path | None = None
-    """A qcow2 image that snapshots go into; the guest does not see it."""
+    """A qcow2 image for snapshots; the guest does not see it."""
     extra: tuple[str, ...] = ()
 
 
@@ -52,9 +53,9 @@ def command_line(
     guest: GuestOptions,
     name: str | None = None,
 ) -> list[str]:
-    """The whole QEMU command line. ``emulator`` is ``None`` for a guest without gateway (benchmarks).
+    """Return the QEMU command line. ``emulator`` is ``None`` for a guest without gateway (benchmarks).
 
-    ``name``: of the guest, if it is not that of the directory.
+    ``name``: name of the guest, if it differs from that of the directory.
     """
     line = [
         *prefix,
@@ -66,7 +67,7 @@ def command_line(
         "none",
     ]
     line += ["-machine", guest.machine, "-cpu", guest.cpu]
-    # Where there can be one vCPU only, TCG makes its locked instructions plain ones (see ``discovery``).
+    # With at most one vCPU, TCG translates its locked instructions to plain ones (see ``discovery``).
     line += ["-smp", f"{guest.smp},maxcpus={max(guest.smp, 2)}" if emulator is not None else str(guest.smp)]
     if emulator is not None:
         line += emulator.argv()
@@ -92,17 +93,17 @@ def command_line(
 
 
 class QemuProcess:
-    """A running QEMU child."""
+    """A QEMU that is a child of this process."""
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
         self.process = process
-        self._logger = log
+        self._log = log
 
     @classmethod
     def start(
         cls, line: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
     ) -> QemuProcess:
-        """Start it; its messages go to ``log``. ``environment`` is added to this process's own."""
+        """Start QEMU; its messages go to ``log``. ``environment`` is added to this process's own."""
         with log.open("wb") as output:
             process = subprocess.Popen(
                 list(line),
@@ -110,7 +111,7 @@ class QemuProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C is the emulator's to handle
+                start_new_session=True,  # the emulator handles Ctrl-C
                 preexec_fn=end_with_parent(),
             )
         return cls(process, log)
@@ -120,15 +121,18 @@ class QemuProcess:
         return self.process.pid
 
     def messages(self, lines: int = 12) -> str:
-        """The end of what QEMU printed."""
+        """Return the last ``lines`` that QEMU printed."""
         try:
-            return "\n".join(self._logger.read_text(errors="replace").splitlines()[-lines:])
+            return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
         except FileNotFoundError:
             return ""
 
-    async def connect_qmp(self, path: Path, limit: float = 30.0) -> Qmp:
-        """Connect as soon as QEMU listens. Raises :class:`~vmbus.errors.QemuError` if it ends instead."""
-        end = asyncio.get_running_loop().time() + limit
+    async def connect_qmp(self, path: Path, timeout: float = 30.0) -> Qmp:
+        """Connect as soon as QEMU listens.
+
+        Raises :class:`~vmbus.errors.QemuError` if QEMU ends instead, or after ``timeout`` seconds.
+        """
+        end = asyncio.get_running_loop().time() + timeout
         while True:
             if self.process.poll() is not None:
                 raise QemuError(
@@ -141,15 +145,15 @@ class QemuProcess:
                     if asyncio.get_running_loop().time() > end:
                         raise
             elif asyncio.get_running_loop().time() > end:
-                raise QemuError(f"QEMU made no QMP socket {path} within {limit:g} s:\n{self.messages()}")
+                raise QemuError(f"QEMU made no QMP socket {path} within {timeout:g} s:\n{self.messages()}")
             await asyncio.sleep(_POLL)
 
     async def wait(self) -> int:
-        """Wait for its end; the exit status, negative for a signal."""
+        """Wait for the end of QEMU; return its exit status, negative for a signal."""
         return await asyncio.to_thread(self.process.wait)
 
     def stop(self, grace: float = 5.0) -> None:
-        """End it: politely, then not."""
+        """End QEMU with SIGTERM, and with SIGKILL after ``grace`` seconds."""
         if self.process.poll() is not None:
             return
         self.process.terminate()

@@ -1,7 +1,7 @@
 """The QMP connection to one QEMU, with this project's errors.
 
-QMP gives the guest's life (``RESET``, ``STOP``, ``RESUME``, ``SHUTDOWN``, ``MIGRATION`` …) and everything that
-:mod:`vmbus.machine.qemu.discovery` asks. A QMP socket serves one client at a time.
+QMP reports the guest's life (``RESET``, ``STOP``, ``RESUME``, ``SHUTDOWN``, ``MIGRATION`` …) and everything that
+:mod:`vmbus.machine.qemu.discovery` needs. A QMP socket serves one client at a time.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from qemu.qmp.protocol import Runstate, StateError
 
 from vmbus.errors import QemuError, QemuGone, QemuUnsuitable
 
-_WINDING_UP = 0.005
-"""Seconds between looks at a migration that QEMU tells no event about."""
+_POLL = 0.005
+"""Seconds between two ``query-status`` until QEMU has finished a migration: there is no event for that."""
 
 
 def _event(message: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -43,12 +43,15 @@ class Qmp:
         self._listener = EventListener()
         client.register_listener(self._listener)
         self.path = path
-        #: The process that made the socket: QEMU itself.
         self.pid = pid
+        """Id of the process that made the socket: QEMU."""
 
     @classmethod
-    async def connect(cls, path: str, *, name: str = "vmbus", limit: float = 10.0) -> Qmp:
-        """Raises :class:`~vmbus.errors.QemuUnsuitable` when no QEMU answers within ``limit`` seconds."""
+    async def connect(cls, path: str, *, name: str = "vmbus", timeout: float = 10.0) -> Qmp:
+        """Connect to ``path``.
+
+        Raises :class:`~vmbus.errors.QemuUnsuitable` when no QEMU answers within ``timeout`` seconds.
+        """
         raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             raw.connect(path)
@@ -62,22 +65,25 @@ class Qmp:
         pid = struct.unpack("3i", credentials)[0]
         raw.setblocking(False)
         client = QMPClient(name)
-        client.logger.setLevel(logging.CRITICAL)  # its failures are raised; nothing is told twice
+        client.logger.setLevel(logging.CRITICAL)  # failures are raised, and not logged as well
         try:
-            await asyncio.wait_for(client.connect(raw), limit)
+            await asyncio.wait_for(client.connect(raw), timeout)
         except TimeoutError as error:
             raw.close()
             raise QemuUnsuitable(
-                f"no QMP greeting from {path} within {limit:g} s; a QMP socket serves one client at a time: "
+                f"no QMP greeting from {path} within {timeout:g} s; a QMP socket serves one client at a time: "
                 "give the emulator one of its own"
             ) from error
         except ConnectError as error:
             raw.close()
-            raise QemuUnsuitable(f"{path} does not speak QMP: {error}") from error
+            raise QemuUnsuitable(f"the server at {path} does not answer in QMP: {error}") from error
         return cls(client, path, pid)
 
     async def execute(self, command: str, arguments: dict[str, object] | None = None) -> Any:
-        """One command. Raises :class:`QemuError` for QEMU's refusal, :class:`QemuGone` when it went away."""
+        """Execute one command and return its result.
+
+        Raises :class:`QemuError` if QEMU refuses it, :class:`QemuGone` if QEMU ended.
+        """
         try:
             return await self._client.execute(command, arguments)
         except ExecuteError as error:
@@ -88,29 +94,29 @@ class Qmp:
             raise QemuError(f"{command}: {error}") from error
 
     async def hand_over(self, descriptor: int, name: str) -> None:
-        """Give QEMU a descriptor of this process (which keeps it), for ``fd:NAME`` in a later command here."""
+        """Pass QEMU a copy of a descriptor of this process, as ``fd:NAME`` in a later command here."""
         self._client.send_fd_scm(descriptor)
         await self.execute("getfd", {"fdname": name})
 
-    async def cont(self, limit: float = 10.0) -> None:
-        """Let the guest run.
+    async def cont(self, timeout: float = 10.0) -> None:
+        """Resume the guest.
 
-        A migration that has ended is still being wound up for a moment, and QEMU refuses this until it is. Raises
-        :class:`QemuError` when QEMU refuses it, or when that moment is longer than ``limit`` seconds.
+        For a moment after the end of a migration QEMU still finishes it, and refuses this. Raises :class:`QemuError`
+        when QEMU refuses it otherwise, or still after ``timeout`` seconds.
         """
-        end = asyncio.get_running_loop().time() + limit
+        end = asyncio.get_running_loop().time() + timeout
         while (await self.execute("query-status"))["status"] == "finish-migrate":
             if asyncio.get_running_loop().time() > end:
-                break  # QEMU's own words are the best
-            await asyncio.sleep(_WINDING_UP)
+                break  # QEMU's own message says the most
+            await asyncio.sleep(_POLL)
         await self.execute("cont")
 
     async def monitor(self, line: str) -> str:
-        """One command of the human monitor."""
+        """Execute one command of the human monitor and return its output."""
         return str(await self.execute("human-monitor-command", {"command-line": line}))
 
     async def events(self) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
-        """Every event as ``(name, data)``, until the connection ends."""
+        """Yield every event as ``(name, data)``, until the connection ends."""
         ended = asyncio.ensure_future(self._wait_end())
         event: asyncio.Task[Message] | None = None
         try:
@@ -136,11 +142,12 @@ class Qmp:
 
     @property
     def connected(self) -> bool:
+        """Whether QEMU still has the connection open."""
         return self._client.runstate is Runstate.RUNNING
 
     async def close(self) -> None:
         """Disconnect; safe to call twice."""
         if self._client.runstate is Runstate.IDLE:
             return
-        with contextlib.suppress(QMPError, EOFError, OSError):  # the peer may be gone: that is the aim
+        with contextlib.suppress(QMPError, EOFError, OSError):  # the peer may have ended
             await self._client.disconnect()

@@ -1,8 +1,8 @@
-"""Serves images of QEMU's formats: one ``qemu-storage-daemon`` an image, a child of this process.
+"""Serves images of QEMU's formats: one ``qemu-storage-daemon`` for each image, a child of this process.
 
-Nothing of it lies in the file system: the daemon gets a listening socket that is connected to already, and its
-control connection (QMP) is its standard input and output. Its greeting there says that the image is open and served.
-It ends with this process, however this process ends.
+It leaves nothing in the file system: the daemon gets a listening socket that is connected to already, and its
+control connection (QMP) is its standard input and output. Its greeting there means that the image is open and served.
+The kernel kills the daemon when this process ends.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from vmbus.provision.qemu import QemuBinary, find_qemu
 
 _logger = logging.getLogger(__name__)
 
-START_LIMIT = 30.0
-"""Seconds in which an image has to be open."""
-STOP_LIMIT = 10.0
-"""Seconds in which a daemon has to write back what it has, and end."""
+START_TIMEOUT = 30.0
+"""Seconds to open an image."""
+STOP_TIMEOUT = 10.0
+"""Seconds for a daemon to write back its caches and end."""
 _QUIT = b'{"execute": "qmp_capabilities"}\n{"execute": "quit"}\n'
 
 
 class Image(Protocol):
-    """What has to be known of an image (device/vmbus_devices/scsi/image.py has the real one)."""
+    """The part of an image that is used here; the class is in device/vmbus_devices/scsi/image.py."""
 
     @property
     def path(self) -> Path: ...
@@ -53,7 +53,7 @@ class Image(Protocol):
 
 
 def block_device(image: Image) -> dict[str, Any]:
-    """The ``--blockdev`` of an image."""
+    """Return the ``--blockdev`` of an image."""
     direct = image.cache.value in ("none", "directsync") and _direct_io(image.path)
     common = {
         "discard": "unmap" if image.discard else "ignore",
@@ -80,11 +80,11 @@ def _direct_io(path: Path) -> bool:
 
 
 def private_connections(count: int) -> tuple[socket.socket, list[socket.socket]]:
-    """A listening socket that nobody can find any more, and ``count`` connections to it."""
+    """Return a listening socket without a name in the file system, and ``count`` connections to it."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connections: list[socket.socket] = []
     try:
-        with tempfile.TemporaryDirectory(prefix="vmbus-") as folder:  # of this user alone
+        with tempfile.TemporaryDirectory(prefix="vmbus-") as folder:  # only this user can read it
             path = f"{folder}/nbd"
             listener.bind(path)
             listener.listen(count)
@@ -100,7 +100,7 @@ def private_connections(count: int) -> tuple[socket.socket, list[socket.socket]]
 
 
 class StorageDaemon:
-    """One image's server; ``program``: of ``qemu-storage-daemon``, as the beginning of a command line."""
+    """The server of one image; ``program``: command line prefix of ``qemu-storage-daemon``."""
 
     def __init__(
         self, program: Sequence[str], image: Image, environment: Mapping[str, str] | None = None
@@ -112,6 +112,7 @@ class StorageDaemon:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, connections: int) -> list[socket.socket]:
+        """Start the daemon; return that many NBD connections to it. Raises :class:`~vmbus.errors.DeviceError`."""
         self.stop()
         try:
             node = json.dumps(block_device(self._image))
@@ -138,7 +139,7 @@ class StorageDaemon:
             *("--export", f"type=nbd,id=export,node-name=image,name=disk,writable={writable}"),
             *("--chardev", "stdio,id=control", "--monitor", "chardev=control"),
         ]
-        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - the daemon's for as long as it lives
+        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed in stop()
         self.process = subprocess.Popen(
             line,
             env=self._environment,
@@ -154,14 +155,16 @@ class StorageDaemon:
         process = self.process
         if process is None or process.stdout is None:
             return
-        readable, _, _ = select.select([process.stdout], [], [], START_LIMIT)
+        readable, _, _ = select.select([process.stdout], [], [], START_TIMEOUT)
         if not readable:
-            raise DeviceError(f"{self._image.path} is not open within {START_LIMIT:g} s")
+            raise DeviceError(
+                f"{self._image.path}: qemu-storage-daemon did not open it within {START_TIMEOUT:g} s"
+            )
         if not process.stdout.readline().startswith(b'{"QMP"'):
             raise DeviceError(self.messages() or f"ended with status {process.wait()}")
 
     def messages(self) -> str:
-        """What the daemon said on standard error, without the options that it repeats."""
+        """Return the daemon's messages on standard error, without the options that it repeats."""
         if self._messages is None:
             return ""
         self._messages.seek(0)
@@ -172,31 +175,34 @@ class StorageDaemon:
         return " ".join(text.split())
 
     def stop(self) -> None:
+        """End the daemon, if it runs, and log its messages."""
         process, self.process = self.process, None
         if process is not None:
-            with contextlib.suppress(OSError):  # it has ended by itself
+            with contextlib.suppress(OSError):  # it has ended already
                 if process.stdin is not None:
                     process.stdin.write(_QUIT)
                     process.stdin.flush()
             try:
-                process.wait(STOP_LIMIT)
+                process.wait(STOP_TIMEOUT)
             except subprocess.TimeoutExpired:
-                _logger.warning("the storage daemon of %s does not end and is killed", self._image.path)
+                _logger.warning(
+                    "the storage daemon of %s did not end in time and is killed", self._image.path
+                )
                 process.kill()
                 process.wait()
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
-                    with contextlib.suppress(OSError):  # what was written to a daemon that had ended
+                    with contextlib.suppress(OSError):  # data for a daemon that had ended
                         stream.close()
         if self._messages is not None:
             if text := self.messages():
-                _logger.info("the storage daemon of %s said: %s", self._image.path, text)
+                _logger.info("the storage daemon of %s printed: %s", self._image.path, text)
             self._messages.close()
             self._messages = None
 
 
 class QemuImages:
-    """Who serves images with the tools of a QEMU; ``find`` finds it when the first image wants it."""
+    """Serves images with the tools of a QEMU, which ``find`` finds when the first image needs it."""
 
     def __init__(self, find: Callable[[], QemuBinary] = find_qemu) -> None:
         self._find = find
@@ -204,12 +210,13 @@ class QemuImages:
 
     @property
     def qemu(self) -> QemuBinary:
-        """Raises :class:`~vmbus.errors.MissingRequirement`."""
+        """The QEMU. Raises :class:`~vmbus.errors.MissingRequirement`."""
         if self._qemu is None:
             self._qemu = self._find()
         return self._qemu
 
     def server(self, image: Image) -> StorageDaemon:
+        """Return a server of ``image``, not started. Raises :class:`~vmbus.errors.MissingRequirement`."""
         try:
             program = self.qemu.tool("qemu-storage-daemon")
         except MissingRequirement as error:
@@ -217,6 +224,7 @@ class QemuImages:
         return StorageDaemon(program, image, self.qemu.environment)
 
     def resize(self, image: Image, size: int) -> None:
+        """Resize ``image`` to ``size`` bytes. Raises :class:`~vmbus.errors.UserError`."""
         line = [*self.qemu.qemu_img(), "resize", "-q", "-f", image.format, str(image.path), str(size)]
         done = subprocess.run(line, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -97,7 +97,7 @@ struct gateway_rule {
     uint32_t first;
 };
 
-/* Result of VMCALLs with this call code if no emulator was attached for longer than hold_limit_ms. */
+/* Result of VMCALLs with this call code if no emulator was attached for longer than hold_timeout_ms. */
 struct gateway_gone {
     uint32_t code;
     uint32_t status;
@@ -134,7 +134,7 @@ struct gateway_control {
     _Atomic uint32_t waiting; /* 1: write the eventfd when there is work */
     uint32_t reserved2[15];
     _Atomic uint32_t arm;           /* a change requests new TSC samples */
-    _Atomic uint32_t hold_limit_ms; /* 0: requests wait without limit */
+    _Atomic uint32_t hold_timeout_ms; /* 0: requests wait without limit */
     _Atomic uint32_t spin_ns;       /* how long a vCPU spins for an answer before it sleeps */
     uint32_t guest;                 /* enum gateway_guest */
     uint32_t reserved3[12];

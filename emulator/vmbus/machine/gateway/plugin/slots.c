@@ -167,14 +167,14 @@ static bool await(struct vcpu_state *vcpu, int slot)
 }
 
 /*
- * Answer a VMCALL with its listed status if no emulator was attached for longer than hold_limit_ms. The status makes
+ * Answer a VMCALL with its listed status if no emulator was attached for longer than hold_timeout_ms. The status makes
  * the guest try again later. No emulator can attach while the lock is held, so a pending request can be withdrawn.
  */
 static bool give_up(struct vcpu_state *vcpu, const struct trap_key *key, bool long_mode, int slot,
                     uint64_t *value)
 {
     struct gateway_control *control = gateway.control;
-    uint32_t limit_ms = atomic_load_explicit(&control->hold_limit_ms, memory_order_relaxed);
+    uint32_t limit_ms = atomic_load_explicit(&control->hold_timeout_ms, memory_order_relaxed);
     uint32_t status;
 
     if (key->kind != KIND_VMCALL || !limit_ms || atomic_load(&control->emulator) != EMULATOR_NONE ||
