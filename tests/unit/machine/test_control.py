@@ -14,18 +14,17 @@ from vmbus.errors import UserError
 from vmbus.machine.control import ControlServer, ask
 
 
-def serve(tmp_path: Path, handlers: Mapping[str, Any], story: Callable[[Path], Awaitable[None]]) -> None:
-    async def run() -> None:
-        path = tmp_path / "control.sock"
-        server = ControlServer(path, handlers)
-        await server.start()
-        try:
-            await story(path)
-        finally:
-            await server.stop()
-        assert not path.exists()
-
-    asyncio.run(run())
+async def serve(
+    tmp_path: Path, handlers: Mapping[str, Any], story: Callable[[Path], Awaitable[None]]
+) -> None:
+    path = tmp_path / "control.sock"
+    server = ControlServer(path, handlers)
+    await server.start()
+    try:
+        await story(path)
+    finally:
+        await server.stop()
+    assert not path.exists()
 
 
 async def echo(request: Mapping[str, Any]) -> object:
@@ -36,7 +35,7 @@ async def refuse(request: Mapping[str, Any]) -> object:
     raise UserError("not today")
 
 
-def test_requests_are_answered_in_their_order(tmp_path: Path) -> None:
+async def test_requests_are_answered_in_their_order(tmp_path: Path) -> None:
     async def story(path: Path) -> None:
         reader, writer = await asyncio.open_unix_connection(str(path))
         writer.write(
@@ -50,10 +49,10 @@ def test_requests_are_answered_in_their_order(tmp_path: Path) -> None:
         assert await reader.readline() == b'{"return": {"command": "echo"}}\n'
         writer.close()
 
-    serve(tmp_path, {"echo": echo, "refuse": refuse}, story)
+    await serve(tmp_path, {"echo": echo, "refuse": refuse}, story)
 
 
-def test_descriptors_come_with_a_request_and_are_closed_with_its_answer(tmp_path: Path) -> None:
+async def test_descriptors_come_with_a_request_and_are_closed_with_its_answer(tmp_path: Path) -> None:
     seen: list[int] = []
 
     async def write(request: Mapping[str, Any]) -> object:
@@ -73,10 +72,10 @@ def test_descriptors_come_with_a_request_and_are_closed_with_its_answer(tmp_path
         with pytest.raises(OSError, match="Bad file"):
             os.fstat(seen[0])
 
-    serve(tmp_path, {"write": write}, story)
+    await serve(tmp_path, {"write": write}, story)
 
 
-def test_descriptors_are_not_taken_from_the_text_of_a_request(tmp_path: Path) -> None:
+async def test_descriptors_are_not_taken_from_the_text_of_a_request(tmp_path: Path) -> None:
     async def count(request: Mapping[str, Any]) -> object:
         return len(request["descriptors"])
 
@@ -86,10 +85,10 @@ def test_descriptors_are_not_taken_from_the_text_of_a_request(tmp_path: Path) ->
         assert await reader.readline() == b'{"return": 0}\n'
         writer.close()
 
-    serve(tmp_path, {"count": count}, story)
+    await serve(tmp_path, {"count": count}, story)
 
 
-def test_a_line_without_end_costs_its_connection_only(tmp_path: Path) -> None:
+async def test_a_line_without_end_costs_its_connection_only(tmp_path: Path) -> None:
     async def story(path: Path) -> None:
         reader, writer = await asyncio.open_unix_connection(str(path))
         with pytest.raises(OSError):
@@ -99,10 +98,10 @@ def test_a_line_without_end_costs_its_connection_only(tmp_path: Path) -> None:
         assert await asyncio.to_thread(ask, path, "echo") == {"command": "echo"}
         del reader
 
-    serve(tmp_path, {"echo": echo}, story)
+    await serve(tmp_path, {"echo": echo}, story)
 
 
-def test_who_asks_hears_of_an_emulator_that_ends(tmp_path: Path) -> None:
+async def test_who_asks_hears_of_an_emulator_that_ends(tmp_path: Path) -> None:
     asked = asyncio.Event()
 
     async def wait(request: Mapping[str, Any]) -> object:
@@ -110,23 +109,20 @@ def test_who_asks_hears_of_an_emulator_that_ends(tmp_path: Path) -> None:
         await asyncio.Event().wait()
         return None
 
-    async def run() -> None:
-        path = tmp_path / "control.sock"
-        server = ControlServer(path, {"wait": wait})
-        await server.start()
-        asking = asyncio.ensure_future(asyncio.to_thread(ask, path, "wait"))
-        await asked.wait()
-        await server.stop()
-        with pytest.raises(UserError, match="ended before it answered"):
-            await asking
-
-    asyncio.run(run())
+    path = tmp_path / "control.sock"
+    server = ControlServer(path, {"wait": wait})
+    await server.start()
+    asking = asyncio.ensure_future(asyncio.to_thread(ask, path, "wait"))
+    await asked.wait()
+    await server.stop()
+    with pytest.raises(UserError, match="ended before it answered"):
+        await asking
 
 
-def test_a_listener_is_not_blocked_by_who_says_nothing(tmp_path: Path) -> None:
+async def test_a_listener_is_not_blocked_by_who_says_nothing(tmp_path: Path) -> None:
     async def story(path: Path) -> None:
         with socket.socket(socket.AF_UNIX) as silent:
             silent.connect(str(path))
             assert await asyncio.to_thread(ask, path, "echo", n=2) == {"command": "echo", "n": 2}
 
-    serve(tmp_path, {"echo": echo}, story)
+    await serve(tmp_path, {"echo": echo}, story)

@@ -95,7 +95,7 @@ def test_an_interrupt_after_qemus_end_is_told_once_and_raises_nothing() -> None:
     assert len(told) == 1
 
 
-def test_how_a_guest_ended_is_told_by_qmp_and_not_by_the_socket_that_broke_first() -> None:
+async def test_how_a_guest_ended_is_told_by_qmp_and_not_by_the_socket_that_broke_first() -> None:
     async def exit_reason(*, shut_down: bool) -> ExitReason:
         loop = asyncio.get_running_loop()
         host = Host.__new__(Host)
@@ -113,8 +113,8 @@ def test_how_a_guest_ended_is_told_by_qmp_and_not_by_the_socket_that_broke_first
             host._ended_by_itself(None)
         return await host.serve()
 
-    assert asyncio.run(exit_reason(shut_down=True)) is ExitReason.POWERED_OFF
-    assert asyncio.run(exit_reason(shut_down=False)) is ExitReason.QEMU_GONE
+    assert await exit_reason(shut_down=True) is ExitReason.POWERED_OFF
+    assert await exit_reason(shut_down=False) is ExitReason.QEMU_GONE
 
 
 class SlowBus:

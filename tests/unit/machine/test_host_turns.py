@@ -42,27 +42,21 @@ def busy_host(gateway: BusyGateway) -> Host:
     return host
 
 
-def test_others_have_their_turn_between_rounds() -> None:
-    async def story() -> None:
-        gateway = BusyGateway()
-        host = busy_host(gateway)
-        host._gateway_ready()
-        assert gateway.rounds == GATEWAY_ROUNDS
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        assert gateway.rounds > GATEWAY_ROUNDS
-        assert host._gateway_again is not None
-        host._gateway_again.cancel()
-
-    asyncio.run(story())
+async def test_others_have_their_turn_between_rounds() -> None:
+    gateway = BusyGateway()
+    host = busy_host(gateway)
+    host._gateway_ready()
+    assert gateway.rounds == GATEWAY_ROUNDS
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert gateway.rounds > GATEWAY_ROUNDS
+    assert host._gateway_again is not None
+    host._gateway_again.cancel()
 
 
-def test_nothing_is_asked_for_again_when_the_host_has_ended() -> None:
-    async def story() -> None:
-        gateway = BusyGateway()
-        host = busy_host(gateway)
-        host._ended.set_result(ExitReason.POWERED_OFF)
-        host._gateway_ready()
-        assert host._gateway_again is None
-
-    asyncio.run(story())
+async def test_nothing_is_asked_for_again_when_the_host_has_ended() -> None:
+    gateway = BusyGateway()
+    host = busy_host(gateway)
+    host._ended.set_result(ExitReason.POWERED_OFF)
+    host._gateway_ready()
+    assert host._gateway_again is None

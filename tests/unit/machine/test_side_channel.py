@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -88,23 +87,19 @@ async def target(
         await found.close()
 
 
-def test_the_source_goes_on_when_the_target_has_accepted(tmp_path: Path) -> None:
+async def test_the_source_goes_on_when_the_target_has_accepted(tmp_path: Path) -> None:
     address = CarrierAddress("unix", tmp_path / "c")
-
-    async def story() -> None:
-        async with target(address) as there:
-            source = await OutgoingCarrier.open(address, MACHINE)
-            with pytest.raises(StateRefused, match="no state has arrived"):
-                there.frame()
-            await source.deliver(frame())
-            assert there.frame().state == STATE
-            assert there.frame(frame()[-32:]).state == STATE
-            with pytest.raises(StateRefused, match="another migration"):
-                there.frame(bytes(32))
-            await source.close()
-        assert not address.path.exists()
-
-    asyncio.run(story())
+    async with target(address) as there:
+        source = await OutgoingCarrier.open(address, MACHINE)
+        with pytest.raises(StateRefused, match="no state has arrived"):
+            there.frame()
+        await source.deliver(frame())
+        assert there.frame().state == STATE
+        assert there.frame(frame()[-32:]).state == STATE
+        with pytest.raises(StateRefused, match="another migration"):
+            there.frame(bytes(32))
+        await source.close()
+    assert not address.path.exists()
 
 
 def refuse(state: bytes) -> None:
@@ -119,73 +114,58 @@ def refuse(state: bytes) -> None:
         pytest.param(frame(), refuse, "no such channel", id="not accepted"),
     ],
 )
-def test_what_the_target_refuses_it_does_not_keep(
+async def test_what_the_target_refuses_it_does_not_keep(
     tmp_path: Path, data: bytes, check: Callable[[bytes], None], why: str
 ) -> None:
     address = CarrierAddress("unix", tmp_path / "c")
-
-    async def story() -> None:
-        async with target(address, check) as there:
-            source = await OutgoingCarrier.open(address, MACHINE)
-            with pytest.raises(StateRefused, match=why):
-                await source.deliver(data)
-            with pytest.raises(StateRefused, match="no state has arrived"):
-                there.frame()
-            await source.close()
-
-    asyncio.run(story())
+    async with target(address, check) as there:
+        source = await OutgoingCarrier.open(address, MACHINE)
+        with pytest.raises(StateRefused, match=why):
+            await source.deliver(data)
+        with pytest.raises(StateRefused, match="no state has arrived"):
+            there.frame()
+        await source.close()
 
 
-def test_a_target_that_goes_away_before_it_has_answered_has_not_accepted(tmp_path: Path) -> None:
+async def test_a_target_that_goes_away_before_it_has_answered_has_not_accepted(tmp_path: Path) -> None:
     address = CarrierAddress("unix", tmp_path / "c")
 
     def dies(state: bytes) -> None:
         raise ConnectionResetError
 
-    async def story() -> None:
-        async with target(address, dies):
-            source = await OutgoingCarrier.open(address, MACHINE)
-            with pytest.raises(StateRefused, match="did not confirm"):
-                await source.deliver(frame())
-            await source.close()
-
-    asyncio.run(story())
+    async with target(address, dies):
+        source = await OutgoingCarrier.open(address, MACHINE)
+        with pytest.raises(StateRefused, match="did not confirm"):
+            await source.deliver(frame())
+        await source.close()
 
 
-def test_nobody_and_another_machine_are_told_before_anything_happens(tmp_path: Path) -> None:
+async def test_nobody_and_another_machine_are_told_before_anything_happens(tmp_path: Path) -> None:
     address = CarrierAddress("unix", tmp_path / "c")
-
-    async def story() -> None:
-        with pytest.raises(UserError, match="start the target with --carrier"):
-            await OutgoingCarrier.open(address, MACHINE)
-        async with target(address):
-            with pytest.raises(UserError, match="waits for machine"):
-                await OutgoingCarrier.open(address, OTHER)
-
-    asyncio.run(story())
+    with pytest.raises(UserError, match="start the target with --carrier"):
+        await OutgoingCarrier.open(address, MACHINE)
+    async with target(address):
+        with pytest.raises(UserError, match="waits for machine"):
+            await OutgoingCarrier.open(address, OTHER)
 
 
 # --- a file ---------------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+async def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     address = CarrierAddress("file", tmp_path / "state")
-
-    async def story() -> None:
-        source = await OutgoingCarrier.open(address, MACHINE)
+    source = await OutgoingCarrier.open(address, MACHINE)
+    await source.deliver(frame())
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    assert address.path.stat().st_mode & 0o777 == 0o600
+    async with target(address) as there:
+        assert there.frame().state == STATE
+        address.path.write_bytes(frame()[:-5])
+        with pytest.raises(MalformedError, match="truncated"):
+            there.frame()
+        address.path.unlink()
+        with pytest.raises(StateRefused, match="cannot read the state"):
+            there.frame()
+    address.path.mkdir()
+    with pytest.raises(StateRefused, match="cannot write"):
         await source.deliver(frame())
-        assert [path.name for path in tmp_path.iterdir()] == ["state"]
-        assert address.path.stat().st_mode & 0o777 == 0o600
-        async with target(address) as there:
-            assert there.frame().state == STATE
-            address.path.write_bytes(frame()[:-5])
-            with pytest.raises(MalformedError, match="truncated"):
-                there.frame()
-            address.path.unlink()
-            with pytest.raises(StateRefused, match="cannot read the state"):
-                there.frame()
-        address.path.mkdir()
-        with pytest.raises(StateRefused, match="cannot write"):
-            await source.deliver(frame())
-
-    asyncio.run(story())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 from pathlib import Path
@@ -52,34 +51,28 @@ def host_for(folder: Path, name: str) -> Host:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_stored_state_is_taken(tmp_path: Path, name: str) -> None:
-    async def story() -> None:
-        host = host_for(tmp_path, name)
-        host.migration.load((FOLDER / f"{name}.bin").read_bytes())
-        for channel in host.bus.channels:
-            assert channel.state is ChannelState.OPEN, channel.offer
-        devices = {each.device.name: each.device.status() for each in host.devices}
-        assert devices["heartbeat"]["answers"] > 0
-        assert devices["echo"]["requests"] > 5000
-        assert host.partition.synic.vps[0].simp.value & 1
-        host.workers.close()
-        host.memory.close()
-
-    asyncio.run(story())
+async def test_a_stored_state_is_taken(tmp_path: Path, name: str) -> None:
+    host = host_for(tmp_path, name)
+    host.migration.load((FOLDER / f"{name}.bin").read_bytes())
+    for channel in host.bus.channels:
+        assert channel.state is ChannelState.OPEN, channel.offer
+    devices = {each.device.name: each.device.status() for each in host.devices}
+    assert devices["heartbeat"]["answers"] > 0
+    assert devices["echo"]["requests"] > 5000
+    assert host.partition.synic.vps[0].simp.value & 1
+    host.workers.close()
+    host.memory.close()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_stored_state_with_a_byte_changed_is_not(tmp_path: Path, name: str) -> None:
-    async def story() -> None:
-        data = bytearray((FOLDER / f"{name}.bin").read_bytes())
-        data[len(data) // 2] ^= 1
-        host = host_for(tmp_path, name)
-        with pytest.raises(StateRefused, match="damaged"):
-            host.migration.load(bytes(data))
-        host.workers.close()
-        host.memory.close()
-
-    asyncio.run(story())
+async def test_a_stored_state_with_a_byte_changed_is_not(tmp_path: Path, name: str) -> None:
+    data = bytearray((FOLDER / f"{name}.bin").read_bytes())
+    data[len(data) // 2] ^= 1
+    host = host_for(tmp_path, name)
+    with pytest.raises(StateRefused, match="damaged"):
+        host.migration.load(bytes(data))
+    host.workers.close()
+    host.memory.close()
 
 
 def test_there_is_a_stored_state() -> None:

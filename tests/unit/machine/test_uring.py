@@ -6,7 +6,7 @@ import asyncio
 import errno
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -14,17 +14,14 @@ from vmbus.machine.io.uring import ENTRIES, Uring
 from vmbus.machine.io.workers import WorkerThreads
 
 
-def with_ring(story: Callable[[Uring], object]) -> None:
-    async def run() -> None:
-        ring = Uring.open(asyncio.get_running_loop())
-        if ring is None:
-            pytest.skip("no io_uring here")
-        try:
-            await story(ring)  # type: ignore[misc]
-        finally:
-            ring.close()
-
-    asyncio.run(run())
+async def with_ring(story: Callable[[Uring], Awaitable[None]]) -> None:
+    ring = Uring.open(asyncio.get_running_loop())
+    if ring is None:
+        pytest.skip("no io_uring here")
+    try:
+        await story(ring)
+    finally:
+        ring.close()
 
 
 async def moved(
@@ -35,7 +32,7 @@ async def moved(
     return await asyncio.wait_for(result, 20)
 
 
-def test_one_view_and_many_are_read_and_written(tmp_path: Path) -> None:
+async def test_one_view_and_many_are_read_and_written(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(65536))
     fd = os.open(path, os.O_RDWR)
@@ -52,11 +49,11 @@ def test_one_view_and_many_are_read_and_written(tmp_path: Path) -> None:
         assert await moved(ring, fd, 65536 - 100, [memoryview(bytearray(512))], write=False) == 100
         assert await moved(ring, fd, 1 << 20, [memoryview(bytearray(512))], write=False) == 0
 
-    with_ring(story)
+    await with_ring(story)
     os.close(fd)
 
 
-def test_errors_come_as_negative_numbers(tmp_path: Path) -> None:
+async def test_errors_come_as_negative_numbers(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(4096))
     fd = os.open(path, os.O_RDONLY)
@@ -64,11 +61,11 @@ def test_errors_come_as_negative_numbers(tmp_path: Path) -> None:
     async def story(ring: Uring) -> None:
         assert await moved(ring, fd, 0, [memoryview(bytes(512))], write=True) == -errno.EBADF
 
-    with_ring(story)
+    await with_ring(story)
     os.close(fd)
 
 
-def test_more_than_the_ring_holds_wait_their_turn(tmp_path: Path) -> None:
+async def test_more_than_the_ring_holds_wait_their_turn(tmp_path: Path) -> None:
     path = tmp_path / "file"
     count = 5 * ENTRIES
     path.write_bytes(b"".join(index.to_bytes(8, "little") for index in range(count)))
@@ -84,38 +81,31 @@ def test_more_than_the_ring_holds_wait_their_turn(tmp_path: Path) -> None:
         assert ring.under_way == 0
         assert [int.from_bytes(view, "little") for view in views] == list(range(count))
 
-    with_ring(story)
+    await with_ring(story)
     os.close(fd)
 
 
-def test_workers_wait_for_transfers_too(tmp_path: Path) -> None:
+async def test_workers_wait_for_transfers_too(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"x" * 4096)
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
 
-    async def story() -> None:
-        workers = WorkerThreads(asyncio.get_running_loop())
-        view = memoryview(mmap.mmap(-1, 4096))
-        results: list[int] = []
-        if not workers.transfer(fd, 0, [view], False, 0, results.append):
-            pytest.skip("no io_uring here")
-        assert workers.unfinished == 1
-        assert await workers.settle(20)
-        assert results == [4096]
-        assert bytes(view) == b"x" * 4096
-        workers.close()
-
-    asyncio.run(story())
+    workers = WorkerThreads(asyncio.get_running_loop())
+    view = memoryview(mmap.mmap(-1, 4096))
+    results: list[int] = []
+    if not workers.transfer(fd, 0, [view], False, 0, results.append):
+        pytest.skip("no io_uring here")
+    assert workers.unfinished == 1
+    assert await workers.settle(20)
+    assert results == [4096]
+    assert bytes(view) == b"x" * 4096
+    workers.close()
     os.close(fd)
 
 
-def test_where_there_is_no_ring_the_caller_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_where_there_is_no_ring_the_caller_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Uring, "open", classmethod(lambda cls, loop: None))
-
-    async def story() -> None:
-        workers = WorkerThreads(asyncio.get_running_loop())
-        assert not workers.transfer(0, 0, [], False, 0, print)
-        assert workers.unfinished == 0
-        workers.close()
-
-    asyncio.run(story())
+    workers = WorkerThreads(asyncio.get_running_loop())
+    assert not workers.transfer(0, 0, [], False, 0, print)
+    assert workers.unfinished == 0
+    workers.close()

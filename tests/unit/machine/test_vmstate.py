@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 import stat
 from pathlib import Path
@@ -34,52 +33,49 @@ class Keeper:
 
 
 @needs_daemon
-def test_qemu_s_calls_are_answered_and_nothing_is_left_behind(tmp_path: Path) -> None:
-    async def story() -> None:
-        folder = tmp_path / "a, b=c"
-        folder.mkdir()
-        daemon = await DbusDaemon.start([str(DAEMON)], folder)
-        assert stat.S_IMODE(daemon.socket.stat().st_mode) == 0o600
-        keeper = Keeper()
-        helper = await VmStateHelper.connect(daemon.address, keeper)
-        bus = await MessageBus(bus_address=daemon.address).connect()
+async def test_qemu_s_calls_are_answered_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    folder = tmp_path / "a, b=c"
+    folder.mkdir()
+    daemon = await DbusDaemon.start([str(DAEMON)], folder)
+    assert stat.S_IMODE(daemon.socket.stat().st_mode) == 0o600
+    keeper = Keeper()
+    helper = await VmStateHelper.connect(daemon.address, keeper)
+    bus = await MessageBus(bus_address=daemon.address).connect()
 
-        async def call(member: str, *, interface: str = "org.qemu.VMState1", **more: Any) -> Message:
-            reply = await bus.call(
-                Message(
-                    destination="org.qemu.VMState1",
-                    path="/org/qemu/VMState1",
-                    interface=interface,
-                    member=member,
-                    **more,
-                )
+    async def call(member: str, *, interface: str = "org.qemu.VMState1", **more: Any) -> Message:
+        reply = await bus.call(
+            Message(
+                destination="org.qemu.VMState1",
+                path="/org/qemu/VMState1",
+                interface=interface,
+                member=member,
+                **more,
             )
-            assert reply is not None
-            return reply
+        )
+        assert reply is not None
+        return reply
 
-        properties = "org.freedesktop.DBus.Properties"
-        found = await call("GetAll", interface=properties, signature="s", body=["org.qemu.VMState1"])
-        assert found.body[0]["Id"].value == HELPER_ID
-        assert len((await call("Save")).body[0]) == 1 << 20
-        assert (await call("Load", signature="ay", body=[b"good"])).message_type is MessageType.METHOD_RETURN
-        assert keeper.loaded == [b"good"]
-        refused = await call("Load", signature="ay", body=[b"bad"])
-        assert (refused.message_type, refused.body) == (MessageType.ERROR, ["this is no state"])
-        assert (await call("Load", signature="ay", body=[b"worse"])).message_type is MessageType.ERROR
-        assert (await call("Format")).message_type is MessageType.ERROR
-        bus.disconnect()
-        await helper.close()
-        daemon.stop()
-        assert [path.name for path in folder.iterdir()] == ["dbus.log"]
-
-    asyncio.run(story())
+    properties = "org.freedesktop.DBus.Properties"
+    found = await call("GetAll", interface=properties, signature="s", body=["org.qemu.VMState1"])
+    assert found.body[0]["Id"].value == HELPER_ID
+    assert len((await call("Save")).body[0]) == 1 << 20
+    assert (await call("Load", signature="ay", body=[b"good"])).message_type is MessageType.METHOD_RETURN
+    assert keeper.loaded == [b"good"]
+    refused = await call("Load", signature="ay", body=[b"bad"])
+    assert (refused.message_type, refused.body) == (MessageType.ERROR, ["this is no state"])
+    assert (await call("Load", signature="ay", body=[b"worse"])).message_type is MessageType.ERROR
+    assert (await call("Format")).message_type is MessageType.ERROR
+    bus.disconnect()
+    await helper.close()
+    daemon.stop()
+    assert [path.name for path in folder.iterdir()] == ["dbus.log"]
 
 
-def test_a_daemon_that_does_not_start_is_an_error_with_its_words(tmp_path: Path) -> None:
+async def test_a_daemon_that_does_not_start_is_an_error_with_its_words(tmp_path: Path) -> None:
     with pytest.raises(MissingRequirement, match="did not start"):
-        asyncio.run(DbusDaemon.start(["/bin/false"], tmp_path))
+        await DbusDaemon.start(["/bin/false"], tmp_path)
 
 
-def test_nobody_at_the_address_is_an_error(tmp_path: Path) -> None:
+async def test_nobody_at_the_address_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(QemuUnsuitable, match="cannot be migrated"):
-        asyncio.run(VmStateHelper.connect(dbus_address(tmp_path / "nobody.sock"), Keeper()))
+        await VmStateHelper.connect(dbus_address(tmp_path / "nobody.sock"), Keeper())
