@@ -496,11 +496,13 @@ class AnyOrder(RuleBasedStateMachine):
         switchover=st.sampled_from(Switchover),
         configuration=st.sampled_from([SENT, ONE_WAY, SHARED, POSTCOPY]),
         carrier=st.sampled_from([Carrier.STREAM, Carrier.SIDE_CHANNEL]),
+        fine=st.booleans(),
     )
     def begin(
-        self, ran: bool, switchover: Switchover, configuration: Configuration, carrier: Carrier
+        self, ran: bool, switchover: Switchover, configuration: Configuration, carrier: Carrier, fine: bool
     ) -> None:
         self.runs = self.ran = ran
+        self.fine = fine  # whether what is under way at the end succeeds
         self.machine.switchover = switchover
         self.configuration = configuration
         self.carrier = carrier
@@ -700,7 +702,7 @@ class AnyOrder(RuleBasedStateMachine):
     def progress(self) -> bool:
         for index in range(len(self.chains)):
             before = [list(chain[1]) for chain in self.chains], len(self.events)
-            self.step(index)
+            self.step(index, self.fine)
             if before != ([list(chain[1]) for chain in self.chains], len(self.events)):
                 return True
         return False
