@@ -140,7 +140,7 @@ async def test_somebody_else_drives_over_descriptors_and_asks_when_to_go_on(tmp_
         await second.more_beats("b")
 
         # Through a pipe, and driven by vmbus itself: no other program takes part.
-        assert "by its number" in await vmbus("migrate", "b", "fd:there", status=2)
+        assert "give the number of a descriptor" in await vmbus("migrate", "b", "fd:there", status=2)
         assert "Bad file descriptor" in await vmbus("migrate", "b", "fd:77", status=2)
         reading, writing = os.pipe()
         with os.fdopen(reading, "rb") as reader, os.fdopen(writing, "wb") as writer:
