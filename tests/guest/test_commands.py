@@ -73,7 +73,7 @@ async def test_run_gives_the_commands_output_and_its_status(tmp_path: Path, user
         (["run", "--qemu", "-device nonsense", "--", "true"], "nonsense", 1),
         (["attach", "--qmp", "/nowhere.sock"], "-qmp unix:/nowhere.sock", 1),
         (["status"], "no emulator runs", 1),
-        (["status", "x/y"], "no guest name", 2),
+        (["status", "x/y"], "is not a guest name", 2),
     ],
 )
 async def test_what_went_wrong_is_said_and_nothing_is_left(
