@@ -3,8 +3,9 @@
     execute(request) --> refused by sense | unit attention | the command's method --> request.succeed(), give(), ...
 
 A method that raises :class:`~vmbus_devices.scsi.request.CheckCondition` refuses the command. A pending unit attention
-is reported once, in place of the next command's result; INQUIRY, REPORT LUNS and REQUEST SENSE are answered
-regardless (SPC-4 5.6).
+is reported once, in place of the next command's result. INQUIRY, REPORT LUNS and REQUEST SENSE are answered
+regardless (SPC-4 5.6), and so is MODE SENSE(6), because Linux turns its failures into success: a guest that reads the
+mode pages while its disk is resized would never learn of it (docs/protocol/devices.md#storage-results).
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ VENDOR = b"Msft    "
 """The vendor by which Linux's driver recognises a Hyper-V host, and Windows a disk to boot from."""
 
 MAX_ATTENTIONS = 8
+
+WITHOUT_ATTENTION = (Opcode.INQUIRY, Opcode.REPORT_LUNS, Opcode.REQUEST_SENSE, Opcode.MODE_SENSE_6)
+"""Commands that are answered although a unit attention is pending."""
 
 Command = Callable[[Request], None]
 
@@ -153,7 +157,7 @@ class LogicalUnit(ABC):
     def execute(self, request: Request) -> None:
         """Execute a command. Raises :class:`CheckCondition`, or a GuestError for a buffer that is not RAM."""
         opcode = request.cdb[0]
-        if self.attentions and opcode not in (Opcode.INQUIRY, Opcode.REPORT_LUNS, Opcode.REQUEST_SENSE):
+        if self.attentions and opcode not in WITHOUT_ATTENTION:
             raise CheckCondition(self.attentions.pop(0))
         command = self._commands.get(opcode)
         if command is None:

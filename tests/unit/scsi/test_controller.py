@@ -39,6 +39,7 @@ from tests.unit.scsi.scsi_guest import (
 )
 
 TEST_UNIT_READY = bytes(6)
+MODE_SENSE_6 = bytes((0x1A, 0, 0x08, 0, 192, 0))
 REPORT_LUNS = struct.pack(">BBBBBBIBB", 0xA0, 0, 0, 0, 0, 0, 4096, 0, 0)
 
 
@@ -278,6 +279,24 @@ def test_a_new_and_a_resized_disk_tell_so_once() -> None:
         assert guest.read(0, 1).condition == (6, 0x2A, 9)
         assert guest.read(0, 1).good
         assert guest.read(disk.blocks, 1).condition == (5, 0x21, 0)
+
+
+def test_the_new_size_is_not_reported_where_linux_does_not_look() -> None:
+    device = controller()
+    with ScsiGuest(device) as guest:
+        guest.negotiate()
+        disk = memory_disk()
+        device.attach(disk)
+        guest.run()
+        guest.receive()
+        assert guest.command(MODE_SENSE_6, read=192).good, "Linux would take a failure for success"
+        assert guest.command(TEST_UNIT_READY).condition == (6, 0x29, 1)
+        disk.backend.size //= 2
+        assert device.resize(0, 0)
+        guest.run()
+        guest.receive()
+        assert guest.command(MODE_SENSE_6, read=192).good
+        assert guest.command(TEST_UNIT_READY).condition == (6, 0x2A, 9)
 
 
 def test_a_disk_that_is_removed_is_closed_when_its_commands_have_ended() -> None:
