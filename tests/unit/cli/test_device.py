@@ -123,9 +123,12 @@ class FakeHost:
     def remove_device(self, attached: AttachedDevice) -> None:
         self.devices.remove(attached)
 
-    def ask(self, action: str, **request: object) -> dict[str, Any]:
+    async def asked(self, action: str, **request: object) -> dict[str, Any]:
         answer = verb.answer(cast("Host", self), {"action": action, **request})
-        return cast("dict[str, Any]", asyncio.run(cast("Any", answer)))
+        return cast("dict[str, Any]", await cast("Any", answer))
+
+    def ask(self, action: str, **request: object) -> dict[str, Any]:
+        return asyncio.run(self.asked(action, **request))
 
 
 @pytest.fixture
@@ -289,23 +292,20 @@ def test_shutdown_without_such_a_device_says_which_to_add(host: FakeHost) -> Non
         shut_down(host, {})
 
 
-def test_the_control_socket_answers_the_commands_of_devices(host: FakeHost, tmp_path: Path) -> None:
-    async def story() -> None:
-        served = Served(cast("Host", host), tmp_path, shutdown.CONTROL_COMMANDS)
-        await served.start()
-        try:
-            for command, found in (("count", {"boxes": 1}), ("shutdown", {"result": "done", "agreed": True})):
-                assert await asyncio.to_thread(ask, tmp_path / "control.sock", command) == found
-            with pytest.raises(UserError, match="known: count, shutdown, status, stop"):
-                await asyncio.to_thread(ask, tmp_path / "control.sock", "other")
-        finally:
-            await served.stop_listening()
-
-    host.ask("add", line="shelf,box=one")
-    asyncio.run(story())
+async def test_the_control_socket_answers_the_commands_of_devices(host: FakeHost, tmp_path: Path) -> None:
+    await host.asked("add", line="shelf,box=one")
+    served = Served(cast("Host", host), tmp_path, shutdown.CONTROL_COMMANDS)
+    await served.start()
+    try:
+        for command, found in (("count", {"boxes": 1}), ("shutdown", {"result": "done", "agreed": True})):
+            assert await asyncio.to_thread(ask, tmp_path / "control.sock", command) == found
+        with pytest.raises(UserError, match="known: count, shutdown, status, stop"):
+            await asyncio.to_thread(ask, tmp_path / "control.sock", "other")
+    finally:
+        await served.stop_listening()
 
 
-def test_the_scsi_controller_has_the_hooks() -> None:
+async def test_the_scsi_controller_has_the_hooks() -> None:
     controller = Registry().create("scsi,format=memory,size=1M,lun=1")
     assert isinstance(controller, HasParts)
     assert list(controller.parts()) == ["0:1"]
@@ -320,12 +320,14 @@ def test_the_scsi_controller_has_the_hooks() -> None:
     assert not controller.busy()
     for size, told in ((MIB - 512, "made smaller"), (MIB + 1, "block")):
         with pytest.raises(UserError, match=told):
-            asyncio.run(controller.resize_part("0:1", size))
+            await controller.resize_part("0:1", size)
     controller.detach_part("0:1")
     assert controller.parts() == {}
 
 
-def test_a_disk_that_replaced_the_resized_one_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_disk_that_replaced_the_resized_one_is_not_taken_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     controller = Registry().create("scsi,format=memory,size=1M")
     assert isinstance(controller, Controller)
     [unit] = controller.units.values()
@@ -338,4 +340,4 @@ def test_a_disk_that_replaced_the_resized_one_is_not_taken_for_it(monkeypatch: p
 
     monkeypatch.setattr(unit.backend, "grow", grow)
     with pytest.raises(UserError, match="0:0 was removed while it was resized"):
-        asyncio.run(controller.resize_part("0:0", 2 * MIB))
+        await controller.resize_part("0:0", 2 * MIB)

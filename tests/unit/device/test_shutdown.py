@@ -135,15 +135,12 @@ def test_what_cannot_be_asked_is_the_callers_error(ready: IcGuest, wrong: tuple[
     assert ready.receive() == []
 
 
-def test_coroutine_gets_the_result(ready: IcGuest) -> None:
-    async def scenario() -> ShutdownResult:
-        task = asyncio.ensure_future(device(ready).ask("restart", force=True))
-        await asyncio.sleep(0)
-        ready.run()
-        ready.answer(ready.take())
-        return await task
-
-    assert asyncio.run(scenario()) == OK
+async def test_coroutine_gets_the_result(ready: IcGuest) -> None:
+    task = asyncio.ensure_future(device(ready).ask("restart", force=True))
+    await asyncio.sleep(0)
+    ready.run()
+    ready.answer(ready.take())
+    assert await task == OK
 
 
 def restored(guest: IcGuest) -> IcGuest:

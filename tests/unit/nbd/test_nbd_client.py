@@ -421,39 +421,36 @@ def test_constants_are_the_protocols() -> None:
     assert (FLUSH, FUA, TRIM, ZEROES, MULTI, READ) == (4, 8, 32, 64, 256, 0)
 
 
-def test_replies_are_taken_by_an_event_loop_once_there_is_one(server: Server, opened: Open) -> None:
+async def test_replies_are_taken_by_an_event_loop_once_there_is_one(server: Server, opened: Open) -> None:
     """Many requests in parts, over connections that break in between; all of it ends in the loop's thread."""
 
-    async def story() -> None:
-        workers = WorkerThreads(asyncio.get_running_loop(), 2)
-        backend = opened(server)
-        backend.use(workers)
-        loop_thread = threading.get_ident()
-        threads: set[int] = set()
-        errors: list[Exception | None] = []
-        buffers = [views(8192) for _ in range(200)]
+    workers = WorkerThreads(asyncio.get_running_loop(), 2)
+    backend = opened(server)
+    backend.use(workers)
+    loop_thread = threading.get_ident()
+    threads: set[int] = set()
+    errors: list[Exception | None] = []
+    buffers = [views(8192) for _ in range(200)]
 
-        def done(error: Exception | None) -> None:
-            threads.add(threading.get_ident())
-            errors.append(error)
+    def done(error: Exception | None) -> None:
+        threads.add(threading.get_ident())
+        errors.append(error)
 
-        for turn in range(4):
-            for index, buffer in enumerate(buffers[turn * 50 : turn * 50 + 50]):
-                backend.start((turn * 50 + index) * 512, buffer, 8192, False, False, workers.expect(done))
-            await asyncio.sleep(0.01)
-            server.hang_up()
-        assert await workers.settle(TIMEOUT)
-        assert errors == [None] * 200
-        assert threads == {loop_thread}
-        for index, buffer in enumerate(buffers):
-            assert b"".join(buffer) == server.data[index * 512 : index * 512 + 8192]
-        server.before = lambda command, flags, offset, length, cookie: bytes(16)  # a lie
-        backend.client._reconnect = 0.0
-        backend.start(0, views(512), 512, False, False, workers.expect(done))
-        assert await workers.settle(TIMEOUT)
-        assert isinstance(errors[-1], OSError)
-        backend.close()
-        assert await asyncio.to_thread(backend.wait_closed, TIMEOUT)
-        workers.close()
-
-    asyncio.run(story())
+    for turn in range(4):
+        for index, buffer in enumerate(buffers[turn * 50 : turn * 50 + 50]):
+            backend.start((turn * 50 + index) * 512, buffer, 8192, False, False, workers.expect(done))
+        await asyncio.sleep(0.01)
+        server.hang_up()
+    assert await workers.settle(TIMEOUT)
+    assert errors == [None] * 200
+    assert threads == {loop_thread}
+    for index, buffer in enumerate(buffers):
+        assert b"".join(buffer) == server.data[index * 512 : index * 512 + 8192]
+    server.before = lambda command, flags, offset, length, cookie: bytes(16)  # a lie
+    backend.client._reconnect = 0.0
+    backend.start(0, views(512), 512, False, False, workers.expect(done))
+    assert await workers.settle(TIMEOUT)
+    assert isinstance(errors[-1], OSError)
+    backend.close()
+    assert await asyncio.to_thread(backend.wait_closed, TIMEOUT)
+    workers.close()
