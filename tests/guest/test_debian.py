@@ -42,7 +42,7 @@ def overlay(folder: Path) -> Path:
 async def test_debian_lives_on_the_disk(tmp_path: Path, disk: str) -> None:
     image = system_copy(tmp_path) if disk == "raw" else overlay(tmp_path)
 
-    options = "" if disk == "raw" else ",format=qcow2"
+    options = "" if disk == "raw" else ",format=qcow2,backing=on"
     async with boot_debian(tmp_path, f"image={image}{options}") as (guest, shell):
         assert await shell.does("systemctl is-system-running --wait") == "running", await shell.run(
             "systemctl --failed"

@@ -47,7 +47,7 @@ async def test_a_guest_moves_with_its_overlay_under_load(tmp_path: Path) -> None
         tmp_path,
         smp=2,
         memory=256,
-        devices=("heartbeat,interval=0.2", f"scsi,image={overlay},format=qcow2"),
+        devices=("heartbeat,interval=0.2", f"scsi,image={overlay},format=qcow2,backing={base}"),
         load=MODULES,
         command=[SCRIPT],
     ) as guest:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import fcntl
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from vmbus.cli.run import make_image
 from vmbus.errors import UsageError, UserError
+from vmbus.machine.qemu import image_files
 from vmbus.machine.qemu.storage_daemon import QemuImages
 from vmbus.provision.qemu import find_qemu
 from vmbus_devices.scsi.drive import DriveOptions, Format, open_drive
@@ -106,7 +112,7 @@ def test_an_overlay_leaves_what_is_under_it_alone(image: Path, tmp_path: Path, o
     before = base.read_bytes()
     overlay = tmp_path / "overlay.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", overlay)
-    backend = opened(overlay)
+    backend = opened(overlay, backing=(base,))
     backend.lock()
     backend.write(4096, [memoryview(bytes(4096))])
     assert read(backend, 0, 4 * MIB) == before[:4096] + bytes(4096) + before[8192:]
@@ -209,6 +215,184 @@ time.sleep(60)
         assert Path(f"/proc/{daemon}").exists()
         emulator.kill()
     wait(lambda: not Path(f"/proc/{daemon}").exists(), "end of the daemon")
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    """A file of the host that no user names."""
+    path = tmp_path / "secret"
+    path.write_bytes(b"secret!!" * (MIB // 8))
+    return path
+
+
+@pytest.fixture
+def unopened(tmp_path: Path) -> Iterator[Path]:
+    """A file of the host that nobody may open: a lease on it (fcntl(2)) shows that somebody tries to."""
+    path = tmp_path / "unopened"
+    path.write_bytes(bytes(MIB))
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    file = os.open(path, os.O_RDWR)
+    try:
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        yield path
+        assert fcntl.fcntl(file, fcntl.F_GETLEASE) == fcntl.F_WRLCK
+    finally:
+        os.close(file)
+        signal.signal(signal.SIGIO, before)
+
+
+def refused(path: Path, message: str, **options: Any) -> None:
+    with pytest.raises(UserError, match=message):
+        open_drive(DriveOptions(str(path), **{"format": Format.QCOW2, **options}), "d", QemuImages())
+    assert children() == set()
+
+
+@pytest.mark.parametrize("format", ["qcow2", "qcow", "qed", "vmdk"])
+def test_a_backing_file_is_opened_only_when_the_user_says_so(
+    tmp_path: Path, secret: Path, unopened: Path, format: str
+) -> None:
+    path = tmp_path / "stranger"
+    of = "vmdk" if format == "vmdk" else "raw"
+    if of == "vmdk":
+        secret.unlink()
+        qemu_img("create", "-q", "-f", "vmdk", secret, "1M")
+    qemu_img("create", "-q", "-f", format, "-b", secret, "-F", of, path, "1M")
+    refused(path, f"names the backing file {secret}; add backing=on", format=Format(format))
+    refused(path, "not one of the files in backing=", format=Format(format), backing=str(unopened))
+    if format == "qcow":  # it does not record it
+        refused(path, "does not say which format", format=Format(format), backing="on")
+        return
+    for allowed in ("on", f"{unopened};{secret}"):
+        options = DriveOptions(str(path), format=Format(format), backing=allowed, cache=Cache.WRITEBACK)
+        unit = open_drive(options, "d", QemuImages())
+        assert isinstance(unit.backend, ImageBackend)
+        unit.backend.lock()
+        assert read(unit.backend, 0, 4096) == (bytes(4096) if of == "vmdk" else b"secret!!" * 512)
+        unit.close()
+        assert unit.backend.wait_closed(LIMIT)
+
+
+def test_every_backing_file_of_a_chain_has_to_be_allowed(tmp_path: Path, secret: Path, image: Path) -> None:
+    middle, top = tmp_path / "middle.qcow2", tmp_path / "top.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", secret, "-F", "raw", middle)
+    qemu_img("create", "-q", "-f", "qcow2", "-b", middle, "-F", "qcow2", top)
+    refused(top, f"{middle} names the backing file {secret}, which is not one", backing=str(middle))
+    unit = open_drive(
+        DriveOptions(str(top), format=Format.QCOW2, backing=f"{secret};{middle}"), "d", QemuImages()
+    )
+    assert unit.backend.size == MIB
+    unit.close()
+    for name, message in (
+        ("json:{}", "no file of this machine"),
+        ("nbd://127.0.0.1:1/x", "no file of this machine"),
+        (str(tmp_path / "none"), "no file of this machine"),
+    ):
+        qemu_img("rebase", "-u", "-F", "raw", "-b", name, top)
+        refused(top, message, backing="on")
+    qemu_img("rebase", "-u", "-F", "raw", "-b", top, top)  # as raw, it is no chain
+    open_drive(DriveOptions(str(top), format=Format.QCOW2, backing="on"), "d", QemuImages()).close()
+    qemu_img("rebase", "-u", "-F", "qcow2", "-b", top, top)
+    refused(top, "more than 64 backing files", backing="on")
+
+
+def test_a_qcow2_writes_to_no_data_file_that_it_names_itself(
+    tmp_path: Path, secret: Path, unopened: Path
+) -> None:
+    path, data = tmp_path / "stranger", tmp_path / "datafile"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", f"data_file={data}", path, "1M")
+    content = path.read_bytes()
+    assert content.count(str(data).encode()) == 1
+    path.write_bytes(content.replace(str(data).encode(), str(unopened).encode()))
+    refused(path, f"keeps its data in the file {unopened}")
+    path.write_bytes(content)
+    refused(path, f"keeps its data in the file {data}; add data_file=")
+    refused(path, f"keeps its data in the file {data}", backing="on")
+    top = tmp_path / "top.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", path, "-F", "qcow2", top)
+    refused(top, f"{path}: it keeps its data in", backing="on")
+    options = DriveOptions(str(path), format=Format.QCOW2, data_file=str(secret), cache=Cache.WRITEBACK)
+    unit = open_drive(options, "d", QemuImages())
+    assert isinstance(unit.backend, ImageBackend)
+    unit.backend.lock()
+    unit.backend.write(0, [memoryview(b"x" * 4096)])
+    unit.backend.flush()
+    unit.close()
+    assert unit.backend.wait_closed(LIMIT)
+    assert b"x" * 4096 in secret.read_bytes()
+    assert data.read_bytes() == bytes(MIB)
+
+
+def test_a_data_file_that_an_image_has_not(image: Path, secret: Path) -> None:
+    refused(image, "has no external data file", data_file=str(secret))
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+def test_a_vmdk_opens_no_extent_unless_the_user_says_so(
+    tmp_path: Path, secret: Path, unopened: Path, embedded: bool
+) -> None:
+    path = tmp_path / "stranger.vmdk"
+
+    def write(name: Path) -> None:
+        text = (
+            '# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType="monolithicFlat"\n'
+            f'RW 2048 FLAT "{name}" 0\n'
+        ).encode()
+        header = b"KDMV" + struct.pack("<IIQQQ", 1, 3, 0, 128, 1) if embedded else b""
+        path.write_bytes((header.ljust(512, b"\0") if embedded else b"") + text.ljust(4096))
+
+    write(unopened)
+    refused(path, f"its data are in {unopened}; add extents=on", format=Format.VMDK, backing="on")
+    write(secret)
+    refused(path, f"its data are in {secret}", format=Format.VMDK)
+    options = DriveOptions(str(path), format=Format.VMDK, extents=True, cache=Cache.WRITEBACK)
+    unit = open_drive(options, "d", QemuImages())
+    assert isinstance(unit.backend, ImageBackend)
+    unit.backend.lock()
+    assert read(unit.backend, 0, 4096) == b"secret!!" * 512
+    unit.close()
+    assert unit.backend.wait_closed(LIMIT)
+
+
+def test_what_the_daemon_has_open_is_compared_with_what_was_allowed(
+    tmp_path: Path, image: Path, secret: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image that changes after it was looked at, or a name that was overlooked."""
+    overlay = tmp_path / "overlay.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", f"data_file={secret}", overlay, "1M")
+    monkeypatch.setattr(image_files, "check_names", lambda *arguments, **more: None)
+    refused(overlay, f"opens {secret}, which nobody allowed")
+
+    def examine(image: image_files.Image, execute: image_files.Execute) -> image_files.Tree:
+        tree = image_files.examine(dataclasses.replace(image, data_file=secret), execute)  # type: ignore[type-var]
+        tree.files.remove(str(secret))
+        return tree
+
+    monkeypatch.setattr("vmbus.machine.qemu.storage_daemon.examine", examine)
+    refused(overlay, f"opens {secret}, which nobody allowed")
+
+
+def test_an_overlay_grows_without_showing_what_is_under_it(
+    tmp_path: Path, secret: Path, opened: Open
+) -> None:
+    """A base that is longer than its overlay: what is new reads as zeros."""
+    overlay = tmp_path / "overlay.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", secret, "-F", "raw", overlay, "512K")
+    backend = opened(overlay, backing=True)
+    backend.lock()
+    assert read(backend, 0, 4096) == b"secret!!" * 512
+    backend.grow(MIB)
+    assert backend.refresh() == MIB
+    assert read(backend, MIB // 2 - 4096, 8192) == b"secret!!" * 512 + bytes(4096)
+
+
+def test_an_image_for_snapshots_names_no_other_file(tmp_path: Path, secret: Path) -> None:
+    path = tmp_path / "snapshots.qcow2"
+    make_image(find_qemu(), path)
+    make_image(find_qemu(), path)
+    path.unlink()
+    qemu_img("create", "-q", "-f", "qcow2", "-o", f"data_file={secret}", path, "64K")
+    with pytest.raises(UserError, match=f"keeps its data in the file {secret}"):
+        make_image(find_qemu(), path)
 
 
 def test_images_that_cannot_be_used(tmp_path: Path, image: Path) -> None:

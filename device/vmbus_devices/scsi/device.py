@@ -55,6 +55,14 @@ class Scsi(Controller):
                 "in a qcow2, zeros that are written allocate no blocks (on), and free allocated ones (unmap)"
             ),
         ] = DetectZeroes.OFF,
+        backing: Annotated[
+            str,
+            Help(
+                "backing files that the image may name: off, on (any), or their paths, separated by semicolons"
+            ),
+        ] = "off",
+        data_file: Annotated[str | None, Help("external data file of a qcow2 that has one")] = None,
+        extents: Annotated[bool, Help("let a VMDK descriptor name the files with its data")] = False,
         reconnect: Annotated[
             float, Help("seconds that requests wait for a lost NBD server", least=0, most=86400)
         ] = 5.0,
@@ -119,6 +127,9 @@ class Scsi(Controller):
                         cache=cache,
                         discard=discard,
                         detect_zeroes=detect_zeroes,
+                        backing=backing,
+                        data_file=data_file,
+                        extents=extents,
                         reconnect=reconnect,
                         connections=connections,
                         serial=serial,

@@ -65,6 +65,9 @@ class DriveOptions:
     discard: bool = True
     serial: str | None = None
     detect_zeroes: DetectZeroes = DetectZeroes.OFF
+    backing: str = "off"
+    data_file: str | None = None
+    extents: bool = False
     reconnect: float = 5.0
     connections: int = 4
     block: int = 512
@@ -171,6 +174,9 @@ def _image(options: DriveOptions, images: ImageServers | None, *, read_only: boo
         cache=options.cache,
         discard=options.discard,
         detect_zeroes=options.detect_zeroes,
+        backing=_backing(options.backing),
+        data_file=_data_file(options),
+        extents=options.extents,
     )
     return ImageBackend(
         images,
@@ -178,6 +184,19 @@ def _image(options: DriveOptions, images: ImageServers | None, *, read_only: boo
         connections=min(options.connections, _MAX_IMAGE_CONNECTIONS),
         reconnect=options.reconnect,
     )
+
+
+def _backing(text: str) -> bool | tuple[Path, ...]:
+    """Return what ``backing=`` allows: nothing, every file, or the files of a list."""
+    if text in ("off", "on"):
+        return text == "on"
+    return tuple(Path(each) for each in text.split(";") if each)
+
+
+def _data_file(options: DriveOptions) -> Path | None:
+    if options.data_file is not None and options.format is not Format.QCOW2:
+        raise UsageError("data_file= applies only to format=qcow2")
+    return Path(options.data_file) if options.data_file is not None else None
 
 
 def _backend(options: DriveOptions, images: ImageServers | None, *, read_only: bool) -> Backend:
@@ -189,6 +208,8 @@ def _backend(options: DriveOptions, images: ImageServers | None, *, read_only: b
         return _image(options, images, read_only=read_only)
     if options.detect_zeroes is not DetectZeroes.OFF:
         raise UsageError("detect_zeroes= applies only to images that are not raw")
+    if options.backing != "off" or options.data_file is not None or options.extents:
+        raise UsageError("backing=, data_file= and extents= apply only to images that are not raw")
     if options.format is Format.RAW:
         if options.image is None:
             raise UsageError(f"format={options.format.value} needs image=")

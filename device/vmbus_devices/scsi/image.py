@@ -48,7 +48,11 @@ class DetectZeroes(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """How an image is opened. ``format``: name of QEMU's driver; ``share``: although another process locked it."""
+    """How an image is opened. ``format``: name of QEMU's driver; ``share``: although another process locked it.
+
+    An image can name other files. ``backing``: whether a backing file is opened, or which files may be one;
+    ``data_file``: opened in place of the external data file; ``extents``: a VMDK may name its extents.
+    """
 
     path: Path
     format: str
@@ -57,6 +61,9 @@ class ImageFile:
     cache: Cache = Cache.NONE
     discard: bool = True
     detect_zeroes: DetectZeroes = DetectZeroes.OFF
+    backing: bool | tuple[Path, ...] = False
+    data_file: Path | None = None
+    extents: bool = False
 
 
 class ImageServer(Protocol):

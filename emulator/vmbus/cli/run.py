@@ -19,7 +19,7 @@ from vmbus.cli.devices import registry
 from vmbus.cli.migrate import own_descriptor
 from vmbus.cli.options import DEFAULT_GUEST, add_host_options, device_lines, host_options, size
 from vmbus.cli.serving import CONTROL_COMMANDS
-from vmbus.errors import UsageError, UserError
+from vmbus.errors import DeviceError, UsageError, UserError
 from vmbus.machine import rundir
 from vmbus.machine.gateway import build as gateway_build
 from vmbus.machine.guest import Guest, emulator_options
@@ -27,6 +27,7 @@ from vmbus.machine.host import ExitReason, Host, HostOptions
 from vmbus.machine.migration.addresses import descriptor_number
 from vmbus.machine.migration.drive import arrived, receive
 from vmbus.machine.migration.side_channel import CarrierAddress
+from vmbus.machine.qemu.image_files import check_names
 from vmbus.machine.qemu.launch import GuestOptions, command_line
 from vmbus.provision.command_output import CommandOutput
 from vmbus.provision.drivers import modules_for, present
@@ -228,6 +229,10 @@ def _incoming(uri: str | None) -> str | None:
 def make_image(qemu: QemuBinary, path: Path) -> None:
     """Create an image that holds nothing but snapshots, unless the file exists."""
     if path.exists():
+        try:
+            check_names(path, "qcow2")
+        except (DeviceError, OSError) as error:
+            raise UserError(f"cannot use {path} for snapshots: {error}") from error
         return
     command = [*qemu.qemu_img(), "create", "-q", "-f", "qcow2", str(path), "64K"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

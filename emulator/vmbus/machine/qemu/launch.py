@@ -84,7 +84,8 @@ def command_line(
     line += ["-append", guest.append]
     if guest.snapshots is not None:
         image = {"driver": "file", "filename": str(guest.snapshots)}
-        node = {"driver": "qcow2", "node-name": SNAPSHOT_NODE, "file": image}
+        # No file that the image itself names is opened; an external data file was refused before.
+        node = {"driver": "qcow2", "node-name": SNAPSHOT_NODE, "file": image, "backing": None}
         line += ["-blockdev", json.dumps(node)]
     if guest.incoming:
         line += ["-incoming", "defer"]

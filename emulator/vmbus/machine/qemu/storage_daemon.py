@@ -1,8 +1,9 @@
 """Serves images of QEMU's formats: one ``qemu-storage-daemon`` for each image, a child of this process.
 
 It leaves nothing in the file system: the daemon gets a listening socket that is connected to already, and its
-control connection (QMP) is its standard input and output. Its greeting there means that the image is open and served.
-The kernel kills the daemon when this process ends.
+control connection (QMP) is its standard input and output. Over that the image is examined, opened and served: only
+files that the user named are opened (:mod:`vmbus.machine.qemu.image_files`). The kernel kills the daemon when this
+process ends.
 """
 
 from __future__ import annotations
@@ -13,70 +14,28 @@ import logging
 import os
 import select
 import socket
-import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from vmbus.errors import DeviceError, MissingRequirement, UserError
 from vmbus.machine.qemu.child import end_with_parent
+from vmbus.machine.qemu.image_files import Image, examine
 from vmbus.provision.qemu import QemuBinary, find_qemu
 
 _logger = logging.getLogger(__name__)
 
 START_TIMEOUT = 30.0
 """Seconds to open an image."""
+RESIZE_TIMEOUT = 300.0
+"""Seconds to make an image larger."""
 STOP_TIMEOUT = 10.0
 """Seconds for a daemon to write back its caches and end."""
 _QUIT = b'{"execute": "qmp_capabilities"}\n{"execute": "quit"}\n'
-
-
-class Image(Protocol):
-    """The part of an image that is used here; the class is in device/vmbus_devices/scsi/image.py."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def format(self) -> str: ...
-    @property
-    def read_only(self) -> bool: ...
-    @property
-    def share(self) -> bool: ...
-    @property
-    def discard(self) -> bool: ...
-    @property
-    def cache(self) -> Any: ...
-    @property
-    def detect_zeroes(self) -> Any: ...
-
-
-def block_device(image: Image) -> dict[str, Any]:
-    """Return the ``--blockdev`` of an image."""
-    direct = image.cache.value in ("none", "directsync") and _direct_io(image.path)
-    common = {
-        "discard": "unmap" if image.discard else "ignore",
-        "cache": {"direct": direct, "no-flush": image.cache.value == "unsafe"},
-        "read-only": image.read_only,
-    }
-    kind = "host_device" if stat.S_ISBLK(image.path.stat().st_mode) else "file"
-    return {
-        "driver": image.format,
-        "node-name": "image",
-        "detect-zeroes": "off" if image.read_only else image.detect_zeroes.value,
-        "force-share": image.share,
-        "file": {"driver": kind, "filename": str(image.path.absolute()), **common},
-        **common,
-    }
-
-
-def _direct_io(path: Path) -> bool:
-    try:
-        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
-    except OSError:
-        return False
-    return True
+_MAX_ANSWER = 16 << 20
+"""Bytes of one answer on the control connection."""
 
 
 def private_connections(count: int) -> tuple[socket.socket, list[socket.socket]]:
@@ -109,20 +68,28 @@ class StorageDaemon:
         self._image = image
         self._environment = {**os.environ, **(environment or {})}
         self._messages: IO[bytes] | None = None
+        self._received = b""
+        self._deadline = 0.0
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, connections: int) -> list[socket.socket]:
-        """Start the daemon; return that many NBD connections to it. Raises :class:`~vmbus.errors.DeviceError`."""
+        """Open and serve the image; return that many NBD connections. Raises :class:`~vmbus.errors.DeviceError`."""
         self.stop()
-        try:
-            node = json.dumps(block_device(self._image))
-        except OSError as error:
-            raise DeviceError(f"{self._image.path}: {error.strerror}") from error
         listener, found = private_connections(connections)
         try:
             with listener:
-                self._start(listener, node)
-            self._wait_until_ready()
+                self._start(listener)
+            self._open()
+            self._execute(
+                "block-export-add",
+                **{
+                    "type": "nbd",
+                    "id": "export",
+                    "node-name": "image",
+                    "name": "disk",
+                    "writable": not self._image.read_only,
+                },
+            )
         except BaseException:
             for each in found:
                 each.close()
@@ -130,49 +97,95 @@ class StorageDaemon:
             raise
         return found
 
-    def _start(self, listener: socket.socket, node: str) -> None:
-        writable = "off" if self._image.read_only else "on"
-        line = [
-            *self._program,
-            *("--blockdev", node),
-            *("--nbd-server", f"addr.type=fd,addr.str={listener.fileno()}"),
-            *("--export", f"type=nbd,id=export,node-name=image,name=disk,writable={writable}"),
-            *("--chardev", "stdio,id=control", "--monitor", "chardev=control"),
-        ]
+    def resize(self, size: int) -> None:
+        """Grow the image, which is not open, to ``size`` bytes. Raises :class:`~vmbus.errors.DeviceError`."""
+        self.stop()
+        try:
+            self._start(None)
+            self._open()
+            nodes = self._execute("query-named-block-nodes", flat=True)
+            [present] = [each["image"]["virtual-size"] for each in nodes if each["node-name"] == "image"]
+            if size < present:
+                raise DeviceError(f"it has {present} bytes, and an image cannot be made smaller")
+            self._deadline = time.monotonic() + RESIZE_TIMEOUT
+            self._execute("block_resize", **{"node-name": "image", "size": size})
+        finally:
+            self.stop()
+
+    def _start(self, listener: socket.socket | None) -> None:
+        line = [*self._program, "--chardev", "stdio,id=control", "--monitor", "chardev=control"]
+        if listener is not None:
+            line += ["--nbd-server", f"addr.type=fd,addr.str={listener.fileno()}"]
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed in stop()
+        self._received = b""
         self.process = subprocess.Popen(
             line,
             env=self._environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._messages,
-            pass_fds=(listener.fileno(),),
+            bufsize=0,
+            pass_fds=() if listener is None else (listener.fileno(),),
             start_new_session=True,
             preexec_fn=end_with_parent(),
         )
+        self._deadline = time.monotonic() + START_TIMEOUT
+        if "QMP" not in self._answer():
+            raise DeviceError("qemu-storage-daemon does not greet")
+        self._execute("qmp_capabilities")
 
-    def _wait_until_ready(self) -> None:
+    def _open(self) -> None:
+        """Open the image, with the files that the user allows, and nothing else."""
+        try:
+            tree = examine(self._image, self._execute)
+        except OSError as error:
+            raise DeviceError(f"{error.filename or self._image.path}: {error.strerror}") from error
+        self._execute("blockdev-add", **tree.node)
+        tree.check(self._execute)
+
+    def _execute(self, command: str, **arguments: Any) -> Any:
+        """Execute a QMP command and return its result. Raises :class:`~vmbus.errors.DeviceError`."""
+        process = self.process
+        if process is None or process.stdin is None:
+            raise DeviceError("qemu-storage-daemon does not run")
+        with contextlib.suppress(OSError):  # it has ended, and its messages say why
+            process.stdin.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+        while True:
+            answer = self._answer()
+            if "error" in answer:
+                raise DeviceError(" ".join(str(answer["error"]["desc"]).split()))
+            if "return" in answer:
+                return answer["return"]
+
+    def _answer(self) -> dict[str, Any]:
+        """Return the next object that the daemon sends."""
         process = self.process
         if process is None or process.stdout is None:
-            return
-        readable, _, _ = select.select([process.stdout], [], [], START_TIMEOUT)
-        if not readable:
-            raise DeviceError(
-                f"{self._image.path}: qemu-storage-daemon did not open it within {START_TIMEOUT:g} s"
-            )
-        if not process.stdout.readline().startswith(b'{"QMP"'):
-            raise DeviceError(self.messages() or f"ended with status {process.wait()}")
+            raise DeviceError("qemu-storage-daemon does not run")
+        while b"\n" not in self._received:
+            left = max(self._deadline - time.monotonic(), 0)
+            if not select.select([process.stdout], [], [], left)[0]:
+                raise DeviceError("qemu-storage-daemon did not answer in time")
+            data = process.stdout.read(1 << 16)
+            if not data:
+                raise DeviceError(self.messages() or f"ended with status {process.wait()}")
+            self._received += data
+            if len(self._received) > _MAX_ANSWER:
+                raise DeviceError("qemu-storage-daemon sends an answer without end")
+        line, _, self._received = self._received.partition(b"\n")
+        try:
+            found = json.loads(line)
+        except ValueError as error:
+            raise DeviceError("qemu-storage-daemon sends no JSON") from error
+        return found if isinstance(found, dict) else {}
 
     def messages(self) -> str:
-        """Return the daemon's messages on standard error, without the options that it repeats."""
+        """Return the daemon's messages on standard error."""
         if self._messages is None:
             return ""
         self._messages.seek(0)
         text = self._messages.read().decode(errors="replace").strip()
-        text = text.removeprefix("qemu-storage-daemon: ")
-        if text.startswith("--blockdev {") and "}: " in text:
-            text = text.rpartition("}: ")[2]
-        return " ".join(text.split())
+        return " ".join(text.removeprefix("qemu-storage-daemon: ").split())
 
     def stop(self) -> None:
         """End the daemon, if it runs, and log its messages."""
@@ -181,7 +194,6 @@ class StorageDaemon:
             with contextlib.suppress(OSError):  # it has ended already
                 if process.stdin is not None:
                     process.stdin.write(_QUIT)
-                    process.stdin.flush()
             try:
                 process.wait(STOP_TIMEOUT)
             except subprocess.TimeoutExpired:
@@ -225,7 +237,7 @@ class QemuImages:
 
     def resize(self, image: Image, size: int) -> None:
         """Resize ``image`` to ``size`` bytes. Raises :class:`~vmbus.errors.UserError`."""
-        line = [*self.qemu.qemu_img(), "resize", "-q", "-f", image.format, str(image.path), str(size)]
-        done = subprocess.run(line, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise UserError(f"cannot resize {image.path}: {done.stderr.strip()}")
+        try:
+            self.server(image).resize(size)
+        except DeviceError as error:
+            raise UserError(f"cannot resize {image.path}: {error}") from error
