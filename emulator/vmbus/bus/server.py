@@ -288,8 +288,7 @@ class Bus:
 
     def unload(self) -> None:
         """Handle UNLOAD."""
-        first = self.connection.version is Version.V1
-        self._disconnect(NextAction.NONE if first else NextAction.UNLOAD_RESPONSE)
+        self._disconnect(NextAction.UNLOAD_RESPONSE)
 
     def request_offers(self) -> None:
         """Handle REQUESTOFFERS."""

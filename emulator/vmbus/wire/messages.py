@@ -463,7 +463,7 @@ MESSAGES: dict[MessageType, MessageRule] = {
         ),
     ),
     MessageType.UNLOAD: MessageRule(_G, UNLOAD),
-    MessageType.UNLOAD_RESPONSE: MessageRule(_H, UNLOAD_RESPONSE, Version.WIN7),
+    MessageType.UNLOAD_RESPONSE: MessageRule(_H, UNLOAD_RESPONSE),
     MessageType.OPEN_RESERVED_CHANNEL: MessageRule(_G, OPEN_RESERVED_CHANNEL, Version.WIN10),
     MessageType.CLOSE_RESERVED_CHANNEL: MessageRule(_G, CLOSE_RESERVED_CHANNEL, Version.WIN10),
     MessageType.CLOSE_RESERVED_RESPONSE: MessageRule(_H, CLOSE_RESERVED_RESPONSE, Version.WIN10),

@@ -296,9 +296,11 @@ def test_unload_is_answered_in_any_state_at_the_last_contacts_vp(guest: Scripted
     assert guest.answers[-1].vp == 3
 
 
-def test_unload_of_version_0_13_has_no_answer(guest: ScriptedGuest) -> None:
-    guest.contact(Version.V1)
-    assert guest.unload() == []
+@pytest.mark.parametrize("version", Version)
+def test_unload_is_answered_in_every_version(guest: ScriptedGuest, version: Version) -> None:
+    guest.contact(version)
+    assert guest.unload() == [HeaderOnly()]
+    assert guest.answers[-1].number is MessageType.UNLOAD_RESPONSE
     assert guest.bus.connection.phase is Phase.DISCONNECTED
 
 
