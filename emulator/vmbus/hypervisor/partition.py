@@ -172,6 +172,18 @@ class Partition:
         """Return which hypercalls the gateway answers by itself; their doorbells go to ``synic.ring_event_port``."""
         return self.hypercalls.doorbell_rules(first_connection, count)
 
+    @property
+    def reference_tsc_waits(self) -> bool:
+        """Whether an enabled reference TSC page is invalid because the TSC was not known, and may be written now.
+
+        The page belongs to whoever enabled it: a guest need not identify itself in GUEST_OS_ID before.
+        """
+        return (
+            self.reference_tsc.pages is not None
+            and self.reference_time.scaling is None
+            and not self.synic.paused
+        )
+
     def publish_reference_tsc(self) -> None:
         """Write the reference TSC page with a new sequence number; no effect while the guest has not enabled it."""
         if self.reference_tsc.pages is not None:

@@ -138,8 +138,6 @@ class Host:
 
         def guest_os_changed(self, os_id: int) -> None:
             self._host.gateway.guest = GuestState.ENGAGED if os_id else GuestState.FREE
-            # A guest enables its reference TSC page before it writes its id; the TSC may become known later.
-            self._host._tsc_page_waits = bool(os_id)
 
         def synic_changed(self, vp: int) -> None:
             # Signals to a processor that cannot take them are dropped. A guest would wait for them after S3.
@@ -209,7 +207,6 @@ class Host:
         """Why devices stopped the guest, until it is resumed."""
         self.devices: list[AttachedDevice] = []
         self.migration = self._coordinator(options.switchover)
-        self._tsc_page_waits = False
         self._gateway_again: asyncio.Handle | None = None
         self.gateway_traps = 0
         self.gateway_doorbells = 0
@@ -333,8 +330,7 @@ class Host:
                 return
             for _ in range(GATEWAY_ROUNDS):
                 self.serve_gateway()
-                if self._tsc_page_waits and self.clock.tsc_known:
-                    self._tsc_page_waits = False
+                if self.partition.reference_tsc_waits and self.clock.tsc_known:
                     self.partition.publish_reference_tsc()
                 if not gateway.sleep_prepare():
                     return

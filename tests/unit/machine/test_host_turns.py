@@ -5,7 +5,12 @@ from __future__ import annotations
 import asyncio
 from types import SimpleNamespace
 
+import pytest
 from vmbus.machine.host import GATEWAY_ROUNDS, ExitReason, Host
+from vmbus.wire.msr import Msr
+from vmbus.wire.synic import REFERENCE_TSC_PAGE
+
+from tests.unit.hypervisor.scripted_guest import LINUX_6_1, ScriptedGuest
 
 
 class BusyGateway:
@@ -31,13 +36,12 @@ def busy_host(gateway: BusyGateway) -> Host:
     host = Host.__new__(Host)
     host._loop = asyncio.get_running_loop()
     host._ended = host._loop.create_future()
-    host._tsc_page_waits = False
     host._gateway_again = None
     host.gateway_doorbells = 0
     host.migration = SimpleNamespace(fenced=False)  # type: ignore[assignment]
     host.gateway = gateway  # type: ignore[assignment]
     host.partition = SimpleNamespace(  # type: ignore[assignment]
-        synic=SimpleNamespace(ring_event_port=lambda connection: None)
+        synic=SimpleNamespace(ring_event_port=lambda connection: None), reference_tsc_waits=False
     )
     return host
 
@@ -60,3 +64,38 @@ async def test_nothing_is_asked_for_again_when_the_host_has_ended() -> None:
     host._ended.set_result(ExitReason.POWERED_OFF)
     host._gateway_ready()
     assert host._gateway_again is None
+
+
+@pytest.mark.parametrize("os_id", [0, LINUX_6_1])
+async def test_a_reference_tsc_page_becomes_valid_when_the_tsc_is_known(os_id: int) -> None:
+    guest = ScriptedGuest()
+    gateway = BusyGateway()
+    host = busy_host(gateway)
+    host._ended.set_result(ExitReason.STOPPED)
+    host.clock = guest.clock  # type: ignore[assignment]
+    host.partition = guest.partition
+    guest.clock.tsc_known = False
+    page = guest.page()
+    guest.wr(Msr.REFERENCE_TSC, page | 1)
+    if os_id:
+        guest.wr(Msr.GUEST_OS_ID, os_id)
+
+    def sequence() -> int:
+        return REFERENCE_TSC_PAGE.parse(guest.memory.read(page, REFERENCE_TSC_PAGE.size)).sequence
+
+    host._gateway_ready()
+    assert sequence() == 0
+    guest.clock.tsc_known = True
+    guest.partition.pause()
+    host._gateway_ready()
+    assert sequence() == 0, "nothing is written to a guest that stands still"
+    guest.partition.resume()
+    assert sequence() == 1
+    guest.clock.tsc_known = False
+    guest.wr(Msr.REFERENCE_TSC, page | 1)
+    assert sequence() == 0
+    guest.clock.tsc_known = True
+    host._gateway_ready()
+    assert sequence() == 2
+    host._gateway_ready()
+    assert sequence() == 2, "it is written once"
