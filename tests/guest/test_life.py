@@ -176,6 +176,7 @@ async def test_a_guest_that_uses_auto_eoi(tmp_path: Path) -> None:
         await guest.more_beats(20)
         sints = guest.status()["partition"]["vps"][0]["sints"]
         assert sints["2"]["auto_eoi"] is True
+        assert guest.status()["problems"] == []
 
 
 async def test_qemu_killed_leaves_nothing(tmp_path: Path) -> None:

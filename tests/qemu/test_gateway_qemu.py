@@ -628,6 +628,38 @@ def test_auto_eoi_vectors_are_ended_by_the_gateway(start: Start, auto_eoi: bool)
         assert gateway.counters()[0]["auto_eois"] == (3 if auto_eoi else 0)
 
 
+def test_a_guest_in_x2apic_mode_is_reported_because_its_interrupts_cannot_be_ended(start: Start) -> None:
+    program = """
+    main:
+        mov $0x1b, %ecx
+        rdmsr
+        or $0xc00, %eax                  /* x2APIC mode */
+        wrmsr
+        mov $0x1ff, %eax
+        xor %edx, %edx
+        mov $0x80f, %ecx
+        wrmsr
+        mov $0x40000020, %ecx
+        wrmsr
+        sti
+        mov $0x40040, %eax               /* to itself, fixed, vector 0x40 */
+        xor %edx, %edx
+        mov $0x830, %ecx
+        wrmsr
+    1:  pause
+        jmp 1b
+    """
+    with start(program) as machine:
+        gateway = active(machine)
+
+        def answer(trap: Trap) -> None:
+            gateway.set_auto_eoi(0, {0x40})
+            gateway.answer(trap)
+
+        serve(gateway, answer, until=lambda: gateway.auto_eoi_failures(0) > 0)
+        assert gateway.counters()[0]["auto_eois"] == 0
+
+
 # --- clock and code pages ---
 
 

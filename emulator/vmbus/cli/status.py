@@ -57,6 +57,7 @@ def render(status: Mapping[str, Any]) -> str:
         lines += ["", disks, ""]
     for why in status.get("stopped_because", ()):
         lines.append(f"stopped: {why}; remove the cause, then run `vmbus cont {status['name']}`")
+    lines += [f"problem: {sentence}" for sentence in status.get("problems", ())]
     refused = {**status["partition"]["refusals"], **bus["refusals"]}
     if refused:
         lines.append("refused: " + ", ".join(f"{reason} ({count})" for reason, count in refused.items()))

@@ -40,6 +40,7 @@ from vmbus.hypervisor.hypercalls import AcknowledgedEarly, HypercallRegisters, U
 from vmbus.hypervisor.msrs import GeneralProtection
 from vmbus.hypervisor.partition import Partition, PartitionEvents
 from vmbus.machine import takeover
+from vmbus.machine.auto_eoi import AutoEoi
 from vmbus.machine.clock import TcgClock
 from vmbus.machine.gateway.client import Gateway
 from vmbus.machine.gateway.traps import Fault, Trap
@@ -50,6 +51,7 @@ from vmbus.machine.migration.coordinator import Coordinator
 from vmbus.machine.migration.host_state import HostState
 from vmbus.machine.migration.ports import MigrationPorts
 from vmbus.machine.migration.state_machine import Phase, Switchover
+from vmbus.machine.problems import Problems
 from vmbus.machine.qemu.discovery import QemuFacts, discover
 from vmbus.machine.qemu.qmp import Qmp
 from vmbus.machine.qemu.qtest import LocalApics, Qtest
@@ -150,7 +152,7 @@ class Host:
             self._host.background(self._host.qmp.execute("system_reset"))
 
         def auto_eoi_changed(self, vp: int, vectors: AbstractSet[int]) -> None:
-            self._host.gateway.set_auto_eoi(vp, vectors)
+            self._host.auto_eoi.changed(vp, vectors)
 
     def __init__(
         self, facts: QemuFacts, qmp: Qmp, qtest: Qtest, gateway: Gateway, options: HostOptions
@@ -160,6 +162,8 @@ class Host:
         self.qtest = qtest
         self.gateway = gateway
         self.events = HostEvents()
+        self.problems = Problems()
+        self.auto_eoi = AutoEoi(gateway, self.problems)
         self.started = time.monotonic()
         loop = asyncio.get_running_loop()
         self._loop = loop
@@ -328,13 +332,16 @@ class Host:
             gateway.awake()
             if self.migration.fenced:
                 return
+            sleeps = False
             for _ in range(GATEWAY_ROUNDS):
                 self.serve_gateway()
                 if self.partition.reference_tsc_waits and self.clock.tsc_known:
                     self.partition.publish_reference_tsc()
-                if not gateway.sleep_prepare():
-                    return
-            if not self._ended.done():
+                if sleeps := not gateway.sleep_prepare():
+                    break
+            if self.auto_eoi.watched:  # after the request for a wake-up: later failures wake this emulator
+                self.auto_eoi.look()
+            if not sleeps and not self._ended.done():
                 self.look_at_gateway()
         except (GatewayError, QemuGone) as error:
             self._lost(error)

@@ -136,6 +136,7 @@ def status(host: Host, name: str) -> dict[str, Any]:
         "doorbells": host.gateway_doorbells,
         "interrupts": host.qtest.interrupts,
         "stopped_because": list(host.stopped_because),
+        "problems": host.problems.sentences,
         "resets": host.events.resets,
         "crashes": [str(report) for report in host.events.crashes],
         "migration": {

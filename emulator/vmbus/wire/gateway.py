@@ -104,7 +104,8 @@ VCPU = c.Struct(
     "faults" / c.Int64ul,
     "auto_eois" / c.Int64ul,
     "no_slot" / c.Int64ul,
-    "reserved0" / c.Padding(64),
+    "auto_eoi_failures" / c.Int64ul,
+    "reserved0" / c.Padding(56),
     "retired" / c.Array(SLOTS, c.Int64ul),
     "auto_eoi" / c.Array(4, c.Int64ul),
     "reserved1" / c.Padding(32),
@@ -113,7 +114,16 @@ VCPU = c.Struct(
 )
 """State of one vCPU, 1536 bytes."""
 
-COUNTERS = ("requests", "retries", "doorbells", "gone_results", "faults", "auto_eois", "no_slot")
+COUNTERS = (
+    "requests",
+    "retries",
+    "doorbells",
+    "gone_results",
+    "faults",
+    "auto_eois",
+    "no_slot",
+    "auto_eoi_failures",
+)
 """The counters of ``VCPU``, in the order in which they are stored, beginning at ``requests``."""
 
 CPUID_ENTRY = c.Struct(

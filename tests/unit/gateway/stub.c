@@ -135,6 +135,9 @@ enum qemu_plugin_hwaddr_operation_result qemu_plugin_read_memory_hwaddr(uint64_t
     }
     g_byte_array_set_size(data, 4);
     memcpy(data->data, &stub_current->in_service[word], 4);
+    if (stub_current->x2apic) {
+        memset(data->data, 0xff, 4);
+    }
     return QEMU_PLUGIN_HWADDR_OPERATION_OK;
 }
 

@@ -22,6 +22,7 @@ struct stub_vcpu {
     bool long_mode;
     jmp_buf way_out; /* taken by qemu_plugin_set_pc */
     uint32_t in_service[8];
+    bool x2apic; /* the APIC's memory page reads as all ones */
     uint64_t sampling; /* the scoreboard's word */
 };
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Callable
 
 import pytest
@@ -315,6 +316,22 @@ def test_auto_eoi_ends_only_its_vectors_and_only_the_highest(harness: Harness) -
     harness.send("deliver 0 f3")
     assert harness.expect("delivered") == ["0", "3"]
     assert gateway.counters()[0]["auto_eois"] == 1
+
+
+def test_an_apic_that_does_not_respond_is_reported_and_wakes_the_emulator(harness: Harness) -> None:
+    gateway = harness.active()
+    harness.send("x2apic 0")
+    assert harness.expect("x2apic") == ["0"]
+    harness.send("deliver 0 f3")
+    assert harness.expect("delivered") == ["0", "1"]
+    assert gateway.auto_eoi_failures(0) == 0, "nothing is to be ended"
+    gateway.set_auto_eoi(0, [0xF3])
+    assert gateway.traps() == [] and not gateway.sleep_prepare()
+    harness.send("deliver 0 f3")
+    assert harness.expect("delivered") == ["0", "1"]
+    assert select.select([gateway.fileno()], [], [], 10)[0], "the emulator slept"
+    assert gateway.auto_eoi_failures(0) == gateway.counters()[0]["auto_eoi_failures"] == 1
+    assert gateway.counters()[0]["auto_eois"] == 0
 
 
 def test_the_tsc_offset_is_found_in_64_samples_and_then_costs_nothing(harness: Harness) -> None:

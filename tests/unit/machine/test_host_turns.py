@@ -38,6 +38,7 @@ def busy_host(gateway: BusyGateway) -> Host:
     host._ended = host._loop.create_future()
     host._gateway_again = None
     host.gateway_doorbells = 0
+    host.auto_eoi = SimpleNamespace(watched={})  # type: ignore[assignment]
     host.migration = SimpleNamespace(fenced=False)  # type: ignore[assignment]
     host.gateway = gateway  # type: ignore[assignment]
     host.partition = SimpleNamespace(  # type: ignore[assignment]

@@ -99,10 +99,11 @@ class Gateway:
         vcpus = [header.vcpu_offset + vcpu * wire.VCPU.sizeof() for vcpu in range(self._vcpus_max)]
         at = {
             name: offset_of(wire.VCPU, name)
-            for name in ("sleeping", "retired", "answers", "slots", "auto_eoi")
+            for name in ("sleeping", "retired", "answers", "slots", "auto_eoi", "auto_eoi_failures")
         }
         self._sleeping_at = [(base + at["sleeping"]) // 4 for base in vcpus]
         self._auto_eoi_at = [(base + at["auto_eoi"]) // 8 for base in vcpus]
+        self._auto_eoi_failures_at = [(base + at["auto_eoi_failures"]) // 8 for base in vcpus]
         every = [(base, slot) for base in vcpus for slot in range(wire.SLOTS)]
         self._retired_at = [(base + at["retired"]) // 8 + slot for base, slot in every]
         self._answer_at = [(base + at["answers"] + slot * wire.ANSWER.sizeof()) // 8 for base, slot in every]
@@ -263,6 +264,10 @@ class Gateway:
             bitmap[vector >> 6] |= 1 << (vector & 63)
         for index, part in enumerate(bitmap):
             self._quads[self._auto_eoi_at[vcpu] + index] = part
+
+    def auto_eoi_failures(self, vcpu: int) -> int:
+        """Return how many interrupts of ``vcpu`` the gateway could not look at: its local APIC does not respond."""
+        return int(self._quads[self._auto_eoi_failures_at[vcpu]])
 
     def _set_table(self, name: str, entries: bytes, size: int, limit: int) -> None:
         count = len(entries) // size

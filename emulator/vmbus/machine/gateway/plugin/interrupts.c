@@ -7,22 +7,30 @@
 #define APIC_EOI UINT64_C(0xfee000b0)
 #define APIC_ISR UINT64_C(0xfee00100)
 
-static uint32_t apic_read(struct vcpu_state *vcpu, uint64_t address)
+/* Return false where no local APIC responds: the read fails or, in x2APIC mode, gives all ones (measured). */
+static bool apic_read(struct vcpu_state *vcpu, uint64_t address, uint32_t *value)
 {
-    uint32_t value = 0;
-
-    g_byte_array_set_size(vcpu->buffer, sizeof(value));
-    if (qemu_plugin_read_memory_hwaddr(address, vcpu->buffer, sizeof(value)) == QEMU_PLUGIN_HWADDR_OPERATION_OK) {
-        memcpy(&value, vcpu->buffer->data, sizeof(value));
+    g_byte_array_set_size(vcpu->buffer, sizeof(*value));
+    if (qemu_plugin_read_memory_hwaddr(address, vcpu->buffer, sizeof(*value)) != QEMU_PLUGIN_HWADDR_OPERATION_OK) {
+        return false;
     }
-    return value;
+    memcpy(value, vcpu->buffer->data, sizeof(*value));
+    return *value != UINT32_MAX; /* 32 vectors are never in service together: there are 16 a priority class */
 }
 
-/* Write EOI for the interrupt that was just delivered, if its vector is in the auto-EOI bitmap. */
+/*
+ * Write EOI for the interrupt that was just delivered, if its vector is in the auto-EOI bitmap. If the local APIC
+ * does not respond, tell the emulator, because the guest may now hang.
+ */
 static void end_interrupt(struct vcpu_state *vcpu, const uint64_t *vectors)
 {
     for (int word = 7; word >= 0; word--) {
-        uint32_t in_service = apic_read(vcpu, APIC_ISR + 0x10 * (uint64_t)word);
+        uint32_t in_service = 0;
+        if (!apic_read(vcpu, APIC_ISR + 0x10 * (uint64_t)word, &in_service)) {
+            vcpu->shared->auto_eoi_failures++;
+            emulator_wake();
+            return;
+        }
         if (in_service) {
             int vector = word * 32 + 31 - __builtin_clz(in_service);
             if (vectors[vector / 64] >> (vector % 64) & 1) {

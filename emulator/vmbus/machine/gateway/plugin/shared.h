@@ -71,7 +71,8 @@ struct gateway_vcpu {
     uint64_t faults;
     uint64_t auto_eois;
     uint64_t no_slot;
-    uint64_t reserved0[8];
+    uint64_t auto_eoi_failures; /* interrupts for which the local APIC's registers could not be read */
+    uint64_t reserved0[7];
     _Atomic uint64_t retired[GATEWAY_SLOTS];  /* G: sequence number of the last finished request */
     _Atomic uint64_t auto_eoi[4];             /* E: bitmap of vectors that the gateway ends */
     uint64_t reserved1[4];
