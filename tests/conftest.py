@@ -12,6 +12,13 @@ import logging
 from collections.abc import Generator
 
 import pytest
+from vmbus import refusals
+
+
+@pytest.fixture(autouse=True)
+def fresh_line_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each test log each reason: the limit is one for the process."""
+    monkeypatch.setattr(refusals, "OF_PROCESS", refusals.LineLimit())
 
 
 class LostExceptions(logging.Handler):

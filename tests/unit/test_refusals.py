@@ -1,16 +1,18 @@
-"""Refusals are counted always, logged at most once a second and reason."""
+"""Refusals are counted always, logged at most once a second and reason in the whole process."""
 
 from __future__ import annotations
 
 import logging
 
 import pytest
-from vmbus.refusals import Refusals
+from vmbus.refusals import MAX_REASONS, LineLimit, Refusals
+
+LOGGER = logging.getLogger("test")
 
 
 def test_lines_are_rate_limited_for_each_reason(caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
-    refusals = Refusals("bus", logging.getLogger("test"), clock=lambda: now)
+    refusals = Refusals("bus", LOGGER, limit=LineLimit(lambda: now))
     with caplog.at_level(logging.WARNING):
         for _ in range(5):
             refusals.refuse("open-state", "detail")
@@ -26,3 +28,20 @@ def test_lines_are_rate_limited_for_each_reason(caplog: pytest.LogCaptureFixture
     ]
     assert refusals.counts == {"open-state": 7, "other": 1}
     assert refusals.total == 8
+
+
+def test_a_guest_that_makes_new_parts_gets_no_more_lines(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = [Refusals(f"channel {number}", LOGGER) for number in range(500)]
+        for refusals in found:
+            refusals.refuse("ic-bad-version", "by a guest that opens and closes")
+    assert len(caplog.records) <= 2  # a second may begin meanwhile
+    assert all(refusals.total == 1 for refusals in found)
+
+
+def test_reasons_that_are_remembered_are_bounded() -> None:
+    limit = LineLimit(lambda: 0.0)
+    for number in range(MAX_REASONS + 10):
+        assert limit.admit("test", str(number)) == 0
+        assert limit.admit("test", str(number)) is None
+    assert limit.admit("test", "0") == 0  # forgotten meanwhile

@@ -6,7 +6,6 @@ Exit status: 0 for success, 1 for failure, 2 for wrong usage; ``run -- CMD`` exi
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -18,7 +17,9 @@ from vmbus.cli import (
     device,
     doctor,
     guest_info,
+    logs,
     migrate,
+    output,
     qemu_args,
     run,
     setup,
@@ -77,7 +78,23 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: that of the process) and return the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    output.open_streams()
+    try:
+        try:
+            status = _main(list(sys.argv[1:] if argv is None else argv))
+        except SystemExit as ended:  # argparse, after --help or a wrong option
+            output.finish()
+            raise ended from None
+        output.finish()
+    except output.OutputClosed:
+        return 1
+    except output.OutputFailed as error:
+        output.tell(f"vmbus: {error}")
+        return error.exit_status
+    return status
+
+
+def _main(words: list[str]) -> int:
     command: list[str] = []
     if "--" in words:
         at = words.index("--")
@@ -85,23 +102,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(words)
     arguments.command = command
     if command and arguments.verb != "run":
-        print(f"vmbus {arguments.verb} takes no command after --; only `vmbus run` does", file=sys.stderr)
+        output.tell(f"vmbus {arguments.verb} takes no command after --; only `vmbus run` does")
         return 2
-    levels = {0: logging.WARNING, 1: logging.INFO}
-    logging.basicConfig(
-        level=levels.get(arguments.verbose, logging.DEBUG),
-        format="vmbus: %(name)s: %(message)s" if arguments.verbose else "vmbus: %(message)s",
-        stream=sys.stderr,
-    )
+    logs.set_up(arguments.verbose)
     try:
         return int(arguments.action(arguments))
+    except output.OutputClosed:
+        raise
     except UserError as error:
-        print(f"vmbus {arguments.verb}: {error}", file=sys.stderr)
+        output.complain(arguments.verb, error)
         return error.exit_status
     except VmbusError as error:
-        print(f"vmbus {arguments.verb}: {error}", file=sys.stderr)
+        output.complain(arguments.verb, error)
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        return 1

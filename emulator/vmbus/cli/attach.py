@@ -6,12 +6,12 @@ import argparse
 import asyncio
 import contextlib
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 from vmbus.cli.devices import registry
 from vmbus.cli.options import add_host_options, device_lines, host_options
+from vmbus.cli.output import tell
 from vmbus.cli.serving import CONTROL_COMMANDS
 from vmbus.machine import rundir
 from vmbus.machine.host import ExitReason, Host
@@ -80,13 +80,10 @@ async def _attach(arguments: argparse.Namespace) -> int:
             if arguments.carrier is not None:
                 await host.migration.listen(CarrierAddress.parse(arguments.carrier))
             await served.start()
-            print(
-                f"attached to QEMU {host.facts.version} (process {host.facts.pid}) as {directory.name}",
-                file=sys.stderr,
-            )
+            tell(f"attached to QEMU {host.facts.version} (process {host.facts.pid}) as {directory.name}")
             exit_reason = await served.serve()
     finally:
         shutil.rmtree(directory.path, ignore_errors=True)
     if exit_reason is not ExitReason.STOPPED:
-        print(f"QEMU (process {host.facts.pid}) ended: {exit_reason.value}", file=sys.stderr)
+        tell(f"QEMU (process {host.facts.pid}) ended: {exit_reason.value}")
     return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import datetime
-import json
 import re
 import sys
 import tempfile
@@ -13,11 +12,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, cast
 
 from vmbus.bus.io.device import Device
 from vmbus.cli.devices import registry
 from vmbus.cli.options import DEFAULT_GUEST
+from vmbus.cli.output import is_terminal, one_line, redraw, show, show_json
 from vmbus.cli.run import guest_modules, make_image
 from vmbus.cli.status import channel_table
 from vmbus.errors import UserError
@@ -73,7 +73,6 @@ def add_parser(verbs: Any) -> None:
 class Screen:
     """The output: finished lines, and on a terminal a part below them that is redrawn."""
 
-    stream: TextIO
     quiet: bool = False
     _live_lines: int = field(default=0, init=False)
 
@@ -81,26 +80,26 @@ class Screen:
         """Print a line that stays."""
         if not self.quiet:
             self._erase()
-            print(text, file=self.stream, flush=True)
+            show(text)
 
     def live(self, text: str) -> None:
         """Redraw the part below the finished lines; without a terminal, print nothing."""
-        if not self.quiet and self.stream.isatty():
+        if not self.quiet and is_terminal(sys.stdout):
             self._erase()
-            print(text, file=self.stream, flush=True)
+            show(text)
             self._live_lines = text.count("\n") + 1
 
     def _erase(self) -> None:
         if self._live_lines:
-            self.stream.write(f"\x1b[{self._live_lines}F\x1b[J")
+            redraw(self._live_lines)
             self._live_lines = 0
 
 
 def main(arguments: argparse.Namespace) -> int:
-    screen = Screen(sys.stdout, quiet=arguments.json)
+    screen = Screen(quiet=arguments.json)
     result = asyncio.run(Demo(screen, arguments.guest, arguments.smp).run())
     if arguments.json:
-        print(json.dumps(result))
+        show_json(result)
     return 0
 
 
@@ -320,7 +319,7 @@ class Demo:
 
     def _last_console_line(self) -> str:
         lines = self._console().splitlines()
-        return f"  {self._at()}  {lines[-1][:100]}" if lines else f"  {self._at()}  firmware"
+        return f"  {self._at()}  {one_line(lines[-1][:100])}" if lines else f"  {self._at()}  firmware"
 
     async def _read(self) -> None:
         received = CommandOutput()

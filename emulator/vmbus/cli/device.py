@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from vmbus.bus.io.device import Device
 from vmbus.cli.devices import registry
+from vmbus.cli.output import show, show_json
 from vmbus.cli.table import table
 from vmbus.devices.joined import Joinable
 from vmbus.devices.options import parse_size
@@ -99,12 +98,11 @@ def main(arguments: argparse.Namespace) -> int:
     control = rundir.find(name) / "control.sock"
     found = ask(control, "device", answer_timeout=CONTROL_TIMEOUT, **request)
     if arguments.json:
-        json.dump(found, sys.stdout, indent=2)
-        print()
+        show_json(found, indent=2)
     elif action == "list":
-        print(render(found["devices"]))
+        show(render(found["devices"]))
     else:
-        print(found["done"])
+        show(found["done"])
     return 0
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
+from vmbus.cli.output import show, show_json
 from vmbus.cli.table import table
 from vmbus.devices.registry import Registry
 from vmbus.errors import VmbusError
@@ -38,13 +38,13 @@ def main(arguments: argparse.Namespace) -> int:
     libraries = (gateway_build.LIBRARY, *Registry().native_libraries())
     checks = examine(more=[_compiled(each) for each in libraries])
     if arguments.json:
-        print(json.dumps([check.as_json() for check in checks], indent=2))
+        show_json([check.as_json() for check in checks], indent=2)
     else:
         rows = [(check.state.value, check.name, check.found) for check in checks]
-        print(table(("", "what", "found"), rows))
+        show(table(("", "what", "found"), rows))
         for check in checks:
             if check.remedy and check.state is not State.OK:
-                print(f"{check.name}: {check.remedy}")
+                show(f"{check.name}: {check.remedy}")
     return 0 if healthy(checks) else 1
 
 

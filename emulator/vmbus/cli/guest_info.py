@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from vmbus.cli.output import show, show_json
 from vmbus.cli.table import table
 from vmbus.provision.drivers import guest_info
 from vmbus.provision.kernel import GUESTS, find_kernel
@@ -41,9 +41,9 @@ def main(arguments: argparse.Namespace) -> int:
         folder = find_kernel(arguments.kernel).modules or folder
     found = guest_info(folder)
     if arguments.json:
-        print(json.dumps(found.as_json(), indent=2))
+        show_json(found.as_json(), indent=2)
         return 0
-    print(f"Linux {found.release}, bus driver: {found.bus}")
+    show(f"Linux {found.release}, bus driver: {found.bus}")
     rows = [
         (
             driver.device,
@@ -53,9 +53,9 @@ def main(arguments: argparse.Namespace) -> int:
         )
         for driver in found.drivers
     ]
-    print(table(("device", "driver", "load order", "interface"), rows))
+    show(table(("device", "driver", "load order", "interface"), rows))
     if found.missing:
-        print(f"no driver for: {', '.join(found.missing)}")
+        show(f"no driver for: {', '.join(found.missing)}")
     if found.generic:
-        print(f"for any device: {', '.join(found.generic)}")
+        show(f"for any device: {', '.join(found.generic)}")
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import sys
 import threading
@@ -12,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vmbus.cli.output import ERASE_LINE, is_terminal, note, one_line, show, show_json
 from vmbus.cli.table import table
 from vmbus.errors import UsageError, UserError
 from vmbus.machine import rundir
@@ -144,7 +144,7 @@ def main(arguments: argparse.Namespace) -> int:
                 "no --share-memory, no --wait-ready"
             )
         ask(control, "take-back")
-        print("the guest was resumed here")
+        show("the guest was resumed here")
         return 0
     if arguments.wait_ready:
         return _wait_ready(control, uri, arguments)
@@ -168,14 +168,11 @@ def main(arguments: argparse.Namespace) -> int:
         control, "migrate" if uri else "move", request, arguments.timeout + 30, descriptors
     )
     if arguments.json:
-        json.dump(found, sys.stdout, indent=2)
-        print()
+        show_json(found, indent=2)
     else:
-        print(render(found))
+        show(render(found))
         if arguments.keep:
-            print(
-                "the guest is kept here, stopped; if the target refused it, run `vmbus migrate --take-back`"
-            )
+            show("the guest is kept here, stopped; if the target refused it, run `vmbus migrate --take-back`")
     return 0
 
 
@@ -185,10 +182,9 @@ def _wait_ready(control: Path, uri: str | None, arguments: argparse.Namespace) -
     timeout = arguments.timeout
     found = ask(control, "wait-ready", answer_timeout=timeout + 30, timeout=timeout)
     if arguments.json:
-        json.dump(found, sys.stdout, indent=2)
-        print()
+        show_json(found, indent=2)
     else:
-        print(f"ready: {found['state_bytes']} bytes of state; QEMU waits for migrate-continue")
+        show(f"ready: {found['state_bytes']} bytes of state; QEMU waits for migrate-continue")
     return 0
 
 
@@ -220,16 +216,14 @@ def _ask_with_progress(
     shown = False
     while asking.is_alive():
         asking.join(_POLL)
-        if asking.is_alive() and sys.stderr.isatty():
+        if asking.is_alive() and is_terminal(sys.stderr):
             try:
-                print(
-                    f"\r\x1b[K{_line(ask(control, 'migration', answer_timeout=5))}", end="", file=sys.stderr
-                )
+                note(ERASE_LINE + one_line(_line(ask(control, "migration", answer_timeout=5))))
             except UserError:
                 continue  # the guest has left already, or is at the switch-over
             shown = True
     if shown:
-        print("\r\x1b[K", end="", file=sys.stderr)
+        note(ERASE_LINE)
     if isinstance(result[0], UserError):
         raise result[0]
     return result[0]

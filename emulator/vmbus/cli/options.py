@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from vmbus.cli.output import show
 from vmbus.devices.registry import Registry
 from vmbus.errors import VmbusError
 from vmbus.hypervisor.features import Features
@@ -56,9 +57,10 @@ class DeviceOption(argparse.Action):
         name, *pairs = text.replace(",,", "\0").split(",")
         if text == "help" or "help" in pairs:
             try:
-                print(Registry().help(name if pairs else None))
+                found = Registry().help(name if pairs else None)
             except VmbusError as error:
                 parser.error(str(error))
+            show(found)
             parser.exit()
         setattr(namespace, self.dest, [*getattr(namespace, self.dest), text])
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 from vmbus.cli.options import size
+from vmbus.cli.output import show_exactly, show_json, tell
 from vmbus.errors import UsageError
 from vmbus.machine.gateway import build as gateway_build
 from vmbus.machine.migration.vmstate import configure_daemon
@@ -84,13 +83,13 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.migratable:
         configuration = directory / "dbus.conf"
         configuration.write_text(configure_daemon(directory / "dbus.sock"))
-        print(f"start first: dbus-daemon --config-file={configuration} --nofork --nopidfile", file=sys.stderr)
+        tell(f"start first: dbus-daemon --config-file={configuration} --nofork --nopidfile")
     if arguments.readconfig:
-        print(readconfig_file(options), end="")
+        show_exactly(readconfig_file(options).rstrip("\n"))
     elif arguments.libvirt:
-        print(libvirt(options.options()), end="")
+        show_exactly(libvirt(options.options()).rstrip("\n"))
     elif arguments.json:
-        print(json.dumps(options.argv()))
+        show_json(options.argv())
     else:
-        print(shlex.join(options.argv()))
+        show_exactly(shlex.join(options.argv()))
     return 0

@@ -18,6 +18,7 @@ from vmbus.bus.io.device import Device
 from vmbus.cli.devices import registry
 from vmbus.cli.migrate import own_descriptor
 from vmbus.cli.options import DEFAULT_GUEST, add_host_options, device_lines, host_options, size
+from vmbus.cli.output import Echo, is_terminal, show_exactly, tell
 from vmbus.cli.serving import CONTROL_COMMANDS
 from vmbus.errors import DeviceError, UsageError, UserError
 from vmbus.machine import rundir
@@ -272,7 +273,7 @@ def main(arguments: argparse.Namespace) -> int:
         options = emulator_options(
             directory, decided.memory, decided.gateway, migratable=decided.qemu.dbus_vmstate
         )
-        print(shlex.join(command_line(decided.qemu.argv_prefix, directory, options, decided.guest)))
+        show_exactly(shlex.join(command_line(decided.qemu.argv_prefix, directory, options, decided.guest)))
         return 0
     return asyncio.run(_run(decided, bool(arguments.command), arguments.timeout))
 
@@ -280,12 +281,12 @@ def main(arguments: argparse.Namespace) -> int:
 async def _run(decided: Plan, command: bool, timeout: float | None) -> int:
     try:
         async with asyncio.timeout(timeout):
-            return await run_guest(decided, sys.stdout.buffer.write if command else None)
+            return await run_guest(decided, Echo() if command else None)
     except TimeoutError:
         raise UserError(f"the guest did not end within {timeout:g} s (--timeout), so it was ended") from None
 
 
-async def run_guest(decided: Plan, output: Callable[[bytes], object] | None) -> int:
+async def run_guest(decided: Plan, output: Echo | None) -> int:
     """Start and serve the guest until it ends, passing what its command prints to ``output``.
 
     Return the command's exit status, or 0 for a guest without a command that was powered off.
@@ -305,11 +306,10 @@ async def run_guest(decided: Plan, output: Callable[[bytes], object] | None) -> 
             await _receive(guest.host, decided.incoming, decided.carrier)
             await arrived(guest.host.migration, None)
         if output is None or guest.command is None:
-            if sys.stderr.isatty():
-                print(
+            if is_terminal(sys.stderr):
+                tell(
                     f"serving {guest.directory.name}; `vmbus status {guest.directory.name}` shows its channels, "
-                    "Ctrl-C ends it",
-                    file=sys.stderr,
+                    "Ctrl-C ends it"
                 )
             exit_reason = await guest.served.serve()
             if exit_reason is ExitReason.QEMU_GONE:
@@ -325,7 +325,7 @@ async def _receive(host: Host, uri: str, carrier: CarrierAddress | None) -> None
         os.close(number)  # QEMU has a copy; the peer must see it when QEMU closes that
 
 
-async def _command(guest: Guest, output: Callable[[bytes], object], *, under_way: bool) -> int:
+async def _command(guest: Guest, output: Echo, *, under_way: bool) -> int:
     """Pass on what the guest's command prints; return its exit status, or 0 if the guest moved elsewhere.
 
     ``under_way``: the command was started before the guest arrived here.
@@ -336,12 +336,15 @@ async def _command(guest: Guest, output: Callable[[bytes], object], *, under_way
     async def read() -> None:
         async for data in guest.command_output():
             if found := received.feed(data):
-                output(found)
-                sys.stdout.flush()
-        output(received.close())
-        sys.stdout.flush()
+                output.write(found)
+        output.write(received.close(), final=True)
+
+    def stop_unread(reading: asyncio.Future[None]) -> None:
+        if not reading.cancelled() and reading.exception() is not None:
+            guest.host.stop()
 
     reading = asyncio.ensure_future(read())
+    reading.add_done_callback(stop_unread)
     exit_reason = await guest.served.serve()
     if exit_reason in (ExitReason.STOPPED, ExitReason.MIGRATED):
         reading.cancel()  # the port stays open as long as QEMU runs
@@ -352,7 +355,7 @@ async def _command(guest: Guest, output: Callable[[bytes], object], *, under_way
     if exit_reason is ExitReason.STOPPED:
         return 130
     if exit_reason is ExitReason.MIGRATED:
-        print("vmbus run: the guest was migrated, and its command continues there", file=sys.stderr)
+        tell("vmbus run: the guest was migrated, and its command continues there")
         return 0
     raise UserError(_explain(guest, received))
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vmbus.cli.options import DEFAULT_GUEST
+from vmbus.cli.output import show, show_json
 from vmbus.devices.registry import Registry
 from vmbus.errors import MissingRequirement
 from vmbus.machine.gateway import build as gateway_build
@@ -90,18 +89,17 @@ def main(arguments: argparse.Namespace) -> int:
             "system": str(system) if system is not None else None,
             **{name.replace(" ", "_"): path for name, path in built.items()},
         }
-        json.dump(result, sys.stdout)
-        print()
+        show_json(result)
         return 0
-    print(f"QEMU {version} ({found.qemu.origin})")
+    show(f"QEMU {version} ({found.qemu.origin})")
     for kernel in found.kernels:
-        print(f"guest {kernel.name}: Linux {kernel.release}")
-    print(f"gateway {gateway}")
+        show(f"guest {kernel.name}: Linux {kernel.release}")
+    show(f"gateway {gateway}")
     if system is not None:
-        print(f"Debian system {system}")
+        show(f"Debian system {system}")
 
     for name, path in built.items():
-        print(f"{name} {path}")
+        show(f"{name} {path}")
     return 0
 
 
@@ -115,14 +113,14 @@ def _dry_run(guests: list[str], system: Path | None) -> int:
     for name, check in checks:
         try:
             check()
-            print(f"{name}: already here")
+            show(f"{name}: already here")
         except MissingRequirement as missing:
-            print(f"{name}: to be fetched or made ({missing})")
+            show(f"{name}: to be fetched or made ({missing})")
     for guest in guests:
         try:
-            print(f"guest {guest}: already here (Linux {find_kernel(guest).release})")
+            show(f"guest {guest}: already here (Linux {find_kernel(guest).release})")
         except MissingRequirement:
-            print(f"guest {guest}: to be fetched")
+            show(f"guest {guest}: to be fetched")
     names = ", ".join(["gateway", *[each.name_in_reports for each in Registry().native_libraries()]])
-    print(f"{names}: compiled from source if that has not been done yet")
+    show(f"{names}: compiled from source if that has not been done yet")
     return 0

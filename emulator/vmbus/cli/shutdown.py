@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from vmbus.cli.output import show
 from vmbus.errors import UserError
 from vmbus.machine import rundir
 from vmbus.machine.control import ask
@@ -40,7 +41,7 @@ def main(arguments: argparse.Namespace) -> int:
     action = "restart" if arguments.restart else "hibernate" if arguments.hibernate else "shutdown"
     control = rundir.find(arguments.name) / "control.sock"
     found = ask(control, "shutdown", action=action, force=arguments.force)
-    print(found["result"])
+    show(found["result"])
     return 0 if found["agreed"] else 1
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from vmbus.cli.output import show, show_json
 from vmbus.cli.table import table
 from vmbus.errors import UsageError, UserError
 from vmbus.machine import rundir
@@ -70,10 +69,9 @@ def main(arguments: argparse.Namespace) -> int:
         timeout=arguments.timeout,
     )
     if arguments.json:
-        json.dump(found, sys.stdout, indent=2)
-        print()
+        show_json(found, indent=2)
     else:
-        print(render(arguments.what, tag, found))
+        show(render(arguments.what, tag, found))
     return 0
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Mapping
 from typing import Any
 
+from vmbus.cli.output import one_line, show, show_json
 from vmbus.cli.table import table
 from vmbus.machine import rundir
 from vmbus.machine.control import ask
@@ -36,10 +35,9 @@ def main(arguments: argparse.Namespace) -> int:
     directory = rundir.find(arguments.name)
     found = ask(directory / "control.sock", "status")
     if arguments.json:
-        json.dump(found, sys.stdout, indent=2)
-        print()
+        show_json(found, indent=2)
     else:
-        print(render(found))
+        show(render(found))
     return 0
 
 
@@ -49,20 +47,22 @@ def render(status: Mapping[str, Any]) -> str:
     guest = status["partition"]["guest_os"]
     version = bus["version"] or "not connected"
     lines = [
-        f"{status['name']}: {guest or 'no guest system yet'}, VMBus {version}, "
+        f"{status['name']}: {one_line(guest) or 'no guest system yet'}, VMBus {version}, "
         f"{status['vcpus']} vCPU{'s' if status['vcpus'] != 1 else ''}, QEMU {status['qemu']['version']}",
         channel_table(status),
     ]
     if disks := disk_table(status):
         lines += ["", disks, ""]
     for why in status.get("stopped_because", ()):
-        lines.append(f"stopped: {why}; remove the cause, then run `vmbus cont {status['name']}`")
-    lines += [f"problem: {sentence}" for sentence in status.get("problems", ())]
+        lines.append(f"stopped: {one_line(why)}; remove the cause, then run `vmbus cont {status['name']}`")
+    lines += [f"problem: {one_line(sentence)}" for sentence in status.get("problems", ())]
     refused = {**status["partition"]["refusals"], **bus["refusals"]}
     if refused:
-        lines.append("refused: " + ", ".join(f"{reason} ({count})" for reason, count in refused.items()))
+        lines.append(
+            "refused: " + ", ".join(f"{one_line(reason)} ({count})" for reason, count in refused.items())
+        )
     for crash in status["crashes"]:
-        lines.append(f"the guest crashed: {crash}")
+        lines.append(f"the guest crashed: {one_line(crash)}")
     return "\n".join(lines)
 
 
@@ -100,7 +100,7 @@ def disk_table(status: Mapping[str, Any]) -> str:
         return ""
     transfers = ("reads", "bytes", "writes", "bytes", "flushes", "depth")
     heads = ("disk", "size", *transfers, "median", "90 %", "99 %", "image", "errors")
-    return "\n".join([table(heads, rows, right=range(1, 11)), *troubles])
+    return "\n".join([table(heads, rows, right=range(1, 11)), *map(one_line, troubles)])
 
 
 def _image(unit: Mapping[str, Any]) -> str:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from vmbus.cli.output import one_line
+
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> str:
-    """Return a table with columns two spaces apart; those with their number in ``right`` are aligned to the right."""
+    """Return a table with columns two spaces apart; those with their number in ``right`` are aligned to the right.
+
+    No cell can add a row.
+    """
+    rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [
         max(len(head), *(len(row[i]) for row in rows)) if rows else len(head) for i, head in enumerate(heads)
     ]
