@@ -45,16 +45,29 @@ class FrameFlags(IntFlag):
     """The guest was running before it was migrated, and is to run at the target."""
 
 
+class GreetingFlags(IntFlag):
+    """Bits of :attr:`Greeting.flags`."""
+
+    FRESH = 1
+    """The target's machine has no UUID: ``machine`` was chosen at random for this connection."""
+
+
 @dataclass(frozen=True, slots=True)
 class Greeting:
-    """The first message on a connection, 32 bytes; ``machine``: UUID of the target's machine, 0 if it has none."""
+    """The first message on a connection, 32 bytes; ``machine``: UUID that the frame has to have."""
 
     format: int
     machine: UUID
+    flags: int = 0
 
 
 GREETING = Record(
-    Greeting, "_magic" / c.Const(b"VMBg"), "format" / c.Int32ul, "machine" / Guid, "_reserved" / c.Padding(8)
+    Greeting,
+    "_magic" / c.Const(b"VMBg"),
+    "format" / c.Int32ul,
+    "machine" / Guid,
+    "flags" / c.Int32ul,
+    "_reserved" / c.Padding(4),
 )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from uuid import UUID
@@ -11,11 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from vmbus.errors import MalformedError, UsageError, UserError
+from vmbus.machine.migration import side_channel
 from vmbus.machine.migration.side_channel import CarrierAddress, IncomingCarrier, OutgoingCarrier
 from vmbus.saving import Reason, StateRefused
 from vmbus.wire.frame import FRAME_HEADER, REFERENCE, Reference, build_frame, frame_size, parse_frame
 
-MACHINE, OTHER, MIGRATION = UUID(int=1), UUID(int=2), UUID(int=3)
+MACHINE, OTHER, MIGRATION, NONE = UUID(int=1), UUID(int=2), UUID(int=3), UUID(int=0)
 STATE = bytes(range(256)) * 3
 
 
@@ -149,6 +153,76 @@ async def test_nobody_and_another_machine_are_told_before_anything_happens(tmp_p
             await OutgoingCarrier.open(address, OTHER)
 
 
+async def test_machines_without_a_uuid_get_one_for_the_connection(tmp_path: Path) -> None:
+    address = CarrierAddress("unix", tmp_path / "c")
+    there = await IncomingCarrier.listen(address, NONE, lambda _: None)
+    first, second = [await OutgoingCarrier.open(address, NONE) for _ in range(2)]
+    assert NONE not in (first.machine, second.machine) and first.machine != second.machine
+    for stray in (NONE, second.machine):
+        with pytest.raises(StateRefused, match="state belongs to machine"):
+            await first.deliver(frame(machine=stray))
+        await first.close()
+        first = await OutgoingCarrier.open(address, NONE)
+    await first.deliver(frame(machine=first.machine))
+    assert there.frame().state == STATE
+    with pytest.raises(UserError, match="waits for machine"):  # one that has a UUID is another machine
+        await OutgoingCarrier.open(address, MACHINE)
+    for each in (first, second):
+        await each.close()
+    await there.close()
+
+
+async def test_another_user_neither_sends_nor_receives_a_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(
+        side_channel, "_ours", lambda uid: uid != os.getuid()
+    )  # as another user sees this one
+    address = CarrierAddress("unix", tmp_path / "c")
+    async with target(address) as there:
+        with pytest.raises(UserError, match=f"belongs to user {os.getuid()}"):
+            await OutgoingCarrier.open(address, MACHINE)
+        reader, writer = await asyncio.open_unix_connection(str(address.path))
+        async with asyncio.timeout(10):
+            assert await reader.read() == b""  # not even a greeting
+        writer.close()
+        with pytest.raises(StateRefused, match="no state has arrived"):
+            there.frame()
+    assert f"belongs to user {os.getuid()}" in caplog.text
+
+
+@pytest.mark.skipif(
+    os.getuid() != 0 or not Path("/usr/bin/python3").exists(),
+    reason="needs root, to become another user, and a Python that all users can execute",
+)
+async def test_a_process_of_another_user_is_turned_away() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        address = CarrierAddress("unix", Path(folder) / "c")
+        async with target(address):
+            address.path.chmod(0o666)
+            process = await asyncio.create_subprocess_exec(
+                "/usr/bin/python3",
+                "-c",
+                "import socket, sys\n"
+                "s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); sys.exit(len(s.recv(64)))",
+                str(address.path),
+                user=65534,
+                group=65534,
+                extra_groups=(),
+            )
+            async with asyncio.timeout(30):
+                assert await process.wait() == 0
+
+
+async def test_a_file_in_the_place_of_the_socket_is_kept(tmp_path: Path) -> None:
+    address = CarrierAddress("unix", tmp_path / "disk.img")
+    address.path.write_text("precious")
+    with pytest.raises(UserError, match="no socket"):
+        await IncomingCarrier.listen(address, MACHINE, lambda _: None)
+    assert address.path.read_text() == "precious"
+
+
 # --- a file ---------------------------------------------------------------------------------------------------
 
 
@@ -169,3 +243,56 @@ async def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     address.path.mkdir()
     with pytest.raises(StateRefused, match="cannot write"):
         await source.deliver(frame())
+
+
+async def test_a_file_that_was_put_there_before_is_not_written_to(tmp_path: Path) -> None:
+    address = CarrierAddress("file", tmp_path / "state")
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (tmp_path / "state.part").symlink_to(precious)
+    address.path.symlink_to(precious)
+    source = await OutgoingCarrier.open(address, MACHINE)
+    await source.deliver(frame())
+    assert precious.read_text() == "precious"
+    assert not address.path.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["precious", "state", "state.part"]
+
+
+async def test_a_file_is_read_if_nobody_else_can_have_written_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = CarrierAddress("file", tmp_path / "state")
+    async with target(address) as there:
+        address.path.write_bytes(frame())
+        address.path.chmod(0o644)
+        assert there.frame().state == STATE
+        address.path.chmod(0o666)
+        with pytest.raises(StateRefused, match="nobody but you can write"):
+            there.frame()
+        address.path.chmod(0o600)
+        monkeypatch.setattr(side_channel, "_ours", lambda uid: False)
+        with pytest.raises(StateRefused, match="belongs to user"):
+            there.frame()
+        monkeypatch.undo()
+        address.path.unlink()
+        os.mkfifo(address.path)  # read() would wait for a writer, and the event loop with it
+        with pytest.raises(StateRefused, match="no plain file"):
+            there.frame()
+        address.path.unlink()
+        address.path.symlink_to(tmp_path / "other")
+        (tmp_path / "other").write_bytes(frame())
+        with pytest.raises(StateRefused, match="cannot read the state"):
+            there.frame()
+
+
+async def test_a_file_is_read_up_to_the_size_of_a_frame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = CarrierAddress("file", tmp_path / "state")
+    monkeypatch.setattr(side_channel, "_MAX_FRAME", len(frame()))
+    async with target(address) as there:
+        address.path.write_bytes(frame())
+        assert there.frame().state == STATE
+        address.path.write_bytes(frame() + b"x")
+        with pytest.raises(StateRefused, match="has more than"):
+            there.frame()

@@ -9,15 +9,25 @@ That is the case without ``dbus-vmstate``, and for a state of more than its 1 Mi
                 when memory has arrived. A refusal comes late: the source stays paused, and can be taken back
 
 With ``dbus-vmstate``, QEMU's stream refers to the frame by its digest, and ``Load()`` refuses any other frame.
-Without it, the user is responsible for that; only the UUIDs of the machines are compared, if they have any.
+Without it, the user is responsible for that; only the UUIDs of the machines are compared. A target without one
+chooses a random one for each connection, so that the frame of another connection is refused.
+
+A state is the guest's memory map, its rings and its secrets, and it decides what the target does: both ends of a
+socket, and the owner of a file, have to be this process's user (or root, from whom nothing is kept anyway). A socket
+that was forwarded from another machine (``ssh -L``, ``socat``) belongs to the user who forwards it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
+import secrets
+import socket
+import stat
+import struct
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +48,7 @@ from vmbus.wire.frame import (
     VERDICT_HEADER_SIZE,
     Frame,
     Greeting,
+    GreetingFlags,
     Reference,
     Verdict,
     build_frame,
@@ -49,6 +60,8 @@ _logger = logging.getLogger(__name__)
 
 _TIMEOUT = 20.0
 """Seconds for a greeting, or for a frame and its verdict; the guest is stopped in that time."""
+
+_MAX_FRAME = MAX_LENGTH + FRAME_HEADER.size + DIGEST_SIZE
 
 CARRIED_LIMIT = MAX_LENGTH // 2
 """Maximum size of a state in bytes."""
@@ -73,18 +86,40 @@ class CarrierAddress:
         return f"{self.kind}:{self.path}"
 
 
-class OutgoingCarrier:
-    """The source's end. Made by :meth:`open`."""
+_NO_MACHINE = UUID(int=0)
+_CREDENTIALS = struct.Struct("=iII")  # struct ucred
 
-    def __init__(self, address: CarrierAddress) -> None:
+
+def _ours(uid: int) -> bool:
+    return uid in (os.geteuid(), 0)
+
+
+def _check_peer(writer: asyncio.StreamWriter) -> None:
+    """Raise ``PermissionError`` if the process at the other end of a Unix socket is another user's."""
+    found: socket.socket = writer.get_extra_info("socket")
+    data = found.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _ = _CREDENTIALS.unpack(data)
+    if not _ours(uid):
+        raise PermissionError(
+            f"process {pid} at the other end belongs to user {uid}, this one to user {os.geteuid()}; run both "
+            "emulators as one user, or forward the socket as that user"
+        )
+
+
+class OutgoingCarrier:
+    """The source's end, for a guest with the UUID ``machine``. Made by :meth:`open`."""
+
+    def __init__(self, address: CarrierAddress, machine: UUID) -> None:
         self.address = address
+        self.machine = machine
+        """UUID for the frame."""
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
 
     @classmethod
     async def open(cls, address: CarrierAddress, machine: UUID) -> OutgoingCarrier:
         """Connect and check the target's greeting. Raises :class:`~vmbus.errors.UserError`: nothing has changed."""
-        made = cls(address)
+        made = cls(address, machine)
         if address.kind == "file":
             if not address.path.parent.is_dir():
                 raise UserError(f"{address}: there is no directory {address.path.parent}")
@@ -92,12 +127,18 @@ class OutgoingCarrier:
         try:
             async with asyncio.timeout(_TIMEOUT):
                 made._reader, made._writer = await asyncio.open_unix_connection(str(address.path))
+                _check_peer(made._writer)
                 greeting = GREETING.parse(await made._reader.readexactly(GREETING.size))
+        except PermissionError as error:
+            await made.close()
+            raise UserError(f"no state is sent to {address}: {error}") from error
         except (OSError, EOFError, TimeoutError, MalformedError) as error:
             await made.close()
             raise UserError(
                 f"no emulator receives a state at {address} ({error}): start the target with --carrier {address}"
             ) from error
+        if machine == _NO_MACHINE and greeting.flags & GreetingFlags.FRESH:
+            made.machine = machine = greeting.machine
         if greeting.format != FORMAT or greeting.machine != machine:
             await made.close()
             raise UserError(
@@ -131,10 +172,16 @@ class OutgoingCarrier:
 
     def _store(self, frame: bytes) -> None:
         path = self.address.path
-        unfinished = path.with_name(path.name + ".part")
+        unfinished = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
         try:
-            with unfinished.open("wb") as file:
-                os.fchmod(file.fileno(), 0o600)
+            # Neither a file nor a link that somebody else put there is written to.
+            descriptor = os.open(
+                unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+            )
+        except OSError as error:
+            raise StateRefused(Reason.NOT_ACCEPTED, f"cannot write {path}: {error.strerror}") from error
+        try:
+            with open(descriptor, "wb") as file:  # noqa: PTH123 - of a descriptor
                 file.write(frame)
                 file.flush()
                 os.fsync(file.fileno())
@@ -153,6 +200,40 @@ class OutgoingCarrier:
             self._writer.close()
             with contextlib.suppress(OSError):
                 await self._writer.wait_closed()
+
+
+def read_state(path: Path) -> bytes:
+    """Return the bytes of a state's file, which nobody else can have written.
+
+    Raises ``OSError``, and :class:`~vmbus.saving.StateRefused` for a file of another user, one that others can
+    write, one that is no plain file, and one that is too large.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:  # noqa: PTH123 - of a descriptor
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise StateRefused(Reason.NOT_ACCEPTED, f"{path} is no plain file")
+        if not _ours(found.st_uid) or found.st_mode & 0o022:
+            raise StateRefused(
+                Reason.NOT_ACCEPTED,
+                f"{path} belongs to user {found.st_uid} and has mode {stat.S_IMODE(found.st_mode):o}: only a file "
+                "that nobody but you can write is read",
+            )
+        data = file.read(_MAX_FRAME + 1)
+    if len(data) > _MAX_FRAME:
+        raise StateRefused(Reason.NOT_ACCEPTED, f"{path} has more than {_MAX_FRAME} bytes")
+    return data
+
+
+def _remove_socket(path: Path) -> None:
+    """Remove the socket that an emulator left at ``path``. Raises ``OSError`` for anything else there."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise FileExistsError(errno.EEXIST, "it exists, and is no socket")
+    path.unlink()
 
 
 class IncomingCarrier:
@@ -176,7 +257,7 @@ class IncomingCarrier:
         made = cls(address, machine, check)
         if address.kind == "unix":
             try:
-                address.path.unlink(missing_ok=True)
+                _remove_socket(address.path)
                 made._server = await asyncio.start_unix_server(made._connected, str(address.path))
                 address.path.chmod(0o600)
             except OSError as error:
@@ -191,13 +272,17 @@ class IncomingCarrier:
             self.address.path.unlink(missing_ok=True)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        machine, flags = self._machine, 0
+        if machine == _NO_MACHINE:
+            machine, flags = uuid4(), int(GreetingFlags.FRESH)
         try:
-            writer.write(GREETING.build(Greeting(FORMAT, self._machine)))
+            _check_peer(writer)
+            writer.write(GREETING.build(Greeting(FORMAT, machine, flags)))
             start = await reader.readexactly(FRAME_HEADER.size)  # when the source's guest is stopped
             async with asyncio.timeout(_TIMEOUT):
                 try:
                     rest = await reader.readexactly(frame_size(start) - len(start))
-                    self._frame = self._sound(start + rest)
+                    self._frame = self._sound(start + rest, machine)
                 except (VmbusError, EOFError) as error:
                     _logger.error("a state was refused: %s", error)
                     verdict = Verdict(0, str(error).encode()[:1000])
@@ -205,17 +290,19 @@ class IncomingCarrier:
                     verdict = Verdict(1, b"")
                 writer.write(VERDICT.build(verdict))
                 await writer.drain()
+        except PermissionError as error:
+            _logger.warning("no state is accepted over %s: %s", self.address, error)
         except (OSError, EOFError, TimeoutError) as error:
             _logger.info("a source closed the side channel: %r", error)
         finally:
             writer.close()
 
-    def _sound(self, data: bytes) -> Frame:
+    def _sound(self, data: bytes, machine: UUID) -> Frame:
         frame = parse_frame(data)
-        if frame.machine != self._machine:
+        if frame.machine != machine:
             raise StateRefused(
                 Reason.NOT_ACCEPTED,
-                f"the state belongs to machine {frame.machine}, this is machine {self._machine}",
+                f"the state belongs to machine {frame.machine}, this is machine {machine}",
             )
         self._check(frame.state)
         return frame
@@ -228,7 +315,7 @@ class IncomingCarrier:
         found = self._frame
         if self.address.kind == "file":
             try:
-                found = self._sound(self.address.path.read_bytes())
+                found = self._sound(read_state(self.address.path), self._machine)
             except OSError as error:
                 raise StateRefused(
                     Reason.NOT_THERE, f"cannot read the state at {self.address}: {error.strerror}"
@@ -272,7 +359,7 @@ class SideChannel:
         if self._outgoing is None:
             raise StateRefused(Reason.WRONG_STATE, "the migration that this state was for has ended")
         frame = build_frame(
-            machine=await self._machine(),
+            machine=self._outgoing.machine,
             migration=uuid4(),
             ran=ran,
             writer=f"vmbus-emulator {__version__}",
