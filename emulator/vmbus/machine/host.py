@@ -32,7 +32,7 @@ from vmbus.bus.io.channel_io import ChannelDevice, ChannelIo
 from vmbus.bus.io.device import Device, DeviceEnvironment
 from vmbus.bus.messages import PostResult
 from vmbus.bus.server import Bus
-from vmbus.errors import GatewayError, QemuError, QemuGone
+from vmbus.errors import GatewayError, InternalError, QemuError, QemuGone
 from vmbus.hypervisor.cpuid import cpuid_table
 from vmbus.hypervisor.crash import CrashReport
 from vmbus.hypervisor.features import Features
@@ -345,6 +345,23 @@ class Host:
                 self.look_at_gateway()
         except (GatewayError, QemuGone) as error:
             self._lost(error)
+        except Exception as error:  # noqa: BLE001 - the event loop would only log it, and all traps hang
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """End the attachment after a bug, which :meth:`serve` raises; the guest waits for the next emulator."""
+        self._leave_gateway()
+        if self._ended.done():
+            _logger.error(
+                "internal error after the end of the attachment; please report this", exc_info=error
+            )
+            return
+        _logger.error("internal error while the guest was served", exc_info=error)
+        reason = InternalError(
+            f"the guest is not served any more, because of an internal error ({error!r}); please report this"
+        )
+        reason.__cause__ = error
+        self._ended.set_exception(reason)
 
     def look_at_gateway(self) -> None:
         """Serve the gateway in the next turn of the event loop: it may have traps and doorbells without a wake-up."""

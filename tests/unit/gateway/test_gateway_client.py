@@ -237,6 +237,15 @@ def test_a_fault_that_the_instruction_cannot_raise_is_our_bug(harness: Harness) 
     harness.done()
 
 
+def test_a_trap_of_unknown_kind_is_the_gateway_s_fault(harness: Harness) -> None:
+    gateway = harness.active()
+    harness.start(RDMSR, rcx=MSR)
+    select.select([gateway], [], [], 30)
+    gateway._region[gateway._slot_at[0]] = 0x77
+    with pytest.raises(GatewayError, match="unknown kind"):
+        gateway.traps()
+
+
 def test_tables_have_limits() -> None:
     gateway = Gateway.__new__(Gateway)
     with pytest.raises(InternalError, match="33 entries"):

@@ -1,11 +1,13 @@
-"""A guest that never stops asking leaves the emulator time for everything else."""
+"""A guest that never stops asking leaves the emulator time for everything else, and a bug ends its attachment."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from types import SimpleNamespace
 
 import pytest
+from vmbus.errors import InternalError, MalformedError
 from vmbus.machine.host import GATEWAY_ROUNDS, ExitReason, Host
 from vmbus.wire.msr import Msr
 from vmbus.wire.synic import REFERENCE_TSC_PAGE
@@ -20,6 +22,9 @@ class BusyGateway:
         self.rounds = 0
 
     def awake(self) -> None: ...
+
+    def fileno(self) -> int:
+        return 0
 
     def traps(self) -> list[object]:
         return []
@@ -100,3 +105,27 @@ async def test_a_reference_tsc_page_becomes_valid_when_the_tsc_is_known(os_id: i
     assert sequence() == 2
     host._gateway_ready()
     assert sequence() == 2, "it is written once"
+
+
+@pytest.mark.parametrize(
+    "bug", [ZeroDivisionError(), InternalError("answered twice"), MalformedError("odd", "x")]
+)
+async def test_a_bug_while_the_guest_is_served_ends_the_attachment_with_its_reason(
+    bug: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise every vCPU waits for ever for an answer, and nobody is told."""
+
+    def ring(connection: int) -> None:
+        raise bug
+
+    host = busy_host(BusyGateway())
+    host.partition.synic.ring_event_port = ring  # type: ignore[method-assign, assignment]
+    host.look_at_gateway()
+    async with asyncio.timeout(10):
+        with pytest.raises(InternalError, match="not served any more") as found:
+            await host.serve()
+    assert found.value.__cause__ is bug and repr(bug) in str(found.value)
+    host._gateway_ready()  # a second one, before the host is closed
+    assert [record.exc_info is not None for record in caplog.records if record.levelno == logging.ERROR] == [
+        True
+    ] * 2

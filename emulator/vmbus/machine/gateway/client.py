@@ -294,7 +294,8 @@ class Gateway:
     def traps(self) -> list[Trap]:
         """Return the requests that appeared since the last call, each once.
 
-        Raises :class:`~vmbus.errors.GatewayError` when another emulator has taken over.
+        Raises :class:`~vmbus.errors.GatewayError` when another emulator has taken over, and for a trap of unknown
+        kind.
         """
         if self._words[_CONTROL["owner"]] != self._owner:
             raise GatewayError("another emulator has taken over the trap gateway")
@@ -311,12 +312,15 @@ class Gateway:
             if quads[self._answer_at[index]] == sequence or quads[self._retired_at[index]] == sequence:
                 continue
             kind, flags, *registers = wire.SLOT_STRUCT.unpack_from(self._region, self._slot_at[index])
+            known = _KINDS.get(kind)
+            if known is None:
+                raise GatewayError(f"the trap gateway passed a trap of unknown kind {kind}")
             trap = Trap._make(
                 (
                     index // wire.SLOTS,
                     index % wire.SLOTS,
                     sequence,
-                    _KINDS[kind],
+                    known,
                     bool(flags & wire.SLOT_LONG_MODE),
                     *registers,
                 )
