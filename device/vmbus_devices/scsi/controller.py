@@ -316,6 +316,9 @@ class Controller(Device):
         """Return whether a channel has commands that have not ended."""
         return bool(self._requests.get(io)) or io.fast_in_flight > 0
 
+    def settled(self, io: ChannelIo) -> bool:
+        return not io.fast_in_flight and all(each.cancel is not None for each in self._requests.get(io, ()))
+
     def _any_busy(self) -> bool:
         return any(map(self._busy, self._requests))
 

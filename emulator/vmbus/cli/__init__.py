@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from vmbus import __version__
 from vmbus.cli import (
     attach,
+    channel,
     cont,
     demo,
     device,
@@ -67,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
         migrate,
         snapshot,
         device,
+        channel,
         cont,
         shutdown,
         guest_info,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from vmbus.cli import cont, device, migrate, shutdown, snapshot
+from vmbus.cli import channel, cont, device, migrate, shutdown, snapshot
 from vmbus.machine.served import HostCommand
 
 CONTROL_COMMANDS: dict[str, HostCommand] = {
     **shutdown.CONTROL_COMMANDS,
     **device.CONTROL_COMMANDS,
     **cont.CONTROL_COMMANDS,
+    **channel.CONTROL_COMMANDS,
     "migrate": migrate.answer,
     "move": migrate.move,  # a guest that `vmbus run` started has its own
     "take-back": migrate.take_back,

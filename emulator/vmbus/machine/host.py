@@ -225,7 +225,7 @@ class Host:
             service=self,
             dbus_address=self.facts.dbus_address,
         )
-        state = HostState(
+        self.state = HostState(
             partition=self.partition,
             bus=self.bus,
             memory=self.memory,
@@ -234,7 +234,7 @@ class Host:
             qtest=self.qtest,
             service=self,
         )
-        return Coordinator(ports, state, switchover=switchover)
+        return Coordinator(ports, self.state, switchover=switchover)
 
     @classmethod
     async def attach(

@@ -63,7 +63,6 @@ class BusChannel(Protocol):
     state: BusState
     request: OpenRequest | None
     counters: ChannelCounters
-    paused: bool
 
     @property
     def relid(self) -> int | None:
@@ -81,11 +80,8 @@ class BusChannel(Protocol):
     def gpadls(self) -> Mapping[int, Gpadl]:
         """The GPADLs of this channel by id."""
 
-    def pause(self) -> None:
-        """Let opens and modifications wait from now on."""
-
-    def resume(self) -> None:
-        """Undo ``pause``."""
+    def continue_endpoint(self) -> None:
+        """Have the endpoint of an open channel continue with the state that was restored into it."""
 
 
 class DeviceChannel:
@@ -104,6 +100,7 @@ class DeviceChannel:
         self._switched = 0
         self._changes = 0
         self._seen: tuple[object, ...] = ()
+        self._detached = False
 
     # --- SavableChannel: properties ---
 
@@ -117,7 +114,7 @@ class DeviceChannel:
 
     @property
     def paused(self) -> bool:
-        return self.channel.paused
+        return self.io.paused
 
     @property
     def changes(self) -> int:
@@ -140,13 +137,24 @@ class DeviceChannel:
 
     def pause(self) -> None:
         self._switched += 1
-        self.channel.pause()
         self.io.pause()
 
     def start(self) -> None:
         self._switched += 1
         self.io.resume()
-        self.channel.resume()
+        detached, self._detached = self._detached, False
+        if (
+            detached and self.channel.is_open and self.io.state is IoState.CLOSED
+        ):  # not closed, or opened anew
+            self.channel.continue_endpoint()
+
+    def detach(self) -> None:
+        """Put the device's end of a paused channel into the state of a new process; its guest does not notice.
+
+        Nothing of the device may be under way. Restore a state then: the guest's channel is still open.
+        """
+        self._detached = self.channel.is_open
+        self.io.detach()
 
     def disable(self) -> None:
         """Drop the restored state; the bus revokes the offer."""
@@ -212,7 +220,7 @@ class DeviceChannel:
         axes = ChannelAxes.ENABLED if channel.state is not BusState.RELEASED else ChannelAxes(0)
         for axis, holds in (
             (ChannelAxes.OPEN, request is not None),
-            (ChannelAxes.PAUSED, channel.paused),
+            (ChannelAxes.PAUSED, self.paused),
             (ChannelAxes.INPUT_PAUSED, kept.input_paused),
         ):
             axes |= axis if holds else ChannelAxes(0)

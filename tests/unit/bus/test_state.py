@@ -294,6 +294,27 @@ def test_device_that_is_gone_is_rescinded(guest: ScriptedGuest, move: Move) -> N
     assert guest.bus.gpadl_assembler.quota.gpadls == 0
 
 
+def test_endpoint_of_an_open_channel_continues_in_place(guest: ScriptedGuest) -> None:
+    endpoint = RecordingEndpoint()
+    channel = guest.bus.offer(an_offer(), endpoint)
+    [offer] = guest.connect()
+    channel.continue_endpoint()
+    assert endpoint.calls == []
+    guest.open_channel(offer.relid)
+    endpoint.calls.clear()
+    guest.take()
+    channel.continue_endpoint()
+    assert endpoint.calls == ["restored", "signalled"]
+    assert (channel.state, channel.is_open, guest.take()) == (ChannelState.OPEN, True, [])
+    endpoint.fail_everywhere = DeviceError("its state is lost")
+    channel.continue_endpoint()
+    [answer] = guest.take()
+    assert (answer.number, channel.state) == (MessageType.RESCIND_CHANNELOFFER, ChannelState.REOFFERED)
+    endpoint.fail_everywhere = None
+    [again] = guest.release(offer.relid)
+    assert (again.relid, channel.state) == (offer.relid, ChannelState.CLOSED)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_channel_that_cannot_be_restored_is_rescinded_and_offered_anew(
     guest: ScriptedGuest, move: Move, fails: bool

@@ -82,12 +82,17 @@ class RestorableChannel(FakeChannel):
         self.paused = False
         self.connection_id = 0x2001
         self.is_open = True
+        self.endpoint: ChannelIo | None = None
 
     def pause(self) -> None:
         self.paused = True
 
     def resume(self) -> None:
         self.paused = False
+
+    def continue_endpoint(self) -> None:
+        assert self.endpoint is not None
+        self.endpoint.restored(self)
 
 
 class Process:
@@ -102,6 +107,7 @@ class Process:
         self.bus_channel.gpadls[0xE1E10] = Gpadl(0xE1E10, ())
         self.guest.channel = self.bus_channel
         self.saver = ChannelSaver()
+        self.bus_channel.endpoint = self.io
         self.channel = DeviceChannel(self.saver, self.bus_channel, self.io)
 
     def resume(self) -> None:
@@ -368,6 +374,7 @@ class TestOnARealBus:
         real = guest.bus.offer(self.device.offer(), self.io)
         self.bus_channel: BusChannel = real
         self.saver = ChannelSaver()
+        self.bus_channel.endpoint = self.io
         self.channel = DeviceChannel(self.saver, real, self.io)
         guest.connect()
         return guest

@@ -442,6 +442,23 @@ def test_completions_of_one_batch_are_one_interrupt() -> None:
 # --- saving ---
 
 
+def test_a_command_in_a_thread_is_not_settled_and_one_that_a_fault_holds_up_is() -> None:
+    with ScsiGuest(controller(slow_disk(faults=FaultPlan(parse_faults("delay:5@100-"))))) as guest:
+        guest.negotiate()
+        assert guest.device.settled(guest.io)
+        guest.workers.paused = True
+        guest.start(struct.pack(">BBIBHB", 0x28, 0, 8, 0, 1, 0), read=512)
+        assert not guest.device.settled(guest.io)
+        guest.io.pause()
+        guest.workers.release()
+        guest.run()
+        assert guest.device.settled(guest.io)
+        guest.io.resume()
+        guest.start(struct.pack(">BBIBHB", 0x28, 0, 100, 0, 1, 0), read=512)
+        assert guest.io.status()["owed"] == 1
+        assert guest.device.settled(guest.io)
+
+
 def test_a_saved_controller_goes_on_elsewhere_and_waiting_commands_are_done_there() -> None:
     def made() -> Scsi:
         return controller(slow_disk(faults=FaultPlan(parse_faults("delay:5@100-"))))

@@ -371,8 +371,16 @@ class Channel:
             self._leave()
         self._continue_teardowns()
 
+    def continue_endpoint(self) -> None:
+        """Have the endpoint of an open channel continue: a state was restored into it while the guest ran."""
+        if self.busy is Busy.OPEN:
+            self._restore_endpoint()
+
     def _resume_open(self) -> None:
         self._connect()
+        self._restore_endpoint()
+
+    def _restore_endpoint(self) -> None:
         error = self.calls.restored().error
         self.busy = Busy.NO if error is not None else Busy.OPEN
         if error is not None:

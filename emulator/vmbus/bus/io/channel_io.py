@@ -6,6 +6,9 @@ Source: docs/protocol/rings.md#writing, docs/protocol/rings.md#reading.
                           |                 |
                           +--RingError, ProtocolError, broken device--> FAILED      any --closed--> CLOSED
 
+A channel that is paused while it is closed opens into PAUSED: whether it is open and whether it is paused do not
+depend on each other (docs/protocol/saving.md#channel-axes).
+
 Work is done in turns. A doorbell only schedules one in the event loop. A turn masks the guest's signals, takes at
 most :data:`TURN_PACKETS` packets, passes them to the device, puts what the device sent and completed into the other
 ring with one index store, and signals the guest at most once. Then:
@@ -136,6 +139,8 @@ class ChannelDevice(Protocol):
 
     def gpadl_torn_down(self, io: ChannelIo, gpadl: Gpadl) -> None: ...
 
+    def settled(self, io: ChannelIo) -> bool: ...
+
     def save(self) -> bytes: ...
 
     def restore(self, state: bytes) -> None: ...
@@ -158,6 +163,8 @@ class ChannelIo:
         self.device = device
         self.timers = timers
         self.state = IoState.CLOSED
+        self.paused = False
+        """Whether :meth:`pause` was called and :meth:`resume` was not, whatever the guest opened or closed since."""
         self.failure = ""
         """Why the channel failed: the reason of an error, or ``device-error``; empty otherwise."""
         self.counters = IoCounters()
@@ -408,11 +415,13 @@ class ChannelIo:
 
         In a turn (a device calls this from ``packet``), packets that were not passed to the device stay in the ring.
         """
+        self.paused = True
         if self.state is IoState.RUNNING:
             self.state = IoState.PAUSED
 
     def resume(self) -> None:
         """Undo :meth:`pause`; nothing was lost, nothing is repeated."""
+        self.paused = False
         if self.state is IoState.PAUSED:
             self.state = IoState.RUNNING
             due, self._due_when_resumed = self._due_when_resumed, []
@@ -445,6 +454,18 @@ class ChannelIo:
         self._input_paused = state.input_paused
         self.failure = state.failure
 
+    def detach(self) -> None:
+        """Forget the opening, as if this process had never had it; the rings are not touched.
+
+        For a channel that is paused or has failed, and whose device is settled. The guest does not notice: its
+        channel is still open, and :meth:`restore` and :meth:`restored` continue it.
+        """
+        if self.state is IoState.RUNNING or self._in_turn:
+            raise InternalError(f"{self.device.name}: pause a channel before detaching it")
+        if self.state is not IoState.CLOSED:
+            self._end()
+            self._contain(self.device.closed)
+
     # --- called by the bus: an Endpoint ---
 
     def opened(self, channel: EndpointChannel) -> None:
@@ -474,7 +495,7 @@ class ChannelIo:
 
     def _begin(self, hook: Callable[[ChannelIo], None]) -> None:
         self.failure = ""
-        self.state = IoState.RUNNING
+        self.state = IoState.PAUSED if self.paused else IoState.RUNNING
         try:
             hook(self)
         except (GuestError, DeviceError):
@@ -710,6 +731,7 @@ class ChannelIo:
         report |= {field.name: getattr(self.counters, field.name) for field in fields(self.counters)}
         report["looks_hit"] = self._polling.hits
         report["owed"] = self._owed.total
+        report["awaited"] = self._awaited.total
         report["backlog"] = self._output.bytes
         report["refusals"] = dict(self.refusals.counts)
         if self._incoming is not None and self._outgoing is not None:

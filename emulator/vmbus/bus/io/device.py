@@ -171,6 +171,14 @@ class Device(ABC):
         """
         return {}
 
+    def settled(self, io: ChannelIo) -> bool:
+        """Return whether no work is under way that would end with ``io.complete`` while ``io`` is paused.
+
+        Work in a thread is under way; a request that waits for a timer of ``io`` is not, because such timers wait for
+        the end of the pause. Only a settled channel is saved or restored by hand (``vmbus channel``).
+        """
+        return True
+
     def save(self) -> bytes:
         """Return the device's state in a versioned format of its own; channels are paused meanwhile."""
         return b""

@@ -35,6 +35,7 @@ from vmbus.saving import (
     ChannelSaver,
     ChannelState,
     MachineState,
+    NtStatus,
     Restore,
     SavedState,
     StateRefused,
@@ -197,10 +198,34 @@ class HostState:
         self._service = service
         self._saver = ChannelSaver()
         self._channels: dict[Channel, DeviceChannel] = {}
+        self._held: set[DeviceChannel] = set()
         self._hypervisor_section = HypervisorSection(partition, clock, gateway)
         self._bus_section = BusSection(bus)
         self.paused = False
         _compile_records()
+
+    @property
+    def saver(self) -> ChannelSaver:
+        """The save contexts of the channels."""
+        return self._saver
+
+    def channels(self) -> tuple[DeviceChannel, ...]:
+        """Return the channels that a device serves, in the order of their offers."""
+        return tuple(self._known())
+
+    def hold_channel(self, channel: DeviceChannel) -> NtStatus:
+        """VmbChannelPause by hand: one channel, until :meth:`start_channel`, whatever is resumed meanwhile."""
+        status = self._saver.pause(channel)
+        if status == NtStatus.STATUS_SUCCESS:
+            self._held.add(channel)
+        return status
+
+    def start_channel(self, channel: DeviceChannel) -> NtStatus:
+        """VmbChannelStart by hand, after :meth:`hold_channel`."""
+        status = self._saver.start(channel)
+        if status == NtStatus.STATUS_SUCCESS:
+            self._held.discard(channel)
+        return status
 
     def _known(self) -> list[DeviceChannel]:
         """Return the channels that a device serves, in the order of their offers."""
@@ -209,6 +234,7 @@ class HostState:
             channel: self._channels.get(channel) or DeviceChannel(self._saver, channel, channel.endpoint)  # type: ignore[arg-type]
             for channel in there
         }
+        self._held.intersection_update(self._channels.values())
         return list(self._channels.values())
 
     def names(self) -> dict[ChannelIdentity, str]:
@@ -235,8 +261,10 @@ class HostState:
             return
         self.paused = True
         self._service.serve_gateway()
-        for channel in self._known():
-            self._saver.pause(channel)
+        for end in self._known():
+            self._saver.pause(end)
+        for channel in self._channels:
+            channel.pause()
 
     def pause(self) -> None:
         """Pause everything. The guest is stopped, or has not run yet; no work is under way."""
@@ -252,8 +280,13 @@ class HostState:
         self.paused = False
         self._partition.resume()
         self._bus.resume()
-        for channel in self._known():
-            self._saver.start(channel)
+        for end in self._known():
+            if end in self._held:
+                self._saver.save_cancel(end)
+            else:
+                self._saver.start(end)
+        for channel in tuple(self._channels):
+            channel.resume()
 
     def save(
         self,
@@ -345,6 +378,7 @@ class HostState:
             offer = dataclasses.replace(primary.channel.offer, subchannel_index=identity.subchannel_index)
             channel = self._bus.offer(offer, io)
             channel.pause()
+            io.pause()
             primary.io.subchannels.append(io)
             made.append(channel)
         return made
@@ -352,5 +386,6 @@ class HostState:
     def reset(self) -> None:
         """Drop all that belongs to the guest, without a write of its memory: another state follows."""
         self._service.reset()
+        self._held.clear()
         for channel in self._known():
             self._saver.disable(channel)
