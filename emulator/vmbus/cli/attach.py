@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vmbus.cli.devices import registry
-from vmbus.cli.options import add_host_options, device_lines, host_options
+from vmbus.cli.options import add_host_options, confine, device_lines, host_options
 from vmbus.cli.output import tell
 from vmbus.cli.serving import CONTROL_COMMANDS
 from vmbus.machine import rundir
@@ -66,6 +66,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
+    confine(arguments)
     return asyncio.run(_attach(arguments))
 
 

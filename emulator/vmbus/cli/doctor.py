@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from typing import Any
 
 from vmbus.cli.output import show, show_json
 from vmbus.cli.table import table
 from vmbus.devices.registry import Registry
-from vmbus.errors import VmbusError
+from vmbus.errors import UserError, VmbusError
 from vmbus.machine.gateway import build as gateway_build
 from vmbus.native import NativeLibrary, compiler
 from vmbus.provision.doctor import Check, State, examine, healthy
+from vmbus.provision.qemu import find_qemu
+from vmbus.sandbox.report import layers
 
 _EPILOG = """\
 examples:
@@ -36,7 +39,7 @@ def add_parser(verbs: Any) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     libraries = (gateway_build.LIBRARY, *Registry().native_libraries())
-    checks = examine(more=[_compiled(each) for each in libraries])
+    checks = examine(more=[*(_compiled(each) for each in libraries), *_sandbox()])
     if arguments.json:
         show_json([check.as_json() for check in checks], indent=2)
     else:
@@ -46,6 +49,30 @@ def main(arguments: argparse.Namespace) -> int:
             if check.remedy and check.state is not State.OK:
                 show(f"{check.name}: {check.remedy}")
     return 0 if healthy(checks) else 1
+
+
+def _sandbox() -> list[Check]:
+    """Return what of the sandbox is in force here."""
+    found = [
+        Check(
+            f"sandbox: {layer.name}",
+            State.OK if layer.there and not layer.lacking else State.OPTIONAL,
+            layer.found if not (layer.there and layer.lacking) else f"{layer.found}; open: {layer.lacking}",
+            layer.lacking if not layer.there else "",
+        )
+        for layer in layers()
+    ]
+    with contextlib.suppress(UserError):  # without a QEMU, another line says so
+        there = find_qemu().sandbox
+        found.append(
+            Check(
+                "sandbox: QEMU's own",
+                State.OK if there else State.OPTIONAL,
+                "starts no programs, gains no privileges" if there else "this QEMU was built without seccomp",
+                "" if there else "a QEMU built with libseccomp, or `vmbus setup` with VMBUS_QEMU unset",
+            )
+        )
+    return found
 
 
 def _compiled(library: NativeLibrary) -> Check:

@@ -13,6 +13,7 @@ from vmbus.errors import VmbusError
 from vmbus.hypervisor.features import Features
 from vmbus.machine.host import HostOptions
 from vmbus.machine.migration.state_machine import Switchover
+from vmbus.sandbox import confinement
 from vmbus.wire.version import Version
 
 DEFAULT_GUEST = "debian-6.12"
@@ -103,6 +104,13 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
         "messages are answered with a status on which it tries again (default: no limit)",
     )
     group.add_argument(
+        "--sandbox",
+        choices=("on", "off"),
+        default="on",
+        help="off: let QEMU, storage daemons and this emulator do all that you may do; on: only what they need, as "
+        "far as this machine can restrict it (`vmbus doctor`) (default: on)",
+    )
+    group.add_argument(
         "--switchover",
         type=Switchover,
         choices=list(Switchover),
@@ -133,6 +141,12 @@ def host_options(arguments: argparse.Namespace) -> HostOptions:
         hold_timeout=arguments.hold_limit,
         switchover=arguments.switchover,
     )
+
+
+def confine(arguments: argparse.Namespace) -> None:
+    """Confine this process, and all that it starts from now on, unless --sandbox off was given."""
+    confinement.enable(arguments.sandbox == "on")
+    confinement.confine_this_process(confinement.Confinement())
 
 
 def device_lines(arguments: argparse.Namespace) -> list[str]:

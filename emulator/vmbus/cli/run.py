@@ -17,7 +17,7 @@ from typing import Any
 from vmbus.bus.io.device import Device
 from vmbus.cli.devices import registry
 from vmbus.cli.migrate import own_descriptor
-from vmbus.cli.options import DEFAULT_GUEST, add_host_options, device_lines, host_options, size
+from vmbus.cli.options import DEFAULT_GUEST, add_host_options, confine, device_lines, host_options, size
 from vmbus.cli.output import Echo, is_terminal, show_exactly, tell
 from vmbus.cli.serving import CONTROL_COMMANDS
 from vmbus.errors import DeviceError, UsageError, UserError
@@ -28,6 +28,7 @@ from vmbus.machine.host import ExitReason, Host, HostOptions
 from vmbus.machine.migration.addresses import descriptor_number
 from vmbus.machine.migration.drive import arrived, receive
 from vmbus.machine.migration.side_channel import CarrierAddress
+from vmbus.machine.qemu.confined import qemu_filter
 from vmbus.machine.qemu.image_files import check_names
 from vmbus.machine.qemu.launch import GuestOptions, command_line
 from vmbus.provision.command_output import CommandOutput
@@ -108,6 +109,14 @@ def add_parser(verbs: Any) -> None:
     guest.add_argument("--serial", type=Path, metavar="FILE", help="write the kernel's console to this file")
     guest.add_argument(
         "--qemu", default="", metavar="OPTIONS", help="add options to QEMU's command line, as one word"
+    )
+    guest.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="PATH",
+        help="let QEMU use this file or folder, too, which you name later over QMP; may be repeated (see --sandbox)",
     )
     guest.add_argument(
         "--incoming",
@@ -203,6 +212,7 @@ def plan(arguments: argparse.Namespace) -> Plan:
             command_port=bool(arguments.command),
             incoming=arguments.incoming is not None,
             snapshots=arguments.snapshots.absolute() if arguments.snapshots else None,
+            reachable=tuple(_reachable(arguments)),
             extra=tuple(extra),
         ),
         devices=devices,
@@ -211,6 +221,14 @@ def plan(arguments: argparse.Namespace) -> Plan:
         incoming=_incoming(arguments.incoming),
         carrier=_carrier(arguments),
     )
+
+
+def _reachable(arguments: argparse.Namespace) -> list[Path]:
+    """Return what QEMU may use besides the files on its command line."""
+    found = list(arguments.allow)
+    if arguments.incoming is not None and arguments.incoming.startswith("unix:"):
+        found.append(Path(arguments.incoming.removeprefix("unix:")).absolute().parent)
+    return found
 
 
 def _carrier(arguments: argparse.Namespace) -> CarrierAddress | None:
@@ -264,6 +282,7 @@ def guest_modules(
 def main(arguments: argparse.Namespace) -> int:
     if arguments.smp < 1:
         raise UsageError(f"--smp {arguments.smp}: a guest needs at least one vCPU")
+    confine(arguments)
     decided = plan(arguments)
     if arguments.dry_run:
         directory = rundir.RunDirectory(
@@ -273,7 +292,8 @@ def main(arguments: argparse.Namespace) -> int:
         options = emulator_options(
             directory, decided.memory, decided.gateway, migratable=decided.qemu.dbus_vmstate
         )
-        show_exactly(shlex.join(command_line(decided.qemu.argv_prefix, directory, options, decided.guest)))
+        line = command_line(decided.qemu.argv_prefix, directory, options, decided.guest)
+        show_exactly(shlex.join([*line, *(qemu_filter(line) if decided.qemu.sandbox else ())]))
         return 0
     return asyncio.run(_run(decided, bool(arguments.command), arguments.timeout))
 

@@ -26,6 +26,7 @@ from vmbus.machine.migration.drive import MigrationFailed, Outcome, Progress, ar
 from vmbus.machine.migration.side_channel import CarrierAddress
 from vmbus.machine.migration.state_machine import Phase
 from vmbus.machine.migration.vmstate import DbusDaemon
+from vmbus.machine.qemu import confined
 from vmbus.machine.qemu.acpi import vmbus_table
 from vmbus.machine.qemu.arguments import EmulatorOptions
 from vmbus.machine.qemu.launch import GuestOptions, QemuProcess, command_line
@@ -99,7 +100,13 @@ class Station:
             directory, setup.memory_size, setup.gateway_library, migratable=self.daemon is not None
         )
         line = command_line(qemu.argv_prefix, directory, options, setup.options, name)
-        self.process = QemuProcess.start(line, directory.qemu_log, qemu.environment)
+        if qemu.sandbox:
+            line += confined.qemu_filter(line)
+        if setup.options.serial is not None and not setup.options.serial.exists():
+            with contextlib.suppress(OSError):  # QEMU says why it cannot make it
+                setup.options.serial.touch(0o600)  # or QEMU would need all of its folder
+        limits = confined.qemu(qemu.argv_prefix, line, directory.path, setup.options.reachable)
+        self.process = QemuProcess.start(line, directory.qemu_log, qemu.environment, limits)
         qmp = await self.process.connect_qmp(directory.qmp)
         if setup.options.command_port:
             self.command = await asyncio.open_unix_connection(str(directory.command))

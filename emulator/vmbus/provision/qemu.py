@@ -50,6 +50,8 @@ class QemuBinary:
     plugins: bool = True
     qtest: bool = True
     dbus_vmstate: bool = True
+    sandbox: bool = True
+    """Whether it has ``-sandbox``."""
     root: Path | None = None
     """The private copy's folder."""
 
@@ -201,6 +203,10 @@ class _Answers:
     plugins: bool
     qtest: bool
     dbus_vmstate: bool
+    sandbox: bool
+
+
+_NO_MACHINE = ("-machine", "none", "-nodefaults", "-display", "none", "-monitor", "stdio")
 
 
 def _ask(command: tuple[str, ...]) -> _Answers:
@@ -208,25 +214,13 @@ def _ask(command: tuple[str, ...]) -> _Answers:
     match = re.search(r"version (\d+\.\d+(?:\.\d+)?)", version)
     if match is None:
         raise MissingRequirement(f"{command[-1]} is not a QEMU: `--version` says {version.strip()[:80]!r}")
-    qtest = _run(
-        *command,
-        "-machine",
-        "none",
-        "-nodefaults",
-        "-display",
-        "none",
-        "-qtest",
-        "null",
-        "-monitor",
-        "stdio",
-        stdin="quit\n",
-        failing=True,
-    )
+    qtest = _run(*command, *_NO_MACHINE, "-qtest", "null", stdin="quit\n", failing=True)
     return _Answers(
         version=match[1],
         plugins="-plugin " in _run(*command, "-help"),
         qtest="invalid option" not in qtest,
         dbus_vmstate="dbus-vmstate" in _run(*command, "-object", "help", failing=True),
+        sandbox="sandbox" not in _run(*command, *_NO_MACHINE, "-sandbox", "on", stdin="quit\n", failing=True),
     )
 
 
@@ -241,6 +235,7 @@ def _from_answers(command: tuple[str, ...], origin: str, answers: Mapping[str, o
         plugins=bool(answers["plugins"]),
         qtest=bool(answers["qtest"]),
         dbus_vmstate=bool(answers["dbus_vmstate"]),
+        sandbox=bool(answers["sandbox"]),
     )
 
 

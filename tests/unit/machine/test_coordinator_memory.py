@@ -163,6 +163,9 @@ class Qemu:
     async def hand_over(self, descriptor: int, name: str) -> None:
         raise InternalError("no descriptor is passed here")
 
+    async def lend(self, descriptors: Sequence[int]) -> int:
+        raise InternalError("no descriptor is passed here")
+
     # --- the qtest socket ---
 
     def mark(self, bytes_there: Sequence[tuple[int, int]]) -> None:

@@ -7,15 +7,11 @@ fd:N                                           descriptor N of the calling proce
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 import stat
-from collections.abc import AsyncIterator
 from typing import Any
 
-from vmbus.errors import QemuError, UsageError
-from vmbus.machine.migration.ports import Monitor
+from vmbus.errors import UsageError
 
 _SOCKETS = ("tcp:", "unix:", "vsock:")
 
@@ -39,24 +35,6 @@ def two_way(uri: str, descriptor: int | None = None) -> bool:
     if descriptor is not None:
         return stat.S_ISSOCK(os.fstat(descriptor).st_mode)
     return uri.startswith(_SOCKETS)
-
-
-@contextlib.asynccontextmanager
-async def handed_over(qmp: Monitor, uri: str, descriptor: int | None) -> AsyncIterator[str]:
-    """Yield ``uri`` for a command of ``qmp``; for ``fd:`` QEMU has ``descriptor`` in the meantime, under a name."""
-    if descriptor is None:
-        if descriptor_number(uri) is not None:
-            raise UsageError(f"{uri}: the request came without a descriptor")
-        yield uri
-        return
-    name = f"vmbus-{secrets.token_hex(4)}"
-    await qmp.hand_over(descriptor, name)
-    try:
-        yield f"fd:{name}"
-    finally:
-        if qmp.connected:
-            with contextlib.suppress(QemuError):  # QEMU has used it, and closed or kept it
-                await qmp.execute("closefd", {"fdname": name})
 
 
 def structured(uri: str) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vmbus.errors import QemuError, UserError
-from vmbus.machine.migration.addresses import handed_over, structured, two_way
+from vmbus.machine.migration.addresses import structured, two_way
 from vmbus.machine.migration.configuration import CAPABILITIES, cpr_transfer, read_configuration
 from vmbus.machine.migration.coordinator import Coordinator
+from vmbus.machine.migration.opened import handed_over
 from vmbus.machine.migration.report import ENDED, Report
 from vmbus.machine.migration.side_channel import CarrierAddress
 from vmbus.machine.migration.state_machine import Phase
@@ -180,7 +181,7 @@ async def receive(
     qmp = coordinator.ports.qmp
     if carrier is not None:
         await coordinator.listen(carrier)
-    async with handed_over(qmp, uri, descriptor) as address:
+    async with handed_over(qmp, uri, descriptor, incoming=True) as address:
         await qmp.execute("migrate-incoming", {"uri": address, "exit-on-error": False})
 
 

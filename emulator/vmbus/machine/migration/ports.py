@@ -36,6 +36,9 @@ class Monitor(Protocol):
     async def hand_over(self, descriptor: int, name: str) -> None:
         """Pass ``descriptor`` to QEMU, as ``fd:NAME`` in a later command."""
 
+    async def lend(self, descriptors: Sequence[int]) -> int:
+        """Pass descriptors of one file to QEMU; return the number of their ``/dev/fdset``."""
+
 
 class PageMarker(Protocol):
     """Writes of guest memory that QEMU's dirty log records; :class:`~vmbus.machine.qemu.qtest.Qtest`."""

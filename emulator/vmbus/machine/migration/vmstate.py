@@ -30,7 +30,8 @@ from dbus_fast.aio import MessageBus
 from dbus_fast.errors import DBusError
 
 from vmbus.errors import MissingRequirement, QemuUnsuitable, VmbusError
-from vmbus.machine.qemu.child import end_with_parent
+from vmbus.machine.qemu import confined
+from vmbus.machine.qemu.child import in_child
 
 _logger = logging.getLogger(__name__)
 
@@ -75,14 +76,15 @@ class DbusDaemon:
         configuration = directory / "dbus.conf"
         configuration.write_text(configure_daemon(socket))
         log = directory / "dbus.log"
-        with log.open("wb") as output:
+        limits = confined.dbus_daemon(command, directory)
+        with log.open("wb") as output, in_child(limits) as prepare:
             process = subprocess.Popen(  # noqa: ASYNC220 - takes no time, and the child checks its parent
                 [*command, f"--config-file={configuration}", "--nofork", "--nopidfile", "--nosyslog"],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=end_with_parent(),
+                preexec_fn=prepare,
             )
         daemon = cls(process, socket, configuration)
         end = asyncio.get_running_loop().time() + timeout

@@ -1,23 +1,29 @@
-"""Child processes that do not outlive the emulator."""
+"""Child processes that do not outlive the emulator, and can do only what they are for."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+from vmbus.sandbox.confinement import Confinement, prepared
 
 _PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent() -> Callable[[], None]:
-    """Return a ``preexec_fn``: the kernel kills the child when this process ends, even by SIGKILL."""
+@contextlib.contextmanager
+def in_child(confinement: Confinement | None) -> Iterator[Callable[[], None]]:
+    """Yield a ``preexec_fn``: the kernel kills the child when this process ends, even by SIGKILL, and confines it."""
     parent = os.getpid()
     libc = ctypes.CDLL(None, use_errno=True)
+    with prepared(confinement) as confine:
 
-    def in_child() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # this process ended before the line above
-            os._exit(1)
+        def enter() -> None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # this process ended before the line above
+                os._exit(1)
+            confine()
 
-    return in_child
+        yield enter

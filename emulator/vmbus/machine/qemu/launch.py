@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,13 @@ from pathlib import Path
 
 from vmbus.errors import QemuError, QemuUnsuitable
 from vmbus.machine.qemu.arguments import EmulatorOptions
-from vmbus.machine.qemu.child import end_with_parent
+from vmbus.machine.qemu.child import in_child
 from vmbus.machine.qemu.qmp import Qmp
 from vmbus.machine.rundir import RunDirectory
+from vmbus.sandbox import confinement as sandbox
+from vmbus.sandbox.confinement import Confinement
 
+_REFUSED = ("Permission denied", "Operation not permitted")
 _POLL = 0.01
 """Seconds between two attempts to connect."""
 
@@ -43,6 +47,8 @@ class GuestOptions:
     """Wait for a migration (``migrate-incoming``) instead of booting."""
     snapshots: Path | None = None
     """A qcow2 image for snapshots; the guest does not see it."""
+    reachable: tuple[Path, ...] = ()
+    """Files and folders that QEMU may use besides those on its command line: for what is named later over QMP."""
     extra: tuple[str, ...] = ()
 
 
@@ -96,16 +102,21 @@ def command_line(
 class QemuProcess:
     """A QEMU that is a child of this process."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], log: Path, *, confined: bool = False) -> None:
         self.process = process
         self._log = log
+        self._confined = confined
 
     @classmethod
     def start(
-        cls, line: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+        cls,
+        line: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        confinement: Confinement | None = None,
     ) -> QemuProcess:
         """Start QEMU; its messages go to ``log``. ``environment`` is added to this process's own."""
-        with log.open("wb") as output:
+        with log.open("wb") as output, in_child(confinement) as prepare:
             process = subprocess.Popen(
                 list(line),
                 env={**os.environ, **(environment or {})},
@@ -113,20 +124,31 @@ class QemuProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # the emulator handles Ctrl-C
-                preexec_fn=end_with_parent(),
+                preexec_fn=prepare,
             )
-        return cls(process, log)
+        return cls(process, log, confined=confinement is not None and sandbox.enabled())
 
     @property
     def pid(self) -> int:
         return self.process.pid
 
     def messages(self, lines: int = 12) -> str:
-        """Return the last ``lines`` that QEMU printed."""
+        """Return the last ``lines`` that QEMU printed, and what its sandbox may have to do with its end."""
         try:
-            return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
+            text = "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
         except FileNotFoundError:
-            return ""
+            text = ""
+        if self.process.poll() == -signal.SIGSYS:
+            return (
+                f"{text}\nits sandbox ended it, because it made a system call that starts a program or gains "
+                "privileges; if you want that, use --sandbox off"
+            ).strip()
+        if self._confined and any(each in text for each in _REFUSED):
+            return (
+                f"{text}\nin its sandbox, QEMU can open only the files on its command line: name others with "
+                "--allow PATH, or use --sandbox off"
+            )
+        return text
 
     async def connect_qmp(self, path: Path, timeout: float = 30.0) -> Qmp:
         """Connect as soon as QEMU listens.

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import socket
 import struct
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from qemu.qmp import (
@@ -97,6 +97,17 @@ class Qmp:
         """Pass QEMU a copy of a descriptor of this process, as ``fd:NAME`` in a later command here."""
         self._client.send_fd_scm(descriptor)
         await self.execute("getfd", {"fdname": name})
+
+    async def lend(self, descriptors: Sequence[int]) -> int:
+        """Pass QEMU copies of descriptors of one file; return the number of their ``/dev/fdset``."""
+        number: int | None = None
+        for descriptor in descriptors:
+            self._client.send_fd_scm(descriptor)
+            found = await self.execute("add-fd", {} if number is None else {"fdset-id": number})
+            number = int(found["fdset-id"])
+        if number is None:
+            raise QemuError("no descriptor was passed to QEMU")
+        return number
 
     async def cont(self, timeout: float = 10.0) -> None:
         """Resume the guest.

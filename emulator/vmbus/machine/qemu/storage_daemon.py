@@ -21,7 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
 from vmbus.errors import DeviceError, MissingRequirement, UserError
-from vmbus.machine.qemu.child import end_with_parent
+from vmbus.machine.qemu import confined
+from vmbus.machine.qemu.child import in_child
 from vmbus.machine.qemu.image_files import Image, examine
 from vmbus.provision.qemu import QemuBinary, find_qemu
 
@@ -118,17 +119,18 @@ class StorageDaemon:
             line += ["--nbd-server", f"addr.type=fd,addr.str={listener.fileno()}"]
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed in stop()
         self._received = b""
-        self.process = subprocess.Popen(
-            line,
-            env=self._environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._messages,
-            bufsize=0,
-            pass_fds=() if listener is None else (listener.fileno(),),
-            start_new_session=True,
-            preexec_fn=end_with_parent(),
-        )
+        with in_child(confined.storage_daemon(self._program, self._image)) as prepare:
+            self.process = subprocess.Popen(
+                line,
+                env=self._environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._messages,
+                bufsize=0,
+                pass_fds=() if listener is None else (listener.fileno(),),
+                start_new_session=True,
+                preexec_fn=prepare,
+            )
         self._deadline = time.monotonic() + START_TIMEOUT
         if "QMP" not in self._answer():
             raise DeviceError("qemu-storage-daemon does not greet")

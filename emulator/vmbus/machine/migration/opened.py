@@ -1,0 +1,142 @@
+"""What an address of a migration needs on this machine, opened for QEMU.
+
+    fd:N           a descriptor that came with the request
+    exec:COMMAND   a pipe to the command, which is started here: QEMU's sandbox lets it start no programs
+    file:PATH      descriptors of the file: QEMU's sandbox lets it open only the files of its command line
+
+All other addresses QEMU opens by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import subprocess
+import threading
+from collections.abc import AsyncIterator
+
+from vmbus.errors import QemuError, UsageError, UserError
+from vmbus.machine.migration.addresses import descriptor_number
+from vmbus.machine.migration.ports import Monitor
+
+_logger = logging.getLogger(__name__)
+
+COMMAND_TIMEOUT = 60.0
+"""Seconds for the command of ``exec:`` to end after QEMU has written all of the guest."""
+
+
+@contextlib.asynccontextmanager
+async def handed_over(
+    qmp: Monitor, uri: str, descriptor: int | None, *, incoming: bool = False
+) -> AsyncIterator[str]:
+    """Yield ``uri`` for a command of ``qmp``, which has what it stands for in the meantime.
+
+    ``incoming``: the guest comes from there. Raises :class:`~vmbus.errors.UserError` when a file or a command cannot
+    be opened.
+    """
+    kind, _, rest = uri.partition(":")
+    opened: contextlib.AbstractAsyncContextManager[str]
+    if descriptor is not None:
+        opened = _named(qmp, descriptor)
+    elif descriptor_number(uri) is not None:
+        raise UsageError(f"{uri}: the request came without a descriptor")
+    elif kind == "exec" and rest:
+        opened = _command(qmp, rest, incoming)
+    elif kind == "file" and rest and not rest.startswith("/dev/fdset/"):
+        opened = _file(qmp, rest, incoming)
+    else:
+        opened = contextlib.nullcontext(uri)
+    async with opened as address:
+        yield address
+
+
+@contextlib.asynccontextmanager
+async def _named(qmp: Monitor, descriptor: int) -> AsyncIterator[str]:
+    name = f"vmbus-{secrets.token_hex(4)}"
+    await qmp.hand_over(descriptor, name)
+    try:
+        yield f"fd:{name}"
+    finally:
+        if qmp.connected:
+            with contextlib.suppress(QemuError):  # QEMU has used it, and closed or kept it
+                await qmp.execute("closefd", {"fdname": name})
+
+
+@contextlib.asynccontextmanager
+async def _command(qmp: Monitor, command: str, incoming: bool) -> AsyncIterator[str]:
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    ours, theirs = (reading, writing) if incoming else (writing, reading)
+    try:
+        process = subprocess.Popen(  # noqa: ASYNC220 - takes no time
+            ["/bin/sh", "-c", command],
+            stdin=subprocess.DEVNULL if incoming else theirs,
+            stdout=theirs if incoming else subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except OSError as error:
+        os.close(ours)
+        raise UserError(f"exec:{command}: cannot start a shell: {error.strerror}") from error
+    finally:
+        os.close(theirs)
+    name = f"vmbus-{secrets.token_hex(4)}"
+    try:
+        try:
+            await qmp.hand_over(ours, name)
+        finally:
+            os.close(ours)  # the command must see it when QEMU closes its copy
+        try:
+            yield f"fd:{name}"
+        finally:
+            if qmp.connected:
+                with contextlib.suppress(QemuError):
+                    await qmp.execute("closefd", {"fdname": name})
+    finally:
+        if incoming:
+            threading.Thread(target=process.wait, daemon=True).start()  # it lasts as long as the guest comes
+        else:
+            await _ended(process, command)
+
+
+async def _ended(process: subprocess.Popen[bytes], command: str) -> None:
+    """Wait for the command: what it makes of the guest is complete only when it has ended."""
+    try:
+        status = await asyncio.to_thread(process.wait, COMMAND_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        _logger.warning("exec:%s still runs %g s after the migration", command, COMMAND_TIMEOUT)
+        return
+    if status:
+        _logger.warning(
+            "exec:%s ended with status %d: if the guest did not arrive, and was kept (--keep), take it back",
+            command,
+            status,
+        )
+
+
+@contextlib.asynccontextmanager
+async def _file(qmp: Monitor, text: str, incoming: bool) -> AsyncIterator[str]:
+    path, comma, offset = text.partition(",offset=")
+    flags = os.O_RDONLY if incoming else os.O_WRONLY | os.O_CREAT
+    if not incoming and not comma:
+        flags |= os.O_TRUNC
+    descriptors: list[int] = []
+    try:
+        try:
+            descriptors.append(os.open(path, flags | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            raise UserError(f"file:{path}: {error.strerror}") from error
+        access = flags & os.O_ACCMODE
+        with contextlib.suppress(OSError):  # for the parameter direct-io, where the file system has that
+            descriptors.append(os.open(path, access | os.O_DIRECT | os.O_CLOEXEC))
+        number = await qmp.lend(descriptors)
+    finally:
+        for each in descriptors:
+            os.close(each)
+    try:
+        yield f"file:/dev/fdset/{number}{comma}{offset}"
+    finally:
+        if qmp.connected:
+            with contextlib.suppress(QemuError):  # QEMU closes what it has opened of the set by itself
+                await qmp.execute("remove-fd", {"fdset-id": number})
