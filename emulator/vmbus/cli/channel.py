@@ -6,14 +6,13 @@ import argparse
 import asyncio
 import base64
 import contextlib
-import json
 import os
 import stat
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vmbus.cli.output import show, show_json, tell
 from vmbus.cli.table import table
 from vmbus.devices.options import parse_size
 from vmbus.errors import UserError
@@ -147,12 +146,11 @@ def main(arguments: argparse.Namespace) -> int:
         if not found["refusal"]:
             _write(arguments.file, data)
     if arguments.json:
-        json.dump(found, sys.stdout, indent=2)
-        print()
+        show_json(found, indent=2)
     else:
-        print(render(action, found))
+        show(render(action, found))
     if refusal := found.get("refusal"):
-        print(f"vmbus channel: {refusal['reason']}: {refusal['detail']}", file=sys.stderr)
+        tell(f"vmbus channel: {refusal['reason']}: {refusal['detail']}")
         return 1
     return _dumped(data) if getattr(arguments, "dump", False) and not arguments.json else 0
 
@@ -202,7 +200,7 @@ def render(action: str, found: Mapping[str, Any]) -> str:
 
 def _dumped(data: bytes) -> int:
     for line in dump(data):
-        print(line)
+        show(line)
     return 0
 
 
