@@ -211,28 +211,42 @@ class BlockUnit(LogicalUnit):
             request.succeed()
             return
         runs = request.input_runs(blocks * self.block_size)
+        copied = self._copied(request, runs, blocks)
         if self.faults:
             faults = self.faults
             bad = faults.bad_block(lba, blocks, write=False)
             blocks = faults.blocks(lba, blocks, write=False)
             if (delay := faults.delay(lba, blocks, write=False)) > 0:
-                self._delay(request, delay, lambda: self._read_into(request, lba, blocks, runs, bad))
+                self._delay(request, delay, lambda: self._read_into(request, lba, blocks, runs, copied, bad))
                 return
-            self._read_into(request, lba, blocks, runs, bad)
+            self._read_into(request, lba, blocks, runs, copied, bad)
             return
-        self._read_into(request, lba, blocks, runs, None)
+        self._read_into(request, lba, blocks, runs, copied, None)
+
+    def _copied(self, request: Request, runs: list[tuple[int, int]], blocks: int) -> bool:
+        """Return whether the data must go through a buffer, which counts against the guest's budget from now on."""
+        mask = self._mask
+        if not mask or not any((gpa | step) & mask for gpa, step in runs):
+            return False
+        request.hold(blocks * self.block_size)
+        return True
 
     def _read_into(
-        self, request: Request, lba: int, blocks: int, runs: list[tuple[int, int]], bad: int | None
+        self,
+        request: Request,
+        lba: int,
+        blocks: int,
+        runs: list[tuple[int, int]],
+        copied: bool,
+        bad: int | None,
     ) -> None:
         if bad is not None:
             raise CheckCondition(Sense.READ_ERROR, bad)
         length = blocks * self.block_size
         offset = lba * self.block_size
         target = request.memory.writable(_first(runs, length))
-        mask = self._mask
         bounce: memoryview | None = None
-        if mask and any((gpa | step) & mask for gpa, step in runs):
+        if copied:
             bounce = memoryview(mmap.mmap(-1, length or 1))[:length]
         views = target.views if bounce is None else [bounce]
 

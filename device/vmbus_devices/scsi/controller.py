@@ -11,8 +11,9 @@ them, and are answered there.
     | 12 FC HBA data          | INVALID_DEVICE_STATE | INVALID_DEVICE_REQUEST                                      |
     | anything else           | the channel stops    | the channel stops                                           |
 
-Packets of a sub-channel that come before the primary channel is READY stay in its ring until then. A channel that the
-guest closes while its commands are under way is released when the last of them has ended.
+Packets of a sub-channel that come before the primary channel is READY stay in its ring until then, and so do packets
+beyond ``MAX_DEPTH`` commands of a channel. A channel that the guest closes while its commands are under way is
+released when the last of them has ended.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vmbus.bus.io.device import Device, DeviceEnvironment
+from vmbus.bus.io.output import memory_of
+from vmbus.bus.io.state import IoState
 from vmbus.bus.offers import Offer
 from vmbus.devices.parts import Part
 from vmbus.errors import DeviceError, GuestError, ProtocolError, UsageError, UserError
@@ -53,7 +56,7 @@ from vmbus_devices.scsi.fast.build import LIBRARY
 from vmbus_devices.scsi.fast.path import FastPath
 from vmbus_devices.scsi.fast.units import FastUnits
 from vmbus_devices.scsi.handshake import OPERATIONS, Handshake
-from vmbus_devices.scsi.request import CheckCondition, Request, ReservationConflict
+from vmbus_devices.scsi.request import CheckCondition, Request, ReservationConflict, shorten
 from vmbus_devices.scsi.resets import Resets
 from vmbus_devices.scsi.saved import (
     SavedController,
@@ -72,6 +75,11 @@ NAMESPACE = uuid.UUID("5f5f8f0e-0d3c-4b57-b0a6-3f2f7a9c6a41")
 """Instance GUIDs of controllers are derived from their names, so that they stay the same."""
 
 MAX_QUEUES = 8
+MAX_DEPTH = 512
+"""Commands of one channel that may be under way. Linux has at most 332 on a controller with one channel, so that a
+reset behind them is seen."""
+BUFFER_HEADROOM = 1 << 20
+"""Bytes of a packet's buffer that are kept beyond ``max_transfer``: the longest list of parameters is shorter."""
 
 _PLACE = re.compile(r"(?:(\d+):)?(\d+)")
 _EXECUTE = int(Operation.EXECUTE_SRB)
@@ -87,6 +95,7 @@ class Controller(Device):
 
     native_libraries = (LIBRARY,)
     max_packet = 80  # the buffer of Linux: a descriptor and 64 bytes
+    max_owed = MAX_DEPTH
     poll_window = 300e-6  # a guest takes about that long from an answer to its next request
 
     def __init__(
@@ -117,6 +126,8 @@ class Controller(Device):
         self._waiting_subchannels: list[ChannelIo] = []
         self._removed: list[LogicalUnit] = []
         self.pending: list[tuple[int, Packet]] = []
+        """Restored commands that were not executed here yet: channel and packet, oldest first."""
+        self._restarting = False
         self._fast_path: FastPath | None = None
         self._fast_units: FastUnits | None = None
 
@@ -330,9 +341,13 @@ class Controller(Device):
             self._waiting_subchannels.remove(io)
         self.resets.forget(io)
         self._cancel(io)
+        self.pending = [each for each in self.pending if each[0] != io.subchannel_index]
+        self._restarting = False
         if self._busy(io):
             self._closing.add(io)
             io.channel.defer_close()
+            for request in self._requests[io]:  # which the channel does not count any more
+                request.hold(request.held + memory_of(request.packet))
         else:
             self._requests.pop(io, None)
 
@@ -346,8 +361,14 @@ class Controller(Device):
 
     # --- packets ---
 
+    def needed(self, packet: Packet) -> Packet:
+        """Return the packet without what no command uses: bytes behind the request, pages behind the buffer."""
+        return shorten(packet, self.max_transfer + BUFFER_HEADROOM)
+
     def packet(self, io: ChannelIo, packet: Packet) -> None:
         payload = packet.payload
+        if len(payload) > PACKET_SIZE:
+            packet = self.needed(packet)
         if not packet.flags & 1:
             raise ProtocolError("storvsp-no-completion-wanted", f"transaction {packet.transaction_id:#x}")
         if len(payload) < HEADER_SIZE:
@@ -455,6 +476,7 @@ class Controller(Device):
         io = request.io
         requests = self._requests[io]
         requests.discard(request)
+        request.release()
         statistics = request.statistics
         if statistics is not None:
             statistics.ended(self.clock() - request.begun)
@@ -487,10 +509,14 @@ class Controller(Device):
             io.channel.finish_close()
         if self._removed:
             self._close_removed()
+        if self.pending and not self._restarting:
+            self._restarting = True
+            self.environment.timers.call_soon(self._restart)
         if self.resets.waiting and not self._any_busy():
             self.resets.settled()
 
     def _reset(self, io: ChannelIo, packet: Packet) -> None:
+        self._restart(aborted=True)
         for unit in self.units.values():
             unit.reset()
         self.resets.ask(io, packet, self.environment.timers)
@@ -570,17 +596,45 @@ class Controller(Device):
             io.resume_input()
         else:
             self._waiting_subchannels.append(io)
-        mine = [packet for at, packet in self.pending if at == index]
-        self.pending = [each for each in self.pending if each[0] != index]
-        for packet in mine:
-            if not io.owes(packet.transaction_id):
+        self._restart()
+
+    def _restart(self, *, aborted: bool = False) -> None:
+        """Execute restored commands of the channels that are open, as far as the guest's budget of memory has room.
+
+        The others follow when commands have ended. ``aborted``: end them all in place of that.
+        """
+        self._restarting = False
+        channels = {io.subchannel_index: io for io in self._requests if io not in self._closing}
+        restored, self.pending = self.pending, []
+        paused: ChannelIo | None = None
+        for index, packet in restored:
+            io = channels.get(index)
+            if io is None:
+                self.pending.append((index, packet))
+            elif not io.owes(packet.transaction_id):
                 continue
-            try:
-                self.packet(io, packet)
-            except ProtocolError:
-                raise
-            except GuestError as error:
-                self.refused(io, packet, error)
+            elif not aborted and (io.state is IoState.PAUSED or (io.budget.full and self._requests[io])):
+                paused = io if io.state is IoState.PAUSED else paused
+                self.pending.append((index, packet))
+            else:
+                try:
+                    self._restart_one(io, packet, aborted=aborted)
+                except ProtocolError as error:
+                    io.fail(error.reason, error.detail)
+                except GuestError as error:
+                    self.refused(io, packet, error)
+        if paused is not None and not self._restarting:
+            self._restarting = True
+            paused.call_later(0, self._restart)
+
+    def _restart_one(self, io: ChannelIo, packet: Packet, *, aborted: bool) -> None:
+        payload = packet.payload
+        if not aborted or len(payload) < SHORT_PACKET_SIZE or parse_operation(payload) != _EXECUTE:
+            self.packet(io, packet)
+            return
+        request = Request(io, packet, parse_request(payload), self.clock(), self._finished)
+        self._requests[io].add(request)
+        request.finish(SrbStatus.ABORTED)
 
 
 def part_name(place: tuple[int, int]) -> str:

@@ -225,15 +225,18 @@ class Disk(BlockUnit):
             request.succeed()
             return
         runs = request.output_runs(blocks * self.block_size)
+        copied = self._copied(request, runs, blocks)
         bad = None
         if self.faults:
             faults = self.faults
             bad = faults.bad_block(lba, blocks, write=True)
             blocks = faults.blocks(lba, blocks, write=True)
             if (delay := faults.delay(lba, blocks, write=True)) > 0:
-                self._delay(request, delay, lambda: self._write_from(request, lba, blocks, runs, fua, bad))
+                self._delay(
+                    request, delay, lambda: self._write_from(request, lba, blocks, runs, copied, fua, bad)
+                )
                 return
-        self._write_from(request, lba, blocks, runs, fua, bad)
+        self._write_from(request, lba, blocks, runs, copied, fua, bad)
 
     def _write_from(
         self,
@@ -241,6 +244,7 @@ class Disk(BlockUnit):
         lba: int,
         blocks: int,
         runs: list[tuple[int, int]],
+        copied: bool,
         fua: bool,
         bad: int | None,
     ) -> None:
@@ -248,8 +252,7 @@ class Disk(BlockUnit):
             raise CheckCondition(Sense.WRITE_ERROR, bad)
         length = blocks * self.block_size
         offset = lba * self.block_size
-        mask = self._mask
-        if mask and any((gpa | step) & mask for gpa, step in runs):
+        if copied:
             buffer = memoryview(mmap.mmap(-1, max(length, 1)))[:length]
             at = 0
             for view in request.memory.readable(runs):
@@ -347,6 +350,8 @@ class Disk(BlockUnit):
             )
             return
 
+        request.hold(min(_CHUNK, blocks * size))
+
         def work() -> None:
             chunk = memoryview(mmap.mmap(-1, min(_CHUNK, blocks * size)))
             chunk[:] = data * (len(chunk) // size)
@@ -374,6 +379,7 @@ class Disk(BlockUnit):
         if not blocks:
             request.succeed()
             return
+        request.hold(2 * blocks * size)
         wanted = request.output(size if check == 3 else blocks * size)
         found = memoryview(mmap.mmap(-1, blocks * size))
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from vmbus.bus.io.guest_buffer import gpa_runs
 from vmbus.errors import GuestError
 from vmbus.ports import GuestMemory
-from vmbus.wire.packet import Packet
+from vmbus.wire.packet import GpaRange, Packet
 from vmbus.wire.scsi import ScsiStatus, Sense, sense_data
-from vmbus.wire.storvsp import AUTOSENSE_VALID, Direction, ScsiRequest, SrbStatus
+from vmbus.wire.storvsp import AUTOSENSE_VALID, PACKET_SIZE, Direction, ScsiRequest, SrbStatus
 
 from vmbus_devices.scsi.statistics import UnitStatistics
 
@@ -50,10 +50,25 @@ class CheckCondition(Exception):
         return sense_data(self.sense, self.information)
 
 
+def shorten(packet: Packet, length: int) -> Packet:
+    """Return ``packet`` with the bytes of a request only, and with the first ``length`` bytes of its buffer at most.
+
+    What is cut off has no effect: an answer has at most ``PACKET_SIZE`` bytes, and no command transfers more.
+    """
+    ranges: list[GpaRange] = []
+    for byte_count, byte_offset, pfns in packet.ranges:
+        step = min(byte_count, length)
+        ranges.append(GpaRange(step, byte_offset, pfns[: (byte_offset + step + 4095) >> 12]))
+        length -= step
+        if not length:
+            break
+    return packet._replace(payload=packet.payload[:PACKET_SIZE], ranges=tuple(ranges))
+
+
 class Request:
     """A command, its buffer, and how to answer it. Times in seconds."""
 
-    __slots__ = ("_finished", "begun", "cancel", "cdb", "io", "packet", "srb", "statistics", "wanted")
+    __slots__ = ("_finished", "begun", "cancel", "cdb", "held", "io", "packet", "srb", "statistics", "wanted")
 
     def __init__(
         self, io: ChannelIo, packet: Packet, srb: ScsiRequest, begun: float, finished: Finished
@@ -67,6 +82,8 @@ class Request:
         self.cancel: Callable[[], None] | None = None
         """Set while the command only waits: ends that, without an answer."""
         self._finished = finished
+        self.held = 0
+        """Bytes of private copies that count against the guest's budget of memory."""
         self.cdb = srb.cdb
         """16 bytes; behind the end of a shorter CDB they may be anything."""
         self.wanted = srb.transfer_length
@@ -112,6 +129,21 @@ class Request:
         if self.srb.direction == Direction.IN:
             raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
         return self.runs(length)
+
+    def hold(self, size: int) -> None:
+        """Count ``size`` bytes of private copies of data, until the request ends. Call it before they are made.
+
+        A request that is executed again, or only later, counts once.
+        """
+        if size > self.held:
+            self.io.budget.charge(size - self.held)
+            self.held = size
+
+    def release(self) -> None:
+        """Undo :meth:`hold`: the request has ended."""
+        held, self.held = self.held, 0
+        if held:
+            self.io.budget.refund(held)
 
     # --- results: one of these, once ---
 

@@ -8,6 +8,7 @@ time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ VERSION = 1
 _NOTHING = 0xFFFF
 _MAX_UNITS = 256
 _MAX_PACKETS = 65536
+MAX_PAYLOAD = 4 * PACKET_SIZE
+"""Bytes of a saved packet's payload: the controller keeps ``PACKET_SIZE``."""
 
 UNIT = c.Struct(
     "target" / c.Int8ul,
@@ -153,8 +156,9 @@ def build_state(name: str, saved: SavedController) -> bytes:
         "end": None,
     }
     try:
+        _check_packets(saved.packets)
         return bytes(CONTROLLER.build(state))
-    except c.ConstructError as error:
+    except (c.ConstructError, ValueError) as error:
         raise InternalError(f"{name} cannot be saved: {error}") from error
 
 
@@ -199,6 +203,8 @@ def parse_state(name: str, state: bytes) -> SavedController:
         )
     try:
         saved = CONTROLLER.parse(state)
+        if len(saved.units) > _MAX_UNITS:
+            raise ValueError(f"{len(saved.units)} units, at most {_MAX_UNITS}")
         found = SavedController(
             Stage(saved.stage),
             ProtocolVersion(saved.protocol) if saved.protocol else None,
@@ -207,13 +213,25 @@ def parse_state(name: str, state: bytes) -> SavedController:
             tuple(_unit(each) for each in saved.units),
             tuple(_packet(each) for each in saved.packets),
         )
+        _check_packets(found.packets)
     except (c.ConstructError, UnicodeError, ValueError, KeyError) as error:
         raise DeviceError(f"{name}: saved state is damaged: {error}") from error
-    if len(found.units) > _MAX_UNITS or len(found.packets) > _MAX_PACKETS:
-        raise DeviceError(
-            f"{name}: saved state is damaged: {len(found.units)} units, {len(found.packets)} packets"
-        )
     return found
+
+
+def _check_packets(packets: Sequence[tuple[int, Packet]]) -> None:
+    """Raise ``ValueError`` for packets that cannot be restored: before they are saved, and when they are read."""
+    if len(packets) > _MAX_PACKETS:
+        raise ValueError(f"{len(packets)} packets, at most {_MAX_PACKETS}")
+    for _, packet in packets:
+        pages = 0
+        for byte_count, byte_offset, pfns in packet.ranges:
+            pages += len(pfns)
+            need = (byte_offset + byte_count + 4095) >> 12
+            if byte_offset >= 4096 or not byte_count or need != len(pfns):
+                raise ValueError("a packet with an impossible range")
+        if len(packet.ranges) > MAX_RANGES or pages > MAX_PFNS or len(packet.payload) > MAX_PAYLOAD:
+            raise ValueError("a packet that is too large")
 
 
 def _unit(saved: Any) -> SavedUnit:
@@ -238,16 +256,7 @@ def _reservations(saved: Any) -> Reservations:
 
 
 def _packet(saved: Any) -> tuple[int, Packet]:
-    ranges = []
-    pages = 0
-    for each in saved.ranges:
-        pages += len(each.pfns)
-        need = (each.byte_offset + each.byte_count + 4095) >> 12
-        if each.byte_offset >= 4096 or not each.byte_count or need != len(each.pfns):
-            raise ValueError("a packet with an impossible range")
-        ranges.append(GpaRange(each.byte_count, each.byte_offset, tuple(each.pfns)))
-    if len(ranges) > MAX_RANGES or pages > MAX_PFNS or len(saved.payload) > 4 * PACKET_SIZE:
-        raise ValueError("a packet that is too large")
+    ranges = [GpaRange(each.byte_count, each.byte_offset, tuple(each.pfns)) for each in saved.ranges]
     packet = Packet(
         PacketType(saved.kind), saved.flags, saved.transaction_id, bytes(saved.payload), tuple(ranges)
     )

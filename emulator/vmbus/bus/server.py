@@ -17,6 +17,7 @@ import dataclasses
 import logging
 from collections import deque
 
+from vmbus.bus.budget import MemoryBudget
 from vmbus.bus.channel.channel import Channel
 from vmbus.bus.channel.endpoint import Endpoint
 from vmbus.bus.channel.gpadl import GpadlAssembler
@@ -101,7 +102,9 @@ class Bus:
         self.limits = Limits(max_version, supported_flags, server_monitor_pages)
         self.listener: SocketListener = listener or NoSockets()
         self.connection = Connection()
-        self.gpadl_assembler = GpadlAssembler(memory)
+        self.budget = MemoryBudget()
+        """What this guest makes the host hold: page lists, and what its devices keep."""
+        self.gpadl_assembler = GpadlAssembler(memory, self.budget)
         self.outbox = Outbox(synic)
         self.refusals = Refusals("bus", _logger)
         self.paused = False
@@ -263,6 +266,7 @@ class Bus:
             "paused": self.paused,
             "gpadls": self.gpadl_assembler.quota.gpadls,
             "gpadls_in_progress": len(self.gpadl_assembler.assemblies),
+            "memory": self.budget.status(),
             "messages_waiting": self.outbox.undelivered(connection.target),
             "refusals": dict(self.refusals.counts),
             "channels": [channel.status() for channel in self.channels],

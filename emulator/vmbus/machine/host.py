@@ -206,6 +206,7 @@ class Host:
             workers=self.workers,
             native=self.workers.engines,
             stop_guest=self.stop_guest,
+            budget=self.bus.budget,
         )
         self.stopped_because: list[str] = []
         """Why devices stopped the guest, until it is resumed."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,41 +75,48 @@ class RamRegion:
 class MappedPages:
     """:class:`~vmbus.ports.GuestPages`: pages of :class:`MappedMemory`, joined to runs where they touch."""
 
-    __slots__ = ("_memory", "_runs", "_starts", "_words", "size")
+    __slots__ = ("_first", "_memory", "_starts", "_words", "size")
 
     def __init__(self, memory: MappedMemory, file_offsets: Sequence[int]) -> None:
         self._memory = memory
         self.size = len(file_offsets) * PAGE_SIZE
-        runs: list[tuple[int, int, int]] = []  # offset here, length, offset in the file
-        for index, offset in enumerate(file_offsets):
-            if runs and runs[-1][2] + runs[-1][1] == offset:
-                start, length, first = runs[-1]
-                runs[-1] = (start, length + PAGE_SIZE, first)
-            else:
-                runs.append((index * PAGE_SIZE, PAGE_SIZE, offset))
-        self._runs = runs
-        self._starts = [offset // 4 for offset in file_offsets]
+        # The guest chooses how many pages there are, and how scattered: 8 bytes a page are kept, whatever they are.
+        self._starts = array("Q", [offset // 4 for offset in file_offsets])
+        first = file_offsets[0] if file_offsets else 0
+        in_one_run = all(offset == first + index * PAGE_SIZE for index, offset in enumerate(file_offsets))
+        self._first = first if in_one_run else None
+        """Offset in the file if the pages are one run there."""
         self._words = memory._words
 
     def _pieces(self, offset: int, length: int) -> list[tuple[int, int]]:
         """Return ``(offset in the file, length)`` of each run that ``[offset, offset + length)`` touches."""
         if offset < 0 or length < 0 or offset + length > self.size:
             raise IndexError(f"[{offset}, {offset + length}) is outside {self.size} bytes")
-        pieces = []
-        for start, run_length, first in self._runs:
-            if offset < start + run_length and length:
-                step = min(length, start + run_length - offset)
-                pieces.append((first + offset - start, step))
-                offset += step
-                length -= step
+        if self._first is not None:
+            return [(self._first + offset, length)] if length else []
+        pieces: list[tuple[int, int]] = []
+        start = end = 0
+        page, inside = divmod(offset, PAGE_SIZE)
+        while length:
+            at = (self._starts[page] << 2) + inside
+            step = min(length, PAGE_SIZE - inside)
+            if at != end:
+                if end:
+                    pieces.append((start, end - start))
+                start = at
+            end = at + step
+            length -= step
+            page, inside = page + 1, 0
+        if end:
+            pieces.append((start, end - start))
         return pieces
 
     def read(self, offset: int, length: int) -> bytes:
         ram = self._memory._ram
-        if len(self._runs) == 1:
+        if self._first is not None:
             if offset < 0 or length < 0 or offset + length > self.size:
                 raise IndexError(f"[{offset}, {offset + length}) is outside {self.size} bytes")
-            start = self._runs[0][2] + offset
+            start = self._first + offset
             return ram[start : start + length].tobytes()
         return b"".join([ram[start : start + step] for start, step in self._pieces(offset, length)])
 

@@ -503,7 +503,7 @@ def test_a_guest_that_never_reads_its_completions_is_not_served_without_end(devi
 
 
 def test_no_more_is_owed_than_the_limit(device: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel_io, "OWED_LIMIT", 40)
+    monkeypatch.setattr(type(device), "max_owed", 40)
     monkeypatch.setattr(channel_io, "BATCH_PACKETS", 10)
     device.react = ignore
     with LoopbackGuest(device) as guest:

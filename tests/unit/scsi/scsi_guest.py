@@ -6,6 +6,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
+from vmbus.bus.budget import MemoryBudget
 from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.bus.io.device import DeviceEnvironment
 from vmbus.bus.offers import Offer
@@ -97,9 +98,13 @@ class ScsiGuest(LoopbackGuest):
         offers: bool = False,
         memory: Any = None,
         native: NativeServices | None = None,
+        ring_pages: int = 8,
+        budget: MemoryBudget | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(device, ring_pages=8, memory=memory or FakeMemory(8 << 20), start=False, **options)
+        super().__init__(
+            device, ring_pages=ring_pages, memory=memory or FakeMemory(8 << 20), start=False, **options
+        )
         self.offers = Offers()
         self.stops: list[str] = []
         device.clock = lambda: self.timers.seconds
@@ -112,6 +117,7 @@ class ScsiGuest(LoopbackGuest):
                 self.workers,
                 native,
                 self.stops.append,
+                budget or MemoryBudget(),
             )
         )
         self.next_id = 1

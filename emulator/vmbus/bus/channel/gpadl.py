@@ -18,7 +18,8 @@ The way of a GPADL from the message to the channel that keeps it:
     Channel.teardown                → GpadlList                the endpoint gives the pages back, GPADL_TORNDOWN
 
 A guest can ask for many and large lists. A page costs the host 8 bytes, a range about as much as ``RANGE_WEIGHT``
-pages, a list some hundred bytes; so the limits below bound what a guest can make the host hold to some 20 MiB. Real
+pages, a list some hundred bytes; so the limits below bound what a guest can make the host hold to some 20 MiB,
+which count against the guest's budget of memory (:mod:`vmbus.bus.budget`): the budget never refuses a list. Real
 guests fit with room: the largest user known, a uio network device, shares 31 + 16 MiB and 4 MiB of rings
 (13 056 pages) on its first channel, and 4 MiB of rings on each of up to 64 sub-channels.
 """
@@ -29,6 +30,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from vmbus.bus.budget import MemoryBudget
 from vmbus.errors import GuestAddressError, ProtocolError
 from vmbus.ports import PAGE_SIZE, GuestMemory
 from vmbus.wire.gpadl import GpadlHeader, GpaRange, parse_ranges
@@ -42,6 +44,9 @@ MAX_CHANNEL_GPADLS = 1024
 MAX_CONNECTION_GPADLS = 8192
 RANGE_WEIGHT = 32
 """What a range counts for besides its pages; no known guest uses lists of many ranges, but they are legal."""
+_WEIGHT_BYTES = 16
+"""Bytes of memory for each page: once in the list, once in a mapping of it (a ring)."""
+_LIST_BYTES = 512
 MAX_ASSEMBLIES = 256
 """GPADLs in progress at a time, of all channels; each holds at most 64 KiB of range data."""
 
@@ -134,7 +139,8 @@ def _find_hole(first: int, count: int, memory: GuestMemory) -> None:
 class GpadlQuota:
     """What the GPADLs of a connection count for, assemblies included, against the limits above."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget: MemoryBudget) -> None:
+        self._budget = budget
         self.pages = 0
         self.gpadls = 0
         self._channel_pages: dict[int, int] = {}
@@ -153,10 +159,12 @@ class GpadlQuota:
     def charge(self, relid: int, weight: int) -> None:
         """Count one more list of channel ``relid``."""
         self._count(relid, weight, 1)
+        self._budget.charge(_WEIGHT_BYTES * weight + _LIST_BYTES)
 
     def refund(self, relid: int, weight: int) -> None:
         """Undo :meth:`charge`."""
         self._count(relid, -weight, -1)
+        self._budget.refund(_WEIGHT_BYTES * weight + _LIST_BYTES)
 
     def _count(self, relid: int, pages: int, gpadls: int) -> None:
         self.pages += pages
@@ -172,10 +180,10 @@ class GpadlQuota:
 class GpadlAssembler:
     """The GPADLs in progress of a connection."""
 
-    def __init__(self, memory: GuestMemory) -> None:
+    def __init__(self, memory: GuestMemory, budget: MemoryBudget | None = None) -> None:
         self.assemblies: dict[int, Assembly] = {}
         """By GPADL id."""
-        self.quota = GpadlQuota()
+        self.quota = GpadlQuota(budget or MemoryBudget())
         self._memory = memory
 
     def begin(self, header: GpadlHeader, data: bytes) -> Assembly:

@@ -18,11 +18,13 @@ ring with one index store, and signals the guest at most once. Then:
     | an empty ring                 | more turns for a short while, then unmasked and asleep until a doorbell  |
     | output that does not fit      | pending send size is set; nothing is taken until the guest makes room    |
     | too much owed, input paused   | nothing is taken until the device completes something, or resumes input  |
+    | the guest's budget used up    | nothing is taken until the guest's devices hold less                     |
 
 How long an empty ring is polled before the host sleeps adapts (:mod:`vmbus.bus.io.polling`).
 
-What a guest can make the host hold is bounded: by :data:`OWED_LIMIT` completions, since no packet is taken beyond
-it; and what devices send on their own by :data:`OUTPUT_PACKETS` and :data:`OUTPUT_BYTES`.
+What a guest can make the host hold is bounded: by ``device.max_owed`` completions and by the bytes of the guest's
+:class:`~vmbus.bus.budget.MemoryBudget`, since no packet is taken beyond them; and what devices send on their own by
+:data:`OUTPUT_PACKETS` and :data:`OUTPUT_BYTES`. The packets behind a limit stay in the ring.
 """
 
 from __future__ import annotations
@@ -33,10 +35,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any, ClassVar, Protocol
 
+from vmbus.bus.budget import MemoryBudget
 from vmbus.bus.channel.endpoint import EndpointChannel
 from vmbus.bus.channel.gpadl import Gpadl
 from vmbus.bus.io.environment import DeviceEnvironment
-from vmbus.bus.io.output import Output, Transactions
+from vmbus.bus.io.output import PACKET_BYTES, Output, Transactions, memory_of
 from vmbus.bus.io.polling import AdaptivePolling
 from vmbus.bus.io.ring import IncomingRing, OutgoingRing, ring_status
 from vmbus.bus.io.state import ChannelIoState, IoCounters, IoState
@@ -62,8 +65,8 @@ TURN_PACKETS = 64
 """Packets taken in one turn."""
 BATCH_PACKETS = 8
 """Packets that are taken, and answered, together: the guest handles one batch while the host handles the next."""
-OWED_LIMIT = 8192
-"""Completions that a device may owe; at this number no more packets are taken."""
+LARGE_PACKET = 4096
+"""Bytes in the ring above which a device is asked what it needs of a packet (``Device.needed``)."""
 OUTPUT_PACKETS = 4096
 """Packets that a device may have sent and the guest has not taken; completions do not count."""
 OUTPUT_BYTES = 4 << 20
@@ -110,6 +113,7 @@ class ChannelDevice(Protocol):
 
     name: str
     max_packet: ClassVar[int]
+    max_owed: ClassVar[int]
     poll_window: ClassVar[float]
 
     @property
@@ -118,6 +122,8 @@ class ChannelDevice(Protocol):
     def opened(self, io: ChannelIo) -> None: ...
 
     def restored(self, io: ChannelIo) -> None: ...
+
+    def needed(self, packet: Packet) -> Packet: ...
 
     def packet(self, io: ChannelIo, packet: Packet) -> None: ...
 
@@ -179,6 +185,8 @@ class ChannelIo:
         self._incoming: IncomingRing | None = None
         self._outgoing: OutgoingRing | None = None
         self._opening = 0
+        self._budget = MemoryBudget()  # until the channel is opened: then the guest's
+        self._held = self._held_by_output = 0
         self._forget()
 
     def _forget(self) -> None:
@@ -188,6 +196,7 @@ class ChannelIo:
             self._fast_before = self.fast
             self.fast = None
         self._opening += 1
+        self._hold_nothing()
         self._due_when_resumed: list[IoTimer] = []
         self._output = Output()
         self._owed = Transactions()
@@ -210,6 +219,11 @@ class ChannelIo:
     def memory(self) -> GuestMemory:
         """Guest memory."""
         return self.device.environment.memory
+
+    @property
+    def budget(self) -> MemoryBudget:
+        """The budget that private copies of a device count against."""
+        return self.device.environment.budget
 
     @property
     def subchannel_index(self) -> int:
@@ -289,10 +303,12 @@ class ChannelIo:
         """
         if not self._accepts(len(payload)):
             return
-        if not self._owed.remove(transaction_id):
+        cost = self._owed.remove(transaction_id)
+        if cost is None:
             raise DeviceError(
                 f"{self.device.name}: no completion is owed for transaction {transaction_id:#x}"
             )
+        self._hold(-cost)
         self._output.put(build_packet(_COMPLETION, payload, transaction_id=transaction_id))
         if not self._in_turn:
             self._schedule()
@@ -448,9 +464,10 @@ class ChannelIo:
                 f"{self.device.name}: a channel that is {self.state.value} cannot take over a saved state"
             )
         self._forget()
-        self._owed = Transactions(state.owed)
+        self._owed = Transactions(state.owed, PACKET_BYTES)
         self._awaited = Transactions(state.awaited)
         self._output = Output(state.output)
+        self._hold(PACKET_BYTES * self._owed.total)
         self._input_paused = state.input_paused
         self.failure = state.failure
 
@@ -491,6 +508,7 @@ class ChannelIo:
         incoming = IncomingRing(incoming_pages, memory)
         outgoing = OutgoingRing(outgoing_pages, memory)
         self._channel, self._incoming, self._outgoing = channel, incoming, outgoing
+        self._use_budget(self.device.environment.budget)
         return incoming, outgoing
 
     def _begin(self, hook: Callable[[ChannelIo], None]) -> None:
@@ -548,7 +566,8 @@ class ChannelIo:
             self.state is _RUNNING
             and not self._input_paused
             and not self._output.blocked
-            and self._owed.total < OWED_LIMIT
+            and self._owed.total < self.device.max_owed
+            and (not self._budget.full or not self._owed.total)
         )
 
     def _take(self, incoming: IncomingRing, limit: int) -> tuple[int, bool]:
@@ -634,6 +653,8 @@ class ChannelIo:
                 self._schedule()
             else:
                 self._polling.sleeps()
+        elif self._budget.full:
+            self._budget.when_free(self._schedule)
 
     def _poll_fast(self, incoming: IncomingRing, polled: bool) -> bool:
         """Poll an empty ring and the requests of the fast path; with none in flight, once a turn.
@@ -653,7 +674,7 @@ class ChannelIo:
             done += 1
             counters.bytes_in += packet.size
             self._dispatch(packet)
-            if self.state is not _RUNNING or self._input_paused:
+            if self.state is not _RUNNING or self._input_paused or self._budget.full:
                 break
         counters.packets_in += done
         return done
@@ -666,7 +687,11 @@ class ChannelIo:
                     self._completed(packet)
                 else:
                     if packet.flags:
-                        self._owed.add(packet.transaction_id)
+                        if packet.size > LARGE_PACKET:
+                            packet = device.needed(packet)
+                        cost = memory_of(packet)
+                        self._owed.add(packet.transaction_id, cost)
+                        self._hold(cost)
                     if packet.error is not None:
                         raise packet.error
                     device.packet(self, packet)
@@ -681,7 +706,7 @@ class ChannelIo:
             self._device_failed(error)
 
     def _completed(self, packet: Packet) -> None:
-        if self._awaited.remove(packet.transaction_id):
+        if self._awaited.remove(packet.transaction_id) is not None:
             self.device.completed(self, packet)
         else:
             self.refusals.refuse("unexpected-completion", f"transaction {packet.transaction_id:#x}")
@@ -692,9 +717,36 @@ class ChannelIo:
         if not output.packets or self.state is not _RUNNING or self._outgoing is None:
             return False
         signal = output.write(self._outgoing, self.counters)
+        if self._held_by_output != output.memory:
+            self._hold_output()
         if output.packets and not output.blocked:
             self._schedule()
         return signal
+
+    # --- the memory that this channel occupies ---
+
+    def _hold(self, size: int) -> None:
+        """Count ``size`` bytes more, or less, for this channel and its guest."""
+        self._held += size
+        if size > 0:
+            self._budget.charge(size)
+        else:
+            self._budget.refund(-size)
+
+    def _hold_output(self) -> None:
+        held, self._held_by_output = self._held_by_output, self._output.memory
+        self._hold(self._held_by_output - held)
+
+    def _hold_nothing(self) -> None:
+        self._hold(-self._held)
+        self._held_by_output = 0
+
+    def _use_budget(self, budget: MemoryBudget) -> None:
+        """Count what is held in ``budget`` from now on."""
+        self._budget.refund(self._held)
+        self._budget = budget
+        budget.charge(self._held)
+        self._hold_output()
 
     def _signal(self) -> None:
         if self._channel is not None:
@@ -722,6 +774,7 @@ class ChannelIo:
             self.state = IoState.FAILED
             self.failure = reason
             self._output, self._owed, self._awaited = Output(), Transactions(), Transactions()
+            self._hold_output()  # the device may still hold its requests
 
     def status(self) -> dict[str, Any]:
         """Return the channel's part of ``vmbus status``: names and plain values."""
@@ -732,6 +785,7 @@ class ChannelIo:
         report["looks_hit"] = self._polling.hits
         report["owed"] = self._owed.total
         report["awaited"] = self._awaited.total
+        report["held"] = self._held
         report["backlog"] = self._output.bytes
         report["refusals"] = dict(self.refusals.counts)
         if self._incoming is not None and self._outgoing is not None:

@@ -62,6 +62,9 @@ class Device(ABC):
     After a longer one the guest cannot find the next packet in the ring any more, so sending one is an error.
     """
 
+    max_owed: ClassVar[int] = 1024
+    """Completions that the device may owe on one channel; the guest's packets beyond them stay in the ring."""
+
     poll_window: ClassVar[float] = 100e-6
     """The longest time, in seconds, for which an empty ring is polled before the host sleeps.
 
@@ -107,6 +110,15 @@ class Device(ABC):
 
         Sending is possible from now on. Raise a GuestError or DeviceError to refuse; ``closed`` is not called then.
         """
+
+    def needed(self, packet: Packet) -> Packet:
+        """Return what the device needs of a packet until it completes it: by default all of it.
+
+        Called for packets of more than 4096 bytes in the ring that request a completion, before :meth:`packet`. A
+        device that completes requests later cuts off here what its protocol does not use: what is kept counts
+        against the guest's budget of memory.
+        """
+        return packet
 
     @abstractmethod
     def packet(self, io: ChannelIo, packet: Packet) -> None:

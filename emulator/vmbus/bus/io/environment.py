@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from vmbus.bus.budget import MemoryBudget
 from vmbus.bus.channel.channel import Channel
 from vmbus.bus.channel.endpoint import Endpoint
 from vmbus.bus.offers import Offer
@@ -74,3 +75,5 @@ class DeviceEnvironment:
     stop_guest: Callable[[str], None] | None = None
     """Stop the guest's processors, for the reason given, until the user resumes the guest (``vmbus cont``, then
     :meth:`Device.guest_resumed`). ``None`` where that cannot be done."""
+    budget: MemoryBudget = field(default_factory=MemoryBudget)
+    """The memory of this process that the guest may occupy, with all devices together."""

@@ -1,4 +1,4 @@
-"""The queue of packets in front of a ring, and the transactions that are open.
+"""The queue of packets in front of a ring, the transactions that are open, and what both cost in memory.
 
     empty --put--> waiting for the end of the turn --write--> empty
                                                    --write, ring full--> blocked --write--> empty
@@ -12,43 +12,72 @@ from collections.abc import Iterable
 
 from vmbus.bus.io.ring import OutgoingRing
 from vmbus.bus.io.state import IoCounters
-from vmbus.wire.packet import TRAILER_SIZE
+from vmbus.wire.packet import TRAILER_SIZE, Packet
 
+PACKET_BYTES = 512
+"""Memory that a packet with few bytes occupies while its completion is owed: the packet, and a device's request."""
+PAGE_BYTES = 512
+"""The same for each page that it names: the number, a run, views of guest memory."""
+QUEUED_BYTES = 64
+"""The same for a packet in the output queue, besides its bytes."""
 _ATTEMPTS = 4
 """How often room may appear just when the host begins to wait, before other channels get their turn."""
 
 
+def memory_of(packet: Packet) -> int:
+    """Return about how many bytes of memory a packet occupies while its completion is owed."""
+    size = PACKET_BYTES + len(packet.payload)
+    for each in packet.ranges:
+        size += PAGE_BYTES * len(each.pfns)
+    if packet.transfer_pages is not None:
+        size += PAGE_BYTES * len(packet.transfer_pages.ranges)
+    return size
+
+
 class Transactions:
-    """The open transactions, counted by id: a guest may use one id for several packets at a time."""
+    """The open transactions by id, each with what it costs in bytes of memory.
 
-    __slots__ = ("_times", "total")
+    A guest may use one id for several packets at a time.
+    """
 
-    def __init__(self, items: Iterable[tuple[int, int]] = ()) -> None:
-        self._times = dict(items)
-        self.total = sum(self._times.values())
+    __slots__ = ("_costs", "_more", "total")
+
+    def __init__(self, items: Iterable[tuple[int, int]] = (), cost: int = 0) -> None:
+        self._costs: dict[int, int] = {}
+        self._more: dict[int, list[int]] = {}
+        """For ids that are open more than once: the costs of all but the oldest."""
+        self.total = 0
         """Open transactions of all ids."""
+        for transaction_id, times in items:
+            for _ in range(times):
+                self.add(transaction_id, cost)
 
     def __contains__(self, transaction_id: int) -> bool:
-        return transaction_id in self._times
+        return transaction_id in self._costs
 
     def items(self) -> tuple[tuple[int, int], ...]:
         """Return each id and how often it is open."""
-        return tuple(self._times.items())
+        return tuple((each, 1 + len(self._more.get(each, ()))) for each in self._costs)
 
-    def add(self, transaction_id: int) -> None:
+    def add(self, transaction_id: int, cost: int = 0) -> None:
         """Open a transaction."""
-        self._times[transaction_id] = self._times.get(transaction_id, 0) + 1
+        if transaction_id in self._costs:
+            self._more.setdefault(transaction_id, []).append(cost)
+        else:
+            self._costs[transaction_id] = cost
         self.total += 1
 
-    def remove(self, transaction_id: int) -> bool:
-        """Close a transaction; return False if none is open with that id."""
-        times = self._times.pop(transaction_id, 0)
-        if not times:
-            return False
-        if times > 1:
-            self._times[transaction_id] = times - 1
+    def remove(self, transaction_id: int) -> int | None:
+        """Close a transaction and return what it costs; return ``None`` if none is open with that id."""
+        cost = self._costs.pop(transaction_id, None)
+        if cost is None:
+            return None
         self.total -= 1
-        return True
+        if self._more and (more := self._more.get(transaction_id)):
+            self._costs[transaction_id] = more.pop()
+            if not more:
+                del self._more[transaction_id]
+        return cost
 
 
 class Output:
@@ -62,6 +91,11 @@ class Output:
         """Bytes queued, without trailers."""
         self.blocked = False
         """Whether the pending send size is set."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that the queue occupies."""
+        return self.bytes + QUEUED_BYTES * len(self.packets)
 
     def put(self, packet: bytes) -> None:
         """Queue a packet (see ``build_packet``)."""

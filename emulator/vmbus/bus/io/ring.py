@@ -146,6 +146,8 @@ class IncomingRing(_Ring):
                             self._taken,
                         )
                         taken += packet.size
+                        if len(buffer) > BULK:  # do not keep the copy of a long packet
+                            buffer, at = b"", 0
                     break
                 packets.append(packet)
                 step = packet.size

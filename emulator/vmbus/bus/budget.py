@@ -1,0 +1,61 @@
+"""The memory of the host that one guest may occupy, in bytes.
+
+What a guest makes the host keep is counted here, whatever keeps it: packets that wait for their completion, packets
+that wait for room in a ring, private copies of data, page lists.
+
+    charge ──▶ held < limit: channels take packets        held ≥ limit: packets stay in the rings
+                         ◀── refund: :meth:`MemoryBudget.when_free` calls those that wait ──┘
+
+The limit slows a guest down, and loses nothing: what is not taken from a ring stays there, in guest memory. A channel
+that holds nothing may always take one packet, so that no channel waits for another one for ever. So more than the
+limit can be held: by one packet of each channel, and by page lists, which have limits of their own
+(:mod:`vmbus.bus.channel.gpadl`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+GUEST_BYTES = 64 << 20
+"""Bytes that one guest may occupy before its packets stay in the rings."""
+
+
+class MemoryBudget:
+    """The budget of one guest."""
+
+    __slots__ = ("_waiting", "held", "limit", "most")
+
+    def __init__(self, limit: int = GUEST_BYTES) -> None:
+        self.limit = limit
+        self.held = 0
+        """Bytes that are held now."""
+        self.most = 0
+        """The most bytes that were held at a time."""
+        self._waiting: dict[Callable[[], None], None] = {}
+
+    @property
+    def full(self) -> bool:
+        """Whether the limit is reached."""
+        return self.held >= self.limit
+
+    def charge(self, size: int) -> None:
+        """Count ``size`` bytes more."""
+        self.held += size
+        if self.held > self.most:
+            self.most = self.held
+
+    def refund(self, size: int) -> None:
+        """Undo :meth:`charge`; call what waits if there is room again."""
+        self.held -= size
+        if self._waiting and self.held < self.limit:
+            waiting, self._waiting = self._waiting, {}
+            for call in waiting:
+                call()
+
+    def when_free(self, call: Callable[[], None]) -> None:
+        """Call ``call`` once, as soon as there is room again. It must only schedule work."""
+        self._waiting[call] = None
+
+    def status(self) -> dict[str, int]:
+        """Return the figures for ``vmbus status``, in bytes."""
+        return {"held": self.held, "most": self.most, "limit": self.limit}
