@@ -17,7 +17,8 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from vmbus.errors import InternalError, MissingRequirement
-from vmbus.provision.cache import cache_folder
+from vmbus.private import SHARED_UMASK, umask
+from vmbus.provision.cache import cache_folder, check, make_folder
 
 FLAGS = ("-std=c11", "-Wall", "-Wextra", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
 
@@ -66,18 +67,19 @@ class NativeLibrary:
         """The library; compiles it if the cache has none of this version.
 
         Raises :class:`~vmbus.errors.MissingRequirement` where there is no compiler, or no C library to compile
-        with.
+        with, and :class:`~vmbus.errors.UserError` where another user could change the library.
         """
         library = self.path(cache)
+        check(make_folder(library.parent))
         if library.exists():
-            return library
+            return check(library)
         command = compiler()
-        library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as scratch:
             target = Path(scratch) / library.name
             files = map(str, self.write_sources(Path(scratch)))
             line = [command, *self.flags, "-o", str(target), *files, *self.libraries]
-            result = subprocess.run(line, capture_output=True, text=True, check=False)
+            with umask(SHARED_UMASK):
+                result = subprocess.run(line, capture_output=True, text=True, check=False)
             if result.returncode:
                 if "stdio.h" in result.stderr:
                     raise MissingRequirement(

@@ -104,9 +104,10 @@ async def _with_emulator(options: GuestOptions) -> Boot:
 
 
 async def _without(options: GuestOptions, *, file: bool) -> Boot:
-    directory = rundir.create(None, MEMORY)
+    directory = rundir.create(None)
     process: QemuProcess | None = None
     try:
+        await directory.make_memory(MEMORY)
         qemu = find_qemu()
         size = f"{MEMORY >> 20}M"
         plain = ["-accel", "tcg", "-m", f"size={size}"]

@@ -195,8 +195,9 @@ class Bare:
     async def start(self, *, incoming: bool) -> contextlib.AsyncExitStack:
         """A QEMU; it is this guest's from now on."""
         stack = contextlib.AsyncExitStack()
-        qemu, directory = find_qemu(), rundir.create(None, MEMORY)
+        qemu, directory = find_qemu(), rundir.create(None)
         stack.callback(directory.remove)
+        await directory.make_memory(MEMORY)
         size = f"{MEMORY >> 20}M"
         backend = f"memory-backend-file,id=ram,mem-path={directory.memory},share=on,size={size}"
         plain = ["-accel", "tcg", "-m", f"size={size}", "-object", backend, "-machine", "memory-backend=ram"]

@@ -116,7 +116,7 @@ class ByHand:
 @contextlib.asynccontextmanager
 async def started_by_hand(tmp_path: Path, user: User, memory: str) -> AsyncIterator[ByHand]:
     folder = tmp_path / "vm"
-    folder.mkdir()
+    folder.mkdir(mode=0o700)
     printed = await user.asks("qemu-args", "--dir", str(folder), "--memory", memory)
     kernel = find_kernel("debian-6.12")
     console = tmp_path / "console.log"

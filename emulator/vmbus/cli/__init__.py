@@ -29,6 +29,7 @@ from vmbus.cli import (
     status,
 )
 from vmbus.errors import UserError, VmbusError
+from vmbus.private import SHARED_UMASK, UMASK, umask
 
 _EPILOG = """\
 examples:
@@ -108,7 +109,8 @@ def _main(words: list[str]) -> int:
         return 2
     logs.set_up(arguments.verbose)
     try:
-        return int(arguments.action(arguments))
+        with umask(SHARED_UMASK if arguments.verb == "setup" else UMASK):
+            return int(arguments.action(arguments))
     except output.OutputClosed:
         raise
     except UserError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 async def _attach(arguments: argparse.Namespace) -> int:
     devices = registry().create_all(device_lines(arguments))
-    directory = rundir.create(arguments.name, 0)
+    directory = rundir.create(arguments.name, qemu=False)
     try:
         host = await Host.attach(arguments.qmp, devices, host_options(arguments))
         served = Served(host, directory.path, CONTROL_COMMANDS)
@@ -84,7 +83,7 @@ async def _attach(arguments: argparse.Namespace) -> int:
             tell(f"attached to QEMU {host.facts.version} (process {host.facts.pid}) as {directory.name}")
             exit_reason = await served.serve()
     finally:
-        shutil.rmtree(directory.path, ignore_errors=True)
+        directory.remove()
     if exit_reason is not ExitReason.STOPPED:
         tell(f"QEMU (process {host.facts.pid}) ended: {exit_reason.value}")
     return 0

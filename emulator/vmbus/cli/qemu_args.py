@@ -9,12 +9,14 @@ from typing import Any
 
 from vmbus.cli.options import size
 from vmbus.cli.output import show_exactly, show_json, tell
-from vmbus.errors import UsageError
+from vmbus.errors import UsageError, UserError
+from vmbus.machine import unix_path
 from vmbus.machine.gateway import build as gateway_build
 from vmbus.machine.migration.vmstate import configure_daemon
 from vmbus.machine.qemu.acpi import vmbus_table
 from vmbus.machine.qemu.arguments import EmulatorOptions, libvirt
 from vmbus.machine.qemu.example import readconfig_file
+from vmbus.private import check_only_mine
 
 _EPILOG = """\
 examples:
@@ -23,8 +25,8 @@ examples:
   vmbus attach --qmp /tmp/vm/emulator-qmp.sock
 
 Needs QEMU 11.1 or newer with TCG, and maxcpus=2 or more: in a machine for one vCPU only, TCG does not make the
-guest's locked instructions atomic, and signals get lost. The directory must exist. The ACPI table is written to it
-now; QEMU creates its sockets and its memory file there.
+guest's locked instructions atomic, and signals get lost. The directory must exist, and be closed to other users: QEMU
+creates its sockets and its memory file there. The ACPI table is written to it now.
 """
 
 
@@ -66,6 +68,15 @@ def main(arguments: argparse.Namespace) -> int:
     if not directory.is_dir():
         raise UsageError(
             f"--dir {arguments.dir}: there is no such directory; create it with `mkdir -m 700 {arguments.dir}`"
+        )
+    try:
+        check_only_mine(directory, f"use a folder of yours alone, as `mkdir -m 700 {arguments.dir}` makes it")
+    except UserError as error:
+        raise UsageError(f"--dir {arguments.dir}: {error}") from None
+    if not unix_path.fits(longest := directory / "emulator-qmp.sock"):
+        raise UsageError(
+            f"--dir {arguments.dir}: the path {longest} is too long for a socket, {unix_path.MAX_BYTES} bytes is the "
+            "limit: use a folder with a shorter path"
         )
     table = directory / "vmbus.aml"
     table.write_bytes(vmbus_table())

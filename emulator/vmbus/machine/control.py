@@ -13,6 +13,8 @@ commands for a running emulator use :func:`ask`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import json
 import logging
 import os
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from vmbus.errors import UserError, VmbusError
+from vmbus.machine import unix_path
 
 _logger = logging.getLogger(__name__)
 _LINE_LIMIT = 1 << 20
@@ -46,15 +49,17 @@ class ControlServer:
         self._path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.setblocking(False)
-        listener.bind(str(self._path))
+        with unix_path.short(self._path) as address:
+            listener.bind(address)
         self._path.chmod(0o600)
         listener.listen(_BACKLOG)
         self._listener = listener
-        self._begin(self._accept(listener))
+        asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     async def stop(self) -> None:
         """Stop listening, end every connection, remove the socket."""
         if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -62,16 +67,19 @@ class ControlServer:
             self._listener = None
             self._path.unlink(missing_ok=True)
 
-    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
-    async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            connection, _ = await loop.sock_accept(listener)
-            self._begin(self._connected(connection))
+    def _accept(self, listener: socket.socket) -> None:
+        # Not sock_accept(): if its task is cancelled at the wrong moment, an accepted connection is lost, and stays.
+        with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
+            connection, _ = listener.accept()
+            connection.setblocking(False)
+            # Here, not in the task: one that is cancelled before its first step does nothing at all.
+            self._begin(self._connected(connection)).add_done_callback(functools.partial(_close, connection))
 
     async def _connected(self, connection: socket.socket) -> None:
         requests = _Requests(connection)
@@ -84,7 +92,6 @@ class ControlServer:
             _logger.debug("control connection ended: %r", error)
         finally:
             requests.close_descriptors()
-            connection.close()
 
     async def _answer(self, line: bytes, descriptors: Sequence[int]) -> dict[str, object]:
         try:
@@ -99,6 +106,10 @@ class ControlServer:
             return {"return": await handler({**request, "descriptors": tuple(descriptors)})}
         except VmbusError as error:
             return {"error": str(error)}
+
+
+def _close(connection: socket.socket, _: object) -> None:
+    connection.close()
 
 
 class _Requests:
@@ -159,7 +170,8 @@ def ask(
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(answer_timeout)
         try:
-            connection.connect(str(path))
+            with unix_path.short(path) as address:
+                connection.connect(address)
             request = json.dumps({"command": command, **arguments}).encode() + b"\n"
             sent = socket.send_fds(connection, [request], descriptors) if descriptors else 0
             connection.sendall(request[sent:])

@@ -151,7 +151,6 @@ class Guest:
         self._setup = setup
         self._station = station
         self._new_devices = new_devices
-        self._moves = 0
         self._moving = False
 
     @property
@@ -200,10 +199,11 @@ class Guest:
         ``new_devices`` makes devices from their lines, for a guest that may :meth:`move`. ``memory_of``: the memory
         file of a guest that will arrive with its memory in that file.
         """
-        directory = rundir.create(name, memory_size, memory_of=memory_of)
+        directory = rundir.create(name)
         setup = Setup(qemu, gateway_library, memory_size, options, host_options)
         guest: Guest | None = None
         try:
+            await directory.make_memory(memory_size, memory_of)
             station = await Station.open(directory, directory.name, setup, devices)
             served = Served(station.serving, directory.path, commands)
             guest = cls(directory, setup, station, served, new_devices)
@@ -239,13 +239,14 @@ class Guest:
         lines = [line for attached in self.host.devices for line in attached.device.lines()]
         devices = await asyncio.to_thread(self._new_devices, lines)  # opens images, which may take long
         old = self._station
-        self._moves += 1
-        directory = rundir.within(
-            self.directory,
-            f"move-{self._moves}",
-            self._setup.memory_size,
-            memory_of=old.directory.memory if share_memory else None,
-        )
+        directory = rundir.within(self.directory)
+        try:
+            await directory.make_memory(
+                self._setup.memory_size, old.directory.memory if share_memory else None
+            )
+        except BaseException:
+            directory.remove()
+            raise
         options = self._setup.options
         options = replace(options, incoming=True, serial=options.serial or self.directory.console)
         setup = replace(self._setup, options=options)

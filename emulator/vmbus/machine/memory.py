@@ -17,8 +17,10 @@ indices, and the page's note stays set for the next write.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
+import stat
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +31,8 @@ from typing import Protocol
 from vmbus.errors import GuestAddressError, QemuUnsuitable
 from vmbus.machine.io.addresses import address_of
 from vmbus.ports import PAGE_SIZE, NativeMemory
+
+_logger = logging.getLogger(__name__)
 
 Buffer = bytes | bytearray | memoryview
 
@@ -170,6 +174,23 @@ class MappedViews:
             self._memory.filled(stored)
 
 
+def _check_owner(path: Path, found: os.stat_result) -> None:
+    """Refuse a file of another user, who could read and change the guest; warn if others can open it."""
+    if not stat.S_ISREG(found.st_mode) or found.st_uid not in (0, os.geteuid()):
+        raise QemuUnsuitable(
+            f"the guest's memory file {path} belongs to another user (id {found.st_uid}), or is no file: QEMU found "
+            "it there when it started. Give QEMU a mem-path in a folder that only you can enter (mode 0700)"
+        )
+    folder = path.parent.stat()
+    if found.st_mode & 0o066 and folder.st_mode & 0o011:
+        _logger.warning(
+            "other users can open the guest's memory file %s (mode %04o): put it into a folder of mode 0700, or "
+            "start QEMU with umask 077",
+            path,
+            stat.S_IMODE(found.st_mode),
+        )
+
+
 class MappedMemory:
     """:class:`~vmbus.ports.GuestMemory` over a mapping of the guest's RAM file."""
 
@@ -217,6 +238,7 @@ class MappedMemory:
             ) from error
         try:
             found = os.fstat(descriptor)
+            _check_owner(path, found)
             size = found.st_size
             needed = max(region.offset + region.size for region in regions)
             if size < needed:

@@ -1,22 +1,30 @@
 """A guest's run directory: its sockets, its memory file and its logs; mode 0700, removed when the guest ends.
 
 ``$XDG_RUNTIME_DIR/vmbus/NAME``; without that variable ``/dev/shm/vmbus-UID/NAME``. The memory file is put where
-it has room: in the run directory if its file system has enough, otherwise in ``/dev/shm``.
+it has room: in the run directory if its file system has enough, otherwise in a folder of its own in ``/dev/shm``,
+whose name cannot be guessed.
+
+A process holds a lock (``flock``) on each folder that it uses, from the moment it makes it until it ends. A folder
+without a lock was left by a process that was killed; whoever makes the next run directory removes it.
 """
 
 from __future__ import annotations
 
-import errno
+import contextlib
+import fcntl
 import os
 import re
 import shutil
 import socket
-import stat
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from vmbus.errors import MissingRequirement, UsageError, UserError
+from vmbus import private
+from vmbus.errors import UsageError, UserError
+from vmbus.machine import memory_file, unix_path
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -29,21 +37,27 @@ def runtime_root() -> Path:
     return Path("/dev/shm") / f"vmbus-{os.getuid()}"
 
 
-def _private(path: Path) -> None:
-    """Make ``path`` a directory of this user alone."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise UserError(f"{path} exists and is not a directory of yours; remove it or set XDG_RUNTIME_DIR")
-    path.chmod(0o700)
+_STARTING = 60.0
+"""Seconds for which a folder without a lock may belong to a guest that a version without locks is starting."""
 
 
-@dataclass(frozen=True, slots=True)
+def memory_root() -> Path:
+    """Return the directory for memory files that have no room in their run directory."""
+    return Path("/dev/shm")
+
+
+_LONGEST_SOCKET = "m9/emulator-qmp.sock"
+"""The longest path of a socket of QEMU, below the run directory."""
+
+
+@dataclass(slots=True)
 class RunDirectory:
     """The paths of one guest."""
 
     path: Path
     memory: Path
+    _locks: list[int] = field(default_factory=list, repr=False, compare=False)
+    """Descriptors of the folders, which hold their locks."""
 
     @property
     def name(self) -> str:
@@ -94,11 +108,49 @@ class RunDirectory:
     def acpi_table(self) -> Path:
         return self.path / "vmbus.aml"
 
+    async def make_memory(self, size: int, memory_of: Path | None = None) -> None:
+        """Make the memory file, of ``size`` bytes; :attr:`memory` is its path from then on.
+
+        ``memory_of``: memory file of a guest that will arrive without a copy of its memory; this directory gets one
+        more name of it.
+
+        Raises :class:`~vmbus.errors.MissingRequirement` when no memory file system has the room, and
+        :class:`~vmbus.errors.UserError` when ``memory_of`` cannot be shared.
+        """
+        try:
+            if memory_of is None:
+                self.memory = await memory_file.make(self._places(), size)
+            else:
+                self.memory = memory_file.second_name(memory_of, self._places())
+        except BaseException:
+            self._remove_memory()
+            raise
+
+    def _places(self) -> Iterator[Path]:
+        self.memory = self.path / "memory"
+        yield self.memory
+        if memory_root().is_dir():
+            folder, lock = _new_locked(memory_root(), _memory_prefix())
+            self._locks.append(lock)
+            self.memory = folder / "memory"
+            yield self.memory
+
+    def _remove_memory(self) -> None:
+        self.memory.unlink(missing_ok=True)
+        if self.memory.parent != self.path:
+            with contextlib.suppress(FileNotFoundError):
+                self.memory.parent.rmdir()
+
+    def _unlock(self) -> None:
+        while self._locks:
+            os.close(self._locks.pop())
+
     def remove_machine(self) -> None:
         """Remove the files of one QEMU; the whole directory, if it is inside of another guest's."""
-        self.memory.unlink(missing_ok=True)
+        self._remove_memory()
         if (self.path.parent / "control.sock").exists():
             shutil.rmtree(self.path, ignore_errors=True)
+            self._unlock()
         for path in (self.qmp, self.user_qmp, self.qtest, self.gateway, self.dbus, self.command):
             path.unlink(missing_ok=True)
 
@@ -110,8 +162,9 @@ class RunDirectory:
 
     def remove(self) -> None:
         """Remove everything of the guest; a file that does not exist is no error."""
-        self.memory.unlink(missing_ok=True)
+        self._remove_memory()
         shutil.rmtree(self.path, ignore_errors=True)
+        self._unlock()
 
 
 def check_name(name: str) -> str:
@@ -124,81 +177,129 @@ def check_name(name: str) -> str:
     return name
 
 
-def create(name: str | None, memory_size: int, *, memory_of: Path | None = None) -> RunDirectory:
+def create(name: str | None, *, qemu: bool = True) -> RunDirectory:
     """Make a new, empty run directory; its name is ``guest-N`` if ``name`` is ``None``.
 
-    ``memory_of``: memory file of a guest that will arrive without a copy of its memory.
+    ``qemu``: a QEMU will have its sockets there. What dead processes left is removed.
 
-    Raises :class:`~vmbus.errors.UserError` when a guest of that name runs, and
-    :class:`~vmbus.errors.MissingRequirement` when no memory file system has ``memory_size`` bytes.
+    Raises :class:`~vmbus.errors.UserError` when a guest of that name runs, or a path would be too long for a socket.
     """
     root = runtime_root()
-    _private(root)
-    if name is None:
+    if name is not None:
+        check_name(name)
+    if qemu:
+        _check_lengths(root, name)
+    private.make_folder(root)
+    with _locked(root):
+        sweep(root)
         number = 1
         while True:
+            path = root / (name or f"guest-{number}")
             try:
-                (root / f"guest-{number}").mkdir(mode=0o700)
+                path.mkdir(mode=0o700)
             except FileExistsError:
+                if name is not None:
+                    if _remove_dead(path):
+                        continue
+                    raise UserError(
+                        f"a guest named {name} runs already, or is being started or ended ({path}); choose another "
+                        "--name"
+                    ) from None
                 number += 1
                 continue
-            path = root / f"guest-{number}"
-            break
-    else:
-        path = root / check_name(name)
-        if path.exists():
-            if is_served(path):
-                raise UserError(f"a guest named {name} runs already ({path}); choose another --name")
-            shutil.rmtree(path)  # its process was killed
-        path.mkdir(mode=0o700)
-    return RunDirectory(path, _memory_path(path, memory_size, path.name, memory_of))
+            lock = _try_lock(path)
+            if lock is not None:
+                return RunDirectory(path, path / "memory", [lock])
 
 
-def within(
-    guest: RunDirectory, name: str, memory_size: int, *, memory_of: Path | None = None
-) -> RunDirectory:
-    """Make a directory inside of a guest's, for a QEMU that the guest moves to. As :func:`create`."""
-    path = guest.path / name
+def within(guest: RunDirectory) -> RunDirectory:
+    """Make a directory inside of a guest's, for a QEMU that the guest moves to."""
+    number = 1
+    while (path := guest.path / f"m{number}").exists():  # short: it is a part of the paths of sockets
+        number += 1
     path.mkdir(mode=0o700)
-    return RunDirectory(path, _memory_path(path, memory_size, f"{guest.name}-{name}", memory_of))
+    return RunDirectory(path, path / "memory")
 
 
-def _memory_path(path: Path, size: int, name: str, memory_of: Path | None) -> Path:
-    shm = Path("/dev/shm")
-    candidates = (path / "memory", shm / f"vmbus-{os.getuid()}-{name}.memory")
-    if memory_of is not None:
-        return _second_name(memory_of, candidates)
-    for candidate in candidates:
-        room = os.statvfs(candidate.parent)
-        # The file is sparse: the guest's working set has to fit, with some reserve.
-        if room.f_bavail * room.f_frsize >= min(size, 1 << 30):
-            candidate.unlink(missing_ok=True)
-            return candidate
-    raise MissingRequirement(
-        f"neither {path} nor {shm} has room for {size >> 20} MiB of guest memory; give the guest less (--memory), "
-        "free some space there, or set XDG_RUNTIME_DIR to a directory with room"
+def _check_lengths(root: Path, name: str | None) -> None:
+    longest = root / (name or "guest-999") / _LONGEST_SOCKET
+    if unix_path.fits(longest):
+        return
+    left = unix_path.MAX_BYTES - len(os.fsencode(root / "n" / _LONGEST_SOCKET)) + 1
+    shorter = f"choose a --name of at most {left} characters, or " if name and left > 0 else ""
+    raise UserError(
+        f"the path of a socket in the run directory would be too long: {longest} has {len(os.fsencode(longest))} "
+        f"bytes, and the kernel takes {unix_path.MAX_BYTES}; {shorter}set XDG_RUNTIME_DIR to a shorter path"
     )
 
 
-def _second_name(memory: Path, candidates: Sequence[Path]) -> Path:
-    """Give a memory file one more name: each QEMU that has it open removes its own."""
-    for candidate in candidates:
-        candidate.unlink(missing_ok=True)
-        try:
-            candidate.hardlink_to(memory)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise UserError(f"cannot share the memory file {memory}: {error.strerror}") from error
-        else:
-            return candidate
-    raise UserError(f"the memory file {memory} is on another file system than {candidates[0].parent}")
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of ``folder`` in the block: one process at a time makes or sweeps what is in it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(folder: Path) -> int | None:
+    """Return a descriptor that holds the lock of ``folder``; ``None`` if another has it, or the folder is gone."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_nlink:  # 0: removed by who had the lock before
+            return descriptor
+    except BlockingIOError:
+        pass
+    os.close(descriptor)
+    return None
+
+
+def _memory_prefix() -> str:
+    return f"vmbus-{os.geteuid()}-memory-"
+
+
+def _new_locked(root: Path, prefix: str) -> tuple[Path, int]:
+    """Make a folder with an unpredictable name, mode 0700; return it and the descriptor that holds its lock."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
+        lock = _try_lock(folder)  # fails if a sweep came in between
+        if lock is not None:
+            return folder, lock
+
+
+def sweep(root: Path) -> None:
+    """Remove run directories and memory of processes that were killed. The lock of ``root`` must be held."""
+    for folder in (*root.iterdir(), *memory_root().glob(f"{_memory_prefix()}*")):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            if time.time() - folder.lstat().st_mtime > _STARTING:
+                _remove_dead(folder)
+
+
+def _remove_dead(folder: Path) -> bool:
+    """Remove a folder whose process was killed; return whether that was so."""
+    if (lock := _try_lock(folder)) is None:
+        return False
+    try:
+        dead = os.fstat(lock).st_uid == os.geteuid() and not is_served(folder)
+        if dead:
+            shutil.rmtree(folder, ignore_errors=True)
+        return dead and not folder.exists()
+    finally:
+        os.close(lock)
 
 
 def is_served(path: Path) -> bool:
     """Return whether an emulator listens on the control socket of this run directory."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
-            probe.connect(str(path / "control.sock"))
+            with unix_path.short(path / "control.sock") as address:
+                probe.connect(address)
         except OSError:
             return False
     return True

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from vmbus.errors import UserError
+from vmbus.private import SHARED_UMASK, check_trusted, umask
 
 STAMP = "stamp.json"
 
@@ -43,7 +44,8 @@ def cache_folder() -> Path:
 def make_folder(folder: Path) -> Path:
     """Create ``folder`` unless it exists, and return it. Raises :class:`UserError` if that is not possible."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        with umask(SHARED_UMASK):
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"cannot create {folder}: {error.strerror}; set VMBUS_CACHE to a folder that you can write to"
@@ -51,10 +53,24 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def check(path: Path) -> Path:
+    """Return ``path``, which is in the cache and will be executed or filled.
+
+    Raises :class:`UserError` if a user other than this one and root can change it.
+    """
+    check_trusted(path, "remove it and run `vmbus setup` again, or set VMBUS_CACHE to a folder of yours")
+    return path
+
+
 @contextlib.contextmanager
 def locked(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold the lock of the cache ``folder``. ``waiting`` is called once if another process holds it."""
-    with (make_folder(folder) / "lock").open("a") as file:
+    """Hold the lock of the cache ``folder``. ``waiting`` is called once if another process holds it.
+
+    Raises as :func:`check`.
+    """
+    make_folder(folder)
+    check(folder)
+    with (folder / "lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -71,8 +87,9 @@ def filling(folder: Path, stamp: Mapping[str, object]) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=".filling-", dir=folder.parent))
     temporary.chmod(0o755)
     try:
-        yield temporary
-        (temporary / STAMP).write_text(json.dumps(dict(stamp), indent=1, sort_keys=True) + "\n")
+        with umask(SHARED_UMASK):
+            yield temporary
+            (temporary / STAMP).write_text(json.dumps(dict(stamp), indent=1, sort_keys=True) + "\n")
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)

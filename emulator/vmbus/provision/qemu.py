@@ -128,11 +128,21 @@ def find_qemu(folder: Path | None = None, environ: Mapping[str, str] = os.enviro
 
 
 def private_qemu(folder: Path) -> QemuBinary | None:
-    """Return the private copy in the cache ``folder``, else None."""
+    """Return the private copy in the cache ``folder``, else None.
+
+    Raises :class:`~vmbus.errors.UserError` if another user can change it.
+    """
     for root, stamp in cache.complete_folders(folder / "qemu"):
         if root.joinpath(_LINKER).exists():
             version = _parse_version(str(stamp.get("version", "")))
             if version is not None:
+                for place in (
+                    root / _LINKER,
+                    root / _LIBRARIES / "qemu",
+                    root / "usr/bin/qemu-system-x86_64",
+                ):
+                    if place.exists():
+                        cache.check(place)
                 return _private(root, version, bool(stamp.get("dbus_vmstate", True)))
     return None
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
-from vmbus.errors import MissingRequirement
+from vmbus.errors import MissingRequirement, UserError
 from vmbus.provision import cache
 from vmbus.provision.qemu import find_qemu
 
@@ -124,3 +125,25 @@ def test_tools_come_from_the_same_copy_or_from_the_path(
     nbd = write_program(tmp_path / "qemu-nbd", ":")
     assert found.qemu_nbd() == (str(nbd),)
     shutil.rmtree(root)
+
+
+def test_a_private_copy_that_others_can_change_is_not_run(tmp_path: Path, folder: Path) -> None:
+    root = private_copy(folder)
+    find_qemu(folder, {"PATH": str(tmp_path)})
+    for place in (folder, root, root / "usr/bin", root / "usr/lib64/ld-linux-x86-64.so.2"):
+        before = place.stat().st_mode
+        place.chmod(before | 0o002)
+        with pytest.raises(UserError, match="other users can write to"):
+            find_qemu(folder, {"PATH": str(tmp_path)})
+        place.chmod(before)
+    find_qemu(folder, {"PATH": str(tmp_path)})
+
+
+def test_the_cache_is_made_for_this_user_to_write_whatever_the_umask(folder: Path) -> None:
+    before = os.umask(0)
+    try:
+        root = private_copy(folder)
+    finally:
+        os.umask(before)
+    for place in (folder, folder / "qemu", root, root / "usr/bin", root / cache.STAMP):
+        assert not place.stat().st_mode & 0o022

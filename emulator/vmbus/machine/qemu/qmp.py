@@ -12,6 +12,7 @@ import logging
 import socket
 import struct
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from qemu.qmp import (
@@ -26,6 +27,7 @@ from qemu.qmp import (
 from qemu.qmp.protocol import Runstate, StateError
 
 from vmbus.errors import QemuError, QemuGone, QemuUnsuitable
+from vmbus.machine import unix_path
 
 _POLL = 0.005
 """Seconds between two ``query-status`` until QEMU has finished a migration: there is no event for that."""
@@ -54,7 +56,8 @@ class Qmp:
         """
         raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            raw.connect(path)
+            with unix_path.short(Path(path)) as address:
+                raw.connect(address)
         except OSError as error:
             raw.close()
             raise QemuUnsuitable(

@@ -18,9 +18,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from vmbus.errors import DeviceError, MissingRequirement, UserError
+from vmbus.machine import unix_path
 from vmbus.machine.qemu import confined
 from vmbus.machine.qemu.child import in_child
 from vmbus.machine.qemu.image_files import Image, examine
@@ -44,8 +46,10 @@ def private_connections(count: int) -> tuple[socket.socket, list[socket.socket]]
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connections: list[socket.socket] = []
     try:
-        with tempfile.TemporaryDirectory(prefix="vmbus-") as folder:  # only this user can read it
-            path = f"{folder}/nbd"
+        with (
+            tempfile.TemporaryDirectory(prefix="vmbus-") as folder,  # only this user can read it
+            unix_path.short(Path(folder) / "nbd") as path,
+        ):
             listener.bind(path)
             listener.listen(count)
             for _ in range(count):
