@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from vmbus.cli.devices import registry
 from vmbus.cli.options import add_host_options, confine, device_lines, host_options
 from vmbus.cli.output import tell
 from vmbus.cli.serving import CONTROL_COMMANDS
-from vmbus.machine import rundir
+from vmbus.machine import rundir, signals
 from vmbus.machine.host import ExitReason, Host
 from vmbus.machine.migration.side_channel import CarrierAddress
 from vmbus.machine.served import Served
@@ -66,7 +65,7 @@ def add_parser(verbs: Any) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     confine(arguments)
-    return asyncio.run(_attach(arguments))
+    return signals.run(_attach(arguments))
 
 
 async def _attach(arguments: argparse.Namespace) -> int:
@@ -76,7 +75,7 @@ async def _attach(arguments: argparse.Namespace) -> int:
         host = await Host.attach(arguments.qmp, devices, host_options(arguments))
         served = Served(host, directory.path, CONTROL_COMMANDS)
         async with contextlib.AsyncExitStack() as stack:
-            stack.push_async_callback(served.close)
+            stack.push_async_callback(lambda: signals.finished(served.close()))
             if arguments.carrier is not None:
                 await host.migration.listen(CarrierAddress.parse(arguments.carrier))
             await served.start()

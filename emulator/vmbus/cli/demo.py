@@ -21,6 +21,7 @@ from vmbus.cli.output import is_terminal, one_line, redraw, show, show_json
 from vmbus.cli.run import guest_modules, make_image
 from vmbus.cli.status import channel_table
 from vmbus.errors import UserError
+from vmbus.machine import signals
 from vmbus.machine.gateway import build as gateway_build
 from vmbus.machine.guest import Guest
 from vmbus.machine.host import ExitReason
@@ -96,9 +97,14 @@ class Screen:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    screen = Screen(quiet=arguments.json)
-    result = asyncio.run(Demo(screen, arguments.guest, arguments.smp).run())
-    if arguments.json:
+    return signals.run(
+        _demo(Demo(Screen(quiet=arguments.json), arguments.guest, arguments.smp), arguments.json)
+    )
+
+
+async def _demo(demo: Demo, as_json: bool) -> int:
+    result = await demo.run()
+    if as_json:
         show_json(result)
     return 0
 

@@ -21,7 +21,7 @@ from vmbus.cli.options import DEFAULT_GUEST, add_host_options, confine, device_l
 from vmbus.cli.output import Echo, is_terminal, show_exactly, tell
 from vmbus.cli.serving import CONTROL_COMMANDS
 from vmbus.errors import DeviceError, UsageError, UserError
-from vmbus.machine import rundir
+from vmbus.machine import rundir, signals
 from vmbus.machine.gateway import build as gateway_build
 from vmbus.machine.guest import Guest, emulator_options
 from vmbus.machine.host import ExitReason, Host, HostOptions
@@ -295,7 +295,7 @@ def main(arguments: argparse.Namespace) -> int:
         line = command_line(decided.qemu.argv_prefix, directory, options, decided.guest)
         show_exactly(shlex.join([*line, *(qemu_filter(line) if decided.qemu.sandbox else ())]))
         return 0
-    return asyncio.run(_run(decided, bool(arguments.command), arguments.timeout))
+    return signals.run(_run(decided, bool(arguments.command), arguments.timeout))
 
 
 async def _run(decided: Plan, command: bool, timeout: float | None) -> int:

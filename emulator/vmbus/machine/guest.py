@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vmbus.bus.io.device import Device
-from vmbus.errors import InternalError, QemuGone
+from vmbus.errors import InternalError, QemuError
 from vmbus.machine import rundir
 from vmbus.machine.host import Host, HostOptions
 from vmbus.machine.migration.configuration import leave_memory
@@ -32,7 +32,11 @@ from vmbus.machine.qemu.arguments import EmulatorOptions
 from vmbus.machine.qemu.launch import GuestOptions, QemuProcess, command_line
 from vmbus.machine.rundir import RunDirectory
 from vmbus.machine.served import HostCommand, Served
+from vmbus.machine.signals import finished
 from vmbus.provision.qemu import QemuBinary
+
+_QUIT_TIMEOUT = 5.0
+"""Seconds that QEMU may take to answer ``quit``."""
 
 
 def emulator_options(
@@ -87,7 +91,7 @@ class Station:
         try:
             await station._open(name, setup, devices)
         except BaseException:
-            await station.close()
+            await finished(station.close())
             raise
         return station
 
@@ -121,18 +125,25 @@ class Station:
 
     async def close(self) -> None:
         """End QEMU, host and daemon, and remove their files, as far as they exist."""
-        if self.host is not None:
-            if self.process is not None and self.process.process.poll() is None and self.host.qmp.connected:
-                with contextlib.suppress(QemuGone):  # it may end by itself at this moment
-                    await self.host.qmp.execute("quit")
-            await self.host.close()
-        if self.process is not None:
-            await asyncio.to_thread(self.process.stop)
-        if self.command is not None:
-            self.command[1].close()
-        if self.daemon is not None:
-            await asyncio.to_thread(self.daemon.stop)
-        self.directory.remove_machine()
+        async with contextlib.AsyncExitStack() as steps:  # the last one first, and each also if another fails
+            steps.callback(self.directory.remove_machine)
+            if self.daemon is not None:
+                steps.push_async_callback(asyncio.to_thread, self.daemon.stop)
+            if self.command is not None:
+                steps.callback(self.command[1].close)
+            if self.process is not None:
+                steps.push_async_callback(asyncio.to_thread, self.process.stop)
+            if self.host is not None:
+                steps.push_async_callback(self.host.close)
+                if self.process is not None and self.process.process.poll() is None:
+                    steps.push_async_callback(self._quit, self.host)
+
+    async def _quit(self, host: Host) -> None:
+        """Ask QEMU to end; who waits for its process ends it otherwise."""
+        if host.qmp.connected:
+            with contextlib.suppress(QemuError, TimeoutError):  # it may end by itself at this moment
+                async with asyncio.timeout(_QUIT_TIMEOUT):
+                    await host.qmp.execute("quit")
 
 
 class Guest:
@@ -211,10 +222,17 @@ class Guest:
             await served.start()
             yield guest
         finally:
-            if guest is not None:
-                await guest.served.stop_listening()
-                await guest._station.close()
-            directory.remove()
+            try:
+                if guest is not None:
+                    await finished(guest._end())
+            finally:
+                directory.remove()
+
+    async def _end(self) -> None:
+        try:
+            await self.served.stop_listening()
+        finally:
+            await self._station.close()
 
     async def move(
         self, *, share_memory: bool = False, progress: Progress | None = None, timeout: float = 600.0
@@ -266,7 +284,7 @@ class Guest:
             outcome = await migrate(source, uri, carrier=carrier, progress=progress, timeout=timeout)
             await arrived(target, timeout)
         except BaseException as error:
-            await new.close()
+            await finished(new.close())
             if share_memory:
                 await leave_memory(self.host.qmp, False)
             if source.phase is Phase.LEFT:  # the target is ended, and the source still has all of the guest
@@ -279,7 +297,7 @@ class Guest:
         target.buffer_size = buffer_size
         self._station = new
         self.served.replace(new.serving)
-        await old.close()
+        await finished(old.close())
         self.directory.point_to(directory)
         return outcome
 

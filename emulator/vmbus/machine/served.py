@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import resource
-import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from vmbus import __version__
+from vmbus.machine import signals
 from vmbus.machine.control import ControlServer, Handler
 from vmbus.machine.host import ExitReason, Host
 
@@ -61,20 +60,13 @@ class Served:
         await self.host.close()
 
     async def serve(self) -> ExitReason:
-        """Serve until QEMU ends, the control socket asks to stop, or SIGINT or SIGTERM comes."""
-        loop = asyncio.get_running_loop()
-        signals = (signal.SIGINT, signal.SIGTERM)
-        for number in signals:
-            loop.add_signal_handler(number, lambda: self.host.stop())
-        try:
+        """Serve until QEMU ends, the control socket asks to stop, or one of :data:`signals.SIGNALS` comes."""
+        with signals.handled(lambda number: self.host.stop()):
             while True:
                 host = self.host
                 exit_reason = await host.serve()
                 if host is self.host:
                     return exit_reason
-        finally:
-            for number in signals:
-                loop.remove_signal_handler(number)
 
     async def _status(self, request: Mapping[str, Any]) -> object:
         return status(self.host, self.directory.name)

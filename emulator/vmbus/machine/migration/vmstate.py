@@ -88,13 +88,16 @@ class DbusDaemon:
             )
         daemon = cls(process, socket, configuration)
         end = asyncio.get_running_loop().time() + timeout
-        while not socket.exists():
-            if process.poll() is not None or asyncio.get_running_loop().time() > end:
-                daemon.stop()
-                raise MissingRequirement(
-                    f"{command[-1]} did not start: {log.read_text(errors='replace').strip() or 'no message'}"
-                )
-            await asyncio.sleep(0.005)
+        try:
+            while not socket.exists():
+                if process.poll() is not None or asyncio.get_running_loop().time() > end:
+                    raise MissingRequirement(
+                        f"{command[-1]} did not start: {log.read_text(errors='replace').strip() or 'no message'}"
+                    )
+                await asyncio.sleep(0.005)
+        except BaseException:
+            daemon.stop()
+            raise
         socket.chmod(0o600)
         return daemon
 
