@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import IO, Any
 
 from vmbus.errors import MissingRequirement, UsageError, UserError
 from vmbus.provision import cache, kernel
@@ -93,10 +94,17 @@ def make_system(folder: Path, mirror: Mirror, progress: Progress) -> Path:
 
 def copy_system(image: Path, target: Path) -> None:
     """Copy ``image`` to ``target``, as a disk for a guest. Raises :class:`UsageError` if ``target`` exists."""
-    if target.exists():
-        raise UsageError(f"{target} exists already: remove it, or name another file")
-    command = ["cp", "--reflink=auto", "--sparse=always", str(image), str(target)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        file = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except FileExistsError:  # a link, too: it may have been put there for this
+        raise UsageError(f"{target} exists already: remove it, or name another file") from None
+    except OSError as error:
+        raise UserError(f"cannot create {target}: {error.strerror}") from error
+    try:
+        command = ["cp", "--reflink=auto", "--sparse=always", str(image), f"/proc/self/fd/{file}"]
+        done = subprocess.run(command, capture_output=True, text=True, pass_fds=(file,))
+    finally:
+        os.close(file)
     if done.returncode:
         target.unlink(missing_ok=True)
         raise UserError(f"cannot create {target}: {done.stderr.strip()}")
@@ -150,30 +158,45 @@ def _mmdebstrap(mirror: Mirror, guest: kernel.GuestKernel, work: Path) -> list[s
 
 def _pack(archive: Path, image: Path) -> None:
     """Make the partitioned ``image`` of the files in ``archive``, as the user who owns all of them."""
+    # The user of the namespace is another one: it gets the archive and the image as open files, and works in a
+    # folder of its own. Nothing of this user's is writable for others at any time.
     script = (
-        'set -e; mkdir "$1.root"; '
-        'tar -x -p --numeric-owner --exclude=\'./dev/*\' -f "$2" -C "$1.root"; rm "$2"; '
-        ': >"$1.root/etc/machine-id"; '  # every boot of a new copy makes its own
-        'mke2fs -q -t ext4 -L debian -d "$1.root" -E "offset=$3,assume_storage_prezeroed=1" "$1" "$4k"; '
-        'rm -rf "$1.root"'
+        'set -e; umask 022; work=$(mktemp -d -p "$4"); trap \'rm -rf "$work"\' EXIT; mkdir "$work/root"; '
+        "tar -x -p --numeric-owner --exclude='./dev/*' -f - -C \"$work/root\"; "
+        ': >"$work/root/etc/machine-id"; '  # every boot of a new copy makes its own
+        'truncate -s "$1" "$work/image"; '
+        'mke2fs -q -t ext4 -L debian -d "$work/root" -E "offset=$2,assume_storage_prezeroed=1" "$work/image" "$3k"; '
+        'rm -rf "$work/root"; dd if="$work/image" bs=64K conv=sparse status=none'
     )
-    image.touch()
-    os.truncate(image, _SIZE)
-    words = ["sh", "-c", script, "pack", str(image), str(archive), str(_START), str((_SIZE - _START) >> 10)]
+    folder = tempfile.gettempdir() if os.geteuid() else str(image.parent)
+    words = ["sh", "-c", script, "pack", str(_SIZE), str(_START), str((_SIZE - _START) >> 10), folder]
     if os.geteuid():
-        image.chmod(0o666)
-        image.parent.chmod(0o777)
         words = ["mmdebstrap", "--unshare-helper", *words]
-    _run(words)
-    image.chmod(0o644)
+    with (
+        archive.open("rb") as files,
+        os.fdopen(os.open(image, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644), "wb") as made,
+    ):
+        _run(words, files, made)
+    archive.unlink()
+    os.truncate(image, _SIZE)
     _run(["sfdisk", "--quiet", str(image)], f"label: dos\nstart={_START // 512}, type=83, bootable\n")
 
 
-def _run(command: Sequence[str], given: str = "") -> None:
+def _run(
+    command: Sequence[str], given: str | IO[bytes] = "", output: int | IO[bytes] = subprocess.PIPE
+) -> None:
+    """Run a tool; ``given`` is its input, ``output`` takes its standard output."""
     environment: Mapping[str, str] = {**os.environ, "LC_ALL": "C.UTF-8", "PATH": _path()}
+    source: dict[str, Any] = {"input": given} if isinstance(given, str) else {"stdin": given}
     try:
         done = subprocess.run(
-            command, input=given, env=environment, capture_output=True, text=True, errors="replace"
+            command,
+            **source,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
         )
     except FileNotFoundError:
         raise MissingRequirement(

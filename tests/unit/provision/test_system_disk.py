@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,33 @@ def test_the_files_become_a_partition_with_a_file_system(
     assert list(folder.glob(".system-*")) == []
 
 
+@pytest.mark.skipif(bool(TOOLS), reason=f"without {TOOLS}")
+def test_a_user_without_root_shares_nothing_that_others_can_write(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path
+) -> None:
+    """While the packing runs, as another user in its namespace."""
+    root = tmp_path / "root"
+    (root / "etc").mkdir(parents=True)
+    with tarfile.open(tmp_path / "root.tar", "w") as archive:
+        archive.add(root, ".")
+    fake_mmdebstrap(monkeypatch, tmp_path, f'cp {tmp_path}/root.tar "$archive"')
+    programs = tmp_path / "programs"
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    real = shutil.which("mke2fs", path="/usr/sbin:/sbin")
+    look = f"find {temporary} ! -type l -printf '%m %p\\n' >{tmp_path}/modes"
+    write_program(programs / "mke2fs", f'{look}; exec {real} "$@"')
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    image = system_disk.make_system(folder, MIRROR, Silent())
+    lines = (tmp_path / "modes").read_text().splitlines()
+    modes = {path: mode for mode, _, path in (line.partition(" ") for line in lines)}
+    assert any("disk.img" in path for path in modes)
+    assert {path: mode for path, mode in modes.items() if int(mode, 8) & 0o022} == {}
+    assert image.stat().st_mode & 0o777 == 0o644
+    assert list(temporary.iterdir()) == []
+
+
 def test_what_mmdebstrap_says_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path) -> None:
     fake_mmdebstrap(monkeypatch, tmp_path, "echo I: hello >&2; echo E: no such suite >&2; exit 25")
     with pytest.raises(UserError, match="mmdebstrap failed: E: no such suite"):
@@ -117,5 +146,9 @@ def test_a_copy_does_not_replace_a_file(tmp_path: Path) -> None:
     assert target.read_bytes() == b"system"
     with pytest.raises(UsageError, match="exists already"):
         system_disk.copy_system(image, target)
+    (tmp_path / "link").symlink_to(tmp_path / "planted")
+    with pytest.raises(UsageError, match="exists already"):
+        system_disk.copy_system(image, tmp_path / "link")
+    assert not (tmp_path / "planted").exists()
     with pytest.raises(UserError, match="cannot create"):
         system_disk.copy_system(image, tmp_path / "nowhere/target")
