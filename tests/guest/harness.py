@@ -33,6 +33,9 @@ LOADED_MODULES = ("hv_vmbus", "hv_utils")
 STORAGE_MODULES = ("hv_storvsc", "sd_mod")
 DEFAULT_DEVICES = ("heartbeat,interval=0.2", "shutdown", "timesync")
 
+RESERVED_MEMORY = 2048
+"""MiB; guests with more are for the layout of their memory, and use little of it."""
+
 PANIC = "Kernel panic - not syncing"
 _PANIC_CHECK_INTERVAL = 0.5
 
@@ -167,6 +170,7 @@ class Booted:
         if reading is not None:
             await reading
         exit_reason = await serving
+        await self.guest.console_written()
         assert exit_reason is ExitReason.POWERED_OFF, f"{exit_reason}\n{self.tail()}"
         return self.received.status
 
@@ -306,6 +310,7 @@ async def boot(
         serial=console,
         command_port=command is not None,
         extra=tuple(extra),
+        reserve_memory=memory <= RESERVED_MEMORY,
     )
 
     async with Guest.start(

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from vmbus.machine import guest as guest_module
 from vmbus.machine.host import HostOptions
 from vmbus.wire.version import Version
 
@@ -110,3 +111,26 @@ async def test_a_guest_takes_the_newest_version_that_is_offered(tmp_path: Path, 
         await guest.until(lambda: guest.host.bus.status()["version"], "agreed version")
         await guest.until(lambda: guest.channel("heartbeat")["details"]["answers"] >= 3, "three heartbeats")
         assert guest.host.bus.status()["version"] == str(version)
+
+
+async def test_a_guest_that_prints_without_end_fills_nothing_on_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = 4096
+    monkeypatch.setattr(guest_module, "_KEPT_SERIAL", keep, raising=False)
+    flood = "i=0; while [ $i -lt 3000 ]; do echo flooding the console $i; i=$((i+1)); done; echo the end"
+    async with boot(tmp_path, memory=256, command=[f"{{ {flood}; }} >/dev/console"]) as guest:
+        largest = 0
+
+        def flooded() -> bool:
+            nonlocal largest
+            largest = max(largest, guest.console_path.stat().st_size)
+            return guest.received.status is not None
+
+        await guest.until(flooded, "end of the flood")
+        await guest.finish()
+        assert largest <= 3 * keep
+        console = guest.console()
+        assert "bytes are left out here" in console
+        assert console.startswith("[    0.")
+        assert "the end" in console[-keep:]

@@ -49,7 +49,8 @@ examples:
   vmbus run --dry-run                                print the QEMU command line
 
 The kernel's console goes to --serial FILE, or to console.log in the guest's run directory
-($XDG_RUNTIME_DIR/vmbus/NAME), which is removed when the guest ends.
+($XDG_RUNTIME_DIR/vmbus/NAME), which is removed when the guest ends. The file keeps the first and the last MiB
+(--serial: the first and the last 64 MiB) of what the guest prints.
 """
 
 AVAILABLE_MODULES = ("uio_hv_generic",)
@@ -88,6 +89,11 @@ def add_parser(verbs: Any) -> None:
     )
     guest.add_argument("--smp", type=int, default=1, metavar="N", help="vCPUs (default: 1)")
     guest.add_argument("--memory", type=size, default=512 << 20, metavar="SIZE", help="RAM (default: 512M)")
+    guest.add_argument(
+        "--no-reserve",
+        action="store_true",
+        help="do not reserve RAM at start: it takes room as the guest uses it, and QEMU is killed when there is none",
+    )
     guest.add_argument(
         "--machine", default="q35", metavar="TYPE", help="QEMU's machine type: q35 or pc (default: q35)"
     )
@@ -213,6 +219,7 @@ def plan(arguments: argparse.Namespace) -> Plan:
             incoming=arguments.incoming is not None,
             snapshots=arguments.snapshots.absolute() if arguments.snapshots else None,
             reachable=tuple(_reachable(arguments)),
+            reserve_memory=not arguments.no_reserve,
             extra=tuple(extra),
         ),
         devices=devices,
@@ -333,7 +340,8 @@ async def run_guest(decided: Plan, output: Echo | None) -> int:
                 )
             exit_reason = await guest.served.serve()
             if exit_reason is ExitReason.QEMU_GONE:
-                raise UserError(f"QEMU ended unexpectedly:\n{guest.process.messages()}")
+                await asyncio.to_thread(guest.process.stop)  # its sockets close before it has ended
+                raise UserError(f"{guest.process.ending()}, unexpectedly:\n{guest.process.messages()}")
             return 0
         return await _command(guest, output, under_way=decided.incoming is not None)
 
@@ -377,6 +385,7 @@ async def _command(guest: Guest, output: Echo, *, under_way: bool) -> int:
     if exit_reason is ExitReason.MIGRATED:
         tell("vmbus run: the guest was migrated, and its command continues there")
         return 0
+    await guest.console_written()
     raise UserError(_explain(guest, received))
 
 

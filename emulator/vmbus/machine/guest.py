@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from vmbus.bus.io.device import Device
-from vmbus.errors import InternalError, QemuError
+from vmbus.errors import InternalError, QemuError, UserError
 from vmbus.machine import rundir
+from vmbus.machine.bounded_log import BoundedLog, LogCopy, copy_socket
 from vmbus.machine.host import Host, HostOptions
 from vmbus.machine.migration.configuration import leave_memory
 from vmbus.machine.migration.drive import MigrationFailed, Outcome, Progress, arrived, migrate, receive
@@ -34,6 +35,11 @@ from vmbus.machine.rundir import RunDirectory
 from vmbus.machine.served import HostCommand, Served
 from vmbus.machine.signals import finished
 from vmbus.provision.qemu import QemuBinary
+
+_KEPT_CONSOLE = 1 << 20
+"""Bytes of the beginning, and of the end, of the console: the run directory is in memory."""
+_KEPT_SERIAL = 64 << 20
+"""The same for a file that the user named."""
 
 _QUIT_TIMEOUT = 5.0
 """Seconds that QEMU may take to answer ``quit``."""
@@ -61,6 +67,17 @@ def emulator_options(
     )
 
 
+def _console(directory: RunDirectory, options: GuestOptions) -> BoundedLog | None:
+    """Return the file of the guest's console; ``None`` for a terminal or the like, which QEMU writes to itself."""
+    path = options.serial or directory.console
+    if path.exists() and not path.is_file():
+        return None
+    try:
+        return BoundedLog(path, _KEPT_CONSOLE if options.serial is None else _KEPT_SERIAL)
+    except OSError as error:
+        raise UserError(f"cannot write the guest's console to {path}: {error.strerror}") from error
+
+
 @dataclass(frozen=True, slots=True)
 class Setup:
     """The configuration of every QEMU of one guest."""
@@ -80,22 +97,33 @@ class Station:
         self.process: QemuProcess | None = None
         self.daemon: DbusDaemon | None = None
         self.command: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self.console: LogCopy | None = None
         self.host: Host | None = None
 
     @classmethod
     async def open(
-        cls, directory: RunDirectory, name: str, setup: Setup, devices: Sequence[Device]
+        cls,
+        directory: RunDirectory,
+        name: str,
+        setup: Setup,
+        devices: Sequence[Device],
+        console: BoundedLog | None,
     ) -> Station:
-        """Start QEMU, whose guest waits at its first query for a hypervisor, and attach: the guest continues."""
+        """Start QEMU, whose guest waits at its first query for a hypervisor, and attach: the guest continues.
+
+        ``console``: the file of the guest's console; ``None``: QEMU writes it.
+        """
         station = cls(directory)
         try:
-            await station._open(name, setup, devices)
+            await station._open(name, setup, devices, console)
         except BaseException:
             await finished(station.close())
             raise
         return station
 
-    async def _open(self, name: str, setup: Setup, devices: Sequence[Device]) -> None:
+    async def _open(
+        self, name: str, setup: Setup, devices: Sequence[Device], console: BoundedLog | None
+    ) -> None:
         directory, qemu = self.directory, setup.qemu
         if qemu.dbus_vmstate:  # QEMU connects to the daemon when it starts
             self.daemon = await DbusDaemon.start(qemu.dbus_daemon(), directory.path)
@@ -103,15 +131,15 @@ class Station:
         options = emulator_options(
             directory, setup.memory_size, setup.gateway_library, migratable=self.daemon is not None
         )
-        line = command_line(qemu.argv_prefix, directory, options, setup.options, name)
+        guest = replace(setup.options, console_socket=console is not None)
+        line = command_line(qemu.argv_prefix, directory, options, guest, name)
         if qemu.sandbox:
             line += confined.qemu_filter(line)
-        if setup.options.serial is not None and not setup.options.serial.exists():
-            with contextlib.suppress(OSError):  # QEMU says why it cannot make it
-                setup.options.serial.touch(0o600)  # or QEMU would need all of its folder
         limits = confined.qemu(qemu.argv_prefix, line, directory.path, setup.options.reachable)
         self.process = QemuProcess.start(line, directory.qemu_log, qemu.environment, limits)
         qmp = await self.process.connect_qmp(directory.qmp)
+        if console is not None:
+            self.console = copy_socket(directory.console_socket, console)
         if setup.options.command_port:
             self.command = await asyncio.open_unix_connection(str(directory.command))
         self.host = await Host.attach(qmp, devices, setup.host_options)
@@ -131,6 +159,8 @@ class Station:
                 steps.push_async_callback(asyncio.to_thread, self.daemon.stop)
             if self.command is not None:
                 steps.callback(self.command[1].close)
+            if self.console is not None:
+                steps.push_async_callback(asyncio.to_thread, self.console.wait)
             if self.process is not None:
                 steps.push_async_callback(asyncio.to_thread, self.process.stop)
             if self.host is not None:
@@ -156,12 +186,14 @@ class Guest:
         station: Station,
         served: Served,
         new_devices: Callable[[Sequence[str]], Sequence[Device]] | None,
+        console: BoundedLog | None,
     ) -> None:
         self.directory = directory
         self.served = served
         self._setup = setup
         self._station = station
         self._new_devices = new_devices
+        self._console = console
         self._moving = False
 
     @property
@@ -189,6 +221,11 @@ class Guest:
             if self._station is station:
                 return
 
+    async def console_written(self) -> None:
+        """Wait until all that the guest has printed is in the console's file, after its QEMU has ended."""
+        if self._station.console is not None:
+            await asyncio.to_thread(self._station.console.wait)
+
     @classmethod
     @contextlib.asynccontextmanager
     async def start(
@@ -213,11 +250,13 @@ class Guest:
         directory = rundir.create(name)
         setup = Setup(qemu, gateway_library, memory_size, options, host_options)
         guest: Guest | None = None
+        console: BoundedLog | None = None
         try:
-            await directory.make_memory(memory_size, memory_of)
-            station = await Station.open(directory, directory.name, setup, devices)
+            await directory.make_memory(memory_size, memory_of, reserve=options.reserve_memory)
+            console = _console(directory, options)
+            station = await Station.open(directory, directory.name, setup, devices, console)
             served = Served(station.serving, directory.path, commands)
-            guest = cls(directory, setup, station, served, new_devices)
+            guest = cls(directory, setup, station, served, new_devices, console)
             served.add_command("move", guest._asked_to_move)
             await served.start()
             yield guest
@@ -226,6 +265,8 @@ class Guest:
                 if guest is not None:
                     await finished(guest._end())
             finally:
+                if console is not None:
+                    console.close()
                 directory.remove()
 
     async def _end(self) -> None:
@@ -260,17 +301,17 @@ class Guest:
         directory = rundir.within(self.directory)
         try:
             await directory.make_memory(
-                self._setup.memory_size, old.directory.memory if share_memory else None
+                self._setup.memory_size,
+                old.directory.memory if share_memory else None,
+                reserve=self._setup.options.reserve_memory,
             )
         except BaseException:
             directory.remove()
             raise
-        options = self._setup.options
-        options = replace(options, incoming=True, serial=options.serial or self.directory.console)
-        setup = replace(self._setup, options=options)
+        setup = replace(self._setup, options=replace(self._setup.options, incoming=True))
         source = self.host.migration
         buffer_size = source.buffer_size
-        new = await Station.open(directory, self.directory.name, setup, devices)
+        new = await Station.open(directory, self.directory.name, setup, devices, self._console)
         target = new.serving.migration
         try:
             uri = f"unix:{directory.path}/migration.sock"

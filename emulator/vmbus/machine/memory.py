@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vmbus.errors import GuestAddressError, QemuUnsuitable
+from vmbus.machine import memory_file
 from vmbus.machine.io.addresses import address_of
 from vmbus.ports import PAGE_SIZE, NativeMemory
 
@@ -191,6 +192,19 @@ def _check_owner(path: Path, found: os.stat_result) -> None:
         )
 
 
+def _check_room(path: Path, found: os.stat_result) -> None:
+    """Warn if the guest can use more memory than its file system has room for."""
+    missing = found.st_size - found.st_blocks * 512
+    if missing > 0 and missing > (room := memory_file.available(path.parent)):
+        _logger.warning(
+            "the guest's memory file %s can grow by %d MiB, and its file system has room for %d MiB: when it is "
+            "full, QEMU and the emulator are killed by SIGBUS. Free some space there, or use less memory",
+            path,
+            missing >> 20,
+            room >> 20,
+        )
+
+
 class MappedMemory:
     """:class:`~vmbus.ports.GuestMemory` over a mapping of the guest's RAM file."""
 
@@ -239,6 +253,7 @@ class MappedMemory:
         try:
             found = os.fstat(descriptor)
             _check_owner(path, found)
+            _check_room(path, found)
             size = found.st_size
             needed = max(region.offset + region.size for region in regions)
             if size < needed:

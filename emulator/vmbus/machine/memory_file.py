@@ -2,7 +2,7 @@
 
 A sparse file would be filled while the guest runs. When the file system is full then, whoever touches the next page
 is killed by SIGBUS: this guest's QEMU, or that of another guest, or an emulator. Reserved room cannot be used up by
-others, and what has no room is refused at start.
+others, and what has no room is refused at start. Who wants a sparse file has to ask for it.
 """
 
 from __future__ import annotations
@@ -20,33 +20,40 @@ _STEP = 8 << 20
 """Bytes reserved at a time; between two steps the event loop runs."""
 
 
-async def make(places: Iterable[Path], size: int) -> Path:
+_WORKING_SET = 1 << 30
+"""Bytes of room that a guest without reserved memory must have at start, if it has that much memory."""
+
+
+async def make(places: Iterable[Path], size: int, *, reserve: bool = True) -> Path:
     """Make a file of ``size`` bytes at the first of ``places`` whose file system has room; return its path.
+
+    ``reserve``: take all of the room now. Otherwise the file is sparse.
 
     Raises :class:`~vmbus.errors.MissingRequirement` when none has.
     """
     reasons = []
     for place in places:
         try:
-            await _reserved(place, size)
+            await _make(place, size, reserve)
         except OSError as error:
             reasons.append(f"{place.parent}: {error.strerror}")
         else:
             return place
     raise MissingRequirement(
         f"there is no room for {size >> 20} MiB of guest memory ({'; '.join(reasons)}); give the guest less "
-        "(--memory), free some space there, or set XDG_RUNTIME_DIR to a folder with room"
+        "(--memory), free some space there, set XDG_RUNTIME_DIR to a folder with room, or do without (--no-reserve)"
     )
 
 
-async def _reserved(place: Path, size: int) -> None:
-    if (room := available(place.parent)) < size:
+async def _make(place: Path, size: int, reserve: bool) -> None:
+    if (room := available(place.parent)) < (size if reserve else min(size, _WORKING_SET)):
         raise OSError(errno.ENOSPC, f"{room >> 20} MiB are free")
     # A file that exists already is not used: another user may have it open.
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(place, flags, 0o600)
     try:
-        for start in range(0, size, _STEP):
+        os.ftruncate(descriptor, size)
+        for start in range(0, size if reserve else 0, _STEP):
             os.posix_fallocate(descriptor, start, min(_STEP, size - start))
             await asyncio.sleep(0)
     except BaseException:

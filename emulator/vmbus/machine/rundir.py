@@ -101,6 +101,11 @@ class RunDirectory:
         return self.path / "console.log"
 
     @property
+    def console_socket(self) -> Path:
+        """The guest's first serial port, of which this process writes :attr:`console`."""
+        return self.path / "console.sock"
+
+    @property
     def qemu_log(self) -> Path:
         return self.path / "qemu.log"
 
@@ -108,18 +113,18 @@ class RunDirectory:
     def acpi_table(self) -> Path:
         return self.path / "vmbus.aml"
 
-    async def make_memory(self, size: int, memory_of: Path | None = None) -> None:
+    async def make_memory(self, size: int, memory_of: Path | None = None, *, reserve: bool = True) -> None:
         """Make the memory file, of ``size`` bytes; :attr:`memory` is its path from then on.
 
         ``memory_of``: memory file of a guest that will arrive without a copy of its memory; this directory gets one
-        more name of it.
+        more name of it. ``reserve``: take all of its room now, so that it cannot be full later.
 
         Raises :class:`~vmbus.errors.MissingRequirement` when no memory file system has the room, and
         :class:`~vmbus.errors.UserError` when ``memory_of`` cannot be shared.
         """
         try:
             if memory_of is None:
-                self.memory = await memory_file.make(self._places(), size)
+                self.memory = await memory_file.make(self._places(), size, reserve=reserve)
             else:
                 self.memory = memory_file.second_name(memory_of, self._places())
         except BaseException:
@@ -151,7 +156,16 @@ class RunDirectory:
         if (self.path.parent / "control.sock").exists():
             shutil.rmtree(self.path, ignore_errors=True)
             self._unlock()
-        for path in (self.qmp, self.user_qmp, self.qtest, self.gateway, self.dbus, self.command):
+        sockets = (
+            self.qmp,
+            self.user_qmp,
+            self.qtest,
+            self.gateway,
+            self.dbus,
+            self.command,
+            self.console_socket,
+        )
+        for path in sockets:
             path.unlink(missing_ok=True)
 
     def point_to(self, inner: RunDirectory) -> None:

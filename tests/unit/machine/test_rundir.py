@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from vmbus.machine import memory_file, rundir
 from vmbus.machine.control import ControlServer
 from vmbus.machine.memory import MappedMemory, RamRegion
 from vmbus.machine.qemu.child import in_child
+from vmbus.machine.qemu.launch import QemuProcess
+from vmbus.machine.qemu.storage_daemon import private_connections
 
 MEBIBYTE = 1 << 20
 
@@ -291,3 +294,60 @@ def test_a_memory_file_that_others_can_open_is_told(tmp_path: Path, caplog: pyte
     folder.chmod(0o700)
     MappedMemory.map_file(path, [RamRegion(0, 8192, 0)], code_pages=None, through=None).close()
     assert caplog.text == ""
+
+
+async def test_memory_that_is_not_reserved_is_sparse(root: Path) -> None:
+    directory = rundir.create("web")
+    await directory.make_memory(256 * MEBIBYTE, reserve=False)
+    found = directory.memory.stat()
+    assert (found.st_size, mode(directory.memory)) == (256 * MEBIBYTE, 0o600)
+    assert found.st_blocks * 512 < MEBIBYTE
+    directory.remove()
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("exit 3", "QEMU ended with status 3"),
+        ("kill -BUS $$", "killed by SIGBUS: the file system of the guest's memory is full"),
+        ("kill -SEGV $$", "killed by SIGSEGV"),
+        ("kill -KILL $$", "no memory left"),
+    ],
+)
+def test_a_qemu_that_was_killed_is_told_with_the_reason(tmp_path: Path, script: str, said: str) -> None:
+    process = QemuProcess.start(["sh", "-c", script], tmp_path / "qemu.log")
+    process.process.wait()
+    assert said in process.ending()
+
+
+def test_a_memory_file_without_room_to_grow_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "ram"
+    path.touch(0o600)
+    os.truncate(path, 64 * MEBIBYTE)
+
+    def attached() -> str:
+        caplog.clear()
+        MappedMemory.map_file(path, [RamRegion(0, 8192, 0)], code_pages=None, through=None).close()
+        return caplog.text
+
+    assert attached() == ""
+    monkeypatch.setattr(memory_file, "available", lambda folder: 5 * MEBIBYTE)
+    assert "can grow by 64 MiB" in (told := attached())
+    assert "room for 5 MiB" in told
+    path.write_bytes(bytes(MEBIBYTE))
+    monkeypatch.setattr(memory_file, "available", lambda folder: 0)
+    assert attached() == ""
+
+
+def test_a_long_folder_for_temporary_files_does_not_matter_to_storage_daemons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / ("t" * 120)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    listener, connections = private_connections(2)
+    for connection in (listener, *connections):
+        connection.close()
+    assert list(folder.iterdir()) == []

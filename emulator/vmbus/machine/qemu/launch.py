@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmbus.errors import QemuError, QemuUnsuitable
+from vmbus.machine.bounded_log import BoundedLog, LogCopy
 from vmbus.machine.qemu.arguments import EmulatorOptions
 from vmbus.machine.qemu.child import in_child
 from vmbus.machine.qemu.qmp import Qmp
@@ -26,6 +27,9 @@ from vmbus.sandbox.confinement import Confinement
 _REFUSED = ("Permission denied", "Operation not permitted")
 _POLL = 0.01
 """Seconds between two attempts to connect."""
+
+_KEPT_MESSAGES = 1 << 18
+"""Bytes of the beginning, and of the end, of what QEMU prints. A guest can make QEMU print."""
 
 SNAPSHOT_NODE = "vmbus-snapshots"
 """The block node of :attr:`GuestOptions.snapshots`."""
@@ -42,6 +46,9 @@ class GuestOptions:
     cpu: str = "max"
     smp: int = 1
     serial: Path | None = None
+    """The console's file; ``None``: the one in the run directory."""
+    console_socket: bool = False
+    """Whether the console goes to the socket in the run directory, of which somebody writes the file."""
     command_port: bool = False
     incoming: bool = False
     """Wait for a migration (``migrate-incoming``) instead of booting."""
@@ -49,6 +56,8 @@ class GuestOptions:
     """A qcow2 image for snapshots; the guest does not see it."""
     reachable: tuple[Path, ...] = ()
     """Files and folders that QEMU may use besides those on its command line: for what is named later over QMP."""
+    reserve_memory: bool = True
+    """Whether the memory file has all of its room from the start; else QEMU is killed when there is none left."""
     extra: tuple[str, ...] = ()
 
 
@@ -78,9 +87,12 @@ def command_line(
     if emulator is not None:
         line += emulator.argv()
     line += ["-qmp", f"unix:{directory.user_qmp},server=on,wait=off"]
-    console = str(guest.serial or directory.console).replace(",", ",,")
-    append = ",append=on" if guest.incoming else ""
-    line += ["-chardev", f"file,id=console,path={console}{append}", "-serial", "chardev:console"]
+    if guest.console_socket:
+        console = f"socket,id=console,path={directory.console_socket},server=on,wait=off"
+    else:
+        file = str(guest.serial or directory.console).replace(",", ",,")
+        console = f"file,id=console,path={file}{',append=on' if guest.incoming else ''}"
+    line += ["-chardev", console, "-serial", "chardev:console"]
     if guest.command_port:
         line += ["-chardev", f"socket,id=command,path={directory.command},server=on,wait=off"]
         line += ["-serial", "chardev:command"]
@@ -102,9 +114,12 @@ def command_line(
 class QemuProcess:
     """A QEMU that is a child of this process."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path, *, confined: bool = False) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], log: Path, copy: LogCopy, *, confined: bool = False
+    ) -> None:
         self.process = process
         self._log = log
+        self._copy = copy
         self._confined = confined
 
     @classmethod
@@ -116,17 +131,27 @@ class QemuProcess:
         confinement: Confinement | None = None,
     ) -> QemuProcess:
         """Start QEMU; its messages go to ``log``. ``environment`` is added to this process's own."""
-        with log.open("wb") as output, in_child(confinement) as prepare:
-            process = subprocess.Popen(
-                list(line),
-                env={**os.environ, **(environment or {})},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # the emulator handles Ctrl-C
-                preexec_fn=prepare,
-            )
-        return cls(process, log, confined=confinement is not None and sandbox.enabled())
+        bounded = BoundedLog(log, _KEPT_MESSAGES)
+        messages, output = os.pipe()
+        try:
+            with in_child(confinement) as prepare:
+                process = subprocess.Popen(
+                    list(line),
+                    env={**os.environ, **(environment or {})},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # the emulator handles Ctrl-C
+                    preexec_fn=prepare,
+                )
+        except BaseException:
+            os.close(messages)
+            bounded.close()
+            raise
+        finally:
+            os.close(output)
+        copy = LogCopy(messages, bounded, close_log=True)
+        return cls(process, log, copy, confined=confinement is not None and sandbox.enabled())
 
     @property
     def pid(self) -> int:
@@ -134,6 +159,8 @@ class QemuProcess:
 
     def messages(self, lines: int = 12) -> str:
         """Return the last ``lines`` that QEMU printed, and what its sandbox may have to do with its end."""
+        if self.process.poll() is not None:
+            self._copy.wait()
         try:
             text = "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
         except FileNotFoundError:
@@ -150,6 +177,19 @@ class QemuProcess:
             )
         return text
 
+    def ending(self) -> str:
+        """Return how QEMU has ended, in words, with the reason as far as it can be known."""
+        status = self.process.returncode
+        if status is None or status >= 0:
+            return f"QEMU ended with status {status}"
+        name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+        reasons: dict[int, str] = {
+            signal.SIGBUS: ": the file system of the guest's memory is full. Free some space there, or do not use "
+            "--no-reserve",
+            signal.SIGKILL: ": by a person, or by the kernel because the machine had no memory left",
+        }
+        return f"QEMU was killed by {name}{reasons.get(-status, '')}"
+
     async def connect_qmp(self, path: Path, timeout: float = 30.0) -> Qmp:
         """Connect as soon as QEMU listens.
 
@@ -158,9 +198,7 @@ class QemuProcess:
         end = asyncio.get_running_loop().time() + timeout
         while True:
             if self.process.poll() is not None:
-                raise QemuError(
-                    f"QEMU ended with status {self.process.returncode} before it was ready:\n{self.messages()}"
-                )
+                raise QemuError(f"{self.ending()} before it was ready:\n{self.messages()}")
             if path.exists():
                 try:
                     return await Qmp.connect(str(path))
