@@ -92,11 +92,12 @@ async def test_every_form_makes_a_qemu_that_can_be_attached_to(tmp_path: Path, f
 async def test_the_layout_of_ram_is_found(tmp_path: Path, machine: str, mebibytes: int) -> None:
     with qemu(tmp_path, ["-machine", machine, "-smp", "3", *options(tmp_path, mebibytes).argv()]):
         found = await facts(tmp_path)
-    assert sum(region.size for region in found.ram_regions) == mebibytes << 20
-    low, *high = found.ram_regions
-    assert low.gpa == 0 and low.offset == 0 and low.end <= 4 << 30
+    first, low, *high = found.ram_regions
+    assert (first.gpa, first.offset, first.end) == (0, 0, 0xA0000)
+    assert low.gpa == 1 << 20 and low.offset == 1 << 20 and low.end <= 4 << 30
+    assert sum(region.size for region in found.ram_regions) == (mebibytes << 20) - 0x60000
     if high:
-        assert (high[0].gpa, high[0].offset) == (4 << 30, low.size)
+        assert (high[0].gpa, high[0].offset) == (4 << 30, low.end)
     assert bool(high) == (mebibytes >= 3584)
     assert len(found.apic_ids) == 3
 

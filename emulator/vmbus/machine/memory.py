@@ -35,6 +35,9 @@ from vmbus.ports import PAGE_SIZE, NativeMemory
 
 _logger = logging.getLogger(__name__)
 
+VIDEO_MEMORY = range(0xA0000, 0x100000)
+"""Addresses below 1 MiB at which devices see no RAM: video memory, SMRAM, ROM and its copies."""
+
 Buffer = bytes | bytearray | memoryview
 
 

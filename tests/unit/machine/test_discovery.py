@@ -18,10 +18,45 @@ FlatView #1
   0000000100000000-00000001ffffffff (prio 0, ram): ram @0000000080000000
 """
 
+Q35_SMM = """\
+FlatView #0
+ AS "cpu-smm-0", root: memory
+ AS "cpu-smm-1", root: memory
+ Root memory region: memory
+  0000000000000000-00000000000fffff (prio 0, ram): ram
+  0000000000100000-000000007fffffff (prio 0, ram): ram @0000000000100000
+  0000000100000000-00000001ffffffff (prio 0, ram): ram @0000000080000000
+FlatView #1
+ AS "memory", root: system
+ AS "cpu-memory-0", root: system
+ Root memory region: system
+  0000000000000000-000000000009ffff (prio 0, ram): ram
+  00000000000a0000-00000000000bffff (prio 1, i/o): vga-lowmem
+  00000000000c0000-00000000000fffff (prio 1, rom): ram @00000000000c0000
+  0000000000100000-000000007effffff (prio 0, ram): ram @0000000000100000
+  000000007f000000-000000007fffffff (prio 1, i/o): tseg-blackhole
+  0000000100000000-00000001ffffffff (prio 0, ram): ram @0000000080000000
+FlatView #2
+ AS "I/O", root: io
+ Root memory region: io
+  0000000000000000-0000000000000007 (prio 0, i/o): dma-chan
+"""
+"""What QEMU prints when firmware has reserved 16 MiB for System Management Mode (shortened)."""
+
 
 def test_ram_is_split_at_four_gib() -> None:
     assert parse_layout(Q35_6GIB, "ram") == (
-        RamRegion(gpa=0, size=2 << 30, offset=0),
+        RamRegion(gpa=0, size=0xA0000, offset=0),
+        RamRegion(gpa=1 << 20, size=(2 << 30) - (1 << 20), offset=1 << 20),
+        RamRegion(gpa=4 << 30, size=4 << 30, offset=2 << 30),
+    )
+
+
+def test_memory_of_system_management_mode_is_no_ram() -> None:
+    """Neither in the old window nor at the end of low memory, although the views of processors have it."""
+    assert parse_layout(Q35_SMM, "ram") == (
+        RamRegion(gpa=0, size=0xA0000, offset=0),
+        RamRegion(gpa=1 << 20, size=0x7F000000 - (1 << 20), offset=1 << 20),
         RamRegion(gpa=4 << 30, size=4 << 30, offset=2 << 30),
     )
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vmbus.machine.memory import MappedMemory
-from vmbus.machine.migration.dirty_pages import VIDEO_MEMORY
+from vmbus.machine.memory import VIDEO_MEMORY, MappedMemory
 from vmbus.ports import PAGE_SIZE
 from vmbus.saving.pages import collect, whole
 from vmbus.wire.saved import SavedPages

@@ -38,15 +38,12 @@ from vmbus.bus.channel.gpadl import Gpadl
 from vmbus.bus.channel.opening import OpenRequest, split_rings
 from vmbus.bus.contact import MonitorPages
 from vmbus.errors import ProtocolError
-from vmbus.machine.memory import MappedMemory
+from vmbus.machine.memory import VIDEO_MEMORY, MappedMemory
 from vmbus.machine.migration.ports import DeviceWork, PageMarker
 from vmbus.ports import PAGE_SIZE, GuestPages
 from vmbus.wire.msr import PAGE_REGISTER
 from vmbus.wire.ring import READ_INDEX, WRITE_INDEX
 from vmbus.wire.synic import EVENT_AREA_SIZE
-
-VIDEO_MEMORY = range(0xA0000, 0x100000)
-"""Addresses below 1 MiB at which the guest does not see RAM."""
 
 _RESERVED_IN_SLOT = 6
 _RESERVED_IN_MONITOR_PAGE = PAGE_SIZE - 1

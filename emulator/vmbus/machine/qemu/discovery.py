@@ -4,7 +4,7 @@
 fact                 where it is found
 ===================  ==============================================================================
 guest RAM            ``qom-get /machine memory-backend``, then ``mem-path``, ``share``, ``size``
-its layout           ``info mtree -f``: the lines of that memory region with their ``@offset``
+its layout           ``info mtree -f``, address space ``memory``: the lines of that memory region with ``@offset``
 qtest socket         ``query-chardev``, label ``qtest``
 gateway socket       the ``-plugin`` option on the command line of the QMP socket's peer process
 vCPU → APIC id       ``qom-get`` ``apic-id`` of each CPU of ``query-cpus-fast``
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmbus.errors import QemuError, QemuUnsuitable
-from vmbus.machine.memory import RamRegion
+from vmbus.machine.memory import VIDEO_MEMORY, RamRegion
 from vmbus.machine.qemu.qmp import Qmp
 
 _MTREE_LINE = re.compile(
@@ -55,23 +55,30 @@ class QemuFacts:
 
 
 def parse_layout(tree: str, region_name: str) -> tuple[RamRegion, ...]:
-    """Return the RAM layout in ``info mtree -f``: one region for each distance between address and file offset.
+    """Return the guest's RAM in ``info mtree -f``, as devices see it: that of the address space ``memory``.
 
-    Holes below 1 MiB (video memory, shadowed ROM) move while firmware runs and are not distinguished.
+    What only System Management Mode sees there (SMRAM) is no RAM for devices. What is between 640 KiB and 1 MiB is
+    left out in any case: firmware changes it while it runs, and makes SMRAM and read-only copies of ROM of it.
     """
-    spans: dict[int, tuple[int, int]] = {}
+    pieces = []
+    devices_see_it = False
     for line in tree.splitlines():
-        found = _MTREE_LINE.match(line)
-        if found is None or found.group(3) != region_name:
-            continue
-        start, last = int(found.group(1), 16), int(found.group(2), 16)
-        delta = start - int(found.group(4) or "0", 16)
-        low, high = spans.get(delta, (start, last))
-        spans[delta] = (min(low, start), max(high, last))
-    return tuple(
-        RamRegion(gpa=low, size=high + 1 - low, offset=low - delta)
-        for delta, (low, high) in sorted(spans.items(), key=lambda item: item[1])
-    )
+        if line.startswith("FlatView #"):
+            devices_see_it = False
+        elif line.strip().startswith('AS "memory",'):
+            devices_see_it = True
+        elif devices_see_it and (found := _MTREE_LINE.match(line)) and found.group(3) == region_name:
+            start, end = int(found.group(1), 16), int(found.group(2), 16) + 1
+            pieces.append((start, end, start - int(found.group(4) or "0", 16)))
+    regions: list[tuple[int, int, int]] = []
+    for start, end, delta in sorted(pieces):
+        for low, high in ((start, min(end, VIDEO_MEMORY.start)), (max(start, VIDEO_MEMORY.stop), end)):
+            if low >= high:
+                continue
+            if regions and regions[-1][1] >= low and regions[-1][2] == delta:
+                low, high = regions[-1][0], max(high, regions.pop()[1])
+            regions.append((low, high, delta))
+    return tuple(RamRegion(gpa=low, size=high - low, offset=low - delta) for low, high, delta in regions)
 
 
 def plugin_socket(arguments: list[str]) -> str | None:
