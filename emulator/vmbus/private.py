@@ -47,8 +47,8 @@ def make_folder(path: Path) -> None:
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise UserError(f"{path} exists and is not a folder of yours; remove it or set XDG_RUNTIME_DIR")
-    check_trusted(path.parent, "set XDG_RUNTIME_DIR to a folder that only you can change")
     path.chmod(0o700)
+    check_trusted(path, "set XDG_RUNTIME_DIR to a folder that only you can change")
 
 
 def check_only_mine(path: Path, remedy: str) -> None:

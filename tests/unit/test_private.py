@@ -32,6 +32,17 @@ def test_a_made_folder_is_closed_to_others(tmp_path: Path) -> None:
     assert mode(folder) == 0o700
 
 
+def test_a_folder_is_made_in_a_sticky_one_and_not_where_others_could_exchange_it(tmp_path: Path) -> None:
+    shared = tmp_path / "shm"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    private.make_folder(shared / "vmbus-1000")
+    private.make_folder(shared / "vmbus-1000")
+    shared.chmod(0o777)
+    with pytest.raises(UserError, match="XDG_RUNTIME_DIR"):
+        private.make_folder(shared / "vmbus-1000")
+
+
 def test_a_planted_folder_or_link_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to("there")
