@@ -13,6 +13,8 @@ and lengths are in bytes, multiples of the unit's block size, and inside ``size`
 from __future__ import annotations
 
 # ruff: noqa: B027 - a back end without files has nothing to flush or close
+import contextlib
+import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -21,15 +23,24 @@ from typing import Any
 from vmbus.errors import UserError
 from vmbus.ports import Workers
 
+_MAP_NORESERVE = 0x4000
+"""Of mmap(2) on Linux; the standard library has it from Python 3.12 on."""
+_DISCARD_STEP = 16 << 20
+"""Bytes that a memory disk gives back in one system call, during which no other thread runs Python."""
+
 
 class Backend(ABC):
     """The blocks of one disk."""
 
     size: int
     """Bytes."""
+    tail: int = 0
+    """Bytes behind the last whole block of an image that :meth:`round_up` completed; 0 once they are a block."""
     read_only: bool = False
     immediate: bool = False
-    """No method blocks: all may be called in the event loop's thread."""
+    """No method blocks: all may be called in the event loop's thread, apart from :attr:`immediate_changes`."""
+    immediate_changes: bool = True
+    """With ``immediate``: so may those that change a range of any length (discards, zeros)."""
     alignment: int = 1
     """Addresses and lengths of memory have to be multiples of this."""
     write_cache: bool = False
@@ -87,6 +98,18 @@ class Backend(ABC):
     def extents(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
         """Return ``(offset, length, whether it is allocated)``, which cover the range from its start; at most 64."""
         return [(offset, length, True)]
+
+    def round_up(self, block_size: int) -> None:
+        """Have :attr:`size` be a multiple of ``block_size``: what the image lacks of its last block reads as zeros.
+
+        Called once, before the first request. Raises :class:`~vmbus.errors.UserError` where the last block could not
+        be written.
+        """
+        if tail := self.size % block_size:
+            raise UserError(
+                f"its size, {self.size} bytes, is not a multiple of {block_size} bytes, and its last {tail} bytes "
+                "would be missing; change its size, or set another block="
+            )
 
     def refresh(self) -> int:
         """Update :attr:`size` and return it."""
@@ -150,15 +173,25 @@ class NullBackend(Backend):
 
 
 class MemoryBackend(Backend):
-    """A disk in this process's memory: zeros at first, lost when the process ends."""
+    """A disk in this process's memory: zeros at first, lost when the process ends. Only what is written takes room.
+
+    Raises :class:`~vmbus.errors.UserError` if this machine has no such range of addresses.
+    """
 
     immediate = True
+    immediate_changes = False
     flush_needed = False
     can_discard = True
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.data = bytearray(size)
+        try:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+            self.data = mmap.mmap(-1, max(size, 1), flags=flags)
+        except (OSError, OverflowError, ValueError) as error:
+            raise UserError(f"no memory for a disk of {size} bytes: {error}; make it smaller") from error
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            self.data.madvise(mmap.MADV_NOHUGEPAGE)
 
     def read(self, offset: int, views: Sequence[memoryview]) -> None:
         data = memoryview(self.data)
@@ -174,10 +207,19 @@ class MemoryBackend(Backend):
             offset += length
 
     def discard(self, offset: int, length: int) -> None:
-        self.data[offset : offset + length] = bytes(length)
+        """Zero a range; whole pages are given back to the machine."""
+        end = offset + length
+        first, last = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if first >= last:
+            self.data[offset:end] = bytes(length)
+            return
+        self.data[offset:first] = bytes(first - offset)
+        self.data[last:end] = bytes(end - last)
+        for at in range(first, last, _DISCARD_STEP):
+            self.data.madvise(mmap.MADV_DONTNEED, at, min(_DISCARD_STEP, last - at))
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
-        self.data[offset : offset + length] = bytes(length)
+        self.discard(offset, length)
 
     def status(self) -> dict[str, Any]:
         return {"backend": "memory"}

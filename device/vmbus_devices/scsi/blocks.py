@@ -65,6 +65,7 @@ class BlockUnit(LogicalUnit):
         self.block_size = block_size
         self.max_transfer = max_transfer
         self.faults = faults
+        backend.round_up(block_size)
         self.blocks = backend.size // block_size
         self.write_errors = WriteErrors.REPORT
         self.read_errors = ReadErrors.REPORT
@@ -93,9 +94,15 @@ class BlockUnit(LogicalUnit):
 
     # --- work ---
 
-    def _submit(self, work: Callable[[], None], done: Callable[[Exception | None], None]) -> None:
-        """Run ``work`` where it may block; ``done`` follows in the event loop's thread."""
-        if self.backend.immediate or self.environment is None:
+    def _submit(
+        self, work: Callable[[], None], done: Callable[[Exception | None], None], *, changes: bool = False
+    ) -> None:
+        """Run ``work`` where it may block; ``done`` follows in the event loop's thread.
+
+        ``changes``: it changes a range of any length.
+        """
+        immediate = self.backend.immediate and (self.backend.immediate_changes or not changes)
+        if immediate or self.environment is None:
             error: Exception | None = None
             try:
                 work()

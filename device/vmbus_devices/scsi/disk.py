@@ -283,7 +283,7 @@ class Disk(BlockUnit):
             else:
                 self.failed(request, error, write=True)
 
-        self._submit(work, done)
+        self._submit(work, done, changes=True)
 
     def _synchronize(self, request: Request) -> None:
         self._range(request)

@@ -107,18 +107,15 @@ def _unit(
             return CdRom(backend, serial, max_transfer=options.max_transfer, faults=faults)
         if backend.alignment > options.block:
             raise UsageError(
-                f"{options.image}: direct I/O needs blocks of {backend.alignment} bytes; "
+                f"direct I/O needs blocks of {backend.alignment} bytes; "
                 f"set block={backend.alignment}, or cache=writeback"
             )
         if backend.block_minimum > options.block:
             raise UsageError(
-                f"{options.image}: the server needs blocks of {backend.block_minimum} bytes; "
-                f"set block={backend.block_minimum}"
+                f"the server needs blocks of {backend.block_minimum} bytes; set block={backend.block_minimum}"
             )
-        if backend.size < options.block:
-            raise UsageError(
-                f"{options.image or options.format.value} is smaller than one block of {options.block} bytes"
-            )
+        if not backend.size:
+            raise UsageError("the image is empty: a disk needs at least one block")
         return Disk(
             backend,
             serial,
@@ -127,6 +124,9 @@ def _unit(
             rotation=options.rotation,
             faults=faults,
         )
+    except UserError as error:
+        backend.close()
+        raise type(error)(f"{options.image or options.format.value}: {error}") from error
     except BaseException:
         backend.close()
         raise

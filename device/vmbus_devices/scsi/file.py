@@ -77,6 +77,7 @@ class FileBackend(Backend):
         except BaseException:
             os.close(self.fd)
             raise
+        self._block_size = 1
         self.alignment = self._alignment() if self.direct else 1
         self.can_discard = can_discard and not read_only
         self.discard_granularity = 0 if self._block_device else os.fstat(self.fd).st_blksize
@@ -123,6 +124,12 @@ class FileBackend(Backend):
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(self.fd, fcntl.LOCK_UN)
 
+    def round_up(self, block_size: int) -> None:
+        if self._block_device:
+            super().round_up(block_size)
+        self._block_size = block_size
+        self.refresh()
+
     def _size(self) -> int:
         if self._block_device:
             raw = fcntl.ioctl(self.fd, _BLKGETSIZE64, bytes(8))
@@ -140,10 +147,20 @@ class FileBackend(Backend):
         wanted = sum([len(view) for view in views])
         done = os.preadv(self.fd, views, offset)
         while done < wanted:
-            step = os.preadv(self.fd, _behind(views, done), offset + done)
+            at = offset + done
+            # At the end of the file: direct I/O cannot continue from there, unless it is the end of a block.
+            step = os.preadv(self.fd, _behind(views, done), at) if at < self._end() else 0
             if not step:
-                raise OSError(errno.EIO, f"{self.path} ends at byte {offset + done}")
+                if offset + wanted != self.size or wanted - done >= self._block_size:
+                    raise OSError(errno.EIO, f"{self.path} ends at byte {at}")
+                for view in _behind(views, done):
+                    view[:] = bytes(len(view))
+                return
             done += step
+
+    def _end(self) -> int:
+        """Return the size of a regular file now, in bytes; of a block device the size of the disk."""
+        return self.size if self._block_device else os.fstat(self.fd).st_size
 
     def write(self, offset: int, views: Sequence[memoryview], *, fua: bool = False) -> None:
         wanted = sum([len(view) for view in views])
@@ -230,7 +247,9 @@ class FileBackend(Backend):
             raise UserError(f"cannot resize {self.path}: {error.strerror}") from error
 
     def refresh(self) -> int:
-        self.size = self._size()
+        found = self._size()
+        self.tail = 0 if self._block_device else found % self._block_size
+        self.size = found - self.tail + self._block_size if self.tail else found
         return self.size
 
     def close(self) -> None:

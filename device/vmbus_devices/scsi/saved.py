@@ -125,7 +125,10 @@ def check_unit(name: str, saved: SavedUnit, unit: LogicalUnit | None) -> None:
     where = f"{name}: target {saved.place[0]} LUN {saved.place[1]}"
     if unit is None:
         raise DeviceError(f"{where} is missing here")
-    found = (unit.device_type, unit.block_size, unit.blocks, unit.identity.serial)
+    blocks = unit.blocks
+    if unit.backend.tail and saved.blocks == blocks - 1:  # saved by a release that left out the last block
+        blocks = saved.blocks
+    found = (unit.device_type, unit.block_size, blocks, unit.identity.serial)
     wanted = (saved.type, saved.block_size, saved.blocks, saved.serial)
     for what, here, there in zip(
         ("type", "block size", "number of blocks", "serial"), found, wanted, strict=True
@@ -137,6 +140,8 @@ def check_unit(name: str, saved: SavedUnit, unit: LogicalUnit | None) -> None:
 def restore_unit(saved: SavedUnit, unit: LogicalUnit) -> None:
     """Give a unit, which was checked, its saved state."""
     unit.attentions = list(saved.attentions)
+    if saved.blocks != unit.blocks:
+        unit.attention(Sense.CAPACITY_CHANGED)
     if isinstance(unit, CdRom):
         unit.loaded, unit.locked = bool(saved.flags & 1), bool(saved.flags & 2)
     if isinstance(unit, Disk):

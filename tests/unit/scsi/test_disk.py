@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import struct
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vmbus.errors import UserError
 from vmbus_devices.scsi.backend import MemoryBackend
 from vmbus_devices.scsi.disk import Disk
 from vmbus_devices.scsi.faults import FaultPlan, parse_faults
@@ -27,7 +30,7 @@ def ready(disk: Disk) -> ScsiGuest:
     return guest
 
 
-def contents(disk: Disk) -> bytearray:
+def contents(disk: Disk) -> mmap.mmap:
     assert isinstance(disk.backend, MemoryBackend)
     return disk.backend.data
 
@@ -244,6 +247,59 @@ def test_memory_that_is_not_aligned_goes_through_a_buffer() -> None:
     assert seen == [1, 1]
     assert guest.read(4, 16, offset=512).data == data
     assert seen[2] == 3
+
+
+# --- a disk in memory ---
+
+
+def resident() -> int:
+    """Bytes of memory that this process uses."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def test_a_disk_in_memory_takes_room_only_for_what_was_written() -> None:
+    before = resident()
+    backend = MemoryBackend(8 << 30)
+    data = bytes(range(1, 129)) * (1 << 17)
+    for offset in (0, (4 << 30) + 512, (8 << 30) - len(data)):
+        backend.write(offset, [memoryview(data)])
+    assert backend.data[(4 << 30) : (4 << 30) + 520] == bytes(512) + data[:8]
+    assert len(data) < resident() - before < 8 * len(data)
+    backend.discard(512, (8 << 30) - 1024)
+    assert resident() - before < len(data)
+    assert backend.data[:520] == data[:512] + bytes(8)
+    assert backend.data[-520:] == bytes(8) + data[-512:]
+    backend.write(0, [memoryview(b"x" * 4096)])
+    backend.write_zeroes(1024, 512, unmap=False)
+    assert backend.data[:4096] == b"x" * 1024 + bytes(512) + b"x" * 2560
+
+
+def test_a_disk_that_has_no_room_in_this_machine() -> None:
+    with pytest.raises(UserError, match="make it smaller"):
+        MemoryBackend(1 << 62)
+
+
+@pytest.mark.parametrize(
+    ("command", "data"),
+    [
+        (cdb(0x42, 0, 24), struct.pack(">HHIQII", 22, 16, 0, 8, 8, 0)),
+        (cdb(0x93, 8, 8), bytes(512)),
+        (cdb(0x93, 8, 8), b"x" * 512),
+    ],
+)
+def test_changes_of_any_length_are_made_outside_the_event_loop(command: bytes, data: bytes) -> None:
+    disk = memory_disk()
+    guest = ready(disk)
+    guest.workers.paused = True
+    before = contents(disk)[4096:8192]
+    assert guest.read(8, 8).data == before  # which are moved at once
+    guest.start(command, write=data)
+    assert guest.answers() == []
+    assert contents(disk)[4096:8192] == before
+    guest.workers.release()
+    guest.run()
+    assert [answer.good for answer in guest.answers()] == [True]
+    assert contents(disk)[4096:8192] == (data[:1] * 4096 if len(data) == 512 else bytes(4096))
 
 
 # --- about itself ---
@@ -589,4 +645,4 @@ def test_any_sequence_of_reads_and_writes_agrees_with_an_array(data: st.DataObje
             block = bytes((data.draw(st.integers(0, 3)),)) * 512
             assert guest.command(cdb(0x93, lba, blocks), write=block).good
             model[span] = block * blocks
-    assert contents(disk) == model
+    assert contents(disk)[:] == model

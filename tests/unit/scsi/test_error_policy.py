@@ -151,7 +151,7 @@ def test_what_was_kept_is_saved_and_done_where_the_guest_goes_on() -> None:
         device.guest_resumed()
         guest.run()
         assert [answer.good for answer in guest.answers()] == [True]
-        assert there.data == bytes(BLOCKS * 512)
+        assert there.data[:] == bytes(BLOCKS * 512)
 
 
 def test_a_reset_aborts_what_was_kept() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from vmbus.errors import DeviceError, UserError
+from vmbus.wire.scsi import Sense
 from vmbus_devices.scsi.cdrom import CdRom
 from vmbus_devices.scsi.drive import DriveOptions, open_drive
 from vmbus_devices.scsi.file import Cache, FileBackend
@@ -83,6 +84,62 @@ def test_an_image_that_shrank_gives_errors_and_no_stale_data(image: Path) -> Non
     with pytest.raises(OSError, match="ends at"):
         backend.read(0, [aligned(bytes(8192))])
     assert backend.refresh() == 4096
+
+
+@pytest.mark.parametrize("cache", ["writeback", "none"])
+@pytest.mark.parametrize(("block", "tail"), [(512, 100), (512, 511), (4096, 512), (4096, 1)])
+def test_an_image_whose_end_is_no_whole_block_keeps_its_end(
+    image: Path, cache: str, block: int, tail: int
+) -> None:
+    content = os.urandom(tail)
+    with image.open("ab") as file:
+        file.write(content)
+    options = DriveOptions(str(image), cache=Cache(cache), block=block)
+    unit = open_drive(options, "d")
+    device = controller(unit)
+    with ScsiGuest(device) as guest:
+        guest.negotiate()
+        last = MIB // block
+        assert unit.blocks == last + 1
+        answer = guest.command(struct.pack(">BBIBHB", 0x28, 0, last, 0, 1, 0), read=block, offset=8)
+        assert answer.data == content.ljust(block, b"\0")
+        assert not device.resize(0, 0)
+        answer = guest.command(struct.pack(">BBIBHB", 0x28, 0, last - 1, 0, 2, 0), read=2 * block, offset=8)
+        assert answer.data[block:] == content.ljust(block, b"\0")
+        assert image.stat().st_size == MIB + tail
+        assert guest.command(
+            struct.pack(">BBIBHB", 0x2A, 0, last, 0, 1, 0), write=b"x" * block, offset=8
+        ).good
+        assert not device.resize(0, 0)
+    device.stop()
+    assert image.read_bytes()[MIB:] == b"x" * block
+
+
+def test_a_disc_whose_end_is_no_whole_block_keeps_its_end(disc: Path) -> None:
+    with disc.open("ab") as file:
+        file.write(b"the end")
+    with ScsiGuest(controller(open_drive(DriveOptions(str(disc)), "cd"))) as guest:
+        guest.negotiate()
+        answer = guest.command(struct.pack(">BBIBHB", 0x28, 0, 300, 0, 1, 0), read=2048, offset=8)
+        assert answer.data == b"the end".ljust(2048, b"\0")
+        assert guest.command(bytes((0x25,)), read=8).data == struct.pack(">II", 300, 2048)
+
+
+def test_a_state_of_a_release_that_left_the_end_out_is_taken(image: Path) -> None:
+    os.truncate(image, MIB - 100)
+    device = controller(open_drive(DriveOptions(str(image)), "d"))
+    with ScsiGuest(device) as guest:
+        guest.negotiate()
+        state = device.save()
+        old = state.replace(struct.pack("<Q", MIB // 512), struct.pack("<Q", MIB // 512 - 1))
+        assert old != state
+        other = controller(open_drive(DriveOptions(str(image)), "d"))
+        other.restore(old)
+        assert other.units[0, 0].attentions == [Sense.CAPACITY_CHANGED]
+        os.truncate(image, MIB)
+        other = controller(open_drive(DriveOptions(str(image)), "d"))
+        with pytest.raises(DeviceError, match="another number of blocks"):
+            other.restore(old)
 
 
 def test_only_one_guest_writes_to_an_image(image: Path) -> None:
