@@ -56,6 +56,9 @@ async def test_devices_come_go_grow_and_move(tmp_path: Path, capsys: pytest.Capt
         await sees("sda:8192")
         for field in ("NoNewPrivs:\t1", "Seccomp:\t2") if seccomp.available() else ("NoNewPrivs:\t1",):
             assert field in Path(f"/proc/{guest.guest.process.pid}/status").read_text()
+        assert "is used by another guest, or by another disk of this one" in await vmbus(
+            "add", f"scsi,image={first}"
+        )
         path = str(second).replace(",", ",,")
         line = f"scsi,image={path},format=qcow2,queues=2,serial=late"
         assert await vmbus("add", line) == "scsi/0:1 is there\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import re
@@ -11,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vmbus.errors import UserError
 from vmbus.machine.io.uring import Uring
+from vmbus.machine.qemu.storage_daemon import QemuImages
+from vmbus.provision.qemu import find_qemu
 from vmbus_devices.scsi import Scsi
-from vmbus_devices.scsi.drive import DriveOptions, open_drive
+from vmbus_devices.scsi.drive import DriveOptions, Format, open_drive
 
 from tests.guest.harness import DEFAULT_DEVICES, LOADED_MODULES, Booted, boot
 from tests.guest.matrix import full
 from tests.guest.test_boot import complaints
+from tests.guest.waiting import LIMIT
 from tests.migration.journey import journey
 
 pytestmark = pytest.mark.guest
@@ -46,12 +51,36 @@ def e2fs(name: str, *words: object) -> int:
     return subprocess.run([found, *map(str, words)], stdout=subprocess.DEVNULL, check=False).returncode
 
 
+def new_image(path: Path, format: str) -> None:
+    line = [*find_qemu().qemu_img(), "create", "-q", "-f", format, str(path), "8M"]
+    subprocess.run(line, check=True)
+
+
 def calm(guest: Booted) -> None:
     """Nothing was refused, and the kernel does not complain."""
     assert complaints(guest.console()) == []
     assert not re.search(r"I/O error|storvsc.*(?:error|fail)|sd \S+:.*(?:Sense|FAILED)", guest.console())
     for channel in guest.status()["channels"]:
         assert channel["refusals"] == {}, channel
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+async def test_an_image_that_is_used_already_is_refused_at_the_start(tmp_path: Path, format: str) -> None:
+    image = tmp_path / "disk.img"
+    new_image(image, format)
+    line = f"scsi,image={image},format={format}"
+    with pytest.raises(UserError, match=r"scsi/0:1: the image .*/disk.img (is used by|cannot be opened)"):
+        async with boot(tmp_path, devices=[line, line], load=MODULES):
+            pytest.fail("the guest has started")
+    other = open_drive(DriveOptions(str(image), format=Format(format)), "other", QemuImages())
+    other.claim(LIMIT)
+    try:
+        with pytest.raises(UserError, match=r"scsi/0:0: the image .*/disk.img (is used by|cannot be opened)"):
+            async with boot(tmp_path, devices=[line], load=MODULES):
+                pytest.fail("the guest has started")
+    finally:
+        other.close()
+        assert await asyncio.to_thread(other.backend.wait_closed, LIMIT)
 
 
 @pytest.mark.parametrize("kernel", [full("debian-6.1"), "debian-6.12", full("debian-backports")])

@@ -119,6 +119,17 @@ class Client:
         self.close()
         raise DeviceError(f"{self.name}: {trouble}")
 
+    def connect(self, timeout: float) -> None:
+        """Connect, and try again for ``timeout`` seconds; raise :class:`~vmbus.errors.DeviceError` after that.
+
+        A first attempt that is under way is waited for, up to :data:`OPEN_TIMEOUT`. The client stays active.
+        """
+        self.activate()
+        with self._changed:
+            self._changed.wait_for(lambda: self._session or self.trouble, OPEN_TIMEOUT)
+            if not self._changed.wait_for(lambda: bool(self._session), timeout):
+                raise DeviceError(self.trouble or f"the server did not answer within {OPEN_TIMEOUT:g} s")
+
     def activate(self) -> None:
         """Connect and stay connected. Does not wait."""
         with self._changed:

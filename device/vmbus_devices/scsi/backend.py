@@ -15,14 +15,17 @@ from __future__ import annotations
 # ruff: noqa: B027 - a back end without files has nothing to flush or close
 import contextlib
 import mmap
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
-from vmbus.errors import UserError
+from vmbus.errors import DeviceError, UserError
 from vmbus.ports import Workers
 
+_CLAIM_AGAIN = 0.05
+"""Seconds between two attempts to lock an image."""
 _MAP_NORESERVE = 0x4000
 """Of mmap(2) on Linux; the standard library has it from Python 3.12 on."""
 _DISCARD_STEP = 16 << 20
@@ -53,6 +56,8 @@ class Backend(ABC):
     """Flags of pwritev2(2) for a write to ``fd`` with FUA."""
     starts: bool = False
     """Whether reads and writes go through :meth:`start`, without a thread that waits for each."""
+    reconnect: float = 5.0
+    """Seconds for which requests wait for an image that somebody else uses."""
     threads: Executor | None = None
     """Threads of its own, for a back end with unbounded latency (a server), so that other devices need not wait."""
     block_minimum: int = 1
@@ -126,10 +131,33 @@ class Backend(ABC):
         """Have :meth:`refresh` return the size of an image that another program has resized. May block."""
 
     def lock(self) -> None:
-        """Lock the image for this guest. Raises :class:`~vmbus.errors.DeviceError` if another guest uses it."""
+        """Lock the image for this guest, or go on doing so. Does not wait.
+
+        Raises :class:`~vmbus.errors.DeviceError` if somebody else uses it.
+        """
+
+    def claim(self, timeout: float) -> None:
+        """Lock the image before the guest uses it; wait at most ``timeout`` seconds for somebody who gives it up.
+
+        Raises :class:`~vmbus.errors.DeviceError` if somebody else uses it. Called in any thread.
+        """
+        end = time.monotonic() + timeout
+        while True:
+            try:
+                return self.lock()
+            except DeviceError:
+                if time.monotonic() >= end:
+                    raise
+            time.sleep(_CLAIM_AGAIN)
+
+    def hand_over(self) -> None:
+        """Make data safe before another emulator, perhaps on another machine, uses the image. Raises ``OSError``.
+
+        No request is under way. May block, but must not need the event loop.
+        """
 
     def unlock(self) -> None:
-        """Release the lock."""
+        """Release the lock. Does not wait."""
 
     def close(self) -> None:
         """Close what is open. Does not wait; see :meth:`wait_closed`."""

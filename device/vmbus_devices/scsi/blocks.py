@@ -55,6 +55,34 @@ _WRITE_PROTECTED = (errno.EROFS, errno.EPERM, errno.EACCES, errno.EBADF)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
+_READING = (
+    Opcode.READ_6,
+    Opcode.READ_10,
+    Opcode.READ_12,
+    Opcode.READ_16,
+    Opcode.VERIFY_10,
+    Opcode.VERIFY_12,
+    Opcode.VERIFY_16,
+)
+_WRITING = (
+    Opcode.WRITE_6,
+    Opcode.WRITE_10,
+    Opcode.WRITE_12,
+    Opcode.WRITE_16,
+    Opcode.WRITE_VERIFY_10,
+    Opcode.WRITE_VERIFY_12,
+    Opcode.WRITE_VERIFY_16,
+    Opcode.SYNCHRONIZE_CACHE_10,
+    Opcode.SYNCHRONIZE_CACHE_16,
+    Opcode.WRITE_SAME_10,
+    Opcode.WRITE_SAME_16,
+    Opcode.UNMAP,
+)
+_NEED_IMAGE = frozenset((*_READING, *_WRITING))
+_IMAGE_AGAIN = 0.1
+"""Seconds after which a command that waits for its image tries again."""
+
+
 class BlockUnit(LogicalUnit):
     """A unit with ``blocks`` blocks of ``block_size`` bytes; one command moves at most ``max_transfer`` bytes."""
 
@@ -70,6 +98,7 @@ class BlockUnit(LogicalUnit):
         self.write_errors = WriteErrors.REPORT
         self.read_errors = ReadErrors.REPORT
         self._mask = backend.alignment - 1
+        self._image_lost = False
         self._commands |= {
             Opcode.READ_CAPACITY_10: self._read_capacity_10,
             Opcode.READ_6: self._read,
@@ -91,6 +120,27 @@ class BlockUnit(LogicalUnit):
         self.blocks = blocks
         self.attention(Sense.CAPACITY_CHANGED)
         return True
+
+    def execute(self, request: Request) -> None:
+        if not self.has_image and request.cdb[0] in _NEED_IMAGE:
+            self._with_image(request, self.backend.reconnect)
+        else:
+            super().execute(request)
+
+    def _with_image(self, request: Request, seconds: float) -> None:
+        """Execute a command as soon as the image is this guest's, or let it fail after ``seconds``.
+
+        A save releases the image although the guest may stay, and somebody else may take it then.
+        """
+        if self.take_image():
+            self._image_lost = False
+            super().execute(request)
+        elif seconds > 0 and not self._image_lost:
+            self._delay(request, _IMAGE_AGAIN, lambda: self._with_image(request, seconds - _IMAGE_AGAIN))
+        else:
+            self._image_lost = True  # commands that follow do not wait again
+            error = OSError(errno.EBUSY, self.trouble)
+            self.failed(request, error, write=request.cdb[0] in _WRITING)
 
     # --- work ---
 
@@ -156,7 +206,7 @@ class BlockUnit(LogicalUnit):
         self._submit(work, done)
 
     def _delay(self, request: Request, seconds: float, proceed: Callable[[], None]) -> None:
-        """Delay a request by a fault; it can be cancelled meanwhile."""
+        """Delay a request; it can be cancelled and saved meanwhile."""
 
         def due() -> None:
             request.cancel = None
@@ -293,6 +343,8 @@ class BlockUnit(LogicalUnit):
             "read_only": self.read_only,
         }
         report |= self.backend.status()
+        if self.trouble:
+            report["trouble"] = self.trouble
         report |= self.statistics.status()
         if self.kept:
             report["kept"] = {"requests": len(self.kept), "because": self.kept_because}

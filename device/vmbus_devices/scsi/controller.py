@@ -22,8 +22,9 @@ import asyncio
 import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.bus.io.device import Device, DeviceEnvironment
 from vmbus.bus.io.output import memory_of
 from vmbus.bus.io.state import IoState
@@ -55,6 +56,7 @@ from vmbus.wire.storvsp import (
 from vmbus_devices.scsi.fast.build import LIBRARY
 from vmbus_devices.scsi.fast.path import FastPath
 from vmbus_devices.scsi.fast.units import FastUnits
+from vmbus_devices.scsi.handover import hand_over
 from vmbus_devices.scsi.handshake import OPERATIONS, Handshake
 from vmbus_devices.scsi.request import CheckCondition, Request, ReservationConflict, shorten
 from vmbus_devices.scsi.resets import Resets
@@ -68,9 +70,6 @@ from vmbus_devices.scsi.saved import (
 )
 from vmbus_devices.scsi.unit import LogicalUnit
 
-if TYPE_CHECKING:
-    from vmbus.bus.io.channel_io import ChannelIo
-
 NAMESPACE = uuid.UUID("5f5f8f0e-0d3c-4b57-b0a6-3f2f7a9c6a41")
 """Instance GUIDs of controllers are derived from their names, so that they stay the same."""
 
@@ -80,6 +79,8 @@ MAX_DEPTH = 512
 reset behind them is seen."""
 BUFFER_HEADROOM = 1 << 20
 """Bytes of a packet's buffer that are kept beyond ``max_transfer``: the longest list of parameters is shorter."""
+_CLAIM_TIMEOUT = 2.0
+"""Seconds in which an emulator that ended, or qemu-img, has to give up an image."""
 
 _PLACE = re.compile(r"(?:(\d+):)?(\d+)")
 _EXECUTE = int(Operation.EXECUTE_SRB)
@@ -137,15 +138,18 @@ class Controller(Device):
         return Handshake(self.max_version, self.queues - 1 if possible else 0, self.max_transfer)
 
     def _activate(self) -> None:
-        """Lock the images: before the first command, and before the first one after :meth:`save`."""
+        """Lock the images: before the first command, and before the first one after :meth:`save`.
+
+        A unit whose image somebody else has by then lets the guest's commands wait, and fail.
+        """
         for unit in self.units.values():
-            unit.backend.lock()
+            unit.take_image()
         self._active = True
 
     def _deactivate(self) -> None:
         self._active = False
         for unit in self.units.values():
-            unit.backend.unlock()
+            unit.release_image()
 
     # --- units ---
 
@@ -172,8 +176,8 @@ class Controller(Device):
             raise UsageError(f"controller {self.controller}: target {place[0]} LUN {place[1]} is taken")
         if self._environment is not None:
             unit.start(self._environment)
-        if self._active:
-            unit.backend.lock()
+        if self._active and not unit.take_image():
+            raise UserError(unit.trouble)
         self.units[place] = unit
         if self._primary is not None:
             unit.attention(Sense.POWER_ON)
@@ -287,12 +291,20 @@ class Controller(Device):
     def wait_closed(self, timeout: float) -> bool:
         return not [unit for unit in tuple(self.units.values()) if not unit.backend.wait_closed(timeout)]
 
+    def claim(self) -> None:
+        for place, unit in sorted(self.units.items()):
+            try:
+                unit.claim(_CLAIM_TIMEOUT)
+            except DeviceError as error:
+                raise UserError(f"{self.name}/{part_name(place)}: {error}") from error
+
     def guest_resumed(self) -> None:
-        for unit in tuple(self.units.values()):
-            for request in unit.take_kept():
-                if not self._active:
-                    self._activate()
-                self._do(request, unit)
+        kept = [(unit, request) for unit in self.units.values() for request in unit.take_kept()]
+        here = self._primary is not None and self._primary.state is IoState.RUNNING
+        if not self._active and (kept or here):  # a save released the images, and the guest stayed
+            self._activate()
+        for unit, request in kept:
+            self._do(request, unit)
 
     def opened(self, io: ChannelIo) -> None:
         if io.subchannel_index:
@@ -540,6 +552,7 @@ class Controller(Device):
         }
 
     def save(self) -> bytes:
+        hand_over([unit for unit in self.units.values() if unit.has_image and not unit.backend.read_only])
         handshake = self.handshake
         state = build_state(
             self.name,

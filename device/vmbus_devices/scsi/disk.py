@@ -112,7 +112,7 @@ class Disk(BlockUnit):
 
     @property
     def fast_path_eligible(self) -> bool:
-        return not self.attentions and not self.faults.faults
+        return self.has_image and not self.attentions and not self.faults.faults
 
     def fast_unit(self) -> FastUnit | None:
         backend = self.backend

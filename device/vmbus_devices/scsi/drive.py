@@ -217,9 +217,11 @@ def _backend(options: DriveOptions, images: ImageServers | None, *, read_only: b
             raise UsageError("size= applies only to format=null and format=memory; an image has its own size")
         if is_uri(options.image):
             return _nbd(options, options.image, read_only=read_only)
-        return FileBackend(
+        file = FileBackend(
             Path(options.image), read_only=read_only, cache=options.cache, can_discard=options.discard
         )
+        file.reconnect = options.reconnect
+        return file
     if options.image is not None:
         raise UsageError(f"format={options.format.value} uses no image; remove image=")
     kind = NullBackend if options.format is Format.NULL else MemoryBackend

@@ -14,7 +14,6 @@ The modes of the ``cache`` option are those of QEMU:
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import enum
 import errno
@@ -27,8 +26,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vmbus.errors import DeviceError, UserError
+from vmbus.errors import UserError
 
+from vmbus_devices.scsi import locks
 from vmbus_devices.scsi.backend import Backend
 
 _logger = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class FileBackend(Backend):
             os.close(self.fd)
             raise
         self._block_size = 1
+        self._locked = False
         self.alignment = self._alignment() if self.direct else 1
         self.can_discard = can_discard and not read_only
         self.discard_granularity = 0 if self._block_device else os.fstat(self.fd).st_blksize
@@ -107,22 +108,17 @@ class FileBackend(Backend):
             raise UserError(f"cannot open the image {self.path}: {error.strerror}{hint}") from error
 
     def lock(self) -> None:
-        """Lock the file (``flock``): two guests that write to one image destroy it.
+        """Lock the file: two guests that write to one image destroy it.
 
         The lock is not taken when the file is opened, since the source of a migration still has it then.
         """
-        try:
-            fcntl.flock(self.fd, (fcntl.LOCK_SH if self.read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise DeviceError(
-                    f"the image {self.path} is used by another guest; to share it, give readonly=on to both"
-                ) from error
-            _logger.info("%s: the file system has no locks: %s", self.path, error.strerror)
+        if not self._locked:  # to look again could find somebody who only looks
+            locks.lock(self.fd, self.path, read_only=self.read_only)
+            self._locked = True
 
     def unlock(self) -> None:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(self.fd, fcntl.LOCK_UN)
+        locks.unlock(self.fd)
+        self._locked = False
 
     def round_up(self, block_size: int) -> None:
         if self._block_device:
@@ -175,6 +171,9 @@ class FileBackend(Backend):
     def flush(self) -> None:
         if self.flush_needed and not self.read_only:
             os.fdatasync(self.fd)
+
+    def hand_over(self) -> None:
+        self.flush()
 
     def discard(self, offset: int, length: int) -> None:
         if not self.can_discard or not length:

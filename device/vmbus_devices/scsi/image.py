@@ -145,6 +145,14 @@ class ImageBackend(NbdBackend):
     def lock(self) -> None:
         self.client.activate()
 
+    def claim(self, timeout: float) -> None:
+        try:
+            self.client.connect(timeout)
+        except DeviceError as error:
+            raise DeviceError(
+                f"the image {self.image.path} cannot be opened for this guest: {error}"
+            ) from error
+
     def unlock(self) -> None:
         self.client.deactivate()
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vmbus.bus.io.device import DeviceEnvironment
-from vmbus.errors import InternalError
+from vmbus.errors import DeviceError, InternalError
 from vmbus.wire.scsi import (
     INQUIRY,
     DeviceType,
@@ -90,6 +90,10 @@ class LogicalUnit(ABC):
         self.kept_because = ""
         """Why they failed."""
         self.environment: DeviceEnvironment | None = None
+        self.has_image = False
+        """Whether the image is locked for this guest."""
+        self.trouble = ""
+        """Why it is not; empty if nothing is wrong."""
         self._commands: dict[int, Command] = {
             Opcode.TEST_UNIT_READY: self._test_unit_ready,
             Opcode.REQUEST_SENSE: self._request_sense,
@@ -108,6 +112,35 @@ class LogicalUnit(ABC):
         """Take the environment; called before the first command."""
         self.environment = environment
         self.backend.use(environment.workers)
+
+    def claim(self, timeout: float) -> None:
+        """Lock the image before the guest uses it, which may take ``timeout`` seconds; in any thread.
+
+        Raises :class:`~vmbus.errors.DeviceError` if somebody else uses it.
+        """
+        self.backend.claim(timeout)
+        self.has_image = True
+
+    def take_image(self) -> bool:
+        """Lock the image, unless it is locked; return whether that was possible. Does not wait."""
+        if not self.has_image:
+            try:
+                self.backend.lock()
+            except DeviceError as error:
+                if not self.trouble:
+                    _logger.warning("%s: %s", self.identity.serial, error)
+                self.trouble = str(error)
+                return False
+            if self.trouble:
+                _logger.warning("%s: the image is free again", self.identity.serial)
+            self.has_image = True
+            self.trouble = ""
+        return True
+
+    def release_image(self) -> None:
+        """Release the image: the guest may continue elsewhere. Does not wait."""
+        self.has_image = False
+        self.backend.unlock()
 
     def close(self) -> None:
         """Close the back end; called after removal, when all commands have ended."""

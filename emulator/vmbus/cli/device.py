@@ -172,8 +172,13 @@ async def _add(host: Host, line: str) -> dict[str, Any]:
 
 
 def _create(line: str) -> Device:
-    """Return the device of ``line``, with its libraries compiled: later that would block the event loop."""
+    """Return the device of ``line``, ready for use: its images are locked, its libraries compiled. May block."""
     device = registry().create(line)
+    try:
+        device.claim()
+    except BaseException:
+        device.stop()
+        raise
     for library in device.native_libraries:
         # The device works without the library, and its start() logs the reason.
         with contextlib.suppress(MissingRequirement, InternalError, OSError):

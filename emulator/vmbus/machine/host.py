@@ -276,6 +276,9 @@ class Host:
         try:
             for device in devices:
                 host.add_device(device)
+            if await takeover.guest_is_here(qmp):
+                for device in devices:
+                    await asyncio.to_thread(device.claim)
             if not facts.running:
                 host.clock.stop()
             await host.migration.start()

@@ -56,6 +56,11 @@ async def end_migration(qmp: Qmp) -> bool:
     return found
 
 
+async def guest_is_here(qmp: Qmp) -> bool:
+    """Return whether this QEMU has a guest, rather than waiting for one that runs elsewhere."""
+    return bool((await qmp.execute("query-status"))["status"] != "inmigrate")
+
+
 async def check_guest(qmp: Qmp, gateway: Gateway, *, reset: bool) -> None:
     """Raise :class:`GuestLost` for a guest that cannot be served; with ``reset``, only for one that has left."""
     status = (await qmp.execute("query-status"))["status"]

@@ -258,9 +258,9 @@ def resident() -> int:
 
 
 def test_a_disk_in_memory_takes_room_only_for_what_was_written() -> None:
+    data = bytes(range(1, 129)) * (1 << 17)
     before = resident()
     backend = MemoryBackend(8 << 30)
-    data = bytes(range(1, 129)) * (1 << 17)
     for offset in (0, (4 << 30) + 512, (8 << 30) - len(data)):
         backend.write(offset, [memoryview(data)])
     assert backend.data[(4 << 30) : (4 << 30) + 520] == bytes(512) + data[:8]

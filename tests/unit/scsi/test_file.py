@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import mmap
 import os
 import struct
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vmbus.errors import DeviceError, UserError
 from vmbus.wire.scsi import Sense
+from vmbus_devices.scsi import Scsi
 from vmbus_devices.scsi.cdrom import CdRom
 from vmbus_devices.scsi.drive import DriveOptions, open_drive
 from vmbus_devices.scsi.file import Cache, FileBackend
@@ -17,6 +22,8 @@ from vmbus_devices.scsi.file import Cache, FileBackend
 from tests.unit.scsi.scsi_guest import ScsiGuest, controller
 
 MIB = 1 << 20
+READ_10 = struct.pack(">BBIBHB", 0x28, 0, 0, 0, 1, 0)
+WRITE_10 = struct.pack(">BBIBHB", 0x2A, 0, 0, 0, 1, 0)
 
 
 @pytest.fixture
@@ -160,14 +167,186 @@ def test_the_images_are_free_once_a_controller_was_saved(image: Path) -> None:
     with ScsiGuest(first) as guest:
         guest.negotiate()
         other = ScsiGuest(second)
-        with pytest.raises(DeviceError, match="used by another guest"):
-            other.open()
+        with pytest.raises(UserError, match=r"scsi/0:0: the image .* is used by another guest"):
+            second.claim()
         state = first.save()
+        second.claim()
         other.open()
         assert state
         other.close()
         second.stop()
         assert guest.read(0, 1, offset=8).good, "after a failed migration the source continues"
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmbus_devices.scsi.controller._CLAIM_TIMEOUT", 0.0)
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_an_image_is_one_disk_of_one_guest(image: Path) -> None:
+    device = controller(*(open_drive(DriveOptions(str(image)), name) for name in "ab"))
+    with pytest.raises(
+        UserError, match=r"scsi/0:1: the image .* is used by another guest, or by another disk"
+    ):
+        device.claim()
+    device.stop()
+    shared = controller(*(open_drive(DriveOptions(str(image), readonly=True), name) for name in "ab"))
+    shared.claim()
+    writer = controller(open_drive(DriveOptions(str(image)), "c"))
+    with pytest.raises(UserError, match="used by another guest"):
+        writer.claim()
+    shared.stop()
+    writer.claim()
+    writer.claim()
+
+
+def test_a_claim_waits_for_somebody_who_gives_the_image_up(image: Path) -> None:
+    first, second = FileBackend(image), FileBackend(image)
+    first.lock()
+    timer = threading.Timer(0.1, first.unlock)
+    timer.start()
+    second.claim(30.0)
+    timer.join()
+    with pytest.raises(DeviceError, match="used by another guest"):
+        first.claim(0.1)
+
+
+# What QEMU's programs lock (block/file-posix.c): a byte of what they do, a byte of what others may not do.
+QEMU_READS, QEMU_WRITES, QEMU_FORBIDS_WRITES = 100, 101, 201
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize(
+    ("byte", "readonly", "refused"),
+    [
+        (QEMU_READS, False, False),
+        (QEMU_WRITES, False, True),
+        (QEMU_WRITES, True, True),
+        (QEMU_FORBIDS_WRITES, False, True),
+        (QEMU_FORBIDS_WRITES, True, False),
+    ],
+)
+def test_an_image_that_a_program_of_qemu_uses(image: Path, byte: int, readonly: bool, refused: bool) -> None:
+    with image.open("rb") as file:
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("@hhqqi4x", fcntl.F_RDLCK, 0, byte, 1, 0))
+        device = controller(open_drive(DriveOptions(str(image), readonly=readonly), "d"))
+        if refused:
+            with pytest.raises(UserError, match="used by a QEMU program"):
+                device.claim()
+        else:
+            device.claim()
+    device.claim()
+
+    def locked(byte: int) -> bool:
+        with image.open("rb+") as file:
+            query = struct.pack("@hhqqi4x", fcntl.F_WRLCK, 0, byte, 1, 0)
+            answer = fcntl.fcntl(file, fcntl.F_OFD_GETLK, query)
+        return bool(struct.unpack("@hhqqi4x", answer)[0] != fcntl.F_UNLCK)
+
+    assert (locked(QEMU_READS), locked(QEMU_WRITES), locked(QEMU_FORBIDS_WRITES)) == (
+        True,
+        not readonly,
+        True,
+    )
+    device.save()
+    assert not any(map(locked, (QEMU_READS, QEMU_WRITES, QEMU_FORBIDS_WRITES)))
+
+
+def saved_and_taken(image: Path, **options: Any) -> tuple[Scsi, FileBackend]:
+    """A controller that was saved, as for a snapshot; meanwhile somebody else took its image."""
+    device = controller(open_drive(DriveOptions(str(image), **options), "d"))
+    other = FileBackend(image)
+    return device, other
+
+
+def test_commands_wait_for_an_image_that_somebody_took_while_it_was_saved(image: Path) -> None:
+    device, other = saved_and_taken(image)
+    content = image.read_bytes()
+    with ScsiGuest(device) as guest:
+        guest.negotiate()
+        device.save()
+        other.lock()
+        guest.start(READ_10, read=512, offset=8)
+        guest.timers.advance(4.0)
+        guest.run()
+        assert guest.answers() == []
+        assert guest.command(bytes(6)).good  # nothing of the image is needed
+        assert "used by another guest" in device.status()["units"]["0:0"]["trouble"]
+        assert len(device.outstanding()) == 1  # it would be saved
+        other.unlock()
+        guest.timers.advance(0.2)
+        guest.run()
+        [answer] = guest.answers()
+        assert answer.good
+        assert guest.buffer(512, offset=8) == content[:512]
+        assert "trouble" not in device.status()["units"]["0:0"]
+
+
+def test_commands_fail_when_an_image_stays_away_and_the_channel_goes_on(image: Path) -> None:
+    device, other = saved_and_taken(image, reconnect=1.0)
+    with ScsiGuest(device) as guest:
+        guest.negotiate()
+        device.save()
+        other.lock()
+        guest.start(READ_10, read=512, offset=8)
+        guest.start(WRITE_10, write=bytes(512), offset=8, at=8)
+        guest.timers.advance(1.2)
+        guest.run()
+        assert [answer.condition for answer in guest.answers()] == [(3, 0x11, 0), (3, 0x0C, 0)]
+        assert guest.write(0, bytes(512), offset=8).condition == (3, 0x0C, 0)  # at once
+        other.unlock()
+        assert guest.write(0, bytes(512), offset=8).good
+        device.save()
+        other.lock()
+        guest.start(READ_10, read=512, offset=8)  # and the next time it waits again
+        assert guest.answers() == []
+        other.unlock()
+        guest.timers.advance(0.2)
+        guest.run()
+        assert [answer.good for answer in guest.answers()] == [True]
+
+
+def test_a_guest_that_stays_after_a_save_has_its_images_again_at_once(image: Path) -> None:
+    device, other = saved_and_taken(image)
+    with ScsiGuest(device) as guest:
+        guest.negotiate()
+        device.save()
+        device.guest_resumed()
+        with pytest.raises(DeviceError, match="used by another guest"):
+            other.lock()
+        guest.io.pause()
+        device.save()
+        device.guest_resumed()  # of a guest that left: somebody resumed its QEMU
+        other.lock()
+
+
+@pytest.mark.parametrize(
+    ("cache", "flushes"), [("writeback", 1), ("none", 1), ("unsafe", 0), ("writethrough", 0)]
+)
+def test_a_save_makes_what_was_written_safe(
+    image: Path, cache: str, flushes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = controller(open_drive(DriveOptions(str(image), cache=Cache(cache)), "d"))
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", flushed.append)
+    with ScsiGuest(device) as guest:
+        guest.negotiate()
+        device.save()
+        assert len(flushed) == flushes
+
+        def fails(fd: int) -> None:
+            raise OSError(errno.EIO, "the medium is broken")
+
+        monkeypatch.setattr(os, "fdatasync", fails)
+        assert guest.write(0, bytes(512), offset=8).good
+        if flushes:
+            with pytest.raises(
+                DeviceError, match=r"what was written is not safe in its image yet: .*is broken"
+            ):
+                device.save()
+            with pytest.raises(DeviceError, match="used by another guest"):  # nothing was given up
+                FileBackend(image).lock()
 
 
 def test_a_disk_in_a_file_through_the_channel(image: Path) -> None:

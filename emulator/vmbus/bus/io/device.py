@@ -98,6 +98,13 @@ class Device(ABC):
         """Prepare the device. Called once, before the offer is made; an override must call this method first."""
         self._environment = environment
 
+    def claim(self) -> None:
+        """Take what only one machine may use at a time (images), before the guest uses it.
+
+        Called in another thread, so it may block; before or after :meth:`start`, and not for a guest that arrives
+        from elsewhere, where the source still has it. Raise :class:`~vmbus.errors.UserError` to refuse.
+        """
+
     def stop(self) -> None:
         """Cancel timers, close files: the machine ends, every channel is closed already. Must not block."""
 
