@@ -91,6 +91,10 @@ class Client:
         self.sessions = 0
         self.trouble = ""
         """Why there is no connection; empty if nothing is wrong."""
+        self._opening = False
+        """A caller waits for the connection, and will report why there is none."""
+        self._reported = False
+        """Whether :attr:`trouble` was logged."""
         self._connector = connector
         self._max_connections = connections
         self._reconnect = reconnect
@@ -110,24 +114,27 @@ class Client:
 
     def open(self) -> Export:
         """Connect and wait for the connection. Raises :class:`~vmbus.errors.DeviceError`, after a close."""
-        self.activate()
-        with self._changed:
-            self._changed.wait_for(lambda: self._session or self.trouble, OPEN_TIMEOUT)
-            if self._session and self.export is not None:
+        try:
+            self.connect(0.0)
+            if self.export is not None:
                 return self.export
-            trouble = self.trouble or f"the server did not answer within {OPEN_TIMEOUT:g} s"
-        self.close()
-        raise DeviceError(f"{self.name}: {trouble}")
+            raise DeviceError("the server is lost again")
+        except DeviceError as error:
+            self.close()
+            raise DeviceError(f"{self.name}: {error}") from error
 
     def connect(self, timeout: float) -> None:
         """Connect, and try again for ``timeout`` seconds; raise :class:`~vmbus.errors.DeviceError` after that.
 
         A first attempt that is under way is waited for, up to :data:`OPEN_TIMEOUT`. The client stays active.
         """
+        self._opening = True
         self.activate()
         with self._changed:
             self._changed.wait_for(lambda: self._session or self.trouble, OPEN_TIMEOUT)
-            if not self._changed.wait_for(lambda: bool(self._session), timeout):
+            connected = self._changed.wait_for(lambda: bool(self._session), timeout)
+            self._opening = False
+            if not connected:
                 raise DeviceError(self.trouble or f"the server did not answer within {OPEN_TIMEOUT:g} s")
 
     def activate(self) -> None:
@@ -309,8 +316,9 @@ class Client:
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
         with self._changed:
-            if reason != self.trouble:
+            if reason != self.trouble and not self._opening:
                 _logger.warning("%s: %s", self.name, reason)
+                self._reported = True
             self.trouble = reason
             self._mark_lost()
             self._changed.notify_all()
@@ -324,8 +332,9 @@ class Client:
     def _serve(self, session: list[Connection]) -> None:
         """Use the connections until one breaks, or until the client is deactivated or closed."""
         with self._changed:
-            if self.trouble:
+            if self.trouble and self._reported:
                 _logger.warning("%s: connected", self.name)
+                self._reported = False
             self.export = session[0].export
             self.sessions += 1
             self.trouble = ""
@@ -359,6 +368,7 @@ class Client:
             if self._broken is not None and self._wanted and not self._interlude:
                 self.trouble = str(self._broken)
                 _logger.warning("%s: %s", self.name, self.trouble)
+                self._reported = True
                 self._mark_lost()
 
     def _watch(self, session: list[Connection]) -> None:

@@ -55,6 +55,13 @@ _WRITE_PROTECTED = (errno.EROFS, errno.EPERM, errno.EACCES, errno.EBADF)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
+TRANSFER_HEADROOM = 64 << 10
+"""Bytes that a command may move beyond the limit that the controller announces.
+
+Drivers take that for advice: one counts pages, and adds one for a buffer that begins inside a page, another splits at
+66 pages where 64 are announced.
+"""
+
 _READING = (
     Opcode.READ_6,
     Opcode.READ_10,
@@ -84,7 +91,10 @@ _IMAGE_AGAIN = 0.1
 
 
 class BlockUnit(LogicalUnit):
-    """A unit with ``blocks`` blocks of ``block_size`` bytes; one command moves at most ``max_transfer`` bytes."""
+    """A unit with ``blocks`` blocks of ``block_size`` bytes.
+
+    ``max_transfer``: the largest command that is announced, in bytes; up to ``transfer_limit`` is executed.
+    """
 
     def __init__(
         self, backend: Backend, serial: str, *, block_size: int, max_transfer: int, faults: FaultPlan
@@ -92,6 +102,7 @@ class BlockUnit(LogicalUnit):
         super().__init__(backend, serial)
         self.block_size = block_size
         self.max_transfer = max_transfer
+        self.transfer_limit = max_transfer + TRANSFER_HEADROOM
         self.faults = faults
         backend.round_up(block_size)
         self.blocks = backend.size // block_size
@@ -230,7 +241,7 @@ class BlockUnit(LogicalUnit):
 
     def _transfer_range(self, request: Request) -> tuple[int, int, int]:
         flags, lba, blocks = self._range(request)
-        if blocks * self.block_size > self.max_transfer:
+        if blocks * self.block_size > self.transfer_limit:
             raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
         return flags, lba, blocks
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import uuid
 from collections.abc import Callable
@@ -64,7 +65,8 @@ class Scsi(Controller):
         data_file: Annotated[str | None, Help("external data file of a qcow2 that has one")] = None,
         extents: Annotated[bool, Help("let a VMDK descriptor name the files with its data")] = False,
         reconnect: Annotated[
-            float, Help("seconds that requests wait for a lost NBD server", least=0, most=86400)
+            float,
+            Help("seconds that requests wait for a lost NBD server, or an image in use", least=0, most=86400),
         ] = 5.0,
         connections: Annotated[
             int, Help("to an NBD server that allows several clients", least=1, most=16)
@@ -115,37 +117,32 @@ class Scsi(Controller):
         """Lines of units that were joined from other devices."""
         self.lun_was_chosen = lun is not None
         self.default_serial = serial is None
-        if image is not None or format is not Format.RAW:
-            self.attach(
-                open_drive(
-                    DriveOptions(
-                        image=image,
-                        format=format,
-                        size=size,
-                        media=media,
-                        readonly=readonly,
-                        cache=cache,
-                        discard=discard,
-                        detect_zeroes=detect_zeroes,
-                        backing=backing,
-                        data_file=data_file,
-                        extents=extents,
-                        reconnect=reconnect,
-                        connections=connections,
-                        serial=serial,
-                        block=block,
-                        rotation=rotation,
-                        fault=fault,
-                        write_errors=werror,
-                        read_errors=rerror,
-                        max_transfer=self.max_transfer,
-                    ),
-                    f"{controller}-{target}-{lun or 0}",
-                    images,
-                ),
-                target,
-                lun,
-            )
+        options = DriveOptions(
+            image=image,
+            format=format,
+            size=size,
+            media=media,
+            readonly=readonly,
+            cache=cache,
+            discard=discard,
+            detect_zeroes=detect_zeroes,
+            backing=backing,
+            data_file=data_file,
+            extents=extents,
+            reconnect=reconnect,
+            connections=connections,
+            serial=serial,
+            block=block,
+            rotation=rotation,
+            fault=fault,
+            write_errors=werror,
+            read_errors=rerror,
+            max_transfer=self.max_transfer,
+        )
+        if image is None and format is Format.RAW:
+            _check_no_disk(options, target, lun)
+        else:
+            self.attach(open_drive(options, f"{controller}-{target}-{lun or 0}", images), target, lun)
 
     def join(self, other: Device) -> bool:
         """Take over the units of ``other`` if it is the same controller (one --device line each)."""
@@ -198,3 +195,19 @@ class Scsi(Controller):
 
     def _named(self, values: dict[str, str]) -> dict[str, str]:
         return values | ({"id": self.name} if self.name != self.controller else {})
+
+
+def _check_no_disk(options: DriveOptions, target: int, lun: int | None) -> None:
+    """Refuse options of a disk for a controller without one: the user meant to have a disk."""
+    names = {"write_errors": "werror", "read_errors": "rerror"}
+    given = [
+        names.get(each.name, each.name)
+        for each in dataclasses.fields(options)
+        if each.name != "max_transfer" and getattr(options, each.name) != each.default
+    ]
+    given += ["target"] * bool(target) + ["lun"] * (lun is not None)
+    if given:
+        raise UsageError(
+            f"{', '.join(f'{each}=' for each in given)} without a disk: without image= and format= the controller is "
+            "empty; add image=, or format=memory or format=null"
+        )

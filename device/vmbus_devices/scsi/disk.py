@@ -123,7 +123,7 @@ class Disk(BlockUnit):
             fd=backend.fd,
             block_size=self.block_size,
             blocks=self.blocks,
-            max_transfer=self.max_transfer,
+            max_transfer=self.transfer_limit,
             alignment=backend.alignment,
             fua_flags=backend.fua_flags,
             readable=eligible,
@@ -374,7 +374,7 @@ class Disk(BlockUnit):
             request.succeed()
             return
         size = self.block_size
-        if check == 2 or blocks * size > self.max_transfer:
+        if check == 2 or blocks * size > self.transfer_limit:
             raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
         if not blocks:
             request.succeed()

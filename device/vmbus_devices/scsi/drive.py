@@ -14,7 +14,7 @@ from vmbus_devices.nbd.client import AddressConnector, Client
 from vmbus_devices.nbd.uri import is_uri, parse_uri
 from vmbus_devices.nbd.wire import ExportFlag
 from vmbus_devices.scsi.backend import Backend, MemoryBackend, NullBackend
-from vmbus_devices.scsi.blocks import BlockUnit, ReadErrors, WriteErrors
+from vmbus_devices.scsi.blocks import TRANSFER_HEADROOM, BlockUnit, ReadErrors, WriteErrors
 from vmbus_devices.scsi.cdrom import CdRom
 from vmbus_devices.scsi.disk import Disk
 from vmbus_devices.scsi.faults import FaultPlan, parse_faults
@@ -148,9 +148,10 @@ def _nbd(options: DriveOptions, uri: str, *, read_only: bool) -> Backend:
     try:
         if export.flags & ExportFlag.READ_ONLY and not read_only:
             raise UserError(f"{uri}: the export is read-only; set readonly=on")
-        if export.maximum < MIN_MAXIMUM:
+        needed = max(MIN_MAXIMUM, options.max_transfer + TRANSFER_HEADROOM)
+        if export.maximum < needed:
             raise UserError(
-                f"{uri}: the server accepts at most {export.maximum} bytes in a request; {MIN_MAXIMUM} are needed"
+                f"{uri}: the server accepts at most {export.maximum} bytes in a request; {needed} are needed"
             )
     except BaseException:
         client.close()

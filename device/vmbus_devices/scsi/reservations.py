@@ -6,9 +6,13 @@ no key --REGISTER key--> registered --RESERVE--> reserved --RELEASE--> registere
 | refused with              | when                                                             |
 | RESERVATION CONFLICT      | the key is not the registered one; another type is held          |
 | 5/24 invalid field in CDB | an unknown service action, scope or type                         |
-| 5/26 invalid field in list| APTPL (keys survive a loss of power) or SPEC_I_PT is set         |
+| 5/26 invalid field in list| SPEC_I_PT is set                                                 |
 | 5/26/04 invalid release   | RELEASE of another type than the one held                        |
 | 5/1A parameter list length| the parameter list is not 24 bytes long                          |
+
+APTPL (keys survive a loss of power) is accepted, as Linux sets it with every registration (drivers/scsi/sd.c). Keys
+and reservations survive resets, migrations and snapshots in any case, and end with the guest: the initiator that they
+keep out of the disk does not exist without it.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ TYPES = (1, 3, 5, 6, 7, 8)
 
 _TYPE_MASK = sum(1 << (each + 8 if each < 8 else 0) for each in TYPES)
 _SPEC_I_PT, _APTPL = 0x08, 0x01
+_PTPL_CAPABLE, _PTPL_ACTIVATED, _TYPES_VALID = 0x01, 0x01, 0x80
 
 
 @dataclass(slots=True)
@@ -38,6 +43,8 @@ class Reservations:
     key: int = 0
     type: int = 0
     generation: int = 0
+    through_power_loss: bool = False
+    """APTPL of the last registration."""
 
     def change(self, action: int, scope_and_type: int, data: bytes) -> None:
         """Execute PERSISTENT RESERVE OUT. Raises CheckCondition or ReservationConflict before any change."""
@@ -47,7 +54,7 @@ class Reservations:
             raise CheckCondition(Sense.PARAMETER_LIST_LENGTH) from None
         if len(data) != RESERVATION_LIST.size:
             raise CheckCondition(Sense.PARAMETER_LIST_LENGTH)
-        if wanted.flags & (_SPEC_I_PT | _APTPL):
+        if wanted.flags & _SPEC_I_PT:
             raise CheckCondition(Sense.INVALID_FIELD_IN_LIST)
         if action in (RESERVE, RELEASE, PREEMPT, PREEMPT_AND_ABORT):
             kind = scope_and_type & 0xF
@@ -59,6 +66,7 @@ class Reservations:
             self.key = wanted.action_key
             self.type = self.type if self.key else 0
             self.generation += 1
+            self.through_power_loss = bool(self.key and wanted.flags & _APTPL)
             return
         if action not in (RESERVE, RELEASE, CLEAR, PREEMPT, PREEMPT_AND_ABORT):
             raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
@@ -74,6 +82,7 @@ class Reservations:
             self.type = 0
         elif action == CLEAR:
             self.key = self.type = 0
+            self.through_power_loss = False
             self.generation += 1
         else:
             if wanted.action_key != self.key:
@@ -91,5 +100,6 @@ class Reservations:
             held = struct.pack(">Q5xB2x", self.key, self.type) if self.type else b""
             return struct.pack(">II", generation, len(held)) + held
         if action == REPORT_CAPABILITIES:
-            return struct.pack(">HBBH2x", 8, 0, 0x80, _TYPE_MASK & 0xFFFF)
+            activated = _TYPES_VALID | (_PTPL_ACTIVATED if self.through_power_loss else 0)
+            return struct.pack(">HBBH2x", 8, _PTPL_CAPABLE, activated, _TYPE_MASK & 0xFFFF)
         raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)

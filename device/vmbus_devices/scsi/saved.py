@@ -44,7 +44,8 @@ UNIT = c.Struct(
     "reservation_type" / c.Int8ul,
     "reservation_generation" / c.Int64ul,
 )
-"""``flags``: of a CD-ROM drive, 1: a disc is loaded, 2: it is locked. ``attentions``: key, code, qualifier each."""
+"""``flags``: of a CD-ROM drive, 1: a disc is loaded, 2: it is locked; of a disk, 4: APTPL.
+``attentions``: key, code, qualifier each."""
 
 PACKET = c.Struct(
     "channel" / c.Int16ul,
@@ -111,13 +112,19 @@ def save_unit(place: tuple[int, int], unit: LogicalUnit) -> SavedUnit:
     return SavedUnit(
         place,
         unit.device_type,
-        unit.loaded | unit.locked << 1 if isinstance(unit, CdRom) else 0,
+        _flags(unit),
         unit.block_size,
         unit.blocks,
         unit.identity.serial,
         tuple(unit.attentions),
         unit.reservations if isinstance(unit, Disk) else Reservations(),
     )
+
+
+def _flags(unit: LogicalUnit) -> int:
+    if isinstance(unit, CdRom):
+        return unit.loaded | unit.locked << 1
+    return unit.reservations.through_power_loss << 2 if isinstance(unit, Disk) else 0
 
 
 def check_unit(name: str, saved: SavedUnit, unit: LogicalUnit | None) -> None:
@@ -257,7 +264,12 @@ def _reservations(saved: Any) -> Reservations:
         raise ValueError(
             f"an impossible reservation: type {saved.reservation_type}, key {saved.reservation_key:#x}"
         )
-    return Reservations(saved.reservation_key, saved.reservation_type, saved.reservation_generation)
+    return Reservations(
+        saved.reservation_key,
+        saved.reservation_type,
+        saved.reservation_generation,
+        through_power_loss=bool(saved.reservation_key and saved.flags & 4),
+    )
 
 
 def _packet(saved: Any) -> tuple[int, Packet]:

@@ -137,9 +137,10 @@ def test_exports_that_cannot_be_used(
         open_drive(DriveOptions(listen(server), **options), "d")  # type: ignore[arg-type]
 
 
-def test_a_server_that_is_not_there(tmp_path: Path) -> None:
+def test_a_server_that_is_not_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(UserError, match="No such file"):
         open_drive(DriveOptions(f"nbd+unix:///?socket={tmp_path}/nothing"), "d")
+    assert caplog.records == []  # the message is not printed a second time
     with pytest.raises(UsageError, match="not an NBD URI"):
         open_drive(DriveOptions("nbd:server"), "d")
 

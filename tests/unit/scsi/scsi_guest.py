@@ -121,6 +121,7 @@ class ScsiGuest(LoopbackGuest):
             )
         )
         self.next_id = 1
+        self.properties = b""
 
     # --- packets of the protocol ---
 

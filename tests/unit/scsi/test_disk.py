@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vmbus.errors import UserError
 from vmbus_devices.scsi.backend import MemoryBackend
+from vmbus_devices.scsi.blocks import TRANSFER_HEADROOM
 from vmbus_devices.scsi.disk import Disk
 from vmbus_devices.scsi.faults import FaultPlan, parse_faults
 
@@ -26,7 +27,7 @@ INVALID_FIELD = (5, 0x24, 0)
 def ready(disk: Disk) -> ScsiGuest:
     guest = ScsiGuest(controller(disk))
     guest.open()
-    guest.negotiate()
+    guest.properties = guest.negotiate()
     return guest
 
 
@@ -109,10 +110,24 @@ def test_addresses_near_the_end_of_64_bits_are_beyond_the_end() -> None:
     assert guest.command(cdb(0x88, (1 << 64) - 1, 0xFFFFFFFF), read=512).condition == OUT_OF_RANGE
 
 
-def test_a_transfer_larger_than_announced_is_refused() -> None:
+@pytest.mark.parametrize(("opcode", "write"), [(0x28, False), (0x2A, True), (0x2E, True), (0x2F, True)])
+def test_a_transfer_a_little_larger_than_announced_is_executed(opcode: int, write: bool) -> None:
+    """Drivers count pages: 66, where 64 are announced. What is accepted has a limit all the same."""
     guest = ready(memory_disk())
-    assert guest.command(cdb(0x28, 0, 512), read=512 * 512).good
-    assert guest.command(cdb(0x28, 0, 513), read=513 * 512).condition == INVALID_FIELD
+    blocks = 66 * 4096 // 512
+    assert guest.properties[12:16] == struct.pack("<I", 256 << 10)
+
+    def sent(blocks: int) -> Answer:
+        flags = 2 if opcode == 0x2F else 0  # compare
+        data = bytes(guest.device.units[0, 0].backend.data[: blocks * 512])  # type: ignore[attr-defined]
+        buffer = {"write": data} if write else {"read": len(data)}
+        return guest.command(cdb(opcode, 0, blocks, flags), **buffer)
+
+    assert sent(blocks).good
+    most = ((256 << 10) + TRANSFER_HEADROOM) // 512
+    assert most > blocks
+    assert sent(most).good
+    assert sent(most + 1).condition == INVALID_FIELD
 
 
 @pytest.mark.parametrize(
@@ -286,6 +301,7 @@ def test_a_disk_that_has_no_room_in_this_machine() -> None:
         (cdb(0x93, 8, 8), bytes(512)),
         (cdb(0x93, 8, 8), b"x" * 512),
     ],
+    ids=["unmap", "zeros", "data"],
 )
 def test_changes_of_any_length_are_made_outside_the_event_loop(command: bytes, data: bytes) -> None:
     disk = memory_disk()
@@ -556,14 +572,36 @@ def test_persistent_reservations_that_are_malformed() -> None:
     assert reserve(guest, 0, 0, 7).good
     for action, kind in ((1, 0), (1, 2), (1, 0x11), (2, 9), (7, 1), (31, 1)):
         assert reserve(guest, action, 7, kind=kind).condition == INVALID_FIELD
-    for flags in (1, 8):
-        assert reserve(guest, 0, 7, 9, flags=flags).condition == (5, 0x26, 0)
+    assert reserve(guest, 0, 7, 9, flags=8).condition == (5, 0x26, 0)
     for length in (0, 8, 23, 25):
         cdb_out = struct.pack(">BBBxxIB", 0x5F, 0, 0, length, 0)
         assert guest.command(cdb_out, write=bytes(length)).condition == (5, 0x1A, 0)
     assert guest.command(struct.pack(">BB5xHB", 0x5E, 3, 255, 0), read=255).condition == INVALID_FIELD
-    assert reserved(guest, 2) == struct.pack(">HBBBB2x", 8, 0, 0x80, 0xEA, 0x01)
+    assert reserved(guest, 2) == struct.pack(">HBBBB2x", 8, 1, 0x80, 0xEA, 0x01)
     assert reserved(guest, 0) == struct.pack(">IIQ", 1, 8, 7)
+
+
+@pytest.mark.conformance(68)
+def test_a_registration_that_is_to_survive_a_loss_of_power() -> None:
+    """Linux's reservation calls set APTPL with every registration (sd_pr_register)."""
+    guest = ready(memory_disk())
+    for action in (0, 6):
+        assert reserve(guest, action, 0, 7, flags=1).good
+        assert reserved(guest, 2)[3] == 0x81
+        assert reserve(guest, 1, 7, kind=5, flags=1).good
+        state = guest.device.save()
+        there = controller(memory_disk())
+        there.restore(state)
+        disks = there.units[0, 0], guest.device.units[0, 0]
+        assert isinstance(disks[0], Disk)
+        assert isinstance(disks[1], Disk)
+        assert disks[0].reservations == disks[1].reservations
+        assert disks[0].reservations.through_power_loss
+        assert reserve(guest, 0, 7, 7).good
+        assert reserved(guest, 2)[3] == 0x80
+        assert reserve(guest, 0, 7, 7, flags=1).good
+        assert reserve(guest, 3, 7).good
+        assert reserved(guest, 2)[3] == 0x80
 
 
 # --- faults ---

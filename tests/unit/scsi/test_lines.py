@@ -76,6 +76,23 @@ def test_a_controller_without_disks_is_made_again_as_it_was() -> None:
     assert again.instance == device.instance
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("size=1G", "size="),
+        ("media=cdrom", "media="),
+        ("readonly=on,serial=x", "readonly=, serial="),
+        ("werror=stop", "werror="),
+        ("lun=0", "lun="),
+        ("target=1,fault=error@0", "fault=, target="),
+    ],
+)
+def test_options_of_a_disk_need_a_disk(options: str, named: str) -> None:
+    with pytest.raises(UsageError, match=f": {named} without a disk: .*add image="):
+        registry.create(f"scsi,queues=2,{options}")
+    assert made(["scsi,controller=c,queues=2,transfer=64,version=6.0"]).units == {}
+
+
 def test_a_place_that_is_taken_costs_only_the_newcomer() -> None:
     device = made(["scsi,format=memory,size=1M"])
     with pytest.raises(UsageError, match="taken"):
