@@ -351,3 +351,12 @@ def test_a_long_folder_for_temporary_files_does_not_matter_to_storage_daemons(
     for connection in (listener, *connections):
         connection.close()
     assert list(folder.iterdir()) == []
+
+
+def test_without_a_runtime_folder_the_one_in_dev_shm_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    directory = rundir.create(None)
+    assert directory.path.parent == Path(f"/dev/shm/vmbus-{os.getuid()}")
+    assert (mode(directory.path.parent), mode(directory.path)) == (0o700, 0o700)
+    directory.remove()
+    assert not directory.path.exists()
