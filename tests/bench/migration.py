@@ -35,6 +35,7 @@ from vmbus.machine.memory import MappedMemory, MappedPages
 from vmbus.machine.migration.vmstate import HELPER_ID, DbusDaemon, VmStateHelper
 from vmbus.machine.qemu.launch import GuestOptions, QemuProcess, command_line
 from vmbus.machine.qemu.qmp import Qmp
+from vmbus.machine.qemu.qtest import MainLoopWaits
 from vmbus.machine.rundir import RunDirectory
 from vmbus.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
 from vmbus.provision.kernel import find_kernel
@@ -192,6 +193,12 @@ class Bare:
     def load(self, state: bytes) -> None:
         self.state = state
 
+    @property
+    def save_refusal(self) -> bytes:
+        return self.state
+
+    def save_was_refused(self) -> None: ...
+
     async def start(self, *, incoming: bool) -> contextlib.AsyncExitStack:
         """A QEMU; it is this guest's from now on."""
         stack = contextlib.AsyncExitStack()
@@ -204,7 +211,7 @@ class Bare:
         if self._helper:
             daemon = await DbusDaemon.start(qemu.dbus_daemon(), directory.path)
             stack.callback(daemon.stop)
-            helper = await VmStateHelper.connect(daemon.address, self)
+            helper = await VmStateHelper.connect(daemon.address, self, MainLoopWaits())
             stack.push_async_callback(helper.close)
             plain += ["-object", f"dbus-vmstate,id=state,addr={daemon.address},id-list={HELPER_ID}"]
         options = replace(self._options, incoming=incoming)

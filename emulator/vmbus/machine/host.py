@@ -6,8 +6,8 @@
     QMP     ── MIGRATION, STOP, RESUME ──→ migration.Coordinator
     Partition, Bus ── interrupts ──→ qtest        all of them ── guest memory ──→ mapping
 
-Everything runs on one event loop. Only writes through qtest block it, until QEMU's main loop has answered. The life
-of a host:
+Everything runs on one event loop, but answers to QEMU over D-Bus (:mod:`vmbus.machine.migration.vmstate`). Only
+writes through qtest block it, until QEMU's main loop has answered. The life of a host:
 
     attach() → serve() … QEMU ends, or stop() is called → close()
 """
@@ -232,7 +232,6 @@ class Host:
             memory=self.memory,
             clock=self.clock,
             gateway=self.gateway,
-            qtest=self.qtest,
             service=self,
         )
         return Coordinator(ports, self.state, switchover=switchover)

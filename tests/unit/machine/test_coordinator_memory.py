@@ -8,6 +8,7 @@ moment that it runs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from vmbus.machine.migration.carried_pages import CarriedPages, read
 from vmbus.machine.migration.coordinator import Coordinator
 from vmbus.machine.migration.ports import MigrationPorts
 from vmbus.machine.migration.state_machine import Phase, Switchover
+from vmbus.machine.qemu.qtest import MainLoopWaits
 from vmbus.ports import PAGE_SIZE
 from vmbus.saving import (
     ChannelSaver,
@@ -59,12 +61,13 @@ class Qemu:
         self.marks = 0
         self.lost = 0
         self.saved = b""
-        self.settled = asyncio.Event()
-        self.settled.set()
+        self.work_done = asyncio.Event()
+        self.work_done.set()
         self.guest = GuestState.ENGAGED
         self.state = State(self)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.get_running_loop()
+        self.waits = MainLoopWaits()
         ports = MigrationPorts(
             qmp=self,
             qtest=self,
@@ -179,7 +182,16 @@ class Qemu:
             self.marks += 1
         self.moment()
 
-    def settle(self) -> None: ...
+    async def marked(self, bytes_there: Sequence[tuple[int, int]]) -> None:
+        await asyncio.sleep(0)
+        self.mark(bytes_there)
+        await asyncio.sleep(0)
+
+    async def settled(self) -> None:
+        await asyncio.sleep(0)
+        self.moment()
+
+    loading = contextlib.nullcontext
 
     # --- the gateway and the service ---
 
@@ -207,7 +219,7 @@ class Qemu:
         for _ in range(TURNS):
             self.moment()
             await asyncio.sleep(0)
-        assert not (self._tasks and self.settled.is_set())
+        assert not (self._tasks and self.work_done.is_set())
         if self.status in ("cancelled", "completed"):
             assert self.memory.filled is None, "buffers are marked early only while a migration is under way"
 
@@ -222,7 +234,7 @@ class Workers:
 
     async def settle(self, timeout: float) -> bool:
         self.qemu.moment()
-        await self.qemu.settled.wait()
+        await self.qemu.work_done.wait()
         self.qemu.moment()
         return True
 
@@ -356,14 +368,14 @@ async def test_a_guest_that_cannot_be_saved_loses_nothing_when_it_can() -> None:
 async def test_a_migration_that_begins_before_the_last_one_is_wound_up_loses_nothing() -> None:
     """A device has much to do: its work for the one ends when the next one has copied memory."""
     qemu = Qemu()
-    qemu.settled.clear()
+    qemu.work_done.clear()
     await until_the_pause(qemu)
     await qemu.quiet()
     qemu.cancel()
     await qemu.quiet()
     await copied(qemu)
     qemu.runs = False  # or it would tell QEMU of the page itself
-    qemu.settled.set()
+    qemu.work_done.set()
     await qemu.quiet()
     qemu.pause()
     await qemu.quiet()

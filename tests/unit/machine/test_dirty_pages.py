@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from vmbus.bus.channel.opening import OpenRequest
 from vmbus.bus.contact import MonitorPages
 from vmbus.machine.memory import Buffer, MappedMemory, RamRegion
 from vmbus.machine.migration.dirty_pages import DirtyPageTracker, WrittenPages, owned_bytes
+from vmbus.machine.qemu.qtest import MainLoopWaits
 from vmbus.ports import PAGE_SIZE, GuestPages
 from vmbus.wire.gpadl import GpaRange
 from vmbus.wire.msr import SINT, Sint
@@ -27,11 +29,17 @@ class Marks:
 
     def __init__(self) -> None:
         self.bytes: list[tuple[int, int]] = []
+        self.waits = MainLoopWaits()
 
     def mark(self, bytes_there: Sequence[tuple[int, int]]) -> None:
         self.bytes += bytes_there
 
-    def settle(self) -> None: ...
+    async def marked(self, bytes_there: Sequence[tuple[int, int]]) -> None:
+        self.mark(bytes_there)
+
+    async def settled(self) -> None: ...
+
+    loading = contextlib.nullcontext
 
 
 @dataclass

@@ -62,7 +62,8 @@ def prepared(
     machine = in_the_pause(configuration, switchover)
     report = machine.report
     assert machine.switch_over(report, configuration, carrier) == (Action.SETTLE,)
-    assert machine.settled(report, in_time=True) == (Action.END_TRACKING, Action.SAVE)
+    assert machine.settled(report, in_time=True) == (Action.END_TRACKING, Action.QUIESCE)
+    assert machine.quiet(report) == (Action.SAVE,)
     after_save = machine.saved(report, b"state")
     if not configuration.memory_stays:
         assert after_save == (Action.MARK_PAGES,)
@@ -115,7 +116,8 @@ def lost() -> MigrationStateMachine:
 def in_a_snapshot() -> MigrationStateMachine:
     machine = MigrationStateMachine()
     assert machine.begin_snapshot() == (Action.SETTLE,)
-    assert machine.settled(machine.report, in_time=True) == (Action.END_TRACKING, Action.SAVE)
+    assert machine.settled(machine.report, in_time=True) == (Action.END_TRACKING, Action.QUIESCE)
+    assert machine.quiet(machine.report) == (Action.SAVE,)
     assert machine.saved(machine.report, b"state") == ()
     return machine
 
@@ -359,7 +361,7 @@ def test_a_refused_save_before_a_migration_does_not_keep_the_guest_here() -> Non
     assert machine.phase is Phase.LEFT
 
 
-@pytest.mark.parametrize("step", ["switch_over", "settled", "pages_marked", "delivered"])
+@pytest.mark.parametrize("step", ["switch_over", "settled", "quiet", "pages_marked", "delivered"])
 @pytest.mark.parametrize("what", ["cancelled", "resumed", "another migration"])
 def test_an_answer_that_comes_too_late_has_no_effect(step: str, what: str) -> None:
     machine = in_the_pause()
@@ -375,6 +377,7 @@ def test_an_answer_that_comes_too_late_has_no_effect(step: str, what: str) -> No
     answers: dict[str, Callable[[], Actions]] = {
         "switch_over": lambda: machine.switch_over(report, SENT, Carrier.STREAM),
         "settled": lambda: machine.settled(report, in_time=True),
+        "quiet": lambda: machine.quiet(report),
         "pages_marked": lambda: machine.pages_marked(report),
         "delivered": lambda: machine.delivered(report),
     }
@@ -486,8 +489,8 @@ class AnyOrder(RuleBasedStateMachine):
         self.target_has_it = False
         self.saved: bytes | None = None
         self.fenced = False
-        self.settling: set[int] = set()
-        """Migrations, by the identity of their reports, for which the coordinator waits for devices' work."""
+        self.waiting: set[tuple[int, Action]] = set()
+        """Migrations, by the identity of their reports, for which the coordinator waits for devices or for QEMU."""
         self.asked: deque[tuple[Report, deque[Action]]] = deque()
         """Tasks that wait for an answer to ``query-migrate``."""
 
@@ -631,11 +634,13 @@ class AnyOrder(RuleBasedStateMachine):
             return
         if actions:
             self.perform(report, actions, fine)
-        while actions and (self.at_once(actions[0]) or actions[0] in (Action.SETTLE, Action.SAVE)):
-            if actions[0] is Action.SETTLE:
-                if id(report) in self.settling:
+        while actions and (
+            self.at_once(actions[0]) or actions[0] in (Action.SETTLE, Action.QUIESCE, Action.SAVE)
+        ):
+            if actions[0] in (Action.SETTLE, Action.QUIESCE):
+                if (id(report), actions[0]) in self.waiting:
                     break
-                self.settling.add(id(report))
+                self.waiting.add((id(report), actions[0]))
                 self.host_paused = True
             elif actions[0] is Action.SAVE:
                 self.perform(report, actions, fine)
@@ -659,8 +664,11 @@ class AnyOrder(RuleBasedStateMachine):
         elif action is Action.SWITCH_OVER:
             following = machine.switch_over(report, self.configuration, self.carrier)
         elif action is Action.SETTLE:
-            self.settling.discard(id(report))
+            self.waiting.discard((id(report), action))
             following = machine.settled(report, in_time=fine)
+        elif action is Action.QUIESCE:
+            self.waiting.discard((id(report), action))
+            following = machine.quiet(report)
         elif action is Action.SAVE:
             following = machine.saved(report, b"state") if fine else machine.save_refused(report, NOT_SAVED)
         elif action is Action.MARK_PAGES:

@@ -3,7 +3,8 @@
 :mod:`~vmbus.machine.migration.state_machine` decides; the coordinator passes QEMU's events to it and performs its
 actions: commands on QMP, pages marked through qtest, the host paused, saved and resumed, the state delivered.
 
-In ``Save()`` and ``Load()`` nothing is asked of QEMU, whose main loop waits for the answer.
+In ``Save()`` and ``Load()`` nothing is asked of QEMU, whose main loop waits for the answer. If the event loop waits
+for QEMU's main loop at that time, no state is prepared: :mod:`~vmbus.machine.migration.vmstate` refuses for it.
 """
 
 from __future__ import annotations
@@ -43,6 +44,14 @@ SETTLE_TIMEOUT = 10.0
 
 _ANSWER_TIMEOUT = 5.0
 """Seconds for an answer that QEMU has sent."""
+_SAME_MOMENT = 0.1
+"""Seconds for the tasks that handle what was read from QEMU together."""
+
+_BEHIND = StateRefused(
+    Reason.WRONG_STATE,
+    "the machine was saved behind the emulator's back, while guest memory was being written; use `vmbus snapshot`, "
+    "or a migration with pause-before-switchover",
+)
 
 
 class MachineState(Protocol):
@@ -120,6 +129,7 @@ class Coordinator:
             Action.CANCEL_WHEN_SENDING: self._cancel_when_sending,
             Action.SWITCH_OVER: self._switch_over,
             Action.SETTLE: self._settle,
+            Action.QUIESCE: self._quiesce,
             Action.SAVE: self._save,
             Action.MARK_PAGES: self._mark_pages,
             Action.DELIVER: self._deliver,
@@ -141,11 +151,12 @@ class Coordinator:
         status = await qmp.execute("query-status")
         if status["status"] == "inmigrate":
             self.expect()
+            await self.ports.qtest.settled()
             if address is None:  # QEMU must not run the guest before the state is restored
                 await qmp.execute("stop")
         await self._set_capabilities()
         if address is not None:
-            self._helper = await VmStateHelper.connect(address, self)
+            self._helper = await VmStateHelper.connect(address, self, self.ports.qtest.waits)
 
     async def close(self) -> None:
         """Leave the D-Bus daemon."""
@@ -300,8 +311,12 @@ class Coordinator:
         in_time = await self.ports.workers.settle(SETTLE_TIMEOUT)
         return self._machine.settled(report, in_time=in_time)
 
-    async def _save(self, report: Report) -> Actions:
+    async def _quiesce(self, report: Report) -> Actions:
         self.state.pause()
+        await self.ports.qtest.settled()
+        return self._machine.quiet(report)
+
+    async def _save(self, report: Report) -> Actions:
         self.side_channel.reference = self._written = None
         machine = self._machine
         snapshot = machine.phase is Phase.SNAPSHOT  # contains all of memory, as it is then
@@ -465,19 +480,42 @@ class Coordinator:
 
     async def save(self) -> bytes:
         """Answer ``Save()``: the state that was prepared, a reference to it, or a refusal."""
-        if self._check is not None:
-            # QEMU has answered already, but its request here may be read before its answer there.
-            await asyncio.wait({self._check}, timeout=_ANSWER_TIMEOUT)
+        if self._check is not None and not self._check.done():
+            await self._await_check(self._check)
         state = self._machine.save_requested()
         if state is not None:
             return self.side_channel.reference or state
-        error = StateRefused(
-            Reason.WRONG_STATE,
-            "the machine was saved behind the emulator's back, while guest memory was being written; use `vmbus "
-            "snapshot`, or a migration with pause-before-switchover",
+        _logger.error("%s", _BEHIND)
+        return self.save_refusal
+
+    async def _await_check(self, check: asyncio.Task[Actions]) -> None:
+        """Wait until the answer of ``query-migrate`` was read, or cannot come before that of ``Save()``.
+
+        QEMU's answers and events come in one stream, and it has continued before it calls ``Save()``. If its event of
+        that is read and the answer was not, its main loop answers only after ``Save()``.
+        """
+        report = self.report
+        continued = asyncio.ensure_future(
+            self.until(
+                lambda: self.report is not report or report.status != "pre-switchover", _ANSWER_TIMEOUT
+            )
         )
-        _logger.error("%s", error)
-        return refusal_stream(error)
+        try:
+            await asyncio.wait({check, continued}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({check}, timeout=_SAME_MOMENT)
+        finally:
+            continued.cancel()
+            await asyncio.gather(continued, return_exceptions=True)
+
+    @property
+    def save_refusal(self) -> bytes:
+        """The refusal that ``Save()`` returns if no state was prepared; for any thread."""
+        return refusal_stream(_BEHIND)
+
+    def save_was_refused(self) -> None:
+        """Note that ``Save()`` was answered with :attr:`save_refusal` while the event loop waited for QEMU."""
+        _logger.error("%s", _BEHIND)
+        self._machine.save_was_refused()
 
     def load(self, state: bytes) -> None:
         """Answer ``Load(state)``. Raises :class:`~vmbus.errors.VmbusError` to refuse it."""
@@ -485,7 +523,8 @@ class Coordinator:
             self._machine.load_requested()
             if state.startswith(REFERENCE_MAGIC):
                 state = self.side_channel.frame(REFERENCE.parse(state).digest).state
-            self.state.restore(state)
+            with self.ports.qtest.loading():
+                self.state.restore(state)
         except VmbusError as error:
             self._machine.load_failed(str(error))
             raise

@@ -224,9 +224,9 @@ class WrittenPages:
                 if not stopped():
                     return marked
                 some = addresses[start : start + at_once]
-                qtest.mark([_there(memory, gpa) for gpa in some])
-                for gpa in some:
+                for gpa in some:  # before the wait: a later write counts again
                     memory.dirty[memory.page_of_gpa(gpa)] = 0
+                await qtest.marked([_there(memory, gpa) for gpa in some])
                 marked += len(some)
         return marked
 

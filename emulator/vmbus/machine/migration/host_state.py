@@ -30,7 +30,7 @@ from vmbus.machine.memory import MappedMemory
 from vmbus.machine.migration import carried_pages, shared_memory
 from vmbus.machine.migration.dirty_pages import owned_bytes
 from vmbus.machine.migration.hypervisor_layout import SAVED_HYPERVISOR, SavedAnswer, SavedHypervisor
-from vmbus.machine.migration.ports import GuestService, PageMarker, PausableClock, TrapAnswers
+from vmbus.machine.migration.ports import GuestService, PausableClock, TrapAnswers
 from vmbus.saving import (
     ChannelSaver,
     ChannelState,
@@ -186,7 +186,6 @@ class HostState:
         memory: MappedMemory,
         clock: PausableClock,
         gateway: TrapAnswers,
-        qtest: PageMarker,
         service: GuestService,
     ) -> None:
         self._partition = partition
@@ -194,7 +193,6 @@ class HostState:
         self._memory = memory
         self._clock = clock
         self._gateway = gateway
-        self._qtest = qtest
         self._service = service
         self._saver = ChannelSaver()
         self._channels: dict[Channel, DeviceChannel] = {}
@@ -267,11 +265,13 @@ class HostState:
             channel.pause()
 
     def pause(self) -> None:
-        """Pause everything. The guest is stopped, or has not run yet; no work is under way."""
+        """Pause everything. The guest is stopped, or has not run yet; no work is under way.
+
+        Interrupts that were posted may still be on their way to QEMU.
+        """
         self.pause_channels()
         self._bus.pause()
         self._partition.pause()
-        self._qtest.settle()
 
     def resume(self) -> None:
         """Resume everything, from where it was paused or from what was restored."""

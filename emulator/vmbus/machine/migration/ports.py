@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vmbus.bus.io.channel_io import ChannelDevice, ChannelIo
 from vmbus.machine.gateway.traps import Unclaimed
 from vmbus.machine.memory import MappedMemory
+from vmbus.machine.qemu.qtest import MainLoopWaits
 from vmbus.wire.gateway import GuestState
 
 
@@ -43,11 +45,20 @@ class Monitor(Protocol):
 class PageMarker(Protocol):
     """Writes of guest memory that QEMU's dirty log records; :class:`~vmbus.machine.qemu.qtest.Qtest`."""
 
-    def mark(self, bytes_there: Sequence[tuple[int, int]]) -> None:
-        """Write each ``(guest physical address, byte)``; return when all are written."""
+    waits: MainLoopWaits
+    """Whether the event loop waits for QEMU's main loop."""
 
-    def settle(self) -> None:
+    def mark(self, bytes_there: Sequence[tuple[int, int]]) -> None:
+        """Write each ``(guest physical address, byte)``; return when all are written. The event loop waits."""
+
+    async def marked(self, bytes_there: Sequence[tuple[int, int]]) -> None:
+        """Do the same, and wait as a task."""
+
+    async def settled(self) -> None:
         """Wait until QEMU has executed all commands so far."""
+
+    def loading(self) -> AbstractContextManager[None]:
+        """Restore a guest in the block, while QEMU's main loop waits for that."""
 
 
 class TrapAnswers(Protocol):

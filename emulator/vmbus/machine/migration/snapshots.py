@@ -74,6 +74,7 @@ async def load(coordinator: Coordinator, tag: str, *, timeout: float = 600.0) ->
         raise SnapshotFailed("a device's work did not end in time, nothing was changed; try again")
     state.reset()
     coordinator.expect()
+    await ports.qtest.settled()  # no interrupt of the guest that goes reaches the one that comes
     try:
         await _job(coordinator, "snapshot-load", tag, nodes, timeout)
     except SnapshotFailed as error:

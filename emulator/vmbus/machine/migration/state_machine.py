@@ -11,9 +11,9 @@ Events are method calls: QMP events (:meth:`migration`, :meth:`stopped`, :meth:`
 the answers to actions. Each returns the actions that the coordinator performs, in order. What follows one
 ``pre-switchover``, each step after the answer to the one before:
 
-    SWITCH_OVER ─▶ SETTLE ─▶ SAVE ─▶ MARK_PAGES ─▶ DELIVER ─▶ CHECK, or CHECK_AND_CONTINUE ─▶ (CANCEL)
-                                 (if memory is   (if there is
-                                  copied)         a side channel)
+    SWITCH_OVER ─▶ SETTLE ─▶ QUIESCE ─▶ SAVE ─▶ MARK_PAGES ─▶ DELIVER ─▶ CHECK, or CHECK_AND_CONTINUE ─▶ (CANCEL)
+                                             (if memory is   (if there is
+                                              copied)         a side channel)
 
 An answer names the migration that it belongs to by its :class:`Report`. An answer that comes when QEMU has left
 ``pre-switchover``, or when another migration has begun, has no effect.
@@ -84,7 +84,9 @@ class Action(Enum):
     """``switch_over``"""
     SETTLE = "pause channels, wait for devices' work"
     """``settled``"""
-    SAVE = "pause the rest of the host and save it"
+    QUIESCE = "pause the rest of the host, wait until QEMU has its last interrupts"
+    """``quiet``"""
+    SAVE = "save the host"
     """``saved``, ``save_refused``"""
     MARK_PAGES = "mark pages that the state does not carry"
     """``pages_marked``"""
@@ -238,9 +240,13 @@ class MigrationStateMachine:
         if not (self.may_mark(report) or self._saves_snapshot(report)):
             return ()
         if in_time:
-            return (Action.END_TRACKING, Action.SAVE)
+            return (Action.END_TRACKING, Action.QUIESCE)
         error = StateRefused(Reason.WRONG_STATE, "a device's work did not end in time")
         return (Action.END_TRACKING, Action.PAUSE, *self.save_refused(report, error))
+
+    def quiet(self, report: Report) -> Actions:
+        """Continue when the whole host stands still."""
+        return (Action.SAVE,) if self.may_mark(report) or self._saves_snapshot(report) else ()
 
     def saved(self, report: Report, data: bytes) -> Actions:
         """Take the state ``data`` that was saved."""
@@ -299,6 +305,10 @@ class MigrationStateMachine:
         """Return the answer to ``Save()``; ``None``: refuse it, no state was prepared for it."""
         self._save_was_refused = not self.good or self.prepared is None
         return None if self._save_was_refused else self.prepared
+
+    def save_was_refused(self) -> None:
+        """Note that a ``Save()`` was refused without a question."""
+        self._save_was_refused = True
 
     def load_requested(self) -> None:
         """Raise :class:`~vmbus.saving.StateRefused` for a ``Load()`` that was not expected."""

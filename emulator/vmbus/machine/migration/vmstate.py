@@ -10,8 +10,12 @@ machine, it returns the state. So the state is part of every migration, snapshot
     QEMU  ── Load(state) ──→  answer, or an error: then the load fails
 
 Both are answered from what was prepared before: a command for QEMU in there would wait until the timeout of 25
-seconds. QEMU only logs an error that Save() returns; :mod:`~vmbus.machine.migration.state_machine` has how a refusal
-reaches the target.
+seconds. The connection has a thread of its own, which asks the emulator's event loop for the answer. That loop may be
+waiting for QEMU's main loop (:class:`~vmbus.machine.qemu.qtest.MainLoopWaits`): then nothing is prepared, and the
+thread refuses for it. So an answer never waits for QEMU.
+
+QEMU only logs an error that Save() returns; :mod:`~vmbus.machine.migration.state_machine` has how a refusal reaches
+the target.
 """
 
 from __future__ import annotations
@@ -20,9 +24,10 @@ import asyncio
 import contextlib
 import logging
 import subprocess
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from xml.sax.saxutils import escape
 
 from dbus_fast import Message, MessageType, NameFlag, Variant
@@ -32,6 +37,7 @@ from dbus_fast.errors import DBusError
 from vmbus.errors import MissingRequirement, QemuUnsuitable, VmbusError
 from vmbus.machine.qemu import confined
 from vmbus.machine.qemu.child import in_child
+from vmbus.machine.qemu.qtest import MainLoopWaits
 
 _logger = logging.getLogger(__name__)
 
@@ -42,6 +48,7 @@ _INTERFACE = "org.qemu.VMState1"
 _PATH = "/org/qemu/VMState1"
 _PROPERTIES = "org.freedesktop.DBus.Properties"
 _FAILED = "org.qemu.VMState1.Error.Failed"
+_BEHIND = "guest memory was replaced behind the emulator's back; use `vmbus snapshot load`"
 
 _CONFIGURATION = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
@@ -136,7 +143,7 @@ def dbus_address(socket: Path) -> str:
 
 
 class StateKeeper(Protocol):
-    """The owner of the state."""
+    """The owner of the state. Its methods are called by the event loop in which the helper was connected."""
 
     async def save(self) -> bytes:
         """Return the state, which was prepared before. Raises :class:`~vmbus.errors.VmbusError` if there is none."""
@@ -144,30 +151,43 @@ class StateKeeper(Protocol):
     def load(self, state: bytes) -> None:
         """Restore a state. Raises :class:`~vmbus.errors.VmbusError` to refuse it."""
 
+    @property
+    def save_refusal(self) -> bytes:
+        """The answer in place of a state while the event loop waits for QEMU; read by the helper's thread."""
+
+    def save_was_refused(self) -> None:
+        """Note that this answer was given."""
+
+
+Answer = TypeVar("Answer")
+
 
 class VmStateHelper:
-    """The emulator as a helper of ``dbus-vmstate``. Made by :meth:`connect`."""
+    """The emulator as a helper of ``dbus-vmstate``, in a thread of its own. Made by :meth:`connect`."""
 
-    def __init__(self, bus: MessageBus, keeper: StateKeeper) -> None:
-        self._bus = bus
+    def __init__(self, address: str, keeper: StateKeeper, waits: MainLoopWaits) -> None:
+        self._address = address
+        self._bus: MessageBus | None = None
         self._keeper = keeper
+        self._waits = waits
         self._tasks: set[asyncio.Task[None]] = set()
-        bus.add_message_handler(self._message)
+        self._keepers_loop = asyncio.get_running_loop()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vmbus-dbus", daemon=True)
+        self._thread.start()
 
     @classmethod
-    async def connect(cls, address: str, keeper: StateKeeper) -> VmStateHelper:
+    async def connect(cls, address: str, keeper: StateKeeper, waits: MainLoopWaits) -> VmStateHelper:
         """Connect to the daemon at ``address`` and own the name that QEMU looks for.
 
-        Raises :class:`~vmbus.errors.QemuUnsuitable` when no daemon answers there.
+        ``waits``: of the event loop that calls this. Raises :class:`~vmbus.errors.QemuUnsuitable` when no daemon
+        answers there.
         """
-        bus = MessageBus(bus_address=address)
+        helper = cls(address, keeper, waits)
         try:
-            await bus.connect()
-            helper = cls(bus, keeper)
-            # Queued behind other helpers: QEMU calls all owners. An emulator that was detached owns it no more.
-            await bus.request_name(_INTERFACE, NameFlag.ALLOW_REPLACEMENT)
+            await helper._in_thread(helper._connect())
         except (OSError, DBusError, EOFError) as error:
-            bus.disconnect()
+            await helper.close()
             raise QemuUnsuitable(
                 f"no D-Bus daemon answers at {address} ({error}), which QEMU's dbus-vmstate object names: "
                 "without it the guest cannot be migrated. Start it before QEMU; "
@@ -176,11 +196,78 @@ class VmStateHelper:
         return helper
 
     async def close(self) -> None:
-        """Disconnect; safe to call twice."""
-        if self._bus.connected:
-            self._bus.disconnect()
-            with contextlib.suppress(OSError, EOFError):
-                await self._bus.wait_for_disconnect()  # type: ignore[no-untyped-call]
+        """Disconnect and end the thread; safe to call twice."""
+        if self._loop.is_closed():
+            return
+        await self._in_thread(self._disconnect())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        await asyncio.to_thread(self._thread.join)
+        self._loop.close()
+
+    async def _in_thread(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    # --- in the thread ---
+
+    async def _connect(self) -> None:
+        bus = self._bus = MessageBus(bus_address=self._address)
+        await bus.connect()
+        bus.add_message_handler(self._message)
+        # Queued behind other helpers: QEMU calls all owners. An emulator that was detached owns it no more.
+        await bus.request_name(_INTERFACE, NameFlag.ALLOW_REPLACEMENT)
+
+    async def _disconnect(self) -> None:
+        bus = self._bus
+        if bus is not None:
+            connected = bus.connected
+            bus.disconnect()
+            if connected:
+                with contextlib.suppress(OSError, EOFError):
+                    await bus.wait_for_disconnect()  # type: ignore[no-untyped-call]
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _ask(self, work: Coroutine[Any, Any, Answer]) -> asyncio.Future[Answer]:
+        """Have the keeper's event loop do ``work``."""
+        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._keepers_loop))
+
+    async def _answered(self, answer: asyncio.Future[Any]) -> bool:
+        """Wait for an answer of the keeper's event loop; return False if that loop waits for QEMU instead."""
+        waits = asyncio.Event()
+
+        def begins() -> None:
+            with contextlib.suppress(RuntimeError):  # the thread has ended
+                self._loop.call_soon_threadsafe(waits.set)
+
+        with self._waits.watched(begins):
+            waiting = asyncio.ensure_future(waits.wait())
+            both: set[asyncio.Future[Any]] = {answer, waiting}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            waiting.cancel()
+        return answer.done()
+
+    async def _save(self) -> bytes:
+        answer = self._ask(self._keeper.save())
+        if await self._answered(answer):
+            return answer.result()
+        answer.cancel()
+        # Whatever the event loop answers meanwhile: it hears afterwards that QEMU did not get it.
+        self._keepers_loop.call_soon_threadsafe(self._keeper.save_was_refused)
+        return self._keeper.save_refusal
+
+    async def _load(self, state: bytes) -> None:
+        decided = threading.Lock()  # of two threads, who takes it first
+
+        async def load() -> None:
+            if decided.acquire(blocking=False):
+                self._keeper.load(state)
+
+        answer = self._ask(load())
+        if not await self._answered(answer) and decided.acquire(blocking=False):
+            answer.cancel()
+            raise VmbusError(_BEHIND)
+        await answer
 
     def _message(self, message: Message) -> Message | bool | None:
         if message.message_type is not MessageType.METHOD_CALL or message.path != _PATH:
@@ -199,9 +286,9 @@ class VmStateHelper:
     async def _answer(self, message: Message) -> None:
         try:
             if message.member == "Save":
-                answer = Message.new_method_return(message, "ay", [await self._keeper.save()])
+                answer = Message.new_method_return(message, "ay", [await self._save()])
             else:
-                self._keeper.load(bytes(message.body[0]))
+                await self._load(bytes(message.body[0]))
                 answer = Message.new_method_return(message)
         except VmbusError as error:
             _logger.error("%s: %s", message.member, error)
@@ -209,7 +296,7 @@ class VmStateHelper:
         except Exception as error:
             _logger.exception("%s failed", message.member)
             answer = Message.new_error(message, _FAILED, f"internal error: {error!r}")
-        if self._bus.connected:
+        if self._bus is not None and self._bus.connected:
             await self._bus.send(answer)
 
     def _property(self, message: Message) -> Message | None:

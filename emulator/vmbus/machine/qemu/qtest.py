@@ -9,18 +9,38 @@ by ``OK`` or ``FAIL``. It works beside ``-accel tcg`` while the guest runs. Two 
 
 Interrupts are posted without waiting for their ``OK``. The answers are counted, and read when there are some, so that
 QEMU never blocks on a full socket.
+
+QEMU's main loop answers, and it may be busy for long: it sends the rest of memory, or saves a machine. What has to
+wait for it does so in one of two ways:
+
+    :meth:`Qtest.settled`, :meth:`Qtest.marked`     as a task; the event loop does other things
+    :meth:`Qtest.write_memory`, :meth:`Qtest.mark`  the event loop waits: the caller stores into guest memory, and the
+                                                    guest must not see more before QEMU has done its part
+
+Nothing that QEMU's main loop waits for may depend on an event loop that waits for QEMU's main loop.
+:class:`MainLoopWaits` tells other threads of such a wait; :mod:`vmbus.machine.migration.vmstate` answers QEMU then.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
+import logging
 import select
 import socket
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from vmbus.errors import QemuError, QemuGone, QemuUnsuitable
+
+_logger = logging.getLogger(__name__)
+
+ANSWER_TIMEOUT = 300.0
+"""Seconds that QEMU's main loop may take to answer before QEMU counts as gone. To save or send memory takes long."""
+_WARN_AFTER = 10.0
+"""Seconds after which a line in the log says what the emulator waits for."""
 
 _MSI_BASE = 0xFEE00000
 _READ_ANSWERS_AT = 32
@@ -28,20 +48,60 @@ _WRITE_CHUNK = 16 << 10
 _MARKS = 2000  # the answers to these fit into any socket's buffer
 
 
+class MainLoopWaits:
+    """Whether the event loop waits for QEMU's main loop; for use from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watchers: list[Callable[[], None]] = []
+        self._waiting = False
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Note that the event loop waits, until the end of the block."""
+        with self._lock:
+            self._waiting = True
+            watchers = tuple(self._watchers)
+        for watcher in watchers:
+            watcher()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiting = False
+
+    @contextlib.contextmanager
+    def watched(self, begins: Callable[[], None]) -> Iterator[None]:
+        """Call ``begins`` if the event loop waits now, and in its thread whenever it begins to, until the end."""
+        with self._lock:
+            self._watchers.append(begins)
+            waiting = self._waiting
+        if waiting:
+            begins()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._watchers.remove(begins)
+
+
 class Qtest:
     """A connection to the qtest socket; not for use from several threads."""
 
-    def __init__(self, connection: socket.socket, *, timeout: float = 10.0) -> None:
+    def __init__(self, connection: socket.socket, *, timeout: float = ANSWER_TIMEOUT) -> None:
         """``timeout``: seconds that QEMU's main loop may take to answer before QEMU counts as gone."""
         self._socket = connection
         self._timeout = timeout
         self._unanswered = 0
         self._buffer = b""
         self._lines: dict[tuple[int, int], bytes] = {}
+        self._settling: list[asyncio.Future[None]] = []
+        self._loading = False
         self.interrupts = 0
+        self.waits = MainLoopWaits()
 
     @classmethod
-    def connect(cls, path: str, *, timeout: float = 10.0) -> Qtest:
+    def connect(cls, path: str, *, timeout: float = ANSWER_TIMEOUT) -> Qtest:
         """Connect to ``path``. Raises :class:`~vmbus.errors.QemuUnsuitable` when nothing listens there."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
@@ -55,6 +115,7 @@ class Qtest:
 
     def close(self) -> None:
         """Close the connection; the guest does not notice."""
+        self._end_settling(QemuGone("the qtest socket was closed"))
         self._socket.close()
 
     def interrupt(self, apic_id: int, vector: int) -> None:
@@ -67,11 +128,25 @@ class Qtest:
         self._send(line)
 
     def write_memory(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
-        """Write guest memory through QEMU; return when it has been written."""
+        """Write guest memory through QEMU; return when it has been written.
+
+        During :meth:`loading` this does nothing: QEMU waits, and drops all translated code of its own accord.
+        """
+        if self._loading:
+            return
         for start in range(0, len(data), _WRITE_CHUNK):
             chunk = data[start : start + _WRITE_CHUNK]
             self._send(b"b64write 0x%x 0x%x %s\n" % (gpa + start, len(chunk), base64.b64encode(chunk)))
-        self.settle()
+        self._settle()
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """Restore a guest in the block, while QEMU's main loop waits for that."""
+        self._loading = True
+        try:
+            yield
+        finally:
+            self._loading = False
 
     def mark(self, bytes_there: Sequence[tuple[int, int]]) -> None:
         """Write each ``(address, byte)``; return when all are written.
@@ -80,31 +155,101 @@ class Qtest:
         dirty pages changes. If the guest may write the byte, it must not run: its store would be lost.
         """
         for start in range(0, len(bytes_there), _MARKS):
-            part = bytes_there[start : start + _MARKS]
-            lines = b"".join([b"writeb 0x%x 0x%x\n" % each for each in part])
-            self._unanswered += len(part) - 1
-            self._send(lines)
-            self.settle()
+            self._post_marks(bytes_there[start : start + _MARKS])
+            self._settle()
 
-    def settle(self) -> None:
+    async def marked(self, bytes_there: Sequence[tuple[int, int]]) -> None:
+        """Do the same as :meth:`mark`, and wait as a task."""
+        for start in range(0, len(bytes_there), _MARKS):
+            self._post_marks(bytes_there[start : start + _MARKS])
+            await self.settled()
+
+    async def settled(self) -> None:
         """Wait until QEMU has executed all commands so far. Raises :class:`~vmbus.errors.QemuGone` on timeout."""
-        end = time.monotonic() + self._timeout
-        while self._unanswered:
-            left = end - time.monotonic()
-            if left <= 0 or not select.select([self._socket], [], [], left)[0]:
-                raise QemuGone(
-                    f"QEMU's main loop has not answered on the qtest socket for {self._timeout:g} s"
-                )
+        if not self._unanswered:
+            return
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        if not self._settling:
+            loop.add_reader(self._socket.fileno(), self._readable)
+        self._settling.append(done)
+        try:
+            async with asyncio.timeout(self._timeout):
+                await done
+        except TimeoutError:
+            raise self._not_answered() from None
+        finally:
+            if done in self._settling:
+                self._settling.remove(done)
+                if not self._settling:
+                    loop.remove_reader(self._socket.fileno())
+
+    def _readable(self) -> None:
+        try:
             self._read_answers()
+        except QemuError as error:
+            self._end_settling(error)
+
+    def _end_settling(self, error: QemuError | None = None) -> None:
+        settling, self._settling = self._settling, []
+        if settling:
+            settling[0].get_loop().remove_reader(self._socket.fileno())
+        for done in settling:
+            if done.done():
+                continue
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)
+
+    def _settle(self) -> None:
+        """Wait until QEMU has executed all commands so far; nothing else happens in this thread meanwhile."""
+        if not self._unanswered:
+            return
+        with self.waits.waiting():
+            wait = _Wait(self._timeout)
+            while self._unanswered:
+                if not wait.step([self._socket], []):
+                    raise self._not_answered()
+                self._read_answers()
+
+    def _not_answered(self) -> QemuGone:
+        return QemuGone(f"QEMU's main loop has not answered on the qtest socket for {self._timeout:g} s")
+
+    def _post_marks(self, part: Sequence[tuple[int, int]]) -> None:
+        self._unanswered += len(part) - 1
+        self._send(b"".join([b"writeb 0x%x 0x%x\n" % each for each in part]))
 
     def _send(self, line: bytes) -> None:
-        try:
-            self._socket.sendall(line)
-        except OSError as error:
-            raise QemuGone(f"QEMU closed the qtest socket: {error.strerror}") from error
         self._unanswered += 1
-        if self._unanswered >= _READ_ANSWERS_AT:
+        try:
+            sent = self._socket.send(line, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            raise self._closed(error) from error
+        if sent < len(line):
+            self._send_rest(memoryview(line)[sent:])
+        elif self._unanswered >= _READ_ANSWERS_AT:
             self._read_answers()
+
+    def _send_rest(self, rest: memoryview) -> None:
+        """Send what does not fit into the socket now: QEMU's main loop is busy."""
+        with self.waits.waiting():
+            wait = _Wait(self._timeout)
+            while rest:
+                if not wait.step([self._socket], [self._socket]):
+                    raise self._not_answered()
+                self._read_answers()
+                try:
+                    rest = rest[self._socket.send(rest, socket.MSG_DONTWAIT) :]
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    raise self._closed(error) from error
+
+    def _closed(self, error: OSError) -> QemuGone:
+        return QemuGone(f"QEMU closed the qtest socket: {error.strerror}")
 
     def _read_answers(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -113,7 +258,7 @@ class Qtest:
             except BlockingIOError:
                 raise
             except OSError as error:
-                raise QemuGone(f"QEMU closed the qtest socket: {error.strerror}") from error
+                raise self._closed(error) from error
             if not data:
                 raise QemuGone("QEMU closed the qtest socket")
             *lines, self._buffer = (self._buffer + data).split(b"\n")
@@ -122,6 +267,36 @@ class Qtest:
                     self._unanswered -= 1
                 elif not answer.startswith(b"IRQ"):
                     raise QemuError(f"QEMU refused a qtest command: {answer.decode('ascii', 'replace')}")
+            if not self._unanswered:
+                self._end_settling()
+
+
+class _Wait:
+    """A wait of this thread for QEMU's main loop, with a line in the log if it is long."""
+
+    def __init__(self, timeout: float) -> None:
+        """``timeout``: in seconds."""
+        self._begun = time.monotonic()
+        self._timeout = timeout
+        self._warned = False
+
+    def step(self, readers: Sequence[socket.socket], writers: Sequence[socket.socket]) -> bool:
+        """Wait until a socket is ready; return False on timeout."""
+        while True:
+            passed = time.monotonic() - self._begun
+            if passed >= self._timeout:
+                return False
+            until = self._timeout if self._warned else min(_WARN_AFTER, self._timeout)
+            found = select.select(readers, writers, [], max(until - passed, 0))
+            if found[0] or found[1]:
+                return True
+            if not self._warned and time.monotonic() - self._begun >= _WARN_AFTER:
+                self._warned = True
+                _logger.warning(
+                    "QEMU's main loop has not answered for %g s: it saves or sends memory, or hangs; the "
+                    "emulator waits for it",
+                    _WARN_AFTER,
+                )
 
 
 class LocalApics:
