@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from vmbus.errors import QemuError
 from vmbus.machine.migration import snapshots
 from vmbus.machine.migration.drive import MigrationFailed, arrived, migrate, receive
 from vmbus.machine.migration.snapshots import SnapshotFailed
+from vmbus.machine.qemu.qmp import Qmp
 
 from tests.guest.harness import Booted
 from tests.migration.journey import Journey
@@ -46,6 +48,12 @@ async def test_a_handover_on_one_host_copies_no_memory(tmp_path: Path, guest_pro
             outcome = await migrate(guest.host.migration, await tcp_uri(there), timeout=LIMIT)
             went_well(outcome)
             assert outcome.memory_bytes < LEAST
+            # Not one instruction runs here any more: the memory is the target's.
+            left = await Qmp.connect(str(guest.here.guest.directory.user_qmp))
+            with pytest.raises(QemuError, match="lock"):
+                await left.cont()
+            assert not (await left.execute("query-status"))["running"]
+            await left.close()
             await arrives(guest, there)
 
         # What holds for migrations holds for snapshots too, which would have no memory.

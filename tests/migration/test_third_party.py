@@ -188,6 +188,30 @@ async def test_a_guest_that_was_stopped_before_is_stopped_after(tmp_path: Path) 
         assert guest.device("heartbeat").status()["answers"] > answered
 
 
+async def test_a_guest_that_its_user_stops_while_it_migrates_stays_stopped(tmp_path: Path) -> None:
+    async with journey(tmp_path) as guest:
+        await more_beats(guest)
+        coordinator, qmp = guest.host.migration, guest.host.qmp
+        coordinator.switchover = Switchover.OBSERVE
+        there = await guest.target()
+        await _set(qmp, "return-path", True)
+        await qmp.execute("migrate-set-parameters", {"max-bandwidth": 4 << 20})
+        waiting = asyncio.ensure_future(
+            coordinator.until(lambda: coordinator.report.status == "active", LIMIT)
+        )
+        await qmp.execute("migrate", {"uri": guest.uri(there)})
+        await waiting
+        await qmp.execute("stop")
+        await qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 30})
+        await guest.here.migration(lambda: coordinator.ready, "prepared state", there)
+        await qmp.execute("migrate_cancel")
+        await guest.here.migration(lambda: coordinator.phase is Phase.IDLE, "phase idle", there)
+        assert not (await qmp.execute("query-status"))["running"]
+        await guest.leave(there)
+        await qmp.execute("cont")
+        await more_beats(guest)
+
+
 async def _set(qmp: Qmp, capability: str, state: bool) -> None:
     await qmp.execute(
         "migrate-set-capabilities", {"capabilities": [{"capability": capability, "state": state}]}

@@ -484,7 +484,11 @@ class Host:
             self.events.crashes.append(report)
 
     def background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run ``work`` as a task. An error of QEMU in it ends the host; another error is raised by :meth:`serve`."""
+        """Run ``work`` as a task.
+
+        A command that QEMU refuses is logged; the end of QEMU in it ends the host; another error is raised by
+        :meth:`serve`.
+        """
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._background_done)
@@ -495,8 +499,10 @@ class Host:
         if not task.cancelled() and (error := task.exception()) is not None:
             if isinstance(error, QemuGone):
                 self._lost(error)
-            elif isinstance(error, QemuError):
+            elif isinstance(error, GatewayError):
                 self._end(ExitReason.QEMU_GONE, error)
+            elif isinstance(error, QemuError):  # one command: the guest goes on as it is
+                _logger.error("%s", error)
             elif not self._ended.done():
                 self._ended.set_exception(error)
 

@@ -135,6 +135,11 @@ class Qemu:
             self.sent[part] = self.ram[part]
         self.dirty = set()
 
+    def run_state(self) -> str:
+        if self.runs:
+            return "running"
+        return "finish-migrate" if self.status in ("pre-switchover", "device") else "paused"
+
     # --- the monitor ---
 
     connected = True
@@ -145,6 +150,8 @@ class Qemu:
         answer: object = {}
         if command == "query-migrate":
             answer = {"status": self.status}
+        elif command == "query-status":
+            answer = {"status": self.run_state()}
         elif command == "query-migrate-capabilities":
             answer = [{"capability": "return-path", "state": True}]
         elif command == "migrate_cancel":

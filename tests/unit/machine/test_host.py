@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vmbus.errors import InternalError, QemuGone
+from vmbus.errors import GatewayError, InternalError, QemuError, QemuGone
 from vmbus.hypervisor import GeneralProtection, UndefinedOpcode
 from vmbus.hypervisor.hypercalls import AcknowledgedEarly, HypercallResult
 from vmbus.machine.gateway.traps import Fault, Trap
@@ -115,6 +115,30 @@ async def test_how_a_guest_ended_is_told_by_qmp_and_not_by_the_socket_that_broke
 
     assert await exit_reason(shut_down=True) is ExitReason.POWERED_OFF
     assert await exit_reason(shut_down=False) is ExitReason.QEMU_GONE
+
+
+async def test_a_command_that_qemu_refuses_in_the_background_costs_no_guest(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    host = Host.__new__(Host)
+    host._loop = asyncio.get_running_loop()
+    host._ended = host._loop.create_future()
+    host._tasks = set()
+    host._leave_gateway = lambda: None  # type: ignore[method-assign]
+
+    async def refused() -> None:
+        raise QemuError("QEMU refused system_reset: no")
+
+    await asyncio.wait({host.background(refused())})
+    await asyncio.sleep(0)
+    assert not host._ended.done()
+    assert "QEMU refused system_reset: no" in caplog.text
+
+    async def broken() -> None:
+        raise GatewayError("another version")
+
+    await asyncio.wait({host.background(broken())})
+    assert await host.serve() is ExitReason.QEMU_GONE
 
 
 class SlowBus:

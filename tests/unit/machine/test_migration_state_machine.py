@@ -48,7 +48,7 @@ def in_the_pause(
     configuration: Configuration = SENT, switchover: Switchover = Switchover.OWN
 ) -> MigrationStateMachine:
     machine = migrating(configuration, switchover)
-    machine.stopped()
+    assert machine.stopped() == (Action.READ_RUN_STATE,)
     assert machine.migration("pre-switchover") == [Action.SWITCH_OVER]
     return machine
 
@@ -61,7 +61,11 @@ def prepared(
     """Everything is prepared, and QEMU is asked whether it still waits."""
     machine = in_the_pause(configuration, switchover)
     report = machine.report
-    assert machine.switch_over(report, configuration, carrier) == (Action.SETTLE,)
+    found = machine.switch_over(report, configuration, carrier)
+    if configuration.memory_stays:
+        assert found == (Action.PREPARE_FENCE,)
+        found = machine.fence_prepared(report)
+    assert found == (Action.SETTLE,)
     assert machine.settled(report, in_time=True) == (Action.END_TRACKING, Action.QUIESCE)
     assert machine.quiet(report) == (Action.SAVE,)
     after_save = machine.saved(report, b"state")
@@ -134,6 +138,7 @@ MAKERS: dict[Phase, Callable[[], MigrationStateMachine]] = {
 }
 END = [Action.END_TRACKING]
 BEGIN = [Action.BEGIN_TRACKING, Action.EXAMINE]
+FAILED = [Action.END_TRACKING, Action.READ_LAST_RUN_STATE]
 OWN_MIGRATION = {
     "setup": (Phase.MIGRATING, BEGIN),
     "pre-switchover": (None, [Action.SWITCH_OVER]),
@@ -144,9 +149,20 @@ OWN_MIGRATION = {
 """Status → phase after it (None: as before) and actions, unless the table below has something else."""
 EXPECTED: dict[Phase, dict[str, tuple[Phase | None, list[Action]]]] = {
     Phase.IDLE: OWN_MIGRATION,
-    Phase.MIGRATING: {**OWN_MIGRATION, "failed": (Phase.IDLE, END), "cancelled": (Phase.IDLE, END)},
-    # With a guest that ran, RESUME follows.
-    Phase.READY: {**OWN_MIGRATION, "completed": (Phase.LEFT, [*END, Action.FENCE])},
+    # Without a pause there was no state in QEMU's stream.
+    Phase.MIGRATING: {
+        **OWN_MIGRATION,
+        "completed": (Phase.IDLE, END),
+        "failed": (Phase.IDLE, END),
+        "cancelled": (Phase.IDLE, END),
+    },
+    # With a guest that ran, RESUME follows, unless it was stopped at the last moment.
+    Phase.READY: {
+        **OWN_MIGRATION,
+        "completed": (Phase.LEFT, [*END, Action.FENCE]),
+        "failed": (None, FAILED),
+        "cancelled": (None, FAILED),
+    },
     # It was fenced: nothing but a refusal.
     Phase.LEFT: {"setup": (None, [Action.CANCEL_WHEN_SENDING])},
     Phase.SNAPSHOT: {},
@@ -165,6 +181,8 @@ def test_the_table_is_complete() -> None:
 def test_every_status_in_every_phase(phase: Phase, status: str) -> None:
     machine = MAKERS[phase]()
     assert machine.phase is phase
+    if phase is Phase.READY and status == "completed":
+        machine.save_requested()
     after, actions = EXPECTED[phase].get(status, (None, []))
     assert list(machine.migration(status)) == actions
     assert machine.phase is (after or phase)
@@ -180,7 +198,8 @@ def test_resume_in_every_phase(phase: Phase) -> None:
         assert (machine.phase, machine.fenced) == (Phase.LEFT, True)
         return
     assert machine.resumed() == (Action.RESUME,)
-    assert machine.phase is Phase.IDLE
+    # Its user stopped it and resumes it; or QEMU does, and its report that the migration has failed follows.
+    assert machine.phase is (phase if phase is Phase.MIGRATING else Phase.IDLE)
     assert not machine.good
     assert machine.prepared is None
 
@@ -361,7 +380,9 @@ def test_a_refused_save_before_a_migration_does_not_keep_the_guest_here() -> Non
     assert machine.phase is Phase.LEFT
 
 
-@pytest.mark.parametrize("step", ["switch_over", "settled", "quiet", "pages_marked", "delivered"])
+@pytest.mark.parametrize(
+    "step", ["switch_over", "fence_prepared", "settled", "quiet", "pages_marked", "delivered"]
+)
 @pytest.mark.parametrize("what", ["cancelled", "resumed", "another migration"])
 def test_an_answer_that_comes_too_late_has_no_effect(step: str, what: str) -> None:
     machine = in_the_pause()
@@ -376,6 +397,7 @@ def test_an_answer_that_comes_too_late_has_no_effect(step: str, what: str) -> No
     before = (machine.phase, machine.report.refusal)
     answers: dict[str, Callable[[], Actions]] = {
         "switch_over": lambda: machine.switch_over(report, SENT, Carrier.STREAM),
+        "fence_prepared": lambda: machine.fence_prepared(report),
         "settled": lambda: machine.settled(report, in_time=True),
         "quiet": lambda: machine.quiet(report),
         "pages_marked": lambda: machine.pages_marked(report),
@@ -408,7 +430,7 @@ def test_where_the_target_does_not_answer_the_guest_is_not_fenced() -> None:
 def test_a_guest_that_left_is_taken_back() -> None:
     machine = left()
     machine.check_left()
-    assert machine.take_back() == (Action.UNFENCE, Action.RESUME_GUEST)
+    assert machine.take_back() == (Action.UNFENCE, Action.LIFT_FENCE, Action.RESUME_GUEST)
     assert machine.resumed() == (Action.RESUME,)
     with pytest.raises(UserError, match="nothing to take back"):
         machine.check_left()
@@ -422,7 +444,7 @@ def test_a_guest_that_left_is_not_sent_again_and_can_still_be_taken_back() -> No
     assert machine.report.refusal == "the guest has left already"
     assert (machine.phase, machine.fenced, machine.prepared) == (Phase.LEFT, True, b"state")
     machine.check_left()
-    assert machine.take_back() == (Action.UNFENCE, Action.RESUME_GUEST)
+    assert machine.take_back() == (Action.UNFENCE, Action.LIFT_FENCE, Action.RESUME_GUEST)
 
 
 def test_a_target_without_dbus_takes_the_state_of_the_side_channel() -> None:
@@ -466,6 +488,107 @@ def test_the_end_of_a_snapshot_does_not_end_a_migration() -> None:
     assert machine.phase is Phase.MIGRATING
 
 
+@pytest.mark.parametrize("carrier", [Carrier.STREAM, Carrier.SIDE_CHANNEL])
+def test_a_guest_whose_refusal_was_sent_has_not_left(carrier: Carrier) -> None:
+    """Another program continues QEMU although the state was refused, and no target can say that it is refused."""
+    machine = in_the_pause(ONE_WAY, Switchover.OBSERVE)
+    report = machine.report
+    machine.switch_over(report, ONE_WAY, carrier)
+    assert machine.save_refused(report, NOT_SAVED) == (Action.CHECK,)
+    assert machine.status_read(report, "pre-switchover") == (Action.CANCEL,)
+    answer = machine.save_requested()
+    assert answer is not None
+    with pytest.raises(StateRefused, match="a disk in the middle of something"):
+        read_machine(answer)
+    machine.migration("device")
+    assert machine.migration("completed") == [Action.END_TRACKING, Action.RESUME_GUEST]
+    assert machine.resumed() == (Action.RESUME,)
+    assert machine.phase is Phase.IDLE
+
+
+def test_a_guest_whose_state_nothing_carries_has_not_left() -> None:
+    """QEMU has no dbus-vmstate, so there is no Save()."""
+    for delivered in (False, True):
+        machine = in_the_pause(ONE_WAY, Switchover.OBSERVE)
+        report = machine.report
+        machine.switch_over(report, ONE_WAY, Carrier.SIDE_CHANNEL)
+        machine.saved(report, b"state")
+        if delivered:
+            machine.delivered(report)
+        machine.migration("device")
+        found = machine.migration("completed")
+        assert machine.phase is (Phase.LEFT if delivered else Phase.READY)
+        assert (Action.RESUME_GUEST in found) is not delivered
+
+
+def test_a_guest_that_its_user_stops_does_not_run_there_and_is_not_waited_for_here() -> None:
+    for stopped_for_it in ("finish-migrate", "postmigrate", "running"):
+        machine = migrating()
+        machine.stopped()
+        machine.run_state_read(machine.report, stopped_for_it)
+        assert machine.guest_ran
+    for other in ("paused", "io-error", "guest-panicked"):
+        machine = migrating()
+        assert machine.stopped() == (Action.READ_RUN_STATE,)
+        machine.run_state_read(Report(), other)
+        assert machine.guest_ran, "of another migration"
+        machine.run_state_read(machine.report, other)
+        machine.migration("pre-switchover")
+        machine.switch_over(machine.report, SENT, Carrier.STREAM)
+        assert not machine.guest_ran
+        assert list(machine.migration("cancelled")) == END
+        assert machine.phase is Phase.IDLE
+
+
+def test_a_guest_that_its_user_resumes_while_it_migrates_runs_afterwards() -> None:
+    machine = migrating()
+    machine.stopped()
+    machine.run_state_read(machine.report, "paused")
+    assert machine.resumed() == (Action.RESUME,)
+    assert machine.phase is Phase.MIGRATING
+    machine.stopped()
+    machine.run_state_read(machine.report, "finish-migrate")
+    assert machine.guest_ran
+
+
+@pytest.mark.parametrize("state", ["paused", "running"])
+def test_a_stop_at_the_last_moment_before_the_pause_is_found_out_when_it_failed(state: str) -> None:
+    machine = ready()
+    assert machine.migration("cancelled") == FAILED
+    machine.last_run_state_read(Report(), state)
+    assert machine.phase is Phase.READY, "of another migration"
+    machine.last_run_state_read(machine.report, state)
+    assert machine.phase is (Phase.IDLE if state == "paused" else Phase.READY)
+
+
+def test_a_fence_is_lifted_before_the_guest_may_run_here() -> None:
+    for end in ("failed", "cancelled"):
+        found = list(ready(SHARED).migration(end))
+        assert found == [Action.END_TRACKING, Action.LIFT_FENCE, Action.READ_LAST_RUN_STATE]
+    machine = in_the_pause(SHARED, Switchover.OBSERVE)
+    machine.save_was_refused()
+    assert machine.migration("completed") == [*END, Action.LIFT_FENCE, Action.RESUME_GUEST]
+
+
+def test_a_command_that_qemu_refuses_costs_the_migration_and_not_the_guest() -> None:
+    machine = prepared()
+    report = machine.report
+    assert machine.step_failed(report, Action.CHECK, "no") == (Action.CANCEL_WHEN_SENDING,)
+    assert report.refusal.endswith("no")
+    for action in (Action.RESUME_GUEST, Action.STOP_GUEST, Action.CANCEL):
+        assert migrating().step_failed(report, action, "no") == ()
+    machine = migrating()
+    assert machine.step_failed(report, Action.EXAMINE, "no") == (), "of another migration"
+    assert not machine.report.refusal
+
+
+def test_a_guest_that_qemu_does_not_resume_stays_fenced() -> None:
+    machine = left()
+    machine.take_back()
+    assert machine.not_taken_back(fenced=True) == (Action.FENCE,)
+    assert machine.resumed() == (Action.STOP_GUEST,)
+
+
 # --- any order of events ---
 
 
@@ -492,7 +615,12 @@ class AnyOrder(RuleBasedStateMachine):
         self.waiting: set[tuple[int, Action]] = set()
         """Migrations, by the identity of their reports, for which the coordinator waits for devices or for QEMU."""
         self.asked: deque[tuple[Report, deque[Action]]] = deque()
-        """Tasks that wait for an answer to ``query-migrate``."""
+        """Tasks that wait for an answer of QEMU's."""
+        self.answered: dict[str, Callable[[Report, str], Actions]] = {
+            "ANSWER": self.machine.status_read,
+            "RUN_STATE": self.machine.run_state_read,
+            "LAST_RUN_STATE": self.machine.last_run_state_read,
+        }
 
     @initialize(
         ran=st.booleans(),
@@ -536,6 +664,27 @@ class AnyOrder(RuleBasedStateMachine):
             self.become("active")
         else:
             self.become("failed")
+
+    @precondition(lambda self: self.status in ("setup", "active") and self.runs)
+    @rule()
+    def its_user_stops_the_guest(self) -> None:
+        self.runs = self.ran = False
+        self.events.append(("STOP", ""))
+
+    @precondition(lambda self: self.status in ("setup", "active") and not self.runs)
+    @rule()
+    def its_user_resumes_the_guest(self) -> None:
+        self.runs = self.ran = True
+        self.events.append(("RESUME", ""))
+
+    def run_state(self) -> str:
+        if self.runs:
+            return "running"
+        return {
+            "pre-switchover": "finish-migrate",
+            "device": "finish-migrate",
+            "completed": "postmigrate",
+        }.get(self.status, "paused")
 
     @precondition(lambda self: self.status == "active")
     @rule()
@@ -595,9 +744,9 @@ class AnyOrder(RuleBasedStateMachine):
 
     def read_event(self) -> None:
         name, status = self.events.popleft()
-        if name == "ANSWER":
+        if name in self.answered:
             report, waiting = self.asked.popleft()
-            waiting.extendleft(reversed(self.machine.status_read(report, status)))
+            waiting.extendleft(reversed(self.answered[name](report, status)))
             return
         machine = self.machine
         actions = {
@@ -663,6 +812,8 @@ class AnyOrder(RuleBasedStateMachine):
                 following = (Action.CANCEL,)
         elif action is Action.SWITCH_OVER:
             following = machine.switch_over(report, self.configuration, self.carrier)
+        elif action is Action.PREPARE_FENCE:
+            following = machine.fence_prepared(report)
         elif action is Action.SETTLE:
             self.waiting.discard((id(report), action))
             following = machine.settled(report, in_time=fine)
@@ -681,6 +832,12 @@ class AnyOrder(RuleBasedStateMachine):
             self.asked.append((report, actions))
             if action is Action.CHECK_AND_CONTINUE:
                 self.continue_migration()
+            return
+        elif action in (Action.READ_RUN_STATE, Action.READ_LAST_RUN_STATE):
+            actions.popleft()
+            last = action is Action.READ_LAST_RUN_STATE
+            self.events.append(("LAST_RUN_STATE" if last else "RUN_STATE", self.run_state()))
+            self.asked.append((report, actions))
             return
         elif action is Action.CANCEL:
             self.cancel()

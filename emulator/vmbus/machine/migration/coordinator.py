@@ -16,9 +16,10 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from vmbus.errors import QemuError, UserError, VmbusError
+from vmbus.errors import QemuError, QemuGone, UserError, VmbusError
 from vmbus.machine.migration.configuration import CAPABILITIES, read_configuration
 from vmbus.machine.migration.dirty_pages import DirtyPageTracker, WrittenPages, remember
+from vmbus.machine.migration.fence import SourceFence
 from vmbus.machine.migration.ports import MigrationPorts
 from vmbus.machine.migration.report import Report
 from vmbus.machine.migration.side_channel import CARRIED_LIMIT, CarrierAddress, SideChannel
@@ -44,6 +45,8 @@ SETTLE_TIMEOUT = 10.0
 
 _ANSWER_TIMEOUT = 5.0
 """Seconds for an answer that QEMU has sent."""
+_POLL = 0.005
+"""Seconds between two ``query-status`` until QEMU has ended a migration."""
 _SAME_MOMENT = 0.1
 """Seconds for the tasks that handle what was read from QEMU together."""
 
@@ -52,6 +55,19 @@ _BEHIND = StateRefused(
     "the machine was saved behind the emulator's back, while guest memory was being written; use `vmbus snapshot`, "
     "or a migration with pause-before-switchover",
 )
+
+
+_IN_ORDER = frozenset({Action.LIFT_FENCE})
+"""Actions that take time, and that must be done before the next one begins."""
+
+
+class _StepFailed(QemuError):
+    """An action that failed."""
+
+    def __init__(self, action: Action, reason: str) -> None:
+        super().__init__(f"{action.value}: {reason}")
+        self.action = action
+        self.reason = reason
 
 
 class MachineState(Protocol):
@@ -109,6 +125,7 @@ class Coordinator:
         """Bytes of the buffer that channels are saved into at first."""
         self.side_channel = SideChannel(ports.qmp)
         self._machine = MigrationStateMachine(switchover)
+        self._source_fence = SourceFence(ports.qmp)
         self._helper: VmStateHelper | None = None
         self._written: WrittenPages | None = None
         """Pages to mark in the pause."""
@@ -124,10 +141,14 @@ class Coordinator:
             Action.RESUME: self._resume,
         }
         self._in_time: Mapping[Action, Callable[[Report], Awaitable[Actions]]] = {
+            Action.READ_RUN_STATE: self._read_run_state,
+            Action.READ_LAST_RUN_STATE: self._read_last_run_state,
             Action.EXAMINE: self._examine,
             Action.FORGET_WRITTEN: self._forget_written,
             Action.CANCEL_WHEN_SENDING: self._cancel_when_sending,
             Action.SWITCH_OVER: self._switch_over,
+            Action.PREPARE_FENCE: self._prepare_fence,
+            Action.LIFT_FENCE: self._lift_fence,
             Action.SETTLE: self._settle,
             Action.QUIESCE: self._quiesce,
             Action.SAVE: self._save,
@@ -235,20 +256,40 @@ class Coordinator:
         self._react(self._machine.migration(status))
 
     def _react(self, actions: Actions) -> None:
-        """Perform ``actions``; those that take time in tasks of their own."""
-        for action in actions:
+        """Perform ``actions``; those that take time, and what follows them, in a task of their own."""
+        for at, action in enumerate(actions):
+            if action in _IN_ORDER:
+                self.ports.service.background(self._attempt(actions[at:], self.report))
+                return
             if action in self._at_once:
                 self._at_once[action]()
             else:
-                self.ports.service.background(self._perform((action,), self.report))
+                self.ports.service.background(self._attempt((action,), self.report))
+
+    async def _attempt(self, actions: Actions, report: Report) -> None:
+        """Perform ``actions`` in the background: a failure is one of the migration, not of the host."""
+        try:
+            await self._perform(actions, report)
+        except _StepFailed as failed:
+            self._react(self._machine.step_failed(report, failed.action, failed.reason))
+            self._changed()
 
     async def _perform(self, actions: Actions, report: Report) -> None:
         """Perform ``actions`` for the migration ``report``, and those that follow from their answers."""
         for action in actions:
             if action in self._at_once:
                 self._at_once[action]()
-            else:
-                await self._perform(await self._in_time[action](report), report)
+                continue
+            try:
+                following = await self._in_time[action](report)
+            except QemuGone:
+                raise
+            except VmbusError as error:
+                raise _StepFailed(action, str(error)) from error
+            except Exception as error:
+                _logger.exception("internal error in a migration; please report this")
+                raise _StepFailed(action, f"internal error: {error!r}") from error
+            await self._perform(following, report)
 
     def _changed(self) -> None:
         for watcher in tuple(self._watchers):
@@ -257,9 +298,11 @@ class Coordinator:
     # --- actions ---
 
     def _fence(self) -> None:
+        self._source_fence.close()
         self.ports.gateway.guest = GuestState.LEFT
 
     def _unfence(self) -> None:
+        self._source_fence.open()
         self.ports.gateway.guest = GuestState.ENGAGED
         self.ports.service.look_at_gateway()
 
@@ -275,6 +318,28 @@ class Coordinator:
     def _resume(self) -> None:
         self.side_channel.reference = None
         self.state.resume()
+
+    async def _read_run_state(self, report: Report) -> Actions:
+        found = await self.ports.qmp.execute("query-status")
+        return self._machine.run_state_read(report, str(found["status"]))
+
+    async def _read_last_run_state(self, report: Report) -> Actions:
+        while True:
+            state = str((await self.ports.qmp.execute("query-status"))["status"])
+            if state != "finish-migrate":
+                break
+            await asyncio.sleep(_POLL)
+        actions = self._machine.last_run_state_read(report, state)
+        self._changed()
+        return actions
+
+    async def _prepare_fence(self, report: Report) -> Actions:
+        await self._source_fence.prepare()
+        return self._machine.fence_prepared(report)
+
+    async def _lift_fence(self, report: Report) -> Actions:
+        await self._source_fence.lift()
+        return ()
 
     async def _examine(self, report: Report) -> Actions:
         return self._machine.configuration_read(report, await read_configuration(self.ports.qmp))
@@ -436,7 +501,12 @@ class Coordinator:
                 raise UserError(
                     f"the guest ran at the target, in the memory that is here: {error}"
                 ) from error
-        await self._perform(machine.take_back(), self.report)
+        fenced = machine.fenced
+        try:
+            await self._perform(machine.take_back(), self.report)
+        except _StepFailed as failed:
+            self._react(machine.not_taken_back(fenced=fenced))
+            raise UserError(f"QEMU does not resume the guest here: {failed.reason}") from failed
 
     async def listen(self, address: CarrierAddress) -> None:
         """Expect the state over a side channel. Raises :class:`~vmbus.errors.UserError`."""

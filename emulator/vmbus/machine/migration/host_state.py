@@ -255,11 +255,10 @@ class HostState:
     def pause_channels(self) -> None:
         """Take no more packets; work under way may end. The guest is stopped, or has not run yet."""
         self._clock.stop()
-        if self.paused:
-            return
-        self.paused = True
-        self._service.serve_gateway()
-        for end in self._known():
+        if not self.paused:
+            self.paused = True
+            self._service.serve_gateway()
+        for end in self._known():  # of a paused host: those of devices that were added since
             self._saver.pause(end)
         for channel in self._channels:
             channel.pause()
@@ -304,6 +303,8 @@ class HostState:
         Raises :class:`~vmbus.saving.StateRefused`.
         """
         memory = shared_memory.describe(self._memory, self._bus.channels) if memory_stays else None
+        for end in self._known():  # a guest that stays stopped keeps what was seen of it at the save before
+            self._saver.save_cancel(end)
         return save_machine(
             self._saver,
             self._known(),
@@ -331,8 +332,7 @@ class HostState:
             restore.apply(state)
         except StateRefused as error:
             if not error.changed:
-                for channel in made:
-                    self._bus.revoke(channel)
+                self._revoke_subchannels(made)
             raise
         finally:
             forget_parsed()
@@ -344,8 +344,7 @@ class HostState:
         try:
             self._restore().check(state)
         finally:
-            for channel in made:
-                self._bus.revoke(channel)
+            self._revoke_subchannels(made)
 
     def _restore(self) -> Restore:
         return Restore(
@@ -382,6 +381,14 @@ class HostState:
             primary.io.subchannels.append(io)
             made.append(channel)
         return made
+
+    def _revoke_subchannels(self, made: Sequence[Channel]) -> None:
+        """Undo :meth:`_make_subchannels`."""
+        ends = [channel.endpoint for channel in made]
+        for channel in self._known():
+            channel.io.subchannels[:] = [io for io in channel.io.subchannels if io not in ends]
+        for each in made:
+            self._bus.revoke(each)
 
     def reset(self) -> None:
         """Drop all that belongs to the guest, without a write of its memory: another state follows."""

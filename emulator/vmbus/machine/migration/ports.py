@@ -113,7 +113,7 @@ class Background(Protocol):
     """Tasks beside all else."""
 
     def background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run ``work`` as a task; its failure ends the host."""
+        """Run ``work`` as a task; its failure ends the host, but not a command that QEMU refuses."""
 
 
 class GuestService(Background, Protocol):

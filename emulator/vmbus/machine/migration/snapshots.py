@@ -18,6 +18,7 @@ from typing import Any
 from vmbus.errors import QemuError, UserError
 from vmbus.machine.migration.configuration import read_configuration
 from vmbus.machine.migration.coordinator import SETTLE_TIMEOUT, Coordinator
+from vmbus.machine.migration.fence import FENCE_NODE
 from vmbus.machine.migration.report import Report
 from vmbus.machine.migration.state_machine import Phase
 from vmbus.machine.qemu.launch import SNAPSHOT_NODE
@@ -123,7 +124,7 @@ async def _nodes(coordinator: Coordinator, *phases: Phase) -> list[str]:
     found = [
         str(node["node-name"])
         for node in await coordinator.ports.qmp.execute("query-named-block-nodes")
-        if node["drv"] == "qcow2" and not node["ro"]
+        if node["drv"] == "qcow2" and not node["ro"] and node["node-name"] != FENCE_NODE
     ]
     if not found:
         raise SnapshotFailed(

@@ -2,7 +2,7 @@
 
     source    idle ──MIGRATION setup──▶ migrating ──pre-switchover──▶ ready ──completed──▶ left
                 ▲                           │                           │                    │
-                └────── failed, cancelled ──┴───────────── RESUME ──────┘      take_back() ──┘
+                └────── failed, cancelled ──┴──── RESUME, or paused ────┘      take_back() ──┘
     target    incoming ──Load()──▶ loaded ──RESUME──▶ idle          (also of a snapshot that is loaded)
                 └──── refused ────▶ lost ──RESUME (after a reset), or another snapshot──▶ idle
     snapshot  idle ──▶ in a snapshot ──▶ idle                       (started by ``snapshots``)
@@ -22,6 +22,10 @@ An answer names the migration that it belongs to by its :class:`Report`. An answ
 then QEMU was not continued before that. A ``Save()`` at any other time (``savevm`` without the emulator, a migration
 without the pause, a ``migrate-continue`` that came too early) gets a refusal in place of a state: QEMU cannot fail a
 save for that, but a target that loads it fails, with the reason.
+
+Whether the guest runs after a migration (here if it fails, there otherwise) depends on who stopped it: QEMU for the
+switch-over, or its user at any time before. STOP is the same in both cases; QEMU's run state after it is not, and is
+read. The guest has left only if the target has, or can have, its state: a refusal in place of it is none.
 
 A guest that has left must not run twice. Where the target answers (``return-path``), ``completed`` says that the
 target has everything: from then on the source is *fenced*. If the guest is resumed at the source all the same, it is
@@ -76,12 +80,19 @@ class Action(Enum):
 
     BEGIN_TRACKING = "track pages that devices fill"
     END_TRACKING = "track them no longer"
+    READ_RUN_STATE = "ask QEMU for its run state"
+    """``run_state_read``"""
+    READ_LAST_RUN_STATE = "ask QEMU for its run state, once it has ended the migration"
+    """``last_run_state_read``"""
     EXAMINE = "read QEMU's configuration"
     """``configuration_read``"""
     FORGET_WRITTEN = "forget which pages were written before QEMU reads any"
     CANCEL_WHEN_SENDING = "cancel the migration as soon as QEMU sends"
     SWITCH_OVER = "read QEMU's configuration, if it is not known yet"
     """``switch_over``"""
+    PREPARE_FENCE = "prepare that QEMU refuses cont"
+    """``fence_prepared``"""
+    LIFT_FENCE = "undo that, before QEMU is to run the guest"
     SETTLE = "pause channels, wait for devices' work"
     """``settled``"""
     QUIESCE = "pause the rest of the host, wait until QEMU has its last interrupts"
@@ -101,7 +112,7 @@ class Action(Enum):
     CANCEL = "send migrate_cancel"
     TAKE_STATE = "restore the state that came over the side channel"
     """``state_taken``, ``state_missing``"""
-    FENCE = "note that the guest has left, for later emulators"
+    FENCE = "have QEMU refuse cont, and note that the guest has left, for later emulators"
     UNFENCE = "note that the guest is here, and serve it"
     PAUSE = "pause the host"
     RESUME = "resume the host: its guest runs"
@@ -112,7 +123,26 @@ class Action(Enum):
 
 Actions = Sequence[Action]
 
+_STEPS = frozenset(
+    {
+        *(Action.EXAMINE, Action.FORGET_WRITTEN, Action.SWITCH_OVER, Action.PREPARE_FENCE, Action.SETTLE),
+        *(
+            Action.QUIESCE,
+            Action.SAVE,
+            Action.MARK_PAGES,
+            Action.DELIVER,
+            Action.CHECK,
+            Action.CHECK_AND_CONTINUE,
+        ),
+    }
+)
+"""Actions without which a migration cannot go on."""
+
 _WAITING = "pre-switchover"
+_RUNS = frozenset({"running", "suspended"})
+"""Run states of a guest that is not stopped; a guest in ACPI S3 is suspended."""
+_STOPPED_BY_QEMU = _RUNS | {"finish-migrate", "postmigrate"}
+"""Run states after QEMU has stopped a guest for a migration, which may have ended by now."""
 _NO_CARRIER = (
     "nothing carries the emulator's state: QEMU runs without dbus-vmstate, so use `vmbus migrate --carrier`"
 )
@@ -142,6 +172,8 @@ class MigrationStateMachine:
         """Whether QEMU stopped a running guest for the migration under way: RESUME follows, if it fails."""
         self._save_was_refused = False
         """Of the last ``Save()``. A new migration does not reset it: its events may be read after its ``Save()``."""
+        self._handed_over = False
+        """Whether the target has the state, or QEMU has it for the target."""
 
     # --- QMP events ---
 
@@ -157,28 +189,46 @@ class MigrationStateMachine:
             self.report = Report()
             self.phase = Phase.MIGRATING
             self.configuration = None
-            self.good = self.guest_ran = False
+            self.good = self.guest_ran = self._handed_over = False
             actions += (Action.BEGIN_TRACKING, Action.EXAMINE)
         self.report.statuses.append(status)
         if self.report.ended:
             actions.append(Action.END_TRACKING)
         if status == _WAITING:
             actions.append(Action.SWITCH_OVER)
-        elif status == "completed" and self._save_was_refused:
-            actions += self._stay()
-        elif status == "completed" and self.phase is Phase.READY:
-            actions += self._leave()
+        elif status == "completed":
+            if self.phase is Phase.READY and self._handed_over and not self._save_was_refused:
+                actions += self._leave()
+            elif self._save_was_refused or self.phase in (Phase.MIGRATING, Phase.READY):
+                actions += self._stay()
         elif status in ("failed", "cancelled"):
             # If the guest ran before, RESUME follows and resumes the host. Otherwise both stay paused.
             self.prepared = None
             self.good = False
-            if self.phase is Phase.MIGRATING or (self.phase is Phase.READY and not self.guest_ran):
+            if self._may_be_shared():
+                actions.append(Action.LIFT_FENCE)
+            if self.phase is Phase.READY and self.guest_ran:
+                actions.append(Action.READ_LAST_RUN_STATE)
+            elif self.phase in (Phase.MIGRATING, Phase.READY):
                 self.phase = Phase.IDLE
         return actions
 
     def stopped(self) -> Actions:
         """Handle STOP: the guest was stopped, by QEMU for a switch-over or by a command."""
         self.guest_ran = self.phase is Phase.MIGRATING
+        return (Action.READ_RUN_STATE,) if self.guest_ran else ()
+
+    def run_state_read(self, report: Report, state: str) -> Actions:
+        """Take QEMU's run state after a STOP in the migration ``report``: did QEMU stop the guest for it?"""
+        if self.report is report and state not in _STOPPED_BY_QEMU:
+            self.guest_ran = False
+        return ()
+
+    def last_run_state_read(self, report: Report, state: str) -> Actions:
+        """Take QEMU's run state after the migration ``report`` has failed: a stopped guest gets no RESUME."""
+        if self.report is report and self.phase is Phase.READY and state not in _RUNS:
+            self.guest_ran = False
+            self.phase = Phase.IDLE
         return ()
 
     def resumed(self) -> Actions:
@@ -197,10 +247,14 @@ class MigrationStateMachine:
             _logger.error(
                 "the guest was resumed %s: its devices do not work until it is reset", self.phase.value
             )
+        lift = (Action.LIFT_FENCE,) if self.phase is Phase.LEFT and self._may_be_shared() else ()
         self.prepared = None
         self.good = False
-        self.phase = Phase.IDLE
-        return (Action.RESUME,)
+        if self.phase is Phase.MIGRATING and not self.report.ended:
+            self.guest_ran = False  # its user stopped it, and resumes it now: the migration goes on
+        else:
+            self.phase = Phase.IDLE
+        return (Action.RESUME, *lift)
 
     # --- answers before the switch-over ---
 
@@ -233,7 +287,11 @@ class MigrationStateMachine:
         self.phase = Phase.READY
         self.good = False
         report.refusal = report.refusal or configuration.refusal
-        return (Action.SETTLE,)
+        return (Action.PREPARE_FENCE,) if self._may_be_shared() else (Action.SETTLE,)
+
+    def fence_prepared(self, report: Report) -> Actions:
+        """Continue when QEMU can be made to refuse ``cont``."""
+        return (Action.SETTLE,) if self.may_mark(report) else ()
 
     def settled(self, report: Report, *, in_time: bool) -> Actions:
         """Continue when the work of devices is done; ``in_time``: whether it is."""
@@ -280,6 +338,8 @@ class MigrationStateMachine:
         if refusal:
             _logger.error("the target did not accept the state: %s", refusal)
             report.refusal = refusal
+        elif self.report is report:
+            self._handed_over = True
         return self._check(report) if self.paused(report) else ()
 
     def _check(self, report: Report) -> Actions:
@@ -294,6 +354,13 @@ class MigrationStateMachine:
         # The target would refuse all that QEMU could send now: the guest continues here, at once.
         return (Action.CANCEL,) if self.good and report.refusal else ()
 
+    def step_failed(self, report: Report, action: Action, reason: str) -> Actions:
+        """Note that ``action`` failed, for ``reason``: a migration that needs it is cancelled."""
+        if action not in _STEPS or self.report is not report or self.phase is Phase.SNAPSHOT or self.fenced:
+            _logger.error("%s: %s", action.value, reason)
+            return ()
+        return self._refuse(f"{action.value}: {reason}")
+
     @property
     def ready(self) -> bool:
         """Whether the state is prepared: ``migrate-continue`` may be sent."""
@@ -302,12 +369,18 @@ class MigrationStateMachine:
     # --- requests over D-Bus ---
 
     def save_requested(self) -> bytes | None:
-        """Return the answer to ``Save()``; ``None``: refuse it, no state was prepared for it."""
-        self._save_was_refused = not self.good or self.prepared is None
-        return None if self._save_was_refused else self.prepared
+        """Return the answer to ``Save()``: the state, or the refusal that was prepared in place of it.
+
+        ``None``: refuse it, nothing was prepared for it.
+        """
+        answer = self.prepared if self.good else None
+        self._handed_over = answer is not None and not self.report.refusal
+        self._save_was_refused = not self._handed_over
+        return answer
 
     def save_was_refused(self) -> None:
         """Note that a ``Save()`` was refused without a question."""
+        self._handed_over = False
         self._save_was_refused = True
 
     def load_requested(self) -> None:
@@ -373,9 +446,19 @@ class MigrationStateMachine:
     def take_back(self) -> Actions:
         """Resume a guest that has left here; its target is known to have failed."""
         was_fenced, self.fenced = self.fenced, False
-        return (Action.UNFENCE, Action.RESUME_GUEST) if was_fenced else (Action.RESUME_GUEST,)
+        actions = (Action.UNFENCE,) if was_fenced else ()
+        return (*actions, Action.LIFT_FENCE, Action.RESUME_GUEST)
+
+    def not_taken_back(self, *, fenced: bool) -> Actions:
+        """Note that QEMU did not resume the guest after :meth:`take_back`; ``fenced``: whether it was before."""
+        self.fenced = fenced
+        return (Action.FENCE,) if fenced else ()
 
     # --- private ---
+
+    def _may_be_shared(self) -> bool:
+        """Return whether the target of the migration may run the guest in the memory that is here."""
+        return self.configuration is not None and self.configuration.memory_stays
 
     def _saves_snapshot(self, report: Report) -> bool:
         return self.phase is Phase.SNAPSHOT and self.report is report
@@ -392,10 +475,11 @@ class MigrationStateMachine:
             "QEMU reports the migration as completed, but its stream holds no emulator state: resuming on the source"
         )
         self._save_was_refused = False
+        actions = (Action.LIFT_FENCE,) if self._may_be_shared() else ()
         if self.guest_ran:
-            return (Action.RESUME_GUEST,)
+            return (*actions, Action.RESUME_GUEST)
         self.phase = Phase.IDLE
-        return ()
+        return actions
 
     def _migration_of_a_guest_that_left(self, status: str) -> Actions:
         """Refuse to send it again. Its phase and its state stay, for :meth:`take_back`."""
