@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 
 from vmbus.machine.io.workers import WorkerThreads
 
@@ -66,4 +67,63 @@ async def test_work_that_is_done_elsewhere_is_waited_for_and_reported_in_the_loo
     threading.Thread(target=ended, args=(OSError("no"),)).start()
     assert await workers.settle(20)
     assert reports == [("OSError('no')", True)]
+    workers.close()
+
+
+async def test_each_task_that_waits_has_its_own_timeout() -> None:
+    workers = WorkerThreads(asyncio.get_running_loop(), 2)
+    gate = threading.Event()
+    workers.run(lambda: (gate.wait(20), None)[1], lambda error: None)
+    first = asyncio.ensure_future(workers.settle(20))
+    assert not await workers.settle(0.01)
+    second = asyncio.ensure_future(workers.settle(20))
+    await asyncio.sleep(0)
+    gate.set()
+    async with asyncio.timeout(15):
+        assert await first
+        assert await second
+    workers.close()
+
+
+async def test_work_that_begins_when_other_work_has_ended_is_waited_for_too() -> None:
+    loop = asyncio.get_running_loop()
+    workers = WorkerThreads(loop, 2)
+    ended: list[int] = []
+
+    def begin(number: int) -> None:
+        workers.run(lambda: None, lambda error: done(number))
+
+    def done(number: int) -> None:
+        ended.append(number)
+        if number < 3:
+            loop.call_soon(begin, number + 1)
+
+    begin(1)
+    assert await workers.settle(20)
+    assert ended[0] == 1
+    while len(ended) < 3:
+        assert await workers.settle(20)
+        await asyncio.sleep(0)
+    workers.close()
+
+
+async def test_a_task_is_not_told_that_work_is_late_because_another_began_some() -> None:
+    """As a guest's device does, when a cancelled migration has resumed it before the next one."""
+    workers = WorkerThreads(asyncio.get_running_loop(), 2)
+    began: list[Callable[[Exception | None], None]] = []
+    loop = asyncio.get_running_loop()
+
+    def ended(error: Exception | None) -> None:
+        # Begun when all work is done, before the task that is woken by that runs.
+        loop.call_soon(lambda: began.append(workers.expect(lambda _: None)))
+
+    first = workers.expect(ended)
+    waiting = asyncio.ensure_future(workers.settle(20))
+    await asyncio.sleep(0)
+    first(None)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not waiting.done()
+    began[0](None)
+    assert await waiting
     workers.close()

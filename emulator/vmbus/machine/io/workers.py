@@ -44,7 +44,7 @@ class WorkerThreads:
         self._finished: deque[tuple[Done, Exception | None]] = deque()
         self._lock = threading.Lock()
         self._woken = False
-        self._settled = asyncio.Event()
+        self._settling: set[asyncio.Future[None]] = set()
         self._uring: Uring | None = None
         self._uring_tried = False
         self.engines: NativeEngines | None = None
@@ -126,7 +126,9 @@ class WorkerThreads:
     def ended(self) -> None:
         """Note that work has ended: wake those that wait for all of it."""
         if not self.unfinished:
-            self._settled.set()
+            for done in self._settling:
+                if not done.done():
+                    done.set_result(None)
 
     def _serve(self) -> None:
         get = self._queue.get
@@ -164,12 +166,18 @@ class WorkerThreads:
     async def settle(self, timeout: float) -> bool:
         """Wait until all work is done and reported; return False on timeout (seconds).
 
-        Several tasks may wait at the same time.
+        Several tasks may wait at the same time, each with its own timeout. If more work has begun when a task is
+        woken (work that leads to other work, or another task's), it waits on.
         """
-        if self.unfinished:
-            self._settled.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._settled.wait(), timeout)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while self.unfinished:
+                    done: asyncio.Future[None] = self._loop.create_future()
+                    self._settling.add(done)
+                    try:
+                        await done
+                    finally:
+                        self._settling.discard(done)
         return not self.unfinished
 
     def close(self) -> None:
