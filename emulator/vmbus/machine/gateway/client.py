@@ -66,6 +66,9 @@ _CONTROL = {
 }
 _MASK64 = (1 << 64) - 1
 
+MAX_VCPUS = 4096
+"""vCPUs of one QEMU, more than any machine type has."""
+
 _TIMEOUT = 10.0
 """Seconds in which the gateway answers; it has a thread of its own for that."""
 
@@ -143,7 +146,7 @@ class Gateway:
                     "restart QEMU with this emulator's own gateway"
                 )
             memory, event = descriptors
-            region = mmap.mmap(memory, reply.argument, mmap.MAP_SHARED)
+            region = _map(path, memory, reply.argument)
             magic, version = struct.unpack_from("<QI", region)
             if magic != wire.MAGIC or version != wire.VERSION:
                 region.close()
@@ -151,6 +154,9 @@ class Gateway:
                     f"{path}: shared memory of version {version}, expected {wire.VERSION}: "
                     "restart QEMU with this emulator's own gateway"
                 )
+            if wrong := _misplaced(region):
+                region.close()
+                raise GatewayError(f"{path}: the shared memory is damaged ({wrong}): restart QEMU")
             os.close(memory)
             descriptors = []
             return cls(connection, region, event)
@@ -443,7 +449,7 @@ class Gateway:
     @property
     def vcpus(self) -> int:
         """Number of vCPUs that have run so far."""
-        return self._words[_CONTROL["vcpus"]]
+        return min(int(self._words[_CONTROL["vcpus"]]), int(self._vcpus_max))
 
     def counters(self) -> list[dict[str, int]]:
         """Return the gateway's counters, one mapping for each vCPU."""
@@ -486,6 +492,37 @@ def _converse(connection: socket.socket, message: wire.Message) -> tuple[wire.Re
     finally:
         connection.setblocking(False)  # with a timeout, Gateway.closed would wait
     return reply, descriptors
+
+
+def _map(path: Path | str, memory: int, size: int) -> mmap.mmap:
+    """Map the region of ``size`` bytes that a gateway announces. Raises :class:`~vmbus.errors.GatewayError`."""
+    there = os.fstat(memory).st_size
+    if not wire.CONTROL.sizeof() <= size <= there:
+        raise GatewayError(f"{path} announces {size} bytes of shared memory and sent {there}: restart QEMU")
+    try:
+        return mmap.mmap(memory, size, mmap.MAP_SHARED)
+    except (OSError, ValueError) as error:
+        raise GatewayError(f"{path}: its shared memory of {size} bytes cannot be mapped: {error}") from error
+
+
+def _misplaced(region: mmap.mmap) -> str:
+    """Return which part of the region does not lie in it, or nothing.
+
+    QEMU runs the guest: what it says about memory of this process is not believed. Compiled code uses these places.
+    """
+    header = wire.CONTROL.parse(region[: wire.CONTROL.sizeof()])
+    if not 1 <= header.vcpus_max <= MAX_VCPUS or header.vcpus > header.vcpus_max:
+        return f"{header.vcpus} of {header.vcpus_max} vCPUs"
+    parts = (
+        ("vCPUs", header.vcpu_offset, header.vcpus_max * wire.VCPU.sizeof(), 8),
+        ("requests", header.request_offset, header.vcpus_max * wire.SLOTS * 8, 8),
+        ("doorbells", header.doorbell_offset, wire.DOORBELLS, 1),
+        ("code pages", header.code_offset, header.code_pages, 1),
+    )
+    for name, offset, length, alignment in parts:
+        if offset % alignment or not wire.CONTROL.sizeof() <= offset <= offset + length <= len(region):
+            return f"{name} at {offset:#x}, {length:#x} bytes of {len(region):#x}"
+    return ""
 
 
 def _close_all(descriptors: list[int]) -> None:
