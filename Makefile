@@ -76,9 +76,14 @@ coverage: $(STAMP)
 	@awk '$$1 == "TOTAL" {print "unit tests run " $$NF " of the statements; see build/coverage/index.html"}' \
 		build/coverage.log
 
-## A million messages, a million ring images, 300 000 requests to a disk; FUZZ_SEED=N for others.
+## Guided fuzzing of every target for FUZZ_TIME seconds each, then random messages, rings and requests; FUZZ_SEED=N.
 FUZZ_SEED ?= 1
+FUZZ_TIME ?= 60
 fuzz: $(STAMP)
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]' || \
+		echo 'atheris cannot be installed here: the Python targets run without guidance'
+	$(BIN)/python -m tests.fuzz.guided all --seconds $(FUZZ_TIME) --seed $(FUZZ_SEED)
 	$(BIN)/python -m tests.fuzz.bus_messages --count 1000000 --seed $(FUZZ_SEED)
 	$(BIN)/python -m tests.fuzz.ring_images --count 1000000 --seed $(FUZZ_SEED)
 	$(BIN)/python -m tests.fuzz.storvsc_requests --count 300000 --seed $(FUZZ_SEED)
