@@ -66,7 +66,7 @@ async def test_run_gives_the_commands_output_and_its_status(tmp_path: Path, user
 @pytest.mark.parametrize(
     ("words", "complaint", "status"),
     [
-        (["run", "--smp", "0"], "--smp 0", 2),
+        (["run", "--smp", "0"], "argument --smp: '0' is not a whole number", 2),
         (["run", "--device", "nonsense"], "nonsense", 2),
         (["run", "--kernel", "/nowhere"], "/nowhere", 2),
         (["run", "--timeout", "1", "--", "sleep", "1000"], "did not end within 1 s", 1),

@@ -72,6 +72,7 @@ def parse_uri(text: str) -> Address:
         parts = urlsplit(text)
         port = parts.port or DEFAULT_PORT
         query = parse_qs(parts.query, strict_parsing=bool(parts.query))
+        (parts.hostname or "").encode("idna")  # a label that is empty or too long fails when it is looked up
     except ValueError as error:
         raise UsageError(f"{text}: {error}; {wanted}") from error
     export = unquote(parts.path.removeprefix("/"))

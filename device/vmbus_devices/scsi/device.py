@@ -32,7 +32,9 @@ class Scsi(Controller):
     def __init__(
         self,
         *,
-        image: Annotated[str | None, Help("file, block device or NBD URI; none: an empty controller")] = None,
+        image: Annotated[
+            str | None, Help("file, block device or NBD URI; none: an empty controller", file=True)
+        ] = None,
         format: Annotated[
             Format,
             Help(
@@ -59,10 +61,13 @@ class Scsi(Controller):
         backing: Annotated[
             str,
             Help(
-                "backing files that the image may name: off, on (any), or their paths, separated by semicolons"
+                "backing files that the image may name: off, on (any), or their paths, separated by semicolons",
+                files=True,
             ),
         ] = "off",
-        data_file: Annotated[str | None, Help("external data file of a qcow2 that has one")] = None,
+        data_file: Annotated[
+            str | None, Help("external data file of a qcow2 that has one", file=True)
+        ] = None,
         extents: Annotated[bool, Help("let a VMDK descriptor name the files with its data")] = False,
         reconnect: Annotated[
             float,

@@ -6,6 +6,7 @@ Exit status: 0 for success, 1 for failure, 2 for wrong usage; ``run -- CMD`` exi
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -28,8 +29,12 @@ from vmbus.cli import (
     snapshot,
     status,
 )
+from vmbus.cli.options import with_values
+from vmbus.cli.os_errors import os_sentence
 from vmbus.errors import UserError, VmbusError
 from vmbus.private import SHARED_UMASK, UMASK, umask
+
+_logger = logging.getLogger(__name__)
 
 _EPILOG = """\
 examples:
@@ -99,13 +104,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(words: list[str]) -> int:
     command: list[str] = []
-    if "--" in words:
+    separated = "--" in words
+    if separated:
         at = words.index("--")
         words, command = words[:at], words[at + 1 :]
-    arguments = parser().parse_args(words)
+    arguments = parser().parse_args(with_values(words))
     arguments.command = command
-    if command and arguments.verb != "run":
+    if separated and arguments.verb != "run":
         output.tell(f"vmbus {arguments.verb} takes no command after --; only `vmbus run` does")
+        return 2
+    if separated and not command:
+        output.tell(
+            "vmbus run: nothing follows --: write the command for the guest behind it, or leave -- out"
+        )
         return 2
     logs.set_up(arguments.verbose)
     try:
@@ -119,5 +130,12 @@ def _main(words: list[str]) -> int:
     except VmbusError as error:
         output.complain(arguments.verb, error)
         return 1
+    except OSError as error:
+        _logger.info("where this was met:", exc_info=error)
+        output.complain(arguments.verb, os_sentence(error))
+        return 1
     except KeyboardInterrupt:
         return 130
+    except Exception:
+        _logger.exception("internal error in `vmbus %s`; please report this", arguments.verb)
+        return 1

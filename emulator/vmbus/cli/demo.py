@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from vmbus.bus.io.device import Device
 from vmbus.cli.devices import registry
-from vmbus.cli.options import DEFAULT_GUEST
+from vmbus.cli.options import DEFAULT_GUEST, MAX_VCPUS, whole_number
 from vmbus.cli.output import is_terminal, one_line, redraw, show, show_json
 from vmbus.cli.run import guest_modules, make_image
 from vmbus.cli.status import channel_table
@@ -65,7 +65,9 @@ def add_parser(verbs: Any) -> None:
         default=DEFAULT_GUEST,
         help=f"guest to boot (default: {DEFAULT_GUEST})",
     )
-    parser.add_argument("--smp", type=int, default=2, metavar="N", help="vCPUs (default: 2)")
+    parser.add_argument(
+        "--smp", type=whole_number(1, MAX_VCPUS), default=2, metavar="N", help="vCPUs (default: 2)"
+    )
     parser.add_argument("--json", action="store_true", help="print only the results, as one JSON object")
     parser.set_defaults(action=main)
 

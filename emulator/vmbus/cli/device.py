@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from vmbus.bus.io.device import Device
@@ -15,6 +16,7 @@ from vmbus.cli.table import table
 from vmbus.devices.joined import Joinable
 from vmbus.devices.options import parse_size
 from vmbus.devices.parts import HasParts, Part
+from vmbus.devices.registry import Registry
 from vmbus.errors import InternalError, MissingRequirement, UserError
 from vmbus.machine import rundir
 from vmbus.machine.control import ask
@@ -86,7 +88,7 @@ def main(arguments: argparse.Namespace) -> int:
     request: dict[str, Any] = {"action": action}
     name = arguments.name
     if action == "add":
-        request["line"] = arguments.line
+        request["line"] = Registry().seen_from(Path.cwd(), arguments.line)
     elif action in ("remove", "resize"):
         request["device"] = arguments.device
     if action == "resize":

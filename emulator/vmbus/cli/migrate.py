@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vmbus.cli.options import seconds, whole_number
 from vmbus.cli.output import ERASE_LINE, is_terminal, note, one_line, show, show_json
 from vmbus.cli.table import table
 from vmbus.errors import UsageError, UserError
@@ -63,7 +64,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument(
         "--save-buffer",
-        type=int,
+        type=whole_number(1, 1 << 30),
         metavar="BYTES",
         help="size of the buffer into which each channel is saved, chunk by chunk (default: 65536)",
     )
@@ -92,7 +93,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=seconds,
         default=600.0,
         metavar="SECONDS",
         help="give up after this time (default: 600)",
@@ -136,6 +137,7 @@ def main(arguments: argparse.Namespace) -> int:
                 "--carrier goes with a URI; without one, the way of the emulator's state is chosen for you"
             )
         arguments.carrier = str(CarrierAddress.parse(arguments.carrier))
+    uri = None if uri is None else absolute(uri)
     control = rundir.find(name) / "control.sock"
     if arguments.take_back:
         if uri is not None or arguments.share_memory or arguments.wait_ready:
@@ -154,7 +156,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.share_memory:
         request["share_memory"] = True
     if arguments.cpr is not None:
-        request["cpr"] = arguments.cpr
+        request["cpr"] = absolute(arguments.cpr)
     if arguments.carrier is not None:
         request["carrier"] = arguments.carrier
     if arguments.keep:
@@ -188,14 +190,19 @@ def _wait_ready(control: Path, uri: str | None, arguments: argparse.Namespace) -
     return 0
 
 
+def absolute(uri: str) -> str:
+    """Return ``uri`` with the path in it made absolute: the QEMU that opens it was started in another folder."""
+    kind, _, path = uri.partition(":")
+    return f"{kind}:{Path.cwd() / path}" if kind in ("file", "unix") and path else uri
+
+
 def own_descriptor(number: int) -> int:
     """Return ``number`` if it is an open descriptor of this process, else raise :class:`~vmbus.errors.UsageError`."""
     try:
         os.fstat(number)
-    except OSError as error:
-        raise UsageError(
-            f"fd:{number}: {error.strerror}; open it for this command, as in {number}>FILE"
-        ) from error
+    except (OSError, OverflowError) as error:
+        why = error.strerror if isinstance(error, OSError) else "no descriptor has this number"
+        raise UsageError(f"fd:{number}: {why}; open it for this command, as in 3>FILE for fd:3") from error
     return number
 
 
@@ -208,7 +215,7 @@ def _ask_with_progress(
     def wait() -> None:
         try:
             result.append(ask(control, command, answer_timeout=timeout, descriptors=descriptors, **request))
-        except UserError as error:
+        except Exception as error:  # noqa: BLE001 - it is raised below, in the main thread
             result.append(error)
 
     asking = threading.Thread(target=wait, daemon=True)
@@ -224,7 +231,7 @@ def _ask_with_progress(
             shown = True
     if shown:
         note(ERASE_LINE)
-    if isinstance(result[0], UserError):
+    if isinstance(result[0], Exception):
         raise result[0]
     return result[0]
 

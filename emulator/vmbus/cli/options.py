@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vmbus.cli.output import show
@@ -19,8 +19,72 @@ from vmbus.wire.version import Version
 DEFAULT_GUEST = "debian-6.12"
 DEFAULT_DEVICES = ("heartbeat", "shutdown", "timesync")
 
-_SIZE = re.compile(r"(\d+)([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,15})([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
 _UNITS = {"": 1 << 20, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+MAX_MEMORY = 1 << 46
+"""Bytes of guest memory: 64 TiB, what an x86 with 46 address bits can have."""
+MAX_VCPUS = 4096
+"""vCPUs of QEMU's largest machine type."""
+MAX_TIMEOUT = 366 * 24 * 3600.0
+"""Seconds of the longest timeout: a year."""
+MAX_HOLD = 4e6
+"""Seconds that the gateway's counter of milliseconds can hold: 46 days."""
+
+_TAKES_DASHES = ("--qemu", "--append")
+"""Options whose values usually begin with a dash themselves."""
+
+
+def with_values(words: Sequence[str]) -> list[str]:
+    """Return ``words`` with ``--qemu -foo`` as ``--qemu=-foo``: argparse takes ``-foo`` for an option."""
+    found: list[str] = []
+    for word in words:
+        single = word.startswith("-") and not word.startswith("--") and word not in ("-h", "-v")
+        if found and found[-1] in _TAKES_DASHES and single:
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds; write 30 or 0.5") from None
+
+
+def seconds(text: str) -> float:
+    """Return the seconds of a timeout: above 0, and at most :data:`MAX_TIMEOUT`."""
+    value = _number(text)
+    if not 0 < value <= MAX_TIMEOUT:  # false for NaN, too
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no timeout: write a number of seconds above 0 and up to {MAX_TIMEOUT:.0f} (a year)"
+        )
+    return value
+
+
+def hold_limit(text: str) -> float:
+    """Return the seconds of ``--hold-limit``, 0 to :data:`MAX_HOLD`."""
+    value = _number(text)
+    if not 0 <= value <= MAX_HOLD:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no limit: write a number of seconds up to {MAX_HOLD:.0f}, or 0 for no limit"
+        )
+    return value
+
+
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """Return a parser of whole numbers from ``least`` to ``most``."""
+
+    def parse(text: str) -> int:
+        digits = text.lstrip("+-")
+        value = int(text) if digits.isdecimal() and len(digits) < 20 else None
+        if value is None or not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+        return value
+
+    return parse
 
 
 def size(text: str) -> int:
@@ -31,6 +95,10 @@ def size(text: str) -> int:
     value = int(found.group(1)) * _UNITS[found.group(2).upper()]
     if value % (1 << 20) or not value:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of MiB above 0")
+    if value > MAX_MEMORY:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is more than {MAX_MEMORY >> 40}T, the most a guest can have"
+        )
     return value
 
 
@@ -97,7 +165,7 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--hold-limit",
-        type=float,
+        type=hold_limit,
         default=0.0,
         metavar="SECONDS",
         help="how long the guest waits for another emulator if this one goes away; after that its "

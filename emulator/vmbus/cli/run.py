@@ -17,7 +17,17 @@ from typing import Any
 from vmbus.bus.io.device import Device
 from vmbus.cli.devices import registry
 from vmbus.cli.migrate import own_descriptor
-from vmbus.cli.options import DEFAULT_GUEST, add_host_options, confine, device_lines, host_options, size
+from vmbus.cli.options import (
+    DEFAULT_GUEST,
+    MAX_VCPUS,
+    add_host_options,
+    confine,
+    device_lines,
+    host_options,
+    seconds,
+    size,
+    whole_number,
+)
 from vmbus.cli.output import Echo, is_terminal, show_exactly, tell
 from vmbus.cli.serving import CONTROL_COMMANDS
 from vmbus.errors import DeviceError, UsageError, UserError
@@ -87,7 +97,9 @@ def add_parser(verbs: Any) -> None:
     guest.add_argument(
         "--append", default="", metavar="ARGUMENTS", help="add this to the kernel's command line, as one word"
     )
-    guest.add_argument("--smp", type=int, default=1, metavar="N", help="vCPUs (default: 1)")
+    guest.add_argument(
+        "--smp", type=whole_number(1, MAX_VCPUS), default=1, metavar="N", help="vCPUs (default: 1)"
+    )
     guest.add_argument("--memory", type=size, default=512 << 20, metavar="SIZE", help="RAM (default: 512M)")
     guest.add_argument(
         "--no-reserve",
@@ -145,7 +157,7 @@ def add_parser(verbs: Any) -> None:
     add_host_options(parser)
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=seconds,
         metavar="SECONDS",
         help="end the guest and fail after this time (default: no limit)",
     )
@@ -260,7 +272,7 @@ def make_image(qemu: QemuBinary, path: Path) -> None:
         except (DeviceError, OSError) as error:
             raise UserError(f"cannot use {path} for snapshots: {error}") from error
         return
-    command = [*qemu.qemu_img(), "create", "-q", "-f", "qcow2", str(path), "64K"]
+    command = [*qemu.qemu_img(), "create", "-q", "-f", "qcow2", str(path.absolute()), "64K"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"cannot create {path}: {done.stderr.strip()}")
@@ -287,9 +299,9 @@ def guest_modules(
 
 
 def main(arguments: argparse.Namespace) -> int:
-    if arguments.smp < 1:
-        raise UsageError(f"--smp {arguments.smp}: a guest needs at least one vCPU")
     confine(arguments)
+    if arguments.name is not None:
+        rundir.check_name(arguments.name)
     decided = plan(arguments)
     if arguments.dry_run:
         directory = rundir.RunDirectory(
@@ -305,12 +317,12 @@ def main(arguments: argparse.Namespace) -> int:
     return signals.run(_run(decided, bool(arguments.command), arguments.timeout))
 
 
-async def _run(decided: Plan, command: bool, timeout: float | None) -> int:
+async def _run(decided: Plan, command: bool, limit: float | None) -> int:
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(limit):
             return await run_guest(decided, Echo() if command else None)
     except TimeoutError:
-        raise UserError(f"the guest did not end within {timeout:g} s (--timeout), so it was ended") from None
+        raise UserError(f"the guest did not end within {limit:g} s (--timeout), so it was ended") from None
 
 
 async def run_guest(decided: Plan, output: Echo | None) -> int:
@@ -386,12 +398,16 @@ async def _command(guest: Guest, output: Echo, *, under_way: bool) -> int:
         tell("vmbus run: the guest was migrated, and its command continues there")
         return 0
     await guest.console_written()
-    raise UserError(_explain(guest, received))
+    how = ""
+    if exit_reason is ExitReason.QEMU_GONE:
+        await asyncio.to_thread(guest.process.stop)  # its sockets close before it has ended
+        how = f": {guest.process.ending()}"
+    raise UserError(_explain(guest, received, how))
 
 
-def _explain(guest: Guest, received: CommandOutput) -> str:
+def _explain(guest: Guest, received: CommandOutput, how: str) -> str:
     console = guest.directory.console
     tail = console.read_text(errors="replace").splitlines()[-15:] if console.exists() else []
     what = "ended before its command did" if received.started else "ended before its command started"
     lines = "\n".join(tail) or "(nothing; see the file of --serial if you gave one)"
-    return f"the guest {what}; the end of its console:\n{lines}\n{guest.process.messages()}".rstrip()
+    return f"the guest {what}{how}; the end of its console:\n{lines}\n{guest.process.messages()}".rstrip()

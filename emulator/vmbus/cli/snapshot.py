@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from vmbus.cli.options import seconds
 from vmbus.cli.output import show, show_json
 from vmbus.cli.table import table
 from vmbus.errors import UsageError, UserError
@@ -45,7 +46,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=seconds,
         default=600.0,
         metavar="SECONDS",
         help="give up after this time (default: 600)",

@@ -24,17 +24,27 @@ from typing import Any
 
 from vmbus.errors import DeviceError, UsageError
 
-_SIZE = re.compile(r"(\d+)([KMGT]?)", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,19})([KMGT]?)", re.IGNORECASE | re.ASCII)
+_MAX_SIZE = (1 << 63) - 1  # of a file
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+_FILE = "file"
+_URI = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Help:
-    """One line for the user, with the unit; for numbers, also the least and the greatest value that are allowed."""
+    """One line for the user, with the unit; for numbers, also the least and the greatest value that are allowed.
+
+    ``file``: the text names a file, unless it is a URI. ``files``: it names some, separated by semicolons; ``on`` and
+    ``off`` are no names. An option of type ``pathlib.Path`` needs neither.
+    """
 
     text: str
     least: float = -math.inf
     most: float = math.inf
+    file: bool = False
+    files: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +67,13 @@ class Option:
         if isinstance(value, (int, float)) and not self.help.least <= value <= self.help.most:
             raise UsageError(f"{self.key}={text}: expected {self.kind}{self._bounds()}")
         return value
+
+    def absolute(self, text: str, folder: Path) -> str:
+        """Return ``text`` with the file names in it made absolute, as seen from ``folder``."""
+        if self.help.files:
+            names = text.split(";")
+            return ";".join(name if name in ("on", "off") else _absolute(name, folder) for name in names)
+        return _absolute(text, folder) if self.help.file or self.kind == _FILE else text
 
     def describe(self) -> str:
         """Return one line for a list of options."""
@@ -109,13 +126,17 @@ def _reader(wanted: Any, where: str) -> tuple[str, Callable[[str], Any]]:
         int: ("integer", lambda text: int(text, 0)),
         float: ("number", _finite),
         uuid.UUID: ("GUID", uuid.UUID),
-        Path: ("file", Path),
+        Path: (_FILE, Path),
     }
     if wanted not in simple:
         raise DeviceError(
             f"{where}: no option can be of type {wanted}; possible are str, int, float, bool, UUID, Path and enums"
         )
     return simple[wanted]
+
+
+def _absolute(name: str, folder: Path) -> str:
+    return name if not name or _URI.match(name) else str(folder / name)
 
 
 def _pick(values: dict[str, Any], text: str) -> Any:
@@ -134,8 +155,9 @@ def _finite(text: str) -> float:
 def parse_size(text: str) -> int:
     """Return the bytes that ``20G`` stands for; a bare number is bytes. Raises :class:`~vmbus.errors.UsageError`."""
     found = _SIZE.fullmatch(text)
-    if found is None or not int(found[1]):
+    value = int(found[1]) * _UNITS[found[2].upper()] if found is not None else 0
+    if not 0 < value <= _MAX_SIZE:
         raise UsageError(
             f"{text!r} is not a size: write a number of bytes, or one with K, M, G or T, as in 20G"
         )
-    return int(found[1]) * _UNITS[found[2].upper()]
+    return value

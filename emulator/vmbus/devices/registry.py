@@ -15,11 +15,12 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from vmbus.bus.io.device import Device
 from vmbus.devices.joined import Joinable, completed
-from vmbus.devices.line import split_device
+from vmbus.devices.line import join_device, split_device
 from vmbus.devices.options import Option, options_of
 from vmbus.errors import DeviceError, UsageError
 from vmbus.native import NativeLibrary
@@ -103,6 +104,14 @@ class Registry:
         device.line = text
         return device
 
+    def seen_from(self, folder: Path, text: str) -> str:
+        """Return a device's text with its file names made absolute, for a process in another folder."""
+        name, values = split_device(text)
+        for option in options_of(self.load(name)):
+            if option.key in values:
+                values[option.key] = option.absolute(values[option.key], folder)
+        return join_device(name, values)
+
     def completed(self, texts: Iterable[str], there: Sequence[str] = ()) -> list[str]:
         """Return ``texts`` with the options that other lines of their devices give.
 
@@ -123,6 +132,7 @@ class Registry:
                     raise UsageError(f"--device {text}: {error}") from error
                 if not joined:
                     devices.append(device)
+                    _check_unique(devices)
         except BaseException:
             for device in devices:
                 device.stop()
@@ -153,6 +163,18 @@ class Registry:
                 about = f"(broken: {error})"
             lines.append(f"{each:<12} {about}".rstrip())
         return "\n".join(lines)
+
+
+def _check_unique(devices: Sequence[Device]) -> None:
+    """Raise :class:`~vmbus.errors.UsageError` if the guest could not tell the last of ``devices`` from another."""
+    *others, last = devices
+    instance = last.offer().instance_id
+    for each in others:
+        if each.offer().instance_id == instance:
+            raise UsageError(
+                f"--device {last.line}: {each.name} has this instance GUID already; give each device a GUID of its "
+                "own (instance=), and a name (id=)"
+            )
 
 
 def _listing(name: str, options: dict[str, Option]) -> str:

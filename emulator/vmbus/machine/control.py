@@ -106,6 +106,11 @@ class ControlServer:
             return {"return": await handler({**request, "descriptors": tuple(descriptors)})}
         except VmbusError as error:
             return {"error": str(error)}
+        except Exception as error:
+            _logger.exception("internal error in the answer to the command %r; please report this", command)
+            return {
+                "error": f"internal error in the emulator ({error!r}); its log says more, please report this"
+            }
 
 
 def _close(connection: socket.socket, _: object) -> None:
@@ -183,7 +188,12 @@ def ask(
         raise UserError(
             f"the emulator at {path} ended before it answered; `vmbus status` shows whether it runs"
         )
-    answer = json.loads(line)
-    if "error" in answer:
-        raise UserError(str(answer["error"]))
-    return answer["return"]
+    try:
+        answer = json.loads(line)
+        if "error" not in answer:
+            return answer["return"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not the control socket of an emulator: its answer is no answer"
+        ) from error
+    raise UserError(str(answer["error"]))

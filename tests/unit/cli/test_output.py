@@ -173,6 +173,32 @@ async def test_a_command_ends_with_the_reader_of_its_output(monkeypatch: pytest.
                 await run._command(cast(Any, Guest()), Echo(cast(TextIO, stream)), under_way=False)
 
 
+async def test_a_qemu_that_was_killed_is_named_where_a_command_ran(tmp_path: Path) -> None:
+    guest = Guest()
+    guest.command_output = silent  # type: ignore[method-assign]
+    guest.ended.set_result(ExitReason.QEMU_GONE)
+
+    async def written() -> None: ...
+
+    more: dict[str, Any] = {
+        "console_written": written,
+        "directory": SimpleNamespace(console=tmp_path / "console.log"),
+        "process": SimpleNamespace(
+            stop=lambda: None, ending=lambda: "QEMU was killed by SIGBUS", messages=lambda: ""
+        ),
+    }
+    vars(guest).update(more)
+    with pytest.raises(UserError, match="before its command started: QEMU was killed by SIGBUS; the end"):
+        await run._command(cast(Any, guest), Echo(cast(TextIO, Stream(terminal=False))), under_way=False)
+
+
+async def silent() -> AsyncIterator[bytes]:
+    """Print nothing."""
+    nothing: tuple[bytes, ...] = ()
+    for data in nothing:
+        yield data
+
+
 # --- standard output and standard error that cannot be written ------------------------------------------------
 
 

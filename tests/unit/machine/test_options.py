@@ -8,9 +8,12 @@ import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
+from vmbus.errors import UsageError
 from vmbus.machine.qemu import example
 from vmbus.machine.qemu.acpi import vmbus_table
 from vmbus.machine.qemu.arguments import EmulatorOptions, libvirt, readconfig
+from vmbus.machine.qemu.launch import GuestOptions, command_line
+from vmbus.machine.rundir import RunDirectory
 
 QEMU_CONFIG = Path(__file__).parents[3] / "qemu-config"
 
@@ -30,6 +33,24 @@ def options(path: str = "/run/x") -> EmulatorOptions:
 def test_commas_in_paths_are_doubled() -> None:
     line = options("/run/a,b").argv()
     assert "memory-backend-file,id=vmbus-ram,mem-path=/run/a,,b/memory,share=on,size=512M" in line
+
+
+def test_a_table_that_qemu_would_take_for_two_is_refused() -> None:
+    """``-acpitable`` takes a list of files, separated by colons."""
+    with pytest.raises(UsageError, match="colon"):
+        options("/run/a:b").argv()
+
+
+def test_qemu_s_command_line_escapes_every_name(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "a,b" / "web", tmp_path / "a,b" / "web" / "memory")
+    guest = GuestOptions(kernel=Path("/k"), initrd=None, append="", command_port=True)
+    words = command_line(["qemu"], directory, options(str(directory.path)), guest)
+    assert [word for word in words if "a,b" in word] == []
+    assert f"unix:{tmp_path}/a,,b/web/qmp.sock,server=on,wait=off" in words
+
+
+def test_no_option_is_one_that_qemu_warns_of() -> None:
+    assert "-mon" not in options().argv()
 
 
 def test_readconfig_and_the_rest_hold_every_option_once() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,20 @@ class Outcome:
 
 Progress = Callable[[dict[str, Any]], object]
 """Called with the result of QEMU's ``query-migrate`` now and then."""
+
+_TARGET_FAILED = "Sibling indicated error"
+"""What QEMU's return path says of a target that failed: a number, and no reason."""
+
+
+def described_error(found: Mapping[str, Any]) -> str | None:
+    """Return the reason in QEMU's ``query-migrate``; for one that only the target knows, where it can be read."""
+    text: str | None = found.get("error-desc")
+    if text is not None and _TARGET_FAILED in text:
+        return (
+            "the target refused the guest, and QEMU passes no reason back: read it at the target, in the last lines "
+            "of its `vmbus run --incoming`, or of `vmbus attach` and its QEMU"
+        )
+    return text
 
 
 async def migrate(
@@ -121,7 +135,7 @@ async def migrate(
         found = await _wait_ended(coordinator, progress, timeout)
     if found["status"] != "completed":
         # For a cancelled migration QEMU describes how the end of its connection looked.
-        described = None if found["status"] == "cancelled" else found.get("error-desc")
+        described = None if found["status"] == "cancelled" else described_error(found)
         why = coordinator.report.refusal or described or f"it was {found['status']}"
         raise MigrationFailed(f"{why}; the guest continues here")
     ram = found.get("ram", {})

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
 
+from vmbus.errors import UsageError
 from vmbus.machine.migration.vmstate import HELPER_ID, dbus_address
 
 
-def _escape(value: str | Path) -> str:
+def escape(value: str | Path) -> str:
     """Return a value for a QEMU option list: commas are doubled."""
     return str(value).replace(",", ",,")
 
@@ -32,8 +33,8 @@ class Option:
 
     @property
     def argv(self) -> tuple[str, str]:
-        listed = [_escape(self.first)] if self.first else []
-        listed += [f"{key}={_escape(value)}" for key, value in self.values]
+        listed = [escape(self.first)] if self.first else []
+        listed += [f"{key}={escape(value)}" for key, value in self.values]
         return f"-{self.name}", ",".join(listed)
 
     @property
@@ -64,6 +65,11 @@ class EmulatorOptions:
     """Socket of the D-Bus daemon that carries the emulator's state; ``None``: the guest cannot be migrated."""
 
     def options(self) -> tuple[Option, ...]:
+        """Return the options. Raises :class:`~vmbus.errors.UsageError` for a path that QEMU has no form for."""
+        if ":" in str(self.acpi_table):
+            raise UsageError(
+                f"{self.acpi_table}: QEMU takes a colon here for the end of a file name; use a folder without one"
+            )
         mebibytes = self.memory_size >> 20
         return (
             Option("accel", "tcg", why="the gateway is a TCG plug-in"),
@@ -100,10 +106,10 @@ class EmulatorOptions:
                 why="QMP socket for the emulator only: a monitor serves one client",
             ),
             Option(
-                "mon",
-                "",
-                (("id", "vmbus-mon"), ("chardev", "vmbus-qmp"), ("mode", "control")),
-                section='mon "vmbus-mon"',
+                "object",
+                "monitor-qmp",
+                (("id", "vmbus-mon"), ("chardev", "vmbus-qmp")),
+                why="QMP on that socket",
             ),
             Option(
                 "qtest",

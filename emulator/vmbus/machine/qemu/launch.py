@@ -17,7 +17,7 @@ from pathlib import Path
 
 from vmbus.errors import QemuError, QemuUnsuitable
 from vmbus.machine.bounded_log import BoundedLog, LogCopy
-from vmbus.machine.qemu.arguments import EmulatorOptions
+from vmbus.machine.qemu.arguments import EmulatorOptions, escape
 from vmbus.machine.qemu.child import in_child
 from vmbus.machine.qemu.qmp import Qmp
 from vmbus.machine.rundir import RunDirectory
@@ -86,15 +86,15 @@ def command_line(
     line += ["-smp", f"{guest.smp},maxcpus={max(guest.smp, 2)}" if emulator is not None else str(guest.smp)]
     if emulator is not None:
         line += emulator.argv()
-    line += ["-qmp", f"unix:{directory.user_qmp},server=on,wait=off"]
+    line += ["-qmp", f"unix:{escape(directory.user_qmp)},server=on,wait=off"]
     if guest.console_socket:
-        console = f"socket,id=console,path={directory.console_socket},server=on,wait=off"
+        console = f"socket,id=console,path={escape(directory.console_socket)},server=on,wait=off"
     else:
-        file = str(guest.serial or directory.console).replace(",", ",,")
+        file = escape(guest.serial or directory.console)
         console = f"file,id=console,path={file}{',append=on' if guest.incoming else ''}"
     line += ["-chardev", console, "-serial", "chardev:console"]
     if guest.command_port:
-        line += ["-chardev", f"socket,id=command,path={directory.command},server=on,wait=off"]
+        line += ["-chardev", f"socket,id=command,path={escape(directory.command)},server=on,wait=off"]
         line += ["-serial", "chardev:command"]
     line += ["-kernel", str(guest.kernel)]
     if guest.initrd is not None:
