@@ -54,6 +54,7 @@ from vmbus.bus.offers import Offer
 from vmbus.bus.outbox import Outbox, Outgoing, Target
 from vmbus.bus.saved_state.restore import BusStateRefused, check_state, restored_assembly, restored_connection
 from vmbus.bus.saved_state.values import (
+    MAX_INBOX,
     BusState,
     WaitingMessage,
     capture_assembly,
@@ -77,9 +78,6 @@ from vmbus.wire.messages import (
 from vmbus.wire.version import NO_FEATURES, Feature, Version
 
 _logger = logging.getLogger(__name__)
-
-MAX_INBOX = 16
-"""Messages that a paused bus keeps; the guest must retry those after them."""
 
 
 class Bus:

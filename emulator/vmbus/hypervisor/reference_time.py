@@ -98,7 +98,7 @@ class ReferenceTime:
             time = self.scaling.time(self._clock.guest_tsc())
         else:
             time = self._clock.now()
-        self._floor = max(self._floor, time)
+        self._floor = max(self._floor, min(time, _MASK64))
         return self._floor
 
     @property

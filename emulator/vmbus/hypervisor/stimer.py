@@ -31,6 +31,9 @@ ENABLE = 1
 MIN_PERIOD = 1000
 """Units of 100 ns (100 us in all): the period of a timer with a smaller COUNT."""
 
+NEVER = (1 << 64) - 1
+"""The last reference time, in units of 100 ns: what expires after it never does."""
+
 MAX_SLEEP = 3600.0
 """Seconds; a later expiration is waited for in several steps."""
 
@@ -161,7 +164,7 @@ class SyntheticTimers:
         if config.direct and config.vector < MIN_VECTOR:  # enabled by COUNT, after CONFIG was accepted
             timer.config &= ~ENABLE
             return
-        timer.expiration = self._time.now() + timer.count if config.periodic else timer.count
+        timer.expiration = min(self._time.now() + timer.count, NEVER) if config.periodic else timer.count
         self._sleep(timer)
 
     def _sleep(self, timer: SyntheticTimer) -> None:
@@ -189,7 +192,9 @@ class SyntheticTimers:
         if config.periodic:
             period = max(timer.count, MIN_PERIOD)
             now = self._time.now()
-            timer.expiration = max(expiration + period, now + period - (now - expiration) % period)
+            timer.expiration = min(
+                max(expiration + period, now + period - (now - expiration) % period), NEVER
+            )
             remaining = (timer.expiration - now) / UNITS_PER_SECOND
             timer.handle = self._timers.call_later(min(remaining, MAX_SLEEP), lambda: self._wake_up(timer))
         else:

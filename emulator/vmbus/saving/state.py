@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 from vmbus.errors import MalformedError
@@ -180,10 +180,24 @@ class SavableChannel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """The chunks of one channel so far; immutable, so that a refused buffer has no effect."""
+    """The chunks of one channel so far; immutable, so that a refused buffer has no effect.
+
+    ``_all``: a list that the assemblies of one save run share and only append to; the first ``count`` chunks of it
+    are this one's. So each buffer costs what its own chunks do, however many came before. ``rank``: place of the last
+    chunk's kind in the order.
+    """
 
     position: Position = field(default_factory=Position)
-    chunks: tuple[Chunk, ...] = ()
+    count: int = 0
+    rank: int = 0
+    has_packets: bool = False
+    """Whether there is a packet that RestorePacket must be called for."""
+    _all: list[Chunk] = field(default_factory=list, compare=False, repr=False)
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """The chunks, in order."""
+        return self._all[: self.count]
 
     @property
     def complete(self) -> bool:
@@ -192,13 +206,15 @@ class Assembly:
 
     def take(self, buffer: bytes | bytearray | memoryview) -> Assembly:
         """Return a new assembly with the whole chunks of ``buffer`` added. Raises :class:`StateRefused`."""
-        return _first(bytes(buffer)) if self == Assembly() else self._take(buffer)
+        if self.position != Position():
+            return self._take(buffer)
+        first = _first(bytes(buffer))
+        return replace(first, _all=first.chunks)  # the parsed one stays as it is
 
     def _take(self, buffer: bytes | bytearray | memoryview) -> Assembly:
         found, position = read_chunks(buffer, self.position)
-        chunks = self.chunks + tuple(found)
-        rank = 0
-        for index, chunk in enumerate(chunks):
+        rank, has_packets = self.rank, self.has_packets
+        for index, chunk in enumerate(found, self.count):
             kind = chunk.kind
             if kind >= ChunkKind.MACHINE:
                 raise StateRefused(
@@ -217,25 +233,24 @@ class Assembly:
                     f"chunk {chunk.index}: a {kind.name} record after records that it must precede",
                 )
             rank = place
-        if position.complete and not chunks:
+            has_packets = has_packets or kind in (ChunkKind.OUTSTANDING, ChunkKind.UNSENT)
+        count = self.count + len(found)
+        if position.complete and not count:
             raise StateRefused(Reason.INCONSISTENT, "the state has no channel header")
-        return Assembly(position, chunks)
+        chunks = self._all if len(self._all) == self.count else self.chunks
+        chunks += found
+        return Assembly(position, count, rank, has_packets, chunks)
 
     @property
     def header(self) -> SavedChannel | None:
         """The channel header, None before it has been read."""
-        return self.chunks[0].record if self.chunks else None
-
-    @property
-    def has_packets(self) -> bool:
-        """Whether there is a packet that RestorePacket must be called for."""
-        return any(chunk.kind in (ChunkKind.OUTSTANDING, ChunkKind.UNSENT) for chunk in self.chunks)
+        return self._all[0].record if self.count else None
 
     def state(self) -> ChannelState:
         """Return the channel's state. Raises :class:`StateRefused` if the chunks contradict each other."""
         header = self.header
         if header is None or not self.complete:
-            raise StateRefused(Reason.TRUNCATED, f"{len(self.chunks)} chunks without the last one")
+            raise StateRefused(Reason.TRUNCATED, f"{self.count} chunks without the last one")
         outstanding: list[OutgoingPacket] = []
         queue: list[OutgoingPacket | SavedCompletion] = []
         taken: list[SavedPacket] = []

@@ -316,6 +316,8 @@ class _Decoder(_Function):
     def _counted(self, counted: Counted) -> str:
         count = self.value(counted.countfield)
         self._varying()
+        if counted.most is not None:
+            self._line(f"if {count} > {counted.most}: {self._writer.refer('check', counted.check)}({count})")
         found = self._writer.variable()
         self._line(f"{found} = []")
         self._element(f"for _ in range({count}):", counted.subcon, f"{found}.append({{}})")
@@ -397,6 +399,8 @@ class _Encoder(_Function):
     def _varying(self, inner: Any, expression: str) -> None:
         if isinstance(inner, Counted):
             found = self._named(expression)
+            if inner.most is not None:
+                self._line(f"{self._writer.refer('check', inner.check)}(len({found}))")
             self.value(inner.countfield, f"len({found})")
             each = self._writer.variable()
             with self._block(f"for {each} in {found}:"):

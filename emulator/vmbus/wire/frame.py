@@ -31,8 +31,8 @@ from vmbus.wire.plain import Guid
 
 FORMAT = 1
 DIGEST_SIZE = 32
-MAX_LENGTH = 64 << 20
-"""Bytes of all sections together; larger frames are refused."""
+MAX_LENGTH = 8 << 20
+"""Bytes of all sections together; larger frames are refused. What is read of them occupies many times as much."""
 STATE = b"state".ljust(16, b"\0")
 """Name of the only section: a machine's state."""
 REFERENCE_MAGIC = b"VMBr"
@@ -194,16 +194,17 @@ def parse_frame(data: bytes) -> Frame:
     if len(data) != size:
         what = "truncated" if len(data) < size else "trailing-bytes"
         raise MalformedError(what, f"{len(data)} bytes, the frame has {size}")
-    body, digest = data[:-DIGEST_SIZE], data[-DIGEST_SIZE:]
+    body, digest = memoryview(data)[:-DIGEST_SIZE], data[-DIGEST_SIZE:]
     if _digest(body) != digest:
         raise MalformedError("damaged", "the digest of the frame is wrong")
-    header = FRAME_HEADER.parse(body)
+    header = FRAME_HEADER.parse(data[: FRAME_HEADER.size])
     if header.flags & ~FrameFlags.RAN or header.sections != 1:
         raise MalformedError(
             "too-new", f"a frame with flags {header.flags:#x} and {header.sections} sections"
         )
-    section = SECTION_HEADER.parse(body[FRAME_HEADER.size :])
-    state = body[FRAME_HEADER.size + SECTION_HEADER.size :]
+    begin = FRAME_HEADER.size + SECTION_HEADER.size
+    section = SECTION_HEADER.parse(data[FRAME_HEADER.size : begin])
+    state = bytes(body[begin:])
     if section.name != STATE or section.version != 1:
         raise MalformedError("too-new", f"a section {section.name!r} of version {section.version}")
     if section.length != len(state) or section.crc != zlib.crc32(state):
@@ -218,5 +219,5 @@ def parse_frame(data: bytes) -> Frame:
     )
 
 
-def _digest(data: bytes) -> bytes:
+def _digest(data: bytes | memoryview) -> bytes:
     return hashlib.blake2b(data, digest_size=DIGEST_SIZE).digest()

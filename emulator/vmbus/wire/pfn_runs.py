@@ -69,6 +69,8 @@ class _RawRuns(CustomField):
 
     def decode(self, data: bytes, at: int) -> tuple[list[Run], int]:
         count, at = decode_varint(data, at)
+        if count > MAX_PAGES:  # a run takes two bytes here, and a hundred in memory
+            raise c.ValidationError(f"{count} runs, at most {MAX_PAGES}")
         found = []
         for _ in range(count):
             step = data[at]

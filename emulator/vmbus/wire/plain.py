@@ -115,18 +115,30 @@ VarUint = _VarUint()
 
 
 class Counted(c.Subconstruct):  # type: ignore[misc]
-    """The number of elements, then the elements: construct's ``PrefixedArray`` for plain fields."""
+    """The number of elements, then the elements: construct's ``PrefixedArray`` for plain fields.
 
-    def __init__(self, countfield: Any, subcon: Any) -> None:
+    ``most``: more elements are refused, by reader and writer, before the first of them is parsed or built. Set it
+    where many elements take few bytes.
+    """
+
+    def __init__(self, countfield: Any, subcon: Any, most: int | None = None) -> None:
         super().__init__(subcon)
         self.countfield = countfield
+        self.most = most
+
+    def check(self, count: int, path: str = "") -> None:
+        """Raise ``construct.ValidationError`` for more than ``most`` elements."""
+        if self.most is not None and count > self.most:
+            raise c.ValidationError(f"{count} elements, at most {self.most}", path)
 
     def _parse(self, stream: Any, context: Any, path: str) -> list[Any]:
         count = self.countfield._parse(stream, context, path)
+        self.check(count, path)
         parse = self.subcon._parsereport
         return [parse(stream, context, path) for _ in range(count)]
 
     def _build(self, obj: Any, stream: Any, context: Any, path: str) -> Any:
+        self.check(len(obj), path)
         self.countfield._build(len(obj), stream, context, path)
         for each in obj:
             self.subcon._build(each, stream, context, path)
@@ -177,8 +189,8 @@ class FixedTuple(PlainAdapter):
 class VarTuple(FixedTuple):
     """The number of elements as a varint, then the elements; the value is a tuple."""
 
-    def __init__(self, subcon: Any) -> None:
-        super().__init__(Counted(VarUint, subcon))
+    def __init__(self, subcon: Any, most: int | None = None) -> None:
+        super().__init__(Counted(VarUint, subcon, most))
 
 
 Blob = c.Prefixed(VarUint, c.GreedyBytes)

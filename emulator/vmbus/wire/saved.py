@@ -21,7 +21,7 @@ import construct as c
 from vmbus.errors import MalformedError
 from vmbus.wire.chunk import ChunkKind
 from vmbus.wire.codec import Record
-from vmbus.wire.packet import GpaRange, TransferPages, TransferRange
+from vmbus.wire.packet import MAX_RANGES, GpaRange, TransferPages, TransferRange
 from vmbus.wire.pfn_runs import MAX_PAGES, PFN_LIMIT, PfnList, PfnRuns, RawRuns, expand, steps
 from vmbus.wire.plain import Blob, Counted, Guid, Nested, Nullable, PlainAdapter, Text, VarTuple, VarUint
 
@@ -33,7 +33,7 @@ class _Ranges(PlainAdapter):
 
     def __init__(self) -> None:
         one = c.Struct("byte_count" / c.Int32ul, "byte_offset" / c.Int16ul, "runs" / RawRuns)
-        super().__init__(Counted(VarUint, one))
+        super().__init__(Counted(VarUint, one, MAX_RANGES))
 
     def _decode(self, obj: Any, context: Any, path: str) -> tuple[GpaRange, ...]:
         found, room = [], MAX_PAGES
@@ -71,7 +71,7 @@ class _TransferPages(PlainAdapter):
 
     def __init__(self) -> None:
         one = c.Struct("byte_count" / c.Int32ul, "byte_offset" / c.Int32ul)
-        super().__init__(c.Struct("set_id" / c.Int16ul, "ranges" / Counted(VarUint, one)))
+        super().__init__(c.Struct("set_id" / c.Int16ul, "ranges" / Counted(VarUint, one, MAX_RANGES)))
 
     def _decode(self, obj: Any, context: Any, path: str) -> TransferPages:
         return TransferPages(
@@ -149,6 +149,9 @@ class SavedGpadl:
     page_count: int
 
 
+MAX_GPADLS = 1024
+"""GPADLs that a channel may have."""
+
 SAVED_GPADL = Record(SavedGpadl, "gpadl_id" / c.Int32ul, "page_count" / c.Int32ul)
 
 
@@ -219,7 +222,7 @@ SAVED_CHANNEL = Record(
     "mmio_megabytes_optional" / c.Int16ul,
     "next_transaction_id" / c.Int64ul,
     "open" / Nullable(Nested(SAVED_OPEN)),
-    "gpadls" / VarTuple(Nested(SAVED_GPADL)),
+    "gpadls" / VarTuple(Nested(SAVED_GPADL), MAX_GPADLS),
     "failure" / Text,
 )
 
@@ -388,7 +391,9 @@ class SavedPages:
     contents: tuple[bytes, ...]
 
 
-SAVED_PAGES = Record(SavedPages, "pfns" / PfnList(PAGES_IN_RECORD), "contents" / VarTuple(_PageContent()))
+SAVED_PAGES = Record(
+    SavedPages, "pfns" / PfnList(PAGES_IN_RECORD), "contents" / VarTuple(_PageContent(), PAGES_IN_RECORD)
+)
 
 
 @dataclass(frozen=True, slots=True)

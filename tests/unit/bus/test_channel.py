@@ -9,7 +9,7 @@ import pytest
 from vmbus.bus.channel.signals import UNSTICK_DELAY
 from vmbus.bus.channel.state import ChannelState
 from vmbus.bus.messages import MAX_UNDELIVERED, PostResult
-from vmbus.bus.server import MAX_INBOX
+from vmbus.bus.saved_state.values import MAX_INBOX
 from vmbus.errors import DeviceError, GuestError, ProtocolError
 from vmbus.ports import PAGE_SIZE
 from vmbus.testing.scripted import RecordingEndpoint, ScriptedGuest, an_offer

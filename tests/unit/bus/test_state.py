@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 from typing import Any
 
 import pytest
 from vmbus.bus.channel.channel import Channel
 from vmbus.bus.channel.endpoint import Endpoint, RestorableEndpoint
+from vmbus.bus.channel.gpadl import MAX_ASSEMBLIES
 from vmbus.bus.channel.signals import UNSTICK_DELAY
 from vmbus.bus.channel.state import ChannelState
 from vmbus.bus.contact import DEFAULT_FEATURES, MonitorPages, NextAction, Phase
 from vmbus.bus.outbox import Outgoing, Target
+from vmbus.bus.saved_state.layout import SAVED_BUS
 from vmbus.bus.saved_state.restore import BusStateRefused
-from vmbus.bus.saved_state.values import BusState, GpadlRecord, RangeRecord
+from vmbus.bus.saved_state.values import (
+    MAX_INBOX,
+    MAX_OUTBOX,
+    AssemblyRecord,
+    BusState,
+    GpadlRecord,
+    RangeRecord,
+    WaitingMessage,
+)
 from vmbus.bus.server import Bus
-from vmbus.errors import DeviceError
+from vmbus.errors import DeviceError, InternalError, MalformedError
 from vmbus.ports import PAGE_SIZE
 from vmbus.testing.scripted import ForgetfulEndpoint, RecordingEndpoint, ScriptedGuest, an_offer
 from vmbus.wire.gpadl import GpadlTorndown, GpaRange, split_gpadl
@@ -32,6 +43,7 @@ from vmbus.wire.messages import (
     OpenResult,
 )
 from vmbus.wire.offer import OfferFlags
+from vmbus.wire.plain import encode_varint
 from vmbus.wire.version import ALL_FEATURES, Feature, Version
 
 NAMES = ("a", "b", "c")
@@ -646,6 +658,15 @@ CONTRADICTIONS = [
     ("not-ram", connection_with(monitor_pages=MonitorPages(0x5000, 1 << 40))),
     ("not-ram", connection_with(interrupt_page=0x5001)),
     ("unsupported-features", connection_with(features=ALL_FEATURES)),
+    ("inconsistent", connection_with(next_action=NextAction.CONTACT)),
+    ("inconsistent", connection_with(next_action=NextAction.UNLOAD_RESPONSE)),
+    ("inconsistent", connection_with(phase=Phase.DISCONNECTING)),
+    ("inconsistent", channel_with(0, abandoned=True)),
+    ("inconsistent", channel_with(0, revoking=True)),
+    ("inconsistent", channel_with(0, released_by_guest=True)),
+    ("inconsistent", channel_with(1, abandoned=True)),
+    ("inconsistent", channel_with(1, revoking=True)),
+    ("inconsistent", channel_with(1, released_by_guest=True)),
     ("inconsistent", channel_with(1, relid=1)),
     ("inconsistent", channel_with(1, relid=None)),
     ("inconsistent", channel_with(1, relid=2048)),
@@ -702,6 +723,38 @@ def test_state_that_contradicts_itself_or_the_machine_changes_nothing(
     assert set(guest.synic.ports) == {2, 3}
     assert bus.connection.next_action is NextAction.NONE
     bus.restore(rich)
+
+
+@pytest.mark.parametrize(
+    ("part", "each", "most"),
+    [
+        ("inbox", WaitingMessage(1, b""), MAX_INBOX),
+        ("outbox", Outgoing(Target(0, 2), b"x"), MAX_OUTBOX),
+        ("assemblies", AssemblyRecord(1, 2, 8, 1, b""), MAX_ASSEMBLIES),
+    ],
+)
+def test_more_of_anything_than_there_can_be_is_refused_before_it_is_allocated(
+    guest: ScriptedGuest, part: str, each: Any, most: int
+) -> None:
+    """A state of 3 MB had 400,000 messages where 16 are possible, and took a hundred times as much memory."""
+    state = changed(guest.bus.save(), **{part: (each,)})
+    one = SAVED_BUS.build(state)
+    fits = SAVED_BUS.build(changed(state, **{part: (each,) * most}))
+    assert len(getattr(SAVED_BUS.parse(fits), part)) == most
+    with pytest.raises(InternalError, match="at most"):
+        SAVED_BUS.build(changed(state, **{part: (each,) * (most + 1)}))
+    empty = SAVED_BUS.build(changed(state, **{part: ()}))
+    at = next(index for index in range(len(empty)) if empty[index] != one[index])
+    bytes_of_one = one[at + 1 : len(one) - (len(empty) - at - 1)]
+    many = empty[:at] + encode_varint(400_000) + bytes_of_one * 400_000 + empty[at + 1 :]
+    tracemalloc.start()
+    try:
+        with pytest.raises(MalformedError, match="at most"):
+            SAVED_BUS.parse(many)
+        most_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most_bytes < len(many) + (1 << 20)
 
 
 def test_reopen_of_a_channel_whose_device_is_gone_is_forgotten(guest: ScriptedGuest, move: Move) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from vmbus.errors import MalformedError
 from vmbus.hypervisor import Features, PartitionState
+from vmbus.hypervisor.saved_state.layout import SAVED_PARTITION
 from vmbus.hypervisor.saved_state.values import QueuedMessage, VpState
 from vmbus.wire.msr import Msr
 from vmbus.wire.synic import TIMER_EXPIRED
@@ -149,6 +150,19 @@ def test_timers_continue_after_a_restore() -> None:
     )
 
 
+@pytest.mark.parametrize("periodic", [False, True])
+def test_a_timer_that_never_expires_can_be_saved(periodic: bool) -> None:
+    """A guest must not be able to stop its migration by a COUNT."""
+    guest = ScriptedGuest(features=Features(stimer=True))
+    guest.enable_synic()
+    guest.timers.advance(1)
+    guest.wr(Msr.STIMER0_CONFIG, config(periodic=periodic))
+    guest.wr(Msr.STIMER0_COUNT, (1 << 64) - 1)
+    state = migrate(guest)
+    assert SAVED_PARTITION.parse(SAVED_PARTITION.build(state)) == state
+    guest.partition.resume()
+
+
 def test_restore_cancels_the_state_that_the_partition_had(running: ScriptedGuest) -> None:
     """A restore into a running partition (loading of a snapshot) replaces all of its state."""
     fresh = ScriptedGuest(vps=2).partition.save()
@@ -185,6 +199,12 @@ TIMER_MESSAGE = QueuedMessage(2, 0x80000010, b"", 1, 5)
         ("saved-value", lambda s: dataclasses.replace(s, hypercall=-1)),
         ("saved-tsc-sequence", lambda s: with_time(s, sequence=1 << 32)),
         ("saved-tsc-offset", lambda s: with_time(s, offset=1 << 64)),
+        ("saved-tsc-offset", lambda s: with_time(s, offset=(1 << 64) - 1)),
+        ("saved-tsc-offset", lambda s: with_time(s, offset=s.time.time + 1)),
+        ("saved-time", lambda s: with_time(s, time=(1 << 64) - 1)),
+        ("saved-tsc-scale", lambda s: with_time(s, frequency=2_000_000_000, scale=(1 << 64) - 1)),
+        ("saved-tsc-scale", lambda s: with_time(s, frequency=0, scale=1)),
+        ("saved-tsc-frequency", lambda s: with_time(s, frequency=1)),
         ("saved-sint-count", lambda s: with_vp(s, sints=(0,))),
         ("saved-sint-vector", lambda s: with_vp(s, sints=(0,) * 16)),
         ("saved-timer-count", lambda s: with_vp(s, timers=())),

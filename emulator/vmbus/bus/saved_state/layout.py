@@ -11,11 +11,20 @@ from typing import Any
 
 import construct as c
 
+from vmbus.bus.channel.gpadl import (
+    MAX_ASSEMBLIES,
+    MAX_CHANNEL_GPADLS,
+    MAX_CHANNEL_PAGES,
+    RANGE_WEIGHT,
+)
 from vmbus.bus.channel.opening import OpenRequest, ReservedClient
 from vmbus.bus.channel.state import ChannelState
 from vmbus.bus.contact import ContactRequest, MonitorPages, NextAction, Phase
 from vmbus.bus.outbox import Outgoing, Target
 from vmbus.bus.saved_state.values import (
+    MAX_CHANNELS,
+    MAX_INBOX,
+    MAX_OUTBOX,
     AssemblyRecord,
     BusState,
     ChannelRecord,
@@ -143,12 +152,12 @@ _RANGE = Record(
     RangeRecord,
     "byte_count" / c.Int32ul,
     "byte_offset" / c.Int32ul,
-    "runs" / VarTuple(FixedTuple(VarUint[2])),
+    "runs" / VarTuple(FixedTuple(VarUint[2]), MAX_CHANNEL_PAGES),
 )
 _GPADL = Record(
     GpadlRecord,
     "gpadl_id" / c.Int32ul,
-    "ranges" / VarTuple(Nested(_RANGE)),
+    "ranges" / VarTuple(Nested(_RANGE), MAX_CHANNEL_PAGES // RANGE_WEIGHT),
     "tearing_down" / _FLAG,
     "device_notified" / _FLAG,
 )
@@ -178,7 +187,7 @@ _CHANNEL = Record(
     "abandoned" / _FLAG,
     "released_by_guest" / _FLAG,
     "waiting" / _FLAG,
-    "gpadls" / VarTuple(Nested(_GPADL)),
+    "gpadls" / VarTuple(Nested(_GPADL), MAX_CHANNEL_GPADLS),
 )
 _WAITING = Record(WaitingMessage, "connection_id" / c.Int32ul, "payload" / Blob, "trusted" / _FLAG)
 _OUTGOING = Record(Outgoing, "target" / Nested(_TARGET), "payload" / Blob, "lasting" / _FLAG)
@@ -186,8 +195,8 @@ _OUTGOING = Record(Outgoing, "target" / Nested(_TARGET), "payload" / Blob, "last
 SAVED_BUS = Record(
     BusState,
     "connection" / Nested(_CONNECTION),
-    "channels" / VarTuple(Nested(_CHANNEL)),
-    "assemblies" / VarTuple(Nested(_ASSEMBLY)),
-    "inbox" / VarTuple(Nested(_WAITING)),
-    "outbox" / VarTuple(Nested(_OUTGOING)),
+    "channels" / VarTuple(Nested(_CHANNEL), MAX_CHANNELS),
+    "assemblies" / VarTuple(Nested(_ASSEMBLY), MAX_ASSEMBLIES),
+    "inbox" / VarTuple(Nested(_WAITING), MAX_INBOX),
+    "outbox" / VarTuple(Nested(_OUTGOING), MAX_OUTBOX),
 )

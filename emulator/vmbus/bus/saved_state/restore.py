@@ -25,7 +25,14 @@ from vmbus.bus.channel.gpadl import (
 )
 from vmbus.bus.channel.opening import OpenRequest, split_rings
 from vmbus.bus.channel.state import ChannelState
-from vmbus.bus.contact import MULTICLIENT_CONNECTION_ID, SINT_COUNT, Connection, Limits, Phase
+from vmbus.bus.contact import (
+    MULTICLIENT_CONNECTION_ID,
+    SINT_COUNT,
+    Connection,
+    Limits,
+    NextAction,
+    Phase,
+)
 from vmbus.bus.offers import CONNECTION_ID_BASE, MAX_CONNECTION_ID, MAX_RELID
 from vmbus.bus.outbox import Target
 from vmbus.bus.saved_state.values import (
@@ -199,6 +206,7 @@ def _check_connection(
     connection: ConnectionRecord, limits: Limits, memory: GuestMemory, vp_count: int
 ) -> None:
     _check_target(connection.target, vp_count)
+    _check_next_action(connection)
     version, pages = connection.version, connection.monitor_pages
     if version is None:
         _consistent(connection.phase is not Phase.CONNECTED, "connected, and no version")
@@ -214,6 +222,14 @@ def _check_connection(
             _check_page(page, memory)
     if connection.interrupt_page:
         _check_page(connection.interrupt_page, memory)
+
+
+def _check_next_action(connection: ConnectionRecord) -> None:
+    contact = connection.next_contact
+    _consistent((connection.next_action is NextAction.CONTACT) == (contact is not None), "the next contact")
+    leaving = connection.phase is Phase.DISCONNECTING
+    _consistent(leaving or connection.next_action is NextAction.NONE, "an action after no disconnection")
+    _consistent(not connection.paused or connection.phase is Phase.CONNECTED, "paused without a connection")
 
 
 def _check_page(gpa: int, memory: GuestMemory) -> None:
@@ -237,7 +253,11 @@ def _check_channel(
         _consistent(vp is None or 0 <= vp < vp_count, f"{name}: VP {vp}")
     if channel.close_answer is not None:
         _check_target(channel.close_answer, vp_count)
+    _consistent(_can_leave(channel), f"{name} is {channel.state.value}, and leaves")
     reserved = channel.request is not None and channel.request.reserved is not None
+    if connection.phase is Phase.DISCONNECTING:
+        # The connection has ended when all of these are released: each must be on its way there.
+        _consistent(released or reserved or channel.abandoned, f"{name} stays, and the connection ends")
     if connection.phase is Phase.DISCONNECTED:
         _consistent(released or reserved, f"{name} is {channel.state.value} without a connection")
     _unique(f"GPADL of {name}", [gpadl.gpadl_id for gpadl in channel.gpadls])
@@ -247,6 +267,21 @@ def _check_channel(
             split_rings(channel.request, gpadls)
         except GuestError as error:
             raise BusStateRefused("inconsistent", f"{name}: {error}") from error
+
+
+def _can_leave(channel: ChannelRecord) -> bool:
+    """Return whether state and reasons to leave agree: in each state, a channel leaves for some reasons only.
+
+    From the others nothing would continue the departure after a restore.
+    """
+    state = channel.state
+    if state in (ChannelState.REVOKED, ChannelState.REOFFERED):
+        return not channel.abandoned and not channel.released_by_guest
+    if state is ChannelState.CLOSING:
+        return True
+    if state is ChannelState.OPENING:
+        return not channel.released_by_guest
+    return not (channel.abandoned or channel.released_by_guest or channel.revoking)
 
 
 def _has_its_requests(channel: ChannelRecord) -> bool:

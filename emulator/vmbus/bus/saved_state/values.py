@@ -26,6 +26,14 @@ if TYPE_CHECKING:
     from vmbus.bus.channel.channel import Channel
 
 
+MAX_INBOX = 16
+"""Messages of the guest that a paused bus keeps; the guest must retry those after them."""
+MAX_OUTBOX = 16384
+"""Messages to the guest that a state may have: an offer of each channel, and answers that the guest waits for."""
+MAX_CHANNELS = 4096
+"""Channels of a state: those with an id, of which there are 2047, and as many that are released."""
+
+
 @dataclass(frozen=True, slots=True)
 class RangeRecord:
     """One range of a GPADL."""

@@ -16,9 +16,14 @@ from vmbus.hypervisor.saved_state.values import (
     TimerState,
     VpState,
 )
+from vmbus.hypervisor.synic import MAX_QUEUED_MESSAGES
 from vmbus.wire.codec import Record
-from vmbus.wire.msr import SINT_COUNT, STIMER_COUNT
+from vmbus.wire.msr import CRASH_PARAMETER_COUNT, SINT_COUNT, STIMER_COUNT
 from vmbus.wire.plain import Blob, FixedTuple, Nested, Nullable, VarTuple
+from vmbus.wire.synic import EVENT_FLAG_COUNT
+
+MAX_VPS = 4096
+"""Virtual processors of a state."""
 
 _TIMER = Record(TimerState, "config" / c.Int64ul, "count" / c.Int64ul, "expiration" / Nullable(c.Int64ul))
 _PAGE = Record(PageState, "value" / c.Int64ul, "last_gpn" / Nullable(c.Int64ul))
@@ -37,9 +42,9 @@ _VP = Record(
     "siefp" / Nested(_PAGE),
     "simp" / Nested(_PAGE),
     "sints" / FixedTuple(c.Int64ul[SINT_COUNT]),
-    "messages" / VarTuple(Nested(_MESSAGE)),
+    "messages" / VarTuple(Nested(_MESSAGE), MAX_QUEUED_MESSAGES + STIMER_COUNT),
     "timers" / FixedTuple(Nested(_TIMER)[STIMER_COUNT]),
-    "deferred_events" / VarTuple(FixedTuple(c.Int16ul[2])),
+    "deferred_events" / VarTuple(FixedTuple(c.Int16ul[2]), SINT_COUNT * EVENT_FLAG_COUNT),
 )
 _TIME = Record(
     ReferenceTimeState,
@@ -55,7 +60,7 @@ SAVED_PARTITION = Record(
     "hypercall" / c.Int64ul,
     "reference_tsc" / c.Int64ul,
     "tsc_invariant_control" / c.Int64ul,
-    "crash_parameters" / VarTuple(c.Int64ul),
+    "crash_parameters" / VarTuple(c.Int64ul, CRASH_PARAMETER_COUNT),
     "time" / Nested(_TIME),
-    "vps" / VarTuple(Nested(_VP)),
+    "vps" / VarTuple(Nested(_VP), MAX_VPS),
 )

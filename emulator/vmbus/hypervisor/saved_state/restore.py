@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from vmbus.errors import MalformedError
 from vmbus.hypervisor.messages import Message
 from vmbus.hypervisor.overlay import PageOverlay
-from vmbus.hypervisor.reference_time import ReferenceTime, TscScaling
+from vmbus.hypervisor.reference_time import ReferenceTime, TscScaling, scale_for
 from vmbus.hypervisor.saved_state.values import PartitionState, ReferenceTimeState, VpState
 from vmbus.hypervisor.stimer import SyntheticTimer
 from vmbus.hypervisor.synic import MAX_QUEUED_MESSAGES, MIN_VECTOR
@@ -23,6 +23,8 @@ from vmbus.wire.msr import CRASH_PARAMETER_COUNT, SINT, SINT_COUNT, STIMER_COUNT
 from vmbus.wire.synic import EVENT_FLAG_COUNT, MESSAGE_PAYLOAD_MAX, MessageType
 
 _LIMIT64 = 1 << 64
+MAX_TIME = 1 << 62
+"""Reference time of a saved state, in units of 100 ns: 14,000 years. What follows it must fit 64 bits for years."""
 
 
 def check_state(state: PartitionState, vp_count: int) -> None:
@@ -41,8 +43,7 @@ def check_state(state: PartitionState, vp_count: int) -> None:
             state.time.scale,
         )
     )
-    _require(0 <= state.time.sequence < 1 << 32, "saved-tsc-sequence")
-    _require(-_LIMIT64 < state.time.offset < _LIMIT64, "saved-tsc-offset")
+    _check_time(state.time)
     for vp in state.vps:
         _check_vp(vp)
 
@@ -76,6 +77,18 @@ def restore_vp(
         timer.config = saved_timer.config
         timer.count = saved_timer.count
         timer.expiration = saved_timer.expiration
+
+
+def _check_time(time: ReferenceTimeState) -> None:
+    """Check that time can go on from here: by the clock, and by the formula with any TSC that a processor can have.
+
+    The formula gave no time after ``time``, at a TSC that is not negative.
+    """
+    _require(0 <= time.sequence < 1 << 32, "saved-tsc-sequence")
+    _require(time.time < MAX_TIME, "saved-time", f"{time.time}")
+    _require(time.scale == (scale_for(time.frequency) if time.frequency else 0), "saved-tsc-scale")
+    _require(bool(time.scale) == bool(time.frequency), "saved-tsc-frequency", f"{time.frequency} Hz")
+    _require(-_LIMIT64 < time.offset <= time.time, "saved-tsc-offset", f"{time.offset} at {time.time}")
 
 
 def _check_vp(vp: VpState) -> None:

@@ -24,7 +24,8 @@ from vmbus.bus.server import Bus
 from vmbus.errors import MalformedError
 from vmbus.hypervisor.features import Features
 from vmbus.hypervisor.partition import Partition
-from vmbus.hypervisor.reference_time import TscScaling
+from vmbus.hypervisor.reference_time import TscScaling, scale_for
+from vmbus.hypervisor.saved_state.restore import MAX_TIME
 from vmbus.machine.gateway.traps import Unclaimed
 from vmbus.machine.memory import MappedMemory
 from vmbus.machine.migration import carried_pages, shared_memory
@@ -90,6 +91,10 @@ class HypervisorSection:
             self._partition.check_state(saved.partition)
         except MalformedError as error:
             return str(error)
+        if saved.tsc_frequency and not scale_for(saved.tsc_frequency):
+            return f"a guest whose TSC has {saved.tsc_frequency} Hz"
+        if (seen := _time_seen(saved)) >= MAX_TIME:
+            return f"a guest that has read the reference time {seen}"
         here = offered(self._partition.features)
         if saved.offered != here:
             differing = ", ".join(sorted(set(saved.offered) ^ set(here)))
@@ -98,17 +103,27 @@ class HypervisorSection:
 
     def apply_restore(self, section: SavedSection) -> None:
         saved = self._parsed(section)
-        time = saved.partition.time
-        now = time.time
-        if time.frequency and saved.tsc:  # what a guest that computes the time itself has seen
-            now = max(now, TscScaling(time.frequency, time.scale, time.offset).time(saved.tsc))
-        same = self._clock.restore(saved.tsc_frequency, saved.tsc, now, time.time, same_host=self.same_host)
+        same = self._clock.restore(
+            saved.tsc_frequency,
+            saved.tsc,
+            _time_seen(saved),
+            saved.partition.time.time,
+            same_host=self.same_host,
+        )
         self._partition.restore(saved.partition)
         if not same:  # the guest reads the counter MSR until its TSC is known here
             self._partition.publish_reference_tsc()
         self._gateway.carry(
             Unclaimed(answer.identity, answer.verdict, answer.value) for answer in saved.answers
         )
+
+
+def _time_seen(saved: SavedHypervisor) -> int:
+    """Return the last reference time that the guest has seen, also by computing it from its TSC."""
+    time = saved.partition.time
+    if not time.frequency or not saved.tsc:
+        return time.time
+    return max(time.time, TscScaling(time.frequency, time.scale, time.offset).time(saved.tsc))
 
 
 class BusSection:
