@@ -308,7 +308,8 @@ class ChannelIo:
             raise DeviceError(
                 f"{self.device.name}: no completion is owed for transaction {transaction_id:#x}"
             )
-        self._hold(-cost)
+        self._held -= cost
+        self._budget.refund(cost)
         self._output.put(build_packet(_COMPLETION, payload, transaction_id=transaction_id))
         if not self._in_turn:
             self._schedule()
@@ -669,12 +670,13 @@ class ChannelIo:
     def _deliver(self, batch: list[Packet]) -> int:
         """Pass packets to the device; return how many: fewer if it paused or failed in between."""
         counters = self.counters
+        budget = self._budget
         done = 0
         for packet in batch:
             done += 1
             counters.bytes_in += packet.size
             self._dispatch(packet)
-            if self.state is not _RUNNING or self._input_paused or self._budget.full:
+            if self.state is not _RUNNING or self._input_paused or budget.held >= budget.limit:
                 break
         counters.packets_in += done
         return done
@@ -691,7 +693,8 @@ class ChannelIo:
                             packet = device.needed(packet)
                         cost = memory_of(packet)
                         self._owed.add(packet.transaction_id, cost)
-                        self._hold(cost)
+                        self._held += cost
+                        self._budget.charge(cost)
                     if packet.error is not None:
                         raise packet.error
                     device.packet(self, packet)
