@@ -189,3 +189,22 @@ async def test_qemu_killed_leaves_nothing(tmp_path: Path) -> None:
     assert not directory.exists()
     assert not memory.exists()
     assert descriptors() <= before
+
+
+async def test_a_hot_added_vcpu_has_its_synic(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The program itself starts QEMU with ``maxcpus=2``. Linux has message pages for the vCPUs of its boot only."""
+    async with boot(tmp_path) as guest:
+        await guest.more_beats()
+        assert len(guest.status()["partition"]["vps"]) == guest.status()["vcpus"] == 1
+        qmp = guest.host.qmp
+        (slot,) = [each for each in await qmp.execute("query-hotpluggable-cpus") if "qom-path" not in each]
+        await qmp.execute("device_add", {"driver": slot["type"], "id": "added", **slot["props"]})
+        assert await guest.shut_down("restart") == "ok"
+        await guest.until(lambda: guest.host.events.resets, "the reset")
+        await guest.until(lambda: guest.host.bus.status()["gpadls"] == 3, "the next boot")
+        await guest.more_beats()
+        vps = guest.status()["partition"]["vps"]
+        assert [vp["synic_enabled"] and vp["message_page"] is not None for vp in vps] == [True, True]
+        assert guest.status()["vcpus"] == 2
+        assert complaints(guest.console()) == []
+        assert not [record for record in caplog.records if record.levelname == "ERROR"]

@@ -84,6 +84,7 @@ async def test_every_form_makes_a_qemu_that_can_be_attached_to(tmp_path: Path, f
     assert found.gateway_socket == str(wanted.gateway_socket)
     assert found.qtest_socket == str(wanted.qtest_socket)
     assert found.apic_ids == (0,)
+    assert found.vcpus == 1
     assert not found.running
 
 
@@ -99,7 +100,22 @@ async def test_the_layout_of_ram_is_found(tmp_path: Path, machine: str, mebibyte
     if high:
         assert (high[0].gpa, high[0].offset) == (4 << 30, low.end)
     assert bool(high) == (mebibytes >= 3584)
-    assert len(found.apic_ids) == 3
+    assert len(found.apic_ids) == found.vcpus == 3
+
+
+@pytest.mark.parametrize(
+    ("smp", "apic_ids"),
+    [
+        ("1,maxcpus=2", (0, 1)),
+        ("2,maxcpus=6,sockets=2,cores=3,threads=1", (0, 1, 2, 4, 5, 6)),
+        ("3,maxcpus=12,sockets=2,dies=2,cores=3,threads=1", (0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14)),
+    ],
+)
+async def test_vcpus_that_may_be_added_are_known(tmp_path: Path, smp: str, apic_ids: tuple[int, ...]) -> None:
+    with qemu(tmp_path, ["-machine", "q35", "-smp", smp, *options(tmp_path).argv()]):
+        found = await facts(tmp_path)
+    assert found.apic_ids == apic_ids
+    assert found.vcpus == int(smp[0])
 
 
 async def test_each_missing_option_is_named_alone(tmp_path: Path) -> None:

@@ -41,7 +41,12 @@ from vmbus.hypervisor.msrs import GeneralProtection, MsrTable
 from vmbus.hypervisor.overlay import PageOverlay
 from vmbus.hypervisor.reference_time import GuestClock, ReferenceTime
 from vmbus.hypervisor.saved_state.restore import check_state, restore_reference_time, restore_vp
-from vmbus.hypervisor.saved_state.values import PartitionState, capture_reference_time, capture_vp
+from vmbus.hypervisor.saved_state.values import (
+    PartitionState,
+    VpState,
+    capture_reference_time,
+    capture_vp,
+)
 from vmbus.hypervisor.stimer import SyntheticTimers
 from vmbus.hypervisor.synic import Synic, SynicEvents
 from vmbus.ports import PAGE_SIZE, GuestMemory, Interrupts, Timers
@@ -96,7 +101,9 @@ class Partition:
         timers: Timers,
         features: Features = _DEFAULT_FEATURES,
         events: PartitionEvents | None = None,
+        present: int | None = None,
     ) -> None:
+        """``vp_count``: processors that can exist; ``present``: those that exist from the start, if not all do."""
         self.features = features
         self.vp_count = vp_count
         self.refusals = Refusals("partition", _logger)
@@ -125,6 +132,8 @@ class Partition:
             PageOverlay(f"VP_ASSIST_PAGE of VP {vp}", memory, self.refusals) for vp in range(vp_count)
         ]
         self._msrs = self._make_msr_table()
+        self._present = vp_count if present is None else present
+        self._power_on = self._capture_vps()[0]
 
     # --- traps ---
 
@@ -226,13 +235,27 @@ class Partition:
             tsc_invariant_control=self.tsc_invariant_control,
             crash_parameters=tuple(self.crash.parameters),
             time=capture_reference_time(self.reference_time),
-            vps=tuple(
-                capture_vp(page, synic, timers)
-                for page, synic, timers in zip(
-                    self.assist_pages, self.synic.vps, self.synthetic_timers.vps, strict=True
-                )
-            ),
+            vps=self._vps_in_use(),
         )
+
+    def _capture_vps(self) -> tuple[VpState, ...]:
+        return tuple(
+            capture_vp(page, synic, timers)
+            for page, synic, timers in zip(
+                self.assist_pages, self.synic.vps, self.synthetic_timers.vps, strict=True
+            )
+        )
+
+    def _vps_in_use(self) -> tuple[VpState, ...]:
+        """Return the states of processors, up to the last that exists from the start or was used since.
+
+        So the state of a guest without hot-added processors does not depend on how many could be added.
+        """
+        states = self._capture_vps()
+        count = len(states)
+        while count > self._present and states[count - 1] == self._power_on:
+            count -= 1
+        return states[:count]
 
     def check_state(self, state: PartitionState) -> None:
         """Raise :class:`~vmbus.errors.MalformedError` if :meth:`restore` would; change nothing."""
@@ -253,7 +276,8 @@ class Partition:
         self.reference_tsc.restore(state.reference_tsc, None)
         restore_reference_time(self.reference_time, state.time)
         self.synthetic_timers.reset()
-        for vp, saved in enumerate(state.vps):
+        absent = (self._power_on,) * (self.vp_count - len(state.vps))
+        for vp, saved in enumerate(state.vps + absent):
             restore_vp(saved, self.assist_pages[vp], self.synic.vps[vp], self.synthetic_timers.vps[vp])
         self.synic.restored()
         self._events.guest_os_changed(self.guest_os_id)
@@ -279,7 +303,7 @@ class Partition:
             },
             "vps": [
                 {**synic.status(), "timers": self.synthetic_timers.status(synic.index)}
-                for synic in self.synic.vps
+                for synic in self.synic.vps[: len(self._vps_in_use())]
             ],
             "counters": {
                 **dataclasses.asdict(self.synic.counters),

@@ -177,6 +177,7 @@ class Host:
         self.clock = TcgClock(gateway.clock)
         self.partition = Partition(
             vp_count=len(facts.apic_ids),
+            present=facts.vcpus,
             memory=self.memory,
             interrupts=LocalApics(qtest, facts.apic_ids, self._lost),
             clock=self.clock,
@@ -193,7 +194,7 @@ class Host:
         for connection in (1, 4):
             self.partition.connect_message_port(connection, self._message)
         # A long poll window occupies a processor: with none to spare, it would be a vCPU's.
-        self._spare = len(os.sched_getaffinity(0)) > len(facts.apic_ids)
+        self._spare = len(os.sched_getaffinity(0)) > facts.vcpus
         self.workers = WorkerThreads(loop)
         self.workers.engines = NativeEngines(
             loop, self.memory, self.workers.ended, spare_processor=self._spare

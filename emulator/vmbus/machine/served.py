@@ -123,7 +123,7 @@ def status(host: Host, name: str) -> dict[str, Any]:
             "machine": host.facts.machine,
             "memory": host.facts.ram_size,
         },
-        "vcpus": len(host.facts.apic_ids),
+        "vcpus": max(host.facts.vcpus, host.gateway.vcpus),
         "traps": host.gateway_traps,
         "doorbells": host.gateway_doorbells,
         "interrupts": host.qtest.interrupts,

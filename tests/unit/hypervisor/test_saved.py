@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from vmbus.errors import MalformedError
-from vmbus.hypervisor import Features, PartitionState
+from vmbus.hypervisor import Features, Partition, PartitionState
 from vmbus.hypervisor.saved_state.layout import SAVED_PARTITION
 from vmbus.hypervisor.saved_state.values import QueuedMessage, VpState
 from vmbus.wire.msr import Msr
@@ -193,7 +193,8 @@ TIMER_MESSAGE = QueuedMessage(2, 0x80000010, b"", 1, 5)
 @pytest.mark.parametrize(
     ("reason", "damage"),
     [
-        ("saved-vp-count", lambda s: dataclasses.replace(s, vps=s.vps[:1])),
+        ("saved-vp-count", lambda s: dataclasses.replace(s, vps=s.vps * 2)),
+        ("saved-vp-count", lambda s: dataclasses.replace(s, vps=())),
         ("saved-crash-parameters", lambda s: dataclasses.replace(s, crash_parameters=(1,))),
         ("saved-value", lambda s: dataclasses.replace(s, guest_os_id=1 << 64)),
         ("saved-value", lambda s: dataclasses.replace(s, hypercall=-1)),
@@ -249,3 +250,31 @@ def test_records_hold_plain_values_only(running: ScriptedGuest) -> None:
     state = running.partition.save()
     check(state)
     assert isinstance(state.vps[0], VpState)
+
+
+def test_a_processor_that_may_be_added_is_saved_once_it_was_used() -> None:
+    def partition() -> Partition:
+        return Partition(
+            vp_count=3,
+            present=1,
+            memory=guest.memory,
+            interrupts=guest.interrupts,
+            clock=guest.clock,
+            timers=guest.timers,
+        )
+
+    guest = ScriptedGuest(vps=3)
+    guest.move_to(partition())
+    guest.enable_synic(0)
+    assert len(guest.partition.save().vps) == len(guest.partition.status()["vps"]) == 1  # type: ignore[arg-type]
+    before = guest.partition.save()
+    guest.enable_synic(1)
+    guest.synic.signal_event(1, 2, 5)
+    assert guest.interrupts.requests[-1][0] == 1
+    state = guest.partition.save()
+    assert len(state.vps) == len(guest.partition.status()["vps"]) == 2  # type: ignore[arg-type]
+    target = partition()
+    target.restore(state)
+    assert target.save() == state
+    target.restore(before)
+    assert target.save() == before, "and a processor that the state does not name is at power-on"

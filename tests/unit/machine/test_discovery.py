@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vmbus.machine.memory import RamRegion
-from vmbus.machine.qemu.discovery import chardev_path, parse_layout, plugin_socket
+from vmbus.machine.qemu.discovery import chardev_path, parse_layout, plugin_socket, possible_apic_ids
 
 Q35_6GIB = """\
 FlatView #1
@@ -84,3 +84,24 @@ def test_a_chardev_tells_its_path_whether_somebody_is_connected_or_not() -> None
     assert chardev_path("disconnected:unix:/run/q.sock,server=on") == "/run/q.sock"
     assert chardev_path("unix:/run/q.sock,server=on") == "/run/q.sock"
     assert chardev_path("vc") is None
+
+
+def places(sockets: int, cores: int, threads: int) -> list[dict[str, int]]:
+    """As QEMU lists them: the last processor first."""
+    return [
+        {"socket-id": socket, "core-id": core, "thread-id": thread}
+        for socket in range(sockets)
+        for core in range(cores)
+        for thread in range(threads)
+    ][::-1]
+
+
+def test_apic_ids_of_vcpus_that_may_be_added_follow_from_their_places() -> None:
+    smp = {"sockets": 2, "cores": 3, "threads": 2}
+    wanted = (0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13)
+    assert possible_apic_ids({0: 0, 6: 8}, places(2, 3, 2), smp) == wanted
+
+
+def test_an_unknown_numbering_leaves_the_vcpus_that_exist() -> None:
+    smp = {"sockets": 1, "cores": 4, "threads": 1}
+    assert possible_apic_ids({1: 16, 0: 0}, places(1, 4, 1), smp) == (0, 16)

@@ -40,6 +40,7 @@ def host(folder: Path, *lines: str) -> Iterator[Host]:
         qtest_socket="",
         gateway_socket="",
         apic_ids=(0,),
+        vcpus=1,
     )
     made = Host(facts, MagicMock(), MagicMock(), gateway, HostOptions())
     for device in registry().create_all(lines):

@@ -42,6 +42,7 @@ def host_for(folder: Path, name: str) -> Host:
         qtest_socket="",
         gateway_socket="",
         apic_ids=tuple(range(described["vcpus"])),
+        vcpus=described["vcpus"],
     )
     host = Host(facts, MagicMock(), MagicMock(), gateway, HostOptions())
     for device in registry().create_all(described["devices"]):

@@ -60,7 +60,7 @@ async def write(name: str) -> None:
             await snapshots.save(guest.host.migration, name)
             facts = guest.host.facts
             regions = [asdict(region) for region in facts.ram_regions]
-            described = {"devices": DEVICES, "regions": regions, "vcpus": len(facts.apic_ids)}
+            described = {"devices": DEVICES, "regions": regions, "vcpus": facts.vcpus}
     (FOLDER / f"{name}.bin").write_bytes(kept[0])
     (FOLDER / f"{name}.json").write_text(json.dumps(described, indent=1) + "\n")
 

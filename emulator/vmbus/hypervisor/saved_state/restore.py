@@ -28,8 +28,8 @@ MAX_TIME = 1 << 62
 
 
 def check_state(state: PartitionState, vp_count: int) -> None:
-    """Raise :class:`MalformedError` for a state that no partition of ``vp_count`` processors can have."""
-    _require(len(state.vps) == vp_count, "saved-vp-count", f"{len(state.vps)} saved, {vp_count} here")
+    """Raise :class:`MalformedError` for a state that no partition of at most ``vp_count`` processors can have."""
+    _require(0 < len(state.vps) <= vp_count, "saved-vp-count", f"{len(state.vps)} saved, {vp_count} here")
     _require(len(state.crash_parameters) == CRASH_PARAMETER_COUNT, "saved-crash-parameters")
     _require_u64(
         (

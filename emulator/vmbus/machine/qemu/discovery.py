@@ -7,7 +7,8 @@ guest RAM            ``qom-get /machine memory-backend``, then ``mem-path``, ``s
 its layout           ``info mtree -f``, address space ``memory``: the lines of that memory region with ``@offset``
 qtest socket         ``query-chardev``, label ``qtest``
 gateway socket       the ``-plugin`` option on the command line of the QMP socket's peer process
-vCPU → APIC id       ``qom-get`` ``apic-id`` of each CPU of ``query-cpus-fast``
+vCPU → APIC id       ``qom-get`` ``apic-id`` of each CPU of ``query-cpus-fast``; for those that may be
+                     added, from their place in ``query-hotpluggable-cpus`` and ``/machine smp``
 state carrier        ``qom-list /objects``: the ``addr`` of the object of type ``dbus-vmstate``
 atomic guest         ``query-hotpluggable-cpus``: there can be two vCPUs or more
 ===================  ==============================================================================
@@ -20,13 +21,17 @@ its channel then waits for ever. With ``-smp 1,maxcpus=2`` they are atomic.
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vmbus.errors import QemuError, QemuUnsuitable
 from vmbus.machine.memory import VIDEO_MEMORY, RamRegion
 from vmbus.machine.qemu.qmp import Qmp
+
+_logger = logging.getLogger(__name__)
 
 _MTREE_LINE = re.compile(
     r"^\s*([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, (?:ram|rom)\): (\S+)(?: @([0-9a-f]+))?\s*$"
@@ -48,6 +53,9 @@ class QemuFacts:
     qtest_socket: str
     gateway_socket: str
     apic_ids: tuple[int, ...]
+    """APIC ids by the vCPUs' numbers, those of vCPUs that may be added later included."""
+    vcpus: int
+    """Number of vCPUs that exist now."""
     dbus_address: str | None = None
     """Address of the daemon that QEMU's ``dbus-vmstate`` object uses; ``None``: QEMU has no such object."""
     atomic: bool = True
@@ -168,9 +176,11 @@ async def discover(qmp: Qmp) -> QemuFacts:
             f"cannot find the guest's RAM ({backend}) in the output of `info mtree -f`; please report this"
         )
 
-    apic_ids = []
+    present = {}
     for cpu in await qmp.execute("query-cpus-fast"):
-        apic_ids.append(int(await qmp.execute("qom-get", {"path": cpu["qom-path"], "property": "apic-id"})))
+        apic_id = await qmp.execute("qom-get", {"path": cpu["qom-path"], "property": "apic-id"})
+        present[int(cpu["cpu-index"])] = int(apic_id)
+    possible = await _possible_cpus(qmp)
 
     def absolute(path: str) -> str:
         return path if path.startswith("/") else str((process / "cwd").resolve() / path)
@@ -186,18 +196,57 @@ async def discover(qmp: Qmp) -> QemuFacts:
         ram_regions=layout,
         qtest_socket=absolute(qtest),
         gateway_socket=absolute(gateway),
-        apic_ids=tuple(apic_ids),
+        apic_ids=possible_apic_ids(present, *possible) if possible else tuple(present.values()),
+        vcpus=max(present) + 1,
         dbus_address=await _dbus_address(qmp),
-        atomic=await _possible_cpus(qmp) != 1,
+        atomic=possible is None or len(possible[0]) != 1,
     )
 
 
-async def _possible_cpus(qmp: Qmp) -> int:
-    """Return the maximum number of vCPUs; 0: not known."""
+_LEVELS = (
+    ("socket-id", "sockets"),
+    ("die-id", "dies"),
+    ("module-id", "modules"),
+    ("core-id", "cores"),
+    ("thread-id", "threads"),
+)
+"""The levels of a processor's place, the highest first: its name in a place, and its number in ``/machine smp``."""
+
+
+def possible_apic_ids(
+    present: Mapping[int, int], places: Sequence[Mapping[str, int]], smp: Mapping[str, int]
+) -> tuple[int, ...]:
+    """Return the APIC ids of all vCPUs that can exist, by their numbers.
+
+    ``present``: those of the vCPUs that exist, by number. An APIC id has a field of bits for each level of a
+    processor's place. If that does not give the ids in ``present``, return these alone: a vCPU that is added later
+    then has no VMBus.
+    """
+    ids = []
+    for place in places:
+        apic_id = 0
+        for name, count in _LEVELS:
+            width = (max(int(smp.get(count, 1)), 1) - 1).bit_length()
+            apic_id = apic_id << width | int(place.get(name, 0))
+        ids.append(apic_id)
+    ids.sort()
+    if any(index >= len(ids) or ids[index] != apic_id for index, apic_id in present.items()):
+        _logger.warning(
+            "this QEMU numbers its processors in an unknown way: vCPUs that are added while the guest runs cannot "
+            "use VMBus; start QEMU with all of them (-smp N)"
+        )
+        return tuple(apic_id for _, apic_id in sorted(present.items()))
+    return tuple(ids)
+
+
+async def _possible_cpus(qmp: Qmp) -> tuple[list[dict[str, int]], dict[str, int]] | None:
+    """Return the places of all vCPUs that can exist and the machine's ``smp``; None: the vCPUs are fixed."""
     try:
-        return len(await qmp.execute("query-hotpluggable-cpus"))
-    except QemuError:  # a machine whose vCPUs are fixed
-        return 0
+        slots = await qmp.execute("query-hotpluggable-cpus")
+        smp = await qmp.execute("qom-get", {"path": "/machine", "property": "smp"})
+    except QemuError:
+        return None
+    return [slot["props"] for slot in slots], smp
 
 
 async def _dbus_address(qmp: Qmp) -> str | None:
