@@ -208,3 +208,15 @@ async def test_a_hot_added_vcpu_has_its_synic(tmp_path: Path, caplog: pytest.Log
         assert guest.status()["vcpus"] == 2
         assert complaints(guest.console()) == []
         assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_ram_that_is_plugged_into_a_running_guest_is_named(tmp_path: Path) -> None:
+    async with boot(tmp_path, extra=["-m", "slots=1,maxmem=2G"]) as guest:
+        await guest.more_beats()
+        assert guest.status()["problems"] == []
+        qmp = guest.host.qmp
+        await qmp.execute("object-add", {"qom-type": "memory-backend-ram", "id": "m", "size": 128 << 20})
+        await qmp.execute("device_add", {"driver": "pc-dimm", "id": "more", "memdev": "m"})
+        await guest.until(lambda: guest.status()["problems"], "the problem to be named")
+        (problem,) = guest.status()["problems"]
+        assert "more (dimm, 128 MiB at" in problem

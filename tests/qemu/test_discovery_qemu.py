@@ -118,6 +118,38 @@ async def test_vcpus_that_may_be_added_are_known(tmp_path: Path, smp: str, apic_
     assert found.vcpus == int(smp[0])
 
 
+@pytest.mark.parametrize(
+    "device",
+    [
+        ("pc-dimm,id=more,memdev=other", "more (dimm, 64 MiB at 0x100000000)"),
+        ("virtio-mem-pci,id=more,memdev=other,requested-size=16M", "more (virtio-mem, 16 MiB at 0x1"),
+    ],
+)
+async def test_ram_outside_the_memory_backend_is_refused(tmp_path: Path, device: tuple[str, str]) -> None:
+    words = options(tmp_path).argv()
+    more = [
+        "-m",
+        "slots=2,maxmem=1G",
+        "-object",
+        "memory-backend-ram,id=other,size=64M",
+        "-device",
+        device[0],
+    ]
+    with qemu(tmp_path, ["-machine", "q35", *words, *more]), pytest.raises(QemuUnsuitable) as refused:
+        await facts(tmp_path)
+    assert device[1] in str(refused.value)
+    assert "-m SIZE" in str(refused.value)
+
+
+async def test_persistent_memory_is_no_ram(tmp_path: Path) -> None:
+    words = options(tmp_path).argv()
+    more = ["-m", "slots=2,maxmem=1G", "-object", "memory-backend-ram,id=other,size=64M"]
+    more += ["-device", "virtio-pmem-pci,id=disk,memdev=other"]
+    with qemu(tmp_path, ["-machine", "q35", *words, *more]):
+        found = await facts(tmp_path)
+    assert [(device.kind, device.name) for device in found.memory_devices] == [("virtio-pmem", "disk")]
+
+
 async def test_each_missing_option_is_named_alone(tmp_path: Path) -> None:
     words = options(tmp_path).argv()
     at = words.index("-qtest")

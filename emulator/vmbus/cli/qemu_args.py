@@ -24,6 +24,7 @@ examples:
   qemu-system-x86_64 -cpu max -smp 1,maxcpus=2 $(vmbus qemu-args --dir /tmp/vm) -kernel bzImage ...
   vmbus attach --qmp /tmp/vm/emulator-qmp.sock
 
+All of the guest's RAM is in --memory: DIMMs and virtio-mem are out of the emulator's reach.
 Needs QEMU 11.1 or newer with TCG, and maxcpus=2 or more: in a machine for one vCPU only, TCG does not make the
 guest's locked instructions atomic, and signals get lost. The directory must exist, and be closed to other users: QEMU
 creates its sockets and its memory file there. The ACPI table is written to it now.

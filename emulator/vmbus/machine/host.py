@@ -52,6 +52,7 @@ from vmbus.machine.migration.host_state import HostState
 from vmbus.machine.migration.ports import MigrationPorts
 from vmbus.machine.migration.state_machine import Phase, Switchover
 from vmbus.machine.problems import Problems
+from vmbus.machine.qemu import memory_devices
 from vmbus.machine.qemu.discovery import QemuFacts, discover
 from vmbus.machine.qemu.qmp import Qmp
 from vmbus.machine.qemu.qtest import LocalApics, Qtest
@@ -164,6 +165,7 @@ class Host:
         self.events = HostEvents()
         self.problems = Problems()
         self.auto_eoi = AutoEoi(gateway, self.problems)
+        self.report_other_ram(facts.memory_devices)
         self.started = time.monotonic()
         loop = asyncio.get_running_loop()
         self._loop = loop
@@ -446,10 +448,27 @@ class Host:
                 self._shutdown_reason = str(data.get("reason", ""))
             elif name == "GUEST_PANICKED":
                 self.events.guest_panicked += 1
+            elif name in memory_devices.EVENTS:
+                self.background(self._look_for_other_ram())
             self.migration.event(name, data)
             if name == "RESUME":
                 self._resumed()
         self._ended_by_itself(None)
+
+    async def _look_for_other_ram(self) -> None:
+        try:
+            self.report_other_ram(await memory_devices.memory_devices(self.qmp))
+        except QemuGone:
+            raise
+        except QemuError as error:
+            _logger.warning("cannot see which memory devices QEMU has: %s", error)
+
+    def report_other_ram(self, devices: tuple[memory_devices.MemoryDevice, ...]) -> None:
+        """Name RAM that is not in the mapped file, or withdraw the problem if there is none."""
+        if devices:
+            self.problems.report("other-ram", memory_devices.out_of_reach(devices))
+        else:
+            self.problems.withdraw("other-ram")
 
     def stop_guest(self, reason: str) -> None:
         """Stop the guest: a device cannot work until the user removes the cause and resumes the guest (``cont``)."""

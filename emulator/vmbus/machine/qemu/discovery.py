@@ -9,6 +9,7 @@ qtest socket         ``query-chardev``, label ``qtest``
 gateway socket       the ``-plugin`` option on the command line of the QMP socket's peer process
 vCPU → APIC id       ``qom-get`` ``apic-id`` of each CPU of ``query-cpus-fast``; for those that may be
                      added, from their place in ``query-hotpluggable-cpus`` and ``/machine smp``
+RAM elsewhere        ``query-memory-devices``: there must be none but persistent memory
 state carrier        ``qom-list /objects``: the ``addr`` of the object of type ``dbus-vmstate``
 atomic guest         ``query-hotpluggable-cpus``: there can be two vCPUs or more
 ===================  ==============================================================================
@@ -29,6 +30,7 @@ from pathlib import Path
 
 from vmbus.errors import QemuError, QemuUnsuitable
 from vmbus.machine.memory import VIDEO_MEMORY, RamRegion
+from vmbus.machine.qemu.memory_devices import PERSISTENT, MemoryDevice, memory_devices
 from vmbus.machine.qemu.qmp import Qmp
 
 _logger = logging.getLogger(__name__)
@@ -56,6 +58,8 @@ class QemuFacts:
     """APIC ids by the vCPUs' numbers, those of vCPUs that may be added later included."""
     vcpus: int
     """Number of vCPUs that exist now."""
+    memory_devices: tuple[MemoryDevice, ...] = ()
+    """Persistent memory, which is not part of ``ram_regions``."""
     dbus_address: str | None = None
     """Address of the daemon that QEMU's ``dbus-vmstate`` object uses; ``None``: QEMU has no such object."""
     atomic: bool = True
@@ -176,6 +180,14 @@ async def discover(qmp: Qmp) -> QemuFacts:
             f"cannot find the guest's RAM ({backend}) in the output of `info mtree -f`; please report this"
         )
 
+    devices = await memory_devices(qmp)
+    if volatile := tuple(device for device in devices if device.kind not in PERSISTENT):
+        raise QemuUnsuitable(
+            f"the QEMU at {qmp.path} has RAM outside its memory backend, which the emulator cannot reach: "
+            f"{', '.join(map(str, volatile))}; start it with all of the guest's RAM in -m SIZE and without "
+            "memory devices"
+        )
+
     present = {}
     for cpu in await qmp.execute("query-cpus-fast"):
         apic_id = await qmp.execute("qom-get", {"path": cpu["qom-path"], "property": "apic-id"})
@@ -198,6 +210,7 @@ async def discover(qmp: Qmp) -> QemuFacts:
         gateway_socket=absolute(gateway),
         apic_ids=possible_apic_ids(present, *possible) if possible else tuple(present.values()),
         vcpus=max(present) + 1,
+        memory_devices=devices,
         dbus_address=await _dbus_address(qmp),
         atomic=possible is None or len(possible[0]) != 1,
     )
