@@ -159,6 +159,40 @@ class ModuleTree:
     def has(self, name: str) -> bool:
         return canonical(name) in self.builtins or canonical(name) in self.files
 
+    def named(self, name: str) -> tuple[str, ...]:
+        """Return the modules that a soft dependency on ``name`` means: that module, or those with such an alias.
+
+        Of several, only the generic one: the others need a processor that has them. None if this kernel has none.
+        """
+        key = canonical(name)
+        if self.has(key):
+            return (key,)
+        if any(key in map(canonical, module.aliases) for module in self.builtins.values()):
+            return ()
+        found = self._aliased.get(key, ())
+        generic = tuple(each for each in found if each.endswith("_generic"))
+        return generic[:1] or found
+
+    @cached_property
+    def _aliased(self) -> dict[str, tuple[str, ...]]:
+        """Alias -> loadable modules, from ``modules.alias`` if depmod has run, else from the modules of algorithms.
+
+        Only algorithms are named by aliases in soft dependencies; to read all modules takes half a minute.
+        """
+        pairs = re.findall(r"^alias ([^\s*?[]+) (\S+)$", self._text("modules.alias"), re.MULTILINE)
+        if not pairs:
+            names = [
+                name
+                for name, path in self.files.items()
+                if {"crypto", "lib"} & set(path.relative_to(self.folder).parts[:-1])
+            ]
+            pairs = [(alias, name) for name in names for alias in self.module(name).aliases]
+        found: dict[str, list[str]] = {}
+        for alias, name in pairs:
+            if self.has(name) and canonical(name) not in found.setdefault(canonical(alias), []):
+                found[canonical(alias)].append(canonical(name))
+        return {alias: tuple(sorted(names)) for alias, names in found.items()}
+
     def load_order(self, names: Iterable[str]) -> tuple[Module, ...]:
         """Return the loadable modules among ``names`` and all their dependencies, each after what it needs.
 
@@ -178,14 +212,16 @@ class ModuleTree:
             path.append(key)
             for other in module.depends:
                 visit(other)
-            for other in module.soft_before:
-                if self.has(other) and canonical(other) not in path:
-                    visit(other)
+            visit_soft(module.soft_before)
             path.pop()
             order[key] = module
-            for other in module.soft_after:
-                if self.has(other) and canonical(other) not in path:
-                    visit(other)
+            visit_soft(module.soft_after)
+
+        def visit_soft(names: Iterable[str]) -> None:
+            for name in names:
+                for other in self.named(name):
+                    if other not in path:
+                        visit(other)
 
         for name in names:
             visit(name)

@@ -101,6 +101,43 @@ def test_soft_dependencies_are_followed_where_they_exist(kernel: KernelFolder) -
     assert [module.name for module in ModuleTree(kernel.folder).load_order(["a"])] == ["b", "a", "c"]
 
 
+EXT4 = ("kernel/fs/ext4/ext4.ko", "softdep=pre: crc32c")
+CRC = ("alias=crypto-crc32c-generic", "alias=crypto-crc32c", "alias=crc32c")
+
+
+def crc_modules(kernel: KernelFolder) -> None:
+    kernel.module(*EXT4)
+    kernel.module("kernel/crypto/crc32c_generic.ko", *CRC)
+    kernel.module("kernel/arch/x86/crypto/crc32c-intel.ko", *CRC[1:], "alias=cpu:type:x86,ven*")
+    kernel.module("kernel/crypto/sha256_generic.ko", "alias=sha256")
+
+
+@pytest.mark.parametrize("depmod", [False, True])
+def test_a_soft_dependency_may_name_an_alias(kernel: KernelFolder, depmod: bool) -> None:
+    """Of several modules, the one that every processor can use."""
+    crc_modules(kernel)
+    if depmod:
+        (kernel.folder / "modules.alias").write_text(
+            "# Aliases\nalias pci:v00008086d*sv* other\nalias crc32c crc32c_intel\nalias crc32c crc32c_generic\n"
+        )
+    order = [module.name for module in ModuleTree(kernel.folder).load_order(["ext4"])]
+    assert order == ["crc32c_generic", "ext4"]
+
+
+def test_a_soft_dependency_on_an_alias_of_what_is_linked_in_needs_nothing(kernel: KernelFolder) -> None:
+    crc_modules(kernel)
+    kernel.builtin("crc32c_generic", *CRC)
+    assert [module.name for module in ModuleTree(kernel.folder).load_order(["ext4"])] == ["ext4"]
+
+
+def test_without_a_generic_module_all_are_tried(kernel: KernelFolder) -> None:
+    kernel.module(*EXT4)
+    for name in ("crc32c_b", "crc32c_a"):
+        kernel.module(f"kernel/crypto/{name}.ko", "alias=crc32c")
+    order = [module.name for module in ModuleTree(kernel.folder).load_order(["ext4"])]
+    assert order == ["crc32c_a", "crc32c_b", "ext4"]
+
+
 def test_what_is_linked_in_is_not_loaded(kernel: KernelFolder) -> None:
     kernel.builtin("hv_vmbus")
     kernel.module("kernel/drivers/hv/hv_utils.ko", depends="hv_vmbus")
