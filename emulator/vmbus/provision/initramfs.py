@@ -20,7 +20,7 @@ from pathlib import Path
 from vmbus.errors import MissingRequirement, UsageError, UserError
 from vmbus.provision import cache, programs
 from vmbus.provision.cpio import CpioWriter
-from vmbus.provision.kernel import GuestKernel, find_busybox
+from vmbus.provision.kernel import GuestKernel, find_busybox, is_32_bit
 from vmbus.provision.modules import Module, ModuleTree, canonical, read_image
 
 KERNEL_ARGUMENTS = ("console=ttyS0", "panic=-1", "random.trust_cpu=on", "cryptomgr.notests")
@@ -109,6 +109,11 @@ def build_initramfs(
     Raises :class:`UsageError`, :class:`MissingRequirement`, :class:`~vmbus.provision.modules.ModuleError`.
     """
     folder = folder or cache.cache_folder()
+    if is_32_bit(kernel.vmlinuz):
+        raise UsageError(
+            f"{kernel.vmlinuz} is a 32-bit kernel, and the embedded initramfs has 64-bit programs: give an initramfs "
+            "of your own with --initrd, or a 64-bit kernel"
+        )
     busybox = find_busybox(folder)
     loaded, present = _modules(kernel, modules, available)
     libraries = programs.needed_libraries(path for path, _ in add)

@@ -135,6 +135,23 @@ def image_release(vmlinuz: Path) -> str:
     return text.split(b" ", 1)[0].decode("ascii", "replace") if offset else ""
 
 
+def is_32_bit(vmlinuz: Path) -> bool:
+    """Return whether a file is an x86 bzImage of a 32-bit kernel; False where that cannot be told.
+
+    Linux ``Documentation/arch/x86/boot.rst``: from protocol 2.12 on, bit 0 of xloadflags (0x236) is set in 64-bit
+    kernels.
+    """
+    if not vmlinuz.is_file():
+        return False
+    with vmlinuz.open("rb") as file:
+        head = file.read(0x238)
+    if len(head) < 0x238 or head[0x202:0x206] != b"HdrS":
+        return False
+    (protocol,) = struct.unpack_from("<H", head, 0x206)
+    (flags,) = struct.unpack_from("<H", head, 0x236)
+    return protocol >= 0x20C and not flags & 1
+
+
 def fetch_kernel(name: str, folder: Path, archive: Archive) -> GuestKernel:
     """Fetch and unpack a named guest's newest kernel. The lock of the cache must be held."""
     guest = guest_name(name)

@@ -15,6 +15,7 @@ from tests.unit.provision.elf_writer import program
 from tests.unit.provision.fake_programs import write_program
 from tests.unit.provision.kernel_folder import RELEASE, KernelFolder
 from tests.unit.provision.test_cpio import Entry, read_archive
+from tests.unit.provision.test_kernel import bz_image
 
 
 @pytest.fixture
@@ -92,6 +93,12 @@ def test_a_module_of_another_kernel_is_refused(
     modules.module("kernel/a.ko", release="5.0-other")
     with pytest.raises(UserError, match=rf"is for kernel 5\.0-other, but the guest's is {RELEASE}"):
         build_initramfs(kernel, modules=["a"], folder=folder)
+
+
+def test_a_32_bit_kernel_is_refused_before_it_is_booted(folder: Path, tmp_path: Path) -> None:
+    image = bz_image(tmp_path / "vmlinuz", load_flags=0)
+    with pytest.raises(UsageError, match=r"32-bit kernel.*--initrd"):
+        build_initramfs(GuestKernel("own", RELEASE, image, None), folder=folder)
 
 
 def test_modules_for_a_kernel_without_any_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -9,17 +9,26 @@ import pytest
 from vmbus.errors import MissingRequirement, UsageError
 from vmbus.provision import cache
 from vmbus.provision.apt import Version
-from vmbus.provision.kernel import GUESTS, fetch_kernel, find_kernel, image_release, own_kernel
+from vmbus.provision.kernel import (
+    GUESTS,
+    fetch_kernel,
+    find_kernel,
+    image_release,
+    is_32_bit,
+    own_kernel,
+)
 
 from tests.unit.provision.kernel_folder import RELEASE, KernelFolder
 
 
-def bz_image(path: Path, release: str = RELEASE) -> Path:
-    """The part of an x86 kernel image that names its release."""
+def bz_image(path: Path, release: str = RELEASE, *, protocol: int = 0x20F, load_flags: int = 1) -> Path:
+    """The part of an x86 kernel image that names its release, and whether it is a 64-bit kernel."""
     text_at = 0x3000
     head = bytearray(text_at + 0x200)
     head[0x202:0x206] = b"HdrS"
+    struct.pack_into("<H", head, 0x206, protocol)
     struct.pack_into("<H", head, 0x20E, text_at)
+    struct.pack_into("<H", head, 0x236, load_flags)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(bytes(head) + f"{release} (builder) #1 SMP".encode() + bytes(64))
     return path
@@ -33,6 +42,23 @@ def test_a_kernel_image_names_its_release(tmp_path: Path) -> None:
 def test_a_file_that_is_no_kernel_image_names_none(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "vmlinux").write_bytes(data)
     assert image_release(tmp_path / "vmlinux") == ""
+
+
+@pytest.mark.parametrize(
+    ("protocol", "load_flags", "narrow"),
+    [(0x20F, 0x7F, False), (0x20F, 0x7E, True), (0x20C, 0, True), (0x20B, 0, False)],
+)
+def test_a_32_bit_kernel_is_told_by_its_image(
+    tmp_path: Path, protocol: int, load_flags: int, narrow: bool
+) -> None:
+    image = bz_image(tmp_path / "vmlinuz", protocol=protocol, load_flags=load_flags)
+    assert is_32_bit(image) is narrow
+
+
+@pytest.mark.parametrize("data", [b"", b"\x7fELF", bytes(0x300)])
+def test_whether_another_file_is_a_32_bit_kernel_is_not_known(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "vmlinux").write_bytes(data)
+    assert not is_32_bit(tmp_path / "vmlinux")
 
 
 def test_own_modules_are_found_by_the_kernel_s_release(tmp_path: Path) -> None:
