@@ -118,6 +118,15 @@ async def test_vcpus_that_may_be_added_are_known(tmp_path: Path, smp: str, apic_
     assert found.vcpus == int(smp[0])
 
 
+async def test_icount_is_refused_with_several_vcpus_only(tmp_path: Path) -> None:
+    words = ["-machine", "q35", "-icount", "shift=auto", *options(tmp_path).argv()]
+    with qemu(tmp_path, ["-smp", "2", *words]), pytest.raises(QemuUnsuitable, match="2 vCPUs with -icount"):
+        await facts(tmp_path)
+    (tmp_path / "qmp.sock").unlink()
+    with qemu(tmp_path, ["-smp", "1,maxcpus=2", *words]):
+        assert (await facts(tmp_path)).vcpus == 1
+
+
 @pytest.mark.parametrize(
     "device",
     [

@@ -192,6 +192,12 @@ async def discover(qmp: Qmp) -> QemuFacts:
     for cpu in await qmp.execute("query-cpus-fast"):
         apic_id = await qmp.execute("qom-get", {"path": cpu["qom-path"], "property": "apic-id"})
         present[int(cpu["cpu-index"])] = int(apic_id)
+    if len(present) > 1 and {"-icount", "--icount"} & set(arguments):
+        raise QemuUnsuitable(
+            f"the QEMU at {qmp.path} runs {len(present)} vCPUs with -icount: they take turns in counted "
+            "instructions, so that one that waits for the emulator stops the others, and the guest stalls; leave out "
+            "-icount, or use -smp 1,maxcpus=2"
+        )
     possible = await _possible_cpus(qmp)
 
     def absolute(path: str) -> str:
