@@ -48,12 +48,16 @@ class Version:
 class Archive:
     """The private apt of one Debian release. The lock of the cache must be held by the caller."""
 
-    def __init__(self, folder: Path, codename: str, mirror: Mirror, progress: Progress) -> None:
+    def __init__(
+        self, folder: Path, codename: str, mirror: Mirror, progress: Progress, *, backports: bool = True
+    ) -> None:
+        """``backports``: use that suite too. An archive removes it when the release gets old."""
         self.codename = codename
         self.folder = folder
         self._mirror = mirror
         self._progress = progress
         self._backports = f"{codename}-backports"
+        self._suites = (codename, self._backports) if backports else (codename,)
 
     def refresh(self, max_age: float = LISTS_MAX_AGE) -> None:
         """Fetch the package lists unless they are younger than ``max_age`` seconds."""
@@ -170,9 +174,7 @@ class Archive:
             (self.folder / "archive.asc").write_text(keyring)
             keyring = str(self.folder / "archive.asc")
         option = f"[signed-by={keyring}] " if keyring else ""
-        entries = [
-            f"deb {option}{self._mirror.main} {suite} main" for suite in (self.codename, self._backports)
-        ]
+        entries = [f"deb {option}{self._mirror.main} {suite} main" for suite in self._suites]
         if self._mirror.security:
             entries.append(f"deb {option}{self._mirror.security} {self.codename}-security main")
         sources = "\n".join(entries) + "\n"

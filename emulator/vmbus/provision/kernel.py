@@ -1,5 +1,6 @@
 """Guest kernels: the named ones that are fetched, and the user's own.
 
+    debian-5.10        Debian 11's cloud kernel
     debian-6.1         Debian 12's cloud kernel
     debian-6.12        Debian 13's cloud kernel (the default guest)
     debian-backports   the newest kernel in Debian 13's backports
@@ -38,6 +39,7 @@ class GuestName:
 GUESTS = {
     guest.name: guest
     for guest in (
+        GuestName("debian-5.10", "bullseye", ("bullseye", "bullseye-security"), "Linux 5.10 of Debian 11"),
         GuestName("debian-6.1", "bookworm", ("bookworm", "bookworm-security"), "Linux 6.1 of Debian 12"),
         GuestName("debian-6.12", "trixie", ("trixie", "trixie-security"), "Linux 6.12 of Debian 13"),
         GuestName(

@@ -129,7 +129,11 @@ class Setup:
         if codename not in self._archives:
             if self._mirror is None:
                 self._mirror = find_mirror()
-            archive = Archive(self.folder / "apt" / codename, codename, self._mirror, self._progress)
+            folder = self.folder / "apt" / codename
+            backports = codename == qemu.SUITE or any(
+                f"{codename}-backports" in guest.suites for guest in kernel.GUESTS.values()
+            )
+            archive = Archive(folder, codename, self._mirror, self._progress, backports=backports)
             archive.refresh()
             self._archives[codename] = archive
         return self._archives[codename]

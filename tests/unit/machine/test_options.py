@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from vmbus.errors import UsageError
 from vmbus.machine.qemu import example
-from vmbus.machine.qemu.acpi import vmbus_table
+from vmbus.machine.qemu.acpi import HIGH_WINDOW, LOW_WINDOW, vmbus_table
 from vmbus.machine.qemu.arguments import EmulatorOptions, libvirt, readconfig
 from vmbus.machine.qemu.launch import GuestOptions, command_line
 from vmbus.machine.rundir import RunDirectory
@@ -92,3 +92,26 @@ def test_the_acpi_source_compiles_to_the_table(tmp_path: Path) -> None:
     # The header ends with the compiler's own version, which enters the checksum too.
     assert compiled[36:] == vmbus_table()[36:]
     assert compiled[:9] + compiled[10:32] == vmbus_table()[:9] + vmbus_table()[10:32]
+
+
+def test_the_bus_is_in_a_device_with_memory_windows_below_and_above_4_gib() -> None:
+    """Linux 5.10 walks up from the bus until it finds one, and crashes at the root of the namespace."""
+    table = vmbus_table()
+    module, bus = table.index(b"\x5b\x82"), table.rindex(b"\x5b\x82")
+    assert table.index(b"VMOD") == module + 4 and table.index(b"VMBS") > bus > module
+    lead, more = table[module + 2 : module + 4]
+    assert lead >> 6 == 1 and module + 2 + (lead & 15 | more << 4) == len(table), "the bus is inside"
+    windows = []
+    for tag, width in ((b"\x87\x17\x00", 4), (b"\x8a\x2b\x00", 8)):
+        at = table.index(tag, module, bus)
+        assert table[at + 3 : at + 6] == b"\0\x0c\x01"  # memory, produced, fixed, writable
+        fields = [
+            int.from_bytes(
+                table[at + 6 + width * each :][:width], "little"
+            )  # granularity, first, last, offset, size
+            for each in range(5)
+        ]
+        assert fields[0] == fields[3] == 0 and fields[2] - fields[1] + 1 == fields[4]
+        windows.append((fields[1], fields[4]))
+    assert windows == [LOW_WINDOW, HIGH_WINDOW]
+    assert sum(HIGH_WINDOW) <= 1 << 40 and sum(LOW_WINDOW) < 0xFEFF_C000

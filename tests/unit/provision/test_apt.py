@@ -70,6 +70,15 @@ def test_sources_name_the_release_its_security_and_its_backports(
     ]
 
 
+def test_a_release_without_backports_is_asked_for_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, progress: Recorder
+) -> None:
+    programs(monkeypatch, tmp_path, apt_get=":")
+    archive = Archive(tmp_path / "apt", "bullseye", MIRROR, progress, backports=False)
+    archive.refresh()
+    assert "backports" not in (archive.folder / "sources.list").read_text()
+
+
 def test_the_configuration_is_private_and_never_allows_what_is_unsigned(
     archive: Archive, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
