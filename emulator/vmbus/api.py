@@ -12,6 +12,7 @@ from vmbus.bus.channel.gpadl import Gpadl, GpadlState
 from vmbus.bus.io.channel_io import ChannelIo as Channel
 from vmbus.bus.io.device import ControlCommand, Device, DeviceEnvironment
 from vmbus.bus.io.guest_buffer import GuestBuffer
+from vmbus.bus.io.state import PacketState
 from vmbus.bus.offers import Offer, pipe_area
 from vmbus.devices.histogram import Histogram
 from vmbus.devices.joined import Joinable, Whole
@@ -61,6 +62,7 @@ __all__ = [
     "OfferFlags",
     "Option",
     "Packet",
+    "PacketState",
     "PacketType",
     "Part",
     "PipeMode",

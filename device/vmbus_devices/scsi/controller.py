@@ -27,7 +27,7 @@ from typing import Any
 from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.bus.io.device import Device, DeviceEnvironment
 from vmbus.bus.io.output import memory_of
-from vmbus.bus.io.state import IoState
+from vmbus.bus.io.state import IoState, PacketState
 from vmbus.bus.offers import Offer
 from vmbus.devices.parts import Part
 from vmbus.errors import DeviceError, GuestError, ProtocolError, UsageError, UserError
@@ -62,8 +62,10 @@ from vmbus_devices.scsi.request import CheckCondition, Request, ReservationConfl
 from vmbus_devices.scsi.resets import Resets
 from vmbus_devices.scsi.saved import (
     SavedController,
+    build_packet_state,
     build_state,
     check_unit,
+    parse_packet_state,
     parse_state,
     restore_unit,
     save_unit,
@@ -129,6 +131,8 @@ class Controller(Device):
         self.pending: list[tuple[int, Packet]] = []
         """Restored commands that were not executed here yet: channel and packet, oldest first."""
         self._restarting = False
+        self._restored: dict[ChannelIo, list[Packet]] = {}
+        """Restored commands of channels that are not open here yet."""
         self._fast_path: FastPath | None = None
         self._fast_units: FastUnits | None = None
 
@@ -353,7 +357,9 @@ class Controller(Device):
             self._waiting_subchannels.remove(io)
         self.resets.forget(io)
         self._cancel(io)
-        self.pending = [each for each in self.pending if each[0] != io.subchannel_index]
+        self._restored.pop(io, None)
+        if io in self._requests:
+            self.pending = [each for each in self.pending if each[0] != io.subchannel_index]
         self._restarting = False
         if self._busy(io):
             self._closing.add(io)
@@ -554,6 +560,7 @@ class Controller(Device):
     def save(self) -> bytes:
         hand_over([unit for unit in self.units.values() if unit.has_image and not unit.backend.read_only])
         handshake = self.handshake
+        open_here = {io.subchannel_index for io in self._requests}
         state = build_state(
             self.name,
             SavedController(
@@ -562,7 +569,7 @@ class Controller(Device):
                 handshake.subchannels,
                 self.max_transfer,
                 tuple(save_unit(place, unit) for place, unit in sorted(self.units.items())),
-                tuple(self.outstanding()),
+                tuple(each for each in self.pending if each[0] not in open_here),
             ),
         )
         self._deactivate()  # the emulator that continues the guest locks the images
@@ -586,18 +593,22 @@ class Controller(Device):
         self.handshake = self.new_handshake()
         self.handshake.stage, self.handshake.version = saved.stage, saved.version
         self.handshake.subchannels = saved.subchannels
-        self.pending = list(saved.packets)
+        self.pending = [each for each in self.pending if each[0]] + list(saved.packets)
 
-    def outstanding(self) -> list[tuple[int, Packet]]:
-        """Return the commands without an answer, as channel and packet, oldest first; for saving."""
-        found = [*self.pending]
-        found += [
-            (request.io.subchannel_index, request.packet)
-            for requests in self._requests.values()
-            for request in sorted(requests, key=lambda request: request.begun)
-        ]
-        found += [(io.subchannel_index, packet) for io, packet in self.resets.waiting]
-        return found
+    def save_packets(self, io: ChannelIo) -> list[PacketState]:
+        found = [*self._restored.get(io, ())]
+        if io in self._requests:
+            found += [packet for index, packet in self.pending if index == io.subchannel_index]
+            requests = sorted(self._requests[io], key=lambda request: request.begun)
+            found += [request.packet for request in requests]
+        found += [packet for at, packet in self.resets.waiting if at is io]
+        return [PacketState(each.transaction_id, build_packet_state(self.name, each)) for each in found]
+
+    def restore_packet(self, io: ChannelIo, packet: PacketState) -> None:
+        command = parse_packet_state(self.name, packet.state)
+        if command.transaction_id != packet.transaction_id or not packet.from_guest:
+            raise DeviceError(f"{self.name}: a saved command is that of another packet")
+        self._restored.setdefault(io, []).append(command)
 
     def restored(self, io: ChannelIo) -> None:
         self._requests.setdefault(io, set())
@@ -609,6 +620,7 @@ class Controller(Device):
             io.resume_input()
         else:
             self._waiting_subchannels.append(io)
+        self.pending += [(index, packet) for packet in self._restored.pop(io, ())]
         self._restart()
 
     def _restart(self, *, aborted: bool = False) -> None:

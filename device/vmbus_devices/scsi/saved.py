@@ -1,9 +1,9 @@
 """What a storage controller keeps over a migration or a snapshot.
 
 Work in threads has ended before a device is saved, so the commands that are left only wait: for the delay of a fault,
-or for the end of a reset. They are saved as the packets in which they came, and executed again where the guest
-continues. Images are not part of the state: both sides must have the same ones, and only one side may use them at a
-time.
+or for the end of a reset. Each is saved with its channel, as the packet in which it came, and executed again where
+the guest continues; releases before that saved them in ``CONTROLLER.packets``, which is still read. Images are not
+part of the state: both sides must have the same ones, and only one side may use them at a time.
 """
 
 from __future__ import annotations
@@ -75,6 +75,11 @@ CONTROLLER = c.Struct(
     "end" / c.Terminated,
 )
 
+PACKET_VERSION = 1
+
+ONE_PACKET = c.Struct("version" / c.Const(PACKET_VERSION, c.Int16ul), "packet" / PACKET, "end" / c.Terminated)
+"""The state of one command, as ``Device.save_packets`` returns it."""
+
 _SENSES = {bytes(sense.value): sense for sense in Sense}
 
 
@@ -104,7 +109,7 @@ class SavedController:
     """Bytes."""
     units: tuple[SavedUnit, ...]
     packets: tuple[tuple[int, Packet], ...]
-    """Channel and packet of each command without an answer, oldest first."""
+    """Channel and packet of each command without an answer, oldest first; from releases that saved them here."""
 
 
 def save_unit(place: tuple[int, int], unit: LogicalUnit) -> SavedUnit:
@@ -199,6 +204,32 @@ def _built_packet(channel: int, packet: Packet) -> dict[str, Any]:
         "payload": packet.payload,
         "ranges": [each._asdict() for each in packet.ranges],
     }
+
+
+def build_packet_state(name: str, packet: Packet) -> bytes:
+    """Return the saved state of a command of controller ``name``. Raises :class:`~vmbus.errors.InternalError`."""
+    try:
+        _check_packets([(0, packet)])
+        return bytes(
+            ONE_PACKET.build({"version": PACKET_VERSION, "packet": _built_packet(0, packet), "end": None})
+        )
+    except (c.ConstructError, ValueError) as error:
+        raise InternalError(f"{name} cannot be saved: {error}") from error
+
+
+def parse_packet_state(name: str, state: bytes) -> Packet:
+    """Return the command in a saved state. Raises :class:`~vmbus.errors.DeviceError`."""
+    version = int.from_bytes(state[:2], "little")
+    if len(state) >= 2 and version > PACKET_VERSION:
+        raise DeviceError(
+            f"{name}: a saved command has version {version}; this emulator reads version {PACKET_VERSION} only"
+        )
+    try:
+        found = _packet(ONE_PACKET.parse(state).packet)
+        _check_packets([found])
+        return found[1]
+    except (c.ConstructError, ValueError) as error:
+        raise DeviceError(f"{name}: a saved command is damaged: {error}") from error
 
 
 def parse_state(name: str, state: bytes) -> SavedController:

@@ -176,8 +176,8 @@ def _difference(here: ChannelState, there: ChannelState) -> str:
         ("GPADLs", set(here.channel.gpadls), set(there.channel.gpadls)),
         (
             "requests that were taken and not completed",
-            Counter(each.transaction_id for each in here.taken),
-            Counter(each.transaction_id for each in there.taken),
+            Counter(each.transaction_id for each in here.taken_packets()),
+            Counter(each.transaction_id for each in there.taken_packets()),
         ),
         (
             "packets that wait for a completion of the guest",

@@ -21,7 +21,7 @@ from vmbus.wire.chunk import (
     build_chunk,
     chunk_crc,
 )
-from vmbus.wire.saved import RECORDS, SavedPacket, newest, parse_record
+from vmbus.wire.saved import RECORDS, SavedPacket, SavedTaken, parse_record, version_of
 
 MAX_PACKET_PAGES = 1 << 20
 """Pages that all packets of a state may name together: a run of pages takes few bytes there, 8 bytes a page here."""
@@ -55,8 +55,8 @@ class Position:
 
 
 def encode(kind: ChunkKind, record: Any, *, save_id: int, index: int, last: bool) -> bytes:
-    """Return the bytes of a chunk with the newest version of ``record``."""
-    version = newest(kind)
+    """Return the bytes of a chunk with ``record``, in the newest version of its class."""
+    version = version_of(kind, record)
     return build_chunk(
         kind,
         RECORDS[kind][version].build(record),
@@ -96,8 +96,9 @@ def read_chunks(
             if kind in once and any(each.kind == kind for each in chunks):
                 raise StateRefused(Reason.INCONSISTENT, f"chunk {header.index}: a second {kind.name} record")
             record = _record(kind, header.version, data[at + HEADER_SIZE : end], header.index)
-            if isinstance(record, SavedPacket):
-                position = replace(position, pages=count_pages(record, position.pages))
+            packet = record.packet if isinstance(record, SavedTaken) else record
+            if isinstance(packet, SavedPacket):
+                position = replace(position, pages=count_pages(packet, position.pages))
             chunks.append(Chunk(kind, record, header.save_id, header.index, last))
         elif not header.flags & ChunkFlags.IGNORABLE:
             raise StateRefused(

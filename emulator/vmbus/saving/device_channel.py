@@ -6,10 +6,12 @@ Source: docs/saved-state.md; :mod:`vmbus.bus.io.channel_io`. Which part saves wh
     | offer, relid, open request, GPADLs, target VP           | the bus; this module saves a cross-check    |
     | packets sent and taken, not completed                   | this module: their transaction ids          |
     | packets and completions for which the ring had no room  | this module: all of them, in order          |
-    | payloads of the outstanding packets, the device's state | the device, in the primary channel's chunks |
+    | what the device knows of each of these packets          | ``Device.save_packets``, in the packet's chunk|
+    | the device's state                                      | the device, in the primary channel's chunks |
 
 ``ChannelIo`` keeps transaction ids but no payloads: OUTSTANDING and TAKEN chunks of such a channel have an empty
-payload. The device saves what it needs to continue in ``Device.save``, and continues in ``Device.restored``.
+payload. The device saves what it needs to continue in ``Device.save_packets`` and ``Device.save``, and continues in
+``Device.restored``.
 
 A restore leaves the ``ChannelIo`` closed, with the restored state. When guest memory is complete the bus calls its
 ``restored``, and the channel runs.
@@ -17,6 +19,7 @@ A restore leaves the ``ChannelIo`` closed, with the restored state. When guest m
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -25,11 +28,18 @@ from vmbus.bus.channel.opening import OpenRequest
 from vmbus.bus.channel.state import ChannelCounters
 from vmbus.bus.channel.state import ChannelState as BusState
 from vmbus.bus.io.channel_io import ChannelIo
-from vmbus.bus.io.state import ChannelIoState, IoState
+from vmbus.bus.io.state import ChannelIoState, IoState, PacketState
 from vmbus.bus.offers import Offer
 from vmbus.errors import DeviceError, RingError, VmbusError
 from vmbus.saving.channel import ChannelSaver
-from vmbus.saving.state import ChannelState, OutgoingPacket, RestorePacket, SavableChannel, SavePacket
+from vmbus.saving.state import (
+    ChannelState,
+    OutgoingPacket,
+    RestorePacket,
+    SavableChannel,
+    SavePacket,
+    SavePacketResult,
+)
 from vmbus.saving.status import NtStatus
 from vmbus.wire.packet import (
     COMPLETION_REQUESTED,
@@ -47,6 +57,7 @@ from vmbus.wire.saved import (
     SavedGpadl,
     SavedOpen,
     SavedPacket,
+    SavedTaken,
 )
 
 NO_TARGET_VP = 0xFFFFFFFF
@@ -97,10 +108,14 @@ class DeviceChannel:
         self.io = io
         self._saver = saver
         self._view: ChannelState | None = None
+        self._sent: dict[int, deque[bytes]] = {}
+        """Of the view: the device's states of packets that it sent, by transaction id."""
         self._switched = 0
         self._changes = 0
         self._seen: tuple[object, ...] = ()
         self._detached = False
+        self._applied = False
+        """Whether a state was applied, or begun to be, and the channel was not started since."""
 
     # --- SavableChannel: properties ---
 
@@ -127,7 +142,7 @@ class DeviceChannel:
 
     @property
     def save_packet(self) -> SavePacket | None:
-        return None
+        return self._save_packet
 
     @property
     def restore_packet(self) -> RestorePacket | None:
@@ -142,7 +157,7 @@ class DeviceChannel:
     def start(self) -> None:
         self._switched += 1
         self.io.resume()
-        detached, self._detached = self._detached, False
+        detached, self._detached, self._applied = self._detached, False, False
         if (
             detached and self.channel.is_open and self.io.state is IoState.CLOSED
         ):  # not closed, or opened anew
@@ -160,12 +175,15 @@ class DeviceChannel:
         """Drop the restored state; the bus revokes the offer."""
         self._switched += 1
         self._view = None
-        if self.io.state is IoState.CLOSED:
-            self.io.restore(ChannelIoState())
+        if self._applied:
+            self.io.give_up_restore()
+        self._applied = False
 
     def take_view(self) -> ChannelState:
         if self._view is None:
             self._view = self._state()
+            sent = self._view.outgoing()
+            self._sent = self._packet_states(from_guest=False) if sent else {}
         return self._view
 
     def drop_view(self) -> None:
@@ -190,9 +208,14 @@ class DeviceChannel:
 
     def apply_restore(self, state: ChannelState) -> None:
         self._switched += 1
-        self.io.restore(_io_state(state))
+        io, device = self.io, self.io.device
+        io.restore(_io_state(state))
+        self._applied = True
         if not self.channel.offer.subchannel_index:
-            self.io.device.restore(state.device)
+            device.restore(state.device)
+        for saved in state.taken:
+            if isinstance(saved, SavedTaken):
+                device.restore_packet(io, PacketState(saved.packet.transaction_id, saved.device))
 
     # --- private ---
 
@@ -210,9 +233,34 @@ class DeviceChannel:
             self._header(kept),
             tuple(OutgoingPacket(_known_by_id(number)) for number in _each(awaited)),
             queue,
-            tuple(_known_by_id(number) for number in _each(dict(kept.owed))),
+            self._taken(kept),
             self._device_state(),
         )
+
+    def _taken(self, kept: ChannelIoState) -> tuple[SavedPacket | SavedTaken, ...]:
+        states = self._packet_states(from_guest=True) if kept.owed else {}
+        found: list[SavedPacket | SavedTaken] = []
+        for number in _each(dict(kept.owed)):
+            packet, mine = _known_by_id(number), states.get(number)
+            found.append(SavedTaken(packet, mine.popleft()) if mine else packet)
+        return tuple(found)
+
+    def _packet_states(self, *, from_guest: bool) -> dict[int, deque[bytes]]:
+        """Return the device's states of packets by transaction id, in order."""
+        device = self.io.device
+        try:
+            packets = device.save_packets(self.io)
+        except VmbusError:
+            raise
+        except Exception as error:
+            raise DeviceError(
+                f"{device.name} cannot be saved: Device.save_packets raised {error!r}"
+            ) from error
+        states: dict[int, deque[bytes]] = {}
+        for packet in packets:
+            if packet.from_guest is from_guest and packet.state:
+                states.setdefault(packet.transaction_id, deque()).append(packet.state)
+        return states
 
     def _header(self, kept: ChannelIoState) -> SavedChannel:
         channel, offer = self.channel, self.channel.offer
@@ -254,8 +302,24 @@ class DeviceChannel:
         return self._saver.restored(self)
 
     def _restore_packet(self, channel: SavableChannel, library: bytes, saved: bytes) -> NtStatus:
-        """Fill a packet object that is not used: the device's own state describes its packets."""
-        return self._saver.packet_restore(self._saver.packet_allocate(channel), library)
+        """Fill a packet object, which is dropped: the end of the channel keeps its transaction id."""
+        packet = self._saver.packet_allocate(channel)
+        status = self._saver.packet_restore(packet, library)
+        if status == NtStatus.STATUS_SUCCESS and saved and packet.state is not None:
+            self.io.device.restore_packet(
+                self.io, PacketState(packet.state.transaction_id, saved, from_guest=False)
+            )
+        return status
+
+    def _save_packet(
+        self, channel: SavableChannel, packet: SavedPacket, buffer: memoryview
+    ) -> SavePacketResult:
+        found = self._sent.get(packet.transaction_id)
+        state = found[0] if found else b""
+        if len(state) > len(buffer):
+            return SavePacketResult(NtStatus.STATUS_BUFFER_TOO_SMALL, len(state))
+        buffer[: len(state)] = state
+        return SavePacketResult(NtStatus.STATUS_SUCCESS, len(state))
 
 
 def _open(request: OpenRequest) -> SavedOpen:
@@ -340,7 +404,7 @@ def _io_state(state: ChannelState) -> ChannelIoState:
         if isinstance(each, OutgoingPacket) and each.packet.flags & COMPLETION_REQUESTED:
             awaited.append(each.packet.transaction_id)
     return ChannelIoState(
-        owed=_count([packet.transaction_id for packet in state.taken]),
+        owed=_count([packet.transaction_id for packet in state.taken_packets()]),
         awaited=_count(awaited),
         output=tuple(_built(each) for each in state.queue),
         input_paused=bool(state.channel.axes & ChannelAxes.INPUT_PAUSED),

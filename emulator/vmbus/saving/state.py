@@ -7,7 +7,8 @@ Source: docs/protocol/saving.md#channel-axes, docs/protocol/saving.md#saved-cont
     OUTSTANDING  each packet of the host that is in the ring, or was read from it by the guest, and is not completed
     UNSENT       } the output queue, for which the ring had no room, in order: each packet that the host sends, and
     COMPLETION   } each completion of a packet of the guest
-    TAKEN        each packet of the guest that was taken off the ring and is not completed, in order
+    TAKEN        each packet of the guest that was taken off the ring and is not completed, in order; in version 2
+                 with the device's own state of it
     DEVICE       the device's own state, if it has any
 
 The state contains no bytes or indices of a ring: those are guest memory.
@@ -32,6 +33,7 @@ from vmbus.wire.saved import (
     SavedCompletion,
     SavedDevice,
     SavedPacket,
+    SavedTaken,
     parse_record,
 )
 
@@ -51,7 +53,7 @@ class ChannelState:
     channel: SavedChannel
     outstanding: tuple[OutgoingPacket, ...] = ()
     queue: tuple[OutgoingPacket | SavedCompletion, ...] = ()
-    taken: tuple[SavedPacket, ...] = ()
+    taken: tuple[SavedPacket | SavedTaken, ...] = ()
     device: bytes = b""
 
     def outgoing(self) -> tuple[OutgoingPacket, ...]:
@@ -61,7 +63,12 @@ class ChannelState:
     def packets(self) -> Iterator[SavedPacket]:
         """Yield every packet of either direction."""
         yield from (each.packet for each in self.outgoing())
-        yield from self.taken
+        yield from self.taken_packets()
+
+    def taken_packets(self) -> Iterator[SavedPacket]:
+        """Yield the packets of the guest that are not completed, without the device's states of them."""
+        for each in self.taken:
+            yield each.packet if isinstance(each, SavedTaken) else each
 
     def records(self) -> Iterator[tuple[ChunkKind, Any]]:
         """Yield the records of the chunks, in order; outgoing packets as :class:`OutgoingPacket`."""
@@ -253,7 +260,7 @@ class Assembly:
             raise StateRefused(Reason.TRUNCATED, f"{self.count} chunks without the last one")
         outstanding: list[OutgoingPacket] = []
         queue: list[OutgoingPacket | SavedCompletion] = []
-        taken: list[SavedPacket] = []
+        taken: list[SavedPacket | SavedTaken] = []
         device = b""
         pages = self.position.pages
         for chunk in self.chunks:

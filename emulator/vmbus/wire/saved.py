@@ -254,6 +254,17 @@ SAVED_PACKET = Record(
 
 
 @dataclass(frozen=True, slots=True)
+class SavedTaken:
+    """A packet of the guest that is not completed, with the state that its device gave for it, which is not empty."""
+
+    packet: SavedPacket
+    device: bytes
+
+
+SAVED_TAKEN = Record(SavedTaken, "packet" / Nested(SAVED_PACKET), "device" / Blob)
+
+
+@dataclass(frozen=True, slots=True)
 class SavedOutgoing:
     """A packet of the host that the guest has not completed, or that is not in the ring yet.
 
@@ -422,7 +433,7 @@ RECORDS: dict[ChunkKind, dict[int, Record[Any]]] = {
     ChunkKind.OUTSTANDING: {1: SAVED_OUTGOING},
     ChunkKind.UNSENT: {1: SAVED_OUTGOING},
     ChunkKind.COMPLETION: {1: SAVED_COMPLETION},
-    ChunkKind.TAKEN: {1: SAVED_PACKET},
+    ChunkKind.TAKEN: {1: SAVED_PACKET, 2: SAVED_TAKEN},
     ChunkKind.DEVICE: {1: SAVED_DEVICE},
     ChunkKind.MACHINE: {1: SAVED_MACHINE},
     ChunkKind.HYPERVISOR: {1: SAVED_SECTION},
@@ -433,9 +444,9 @@ RECORDS: dict[ChunkKind, dict[int, Record[Any]]] = {
     ChunkKind.REFUSAL: {1: SAVED_REFUSAL},
     ChunkKind.END: {1: SAVED_END},
 }
-"""Every version of every record that can be read; the highest version of a kind is written."""
+"""Every version of every record that can be read; the highest version of a record's class is written."""
 
 
-def newest(kind: ChunkKind) -> int:
-    """Return the version in which records of ``kind`` are written."""
-    return max(RECORDS[kind])
+def version_of(kind: ChunkKind, record: object) -> int:
+    """Return the version in which ``record`` is written. One that needs no new field is written as before."""
+    return max(version for version, known in RECORDS[kind].items() if known.cls is type(record))

@@ -23,6 +23,7 @@ from vmbus_devices.echo import Echo
 from vmbus_devices.heartbeat import Heartbeat
 from vmbus_devices.scsi import Scsi
 from vmbus_devices.scsi.controller import MAX_DEPTH
+from vmbus_devices.scsi.saved import parse_packet_state
 from vmbus_devices.shutdown import Shutdown
 from vmbus_devices.timesync import TimeSync
 
@@ -226,7 +227,7 @@ def test_of_a_storage_request_only_what_it_needs_is_kept() -> None:
     with growth() as most:
         assert flood(guest, packets.__getitem__) == PACKETS
         assert most() < 8 << 20, "30 packets with half a megabyte and 8192 pages each"
-    _, packet = guest.device.outstanding()[0]
+    packet = parse_packet_state("scsi", guest.device.save_packets(guest.io)[0].state)
     assert len(packet.payload) == 64
     assert sum(len(each.pfns) for each in packet.ranges) == 512
     answers = finish(guest)
@@ -240,7 +241,7 @@ def test_a_channel_has_hundreds_of_commands_under_way_and_the_others_stay_in_its
     payload = read_10(guest)
     count = MAX_DEPTH + 100
     assert flood(guest, lambda number: payload_and_pages(payload, 1, 4096, number), count) == count
-    assert len(guest.device.outstanding()) == MAX_DEPTH
+    assert len(guest.device.save_packets(guest.io)) == MAX_DEPTH
     assert len(finish(guest)) == count
 
 
@@ -297,14 +298,17 @@ def test_restored_commands_wait_for_the_budget_and_all_are_executed() -> None:
     flood(source, lambda number: payload_and_pages(payload, 256, 1 << 20, number), 12)
     source.io.pause()
     device_state, io_state = source.device.save(), source.io.save()
+    packets = source.device.save_packets(source.io)
     budget = MemoryBudget(LIMIT)
     target = storage(budget)
     target.io.closed(target.channel)
     target.io.restore(io_state)
     target.device.restore(device_state)
+    for packet in packets:
+        target.device.restore_packet(target.io, packet)
     target.io.restored(target.channel)
     target.run()
-    assert len(target.device.outstanding()) == 12
+    assert len(target.device.save_packets(target.io)) == 12
     assert len(target.workers.waiting) <= LIMIT // (2 << 20) + 1
     while target.workers.waiting:
         assert budget.held < LIMIT + (4 << 20)
@@ -322,4 +326,6 @@ def test_a_request_with_many_bytes_behind_it_can_be_saved_and_restored() -> None
     device_state = source.device.save()
     target = controller(memory_disk(4096, max_transfer=1 << 20), transfer=1024)
     target.restore(device_state)
-    assert len(target.pending) == 1
+    [packet] = source.device.save_packets(source.io)
+    target.restore_packet(source.io, packet)
+    assert target.save_packets(source.io) == [packet]

@@ -239,8 +239,8 @@ class ModelChannel:
         self.next_transaction_id = header.next_transaction_id
         self.outstanding = {each.packet.transaction_id: each.packet for each in state.outstanding}
         self.queue = deque(each.packet if isinstance(each, OutgoingPacket) else each for each in state.queue)
-        self.taken = list(state.taken)
-        self.unrestored = list(state.taken)
+        self.taken = list(state.taken_packets())
+        self.unrestored = list(state.taken_packets())
         self.device.state = state.device
         self.changes += 1
 

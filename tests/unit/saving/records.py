@@ -26,6 +26,7 @@ from vmbus.wire.saved import (
     SavedPages,
     SavedRefusal,
     SavedSection,
+    SavedTaken,
 )
 
 
@@ -89,7 +90,7 @@ RECORD_STRATEGIES: dict[ChunkKind, st.SearchStrategy[Any]] = {
     ChunkKind.OUTSTANDING: outgoing,
     ChunkKind.UNSENT: outgoing,
     ChunkKind.COMPLETION: st.builds(SavedCompletion, u64, blob),
-    ChunkKind.TAKEN: packets,
+    ChunkKind.TAKEN: packets | st.builds(SavedTaken, packets, blob),
     ChunkKind.DEVICE: st.builds(SavedDevice, blob),
     ChunkKind.MACHINE: st.builds(SavedMachine, text),
     ChunkKind.HYPERVISOR: sections,

@@ -13,7 +13,7 @@ from vmbus.bus.channel.state import ChannelCounters
 from vmbus.bus.channel.state import ChannelState as BusState
 from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.bus.io.device import Device, DeviceEnvironment
-from vmbus.bus.io.state import IoState
+from vmbus.bus.io.state import IoState, PacketState
 from vmbus.bus.offers import Offer
 from vmbus.errors import DeviceError
 from vmbus.saving import ChannelSaver, Reason, Restore, StateRefused, read_machine, save_machine
@@ -23,7 +23,7 @@ from vmbus.testing.fakes import FakeMemory, FakeTimers
 from vmbus.testing.loopback import FakeChannel, LoopbackGuest
 from vmbus.testing.scripted import ScriptedGuest
 from vmbus.wire.packet import Packet, TransferRange
-from vmbus.wire.saved import ChannelAxes, SavedCompletion, SavedGpadl
+from vmbus.wire.saved import ChannelAxes, SavedCompletion, SavedGpadl, SavedPacket, SavedTaken
 
 from tests.unit.saving.model_channel import BAD_STATE, OK, save
 
@@ -71,6 +71,32 @@ class Keeper(Device):
         self.resumptions += 1
 
 
+class PacketKeeper(Keeper):
+    """A :class:`Keeper` that saves its requests one by one, with their channel."""
+
+    sent: dict[int, bytes]
+
+    def save(self) -> bytes:
+        return b"{}"
+
+    def save_packets(self, io: ChannelIo) -> list[PacketState]:
+        if self.broken is not None:
+            raise self.broken
+        kept = [PacketState(number, b"state of " + data) for number, data in self.kept.items() if number > 0]
+        return [*kept, *(PacketState(each, data, from_guest=False) for each, data in self.sent.items())]
+
+    def restore_packet(self, io: ChannelIo, packet: PacketState) -> None:
+        if self.broken is not None:
+            raise self.broken
+        if packet.from_guest:
+            self.kept[packet.transaction_id] = packet.state.removeprefix(b"state of ")
+        else:
+            self.sent[packet.transaction_id] = packet.state
+
+    def closed(self, io: ChannelIo) -> None:
+        self.kept, self.sent = {}, {}
+
+
 class RestorableChannel(FakeChannel):
     """The bus's channel, equal in both processes."""
 
@@ -98,8 +124,8 @@ class RestorableChannel(FakeChannel):
 class Process:
     """A device, its channel's end and a saver, on new or on given guest memory."""
 
-    def __init__(self, memory: FakeMemory | None = None) -> None:
-        self.device = Keeper()
+    def __init__(self, memory: FakeMemory | None = None, *, device: Keeper | None = None) -> None:
+        self.device = device or Keeper()
         self.timers = FakeTimers()
         self.guest = LoopbackGuest(self.device, memory=memory, timers=self.timers, ring_pages=1)
         self.io = self.guest.io
@@ -109,6 +135,17 @@ class Process:
         self.saver = ChannelSaver()
         self.bus_channel.endpoint = self.io
         self.channel = DeviceChannel(self.saver, self.bus_channel, self.io)
+
+    @property
+    def sent(self) -> dict[int, bytes]:
+        """What a :class:`PacketKeeper` knows of the packets that it sent."""
+        assert isinstance(self.device, PacketKeeper)
+        return self.device.sent
+
+    @sent.setter
+    def sent(self, sent: dict[int, bytes]) -> None:
+        assert isinstance(self.device, PacketKeeper)
+        self.device.sent = sent
 
     def resume(self) -> None:
         """Continue after a restore: first the bus, when guest memory is complete, then the saver."""
@@ -265,7 +302,7 @@ class TestView:
         source.guest.run()
         target = moved(source)
         state = target.channel.take_view()
-        assert [packet.transaction_id for packet in state.taken] == [7, 7, 7]
+        assert [packet.transaction_id for packet in state.taken_packets()] == [7, 7, 7]
         assert [each.packet.transaction_id for each in state.outstanding] == [0, 0]
 
     def test_work_that_ends_after_the_view_is_not_in_it(self, source: Process) -> None:
@@ -433,3 +470,85 @@ class TestOnARealBus:
         other.connect()
         other.open_channel(1)
         assert io.state is IoState.RUNNING
+
+
+class TestPackets:
+    """``Device.save_packets`` and ``restore_packet``: the packet callbacks of the contract, in production."""
+
+    @pytest.fixture
+    def source(self) -> Process:
+        process = Process(device=PacketKeeper())
+        process.guest.open()
+        fill(process)
+        process.sent = {100: b"sent and not completed", 101: b"waits for room"}
+        return process
+
+    def there(self, source: Process) -> tuple[Process, bytes]:
+        source.saver.pause(source.channel)
+        data = save_machine(source.saver, [source.channel]).data
+        memory = FakeMemory(4 << 20)
+        memory.write(0, source.guest.memory.read(0, 4 << 20))
+        target = Process(memory, device=PacketKeeper())
+        target.sent = {}
+        target.saver.pause(target.channel)
+        return target, data
+
+    def test_each_packet_is_saved_with_its_channel_and_given_back(self, source: Process) -> None:
+        target, data = self.there(source)
+        state = read_machine(data).channels[0].state
+        assert [each.device for each in state.taken if isinstance(each, SavedTaken)] == [
+            b"state of request1",
+            b"state of request3",
+        ]
+        sent = [each.device for each in state.outgoing() if each.device]
+        assert sent == [b"sent and not completed", b"waits for room"]
+        Restore(target.saver, [target.channel]).apply(read_machine(data))
+        assert target.device.kept == {1: b"request1", 3: b"request3"}
+        assert target.sent == source.sent
+        target.resume()
+        for number in (3, 1):
+            target.device.finish(target.io, number)
+
+    def test_packet_without_state_is_written_as_earlier_releases_read_it(self, source: Process) -> None:
+        source.device.kept = {3: b"request3"}
+        _, data = self.there(source)
+        first, second = read_machine(data).channels[0].state.taken
+        assert isinstance(first, SavedPacket)
+        assert isinstance(second, SavedTaken)
+
+    def test_same_id_twice_keeps_its_order(self) -> None:
+        source = Process(device=PacketKeeper())
+        source.guest.open()
+        source.sent = {}
+        device = source.device
+        device.save_packets = lambda io: [PacketState(7, b"first"), PacketState(7, b"second")]  # type: ignore[method-assign]
+        for _ in range(3):
+            source.guest.send(b"same id.", transaction_id=7, completion_requested=True)
+        source.saver.pause(source.channel)
+        taken = source.channel.take_view().taken
+        states = [each.device if isinstance(each, SavedTaken) else b"" for each in taken]
+        assert states == [b"first", b"second", b""]
+
+    @pytest.mark.parametrize("error", [DeviceError("in the middle of something"), ValueError("a bug")])
+    def test_device_that_fails_to_save_a_packet_refuses_the_save(
+        self, source: Process, error: Exception
+    ) -> None:
+        source.device.broken = error
+        with pytest.raises(StateRefused, match=r"in the middle|a bug") as caught:
+            self.there(source)
+        assert caught.value.reason is Reason.DEVICE_FAILED
+
+    def test_device_that_refuses_a_packet_is_told_that_the_restore_is_given_up(self, source: Process) -> None:
+        target, data = self.there(source)
+        target.device.kept, target.device.broken = {99: b"of an earlier packet"}, DeviceError("too new")
+        with pytest.raises(StateRefused, match="too new") as caught:
+            Restore(target.saver, [target.channel]).apply(read_machine(data))
+        assert caught.value.changed
+        target.saver.disable(target.channel)
+        assert target.device.kept == {}
+
+    def test_device_that_saves_no_packets_refuses_them(self, source: Process) -> None:
+        target, data = self.there(source)
+        target.device.__class__ = Keeper
+        with pytest.raises(StateRefused, match="saves no packets, but the stream has 17 bytes"):
+            Restore(target.saver, [target.channel]).apply(read_machine(data))

@@ -468,10 +468,13 @@ def test_a_saved_controller_goes_on_elsewhere_and_waiting_commands_are_done_ther
         number = guest.start(struct.pack(">BBIBHB", 0x28, 0, 100, 0, 1, 0), read=512)
         guest.io.pause()
         device_state, io_state = guest.device.save(), guest.io.save()
+        [packet] = guest.device.save_packets(guest.io)
+        assert (packet.transaction_id, packet.from_guest) == (number, True)
         there = ScsiGuest(made())
         there.memory.ram[:] = guest.memory.ram
         there.io.restore(io_state)
         there.device.restore(device_state)
+        there.device.restore_packet(there.io, packet)
         there.io.restored(there.channel)
         there.next_id = guest.next_id
         there.run()

@@ -273,7 +273,7 @@ def test_commands_wait_for_an_image_that_somebody_took_while_it_was_saved(image:
         assert guest.answers() == []
         assert guest.command(bytes(6)).good  # nothing of the image is needed
         assert "used by another guest" in device.status()["units"]["0:0"]["trouble"]
-        assert len(device.outstanding()) == 1  # it would be saved
+        assert len(device.save_packets(guest.io)) == 1  # it would be saved
         other.unlock()
         guest.timers.advance(0.2)
         guest.run()

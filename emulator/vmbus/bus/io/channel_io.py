@@ -42,7 +42,7 @@ from vmbus.bus.io.environment import DeviceEnvironment
 from vmbus.bus.io.output import PACKET_BYTES, Output, Transactions, memory_of
 from vmbus.bus.io.polling import AdaptivePolling
 from vmbus.bus.io.ring import IncomingRing, OutgoingRing, ring_status
-from vmbus.bus.io.state import ChannelIoState, IoCounters, IoState
+from vmbus.bus.io.state import ChannelIoState, IoCounters, IoState, PacketState
 from vmbus.errors import DeviceError, GuestError, InternalError, ProtocolError, RingError
 from vmbus.ports import FastChannel, GuestMemory, TimerHandle, Timers
 from vmbus.refusals import Refusals
@@ -146,6 +146,10 @@ class ChannelDevice(Protocol):
     def gpadl_torn_down(self, io: ChannelIo, gpadl: Gpadl) -> None: ...
 
     def settled(self, io: ChannelIo) -> bool: ...
+
+    def save_packets(self, io: ChannelIo) -> Sequence[PacketState]: ...
+
+    def restore_packet(self, io: ChannelIo, packet: PacketState) -> None: ...
 
     def save(self) -> bytes: ...
 
@@ -457,6 +461,13 @@ class ChannelIo:
             input_paused=self._input_paused,
             failure=self.failure,
         )
+
+    def give_up_restore(self) -> None:
+        """Drop the state of :meth:`restore`, and have the device forget what it was given for this channel."""
+        if self.state is IoState.CLOSED:
+            self._end()
+            self.failure = ""
+            self._contain(self.device.closed)
 
     def restore(self, state: ChannelIoState) -> None:
         """Take over a saved state; the channel stays closed until the bus calls :meth:`restored`."""

@@ -37,6 +37,7 @@ from typing import Any, ClassVar
 from vmbus.bus.channel.gpadl import Gpadl
 from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.bus.io.environment import DeviceEnvironment, InlineWorkers
+from vmbus.bus.io.state import PacketState
 from vmbus.bus.offers import Offer
 from vmbus.errors import DeviceError, GuestError
 from vmbus.native import NativeLibrary
@@ -197,6 +198,25 @@ class Device(ABC):
         the end of the pause. Only a settled channel is saved or restored by hand (``vmbus channel``).
         """
         return True
+
+    def save_packets(self, io: ChannelIo) -> Sequence[PacketState]:
+        """Return what only the device knows of packets of ``io`` that are not completed, in either direction.
+
+        This is EvtVmbChannelSavePacket for all of them: the channel itself saves their transaction ids, and a packet
+        of which the device has nothing to save is left out. If a guest uses a transaction id twice, the first of the
+        device's packets with it is the first of the guest's.
+        """
+        return ()
+
+    def restore_packet(self, io: ChannelIo, packet: PacketState) -> None:
+        """Take over a packet that :meth:`save_packets` returned (EvtVmbChannelRestorePacket).
+
+        Called after :meth:`restore`, in the order of the save; ``io`` cannot send yet: continue in :meth:`restored`.
+        If the restore is given up, :meth:`closed` follows. Raise :class:`~vmbus.errors.DeviceError` to refuse.
+        """
+        raise DeviceError(
+            f"{self.name} saves no packets, but the stream has {len(packet.state)} bytes for one"
+        )
 
     def save(self) -> bytes:
         """Return the device's state in a versioned format of its own; channels are paused meanwhile."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class IoState(enum.Enum):
@@ -32,6 +33,18 @@ class IoCounters:
     """How often output did not fit, and the pending send size was set."""
     dropped: int = 0
     """Packets that a device sent after the channel was closed or had failed."""
+
+
+class PacketState(NamedTuple):
+    """What a device keeps of a packet that is not completed.
+
+    ``state``: bytes in a versioned format of the device's own. ``from_guest``: the device owes the completion;
+    otherwise the device sent the packet, and the guest owes it.
+    """
+
+    transaction_id: int
+    state: bytes
+    from_guest: bool = True
 
 
 @dataclass(frozen=True, slots=True)
