@@ -279,6 +279,7 @@ class DeviceChannel:
             connection_id=channel.connection_id or 0,
             offer_flags=int(offer.flags),
             max_packet_size=self.io.device.max_packet,
+            transaction_quota=min(kept.transaction_quota, 0xFFFFFFFF),
             mmio_megabytes=offer.mmio_megabytes,
             mmio_megabytes_optional=offer.mmio_megabytes_optional,
             open=None if request is None else _open(request),
@@ -409,4 +410,5 @@ def _io_state(state: ChannelState) -> ChannelIoState:
         output=tuple(_built(each) for each in state.queue),
         input_paused=bool(state.channel.axes & ChannelAxes.INPUT_PAUSED),
         failure=state.channel.failure,
+        transaction_quota=state.channel.transaction_quota,
     )

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
 from vmbus.bus.channel.gpadl import Gpadl
+from vmbus.bus.channel.read_only import ReadOnlyPages
 from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.bus.io.device import Device, DeviceEnvironment
 from vmbus.bus.offers import Offer
@@ -207,10 +208,11 @@ class FakeChannel:
     def ring_pages(self) -> tuple[GuestPages, GuestPages]:
         return self.incoming, self.outgoing
 
-    def gpadl_pages(self, gpadl_id: int) -> GuestPages:
+    def gpadl_pages(self, gpadl_id: int, *, read_only: bool = False) -> GuestPages:
         if self.memory is None or gpadl_id not in self.gpadls:
             raise ProtocolError("gpadl-unknown", f"{gpadl_id:#x}")
-        return self.memory.pages(self.gpadls[gpadl_id].aligned_pfns())
+        pages = self.memory.pages(self.gpadls[gpadl_id].aligned_pfns())
+        return ReadOnlyPages(pages) if read_only else pages
 
     def signal_guest(self) -> None:
         self.interrupts += 1

@@ -347,6 +347,58 @@ def test_channel_that_cannot_be_restored_is_rescinded_and_offered_anew(
     assert channel.state is ChannelState.OPEN
 
 
+@pytest.mark.parametrize("is_open", [False, True])
+def test_channel_whose_offer_forces_a_new_one_is_rescinded_and_offered_anew(
+    guest: ScriptedGuest, is_open: bool
+) -> None:
+    forced = an_offer("a", flags=OfferFlags.FORCE_NEW_CHANNEL)
+    guest.bus.offer(forced, RecordingEndpoint())
+    guest.connect()
+    if is_open:
+        guest.open_channel(1)
+    state = guest.save()
+    guest.bus = guest.another_bus()
+    endpoint = RecordingEndpoint()
+    channel = guest.bus.offer(forced, endpoint)
+    guest.bus.restore(state)
+    assert guest.take() == []
+    guest.bus.resume()
+    assert numbers(guest) == [MessageType.RESCIND_CHANNELOFFER]
+    assert "restored" not in endpoint.calls
+    assert channel.refusals.total == 0
+    guest.close(1)
+    [again] = guest.release(1)
+    assert (again.relid, again.flags) == (1, OfferFlags.FORCE_NEW_CHANNEL)
+    guest.open_channel(1)
+    assert channel.state is ChannelState.OPEN
+
+
+def test_state_restored_in_place_forces_a_new_channel_too(guest: ScriptedGuest) -> None:
+    endpoint = RecordingEndpoint()
+    channel = guest.bus.offer(an_offer("a", flags=OfferFlags.FORCE_NEW_CHANNEL), endpoint)
+    guest.connect()
+    guest.open_channel(1)
+    channel.continue_endpoint()
+    assert numbers(guest) == [MessageType.RESCIND_CHANNELOFFER]
+    assert endpoint.calls[-1] == "closed"
+
+
+def test_pages_mapped_for_reading_refuse_writes(guest: ScriptedGuest) -> None:
+    channel = guest.bus.offer(an_offer("a"), RecordingEndpoint())
+    guest.connect()
+    gpadl = guest.share(1, 2)
+    pages = channel.gpadl_pages(gpadl)
+    pages.write(8, b"contents")
+    mapped = channel.gpadl_pages(gpadl, read_only=True)
+    assert (mapped.size, mapped.read(8, 8), mapped.address_u32(0)) == (pages.size, b"contents", 0)
+    assert mapped.load_u32(8) == int.from_bytes(b"cont", "little")
+    with pytest.raises(DeviceError, match="mapped these pages with read_only=True"):
+        mapped.write(8, b"other...")
+    with pytest.raises(DeviceError, match="mapped these pages with read_only=True"):
+        mapped.store_u32(8, 1)
+    assert pages.read(8, 8) == b"contents"
+
+
 def test_offer_that_the_guest_gave_up_stays_given_up(guest: ScriptedGuest, move: Move) -> None:
     offer(guest, RecordingEndpoint(), RecordingEndpoint())
     guest.connect()

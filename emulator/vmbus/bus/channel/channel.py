@@ -22,6 +22,7 @@ from vmbus.bus.channel.endpoint import Endpoint, EndpointCalls
 from vmbus.bus.channel.gpadl import Assembly, Gpadl, GpadlState
 from vmbus.bus.channel.gpadl_list import GpadlList
 from vmbus.bus.channel.opening import OpenRequest, check_open, split_rings
+from vmbus.bus.channel.read_only import ReadOnlyPages
 from vmbus.bus.channel.signals import ChannelSignals
 from vmbus.bus.channel.state import Busy, ChannelCounters, ChannelState
 from vmbus.bus.offers import CONNECTION_ID_BASE, Offer
@@ -37,6 +38,7 @@ from vmbus.wire.messages import (
     ChannelOnly,
     OpenResult,
 )
+from vmbus.wire.offer import OfferFlags
 
 _logger = logging.getLogger(__name__)
 
@@ -153,15 +155,16 @@ class Channel:
         pfns, downstream = split_rings(self.request, self.gpadls)
         return self.host.memory.pages(pfns[:downstream]), self.host.memory.pages(pfns[downstream:])
 
-    def gpadl_pages(self, gpadl_id: int) -> GuestPages:
+    def gpadl_pages(self, gpadl_id: int, *, read_only: bool = False) -> GuestPages:
         """Return the pages of a GPADL that is one range of whole pages, as every buffer of a real guest is.
 
-        Raises :class:`ProtocolError` for an unknown id or another shape.
+        ``read_only``: pages that refuse writes. Raises :class:`ProtocolError` for an unknown id or another shape.
         """
         gpadl = self.gpadls.get(gpadl_id)
         if gpadl is None or gpadl.state is not GpadlState.ACCEPTED:
             raise ProtocolError("gpadl-unknown", f"{gpadl_id:#x}")
-        return self.host.memory.pages(gpadl.aligned_pfns())
+        pages = self.host.memory.pages(gpadl.aligned_pfns())
+        return ReadOnlyPages(pages) if read_only else pages
 
     def signal_guest(self) -> None:
         """Interrupt the guest for this channel; no effect if it is not open, or wants no interrupts."""
@@ -356,9 +359,13 @@ class Channel:
         """Continue what was under way when the channel was saved: its bus resumes, guest memory is complete.
 
         A call of the endpoint that had not finished is made once more. An open channel whose endpoint cannot be
-        restored is lost: the guest gets a RESCIND, and the same offer anew.
+        restored is lost: the guest gets a RESCIND, and the same offer anew. So does any channel whose offer has the
+        flag FORCE_NEW_CHANNEL.
         """
-        if self.state is ChannelState.OPENING and self.leaving:
+        renewed = OfferFlags.FORCE_NEW_CHANNEL in self.offer.flags and not self.leaving
+        if renewed and self.state in (ChannelState.OPENING, ChannelState.OPEN, ChannelState.CLOSED):
+            self._renew()
+        elif self.state is ChannelState.OPENING and self.leaving:
             self._forget_open()
             self._leave()
         elif self.state is ChannelState.OPENING and not self.paused:
@@ -380,10 +387,21 @@ class Channel:
         self._connect()
         self._restore_endpoint()
 
+    def _renew(self) -> None:
+        """Have the endpoint forget what was restored; rescind the channel, and offer it anew."""
+        if self.state is ChannelState.OPEN:
+            self.calls.closed()
+        self.busy = Busy.NO
+        self._start_over()
+
     def _restore_endpoint(self) -> None:
+        if OfferFlags.FORCE_NEW_CHANNEL in self.offer.flags:
+            self._renew()
+            return
         error = self.calls.restored().error
         self.busy = Busy.NO if error is not None else Busy.OPEN
         if error is not None:
+            self.refusals.refuse("not-restored", "the channel is rescinded and offered anew")
             self._start_over()
             return
         self.signals.arm_unstick()
@@ -393,7 +411,6 @@ class Channel:
 
     def _start_over(self) -> None:
         """Rescind, and offer again with the same id once the guest has released it."""
-        self.refusals.refuse("not-restored", "the channel is rescinded and offered anew")
         for gpadl in self.gpadls.values():
             gpadl.device_notified = False
         if not self.offered:

@@ -51,10 +51,10 @@ class EndpointChannel(Protocol):
         Raises :class:`ProtocolError` when the channel is not open, or its GPADL is too small for two rings.
         """
 
-    def gpadl_pages(self, gpadl_id: int) -> GuestPages:
+    def gpadl_pages(self, gpadl_id: int, *, read_only: bool = False) -> GuestPages:
         """Return the pages of a GPADL that is one range of whole pages, as every buffer of a real guest is.
 
-        Raises :class:`ProtocolError` for an unknown id or another shape.
+        ``read_only``: pages that refuse writes. Raises :class:`ProtocolError` for an unknown id or another shape.
         """
 
     def signal_guest(self) -> None:

@@ -121,6 +121,12 @@ class ChannelDevice(Protocol):
 
     def opened(self, io: ChannelIo) -> None: ...
 
+    def started(self, io: ChannelIo) -> None: ...
+
+    def post_started(self, io: ChannelIo) -> None: ...
+
+    def suspended(self, io: ChannelIo) -> None: ...
+
     def restored(self, io: ChannelIo) -> None: ...
 
     def needed(self, packet: Packet) -> Packet: ...
@@ -188,9 +194,14 @@ class ChannelIo:
         self._channel: EndpointChannel | None = None
         self._incoming: IncomingRing | None = None
         self._outgoing: OutgoingRing | None = None
+        self.transaction_quota = 0
+        """See :meth:`set_transaction_quota`; 0 if it was not called."""
         self._opening = 0
         self._budget = MemoryBudget()  # until the channel is opened: then the guest's
         self._held = self._held_by_output = 0
+        self._started = False
+        """Whether the device was told that packets follow, and not since that none do."""
+        self._post_start_due = False
         self._forget()
 
     def _forget(self) -> None:
@@ -367,6 +378,22 @@ class ChannelIo:
             self._input_paused = False
             self._schedule()
 
+    def set_transaction_quota(self, quota: int) -> None:
+        """Take no packet while ``quota`` completions are owed, also over openings (VmbChannelSetTransactionQuota).
+
+        The quota may be below what is owed now. It does not raise the limit that every channel has. Raises
+        :class:`~vmbus.errors.DeviceError` for a quota below 1.
+        """
+        if quota < 1:
+            raise DeviceError(f"{self.device.name}: a transaction quota of {quota}, at least 1 is needed")
+        self.transaction_quota = quota
+        self._schedule()
+
+    @property
+    def _owed_limit(self) -> int:
+        limit = self.device.max_owed
+        return min(self.transaction_quota or limit, limit)
+
     def call_later(self, delay: float, callback: Callable[[], None]) -> TimerHandle:
         """Call ``callback`` after ``delay`` seconds, if the channel is still open then and has not failed.
 
@@ -439,6 +466,7 @@ class ChannelIo:
         self.paused = True
         if self.state is IoState.RUNNING:
             self.state = IoState.PAUSED
+        self._suspend()
 
     def resume(self) -> None:
         """Undo :meth:`pause`; nothing was lost, nothing is repeated."""
@@ -446,9 +474,9 @@ class ChannelIo:
         if self.state is IoState.PAUSED:
             self.state = IoState.RUNNING
             due, self._due_when_resumed = self._due_when_resumed, []
+            self._start()
             for timer in due:
                 timer.fire()
-            self._schedule()
 
     def save(self) -> ChannelIoState:
         """Return the state of a paused (or failed, or closed) channel."""
@@ -460,6 +488,7 @@ class ChannelIo:
             output=tuple(self._output.packets),
             input_paused=self._input_paused,
             failure=self.failure,
+            transaction_quota=self.transaction_quota,
         )
 
     def give_up_restore(self) -> None:
@@ -482,6 +511,7 @@ class ChannelIo:
         self._hold(PACKET_BYTES * self._owed.total)
         self._input_paused = state.input_paused
         self.failure = state.failure
+        self.transaction_quota = state.transaction_quota or self.transaction_quota
 
     def detach(self) -> None:
         """Forget the opening, as if this process had never had it; the rings are not touched.
@@ -534,7 +564,28 @@ class ChannelIo:
         except Exception as error:
             self._end()
             raise DeviceError(f"{self.device.name} failed to open: {error!r}") from error
-        self._schedule()
+        if self.state is _RUNNING:
+            self._start()
+
+    def _start(self) -> None:
+        """Have the device send (Started), take packets, and then tell it so (PostStarted)."""
+        self._started = True
+        self._contain(self.device.started)
+        if self.state is _RUNNING:
+            self._schedule()
+            self._post_start_due = True
+            self.timers.call_soon(self._post_start)
+
+    def _post_start(self) -> None:
+        if self._post_start_due:
+            self._post_start_due = False
+            self._contain(self.device.post_started)
+
+    def _suspend(self) -> None:
+        """Tell the device, once for each start, that no packet follows."""
+        if self._started:
+            self._started = self._post_start_due = False
+            self._contain(self.device.suspended)
 
     def _end(self) -> None:
         self.state = IoState.CLOSED
@@ -543,6 +594,7 @@ class ChannelIo:
 
     def closed(self, channel: EndpointChannel) -> None:
         """Forget the rings: they belong to the guest again."""
+        self._suspend()
         self._end()
         self.subchannels = []
         self._contain(self.device.closed)
@@ -578,7 +630,7 @@ class ChannelIo:
             self.state is _RUNNING
             and not self._input_paused
             and not self._output.blocked
-            and self._owed.total < self.device.max_owed
+            and self._owed.total < self._owed_limit
             and (not self._budget.full or not self._owed.total)
         )
 
@@ -631,7 +683,8 @@ class ChannelIo:
         try:
             signal = self._write_out()
             while left and self._may_take():
-                taken, still_open = self._take(incoming, min(left, BATCH_PACKETS))
+                room = self._owed_limit - self._owed.total
+                taken, still_open = self._take(incoming, min(left, BATCH_PACKETS, room))
                 if not still_open:
                     return
                 if taken:
@@ -787,6 +840,7 @@ class ChannelIo:
         if self.state is _RUNNING or self.state is IoState.PAUSED:
             self.state = IoState.FAILED
             self.failure = reason
+            self._post_start_due = False
             self._output, self._owed, self._awaited = Output(), Transactions(), Transactions()
             self._hold_output()  # the device may still hold its requests
 

@@ -5,7 +5,10 @@ that reboots or reloads its driver), or several at a time (sub-channels). Each o
 (:class:`~vmbus.bus.io.channel_io.ChannelIo`), from which the device gets packets and through which it sends; a device
 handles neither rings nor QEMU.
 
-    start(environment) → { opened(io) → { packet(io, packet) | completed(io, packet) }* → closed(io) }* → stop()
+    start(environment) → { opened(io) → { started → { packet | completed }* → suspended }* → closed(io) }* → stop()
+
+A channel is open or closed, and paused or active; ``started`` and ``suspended`` are the second of these. A migration,
+a snapshot and ``vmbus channel pause`` pause it; if a guest opens a paused channel, ``started`` follows later.
 
 All hooks are called in one thread and must not block; slow work is done in :attr:`DeviceEnvironment.workers` and ends
 with ``io.complete``. An exception of a hook never ends the process:
@@ -127,6 +130,25 @@ class Device(ABC):
         against the guest's budget of memory.
         """
         return packet
+
+    def started(self, io: ChannelIo) -> None:
+        """Begin, or begin again, to send: packets of the guest follow (EvtVmbChannelStarted).
+
+        Called after ``opened`` or ``restored``, and after each pause. Do not raise: the channel would fail.
+        """
+
+    def post_started(self, io: ChannelIo) -> None:
+        """Send requests that need an answer: packets are taken now (EvtVmbChannelPostStarted).
+
+        Called from the event loop after ``started``, unless the channel was suspended, closed or failed meanwhile.
+        """
+
+    def suspended(self, io: ChannelIo) -> None:
+        """Retire what is held for an active channel: no packet follows until ``started`` (EvtVmbChannelSuspend).
+
+        Called once for each ``started``: when the channel is paused, and before ``closed``. Packets that were passed
+        are completed in time, or saved. What is sent meanwhile is queued. ``io.paused`` tells a pause from a close.
+        """
 
     @abstractmethod
     def packet(self, io: ChannelIo, packet: Packet) -> None:

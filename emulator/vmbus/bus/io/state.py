@@ -52,7 +52,8 @@ class ChannelIoState:
     """Everything that an open channel holds besides its rings, which are guest memory.
 
     ``owed`` and ``awaited``: transaction ids and how often each is open, of the guest's packets and of the host's;
-    ``output``: packets without trailer that are not in the ring yet; ``input_paused``: the device takes no packets.
+    ``output``: packets without trailer that are not in the ring yet; ``input_paused``: the device takes no packets;
+    ``transaction_quota``: 0 if the device set none.
     """
 
     owed: tuple[tuple[int, int], ...] = ()
@@ -60,3 +61,4 @@ class ChannelIoState:
     output: tuple[bytes, ...] = ()
     input_paused: bool = False
     failure: str = ""
+    transaction_quota: int = 0
