@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 from vmbus.machine.migration import snapshots
 from vmbus.machine.migration.snapshots import SnapshotFailed
+from vmbus.provision.qemu import find_qemu
+from vmbus_devices.scsi.controller import Controller
 
 from tests.guest.test_boot import complaints
 from tests.migration.journey import Journey, journey
@@ -78,4 +83,48 @@ async def test_a_guest_goes_back_to_a_snapshot_as_often_as_asked(tmp_path: Path)
             await snapshots.load(host.migration, "behind")
         await snapshots.load(host.migration, "second")
         await host.qmp.execute("cont")
+        await more_beats(guest)
+
+
+async def test_a_snapshot_that_cannot_be_loaded_costs_nothing(tmp_path: Path) -> None:
+    """Looked at first: is it in every image, is it the one that is meant, and does its state fit?"""
+    disk = "scsi,format=memory,size=8M"
+    async with journey(tmp_path, snapshots=True, devices=("heartbeat,interval=0.05", disk)) as guest:
+        coordinator, qmp = guest.host.migration, guest.host.qmp
+        await more_beats(guest)
+        for number in ("7", "2", ""):
+            with pytest.raises(SnapshotFailed, match="letter"):
+                await snapshots.save(coordinator, number)
+        await qmp.monitor("savevm 2")
+        await more_beats(guest)
+        await snapshots.save(coordinator, "good")  # its id is 2
+
+        controller = guest.device("scsi")
+        assert isinstance(controller, Controller)
+        unit = controller.units.pop((0, 0))
+        second = tmp_path / "second.qcow2"
+        create = [*find_qemu().qemu_img(), "create", "-q", "-f", "qcow2", str(second), "64K"]
+        await asyncio.to_thread(subprocess.run, create, check=True)
+        reasons = {"good": "missing here", "2": "id of snapshot good"}
+        for tag, reason in reasons.items():
+            with pytest.raises(SnapshotFailed, match=reason):
+                await snapshots.load(coordinator, tag)
+            assert (await qmp.execute("query-status"))["running"], tag
+        controller.units[0, 0] = unit
+        descriptor = os.open(second, os.O_RDWR)
+        file = {"driver": "file", "filename": f"/dev/fdset/{await qmp.lend([descriptor])}"}
+        os.close(descriptor)
+        await qmp.execute("blockdev-add", {"driver": "qcow2", "node-name": "second", "file": file})
+        with pytest.raises(SnapshotFailed, match="added since"):
+            await snapshots.load(coordinator, "good")
+        assert (await qmp.execute("query-status"))["running"]
+        await more_beats(guest)
+        await qmp.execute("blockdev-del", {"node-name": "second"})
+
+        # A guest that is stopped is loaded as often as asked, and runs then.
+        await qmp.execute("stop")
+        for _ in range(2):
+            await snapshots.load(coordinator, "good")
+            assert not (await qmp.execute("query-status"))["running"]
+        await qmp.execute("cont")
         await more_beats(guest)

@@ -180,7 +180,9 @@ async def test_a_guest_that_was_stopped_before_is_stopped_after(tmp_path: Path) 
         await guest.here.migration(lambda: before.migration.phase is Phase.LEFT, "phase left", there)
         await arrived(there.host.migration, LIMIT)
         await guest.settle_at(there)
-        assert guest.host.migration.phase is Phase.LOADED
+        assert guest.host.migration.phase is Phase.IDLE
+        assert (await guest.host.qmp.execute("query-status"))["status"] == "paused"
+        await guest.move()  # a second time, as stopped as before
         assert (await guest.host.qmp.execute("query-status"))["status"] == "paused"
         answered = guest.device("heartbeat").status()["answers"]
         await guest.host.qmp.execute("cont")

@@ -575,8 +575,10 @@ class Controller(Device):
         self._deactivate()  # the emulator that continues the guest locks the images
         return state
 
-    def restore(self, state: bytes) -> None:
-        saved = parse_state(self.name, state)
+    def check_restore(self, state: bytes) -> None:
+        self._check_saved(parse_state(self.name, state))
+
+    def _check_saved(self, saved: SavedController) -> None:
         if saved.version is not None and saved.version > self.max_version:
             raise DeviceError(
                 f"{self.name}: the guest agreed to protocol {saved.version}, here version={self.max_version} is set"
@@ -588,6 +590,10 @@ class Controller(Device):
             )
         for each in saved.units:
             check_unit(self.name, each, self.units.get(each.place))
+
+    def restore(self, state: bytes) -> None:
+        saved = parse_state(self.name, state)
+        self._check_saved(saved)
         for each in saved.units:
             restore_unit(each, self.units[each.place])
         self.handshake = self.new_handshake()

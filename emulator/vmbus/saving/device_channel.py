@@ -204,6 +204,14 @@ class DeviceChannel:
             _io_state(state)
         except (RingError, ValueError) as error:
             return f"it has a packet that cannot be sent: {error}"
+        if state.channel.identity.subchannel_index:
+            return None
+        try:
+            self.io.device.check_restore(state.device)
+        except VmbusError as error:
+            return str(error)
+        except Exception as error:  # noqa: BLE001 - a device of a third party
+            return f"{self.io.device.name} cannot be restored: Device.check_restore raised {error!r}"
         return None
 
     def apply_restore(self, state: ChannelState) -> None:
@@ -264,7 +272,9 @@ class DeviceChannel:
 
     def _header(self, kept: ChannelIoState) -> SavedChannel:
         channel, offer = self.channel, self.channel.offer
-        request = channel.request if channel.is_open else None
+        # A guest that arrived and stays stopped: the bus opens the channel when it is resumed.
+        stopped = channel.state is BusState.OPEN and self._restored()
+        request = channel.request if channel.is_open or stopped else None
         axes = ChannelAxes.ENABLED if channel.state is not BusState.RELEASED else ChannelAxes(0)
         for axis, holds in (
             (ChannelAxes.OPEN, request is not None),

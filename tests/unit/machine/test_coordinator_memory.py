@@ -278,7 +278,7 @@ class State:
     def restore(self, data: bytes) -> None:
         raise InternalError("no guest arrives here")
 
-    check = check_memory = restore
+    check = check_fits = check_memory = restore
 
 
 async def until_the_pause(qemu: Qemu, theirs: Sequence[int] = THEIRS) -> None:

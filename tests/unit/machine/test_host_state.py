@@ -9,11 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
+import pytest
 from vmbus.cli.devices import registry
 from vmbus.machine.host import Host, HostOptions
 from vmbus.machine.memory import RamRegion
+from vmbus.machine.migration.state_machine import Phase
 from vmbus.machine.qemu.discovery import QemuFacts
-from vmbus.saving import read_machine
+from vmbus.saving import StateRefused, read_machine
+from vmbus_devices.scsi.controller import Controller
+
+from tests.unit.machine.test_stored_states import FOLDER, NAMES, host_for
 
 SIZE = 4 << 20
 
@@ -83,3 +88,41 @@ async def test_a_state_that_is_only_checked_leaves_no_sub_channel_behind(tmp_pat
             there.migration.state.check(data)
             assert there.devices[0].io.subchannels == []
             assert len([channel for channel in there.bus.channels if channel.offer.subchannel_index]) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_a_guest_that_arrived_and_stays_stopped_is_saved_as_it_came(tmp_path: Path, name: str) -> None:
+    """It can leave a second time, and whatever was outstanding is still so."""
+    data, channels = (FOLDER / f"{name}.bin").read_bytes(), []
+    for number in range(3):
+        (tmp_path / str(number)).mkdir()
+        here = host_for(tmp_path / str(number), name)
+        here.gateway.unclaimed.return_value = []  # type: ignore[attr-defined]
+        here.migration.load(data)
+        here.migration.stay_stopped()
+        assert here.migration.phase is Phase.IDLE
+        here.migration.state.pause()
+        data = here.migration.state.save(1 << 20, memory_stays=False, pages=(), limit=1 << 20).data
+        channels.append([each.state for each in read_machine(data).channels])
+        here.workers.close()
+        here.memory.close()
+    assert channels[0] == channels[1] == channels[2]
+
+
+async def test_a_state_is_compared_with_what_is_here_while_the_guest_runs(tmp_path: Path) -> None:
+    with host(tmp_path, "scsi,format=memory,size=8M", "echo") as here:
+        state = here.migration.state
+        state.pause()
+        data = state.save(1 << 16, memory_stays=False, pages=(), limit=1 << 20).data
+        state.resume()
+        state.check_fits(data)
+        controller = here.devices[0].device
+        assert isinstance(controller, Controller)
+        unit = controller.units.pop((0, 0))
+        with pytest.raises(StateRefused, match="is missing here"):
+            state.check_fits(data)
+        controller.units[0, 0] = unit
+        state.check_fits(data)
+        here.remove_device(here.devices[1])
+        with pytest.raises(StateRefused, match="does not offer"):
+            state.check_fits(data)

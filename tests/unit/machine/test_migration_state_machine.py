@@ -167,7 +167,8 @@ EXPECTED: dict[Phase, dict[str, tuple[Phase | None, list[Action]]]] = {
     Phase.LEFT: {"setup": (None, [Action.CANCEL_WHEN_SENDING])},
     Phase.SNAPSHOT: {},
     Phase.INCOMING: {"completed": (None, [Action.TAKE_STATE])},
-    Phase.LOADED: {},
+    # A guest that ran before was resumed by now. What QEMU has read behind the state may be damaged.
+    Phase.LOADED: {"completed": (Phase.IDLE, []), "failed": (Phase.INCOMING, [Action.FORGET_GUEST])},
     Phase.LOST: OWN_MIGRATION,
 }
 
@@ -454,6 +455,7 @@ def test_a_target_without_dbus_takes_the_state_of_the_side_channel() -> None:
     assert machine.phase is Phase.LOADED
     machine = incoming()
     assert machine.state_taken(ran=False) == ()
+    assert machine.phase is Phase.IDLE
     machine = incoming()
     machine.state_missing("nothing came")
     assert (machine.phase, machine.load_refused) == (Phase.LOST, "nothing came")
@@ -587,6 +589,33 @@ def test_a_guest_that_qemu_does_not_resume_stays_fenced() -> None:
     machine.take_back()
     assert machine.not_taken_back(fenced=True) == (Action.FENCE,)
     assert machine.resumed() == (Action.STOP_GUEST,)
+
+
+def test_a_stopped_guest_that_came_may_be_loaded_or_moved_again() -> None:
+    for machine in (loaded(), loaded()):
+        machine.stay_stopped()
+        assert machine.phase is Phase.IDLE
+        assert machine.migration("setup") == BEGIN
+    machine = loaded()
+    machine.migration("completed")
+    machine.expect(instead=True)
+    machine.load_requested()
+
+
+def test_a_guest_is_forgotten_only_for_one_that_comes() -> None:
+    machine = MigrationStateMachine()
+    assert machine.expect(instead=True) == (Action.PAUSE,)
+    assert machine.replaces
+    machine.expect_no_more(Phase.IDLE)
+    assert (machine.phase, machine.replaces) == (Phase.IDLE, False)
+    assert machine.resumed() == (Action.RESUME,)
+    machine.expect(instead=True)
+    assert machine.abandon() == (Action.FORGET_GUEST,)
+    assert incoming().abandon() == ()
+    machine = incoming()
+    machine.loaded()
+    machine.expect_no_more(Phase.IDLE)
+    assert machine.phase is Phase.LOADED
 
 
 # --- any order of events ---

@@ -254,6 +254,13 @@ class Device(ABC):
                 f"{self.name} has no saved state, but the stream holds {len(state)} bytes for it"
             )
 
+    def check_restore(self, state: bytes) -> None:
+        """Raise :class:`~vmbus.errors.DeviceError` if :meth:`restore` would refuse ``state``; change nothing.
+
+        Called while the device may be at work, so that nothing is given up for a state that does not fit. A device
+        that does not override this method refuses in :meth:`restore` only.
+        """
+
     def restored(self, io: ChannelIo) -> None:
         """Continue a channel that was open when it was saved; called in place of ``opened``.
 

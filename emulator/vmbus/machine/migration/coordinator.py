@@ -94,6 +94,9 @@ class MachineState(Protocol):
     def check(self, data: bytes) -> None:
         """Raise :class:`~vmbus.saving.StateRefused` for a state that cannot be restored."""
 
+    def check_fits(self, data: bytes) -> None:
+        """Raise :class:`~vmbus.saving.StateRefused` for a state that cannot replace the guest that is here."""
+
     def check_memory(self, data: bytes) -> None:
         """Raise :class:`~vmbus.saving.StateRefused` if memory that was not copied changed since the save."""
 
@@ -137,6 +140,7 @@ class Coordinator:
             Action.END_TRACKING: self._end_tracking,
             Action.FENCE: self._fence,
             Action.UNFENCE: self._unfence,
+            Action.FORGET_GUEST: self._forget_guest,
             Action.PAUSE: self._pause,
             Action.RESUME: self._resume,
         }
@@ -311,6 +315,9 @@ class Coordinator:
 
     def _end_tracking(self) -> None:
         self.tracker.end()
+
+    def _forget_guest(self) -> None:
+        self.state.reset()
 
     def _pause(self) -> None:
         self.state.pause()
@@ -542,9 +549,21 @@ class Coordinator:
         """Expect that a state is loaded before the guest runs (again)."""
         self._react(self._machine.expect())
 
+    def expect_instead(self) -> None:
+        """Expect a state that replaces the guest that is here; it is dropped only when the state comes."""
+        self._react(self._machine.expect(instead=True))
+
+    def expect_no_more(self, phase: Phase) -> None:
+        """Go back to ``phase``, that of before :meth:`expect_instead`: nothing was changed."""
+        self._machine.expect_no_more(phase)
+
+    def stay_stopped(self) -> None:
+        """Note that the guest that was loaded stays stopped."""
+        self._machine.stay_stopped()
+
     def abandon(self) -> None:
         """Expect no state any more; guest memory may be replaced already."""
-        self._machine.abandon()
+        self._react(self._machine.abandon())
 
     # --- requests of QEMU over D-Bus: no QMP, no qtest ---
 
@@ -593,6 +612,9 @@ class Coordinator:
             self._machine.load_requested()
             if state.startswith(REFERENCE_MAGIC):
                 state = self.side_channel.frame(REFERENCE.parse(state).digest).state
+            if self._machine.replaces:
+                self.state.check_fits(state)
+                self.state.reset()
             with self.ports.qtest.loading():
                 self.state.restore(state)
         except VmbusError as error:

@@ -37,6 +37,7 @@ from vmbus.saving import (
     ChannelState,
     MachineState,
     NtStatus,
+    Reason,
     Restore,
     SavedState,
     StateRefused,
@@ -360,6 +361,33 @@ class HostState:
             self._restore().check(state)
         finally:
             self._revoke_subchannels(made)
+
+    def check_fits(self, data: bytes) -> None:
+        """Raise :class:`~vmbus.saving.StateRefused` if ``data`` could not be restored in place of the guest here.
+
+        The guest may run; nothing is changed.
+        """
+        state = read_machine(data)
+        there = {channel.identity: channel for channel in self._known()}
+        for saved in state.channels:
+            primary = there.get(dataclasses.replace(saved.identity, subchannel_index=0))
+            if primary is None:
+                raise StateRefused(
+                    Reason.NOT_THERE,
+                    f"the state has channel {saved.identity}, which this machine does not offer",
+                )
+            if (refused := primary.check_restore(saved.state)) is not None:
+                raise StateRefused(Reason.NOT_ACCEPTED, f"channel {saved.identity}: {refused}")
+        states = [saved.state for saved in state.channels]
+        found: list[str | None] = []
+        if state.hypervisor is not None:
+            found.append(self._hypervisor_section.check_restore(state.hypervisor, states))
+        if state.bus is not None:
+            found.append(self._bus_section.check_restore(state.bus, states))
+        forget_parsed()
+        for why in found:
+            if why:
+                raise StateRefused(Reason.NOT_ACCEPTED, why)
 
     def _restore(self) -> Restore:
         return Restore(

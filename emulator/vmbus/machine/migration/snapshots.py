@@ -3,32 +3,49 @@
 Source: docs/protocol/migration.md#snapshots.
 
     save    stop, pause, prepare the state, snapshot-save (QEMU asks for the state), resume
-    load    stop, reset, snapshot-load (QEMU passes the state), resume
+    load    check, stop, pause, snapshot-load (QEMU passes the state, for which what is here is dropped), resume
 
-QEMU writes and reads guest memory without a handshake, so the emulator has to be paused before.
+QEMU writes and reads guest memory without a handshake, so the emulator has to be paused before. Nothing of a guest
+that runs is given up before it is known that the snapshot is in every image, and that its state fits here.
+
+QEMU looks for a snapshot by its id first, which is a number, and then by its name: names of digits are refused.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from vmbus.errors import QemuError, UserError
+from vmbus.errors import QemuError, QemuGone, UserError
 from vmbus.machine.migration.configuration import read_configuration
 from vmbus.machine.migration.coordinator import SETTLE_TIMEOUT, Coordinator
 from vmbus.machine.migration.fence import FENCE_NODE
 from vmbus.machine.migration.report import Report
+from vmbus.machine.migration.snapshot_state import CannotLook, read_state
 from vmbus.machine.migration.state_machine import Phase
 from vmbus.machine.qemu.launch import SNAPSHOT_NODE
+from vmbus.saving import StateRefused
 
+_logger = logging.getLogger(__name__)
+
+_MAX_NAME = 255
+"""Bytes of a snapshot's name in QEMU."""
 _POLL = 0.02
 """Seconds between two ``query-jobs``."""
 
 
 class SnapshotFailed(UserError):
     """A snapshot that was not made or loaded; the message says why, and what the guest does now."""
+
+
+class _NotBegun(SnapshotFailed):
+    """A job that QEMU did not begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +59,8 @@ class Snapshot:
 
 async def save(coordinator: Coordinator, tag: str, *, timeout: float = 600.0) -> Report:
     """Save the guest as ``tag``, then resume it if it ran. Raises :class:`SnapshotFailed`."""
-    nodes = await _nodes(coordinator)
+    _check_name(tag)
+    images = await _images(coordinator)
     if tag in [each.tag for each in await listed(coordinator)]:
         raise SnapshotFailed(f"there is a snapshot {tag} already; delete it first, or choose another name")
     await _check_capabilities(coordinator)
@@ -53,7 +71,7 @@ async def save(coordinator: Coordinator, tag: str, *, timeout: float = 600.0) ->
             raise SnapshotFailed(f"the guest cannot be saved: {coordinator.report.refusal}")
         if coordinator.phase is not Phase.SNAPSHOT:
             raise SnapshotFailed("another program resumed the guest before it was saved; nothing was saved")
-        await _job(coordinator, "snapshot-save", tag, nodes, timeout)
+        await _job(coordinator, "snapshot-save", tag, images, timeout)
         return coordinator.report
     finally:
         coordinator.end_snapshot()
@@ -62,10 +80,14 @@ async def save(coordinator: Coordinator, tag: str, *, timeout: float = 600.0) ->
 
 
 async def load(coordinator: Coordinator, tag: str, *, timeout: float = 600.0) -> None:
-    """Restore the guest of ``tag``; it runs then if the guest ran before. Raises :class:`SnapshotFailed`."""
-    nodes = await _nodes(coordinator, Phase.IDLE, Phase.LOST)
-    await _check_exists(coordinator, tag)
+    """Restore the guest of ``tag``; it runs then if the guest ran before. Raises :class:`SnapshotFailed`.
+
+    Whatever can be known before is checked first: then the guest goes on as it is.
+    """
+    images = await _images(coordinator, Phase.IDLE, Phase.LOST)
+    _check_is_meant(images, tag, everywhere=True)
     await _check_capabilities(coordinator)
+    await _check_fits(coordinator, images[0], tag)
     ran = await _stop(coordinator)
     ports, state = coordinator.ports, coordinator.state
     state.pause_channels()
@@ -73,11 +95,16 @@ async def load(coordinator: Coordinator, tag: str, *, timeout: float = 600.0) ->
         if ran:
             await ports.qmp.cont()
         raise SnapshotFailed("a device's work did not end in time, nothing was changed; try again")
-    state.reset()
-    coordinator.expect()
+    before = coordinator.phase
+    coordinator.expect_instead()
     await ports.qtest.settled()  # no interrupt of the guest that goes reaches the one that comes
     try:
-        await _job(coordinator, "snapshot-load", tag, nodes, timeout)
+        await _job(coordinator, "snapshot-load", tag, images, timeout)
+    except _NotBegun as error:
+        coordinator.expect_no_more(before)
+        if ran:
+            await ports.qmp.cont()
+        raise SnapshotFailed(f"{error}; nothing was changed") from error
     except SnapshotFailed as error:
         coordinator.abandon()
         why = coordinator.load_refused or str(error)
@@ -87,13 +114,15 @@ async def load(coordinator: Coordinator, tag: str, *, timeout: float = 600.0) ->
         raise SnapshotFailed(f"{tag} was made without the emulator's state; the guest stays stopped")
     if ran:
         await ports.qmp.cont()
+    else:
+        coordinator.stay_stopped()
 
 
 async def delete(coordinator: Coordinator, tag: str, *, timeout: float = 600.0) -> None:
     """Delete ``tag`` from every image. Raises :class:`SnapshotFailed`."""
-    nodes = await _nodes(coordinator)
-    await _check_exists(coordinator, tag)
-    await _job(coordinator, "snapshot-delete", tag, nodes, timeout)
+    images = await _images(coordinator)
+    _check_is_meant(images, tag, everywhere=False)
+    await _job(coordinator, "snapshot-delete", tag, images, timeout)
 
 
 async def listed(coordinator: Coordinator) -> list[Snapshot]:
@@ -107,12 +136,27 @@ async def listed(coordinator: Coordinator) -> list[Snapshot]:
     return sorted((each for each in found.values() if each.size), key=lambda each: each.date)
 
 
-async def _check_exists(coordinator: Coordinator, tag: str) -> None:
-    if tag not in [each.tag for each in await listed(coordinator)]:
-        raise SnapshotFailed(f"there is no snapshot {tag}; `vmbus snapshot list` shows what there is")
+def _check_name(tag: str) -> None:
+    """Refuse names that QEMU would take for an id, or would cut off."""
+    if re.fullmatch(r"[0-9]*", tag) or len(tag.encode()) > _MAX_NAME:
+        raise SnapshotFailed(
+            f"{tag!r} cannot be the name of a snapshot: QEMU takes digits for the id of one; choose a name with a "
+            f"letter, of at most {_MAX_NAME} bytes"
+        )
 
 
-async def _nodes(coordinator: Coordinator, *phases: Phase) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class _ImageNode:
+    """An image that takes part in snapshots. ``names``: of its snapshots, by id."""
+
+    node: str
+    file: Path
+    names: Mapping[str, str]
+    with_state: frozenset[str]
+    """Names of the snapshots that have guest memory."""
+
+
+async def _images(coordinator: Coordinator, *phases: Phase) -> list[_ImageNode]:
     """Return the images that take part: every writable qcow2 node. The first one gets guest memory."""
     if coordinator.ports.dbus_address is None:
         raise SnapshotFailed(
@@ -121,16 +165,57 @@ async def _nodes(coordinator: Coordinator, *phases: Phase) -> list[str]:
         )
     if coordinator.phase not in (phases or (Phase.IDLE,)):
         raise SnapshotFailed(f"no snapshot can be made or loaded now: the guest is {coordinator.phase.value}")
-    found = [
-        str(node["node-name"])
-        for node in await coordinator.ports.qmp.execute("query-named-block-nodes")
-        if node["drv"] == "qcow2" and not node["ro"] and node["node-name"] != FENCE_NODE
-    ]
+    found = []
+    for node in await coordinator.ports.qmp.execute("query-named-block-nodes"):
+        if node["drv"] == "qcow2" and not node["ro"] and node["node-name"] != FENCE_NODE:
+            there = node["image"].get("snapshots", ())
+            found.append(
+                _ImageNode(
+                    str(node["node-name"]),
+                    Path(str(node["image"]["filename"])),
+                    {str(each["id"]): str(each["name"]) for each in there},
+                    frozenset(str(each["name"]) for each in there if each["vm-state-size"]),
+                )
+            )
     if not found:
         raise SnapshotFailed(
             "QEMU has no writable qcow2 image to put a snapshot into: start the guest with --snapshots FILE"
         )
-    return sorted(found, key=lambda name: name != SNAPSHOT_NODE)
+    return sorted(found, key=lambda image: image.node != SNAPSHOT_NODE)
+
+
+def _check_is_meant(images: Sequence[_ImageNode], tag: str, *, everywhere: bool) -> None:
+    """Check that QEMU finds the snapshot that is meant; ``everywhere``: in each image, with memory in the first."""
+    if not any(tag in image.names.values() for image in images):
+        raise SnapshotFailed(f"there is no snapshot {tag}; `vmbus snapshot list` shows what there is")
+    for image in images:
+        other = image.names.get(tag, tag)
+        if other != tag:
+            raise SnapshotFailed(
+                f"{tag} is also the id of snapshot {other} in {image.file}, which QEMU would take"
+            )
+        if everywhere and tag not in image.names.values():
+            raise SnapshotFailed(
+                f"{image.file} has no snapshot {tag}, other images have one: this image was added since; nothing was "
+                "changed"
+            )
+    if everywhere and tag not in images[0].with_state:
+        raise SnapshotFailed(f"{images[0].file} has no guest memory in snapshot {tag}; nothing was changed")
+
+
+async def _check_fits(coordinator: Coordinator, image: _ImageNode, tag: str) -> None:
+    """Check that the emulator's state in a snapshot can be restored here, as far as that can be seen before."""
+    try:
+        state = await asyncio.to_thread(read_state, image.file, tag)
+    except CannotLook as error:
+        _logger.info("the state in snapshot %s is checked only when it is loaded: %s", tag, error)
+        return
+    if state is None:
+        raise SnapshotFailed(f"{tag} was made without the emulator's state; nothing was changed")
+    try:
+        coordinator.state.check_fits(state)
+    except StateRefused as error:
+        raise SnapshotFailed(f"{tag} cannot be restored here: {error}; nothing was changed") from error
 
 
 async def _check_capabilities(coordinator: Coordinator) -> None:
@@ -148,15 +233,22 @@ async def _stop(coordinator: Coordinator) -> bool:
     return ran
 
 
-async def _job(coordinator: Coordinator, command: str, tag: str, nodes: list[str], timeout: float) -> None:
-    """Run a job of QEMU's to its end."""
+async def _job(
+    coordinator: Coordinator, command: str, tag: str, images: Sequence[_ImageNode], timeout: float
+) -> None:
+    """Run a job of QEMU's to its end. Raises :class:`_NotBegun` if QEMU did not begin it."""
     qmp = coordinator.ports.qmp
     name = f"vmbus-{secrets.token_hex(4)}"
-    arguments: dict[str, Any] = {"job-id": name, "tag": tag, "devices": nodes}
+    arguments: dict[str, Any] = {"job-id": name, "tag": tag, "devices": [image.node for image in images]}
     if command != "snapshot-delete":
-        arguments["vmstate"] = nodes[0]
+        arguments["vmstate"] = images[0].node
     try:
         await qmp.execute(command, arguments)
+    except QemuGone:
+        raise
+    except QemuError as error:
+        raise _NotBegun(str(error)) from error
+    try:
         async with asyncio.timeout(timeout):
             while True:
                 jobs = [job for job in await qmp.execute("query-jobs") if job["id"] == name]

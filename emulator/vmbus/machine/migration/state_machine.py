@@ -114,6 +114,7 @@ class Action(Enum):
     """``state_taken``, ``state_missing``"""
     FENCE = "have QEMU refuse cont, and note that the guest has left, for later emulators"
     UNFENCE = "note that the guest is here, and serve it"
+    FORGET_GUEST = "drop all that belongs to the guest that is here"
     PAUSE = "pause the host"
     RESUME = "resume the host: its guest runs"
     STOP_GUEST = "send stop"
@@ -172,6 +173,8 @@ class MigrationStateMachine:
         """Whether QEMU stopped a running guest for the migration under way: RESUME follows, if it fails."""
         self._save_was_refused = False
         """Of the last ``Save()``. A new migration does not reset it: its events may be read after its ``Save()``."""
+        self.replaces = False
+        """Whether ``Load()`` replaces a guest that is here."""
         self._handed_over = False
         """Whether the target has the state, or QEMU has it for the target."""
 
@@ -180,8 +183,7 @@ class MigrationStateMachine:
     def migration(self, status: str) -> Actions:
         """Handle MIGRATION with QEMU's new ``status``."""
         if self.phase in (Phase.SNAPSHOT, Phase.INCOMING, Phase.LOADED):
-            # On a target that has no state yet: its QEMU has no dbus-vmstate, so Load() will not come.
-            return (Action.TAKE_STATE,) if self.phase is Phase.INCOMING and status == "completed" else ()
+            return self._migration_to_here(status)
         if self.fenced:
             return self._migration_of_a_guest_that_left(status)
         actions: list[Action] = []
@@ -394,6 +396,12 @@ class MigrationStateMachine:
     def loaded(self) -> None:
         """Note that the state was restored."""
         self.phase = Phase.LOADED
+        self.replaces = False
+
+    def stay_stopped(self) -> None:
+        """Note that the guest that was loaded is stopped, as it was when it was saved: its host stays paused."""
+        if self.phase is Phase.LOADED:
+            self.phase = Phase.IDLE
 
     def load_failed(self, reason: str) -> None:
         """Note why ``Load()`` failed: QEMU fails the migration, or the snapshot."""
@@ -403,8 +411,11 @@ class MigrationStateMachine:
 
     def state_taken(self, *, ran: bool) -> Actions:
         """Note that the state of the side channel was restored; ``ran``: whether the guest ran at the source."""
-        self.phase = Phase.LOADED
-        return (Action.RESUME_ARRIVED,) if ran else ()
+        self.loaded()
+        if ran:
+            return (Action.RESUME_ARRIVED,)
+        self.stay_stopped()
+        return ()
 
     def state_missing(self, reason: str) -> None:
         """Note that QEMU has received the guest, and that its state did not come or cannot be restored."""
@@ -414,15 +425,24 @@ class MigrationStateMachine:
 
     # --- commands ---
 
-    def expect(self) -> Actions:
-        """Expect that a state is loaded before the guest runs (again)."""
+    def expect(self, *, instead: bool = False) -> Actions:
+        """Expect that a state is loaded before the guest runs (again); ``instead`` of the guest that is here."""
         self.phase = Phase.INCOMING
         self.load_refused = ""
+        self.replaces = instead
         return (Action.PAUSE,)
 
-    def abandon(self) -> None:
+    def expect_no_more(self, phase: Phase) -> None:
+        """Go back to ``phase``, that of before :meth:`expect`: nothing was changed."""
+        if self.phase is Phase.INCOMING:
+            self.phase = phase
+            self.replaces = False
+
+    def abandon(self) -> Actions:
         """Expect no state any more; guest memory may be replaced already."""
         self.phase = Phase.LOST
+        was_here, self.replaces = self.replaces, False
+        return (Action.FORGET_GUEST,) if was_here else ()
 
     def begin_snapshot(self) -> Actions:
         """Prepare the state for a snapshot. The guest is stopped; the caller asks QEMU for the save."""
@@ -480,6 +500,18 @@ class MigrationStateMachine:
             return (*actions, Action.RESUME_GUEST)
         self.phase = Phase.IDLE
         return actions
+
+    def _migration_to_here(self, status: str) -> Actions:
+        """Follow the arrival of a guest."""
+        if self.phase is Phase.INCOMING and status == "completed":
+            # It has no state yet: its QEMU has no dbus-vmstate, so Load() will not come.
+            return (Action.TAKE_STATE,)
+        if self.phase is Phase.LOADED and status == "completed":
+            self.stay_stopped()  # if it ran before, RESUME came first
+        elif self.phase is Phase.LOADED and status == "failed":
+            self.phase = Phase.INCOMING  # behind the state, QEMU's stream was damaged; another may come
+            return (Action.FORGET_GUEST,)
+        return ()
 
     def _migration_of_a_guest_that_left(self, status: str) -> Actions:
         """Refuse to send it again. Its phase and its state stay, for :meth:`take_back`."""
