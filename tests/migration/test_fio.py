@@ -129,12 +129,12 @@ async def back_and_forth(guest: Journey, image: Path, tag: str) -> None:
     """Save the guest and its disk, let it go on, and put both back."""
     host = guest.host
     await host.qmp.execute("stop")
-    await snapshots.save(host.migration, tag)
+    await snapshots.save(host.migration, tag, without_disks=True)
     kept = image.read_bytes()
     await host.qmp.execute("cont")
     await more_requests(guest, 500)
     await host.qmp.execute("stop")
-    await snapshots.load(host.migration, tag)
+    await snapshots.load(host.migration, tag, without_disks=True)
     with image.open("r+b") as file:
         file.write(kept)
         os.fsync(file.fileno())

@@ -97,7 +97,12 @@ async def test_a_snapshot_that_cannot_be_loaded_costs_nothing(tmp_path: Path) ->
                 await snapshots.save(coordinator, number)
         await qmp.monitor("savevm 2")
         await more_beats(guest)
-        await snapshots.save(coordinator, "good")  # its id is 2
+        await snapshots.save(coordinator, "good", without_disks=True)  # its id is 2
+        outside = r"scsi/0:0 \(scsi,format=memory,size=8M.*--without-disks"
+        with pytest.raises(SnapshotFailed, match=outside):
+            await snapshots.save(coordinator, "other")
+        with pytest.raises(SnapshotFailed, match=outside):
+            await snapshots.load(coordinator, "good")
 
         controller = guest.device("scsi")
         assert isinstance(controller, Controller)
@@ -108,7 +113,7 @@ async def test_a_snapshot_that_cannot_be_loaded_costs_nothing(tmp_path: Path) ->
         reasons = {"good": "missing here", "2": "id of snapshot good"}
         for tag, reason in reasons.items():
             with pytest.raises(SnapshotFailed, match=reason):
-                await snapshots.load(coordinator, tag)
+                await snapshots.load(coordinator, tag, without_disks=True)
             assert (await qmp.execute("query-status"))["running"], tag
         controller.units[0, 0] = unit
         descriptor = os.open(second, os.O_RDWR)
@@ -116,7 +121,7 @@ async def test_a_snapshot_that_cannot_be_loaded_costs_nothing(tmp_path: Path) ->
         os.close(descriptor)
         await qmp.execute("blockdev-add", {"driver": "qcow2", "node-name": "second", "file": file})
         with pytest.raises(SnapshotFailed, match="added since"):
-            await snapshots.load(coordinator, "good")
+            await snapshots.load(coordinator, "good", without_disks=True)
         assert (await qmp.execute("query-status"))["running"]
         await more_beats(guest)
         await qmp.execute("blockdev-del", {"node-name": "second"})
@@ -124,7 +129,7 @@ async def test_a_snapshot_that_cannot_be_loaded_costs_nothing(tmp_path: Path) ->
         # A guest that is stopped is loaded as often as asked, and runs then.
         await qmp.execute("stop")
         for _ in range(2):
-            await snapshots.load(coordinator, "good")
+            await snapshots.load(coordinator, "good", without_disks=True)
             assert not (await qmp.execute("query-status"))["running"]
         await qmp.execute("cont")
         await more_beats(guest)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vmbus.bus.io.channel_io import ChannelIo
@@ -210,6 +210,13 @@ class Controller(Device):
         if changed:
             self._enumerate()
         return changed
+
+    def outside_snapshots(self) -> Sequence[str]:
+        return [
+            f"{self.name}/{part_name(place)} ({self.line_of(place) or unit.identity.serial})"
+            for place, unit in sorted(self.units.items())
+            if not unit.backend.read_only
+        ]
 
     # --- vmbus.devices.parts.HasParts: what `vmbus device` calls ---
 

@@ -23,9 +23,13 @@ examples:
   vmbus snapshot save web before-upgrade
   vmbus snapshot load web before-upgrade
   vmbus snapshot list web --json
+  vmbus snapshot save web a --without-disks   disks are put back by you
 
 Guest memory, processors, QEMU's devices, the bus and all synthetic devices are restored together. Snapshots that were
 made by QEMU's own commands (savevm, snapshot-save) lack the emulator's part and cannot be loaded.
+
+Disks of --device scsi are not restored. A guest that can write to one is refused, because its file system would not
+fit its memory after a load; --without-disks is for those who copy the disks themselves.
 """
 
 
@@ -51,6 +55,11 @@ def add_parser(verbs: Any) -> None:
         metavar="SECONDS",
         help="give up after this time (default: 600)",
     )
+    parser.add_argument(
+        "--without-disks",
+        action="store_true",
+        help="save or load although the guest can write to disks that the snapshot does not hold",
+    )
     parser.add_argument("--json", action="store_true", help="print the answer as one JSON object")
     parser.set_defaults(action=main)
 
@@ -68,6 +77,7 @@ def main(arguments: argparse.Namespace) -> int:
         what=arguments.what,
         tag=tag,
         timeout=arguments.timeout,
+        without_disks=arguments.without_disks,
     )
     if arguments.json:
         show_json(found, indent=2)
@@ -99,6 +109,7 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
     """Answer the control socket's ``snapshot``."""
     what, tag = request.get("what"), str(request.get("tag", ""))
     timeout = float(request.get("timeout", 600))
+    without_disks = request.get("without_disks") is True
     begun = time.monotonic()
     found: dict[str, object] = {}
     if what == "list":
@@ -111,9 +122,13 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
     if not tag:
         raise UserError("the name of the snapshot is missing")
     if what == "save":
-        found.update((await snapshots.save(host.migration, tag, timeout=timeout)).as_dict())
+        found.update(
+            (
+                await snapshots.save(host.migration, tag, without_disks=without_disks, timeout=timeout)
+            ).as_dict()
+        )
     elif what == "load":
-        await snapshots.load(host.migration, tag, timeout=timeout)
+        await snapshots.load(host.migration, tag, without_disks=without_disks, timeout=timeout)
     elif what == "delete":
         await snapshots.delete(host.migration, tag, timeout=timeout)
     else:

@@ -57,7 +57,7 @@ async def write(name: str) -> None:
                 return kept[-1]
 
             coordinator.save = keep  # type: ignore[method-assign]
-            await snapshots.save(guest.host.migration, name)
+            await snapshots.save(guest.host.migration, name, without_disks=True)
             facts = guest.host.facts
             regions = [asdict(region) for region in facts.ram_regions]
             described = {"devices": DEVICES, "regions": regions, "vcpus": facts.vcpus}

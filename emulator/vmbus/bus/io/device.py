@@ -204,6 +204,14 @@ class Device(ABC):
         """Return what ``vmbus status`` shows: names and plain values."""
         return {}
 
+    def outside_snapshots(self) -> Sequence[str]:
+        """Return names of what the guest can write to and no snapshot holds, such as disks.
+
+        Loading a snapshot rewinds the guest's memory and not these, so ``vmbus snapshot`` refuses a guest that has
+        any.
+        """
+        return ()
+
     def control_commands(self) -> Mapping[str, ControlCommand]:
         """Return the commands of the guest's control socket that this device answers, by name.
 

@@ -94,6 +94,9 @@ class MachineState(Protocol):
     def check(self, data: bytes) -> None:
         """Raise :class:`~vmbus.saving.StateRefused` for a state that cannot be restored."""
 
+    def outside_snapshots(self) -> list[str]:
+        """Return what the guest can write to and a snapshot does not hold."""
+
     def check_fits(self, data: bytes) -> None:
         """Raise :class:`~vmbus.saving.StateRefused` for a state that cannot replace the guest that is here."""
 

@@ -362,6 +362,11 @@ class HostState:
         finally:
             self._revoke_subchannels(made)
 
+    def outside_snapshots(self) -> list[str]:
+        """Return what the guest can write to and a snapshot does not hold, of all devices."""
+        devices = {id(channel.io.device): channel.io.device for channel in self._known()}
+        return [name for device in devices.values() for name in device.outside_snapshots()]
+
     def check_fits(self, data: bytes) -> None:
         """Raise :class:`~vmbus.saving.StateRefused` if ``data`` could not be restored in place of the guest here.
 

@@ -57,10 +57,17 @@ class Snapshot:
     date: int
 
 
-async def save(coordinator: Coordinator, tag: str, *, timeout: float = 600.0) -> Report:
-    """Save the guest as ``tag``, then resume it if it ran. Raises :class:`SnapshotFailed`."""
+async def save(
+    coordinator: Coordinator, tag: str, *, without_disks: bool = False, timeout: float = 600.0
+) -> Report:
+    """Save the guest as ``tag``, then resume it if it ran. Raises :class:`SnapshotFailed`.
+
+    ``without_disks``: although the guest can write to disks that the snapshot does not hold.
+    """
     _check_name(tag)
     images = await _images(coordinator)
+    if not without_disks:
+        await _check_disks(coordinator, images)
     if tag in [each.tag for each in await listed(coordinator)]:
         raise SnapshotFailed(f"there is a snapshot {tag} already; delete it first, or choose another name")
     await _check_capabilities(coordinator)
@@ -79,13 +86,18 @@ async def save(coordinator: Coordinator, tag: str, *, timeout: float = 600.0) ->
             await coordinator.ports.qmp.cont()
 
 
-async def load(coordinator: Coordinator, tag: str, *, timeout: float = 600.0) -> None:
+async def load(
+    coordinator: Coordinator, tag: str, *, without_disks: bool = False, timeout: float = 600.0
+) -> None:
     """Restore the guest of ``tag``; it runs then if the guest ran before. Raises :class:`SnapshotFailed`.
 
-    Whatever can be known before is checked first: then the guest goes on as it is.
+    Whatever can be known before is checked first: then the guest goes on as it is. ``without_disks``: as in
+    :func:`save`.
     """
     images = await _images(coordinator, Phase.IDLE, Phase.LOST)
     _check_is_meant(images, tag, everywhere=True)
+    if not without_disks:
+        await _check_disks(coordinator, images)
     await _check_capabilities(coordinator)
     await _check_fits(coordinator, images[0], tag)
     ran = await _stop(coordinator)
@@ -201,6 +213,22 @@ def _check_is_meant(images: Sequence[_ImageNode], tag: str, *, everywhere: bool)
             )
     if everywhere and tag not in images[0].with_state:
         raise SnapshotFailed(f"{images[0].file} has no guest memory in snapshot {tag}; nothing was changed")
+
+
+async def _check_disks(coordinator: Coordinator, images: Sequence[_ImageNode]) -> None:
+    """Refuse what the guest can write to and a snapshot does not rewind: its file system would not fit its memory."""
+    nodes = {image.node for image in images}
+    outside = coordinator.state.outside_snapshots()
+    for drive in await coordinator.ports.qmp.execute("query-block"):
+        node = drive.get("inserted")
+        if node and not node["ro"] and node.get("node-name") not in nodes:
+            outside.append(f"QEMU's {drive.get('device') or drive.get('qdev') or 'drive'} ({node['file']})")
+    if outside:
+        raise SnapshotFailed(
+            f"a snapshot does not hold what the guest writes to {', '.join(outside)}: after a load its memory would "
+            "be older than its disks, which damages file systems. Make them read-only (readonly=on), or add "
+            "--without-disks and put the disks back yourself while the guest is stopped"
+        )
 
 
 async def _check_fits(coordinator: Coordinator, image: _ImageNode, tag: str) -> None:
