@@ -13,12 +13,19 @@ from collections.abc import Generator
 
 import pytest
 from vmbus import refusals
+from vmbus.sandbox import confinement
 
 
 @pytest.fixture(autouse=True)
 def fresh_line_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let each test log each reason: the limit is one for the process."""
     monkeypatch.setattr(refusals, "OF_PROCESS", refusals.LineLimit())
+
+
+@pytest.fixture(autouse=True)
+def unconfined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no command that runs in this process confine it: all later tests would be confined, too."""
+    monkeypatch.setattr(confinement, "confine_this_process", lambda limits: None)
 
 
 class LostExceptions(logging.Handler):

@@ -275,7 +275,11 @@ def _can_leave(channel: ChannelRecord) -> bool:
     From the others nothing would continue the departure after a restore.
     """
     state = channel.state
-    if state in (ChannelState.REVOKED, ChannelState.REOFFERED):
+    if (
+        state is ChannelState.REVOKED
+    ):  # perhaps the guest released it before the RESCIND, and does so again after it
+        return not channel.abandoned
+    if state is ChannelState.REOFFERED:
         return not channel.abandoned and not channel.released_by_guest
     if state is ChannelState.CLOSING:
         return True
