@@ -421,6 +421,24 @@ def test_revoked_channel_stays_revoked_until_released(guest: ScriptedGuest, move
     assert len(guest.bus.channels) == back
 
 
+def test_channel_that_was_released_before_it_was_rescinded_is_released_again(
+    guest: ScriptedGuest, move: Move
+) -> None:
+    slow = RecordingEndpoint()
+    slow.defer_close = True
+    (channel,) = offer(guest, slow)
+    guest.connect()
+    guest.open_channel(1)
+    guest.bus.revoke(channel)
+    guest.release(1)  # too early: the device has not closed yet
+    channel.finish_close()
+    assert channel.state is ChannelState.REVOKED
+    guest.take()
+    move()
+    guest.release(1)
+    assert guest.bus.channels == ()
+
+
 def test_reoffered_channel_of_a_device_that_is_gone_is_revoked(guest: ScriptedGuest, move: Move) -> None:
     (channel,) = offer(guest, RecordingEndpoint())
     guest.connect()
