@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,8 @@ ORDINARY = ("active", "ready", "saved")
 
 @contextlib.asynccontextmanager
 async def listening(folder: Path, options: GuestOptions) -> AsyncIterator[Booted]:
-    """A target with an emulator in this process."""
+    """A target with an emulator in this process, whose QEMU may make the socket in ``folder``."""
+    options = replace(options, reachable=(folder,))
     places = Journey(folder, options, 256 << 20, ("heartbeat,interval=0.05", "shutdown", "timesync"), None)
     try:
         there = await places.begin(options)
