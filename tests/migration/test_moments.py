@@ -170,6 +170,7 @@ async def test_with_a_ring_that_is_full(tmp_path: Path, guest_program: Program) 
 class Slow(Echo):
     """Takes requests, and answers none of them until :meth:`catch_up`."""
 
+    max_owed = 4096  # more than a burst of the guest's
     kept: list[Packet]
 
     def packet(self, io: ChannelIo, packet: Packet) -> None:
