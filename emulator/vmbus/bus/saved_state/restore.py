@@ -275,9 +275,8 @@ def _can_leave(channel: ChannelRecord) -> bool:
     From the others nothing would continue the departure after a restore.
     """
     state = channel.state
-    if (
-        state is ChannelState.REVOKED
-    ):  # perhaps the guest released it before the RESCIND, and does so again after it
+    if state is ChannelState.REVOKED:
+        # The guest may have released it too early, before the RESCIND: it does so again.
         return not channel.abandoned
     if state is ChannelState.REOFFERED:
         return not channel.abandoned and not channel.released_by_guest
