@@ -28,13 +28,13 @@ from vmbus.saving.stream import BUFFER_SIZE
 _EPILOG = """\
 examples:
   vmbus channel list                              the channels of the only served guest, and how to name them
-  vmbus channel pause echo                        VmbChannelPause; the guest's packets wait in the ring
-  vmbus channel save echo echo.chunks             the calls, one a line; the chunks go into a file
-  vmbus channel save echo echo.chunks --buffer 64 --dump
-  vmbus channel restore echo echo.chunks          the device's end starts from nothing and gets this state
-  vmbus channel start echo                        VmbChannelStart; the guest has noticed a delay
+  vmbus channel pause heartbeat                   VmbChannelPause; the guest's packets wait in the ring
+  vmbus channel save heartbeat hb.chunks          the calls, one a line; the chunks go into a file
+  vmbus channel save heartbeat hb.chunks --buffer 64 --dump
+  vmbus channel restore heartbeat hb.chunks       the device's end starts from nothing and gets this state
+  vmbus channel start heartbeat                   VmbChannelStart; the guest has noticed a delay
   vmbus channel save web scsi:1 /dev/null --json  a sub-channel of guest web
-  vmbus channel dump echo.chunks                  decode a file; no guest is needed
+  vmbus channel dump hb.chunks                    decode a file; no guest is needed
 
 A channel is named by its device (device:N for its N-th sub-channel), its id, or interface:instance:index, as `list`
 shows them. Save and restore need a paused channel. What is refused changes nothing; the guest continues at `start`.

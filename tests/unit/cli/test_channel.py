@@ -104,7 +104,7 @@ def test_help_of_every_action_has_examples(capsys: pytest.CaptureFixture[str]) -
     for words in (["channel"], ["channel", "save"], ["channel", "restore"], ["channel", "list"]):
         with pytest.raises(SystemExit):
             parser().parse_args([*words, "--help"])
-        assert "vmbus channel save echo echo.chunks" in capsys.readouterr().out
+        assert "vmbus channel save heartbeat hb.chunks" in capsys.readouterr().out
 
 
 def test_list_names_channels_and_their_states(host: FakeHost, vmbus: Vmbus) -> None:
