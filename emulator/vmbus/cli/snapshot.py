@@ -122,11 +122,8 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
     if not tag:
         raise UserError("the name of the snapshot is missing")
     if what == "save":
-        found.update(
-            (
-                await snapshots.save(host.migration, tag, without_disks=without_disks, timeout=timeout)
-            ).as_dict()
-        )
+        report = await snapshots.save(host.migration, tag, without_disks=without_disks, timeout=timeout)
+        found.update(report.as_dict())
     elif what == "load":
         await snapshots.load(host.migration, tag, without_disks=without_disks, timeout=timeout)
     elif what == "delete":
