@@ -19,9 +19,8 @@ released when the last of them has ended.
 from __future__ import annotations
 
 import asyncio
-import re
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vmbus.bus.io.channel_io import ChannelIo
@@ -33,7 +32,7 @@ from vmbus.devices.parts import Part
 from vmbus.errors import DeviceError, GuestError, ProtocolError, UsageError, UserError
 from vmbus.wire.offer import OfferFlags
 from vmbus.wire.packet import Packet
-from vmbus.wire.scsi import NO_DEVICE, Opcode, ScsiStatus, Sense, cdb_allocation, lun_list
+from vmbus.wire.scsi import Opcode, ScsiStatus, Sense
 from vmbus.wire.storvsp import (
     CDB_SIZE,
     HEADER_SIZE,
@@ -58,13 +57,15 @@ from vmbus_devices.scsi.fast.path import FastPath
 from vmbus_devices.scsi.fast.units import FastUnits
 from vmbus_devices.scsi.handover import hand_over
 from vmbus_devices.scsi.handshake import OPERATIONS, Handshake
+from vmbus_devices.scsi.places import execute_without_unit, part_name, place_of
 from vmbus_devices.scsi.request import CheckCondition, Request, ReservationConflict, shorten
 from vmbus_devices.scsi.resets import Resets
+from vmbus_devices.scsi.restored import RestoredCommands
 from vmbus_devices.scsi.saved import (
     SavedController,
     build_packet_state,
     build_state,
-    check_unit,
+    check_controller,
     parse_packet_state,
     parse_state,
     restore_unit,
@@ -84,7 +85,6 @@ BUFFER_HEADROOM = 1 << 20
 _CLAIM_TIMEOUT = 2.0
 """Seconds in which an emulator that ended, or qemu-img, has to give up an image."""
 
-_PLACE = re.compile(r"(?:(\d+):)?(\d+)")
 _EXECUTE = int(Operation.EXECUTE_SRB)
 _RESETS = (Operation.RESET_LUN, Operation.RESET_ADAPTER, Operation.RESET_BUS)
 _SUCCESS = int(SrbStatus.SUCCESS)
@@ -128,11 +128,7 @@ class Controller(Device):
         self._primary: ChannelIo | None = None
         self._waiting_subchannels: list[ChannelIo] = []
         self._removed: list[LogicalUnit] = []
-        self.pending: list[tuple[int, Packet]] = []
-        """Restored commands that were not executed here yet: channel and packet, oldest first."""
-        self._restarting = False
-        self._restored: dict[ChannelIo, list[Packet]] = {}
-        """Restored commands of channels that are not open here yet."""
+        self._restored = RestoredCommands(self._open_channels, self._restart, self._abort)
         self._fast_path: FastPath | None = None
         self._fast_units: FastUnits | None = None
 
@@ -232,14 +228,14 @@ class Controller(Device):
         }
 
     def part_name(self, text: str) -> str | None:
-        place = _place(text)
+        place = place_of(text)
         return part_name(place) if place in self.units else None
 
     def detach_part(self, name: str) -> None:
-        self.detach(*_place(name))
+        self.detach(*place_of(name))
 
     async def resize_part(self, name: str, size: int | None) -> None:
-        place = _place(name)
+        place = place_of(name)
         unit = self.units[place]
         before = unit.blocks * unit.block_size
         if size is None:
@@ -364,10 +360,7 @@ class Controller(Device):
             self._waiting_subchannels.remove(io)
         self.resets.forget(io)
         self._cancel(io)
-        self._restored.pop(io, None)
-        if io in self._requests:
-            self.pending = [each for each in self.pending if each[0] != io.subchannel_index]
-        self._restarting = False
+        self._restored.forget(io, opened=io in self._requests)
         if self._busy(io):
             self._closing.add(io)
             io.channel.defer_close()
@@ -483,7 +476,7 @@ class Controller(Device):
     def _do(self, request: Request, unit: LogicalUnit | None) -> None:
         try:
             if unit is None:
-                _execute_without_unit(request, self.units)
+                execute_without_unit(request, self.units)
             elif request.srb.cdb_length > CDB_SIZE:
                 raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
             else:
@@ -534,14 +527,12 @@ class Controller(Device):
             io.channel.finish_close()
         if self._removed:
             self._close_removed()
-        if self.pending and not self._restarting:
-            self._restarting = True
-            self.environment.timers.call_soon(self._restart)
+        self._restored.continue_soon(self.environment.timers)
         if self.resets.waiting and not self._any_busy():
             self.resets.settled()
 
     def _reset(self, io: ChannelIo, packet: Packet) -> None:
-        self._restart(aborted=True)
+        self._restored.run(aborted=True)
         for unit in self.units.values():
             unit.reset()
         self.resets.ask(io, packet, self.environment.timers)
@@ -576,7 +567,7 @@ class Controller(Device):
                 handshake.subchannels,
                 self.max_transfer,
                 tuple(save_unit(place, unit) for place, unit in sorted(self.units.items())),
-                tuple(each for each in self.pending if each[0] not in open_here),
+                tuple(self._restored.of_closed(open_here)),
             ),
         )
         self._deactivate()  # the emulator that continues the guest locks the images
@@ -586,17 +577,7 @@ class Controller(Device):
         self._check_saved(parse_state(self.name, state))
 
     def _check_saved(self, saved: SavedController) -> None:
-        if saved.version is not None and saved.version > self.max_version:
-            raise DeviceError(
-                f"{self.name}: the guest agreed to protocol {saved.version}, here version={self.max_version} is set"
-            )
-        if saved.max_transfer > self.max_transfer:
-            transfer = saved.max_transfer >> 10
-            raise DeviceError(
-                f"{self.name}: the guest may send requests of {transfer} KiB; set transfer={transfer}"
-            )
-        for each in saved.units:
-            check_unit(self.name, each, self.units.get(each.place))
+        check_controller(self.name, saved, self.max_version, self.max_transfer, self.units)
 
     def restore(self, state: bytes) -> None:
         saved = parse_state(self.name, state)
@@ -606,12 +587,11 @@ class Controller(Device):
         self.handshake = self.new_handshake()
         self.handshake.stage, self.handshake.version = saved.stage, saved.version
         self.handshake.subchannels = saved.subchannels
-        self.pending = [each for each in self.pending if each[0]] + list(saved.packets)
+        self._restored.replace(saved.packets)
 
     def save_packets(self, io: ChannelIo) -> list[PacketState]:
-        found = [*self._restored.get(io, ())]
+        found = self._restored.of(io, opened=io in self._requests)
         if io in self._requests:
-            found += [packet for index, packet in self.pending if index == io.subchannel_index]
             requests = sorted(self._requests[io], key=lambda request: request.begun)
             found += [request.packet for request in requests]
         found += [packet for at, packet in self.resets.waiting if at is io]
@@ -621,7 +601,7 @@ class Controller(Device):
         command = parse_packet_state(self.name, packet.state)
         if command.transaction_id != packet.transaction_id or not packet.from_guest:
             raise DeviceError(f"{self.name}: a saved command is that of another packet")
-        self._restored.setdefault(io, []).append(command)
+        self._restored.add(io, command)
 
     def restored(self, io: ChannelIo) -> None:
         self._requests.setdefault(io, set())
@@ -633,72 +613,26 @@ class Controller(Device):
             io.resume_input()
         else:
             self._waiting_subchannels.append(io)
-        self.pending += [(index, packet) for packet in self._restored.pop(io, ())]
-        self._restart()
+        self._restored.open(io)
 
-    def _restart(self, *, aborted: bool = False) -> None:
-        """Execute restored commands of the channels that are open, as far as the guest's budget of memory has room.
+    def _open_channels(self) -> dict[ChannelIo, set[Request]]:
+        return {io: requests for io, requests in self._requests.items() if io not in self._closing}
 
-        The others follow when commands have ended. ``aborted``: end them all in place of that.
-        """
-        self._restarting = False
-        channels = {io.subchannel_index: io for io in self._requests if io not in self._closing}
-        restored, self.pending = self.pending, []
-        paused: ChannelIo | None = None
-        for index, packet in restored:
-            io = channels.get(index)
-            if io is None:
-                self.pending.append((index, packet))
-            elif not io.owes(packet.transaction_id):
-                continue
-            elif not aborted and (io.state is IoState.PAUSED or (io.budget.full and self._requests[io])):
-                paused = io if io.state is IoState.PAUSED else paused
-                self.pending.append((index, packet))
-            else:
-                try:
-                    self._restart_one(io, packet, aborted=aborted)
-                except ProtocolError as error:
-                    io.fail(error.reason, error.detail)
-                except GuestError as error:
-                    self.refused(io, packet, error)
-        if paused is not None and not self._restarting:
-            self._restarting = True
-            paused.call_later(0, self._restart)
-
-    def _restart_one(self, io: ChannelIo, packet: Packet, *, aborted: bool) -> None:
-        payload = packet.payload
-        if not aborted or len(payload) < SHORT_PACKET_SIZE or parse_operation(payload) != _EXECUTE:
+    def _restart(self, io: ChannelIo, packet: Packet) -> None:
+        """Execute a restored command."""
+        try:
             self.packet(io, packet)
+        except ProtocolError as error:
+            io.fail(error.reason, error.detail)
+        except GuestError as error:
+            self.refused(io, packet, error)
+
+    def _abort(self, io: ChannelIo, packet: Packet) -> None:
+        """Answer a restored command that a reset has aborted."""
+        payload = packet.payload
+        if len(payload) < SHORT_PACKET_SIZE or parse_operation(payload) != _EXECUTE:
+            self._restart(io, packet)
             return
         request = Request(io, packet, parse_request(payload), self.clock(), self._finished)
         self._requests[io].add(request)
         request.finish(SrbStatus.ABORTED)
-
-
-def part_name(place: tuple[int, int]) -> str:
-    """Return ``0:1`` for target 0, LUN 1."""
-    return f"{place[0]}:{place[1]}"
-
-
-def _place(text: str) -> tuple[int, int]:
-    """Return target and LUN of ``0:1`` or ``1`` (target 0); of anything else, a place that never has a unit."""
-    found = _PLACE.fullmatch(text)
-    return (int(found[1] or 0), int(found[2])) if found else (-1, -1)
-
-
-def _execute_without_unit(request: Request, places: Iterable[tuple[int, int]]) -> None:
-    """Execute REPORT LUNS, or a command for a unit that does not exist; ``places``: target and LUN of each unit.
-
-    Source: docs/protocol/devices.md#storage-units. INQUIRY answers with valid data that there is no unit, REPORT LUNS
-    always answers, the rest fails with INVALID_LUN on path 0, where Linux evaluates it, and with INVALID_TARGET_ID on
-    other paths.
-    """
-    srb, cdb = request.srb, request.cdb
-    if cdb[0] == Opcode.REPORT_LUNS:
-        luns = [] if srb.path else sorted(lun for target, lun in places if target == srb.target)
-        request.give(lun_list(luns), cdb_allocation(cdb))
-    elif cdb[0] == Opcode.INQUIRY and not cdb[1] & 1:
-        # With the additional length: Linux warns of an answer shorter than 36 bytes.
-        request.give(bytes((NO_DEVICE, 0, 0, 0, 31)) + bytes(31), cdb_allocation(cdb))
-    else:
-        request.finish(SrbStatus.INVALID_TARGET_ID if srb.path else SrbStatus.INVALID_LUN)

@@ -8,7 +8,7 @@ part of the state: both sides must have the same ones, and only one side may use
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +147,25 @@ def check_unit(name: str, saved: SavedUnit, unit: LogicalUnit | None) -> None:
     ):
         if here != there:
             raise DeviceError(f"{where} has another {what}: {here}, it was {there}")
+
+
+def check_controller(
+    name: str,
+    saved: SavedController,
+    max_version: ProtocolVersion,
+    max_transfer: int,
+    units: Mapping[tuple[int, int], LogicalUnit],
+) -> None:
+    """Raise :class:`~vmbus.errors.DeviceError` if a controller with these limits and units cannot take ``saved``."""
+    if saved.version is not None and saved.version > max_version:
+        raise DeviceError(
+            f"{name}: the guest agreed to protocol {saved.version}, here version={max_version} is set"
+        )
+    if saved.max_transfer > max_transfer:
+        transfer = saved.max_transfer >> 10
+        raise DeviceError(f"{name}: the guest may send requests of {transfer} KiB; set transfer={transfer}")
+    for each in saved.units:
+        check_unit(name, each, units.get(each.place))
 
 
 def restore_unit(saved: SavedUnit, unit: LogicalUnit) -> None:
