@@ -1,4 +1,4 @@
-"""A test fails with the exception of a task that nothing awaited.
+"""What holds for every test: the order among workers, and exceptions of tasks that nothing awaited.
 
 asyncio reports such an exception when the task is collected, and only to its logger: without this, the task's work
 is missing and the test passes, or waits until its timeout.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import inspect
 import logging
-from collections.abc import Generator
+import os
+from collections.abc import Generator, Sequence
 
 import pytest
 from vmbus import refusals
@@ -49,6 +50,37 @@ class LostExceptions(logging.Handler):
 
 
 _lost = LostExceptions()
+
+
+def long_ones_first(items: Sequence[pytest.Item], workers: int) -> list[pytest.Item]:
+    """Return ``items`` in an order in which no worker is left with a long test when the others have ended.
+
+    With ``--dist worksteal`` each of ``workers`` gets one share of the list, and takes from the end of another's when
+    its own is done. So each share begins with its part of the guests, module by module, and ends with short tests.
+    """
+    modules: dict[str, list[pytest.Item]] = {}
+    short: list[pytest.Item] = []
+    for item in items:
+        if item.get_closest_marker("guest") is None:
+            short.append(item)
+        else:
+            modules.setdefault(item.nodeid.partition("::")[0], []).append(item)
+    guests: list[list[pytest.Item]] = [[] for _ in range(workers)]
+    for module in sorted(modules.values(), key=len, reverse=True):
+        min(guests, key=len).extend(module)
+    found: list[pytest.Item] = []
+    for number, share in enumerate(guests, 1):
+        size = len(items) * number // workers - len(found) - len(share)
+        found += share
+        found += short[: max(size, 0)]
+        del short[: max(size, 0)]
+    return found + short
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        items[:] = long_ones_first(items, workers)
 
 
 def pytest_configure() -> None:

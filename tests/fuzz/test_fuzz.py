@@ -19,15 +19,15 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("module", "count", "seed"),
     [
-        ("bus_messages", 100_000, 1),
+        ("bus_messages", 50_000, 1),
         full("bus_messages", 350_000, 1),
         full("bus_messages", 350_000, 2026),
-        ("ring_images", 50_000, 1),
+        ("ring_images", 25_000, 1),
         full("ring_images", 150_000, 1),
         full("ring_images", 150_000, 2026),
-        ("storvsc_requests", 15_000, 1),
+        ("storvsc_requests", 8_000, 1),
         full("storvsc_requests", 40_000, 1),
-        ("compiled_requests", 3_000, 1),
+        ("compiled_requests", 1_500, 1),
         full("compiled_requests", 8_000, 1),
     ],
 )

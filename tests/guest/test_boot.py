@@ -35,9 +35,7 @@ ORDINARY = {
     ("debian-5.10", 2, "pc"),
     ("debian-6.1", 1, "q35"),
     ("debian-6.1", 4, "pc"),
-    ("debian-6.12", 2, "pc"),
     ("debian-6.12", 4, "q35"),
-    ("debian-backports", 1, "pc"),
     ("debian-backports", 2, "q35"),
 }
 """Each kernel, number of vCPUs, machine, and size of memory at least once."""

@@ -38,8 +38,11 @@ def overlay(folder: Path) -> Path:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("disk", ["raw", full("overlay")])
-async def test_debian_lives_on_the_disk(tmp_path: Path, disk: str) -> None:
+@pytest.mark.parametrize(
+    ("disk", "reboots"),
+    [pytest.param("raw", 0, id="raw-one-boot"), full("raw", 1, id="raw"), full("overlay", 1, id="overlay")],
+)
+async def test_debian_lives_on_the_disk(tmp_path: Path, disk: str, reboots: int) -> None:
     image = system_copy(tmp_path) if disk == "raw" else overlay(tmp_path)
 
     options = "" if disk == "raw" else ",format=qcow2,backing=on"
@@ -65,13 +68,14 @@ async def test_debian_lives_on_the_disk(tmp_path: Path, disk: str) -> None:
         boot_id = await shell.does("cat /proc/sys/kernel/random/boot_id")
         machine_id = await shell.does("cat /etc/machine-id")
         assert len(machine_id) == 32
-        shell.send("systemctl reboot")
-        await guest.until(lambda: guest.host.events.resets == 1, "the reboot")
-        await shell.ready()
-        assert await shell.does("cat /proc/sys/kernel/random/boot_id") != boot_id
-        assert await shell.does("cat /etc/machine-id") == machine_id
-        assert await shell.does("systemctl is-system-running --wait") == "running"
-        assert await shell.run("prog") == (status, output)
+        for _ in range(reboots):
+            shell.send("systemctl reboot")
+            await guest.until(lambda: guest.host.events.resets == 1, "the reboot")
+            await shell.ready()
+            assert await shell.does("cat /proc/sys/kernel/random/boot_id") != boot_id
+            assert await shell.does("cat /etc/machine-id") == machine_id
+            assert await shell.does("systemctl is-system-running --wait") == "running"
+            assert await shell.run("prog") == (status, output)
         # what is left out of the image is missing, nothing is changed
         _, verified = await shell.run("dpkg --verify jq libjq1 libonig5 libc6 gcc-14")
         assert [line for line in verified.splitlines() if not line.startswith("missing ")] == []

@@ -76,6 +76,7 @@ async def test_code_that_the_host_writes_into_a_page_is_the_code_that_runs(
     assert status == 0, report
 
 
+@pytest.mark.full
 async def test_without_the_notes_of_code_pages_stale_code_runs(
     tmp_path: Path, guest_program: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

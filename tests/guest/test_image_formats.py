@@ -10,6 +10,7 @@ from vmbus.machine.migration.drive import MigrationFailed
 from vmbus.provision.qemu import find_qemu
 
 from tests.guest.harness import LOADED_MODULES, boot
+from tests.guest.matrix import full
 from tests.guest.test_boot import complaints
 from tests.guest.test_scsi import WAIT, e2fs, units
 from tests.guest.waiting import LIMIT
@@ -34,7 +35,8 @@ def qemu_img(*words: object) -> str:
     return subprocess.run(line, check=True, capture_output=True, text=True).stdout
 
 
-async def test_a_guest_moves_with_its_overlay_under_load(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moves", [1, full(2)])
+async def test_a_guest_moves_with_its_overlay_under_load(tmp_path: Path, moves: int) -> None:
     files = tmp_path / "files"
     files.mkdir()
     (files / "base").write_text("from-below\n")
@@ -61,7 +63,7 @@ async def test_a_guest_moves_with_its_overlay_under_load(tmp_path: Path) -> None
             await guest.until(lambda: guest.output.count(b"round-") >= rounds + 2, "two more rounds")
 
         await guest_resumed()
-        for _ in range(2):
+        for _ in range(moves):
             await guest.guest.move(timeout=LIMIT)
             await guest_resumed()
         new_devices, guest.guest._new_devices = guest.guest._new_devices, lambda lines: []

@@ -27,11 +27,12 @@ def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-async def test_a_reboot_inside_one_qemu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reboots", [1, full(2)])
+async def test_a_reboot_inside_one_qemu(tmp_path: Path, reboots: int) -> None:
     async with boot(tmp_path) as guest:
         await guest.until(lambda: guest.host.partition.guest_os_id, "the first boot")
         await guest.more_beats()
-        for _ in range(2):
+        for _ in range(reboots):
             before = guest.host.events.resets
             assert await guest.shut_down("restart") == "ok"
             # Linux tries several ways to reset a machine; QEMU may tell of more than one.

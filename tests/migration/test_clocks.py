@@ -16,7 +16,6 @@ from tests.migration.journey import Journey, journey
 
 pytestmark = pytest.mark.guest
 
-MOVES = 20
 SLACK = 1.0
 """Seconds that a line of the guest's may take to get here, and that its program may wait for a processor."""
 
@@ -37,9 +36,9 @@ class Clocks:
         return self.lines()[-1]
 
 
-@pytest.mark.parametrize("smp", [full(1), 2])
+@pytest.mark.parametrize(("smp", "moves"), [(2, 6), full(1, 20), full(2, 20)])
 async def test_no_clock_of_the_guest_steps_back_over_migrations(
-    tmp_path: Path, guest_program: Callable[[str], Path], smp: int
+    tmp_path: Path, guest_program: Callable[[str], Path], smp: int, moves: int
 ) -> None:
     async with journey(
         tmp_path,
@@ -52,7 +51,7 @@ async def test_no_clock_of_the_guest_steps_back_over_migrations(
         first, begun = await clocks.more(5), time.monotonic()
         sequences = []
         stood_still = 0.0
-        for _ in range(MOVES):
+        for _ in range(moves):
             before = len(clocks.lines())
             outcome = await guest.move()
             stood_still += outcome.downtime

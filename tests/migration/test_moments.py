@@ -98,7 +98,10 @@ async def test_while_the_guest_boots(tmp_path: Path, guest_program: Program, smp
         await guest_resumed(guest)
 
 
-async def test_while_channels_are_opened_and_closed(tmp_path: Path, guest_program: Program) -> None:
+@pytest.mark.parametrize("moves", [2, full(4)])
+async def test_while_channels_are_opened_and_closed(
+    tmp_path: Path, guest_program: Program, moves: int
+) -> None:
     async with echoing(
         tmp_path,
         guest_program,
@@ -106,14 +109,15 @@ async def test_while_channels_are_opened_and_closed(tmp_path: Path, guest_progra
         smp=2,
     ) as guest:
         await guest.here.says("}")
-        for _ in range(4):
+        for _ in range(moves):
             opens = guest.here.channel("echo")["opens"]
             went_well(await guest.move())
             await guest.here.until(lambda: guest.here.channel("echo")["opens"] > opens + 2, "opened channels")
         unharmed(guest)
 
 
-async def test_while_modules_come_and_go(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moves", [2, full(4)])
+async def test_while_modules_come_and_go(tmp_path: Path, moves: int) -> None:
     async with journey(
         tmp_path,
         smp=2,
@@ -123,14 +127,17 @@ async def test_while_modules_come_and_go(tmp_path: Path) -> None:
         ],
     ) as guest:
         await guest.here.says("round 1")
-        for _ in range(4):
+        for _ in range(moves):
             await guest.move()
             rounds = guest.here.output.count(b"round")
             await guest.here.until(lambda: guest.here.output.count(b"round") > rounds, "another round")
         unharmed(guest)
 
 
-async def test_in_the_middle_of_a_gpadl_of_many_messages(tmp_path: Path, guest_program: Program) -> None:
+@pytest.mark.parametrize("moves", [2, full(4)])
+async def test_in_the_middle_of_a_gpadl_of_many_messages(
+    tmp_path: Path, guest_program: Program, moves: int
+) -> None:
     """uio_hv_generic shares 31 MiB in one list, when it takes a device."""
     async with echoing(
         tmp_path,
@@ -139,7 +146,7 @@ async def test_in_the_middle_of_a_gpadl_of_many_messages(tmp_path: Path, guest_p
         "do :; done; echo failed",
     ) as guest:
         await guest.here.says("started")
-        for _ in range(4):
+        for _ in range(moves):
             await caught(guest, lambda: shares_partly(guest))
             await guest.move()
             assert shares_partly(guest)
@@ -149,7 +156,8 @@ async def test_in_the_middle_of_a_gpadl_of_many_messages(tmp_path: Path, guest_p
         unharmed(guest)
 
 
-async def test_with_a_ring_that_is_full(tmp_path: Path, guest_program: Program) -> None:
+@pytest.mark.parametrize("moves", [2, full(4)])
+async def test_with_a_ring_that_is_full(tmp_path: Path, guest_program: Program, moves: int) -> None:
     """The host sends faster than the guest reads: packets wait for room, and go along."""
     async with echoing(
         tmp_path,
@@ -158,7 +166,7 @@ async def test_with_a_ring_that_is_full(tmp_path: Path, guest_program: Program) 
         "echo failed",
     ) as guest:
         await guest.here.says("started")
-        for _ in range(4):
+        for _ in range(moves):
             io = echo_io(guest)
             await caught(guest, lambda: io.backlog)
             await guest.move()
@@ -207,7 +215,10 @@ BURST = 1200
 """Requests that the guest sends before it wants an answer: more than both rings hold."""
 
 
-async def test_with_a_ring_that_the_guest_has_filled(tmp_path: Path, guest_program: Program) -> None:
+@pytest.mark.parametrize("times", [1, full(2)])
+async def test_with_a_ring_that_the_guest_has_filled(
+    tmp_path: Path, guest_program: Program, times: int
+) -> None:
     """The guest sends faster than the host takes: it waits for room, and is signalled when there is some."""
     async with echoing(
         tmp_path,
@@ -216,7 +227,7 @@ async def test_with_a_ring_that_the_guest_has_filled(tmp_path: Path, guest_progr
         "--answers completion; do :; done; echo failed",
     ) as guest:
         await guest.here.says("started")
-        for _ in range(2):
+        for _ in range(times):
             # Both rings are full: the guest waits for the host, and the host for the guest.
             io = echo_io(guest)
             await caught(guest, lambda: waits_for_each_other(io))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from vmbus.machine.migration.drive import MigrationFailed, arrived, migrate, receive
 
+from tests.guest.matrix import full
 from tests.migration.load import LIMIT, Program, guest_resumed, place, put, tcp_uri, under_load, went_well
 
 pytestmark = pytest.mark.guest
@@ -26,10 +27,11 @@ WAYS: list[tuple[dict[str, bool], dict[str, Any]]] = [
 ]
 
 
-async def test_over_tcp(tmp_path: Path, guest_program: Program) -> None:
+@pytest.mark.parametrize("times", [1, full(2)])
+async def test_over_tcp(tmp_path: Path, guest_program: Program, times: int) -> None:
     async with under_load(tmp_path, guest_program) as guest:
-        # A guest that arrived one way leaves that way, and the next one.
-        for capabilities, parameters in [way for way in WAYS for _ in range(2)]:
+        # A guest that arrived one way leaves the next one, and (with two times) that way too.
+        for capabilities, parameters in [way for way in WAYS for _ in range(times)]:
             await put(guest.host, dict.fromkeys(("multifd", "xbzrle", "switchover-ack"), False))
             there = await place(guest, capabilities, parameters)
             uri = await tcp_uri(there)

@@ -15,6 +15,7 @@ from vmbus.machine.migration.snapshots import SnapshotFailed
 from vmbus.machine.qemu.qmp import Qmp
 
 from tests.guest.harness import Booted
+from tests.guest.matrix import full
 from tests.migration.journey import Journey
 from tests.migration.load import LIMIT, Program, guest_resumed, place, put, tcp_uri, under_load, went_well
 
@@ -33,7 +34,10 @@ async def arrives(guest: Journey, there: Booted) -> None:
     await guest_resumed(guest)
 
 
-async def test_a_handover_on_one_host_copies_no_memory(tmp_path: Path, guest_program: Program) -> None:
+@pytest.mark.parametrize("moves", [1, full(2)])
+async def test_a_handover_on_one_host_copies_no_memory(
+    tmp_path: Path, guest_program: Program, moves: int
+) -> None:
     async with under_load(tmp_path, guest_program, image=True) as guest:
         # A place with a memory file of its own has no guest in it: refused there, and the guest goes on.
         there = await place(guest, SHARED)
@@ -43,7 +47,7 @@ async def test_a_handover_on_one_host_copies_no_memory(tmp_path: Path, guest_pro
         await guest_resumed(guest)
         await guest.leave(there)
 
-        for _ in range(2):
+        for _ in range(moves):
             there = await place(guest, SHARED, memory_of=guest.here)
             outcome = await migrate(guest.host.migration, await tcp_uri(there), timeout=LIMIT)
             went_well(outcome)
@@ -133,9 +137,10 @@ def cpr_place(guest: Journey, channel: Path) -> asyncio.Task[Booted]:
     return asyncio.ensure_future(guest.begin(options, memory_of=guest.here))
 
 
-async def test_cpr_transfer(tmp_path: Path, guest_program: Program) -> None:
+@pytest.mark.parametrize("moves", [1, full(2)])
+async def test_cpr_transfer(tmp_path: Path, guest_program: Program, moves: int) -> None:
     async with under_load(tmp_path, guest_program, extra=AUX_SHARED) as guest:
-        for number in range(2):
+        for number in range(moves):
             channel, main = tmp_path / f"cpr{number}", tmp_path / f"main{number}"
             coming = cpr_place(guest, channel)
             await guest.here.until(channel.exists, "channel for descriptors")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest.harness import LOADED_MODULES
+from tests.guest.matrix import full
 from tests.guest.test_boot import complaints
 from tests.migration.journey import journey
 
@@ -29,7 +30,8 @@ done
 """
 
 
-async def test_what_was_written_is_read_over_migrations(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moves", [2, full(4)])
+async def test_what_was_written_is_read_over_migrations(tmp_path: Path, moves: int) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(32 << 20))
 
@@ -42,7 +44,7 @@ async def test_what_was_written_is_read_over_migrations(tmp_path: Path) -> None:
     ) as guest:
         output = guest.here.output
         await guest.here.says("round 2")
-        for _ in range(4):
+        for _ in range(moves):
             await guest.move()
             rounds = output.count(b"round")
             await guest.here.until(

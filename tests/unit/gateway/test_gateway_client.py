@@ -239,8 +239,11 @@ def test_a_fault_that_the_instruction_cannot_raise_is_our_bug(harness: Harness) 
 
 def test_a_trap_of_unknown_kind_is_the_gateway_s_fault(harness: Harness) -> None:
     gateway = harness.active()
+    assert gateway.traps() == []
     harness.start(RDMSR, rcx=MSR)
-    select.select([gateway], [], [], 30)
+    while not gateway.sleep_prepare():  # until there is a trap, which stays unread
+        assert select.select([gateway], [], [], 30)[0]
+        gateway.awake()
     gateway._region[gateway._slot_at[0]] = 0x77
     with pytest.raises(GatewayError, match="unknown kind"):
         gateway.traps()
