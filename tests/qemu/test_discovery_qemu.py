@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import time
 import xml.etree.ElementTree
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +13,7 @@ from vmbus.machine.gateway import build as gateway_build
 from vmbus.machine.qemu.acpi import vmbus_table
 from vmbus.machine.qemu.arguments import EmulatorOptions, libvirt, readconfig
 from vmbus.machine.qemu.discovery import QemuFacts, discover
-from vmbus.machine.qemu.qmp import Qmp
+from vmbus.machine.qemu.launch import QemuProcess
 from vmbus.provision.qemu import find_qemu
 
 pytestmark = pytest.mark.qemu
@@ -38,28 +36,19 @@ def options(folder: Path, mebibytes: int = 128) -> EmulatorOptions:
 
 
 @contextmanager
-def qemu(folder: Path, words: Sequence[str]) -> Iterator[None]:
+def qemu(folder: Path, words: Sequence[str]) -> Iterator[QemuProcess]:
     """Start a QEMU whose vCPUs have not been started."""
     binary = find_qemu()
     line = [*binary.argv_prefix, "-S", "-nodefaults", "-no-user-config", "-display", "none", *words]
-    log = folder / "qemu.log"
-    with (
-        log.open("wb") as output,
-        subprocess.Popen(line, cwd=folder, stdout=output, stderr=output) as process,
-    ):
-        try:
-            end = time.monotonic() + LIMIT
-            while not (folder / "qmp.sock").exists():
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < end, f"no QMP socket within {LIMIT:g} s"
-                time.sleep(0.01)
-            yield
-        finally:
-            process.kill()
+    process = QemuProcess.start(line, folder / "qemu.log", binary.environment)
+    try:
+        yield process
+    finally:
+        process.stop()
 
 
-async def facts(folder: Path) -> QemuFacts:
-    qmp = await Qmp.connect(str(folder / "qmp.sock"))
+async def facts(process: QemuProcess, folder: Path) -> QemuFacts:
+    qmp = await process.connect_qmp(folder / "qmp.sock", LIMIT)
     try:
         return await discover(qmp)
     finally:
@@ -77,8 +66,8 @@ async def test_every_form_makes_a_qemu_that_can_be_attached_to(tmp_path: Path, f
     elif form == "libvirt":
         body = libvirt(wanted.options()).split("-->\n", 1)[1].replace("qemu:", "")
         words = [child.get("value", "") for child in xml.etree.ElementTree.fromstring(body)]
-    with qemu(tmp_path, ["-machine", "q35", *words]):
-        found = await facts(tmp_path)
+    with qemu(tmp_path, ["-machine", "q35", *words]) as process:
+        found = await facts(process, tmp_path)
     assert found.ram_path == wanted.memory_path
     assert found.ram_size == wanted.memory_size
     assert found.gateway_socket == str(wanted.gateway_socket)
@@ -91,8 +80,8 @@ async def test_every_form_makes_a_qemu_that_can_be_attached_to(tmp_path: Path, f
 @pytest.mark.parametrize("machine", ["q35", "pc"])
 @pytest.mark.parametrize("mebibytes", [64, 2048, 3584, 6144])
 async def test_the_layout_of_ram_is_found(tmp_path: Path, machine: str, mebibytes: int) -> None:
-    with qemu(tmp_path, ["-machine", machine, "-smp", "3", *options(tmp_path, mebibytes).argv()]):
-        found = await facts(tmp_path)
+    with qemu(tmp_path, ["-machine", machine, "-smp", "3", *options(tmp_path, mebibytes).argv()]) as process:
+        found = await facts(process, tmp_path)
     first, low, *high = found.ram_regions
     assert (first.gpa, first.offset, first.end) == (0, 0, 0xA0000)
     assert low.gpa == 1 << 20 and low.offset == 1 << 20 and low.end <= 4 << 30
@@ -112,19 +101,21 @@ async def test_the_layout_of_ram_is_found(tmp_path: Path, machine: str, mebibyte
     ],
 )
 async def test_vcpus_that_may_be_added_are_known(tmp_path: Path, smp: str, apic_ids: tuple[int, ...]) -> None:
-    with qemu(tmp_path, ["-machine", "q35", "-smp", smp, *options(tmp_path).argv()]):
-        found = await facts(tmp_path)
+    with qemu(tmp_path, ["-machine", "q35", "-smp", smp, *options(tmp_path).argv()]) as process:
+        found = await facts(process, tmp_path)
     assert found.apic_ids == apic_ids
     assert found.vcpus == int(smp[0])
 
 
 async def test_icount_is_refused_with_several_vcpus_only(tmp_path: Path) -> None:
     words = ["-machine", "q35", "-icount", "shift=auto", *options(tmp_path).argv()]
-    with qemu(tmp_path, ["-smp", "2", *words]), pytest.raises(QemuUnsuitable, match="2 vCPUs with -icount"):
-        await facts(tmp_path)
-    (tmp_path / "qmp.sock").unlink()
-    with qemu(tmp_path, ["-smp", "1,maxcpus=2", *words]):
-        assert (await facts(tmp_path)).vcpus == 1
+    with (
+        qemu(tmp_path, ["-smp", "2", *words]) as process,
+        pytest.raises(QemuUnsuitable, match="2 vCPUs with -icount"),
+    ):
+        await facts(process, tmp_path)
+    with qemu(tmp_path, ["-smp", "1,maxcpus=2", *words]) as process:
+        assert (await facts(process, tmp_path)).vcpus == 1
 
 
 @pytest.mark.parametrize(
@@ -144,8 +135,11 @@ async def test_ram_outside_the_memory_backend_is_refused(tmp_path: Path, device:
         "-device",
         device[0],
     ]
-    with qemu(tmp_path, ["-machine", "q35", *words, *more]), pytest.raises(QemuUnsuitable) as refused:
-        await facts(tmp_path)
+    with (
+        qemu(tmp_path, ["-machine", "q35", *words, *more]) as process,
+        pytest.raises(QemuUnsuitable) as refused,
+    ):
+        await facts(process, tmp_path)
     assert device[1] in str(refused.value)
     assert "-m SIZE" in str(refused.value)
 
@@ -154,8 +148,8 @@ async def test_persistent_memory_is_no_ram(tmp_path: Path) -> None:
     words = options(tmp_path).argv()
     more = ["-m", "slots=2,maxmem=1G", "-object", "memory-backend-ram,id=other,size=64M"]
     more += ["-device", "virtio-pmem-pci,id=disk,memdev=other"]
-    with qemu(tmp_path, ["-machine", "q35", *words, *more]):
-        found = await facts(tmp_path)
+    with qemu(tmp_path, ["-machine", "q35", *words, *more]) as process:
+        found = await facts(process, tmp_path)
     assert [(device.kind, device.name) for device in found.memory_devices] == [("virtio-pmem", "disk")]
 
 
@@ -163,8 +157,8 @@ async def test_each_missing_option_is_named_alone(tmp_path: Path) -> None:
     words = options(tmp_path).argv()
     at = words.index("-qtest")
     del words[at : at + 2]
-    with qemu(tmp_path, words), pytest.raises(QemuUnsuitable) as refused:
-        await facts(tmp_path)
+    with qemu(tmp_path, words) as process, pytest.raises(QemuUnsuitable) as refused:
+        await facts(process, tmp_path)
     assert "-qtest unix:" in str(refused.value)
     assert "-plugin PATH" not in str(refused.value)
     assert "memory-backend-file" not in str(refused.value)

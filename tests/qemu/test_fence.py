@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from vmbus.errors import QemuError
 from vmbus.machine.migration.fence import SourceFence
-from vmbus.machine.qemu.qmp import Qmp
 
 from tests.qemu.test_discovery_qemu import qemu
 
@@ -15,8 +14,9 @@ pytestmark = pytest.mark.qemu
 
 
 async def test_cont_is_refused_until_the_guest_is_taken_back(tmp_path: Path) -> None:
-    with qemu(tmp_path, ("-machine", "q35", "-qmp", "unix:qmp.sock,server=on,wait=off")):
-        qmp = await Qmp.connect(str(tmp_path / "qmp.sock"))
+    socket = tmp_path / "qmp.sock"
+    with qemu(tmp_path, ("-machine", "q35", "-qmp", f"unix:{socket},server=on,wait=off")) as process:
+        qmp = await process.connect_qmp(socket)
         fence = SourceFence(qmp)
         for _ in range(2):
             await fence.prepare()

@@ -419,26 +419,37 @@ main:
 """
 
 
+WITHOUT_TRAPS = """
+main:
+    jmp main
+"""
+WAITS_FOR_AN_EMULATOR = """
+main:
+    mov $0x40000000, %eax
+    cpuid
+    jmp done
+"""
+
+
 @pytest.mark.parametrize("attached", [False, True])
 def test_stop_and_reset_and_quit_are_prompt_while_a_trap_is_held(start: Start, attached: bool) -> None:
-    commands = ("stop", "cont", "system_reset", "stop", "quit")
-    rounds: list[list[float]] = []
-    for number in range(5 if attached else 20):
-        with start(HELD if attached else "main: mov $0x40000000, %eax\ncpuid\njmp done") as machine:
-            if attached:
-                gateway = active(machine)
-                next_trap(gateway)
-            else:
-                machine.qmp("query-status")
-                time.sleep(0.02 * number)  # firmware, boot loader, guest
-            rounds.append([machine.qmp(command) for command in commands])
-            machine.process.wait(LIMIT)
-            (machine.socket.parent / "console").unlink()
-    # A vCPU that cannot leave a trap keeps the command waiting until it is answered, which is for ever. What else
-    # takes its time is the machine that the tests run on: now and then, not mostly.
-    for command, times in zip(commands, zip(*rounds, strict=True), strict=True):
-        assert statistics.median(times) < 0.05, (command, times)
-        assert max(times) < 5, (command, times)
+    """As prompt as for a guest without traps, that is: how long this takes is a matter of the machine."""
+    held: list[float] = []
+    free: list[float] = []
+    for number in range(5 if attached else 12):
+        for program, times in ((HELD if attached else WAITS_FOR_AN_EMULATOR, held), (WITHOUT_TRAPS, free)):
+            with start(program) as machine:
+                if attached and times is held:
+                    next_trap(active(machine))
+                else:
+                    machine.qmp("query-status")
+                    time.sleep(0.02 * number)  # firmware, boot loader, guest
+                # A vCPU that cannot leave a trap keeps a command waiting for ever: for longer than LIMIT.
+                commands = ("stop", "cont", "system_reset", "stop", "quit")
+                times.append(sum(machine.qmp(command) for command in commands))
+                machine.process.wait(LIMIT)
+                (machine.socket.parent / "console").unlink(missing_ok=True)
+    assert statistics.median(held) < 20 * statistics.median(free), (held, free)
 
 
 def test_a_reset_forgets_the_request_and_the_guest_asks_anew(start: Start) -> None:

@@ -1,4 +1,4 @@
-"""Waits of the guest tests: one for something impossible fails in less than two seconds, and shows what there is."""
+"""Waits of the guest tests: one for something impossible fails long before its timeout, and shows what there is."""
 
 from __future__ import annotations
 
@@ -16,17 +16,15 @@ from vmbus.machine.host import ExitReason
 
 from tests.guest.emulator import Emulator
 from tests.guest.harness import PANIC, Booted
-from tests.guest.waiting import NotComing, Process, reporting, until, until_blocking, while_alive
-
-QUICK = 2.0
-"""Seconds within which an impossible wait must have failed."""
+from tests.guest.waiting import LIMIT, NotComing, Process, reporting, until, until_blocking, while_alive
 
 
 @pytest.fixture(autouse=True)
 def quick() -> Iterator[None]:
     start = time.monotonic()
     yield
-    assert time.monotonic() - start < QUICK + 1.0  # an interpreter is started in some of the tests
+    # No wait was for its timeout; how long an interpreter needs to start and to end is a matter of the machine.
+    assert time.monotonic() - start < LIMIT / 2
 
 
 @pytest.fixture
