@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from vmbus.bus.io.environment import InlineWorkers
 from vmbus.errors import GuestAddressError
 from vmbus.ports import PAGE_SIZE
 
@@ -181,7 +182,7 @@ class FakeTimers:
         self.seconds = end
 
 
-class FakeWorkers:
+class FakeWorkers(InlineWorkers):
     """:class:`~vmbus.ports.Workers` without threads: ``run`` does the work, ``timers`` report its end.
 
     While ``paused`` is true, work waits for :meth:`release`.
@@ -196,29 +197,6 @@ class FakeWorkers:
         self.waiting.append((work, done))
         if not self.paused:
             self.release()
-
-    def transfer(
-        self,
-        fd: int,
-        offset: int,
-        views: Sequence[memoryview],
-        write: bool,
-        flags: int,
-        done: Callable[[int], None],
-        /,
-    ) -> bool:
-        return False
-
-    def watch(self, fd: int, readable: Callable[[], None], /) -> Callable[[], None] | None:
-        return None
-
-    def expect(
-        self, done: Callable[[Exception | None], None], /
-    ) -> Callable[[Exception | None], None] | None:
-        return None
-
-    def submit(self) -> None:
-        """Do nothing: ``transfer`` accepts no transfers."""
 
     def release(self, count: int | None = None) -> None:
         """Do the waiting work, or the first ``count`` pieces of it."""

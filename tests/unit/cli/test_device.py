@@ -123,12 +123,9 @@ class FakeHost:
     def remove_device(self, attached: AttachedDevice) -> None:
         self.devices.remove(attached)
 
-    async def asked(self, action: str, **request: object) -> dict[str, Any]:
+    async def ask(self, action: str, **request: object) -> dict[str, Any]:
         answer = verb.answer(cast("Host", self), {"action": action, **request})
         return cast("dict[str, Any]", await cast("Any", answer))
-
-    def ask(self, action: str, **request: object) -> dict[str, Any]:
-        return asyncio.run(self.asked(action, **request))
 
 
 @pytest.fixture
@@ -140,14 +137,14 @@ def host(monkeypatch: pytest.MonkeyPatch) -> FakeHost:
     return FakeHost()
 
 
-def names(host: FakeHost) -> list[str]:
-    return [each["name"] for each in host.ask("list")["devices"]]
+async def names(host: FakeHost) -> list[str]:
+    return [each["name"] for each in (await host.ask("list"))["devices"]]
 
 
-def test_devices_and_parts_are_listed(host: FakeHost) -> None:
-    assert host.ask("add", line="shelf,box=one") == {"name": "shelf", "done": "shelf is offered"}
-    assert host.ask("add", line="plain") == {"name": "plain", "done": "plain is offered"}
-    shelf, plain = host.ask("list")["devices"]
+async def test_devices_and_parts_are_listed(host: FakeHost) -> None:
+    assert await host.ask("add", line="shelf,box=one") == {"name": "shelf", "done": "shelf is offered"}
+    assert await host.ask("add", line="plain") == {"name": "plain", "done": "plain is offered"}
+    shelf, plain = (await host.ask("list"))["devices"]
     assert shelf == {
         "name": "shelf",
         "state": "offered",
@@ -163,58 +160,60 @@ def test_devices_and_parts_are_listed(host: FakeHost) -> None:
     ]
 
 
-def test_a_line_that_is_a_part_joins_its_device(host: FakeHost) -> None:
-    host.ask("add", line="shelf,box=one")
-    assert host.ask("add", line="shelf,box=two") == {"name": "shelf/two", "done": "shelf/two is there"}
-    assert names(host) == ["shelf"]
+async def test_a_line_that_is_a_part_joins_its_device(host: FakeHost) -> None:
+    await host.ask("add", line="shelf,box=one")
+    assert await host.ask("add", line="shelf,box=two") == {"name": "shelf/two", "done": "shelf/two is there"}
+    assert await names(host) == ["shelf"]
 
 
-def test_a_second_device_of_a_name_is_refused(host: FakeHost) -> None:
-    host.ask("add", line="plain")
+async def test_a_second_device_of_a_name_is_refused(host: FakeHost) -> None:
+    await host.ask("add", line="plain")
     with pytest.raises(UserError, match="give this one a name"):
-        host.ask("add", line="plain")
-    host.ask("add", line="plain,id=other")
-    assert names(host) == ["plain", "other"]
+        await host.ask("add", line="plain")
+    await host.ask("add", line="plain,id=other")
+    assert await names(host) == ["plain", "other"]
 
 
-def test_a_part_is_removed_by_its_name_however_it_is_written(host: FakeHost) -> None:
-    host.ask("add", line="shelf,box=one")
-    host.ask("add", line="shelf,box=two")
-    assert host.ask("remove", device="shelf/ONE")["done"] == "shelf/ONE is removed"
-    assert [part["name"] for part in host.ask("list")["devices"][0]["disks"]] == ["shelf/two"]
+async def test_a_part_is_removed_by_its_name_however_it_is_written(host: FakeHost) -> None:
+    await host.ask("add", line="shelf,box=one")
+    await host.ask("add", line="shelf,box=two")
+    assert (await host.ask("remove", device="shelf/ONE"))["done"] == "shelf/ONE is removed"
+    assert [part["name"] for part in (await host.ask("list"))["devices"][0]["disks"]] == ["shelf/two"]
 
 
-def test_a_device_loses_its_parts_first_and_goes_when_it_is_not_busy(
+async def test_a_device_loses_its_parts_first_and_goes_when_it_is_not_busy(
     host: FakeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verb, "QUIET_PERIOD", 0.001)
-    host.ask("add", line="shelf,box=one")
+    await host.ask("add", line="shelf,box=one")
     shelf = cast("Shelf", host.devices[0].device)
     shelf.outstanding = 3
-    host.ask("remove", device="shelf")
+    await host.ask("remove", device="shelf")
     assert (shelf.boxes, shelf.outstanding, host.devices) == ({}, -1, [])
 
 
-def test_a_device_that_stays_busy_is_removed_after_the_timeout(
+async def test_a_device_that_stays_busy_is_removed_after_the_timeout(
     host: FakeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verb, "QUIET_PERIOD", 0.001)
     monkeypatch.setattr(verb, "WITHDRAW_TIMEOUT", 0.01)
-    host.ask("add", line="shelf,box=one")
+    await host.ask("add", line="shelf,box=one")
     cast("Shelf", host.devices[0].device).outstanding = 1 << 30
-    host.ask("remove", device="shelf")
+    await host.ask("remove", device="shelf")
     assert host.devices == []
 
 
-def test_a_part_is_resized(host: FakeHost) -> None:
-    host.ask("add", line="shelf,box=one")
-    assert host.ask("resize", device="shelf/one", size=32) == {
+async def test_a_part_is_resized(host: FakeHost) -> None:
+    await host.ask("add", line="shelf,box=one")
+    assert await host.ask("resize", device="shelf/one", size=32) == {
         "name": "shelf/one",
         "size": 32,
         "done": "shelf/one has 32 bytes",
     }
-    assert host.ask("resize", device="shelf/one", size=32)["done"] == "shelf/one has 32 bytes, as before"
-    assert host.ask("resize", device="shelf/one")["size"] == 16
+    assert (await host.ask("resize", device="shelf/one", size=32))[
+        "done"
+    ] == "shelf/one has 32 bytes, as before"
+    assert (await host.ask("resize", device="shelf/one"))["size"] == 16
 
 
 @pytest.mark.parametrize(
@@ -228,17 +227,17 @@ def test_a_part_is_resized(host: FakeHost) -> None:
         ({"action": "grow"}, "unknown action 'grow'"),
     ],
 )
-def test_what_cannot_be_done_is_explained(host: FakeHost, request_: dict[str, Any], told: str) -> None:
-    host.ask("add", line="shelf,box=one")
-    host.ask("add", line="plain")
+async def test_what_cannot_be_done_is_explained(host: FakeHost, request_: dict[str, Any], told: str) -> None:
+    await host.ask("add", line="shelf,box=one")
+    await host.ask("add", line="plain")
     with pytest.raises(UserError, match=told):
-        host.ask(request_.pop("action"), **request_)
+        await host.ask(request_.pop("action"), **request_)
 
 
 @pytest.mark.parametrize(
     "error", [None, MissingRequirement("no compiler"), InternalError("it does not compile")]
 )
-def test_libraries_are_compiled_before_an_added_device_starts(
+async def test_libraries_are_compiled_before_an_added_device_starts(
     host: FakeHost, monkeypatch: pytest.MonkeyPatch, error: Exception | None
 ) -> None:
     calls: list[str] = []
@@ -252,15 +251,15 @@ def test_libraries_are_compiled_before_an_added_device_starts(
 
     monkeypatch.setattr(Plain, "native_libraries", (SimpleNamespace(build=build),))
     monkeypatch.setattr(Plain, "start", lambda self, environment: calls.append("start"))
-    host.ask("add", line="plain")
+    await host.ask("add", line="plain")
     assert calls == ["build", "start"]
 
 
-def test_devices_stay_as_they_are_while_the_guest_moves(host: FakeHost) -> None:
+async def test_devices_stay_as_they_are_while_the_guest_moves(host: FakeHost) -> None:
     host.migration.phase = Phase.MIGRATING
-    assert host.ask("list") == {"devices": []}
+    assert await host.ask("list") == {"devices": []}
     with pytest.raises(UserError, match="while the guest is migrating; try again"):
-        host.ask("add", line="plain")
+        await host.ask("add", line="plain")
 
 
 @pytest.mark.parametrize(("text", "size"), [("512", 512), ("4k", 4096), ("20G", 20 << 30), ("1T", 1 << 40)])
@@ -274,26 +273,26 @@ def test_other_sizes_are_refused(text: str) -> None:
         parse_size(text)
 
 
-def shut_down(host: FakeHost, request: Mapping[str, Any]) -> object:
+async def shut_down(host: FakeHost, request: Mapping[str, Any]) -> object:
     answer: Any = shutdown.answer(cast("Host", host), request)
-    return asyncio.run(answer)
+    return await answer
 
 
-def test_shutdown_goes_to_the_device_that_has_the_command(host: FakeHost) -> None:
+async def test_shutdown_goes_to_the_device_that_has_the_command(host: FakeHost) -> None:
     for line in ("plain", "shelf"):
-        host.ask("add", line=line)
-    assert shut_down(host, {"action": "restart", "force": True}) == {"result": "done", "agreed": True}
+        await host.ask("add", line=line)
+    assert await shut_down(host, {"action": "restart", "force": True}) == {"result": "done", "agreed": True}
     assert cast("Shelf", host.devices[1].device).asked == [{"action": "restart", "force": True}]
 
 
-def test_shutdown_without_such_a_device_says_which_to_add(host: FakeHost) -> None:
-    host.ask("add", line="plain")
+async def test_shutdown_without_such_a_device_says_which_to_add(host: FakeHost) -> None:
+    await host.ask("add", line="plain")
     with pytest.raises(UserError, match="--device shutdown"):
-        shut_down(host, {})
+        await shut_down(host, {})
 
 
 async def test_the_control_socket_answers_the_commands_of_devices(host: FakeHost, tmp_path: Path) -> None:
-    await host.asked("add", line="shelf,box=one")
+    await host.ask("add", line="shelf,box=one")
     served = Served(cast("Host", host), tmp_path, shutdown.CONTROL_COMMANDS)
     await served.start()
     try:

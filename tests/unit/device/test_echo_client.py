@@ -119,8 +119,8 @@ class Host:
         self.guest_end.close()
 
 
-def run(host: Host, program: Path, *arguments: str) -> dict[str, Any]:
-    status, [result] = asyncio.run(host.run(program, *arguments))
+async def run(host: Host, program: Path, *arguments: str) -> dict[str, Any]:
+    status, [result] = await host.run(program, *arguments)
     assert (status, result["ok"]) == (0, True), result
     assert host.io.refusals.counts == {}
     return result
@@ -143,50 +143,52 @@ def host(tmp_path: Path) -> Any:
         ["--count", "5000", "--size", "8", "--burst", "5000"],
     ],
 )
-def test_echo(host: Host, echo_client: Path, arguments: list[str]) -> None:
-    result = run(host, echo_client, *arguments)
+async def test_echo(host: Host, echo_client: Path, arguments: list[str]) -> None:
+    result = await run(host, echo_client, *arguments)
     assert result["echo"]["packets"] == int(arguments[1])
     assert result["host"]["echoed_bytes"] == result["echo"]["bytes"]
 
 
-def test_ring_of_one_page_is_full_most_of_the_time(tmp_path: Path, echo_client: Path) -> None:
+async def test_ring_of_one_page_is_full_most_of_the_time(tmp_path: Path, echo_client: Path) -> None:
     host = Host(tmp_path, Echo(), ring_pages=2)
-    result = run(host, echo_client, "--count", "1000", "--burst", "100")
+    result = await run(host, echo_client, "--count", "1000", "--burst", "100")
     assert result["echo"]["ring_full"] > 0
     host.close()
 
 
-def test_fill_and_checksum(host: Host, echo_client: Path) -> None:
-    result = run(host, echo_client, "--fill", "200")
+async def test_fill_and_checksum(host: Host, echo_client: Path) -> None:
+    result = await run(host, echo_client, "--fill", "200")
     assert result["fill"]["bytes"] == result["host"]["filled_bytes"] == result["host"]["summed_bytes"]
 
 
-def test_fill_code(host: Host, echo_client: Path) -> None:
-    result = run(host, echo_client, "--fill-code", "96")
+async def test_fill_code(host: Host, echo_client: Path) -> None:
+    result = await run(host, echo_client, "--fill-code", "96")
     assert result["fill_code"] == {"runs": 192, "stale": 0}
 
 
 @pytest.mark.parametrize(
     "arguments", [["--size", "1000"], ["--size", "16384"], ["--size", "8", "--burst", "1"]]
 )
-def test_generate(host: Host, echo_client: Path, arguments: list[str]) -> None:
-    result = run(host, echo_client, "--generate", "3000", *arguments)
+async def test_generate(host: Host, echo_client: Path, arguments: list[str]) -> None:
+    result = await run(host, echo_client, "--generate", "3000", *arguments)
     assert result["generate"]["packets"] == result["host"]["generated"] == 3000
     if "1000" in arguments:
         assert result["generate"]["host_waited"] > 0, "the host never had to wait for room"
 
 
-def test_signal_latency(host: Host, echo_client: Path) -> None:
-    result = run(host, echo_client, "--signal-latency", "300")
+async def test_signal_latency(host: Host, echo_client: Path) -> None:
+    result = await run(host, echo_client, "--signal-latency", "300")
     times = result["signal_latency_us"]
     assert times["count"] == 300
     assert 0 < times["min"] <= times["median"] <= times["p99"] <= times["max"]
     assert times["signals"] >= 250, "the host was awake too often to tell"
 
 
-def test_everything_again_after_closing_and_opening(host: Host, echo_client: Path) -> None:
+async def test_everything_again_after_closing_and_opening(host: Host, echo_client: Path) -> None:
     for opening in range(1, 4):
-        result = run(host, echo_client, "--count", "100", "--fill", "5", "--generate", "50", "--size", "200")
+        result = await run(
+            host, echo_client, "--count", "100", "--fill", "5", "--generate", "50", "--size", "200"
+        )
         assert result["host"]["generated"] == 50 * opening
 
 
@@ -230,11 +232,11 @@ class SilentEcho(Echo):
         (SilentEcho, ["--timeout", "1"], "nothing came from the host in 1 s"),
     ],
 )
-def test_program_notices_a_wrong_host(
+async def test_program_notices_a_wrong_host(
     tmp_path: Path, echo_client: Path, device: type[Echo], arguments: list[str], error: str
 ) -> None:
     host = Host(tmp_path, device())
-    status, [result] = asyncio.run(host.run(echo_client, *arguments))
+    status, [result] = await host.run(echo_client, *arguments)
     assert (status, result["ok"]) == (1, False)
     assert error in result["error"]
     host.close()
