@@ -135,8 +135,12 @@ def machine(
     root: str | None = None,
     snapshots: bool = False,
     extra: Sequence[str] = (),
+    reachable: Sequence[Path] = (),
 ) -> GuestOptions:
-    """A guest that can travel, as every QEMU of its journey is started with it. ``root``: as ``vmbus run --root``."""
+    """A guest that can travel, as every QEMU of its journey is started with it. ``root``: as ``vmbus run --root``.
+
+    ``reachable``: files and folders that QEMU may use, besides those of ``-drive`` and the like on its command line.
+    """
     found = find_kernel(kernel)
     if root is not None:
         append = f"root={root} {append}"
@@ -161,6 +165,7 @@ def machine(
         command_port=command is not None,
         snapshots=image if snapshots else None,
         extra=tuple(extra),
+        reachable=tuple(reachable),
     )
 
 
@@ -180,6 +185,7 @@ async def journey(
     host_options: HostOptions | None = None,
     snapshots: bool = False,
     extra: Sequence[str] = (),
+    reachable: Sequence[Path] = (),
     dbus: bool = True,
 ) -> AsyncIterator[Journey]:
     """Boot a guest (memory in MiB) that can travel; without ``dbus`` its QEMUs carry no state of the emulator's."""
@@ -194,6 +200,7 @@ async def journey(
         root=root,
         snapshots=snapshots,
         extra=extra,
+        reachable=reachable,
     )
     qemu = replace(find_qemu(), dbus_vmstate=dbus)
     made = Journey(folder, options, memory << 20, devices, host_options, qemu)

@@ -34,6 +34,7 @@ async def under_load(
     smp: int = 1,
     side_channel: str = "",
     extra: Sequence[str] = (),
+    reachable: Sequence[Path] = (),
     image: bool = False,
     echoing: str = ECHOING,
 ) -> AsyncIterator[Journey]:
@@ -49,6 +50,7 @@ async def under_load(
         load=(*LOADED_MODULES, "uio_hv_generic"),
         command=[f"{side_channel} {echoing}"],
         extra=extra,
+        reachable=reachable,
         snapshots=image,
     ) as guest:
         guest.here.failure_word = b"failed"
