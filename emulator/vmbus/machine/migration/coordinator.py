@@ -1,7 +1,8 @@
 """Takes part in every migration of the guest, whichever program started it: its state is ready when QEMU asks.
 
-:mod:`~vmbus.machine.migration.state_machine` decides; the coordinator passes QEMU's events to it and performs its
-actions: commands on QMP, pages marked through qtest, the host paused, saved and resumed, the state delivered.
+:mod:`~vmbus.machine.migration.state_machine` decides; the coordinator passes QEMU's events to it and has
+:mod:`~vmbus.machine.migration.actions` perform its actions: the steps of a switch-over
+(:mod:`~vmbus.machine.migration.switchover`), and here commands on QMP, the fence, the host paused and resumed.
 
 In ``Save()`` and ``Load()`` nothing is asked of QEMU, whose main loop waits for the answer. If the event loop waits
 for QEMU's main loop at that time, no state is prepared: :mod:`~vmbus.machine.migration.vmstate` refuses for it.
@@ -12,36 +13,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-from vmbus.errors import QemuError, QemuGone, UserError, VmbusError
+from vmbus.errors import QemuError, UserError, VmbusError
+from vmbus.machine.migration.actions import ActionRunner, StepFailed
 from vmbus.machine.migration.configuration import CAPABILITIES, read_configuration
-from vmbus.machine.migration.dirty_pages import DirtyPageTracker, WrittenPages, remember
+from vmbus.machine.migration.dirty_pages import DirtyPageTracker, remember
 from vmbus.machine.migration.fence import SourceFence
 from vmbus.machine.migration.ports import MigrationPorts
 from vmbus.machine.migration.report import Report
-from vmbus.machine.migration.side_channel import CARRIED_LIMIT, CarrierAddress, SideChannel
+from vmbus.machine.migration.side_channel import CarrierAddress, SideChannel
 from vmbus.machine.migration.state_machine import (
     Action,
     Actions,
-    Carrier,
     MigrationStateMachine,
     Phase,
     Switchover,
 )
+from vmbus.machine.migration.switchover import SavableState, SwitchoverSteps
 from vmbus.machine.migration.vmstate import VmStateHelper
-from vmbus.saving import Reason, SavedState, StateRefused, refusal_stream
-from vmbus.saving.stream import BUFFER_SIZE, STREAM_LIMIT
+from vmbus.saving import Reason, StateRefused, refusal_stream
+from vmbus.saving.stream import BUFFER_SIZE
 from vmbus.wire.frame import REFERENCE, REFERENCE_MAGIC
 from vmbus.wire.gateway import GuestState
-from vmbus.wire.saved import ChannelIdentity
 
 _logger = logging.getLogger(__name__)
-
-SETTLE_TIMEOUT = 10.0
-"""Seconds that devices have to end their work (reads of files, mostly) once the guest is stopped."""
 
 _ANSWER_TIMEOUT = 5.0
 """Seconds for an answer that QEMU has sent."""
@@ -57,36 +54,14 @@ _BEHIND = StateRefused(
 )
 
 
-_IN_ORDER = frozenset({Action.LIFT_FENCE})
-"""Actions that take time, and that must be done before the next one begins."""
-
-
-class _StepFailed(QemuError):
-    """An action that failed."""
-
-    def __init__(self, action: Action, reason: str) -> None:
-        super().__init__(f"{action.value}: {reason}")
-        self.action = action
-        self.reason = reason
-
-
-class MachineState(Protocol):
+class MachineState(SavableState, Protocol):
     """The state of a host as a whole; :class:`~vmbus.machine.migration.host_state.HostState`."""
-
-    def pause_channels(self) -> None:
-        """Take no more packets; work under way may end."""
-
-    def pause(self) -> None:
-        """Pause all; no work is under way."""
 
     def resume(self) -> None:
         """Resume all."""
 
     def reset(self) -> None:
         """Drop all that belongs to the guest: another state follows."""
-
-    def save(self, buffer_size: int, *, memory_stays: bool, pages: Sequence[int], limit: int) -> SavedState:
-        """Return the state of the paused host. Raises :class:`~vmbus.saving.StateRefused`."""
 
     def restore(self, data: bytes) -> None:
         """Restore a state, paused. Raises :class:`~vmbus.saving.StateRefused`."""
@@ -103,15 +78,6 @@ class MachineState(Protocol):
     def check_memory(self, data: bytes) -> None:
         """Raise :class:`~vmbus.saving.StateRefused` if memory that was not copied changed since the save."""
 
-    def names(self) -> dict[ChannelIdentity, str]:
-        """Return the names of the channels' devices."""
-
-    def unclaimed_answers(self) -> int:
-        """Return how many answers to traps the state has."""
-
-    def owned_bytes(self) -> Mapping[int, int]:
-        """Return, by page frame number, the offset of a byte that only the host writes now."""
-
 
 class Coordinator:
     """The emulator's part in migrations and snapshots of one guest. Started by :meth:`start`."""
@@ -127,18 +93,16 @@ class Coordinator:
         self.ports = ports
         self.state = state
         self.tracker = DirtyPageTracker(ports.memory, ports.qtest, ports.workers)
-        self.buffer_size = buffer_size
-        """Bytes of the buffer that channels are saved into at first."""
         self.side_channel = SideChannel(ports.qmp)
         self._machine = MigrationStateMachine(switchover)
         self._source_fence = SourceFence(ports.qmp)
         self._helper: VmStateHelper | None = None
-        self._written: WrittenPages | None = None
-        """Pages to mark in the pause."""
-        self._paused_at = 0.0
-        self._check: asyncio.Task[Actions] | None = None
         self._watchers: set[Callable[[], None]] = set()
-        self._at_once: Mapping[Action, Callable[[], None]] = {
+        self._steps = steps = SwitchoverSteps(
+            ports, state, self._machine, self.side_channel, self.tracker, self._changed
+        )
+        steps.buffer_size = buffer_size
+        at_once: Mapping[Action, Callable[[], None]] = {
             Action.BEGIN_TRACKING: self._begin_tracking,
             Action.END_TRACKING: self._end_tracking,
             Action.FENCE: self._fence,
@@ -147,28 +111,29 @@ class Coordinator:
             Action.PAUSE: self._pause,
             Action.RESUME: self._resume,
         }
-        self._in_time: Mapping[Action, Callable[[Report], Awaitable[Actions]]] = {
+        in_time: Mapping[Action, Callable[[Report], Awaitable[Actions]]] = {
             Action.READ_RUN_STATE: self._read_run_state,
             Action.READ_LAST_RUN_STATE: self._read_last_run_state,
             Action.EXAMINE: self._examine,
             Action.FORGET_WRITTEN: self._forget_written,
             Action.CANCEL_WHEN_SENDING: self._cancel_when_sending,
-            Action.SWITCH_OVER: self._switch_over,
+            Action.SWITCH_OVER: steps.begin,
             Action.PREPARE_FENCE: self._prepare_fence,
             Action.LIFT_FENCE: self._lift_fence,
-            Action.SETTLE: self._settle,
-            Action.QUIESCE: self._quiesce,
-            Action.SAVE: self._save,
-            Action.MARK_PAGES: self._mark_pages,
-            Action.DELIVER: self._deliver,
-            Action.CHECK: self._check_only,
-            Action.CHECK_AND_CONTINUE: self._check_and_continue,
+            Action.SETTLE: steps.settle,
+            Action.QUIESCE: steps.quiesce,
+            Action.SAVE: steps.save,
+            Action.MARK_PAGES: steps.mark_pages,
+            Action.DELIVER: steps.deliver,
+            Action.CHECK: steps.check_only,
+            Action.CHECK_AND_CONTINUE: steps.check_and_continue,
             Action.CANCEL: self._cancel,
             Action.TAKE_STATE: self._take_state,
             Action.STOP_GUEST: self._stop_guest,
             Action.RESUME_GUEST: self._resume_guest,
             Action.RESUME_ARRIVED: self._resume_arrived,
         }
+        self._runner = ActionRunner(ports.service, at_once, in_time, self._step_failed)
 
     async def start(self) -> None:
         """Join the D-Bus daemon and set QEMU's capabilities. The host has not been activated yet.
@@ -218,6 +183,15 @@ class Coordinator:
         self._machine.report = report
 
     @property
+    def buffer_size(self) -> int:
+        """Bytes of the buffer that channels are saved into at first."""
+        return self._steps.buffer_size
+
+    @buffer_size.setter
+    def buffer_size(self, size: int) -> None:
+        self._steps.buffer_size = size
+
+    @property
     def switchover(self) -> Switchover:
         """Which program sends ``migrate-continue``."""
         return self._machine.switchover
@@ -263,40 +237,11 @@ class Coordinator:
         self._react(self._machine.migration(status))
 
     def _react(self, actions: Actions) -> None:
-        """Perform ``actions``; those that take time, and what follows them, in a task of their own."""
-        for at, action in enumerate(actions):
-            if action in _IN_ORDER:
-                self.ports.service.background(self._attempt(actions[at:], self.report))
-                return
-            if action in self._at_once:
-                self._at_once[action]()
-            else:
-                self.ports.service.background(self._attempt((action,), self.report))
+        self._runner.react(actions, self.report)
 
-    async def _attempt(self, actions: Actions, report: Report) -> None:
-        """Perform ``actions`` in the background: a failure is one of the migration, not of the host."""
-        try:
-            await self._perform(actions, report)
-        except _StepFailed as failed:
-            self._react(self._machine.step_failed(report, failed.action, failed.reason))
-            self._changed()
-
-    async def _perform(self, actions: Actions, report: Report) -> None:
-        """Perform ``actions`` for the migration ``report``, and those that follow from their answers."""
-        for action in actions:
-            if action in self._at_once:
-                self._at_once[action]()
-                continue
-            try:
-                following = await self._in_time[action](report)
-            except QemuGone:
-                raise
-            except VmbusError as error:
-                raise _StepFailed(action, str(error)) from error
-            except Exception as error:
-                _logger.exception("internal error in a migration; please report this")
-                raise _StepFailed(action, f"internal error: {error!r}") from error
-            await self._perform(following, report)
+    def _step_failed(self, report: Report, failed: StepFailed) -> None:
+        self._react(self._machine.step_failed(report, failed.action, failed.reason))
+        self._changed()
 
     def _changed(self) -> None:
         for watcher in tuple(self._watchers):
@@ -372,97 +317,6 @@ class Coordinator:
             return (Action.CANCEL,)
         return ()
 
-    async def _switch_over(self, report: Report) -> Actions:
-        self._paused_at = time.monotonic()
-        configuration = self._machine.configuration or await read_configuration(self.ports.qmp)
-        if self.side_channel.used:
-            carrier = Carrier.SIDE_CHANNEL
-        else:
-            carrier = Carrier.NONE if self.ports.dbus_address is None else Carrier.STREAM
-        return self._machine.switch_over(report, configuration, carrier)
-
-    async def _settle(self, report: Report) -> Actions:
-        self.state.pause_channels()
-        in_time = await self.ports.workers.settle(SETTLE_TIMEOUT)
-        return self._machine.settled(report, in_time=in_time)
-
-    async def _quiesce(self, report: Report) -> Actions:
-        self.state.pause()
-        await self.ports.qtest.settled()
-        return self._machine.quiet(report)
-
-    async def _save(self, report: Report) -> Actions:
-        self.side_channel.reference = self._written = None
-        machine = self._machine
-        snapshot = machine.phase is Phase.SNAPSHOT  # contains all of memory, as it is then
-        memory_stays = (
-            not snapshot and machine.configuration is not None and machine.configuration.memory_stays
-        )
-        if not snapshot and not memory_stays:
-            report.pages_marked_early = self.tracker.pages
-            self._written = WrittenPages.of(self.ports.memory, self.state.owned_bytes())
-        in_frame = machine.carrier is Carrier.SIDE_CHANNEL and not snapshot
-        try:
-            saved = self.state.save(
-                self.buffer_size,
-                memory_stays=memory_stays,
-                pages=self._written.theirs if self._written is not None else (),
-                limit=CARRIED_LIMIT if in_frame else STREAM_LIMIT,
-            )
-        except StateRefused as error:
-            self._written = None
-            return machine.save_refused(report, error)
-        if self._written is not None:
-            self._written = self._written.without(saved.pages)
-        report.pages_carried = len(saved.pages)
-        report.state_bytes = len(saved.data)
-        report.channels = saved.channels
-        report.names = self.state.names()
-        report.answers_carried = self.state.unclaimed_answers()
-        return machine.saved(report, saved.data)
-
-    async def _mark_pages(self, report: Report) -> Actions:
-        if self._written is not None:
-            report.pages_marked = await self._written.mark(
-                self.ports.memory, self.ports.qtest, lambda: self._machine.may_mark(report)
-            )
-        return self._machine.pages_marked(report)
-
-    async def _deliver(self, report: Report) -> Actions:
-        state = self._machine.prepared
-        if state is None:
-            return ()  # the migration was cancelled
-        try:
-            await self.side_channel.deliver(state, ran=self._machine.guest_ran)
-        except StateRefused as error:
-            return self._machine.delivered(report, str(error))
-        return self._machine.delivered(report)
-
-    async def _check_only(self, report: Report) -> Actions:
-        return await self._ask(report)
-
-    async def _check_and_continue(self, report: Report) -> Actions:
-        # QEMU executes one command after the other, so its answer to the first is on its way before it continues. The
-        # answer to the second may come after its Save(), for which it keeps everything else waiting.
-        asking = self._ask(report)
-        actions, _ = await asyncio.gather(asking, self._continue())
-        return actions
-
-    def _ask(self, report: Report) -> asyncio.Task[Actions]:
-        report.prepared_in = time.monotonic() - self._paused_at
-        self._check = asyncio.ensure_future(self._query_status(report))
-        return self._check
-
-    async def _query_status(self, report: Report) -> Actions:
-        found = await self.ports.qmp.execute("query-migrate")
-        actions = self._machine.status_read(report, str(found.get("status")))
-        self._changed()
-        return actions
-
-    async def _continue(self) -> None:
-        with contextlib.suppress(QemuError):  # it was cancelled in this moment: an event follows
-            await self.ports.qmp.execute("migrate-continue", {"state": "pre-switchover"})
-
     async def _cancel(self, report: Report) -> Actions:
         with contextlib.suppress(QemuError):
             await self.ports.qmp.execute("migrate_cancel")
@@ -513,8 +367,8 @@ class Coordinator:
                 ) from error
         fenced = machine.fenced
         try:
-            await self._perform(machine.take_back(), self.report)
-        except _StepFailed as failed:
+            await self._runner.perform(machine.take_back(), self.report)
+        except StepFailed as failed:
             self._react(machine.not_taken_back(fenced=fenced))
             raise UserError(f"QEMU does not resume the guest here: {failed.reason}") from failed
 
@@ -533,7 +387,7 @@ class Coordinator:
         phase is not ``Phase.SNAPSHOT`` afterwards.
         """
         actions = self._machine.begin_snapshot()
-        await self._perform(actions, self.report)
+        await self._runner.perform(actions, self.report)
 
     def end_snapshot(self) -> None:
         """End what :meth:`begin_snapshot` began."""
@@ -572,8 +426,9 @@ class Coordinator:
 
     async def save(self) -> bytes:
         """Answer ``Save()``: the state that was prepared, a reference to it, or a refusal."""
-        if self._check is not None and not self._check.done():
-            await self._await_check(self._check)
+        check = self._steps.check
+        if check is not None and not check.done():
+            await self._await_check(check)
         state = self._machine.save_requested()
         if state is not None:
             return self.side_channel.reference or state

@@ -24,11 +24,12 @@ from typing import Any
 
 from vmbus.errors import QemuError, QemuGone, UserError
 from vmbus.machine.migration.configuration import read_configuration
-from vmbus.machine.migration.coordinator import SETTLE_TIMEOUT, Coordinator
+from vmbus.machine.migration.coordinator import Coordinator
 from vmbus.machine.migration.fence import FENCE_NODE
 from vmbus.machine.migration.report import Report
 from vmbus.machine.migration.snapshot_state import CannotLook, read_state
 from vmbus.machine.migration.state_machine import Phase
+from vmbus.machine.migration.switchover import SETTLE_TIMEOUT
 from vmbus.machine.qemu.launch import SNAPSHOT_NODE
 from vmbus.saving import StateRefused
 

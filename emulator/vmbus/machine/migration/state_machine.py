@@ -126,15 +126,17 @@ Actions = Sequence[Action]
 
 _STEPS = frozenset(
     {
-        *(Action.EXAMINE, Action.FORGET_WRITTEN, Action.SWITCH_OVER, Action.PREPARE_FENCE, Action.SETTLE),
-        *(
-            Action.QUIESCE,
-            Action.SAVE,
-            Action.MARK_PAGES,
-            Action.DELIVER,
-            Action.CHECK,
-            Action.CHECK_AND_CONTINUE,
-        ),
+        Action.EXAMINE,
+        Action.FORGET_WRITTEN,
+        Action.SWITCH_OVER,
+        Action.PREPARE_FENCE,
+        Action.SETTLE,
+        Action.QUIESCE,
+        Action.SAVE,
+        Action.MARK_PAGES,
+        Action.DELIVER,
+        Action.CHECK,
+        Action.CHECK_AND_CONTINUE,
     }
 )
 """Actions without which a migration cannot go on."""
