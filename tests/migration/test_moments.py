@@ -196,7 +196,7 @@ def echo_io(guest: Journey) -> ChannelIo:
 
 def waits_for_room(io: ChannelIo) -> bool:
     """The guest has filled its ring, and wants a signal when there is room again."""
-    ring = io._incoming
+    ring = io._turns.incoming
     if ring is None:
         return False
     wanted = ring.control().pending_send_size

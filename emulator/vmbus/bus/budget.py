@@ -59,3 +59,49 @@ class MemoryBudget:
     def status(self) -> dict[str, int]:
         """Return the figures for ``vmbus status``, in bytes."""
         return {"held": self.held, "most": self.most, "limit": self.limit}
+
+
+class BudgetAccount:
+    """What one channel holds of its guest's budget, in bytes: what its device owes, and its output queue."""
+
+    __slots__ = ("_queued", "budget", "held")
+
+    def __init__(self) -> None:
+        self.budget = MemoryBudget()
+        """Whose budget; one of its own until :meth:`move`."""
+        self.held = 0
+        """Bytes that are counted for the channel, those of the queue included."""
+        self._queued = 0
+
+    def charge(self, size: int) -> None:
+        """Count ``size`` bytes more."""
+        # What MemoryBudget.charge does, without a call: this is done for each packet.
+        self.held += size
+        budget = self.budget
+        budget.held += size
+        if budget.held > budget.most:
+            budget.most = budget.held
+
+    def refund(self, size: int) -> None:
+        """Undo :meth:`charge`."""
+        self.held -= size
+        self.budget.refund(size)
+
+    def set_queued(self, size: int) -> None:
+        """Count ``size`` bytes for the output queue, in place of what was counted for it before."""
+        if size > self._queued:
+            self.charge(size - self._queued)
+        elif size < self._queued:
+            self.refund(self._queued - size)
+        self._queued = size
+
+    def move(self, budget: MemoryBudget) -> None:
+        """Count what is held in ``budget`` from now on."""
+        self.budget.refund(self.held)
+        self.budget = budget
+        budget.charge(self.held)
+
+    def clear(self) -> None:
+        """Hold nothing any more."""
+        self.refund(self.held)
+        self._queued = 0

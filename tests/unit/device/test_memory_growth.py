@@ -179,7 +179,7 @@ def test_the_copy_of_a_long_packet_is_not_kept() -> None:
         for number in range(2):
             assert write(guest, largest(number))
         assert len(keeper.kept) == 1
-        incoming = guest.io._incoming
+        incoming = guest.io._turns.incoming
         assert incoming is not None
         assert len(incoming._buffer) <= BULK
     finally:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 
 import pytest
-from vmbus.bus.io import channel_io
-from vmbus.bus.io.channel_io import TURN_PACKETS, ChannelIo
+from vmbus.bus.io import channel_io, turns
+from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.bus.io.state import IoState
+from vmbus.bus.io.turns import TURN_PACKETS
 from vmbus.errors import DeviceError, MalformedError, ProtocolError, RingError
 from vmbus.testing.loopback import (
     COMPLETION,
@@ -308,7 +309,7 @@ def test_a_guest_that_never_reads_its_completions_is_not_served_without_end(devi
 
 def test_no_more_is_owed_than_the_limit(device: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(device), "max_owed", 40)
-    monkeypatch.setattr(channel_io, "BATCH_PACKETS", 10)
+    monkeypatch.setattr(turns, "BATCH_PACKETS", 10)
     device.react = ignore
     with LoopbackGuest(device) as guest:
         guest.put(*numbered(100))

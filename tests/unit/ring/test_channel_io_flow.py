@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from vmbus.bus.io.channel_io import BATCH_PACKETS, TURN_PACKETS, ChannelIo
+from vmbus.bus.io.channel_io import ChannelIo
+from vmbus.bus.io.turns import BATCH_PACKETS, TURN_PACKETS
 from vmbus.testing.fakes import FakeTimers
 from vmbus.testing.loopback import (
     LoopbackGuest,
@@ -210,10 +211,10 @@ def test_a_busy_channel_is_looked_at_for_a_while_and_saves_doorbells(device: Rec
     guest.io.signalled(guest.channel)
     turn = guest.timers._queue[0][2]
     turn.cancel()
-    guest.io._turn()
+    guest.io._turns.run()
     assert guest.channel.incoming.load_u32(8) == 1
     assert guest.writer.write(*numbered(1, 101)) is False
-    guest.io._turn()
+    guest.io._turns.run()
     assert ids(device.packets)[-2:] == [100, 101]
     assert guest.io.status()["looks_hit"] == 1
     guest.run()

@@ -9,18 +9,7 @@ Source: docs/protocol/rings.md#writing, docs/protocol/rings.md#reading.
 A channel that is paused while it is closed opens into PAUSED: whether it is open and whether it is paused do not
 depend on each other (docs/protocol/saving.md#channel-axes).
 
-Work is done in turns. A doorbell only schedules one in the event loop. A turn masks the guest's signals, takes at
-most :data:`TURN_PACKETS` packets, passes them to the device, puts what the device sent and completed into the other
-ring with one index store, and signals the guest at most once. Then:
-
-    | the turn ends with            | next                                                                     |
-    | packets left                  | another turn, after those of all other channels (fairness)               |
-    | an empty ring                 | more turns for a short while, then unmasked and asleep until a doorbell  |
-    | output that does not fit      | pending send size is set; nothing is taken until the guest makes room    |
-    | too much owed, input paused   | nothing is taken until the device completes something, or resumes input  |
-    | the guest's budget used up    | nothing is taken until the guest's devices hold less                     |
-
-How long an empty ring is polled before the host sleeps adapts (:mod:`vmbus.bus.io.polling`).
+Work is done in turns (:mod:`vmbus.bus.io.turns`), which say when packets are taken and when the guest is signalled.
 
 What a guest can make the host hold is bounded: by ``device.max_owed`` completions and by the bytes of the guest's
 :class:`~vmbus.bus.budget.MemoryBudget`, since no packet is taken beyond them; and what devices send on their own by
@@ -33,16 +22,18 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
-from vmbus.bus.budget import MemoryBudget
+from vmbus.bus.budget import BudgetAccount, MemoryBudget
 from vmbus.bus.channel.endpoint import EndpointChannel
 from vmbus.bus.channel.gpadl import Gpadl
-from vmbus.bus.io.environment import DeviceEnvironment
+from vmbus.bus.io.hooks import DeviceHooks
 from vmbus.bus.io.output import PACKET_BYTES, Output, Transactions, memory_of
 from vmbus.bus.io.polling import AdaptivePolling
 from vmbus.bus.io.ring import IncomingRing, OutgoingRing, ring_status
-from vmbus.bus.io.state import ChannelIoState, IoCounters, IoState, PacketState
+from vmbus.bus.io.state import ChannelIoState, IoCounters, IoState
+from vmbus.bus.io.timers import ChannelTimers
+from vmbus.bus.io.turns import TurnCalls, Turns
 from vmbus.errors import DeviceError, GuestError, InternalError, ProtocolError, RingError
 from vmbus.ports import FastChannel, GuestMemory, TimerHandle, Timers
 from vmbus.refusals import Refusals
@@ -61,10 +52,6 @@ from vmbus.wire.packet import (
 
 _logger = logging.getLogger(__name__)
 
-TURN_PACKETS = 64
-"""Packets taken in one turn."""
-BATCH_PACKETS = 8
-"""Packets that are taken, and answered, together: the guest handles one batch while the host handles the next."""
 LARGE_PACKET = 4096
 """Bytes in the ring above which a device is asked what it needs of a packet (``Device.needed``)."""
 OUTPUT_PACKETS = 4096
@@ -78,94 +65,6 @@ _COMPLETION = PacketType.COMPLETION
 _RUNNING = IoState.RUNNING  # class attributes of an Enum are slow to look up
 
 
-class IoTimer:
-    """A timer of one opening of a channel: calls ``due(timer)`` after ``delay`` seconds, unless cancelled."""
-
-    __slots__ = ("_cancelled", "_due", "_handle", "callback", "opening")
-
-    def __init__(
-        self,
-        timers: Timers,
-        delay: float,
-        due: Callable[[IoTimer], None],
-        callback: Callable[[], None],
-        opening: int,
-    ) -> None:
-        self.callback = callback
-        self.opening = opening
-        self._due = due
-        self._cancelled = False
-        self._handle: TimerHandle = timers.call_later(delay, self.fire)
-
-    def cancel(self) -> None:
-        """Call nothing any more."""
-        self._cancelled = True
-        self._handle.cancel()
-
-    def fire(self) -> None:
-        """Call ``due``: the delay has passed, now or while the channel was paused."""
-        if not self._cancelled:
-            self._due(self)
-
-
-class ChannelDevice(Protocol):
-    """What a channel calls of its device. :class:`~vmbus.bus.io.device.Device` has all of it, and documents it."""
-
-    name: str
-    max_packet: ClassVar[int]
-    max_owed: ClassVar[int]
-    poll_window: ClassVar[float]
-
-    @property
-    def environment(self) -> DeviceEnvironment: ...
-
-    def opened(self, io: ChannelIo) -> None: ...
-
-    def started(self, io: ChannelIo) -> None: ...
-
-    def post_started(self, io: ChannelIo) -> None: ...
-
-    def suspended(self, io: ChannelIo) -> None: ...
-
-    def restored(self, io: ChannelIo) -> None: ...
-
-    def needed(self, packet: Packet) -> Packet: ...
-
-    def packet(self, io: ChannelIo, packet: Packet) -> None: ...
-
-    def completed(self, io: ChannelIo, packet: Packet) -> None: ...
-
-    def refused(self, io: ChannelIo, packet: Packet, error: GuestError) -> None: ...
-
-    def batch_ended(self, io: ChannelIo) -> None: ...
-
-    def writable(self, io: ChannelIo) -> None: ...
-
-    def closed(self, io: ChannelIo) -> None: ...
-
-    def fast_ready(self, io: ChannelIo) -> bool: ...
-
-    def fast_ended(self, io: ChannelIo) -> None: ...
-
-    def gpadl_created(self, io: ChannelIo, gpadl: Gpadl) -> None: ...
-
-    def gpadl_torn_down(self, io: ChannelIo, gpadl: Gpadl) -> None: ...
-
-    def settled(self, io: ChannelIo) -> bool: ...
-
-    def save_packets(self, io: ChannelIo) -> Sequence[PacketState]: ...
-
-    def restore_packet(self, io: ChannelIo, packet: PacketState) -> None: ...
-
-    def outside_snapshots(self) -> Sequence[str]: ...
-
-    def save(self) -> bytes: ...
-
-    def check_restore(self, state: bytes) -> None: ...
-
-    def restore(self, state: bytes) -> None: ...
-
-
 class ChannelIo:
     """One channel of ``device``: the endpoint that the bus calls, and the object through which the device sends.
 
@@ -174,7 +73,7 @@ class ChannelIo:
 
     def __init__(
         self,
-        device: ChannelDevice,
+        device: DeviceHooks[ChannelIo],
         timers: Timers,
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -190,19 +89,33 @@ class ChannelIo:
         self.counters = IoCounters()
         self.refusals = Refusals(device.name, _logger)
         self.subchannels: list[ChannelIo] = []
-        self.fast: FastChannel | None = None
-        """The compiled fast path, if the device has one; the requests that it took are not counted as owed."""
         self._fast_before: FastChannel | None = None
         self._clock = clock
         self._polling = AdaptivePolling(device.poll_window if poll_window is None else poll_window, clock)
         self._channel: EndpointChannel | None = None
-        self._incoming: IncomingRing | None = None
         self._outgoing: OutgoingRing | None = None
         self.transaction_quota = 0
         """See :meth:`set_transaction_quota`; 0 if it was not called."""
-        self._opening = 0
-        self._budget = MemoryBudget()  # until the channel is opened: then the guest's
-        self._held = self._held_by_output = 0
+        self._account = BudgetAccount()
+        self._io_timers = ChannelTimers(
+            timers, lambda: self.state, lambda callback: self._contain(lambda _: callback())
+        )
+        self._turns = Turns(
+            timers,
+            self._polling,
+            self.counters,
+            TurnCalls(
+                room=self._room,
+                wait_for_budget=self._wait_for_budget,
+                deliver=self._deliver,
+                batch_ended=lambda: self.device.batch_ended(self),
+                write_out=self._write_out,
+                tell_room=self._tell_room,
+                signal=self._signal,
+                failed=lambda error: self._fail(error.reason, error.detail),
+                fast_ready=lambda: self.device.fast_ready(self),
+            ),
+        )
         self._started = False
         """Whether the device was told that packets follow, and not since that none do."""
         self._post_start_due = False
@@ -214,16 +127,13 @@ class ChannelIo:
             self.fast.close()
             self._fast_before = self.fast
             self.fast = None
-        self._opening += 1
-        self._hold_nothing()
-        self._due_when_resumed: list[IoTimer] = []
+        self._account.clear()
+        self._io_timers.forget()
+        self._turns.end()
         self._output = Output()
         self._owed = Transactions()
         self._awaited = Transactions()
         self._input_paused = False
-        self._room_wanted = False
-        self._scheduled = False
-        self._in_turn = False
 
     # --- what a device may read ---
 
@@ -265,6 +175,15 @@ class ChannelIo:
     def owes(self, transaction_id: int) -> bool:
         """Return whether the guest waits for a completion with this id."""
         return transaction_id in self._owed
+
+    @property
+    def fast(self) -> FastChannel | None:
+        """The compiled fast path, if the device has one; the requests that it took are not counted as owed."""
+        return self._turns.fast
+
+    @fast.setter
+    def fast(self, fast: FastChannel | None) -> None:
+        self._turns.fast = fast
 
     @property
     def fast_in_flight(self) -> int:
@@ -311,7 +230,7 @@ class ChannelIo:
                 extension=extension,
             )
         )
-        if not self._in_turn:
+        if not self._turns.active:
             self._schedule()
 
     def complete(self, transaction_id: int, payload: bytes | bytearray | memoryview = b"") -> None:
@@ -327,10 +246,9 @@ class ChannelIo:
             raise DeviceError(
                 f"{self.device.name}: no completion is owed for transaction {transaction_id:#x}"
             )
-        self._held -= cost
-        self._budget.refund(cost)
+        self._account.refund(cost)
         self._output.put(build_packet(_COMPLETION, payload, transaction_id=transaction_id))
-        if not self._in_turn:
+        if not self._turns.active:
             self._schedule()
 
     def _accepts(self, length: int) -> bool:
@@ -359,7 +277,7 @@ class ChannelIo:
 
         For devices that complete several requests outside :meth:`Device.packet`; inside it there is no effect.
         """
-        if self.state is not _RUNNING or self._in_turn or not self._output.packets:
+        if self.state is not _RUNNING or self._turns.active or not self._output.packets:
             return
         try:
             if self._write_out():
@@ -369,7 +287,7 @@ class ChannelIo:
 
     def notify_room(self) -> None:
         """Call ``device.writable`` once, as soon as everything sent is in the ring."""
-        self._room_wanted = True
+        self._turns.room_wanted = True
         self._schedule()
 
     def pause_input(self) -> None:
@@ -404,15 +322,7 @@ class ChannelIo:
         An exception of ``callback`` fails this channel only. While the channel is paused, the call waits for
         :meth:`resume`.
         """
-        return IoTimer(self.timers, delay, self._timer_due, callback, self._opening)
-
-    def _timer_due(self, timer: IoTimer) -> None:
-        if timer.opening != self._opening:
-            return
-        if self.state is IoState.PAUSED:
-            self._due_when_resumed.append(timer)
-        elif self.state is _RUNNING:
-            self._contain(lambda _: timer.callback())
+        return self._io_timers.call_later(delay, callback)
 
     def fail(self, reason: str, detail: str = "") -> None:
         """Fail this channel until the guest opens it anew. ``reason``: a short name that never changes."""
@@ -456,7 +366,7 @@ class ChannelIo:
             again = parse_packet(packet + build_trailer(0, 0), 0, len(packet) + TRAILER_SIZE)
             if again is not None:
                 self._dispatch(again)
-                if not self._in_turn:
+                if not self._turns.active:
                     self._schedule()
         self.device.fast_ended(self)
 
@@ -469,22 +379,20 @@ class ChannelIo:
         """
         self.paused = True
         if self.state is IoState.RUNNING:
-            self.state = IoState.PAUSED
+            self._enter(IoState.PAUSED)
         self._suspend()
 
     def resume(self) -> None:
         """Undo :meth:`pause`; nothing was lost, nothing is repeated."""
         self.paused = False
         if self.state is IoState.PAUSED:
-            self.state = IoState.RUNNING
-            due, self._due_when_resumed = self._due_when_resumed, []
+            self._enter(IoState.RUNNING)
             self._start()
-            for timer in due:
-                timer.fire()
+            self._io_timers.resume()
 
     def save(self) -> ChannelIoState:
         """Return the state of a paused (or failed, or closed) channel."""
-        if self.state is IoState.RUNNING or self._in_turn:
+        if self.state is IoState.RUNNING or self._turns.active:
             raise InternalError(f"{self.device.name}: pause a channel before saving it")
         return ChannelIoState(
             owed=self._owed.items(),
@@ -512,7 +420,7 @@ class ChannelIo:
         self._owed = Transactions(state.owed, PACKET_BYTES)
         self._awaited = Transactions(state.awaited)
         self._output = Output(state.output)
-        self._hold(PACKET_BYTES * self._owed.total)
+        self._account.charge(PACKET_BYTES * self._owed.total)
         self._input_paused = state.input_paused
         self.failure = state.failure
         self.transaction_quota = state.transaction_quota or self.transaction_quota
@@ -523,7 +431,7 @@ class ChannelIo:
         For a channel that is paused or has failed, and whose device is settled. The guest does not notice: its
         channel is still open, and :meth:`restore` and :meth:`restored` continue it.
         """
-        if self.state is IoState.RUNNING or self._in_turn:
+        if self.state is IoState.RUNNING or self._turns.active:
             raise InternalError(f"{self.device.name}: pause a channel before detaching it")
         if self.state is not IoState.CLOSED:
             self._end()
@@ -543,7 +451,7 @@ class ChannelIo:
         """Run with the state of :meth:`restore`: the channel was open when saved, guest memory is complete."""
         self._attach(channel)
         if self.failure:
-            self.state = IoState.FAILED
+            self._enter(IoState.FAILED)
             return
         self._begin(self.device.restored)
         self._signal()
@@ -553,13 +461,15 @@ class ChannelIo:
         memory = self.memory
         incoming = IncomingRing(incoming_pages, memory)
         outgoing = OutgoingRing(outgoing_pages, memory)
-        self._channel, self._incoming, self._outgoing = channel, incoming, outgoing
-        self._use_budget(self.device.environment.budget)
+        self._channel, self._outgoing = channel, outgoing
+        self._turns.begin(incoming)
+        self._account.move(self.device.environment.budget)
+        self._account.set_queued(self._output.memory)
         return incoming, outgoing
 
     def _begin(self, hook: Callable[[ChannelIo], None]) -> None:
         self.failure = ""
-        self.state = IoState.PAUSED if self.paused else IoState.RUNNING
+        self._enter(IoState.PAUSED if self.paused else IoState.RUNNING)
         try:
             hook(self)
         except (GuestError, DeviceError):
@@ -591,9 +501,13 @@ class ChannelIo:
             self._started = self._post_start_due = False
             self._contain(self.device.suspended)
 
+    def _enter(self, state: IoState) -> None:
+        self.state = state
+        self._turns.running = state is _RUNNING
+
     def _end(self) -> None:
-        self.state = IoState.CLOSED
-        self._incoming = self._outgoing = None
+        self._enter(IoState.CLOSED)
+        self._outgoing = None
         self._forget()
 
     def closed(self, channel: EndpointChannel) -> None:
@@ -622,123 +536,40 @@ class ChannelIo:
     def retargeted(self, channel: EndpointChannel, vp: int) -> None:
         """Nothing to do: the channel itself keeps the target of its interrupts."""
 
-    # --- turns ---
+    # --- called in turns ---
 
     def _schedule(self) -> None:
-        if not self._scheduled and self.state is _RUNNING:
-            self._scheduled = True
-            self.timers.call_soon(self._turn)
+        self._turns.schedule()
 
-    def _may_take(self) -> bool:
-        return (
+    def _room(self) -> int:
+        if (
             self.state is _RUNNING
             and not self._input_paused
             and not self._output.blocked
-            and self._owed.total < self._owed_limit
-            and (not self._budget.full or not self._owed.total)
-        )
+            and (not self._account.budget.full or not self._owed.total)
+        ):
+            return max(self._owed_limit - self._owed.total, 0)
+        return 0
 
-    def _take(self, incoming: IncomingRing, limit: int) -> tuple[int, bool]:
-        """Take a batch and deliver it.
+    def _wait_for_budget(self) -> None:
+        budget = self._account.budget
+        if budget.full:
+            budget.when_free(self._schedule)
 
-        Return how many packets were taken, and False if the device caused the channel to be closed meanwhile.
-        """
-        fast = self.fast
-        if fast is not None and self.device.fast_ready(self):
-            if taken := incoming.take_with(fast.take, limit):
-                self.counters.packets_in += taken
-                return taken, True
-            limit = 1  # the fast path does not take the next packet, but perhaps the packets behind it
-        batch = incoming.read_batch(limit)
-        if not batch:
-            return 0, True
-        done = self._deliver(batch)
-        if self._incoming is not incoming:
-            return done, False
-        if done < len(batch):
-            incoming.untake(batch[done:])
-        return len(batch), True
-
-    def _turn(self) -> None:
-        if not self._scheduled:
-            return  # scheduled before the channel was opened anew
-        self._scheduled = False
-        if self.state is not _RUNNING or self._incoming is None:
-            return
-        self._in_turn = True
-        self._polling.awake()
-        self.counters.turns += 1
-        try:
-            self._work(self._incoming)
-        except GuestError as error:
-            self._fail(error.reason, error.detail)
-        finally:
-            if self.fast is not None and self.fast.sleeps():
-                self.fast.submit()
-                self._schedule()
-            self._in_turn = False
-
-    def _work(self, incoming: IncomingRing) -> None:
-        incoming.mask()
+    def _tell_room(self) -> bool:
         signal = False
-        empty = False
-        left = TURN_PACKETS
-        polled = False
-        try:
+        if not self._output.packets and self.state is _RUNNING:
+            self._turns.room_wanted = False
+            self._contain(self.device.writable)
             signal = self._write_out()
-            while left and self._may_take():
-                room = self._owed_limit - self._owed.total
-                taken, still_open = self._take(incoming, min(left, BATCH_PACKETS, room))
-                if not still_open:
-                    return
-                if taken:
-                    left -= taken
-                    self.device.batch_ended(self)
-                    signal = incoming.commit() or signal
-                elif self._poll_fast(incoming, polled):
-                    left -= 1
-                    polled = True
-                else:
-                    empty = True
-                    break
-                if self._output.packets:
-                    signal = self._write_out() or signal
-                if signal:
-                    signal = False
-                    self._signal()
-            if self._room_wanted and not self._output.packets and self.state is _RUNNING:
-                self._room_wanted = False
-                self._contain(self.device.writable)
-                signal = self._write_out() or signal
-        finally:
-            if signal:
-                self._signal()
-        if left < TURN_PACKETS:
-            self._polling.found()
-        if self._room_wanted and not self._output.blocked:
+        if self._turns.room_wanted and not self._output.blocked:
             self._schedule()
-        if self._may_take() and not self._scheduled:
-            if not empty or self._polling.again() or incoming.unmask():
-                self._schedule()
-            else:
-                self._polling.sleeps()
-        elif self._budget.full:
-            self._budget.when_free(self._schedule)
-
-    def _poll_fast(self, incoming: IncomingRing, polled: bool) -> bool:
-        """Poll an empty ring and the requests of the fast path; with none in flight, once a turn.
-
-        Return whether a request has ended or packets have arrived.
-        """
-        fast = self.fast
-        if fast is None or not (fast.in_flight or (self._polling.active and not polled)):
-            return False
-        return fast.wait(incoming.watched()) or incoming.available > 0
+        return signal
 
     def _deliver(self, batch: list[Packet]) -> int:
         """Pass packets to the device; return how many: fewer if it paused or failed in between."""
         counters = self.counters
-        budget = self._budget
+        budget = self._account.budget
         done = 0
         for packet in batch:
             done += 1
@@ -761,8 +592,7 @@ class ChannelIo:
                             packet = device.needed(packet)
                         cost = memory_of(packet)
                         self._owed.add(packet.transaction_id, cost)
-                        self._held += cost
-                        self._budget.charge(cost)
+                        self._account.charge(cost)
                     if packet.error is not None:
                         raise packet.error
                     device.packet(self, packet)
@@ -788,36 +618,10 @@ class ChannelIo:
         if not output.packets or self.state is not _RUNNING or self._outgoing is None:
             return False
         signal = output.write(self._outgoing, self.counters)
-        if self._held_by_output != output.memory:
-            self._hold_output()
+        self._account.set_queued(output.memory)
         if output.packets and not output.blocked:
             self._schedule()
         return signal
-
-    # --- the memory that this channel occupies ---
-
-    def _hold(self, size: int) -> None:
-        """Count ``size`` bytes more, or less, for this channel and its guest."""
-        self._held += size
-        if size > 0:
-            self._budget.charge(size)
-        else:
-            self._budget.refund(-size)
-
-    def _hold_output(self) -> None:
-        held, self._held_by_output = self._held_by_output, self._output.memory
-        self._hold(self._held_by_output - held)
-
-    def _hold_nothing(self) -> None:
-        self._hold(-self._held)
-        self._held_by_output = 0
-
-    def _use_budget(self, budget: MemoryBudget) -> None:
-        """Count what is held in ``budget`` from now on."""
-        self._budget.refund(self._held)
-        self._budget = budget
-        budget.charge(self._held)
-        self._hold_output()
 
     def _signal(self) -> None:
         if self._channel is not None:
@@ -842,11 +646,11 @@ class ChannelIo:
     def _fail(self, reason: str, detail: str) -> None:
         self.refusals.refuse(reason, detail)
         if self.state is _RUNNING or self.state is IoState.PAUSED:
-            self.state = IoState.FAILED
+            self._enter(IoState.FAILED)
             self.failure = reason
             self._post_start_due = False
             self._output, self._owed, self._awaited = Output(), Transactions(), Transactions()
-            self._hold_output()  # the device may still hold its requests
+            self._account.set_queued(0)  # the device may still hold its requests
 
     def status(self) -> dict[str, Any]:
         """Return the channel's part of ``vmbus status``: names and plain values."""
@@ -857,9 +661,13 @@ class ChannelIo:
         report["looks_hit"] = self._polling.hits
         report["owed"] = self._owed.total
         report["awaited"] = self._awaited.total
-        report["held"] = self._held
+        report["held"] = self._account.held
         report["backlog"] = self._output.bytes
         report["refusals"] = dict(self.refusals.counts)
-        if self._incoming is not None and self._outgoing is not None:
-            report["rings"] = ring_status(self._incoming, self._outgoing)
+        if self._turns.incoming is not None and self._outgoing is not None:
+            report["rings"] = ring_status(self._turns.incoming, self._outgoing)
         return report
+
+
+ChannelDevice = DeviceHooks[ChannelIo]
+"""What a channel calls of its device."""
