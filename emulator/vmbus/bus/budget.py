@@ -56,6 +56,10 @@ class MemoryBudget:
         """Call ``call`` once, as soon as there is room again. It must only schedule work."""
         self._waiting[call] = None
 
+    def forget(self, call: Callable[[], None]) -> None:
+        """Do not call ``call`` any more: what waited is gone."""
+        self._waiting.pop(call, None)
+
     def status(self) -> dict[str, int]:
         """Return the figures for ``vmbus status``, in bytes."""
         return {"held": self.held, "most": self.most, "limit": self.limit}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import struct
 import tracemalloc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -329,3 +330,22 @@ def test_a_request_with_many_bytes_behind_it_can_be_saved_and_restored() -> None
     [packet] = source.device.save_packets(source.io)
     target.restore_packet(source.io, packet)
     assert target.save_packets(source.io) == [packet]
+
+
+def test_the_budget_keeps_no_channel_that_was_closed_while_it_waited() -> None:
+    """Each opening of a primary channel offers new sub-channels: those of before must not stay behind."""
+    budget = MemoryBudget(1000)
+    hog = started(Keeper(), budget)
+    assert write(hog, largest(0))
+    closed = []
+    for _ in range(3):
+        guest = started(Keeper(), budget)
+        for number in range(2):
+            assert write(guest, largest(number))
+        closed.append(weakref.ref(guest.io))
+        guest.close()
+        assert guest.io.state is IoState.CLOSED
+    del guest
+    gc.collect()
+    assert budget.full
+    assert [each() for each in closed] == [None] * 3

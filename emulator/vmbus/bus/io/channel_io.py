@@ -127,6 +127,7 @@ class ChannelIo:
             self.fast.close()
             self._fast_before = self.fast
             self.fast = None
+        self._account.budget.forget(self._schedule)
         self._account.clear()
         self._io_timers.forget()
         self._turns.end()
