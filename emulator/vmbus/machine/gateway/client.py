@@ -169,11 +169,17 @@ class Gateway:
     def activate(self) -> None:
         """Make requests of the guest's traps, from now on. The tables are in place.
 
-        In the first 20 ms of QEMU's life, wait until the TSC's frequency can be measured.
+        In the first 20 ms of QEMU's life, wait until the TSC's frequency can be measured. Raises
+        :class:`~vmbus.errors.GatewayError` if that does not happen.
         """
         self.clock.arm()
+        deadline = time.monotonic() + _TIMEOUT
         known, *_, frequency = self.clock.fields()
         while known and not frequency:
+            if time.monotonic() > deadline:
+                raise GatewayError(
+                    f"the trap gateway did not measure the frequency of the TSC in {_TIMEOUT:g} s: restart QEMU"
+                )
             time.sleep(0.01)
             self.refresh_clock()
             *_, frequency = self.clock.fields()
@@ -184,7 +190,8 @@ class Gateway:
         self._request(wire.MessageType.CLOCK)
 
     def _request(self, kind: wire.MessageType) -> None:
-        reply, _ = _converse(self._connection, wire.Message(kind))
+        reply, descriptors = _converse(self._connection, wire.Message(kind))
+        _close_all(descriptors)  # of which it has to send none
         if reply.status != wire.Status.OK:
             raise GatewayError(f"the trap gateway refused {kind.name} with status {reply.status}")
 
