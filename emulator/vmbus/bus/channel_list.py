@@ -42,7 +42,7 @@ class ChannelList:
         """Channels for which no id was free."""
         self.restoring = False
         """Whether a state was restored, and some of its devices may not be offered yet."""
-        self._given_up: set[OfferKey] = set()
+        self._released_by_guest: set[OfferKey] = set()
         """Devices of a restored state whose channel the guest had released."""
         self._host = host
         self._channel_released = channel_released
@@ -175,7 +175,7 @@ class ChannelList:
             if record.relid is not None:
                 self._restore_one(record, record.relid)
             elif not record.waiting:
-                self._given_up.add(record.key)
+                self._released_by_guest.add(record.key)
 
     def resume_restored(self) -> None:
         """Continue what was under way at the save: every device that will be offered here is offered."""
@@ -189,7 +189,7 @@ class ChannelList:
         new = [
             channel
             for channel in self.in_offer_order()
-            if channel.relid is None and channel.offer.key not in self._given_up
+            if channel.relid is None and channel.offer.key not in self._released_by_guest
         ]
         for channel in list(self.channels):
             if channel in self.channels:
@@ -198,12 +198,12 @@ class ChannelList:
             for channel in new:
                 if channel.relid is None and channel in self.channels:
                     self.send_offer(channel)
-        self._given_up.clear()
+        self._released_by_guest.clear()
 
     def forget_restored(self) -> None:
         """Drop a restored state before it was resumed: its guest is gone."""
         self.restoring = False
-        self._given_up.clear()
+        self._released_by_guest.clear()
 
     def _restore_one(self, record: ChannelRecord, relid: int) -> None:
         """Restore into the channel of the device if it is offered already, else into one that waits for it."""

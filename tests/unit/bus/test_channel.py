@@ -6,7 +6,7 @@ Source: docs/protocol/messages.md#open-channel, docs/protocol/messages.md#channe
 from __future__ import annotations
 
 import pytest
-from vmbus.bus.channel.signals import UNSTICK_DELAY
+from vmbus.bus.channel.signals import RESIGNAL_DELAY
 from vmbus.bus.channel.state import ChannelState
 from vmbus.bus.messages import MAX_UNDELIVERED, PostResult
 from vmbus.bus.saved_state.values import MAX_INBOX
@@ -604,9 +604,9 @@ def test_pause_needs_its_feature(guest: ScriptedGuest) -> None:
 
 def test_guest_is_signalled_once_a_while_after_an_open(connected: ScriptedGuest) -> None:
     ring = connected.open_channel(1, vp=2)
-    connected.timers.advance(UNSTICK_DELAY / 2)
+    connected.timers.advance(RESIGNAL_DELAY / 2)
     assert connected.synic.events == []
-    connected.timers.advance(UNSTICK_DELAY)
+    connected.timers.advance(RESIGNAL_DELAY)
     connected.timers.advance(10)
     assert connected.synic.events == [(2, 2, 1)]
     connected.close(1)

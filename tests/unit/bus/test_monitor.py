@@ -6,7 +6,7 @@ Source: docs/protocol/messages.md#monitor-pages.
 from __future__ import annotations
 
 import pytest
-from vmbus.bus.channel.signals import UNSTICK_DELAY
+from vmbus.bus.channel.signals import RESIGNAL_DELAY
 from vmbus.ports import PAGE_SIZE
 from vmbus.testing.scripted import RecordingEndpoint, ScriptedGuest, an_offer
 from vmbus.wire.messages import MODIFY_CONNECTION, ModifyConnection
@@ -68,7 +68,7 @@ def test_nothing_polls_while_no_monitored_channel_is_open(guest: ScriptedGuest, 
     guest.timers.advance(1)
     assert pending_timers(guest) == 0
     guest.open_channel(1)
-    guest.timers.advance(UNSTICK_DELAY * 2)
+    guest.timers.advance(RESIGNAL_DELAY * 2)
     assert pending_timers(guest) == 1
     guest.close(1)
     assert pending_timers(guest) == 0
@@ -82,7 +82,7 @@ def test_nothing_polls_while_no_monitored_channel_is_open(guest: ScriptedGuest, 
 
 def test_a_bus_that_is_closed_leaves_guest_memory_alone(guest: ScriptedGuest, page: int) -> None:
     guest.open_channel(1)
-    guest.timers.advance(UNSTICK_DELAY * 2)
+    guest.timers.advance(RESIGNAL_DELAY * 2)
     assert pending_timers(guest) == 1
     guest.bus.close()
     assert pending_timers(guest) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from vmbus.bus.channel.endpoint import RestorableEndpoint
-from vmbus.bus.channel.signals import UNSTICK_DELAY
+from vmbus.bus.channel.signals import RESIGNAL_DELAY
 from vmbus.bus.channel.state import ChannelState
 from vmbus.bus.contact import Phase
 from vmbus.bus.server import Bus
@@ -60,7 +60,7 @@ def test_open_channel_continues(guest: ScriptedGuest, move: Move, early: bool) -
     assert guest.take() == []
     assert endpoint.calls == ["restored", "signalled"]
     assert set(channel.gpadls) == {ring, buffer}
-    guest.timers.advance(UNSTICK_DELAY)
+    guest.timers.advance(RESIGNAL_DELAY)
     assert guest.synic.events == [(3, 2, 1)]
     guest.synic.ports[0x2001]()
     assert endpoint.calls[-1] == "signalled"

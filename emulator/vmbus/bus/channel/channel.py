@@ -404,7 +404,7 @@ class Channel:
             self.refusals.refuse("not-restored", "the channel is rescinded and offered anew")
             self._start_over()
             return
-        self.signals.arm_unstick()
+        self.signals.signal_later()
         if not self.paused:
             self.signals.apply_pending_target()
         self.calls.signalled()
@@ -473,7 +473,7 @@ class Channel:
             return
         self.state = ChannelState.OPEN
         self._answer_open(STATUS_SUCCESS)
-        self.signals.arm_unstick()
+        self.signals.signal_later()
         ring = self.gpadls.get(self.request.ring_gpadl_id) if self.request else None
         if ring is None or ring.state is GpadlState.TEARING_DOWN:
             self._begin_close()

@@ -21,8 +21,8 @@ from vmbus.wire.header import STATUS_SUCCESS, STATUS_UNSUCCESSFUL
 from vmbus.wire.messages import MODIFYCHANNEL_RESPONSE, ModifyChannelResponse
 from vmbus.wire.version import Version
 
-UNSTICK_DELAY = 0.1
-"""Seconds after an open until the guest is signalled once, in case it missed the first signal."""
+RESIGNAL_DELAY = 0.1
+"""Seconds after an open until the guest is signalled once more, in case it missed the first signal."""
 
 
 class ChannelSignals:
@@ -38,7 +38,7 @@ class ChannelSignals:
         self._context = context
         self._connected = False
         self._event_flag = 0
-        self._unstick: TimerHandle | None = None
+        self._signal_timer: TimerHandle | None = None
 
     def connect(self, relid: int, request: OpenRequest, doorbell: Callable[[], None]) -> None:
         """Let signals pass both ways: the endpoint is about to use the channel."""
@@ -52,9 +52,9 @@ class ChannelSignals:
     def close(self) -> None:
         """Interrupt the guest no more: the endpoint is about to close."""
         self._connected = False
-        if self._unstick is not None:
-            self._unstick.cancel()
-            self._unstick = None
+        if self._signal_timer is not None:
+            self._signal_timer.cancel()
+            self._signal_timer = None
 
     def disconnect(self) -> None:
         """End both directions, and fail a MODIFYCHANNEL that waits: the endpoint has closed."""
@@ -103,12 +103,12 @@ class ChannelSignals:
             vp, self.pending_target = self.pending_target, None
             self._retarget(vp)
 
-    def arm_unstick(self) -> None:
-        """Signal the guest once, :data:`UNSTICK_DELAY` from now."""
-        self._unstick = self._context.host.timers.call_later(UNSTICK_DELAY, self._unstick_guest)
+    def signal_later(self) -> None:
+        """Signal the guest once, :data:`RESIGNAL_DELAY` from now."""
+        self._signal_timer = self._context.host.timers.call_later(RESIGNAL_DELAY, self._signal_again)
 
-    def _unstick_guest(self) -> None:
-        self._unstick = None
+    def _signal_again(self) -> None:
+        self._signal_timer = None
         self.signal_guest()
 
     def _retarget(self, vp: int) -> None:
