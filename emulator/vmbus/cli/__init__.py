@@ -40,10 +40,15 @@ _EPILOG = """\
 examples:
   vmbus setup                                     fetch QEMU and a guest kernel, build the gateway
   vmbus run                                       boot the default guest and serve it
-  vmbus run --device echo -- uname -a             run a command in the guest, exit with its status
-  vmbus qemu-args                                 what to add to your own QEMU command line
+  vmbus run --name web --device echo              the same with a name, and with one more device
+  vmbus run -- uname -a                           run a command in the guest, exit with its status
+  vmbus status web                                show its channels, devices and counters
+  vmbus migrate web                               move it into a new QEMU while it runs
+  vmbus qemu-args                                 print what to add to your own QEMU command line
   vmbus attach --qmp /run/me/qmp.sock             serve a QEMU that is already running
-  vmbus status --json                             channels and counters of a served guest
+
+`vmbus VERB --help` has the options of a verb, with examples. `vmbus doctor` says what this machine lacks.
+Exit status: 0 done, 1 failed, 2 used wrongly; `vmbus run -- CMD` exits with the status of CMD.
 """
 
 
@@ -51,7 +56,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     top = argparse.ArgumentParser(
         prog="vmbus",
-        description="Plays the Hyper-V host for unmodified guests in a stock QEMU under TCG.",
+        description="Plays the Hyper-V host for unmodified guests in a stock QEMU under TCG.\n"
+        "A guest is served while its `vmbus run` or `vmbus attach` runs; the other commands find it by its name.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

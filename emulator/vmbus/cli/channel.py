@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vmbus.cli.actions import GUEST_NAME, add_actions, add_verb
 from vmbus.cli.output import show, show_json, tell
 from vmbus.cli.table import table
 from vmbus.devices.options import parse_size
@@ -49,56 +50,51 @@ _MAX_BUFFER = by_hand.MAX_STATE
 
 
 def add_parser(verbs: Any) -> None:
-    parser = verbs.add_parser(
+    parser = add_verb(
+        verbs,
         "channel",
-        help="pause, start, save and restore one channel, call by call",
-        description="Pauses, starts, saves and restores one channel of a served guest while it runs, and shows what "
-        "each function of the KMCL contract returned.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "pause, start, save and restore one channel, call by call",
+        "Pauses, starts, saves and restores one channel of a served guest while it runs.\n"
+        "Shows what each function of the KMCL contract returned (KMCL: Hyper-V's client library for VMBus).",
+        _EPILOG,
     )
-    actions = parser.add_subparsers(dest="channel_action", metavar="ACTION", required=True)
-    for action, text in (
-        ("list", "list the channels with their states"),
-        ("pause", "take no more packets of a channel, and wait for work under way"),
-        ("start", "take packets again"),
-        ("save", "save a paused channel into a file"),
-        ("restore", "replace the state of a paused channel by that of a file"),
-        ("dump", "decode a file of chunks"),
-    ):
-        each = actions.add_parser(
-            action,
-            help=text,
-            description=f"{text[0].upper()}{text[1:]}.",
-            epilog=_EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+    actions = {
+        "list": "list the channels with their states",
+        "pause": "take no more packets of a channel, and wait for work under way",
+        "start": "take packets again",
+        "save": "save a paused channel into a file",
+        "restore": "replace the state of a paused channel by that of a file",
+        "dump": "decode a file of chunks; no guest is needed",
+    }
+    for action, each in add_actions(parser, "channel_action", actions, _EPILOG).items():
         if action != "dump":
-            each.add_argument("name", nargs="?", help="name of the guest (not needed if only one is served)")
+            each.add_argument("name", nargs="?", help=GUEST_NAME)
         if action not in ("list", "dump"):
-            each.add_argument("channel", metavar="CHANNEL", help="as `vmbus channel list` names it")
+            each.add_argument("channel", metavar="CHANNEL", help="channel, as `vmbus channel list` names it")
         if action in ("save", "restore", "dump"):
-            each.add_argument("file", metavar="FILE", type=Path, help="the chunks, one after the other")
+            each.add_argument(
+                "file", metavar="FILE", type=Path, help="file of the saved chunks, one after the other"
+            )
         if action in ("save", "restore"):
             each.add_argument(
                 "--buffer",
                 type=_buffer_size,
                 default=BUFFER_SIZE,
                 metavar="SIZE",
-                help="bytes of the buffer of one call; save makes it larger when a chunk needs more, restore fills "
-                "it with whole chunks, at least one (default: 64K)",
+                help="size of the buffer of one call (0, 64, 64K): save makes it larger when a chunk needs more, "
+                "restore fills it with whole chunks, at least one (default: 64K)",
             )
-            each.add_argument("--dump", action="store_true", help="decode the chunks")
+            each.add_argument("--dump", action="store_true", help="print the chunks decoded, too")
         if action in ("pause", "save", "restore"):
             each.add_argument(
                 "--timeout",
                 type=_seconds,
                 default=SETTLE_TIMEOUT,
                 metavar="SECONDS",
-                help=f"wait so long for work under way in the device (default: {SETTLE_TIMEOUT:g})",
+                help=f"fail if work under way in the device takes longer (default: {SETTLE_TIMEOUT:g})",
             )
         if action != "dump":
-            each.add_argument("--json", action="store_true", help="the answer, as one JSON object")
+            each.add_argument("--json", action="store_true", help="print the answer as one JSON object")
     parser.set_defaults(action=main)
 
 

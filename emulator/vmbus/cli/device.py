@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vmbus.bus.io.device import Device
+from vmbus.cli.actions import GUEST_NAME, add_actions, add_verb
 from vmbus.cli.devices import registry
 from vmbus.cli.output import show, show_json
 from vmbus.cli.table import table
@@ -49,29 +50,28 @@ CONTROL_TIMEOUT = 120.0
 
 
 def add_parser(verbs: Any) -> None:
-    parser = verbs.add_parser(
+    parser = add_verb(
+        verbs,
         "device",
-        help="list, add, remove and resize devices of a served guest",
-        description="Lists, adds, removes and resizes the devices of a served guest while it runs.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "list, add, remove and resize devices of a served guest",
+        "Lists, adds, removes and resizes the devices of a served guest while it runs.",
+        _EPILOG,
     )
-    actions = parser.add_subparsers(dest="device_action", metavar="ACTION", required=True)
-    for action, text, values in (
-        ("list", "list the devices that the guest is offered", ()),
-        ("add", "offer one more device", (("line", "NAME[,KEY=VALUE...]", "as after `vmbus run --device`"),)),
-        ("remove", "remove a device or a disk", (("device", "DEVICE", "as `vmbus device list` names it"),)),
-        ("resize", "make a disk larger", (("device", "DISK", "as `vmbus device list` names it"),)),
-    ):
-        each = actions.add_parser(
-            action,
-            help=text,
-            description=f"{text[0].upper()}{text[1:]}.",
-            epilog=_EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        each.add_argument("name", nargs="?", help="name of the guest (not needed if only one is served)")
-        for value, metavar, meaning in values:
+    actions = {
+        "list": "list the devices that the guest is offered",
+        "add": "offer one more device",
+        "remove": "remove a device or a disk",
+        "resize": "make a disk larger",
+    }
+    values = {
+        "add": ("line", "NAME[,KEY=VALUE...]", "the device, as after `vmbus run --device`"),
+        "remove": ("device", "DEVICE", "device or disk, as `vmbus device list` names it"),
+        "resize": ("device", "DISK", "disk, as `vmbus device list` names it"),
+    }
+    for action, each in add_actions(parser, "device_action", actions, _EPILOG).items():
+        each.add_argument("name", nargs="?", help=GUEST_NAME)
+        if action in values:
+            value, metavar, meaning = values[action]
             each.add_argument(value, metavar=metavar, help=meaning)
         if action == "resize":
             each.add_argument(
@@ -79,7 +79,7 @@ def add_parser(verbs: Any) -> None:
                 nargs="?",
                 help="new size in bytes, or as in 20G; omit it if the image has been resized already",
             )
-        each.add_argument("--json", action="store_true", help="the answer, as one JSON object")
+        each.add_argument("--json", action="store_true", help="print the answer as one JSON object")
     parser.set_defaults(action=main)
 
 

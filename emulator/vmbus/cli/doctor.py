@@ -33,7 +33,7 @@ def add_parser(verbs: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", action="store_true", help="the checks as one JSON list")
+    parser.add_argument("--json", action="store_true", help="print the checks as one JSON list")
     parser.set_defaults(action=main)
 
 

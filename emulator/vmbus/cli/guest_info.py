@@ -31,7 +31,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "kernel", metavar="KERNEL-DIR", help="a folder with kernel modules, or the name of an embedded guest"
     )
-    parser.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
     parser.set_defaults(action=main)
 
 

@@ -28,7 +28,8 @@ examples:
   vmbus migrate web --json                  the same, with all figures
   vmbus run --incoming tcp:0:4444 ...       on the target: the same options as the guest was started with
   vmbus migrate web tcp:target:4444         and then this, on the source
-  vmbus migrate web unix:m --carrier unix:c the state goes from emulator to emulator (QEMU without D-Bus)
+  vmbus migrate web unix:m --carrier unix:c
+                                            the state goes from emulator to emulator (QEMU without D-Bus)
   vmbus migrate web --share-memory          into a new QEMU that maps the same memory; none is copied
   vmbus migrate web unix:main.sock --cpr unix:cpr.sock
                                             the same with QEMU's cpr-transfer, into a QEMU of your own

@@ -33,7 +33,7 @@ def add_parser(verbs: Any) -> None:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--restart", action="store_true", help="restart instead")
     action.add_argument("--hibernate", action="store_true", help="hibernate instead")
-    parser.add_argument("--force", action="store_true", help="do not let the guest wait for its programs")
+    parser.add_argument("--force", action="store_true", help="tell the guest not to wait for its programs")
     parser.set_defaults(action=main)
 
 

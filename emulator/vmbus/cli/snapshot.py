@@ -41,7 +41,11 @@ def add_parser(verbs: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=("save", "load", "list", "delete"), help="what to do")
+    parser.add_argument(
+        "what",
+        choices=("save", "load", "list", "delete"),
+        help="save or load the guest, list or delete snapshots",
+    )
     parser.add_argument(
         "words",
         nargs="*",

@@ -21,13 +21,13 @@ examples:
 def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "status",
-        help="channels, versions, rings and counters of a served guest",
+        help="show channels, versions, rings and counters of a served guest",
         description="Shows what a served guest has negotiated, and the counters of its channels and disks.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", nargs="?", help="name of the guest (not needed if only one is served)")
-    parser.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
     parser.set_defaults(action=main)
 
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.cli import channel as verb
-from vmbus.cli import main, parser
+from vmbus.cli import main
 from vmbus.errors import UserError
 from vmbus.machine import rundir
 from vmbus.machine.control import ControlServer
@@ -98,13 +98,6 @@ def vmbus(
         return status, captured.out, captured.err
 
     return call
-
-
-def test_help_of_every_action_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["channel"], ["channel", "save"], ["channel", "restore"], ["channel", "list"]):
-        with pytest.raises(SystemExit):
-            parser().parse_args([*words, "--help"])
-        assert "vmbus channel save heartbeat hb.chunks" in capsys.readouterr().out
 
 
 def test_list_names_channels_and_their_states(host: FakeHost, vmbus: Vmbus) -> None:
