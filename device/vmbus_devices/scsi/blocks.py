@@ -15,7 +15,7 @@ import logging
 import mmap
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from vmbus.errors import GuestError
 from vmbus.wire.scsi import (
@@ -88,6 +88,20 @@ _WRITING = (
 _NEED_IMAGE = frozenset((*_READING, *_WRITING))
 _IMAGE_AGAIN = 0.1
 """Seconds after which a command that waits for its image tries again."""
+
+
+class Transfer(NamedTuple):
+    """A read or a write of ``blocks`` from ``lba``, whose data is at ``runs`` (address, bytes) of guest memory."""
+
+    request: Request
+    lba: int
+    blocks: int
+    runs: list[tuple[int, int]]
+    copied: bool
+    """Whether the data goes through a buffer."""
+    fua: bool
+    bad: int | None
+    """The LBA that an injected fault makes fail."""
 
 
 class BlockUnit(LogicalUnit):
@@ -279,17 +293,31 @@ class BlockUnit(LogicalUnit):
             request.succeed()
             return
         runs = request.input_runs(blocks * self.block_size)
+        self._begin(request, lba, blocks, runs, self._read_into)
+
+    def _begin(
+        self,
+        request: Request,
+        lba: int,
+        blocks: int,
+        runs: list[tuple[int, int]],
+        move: Callable[[Transfer], None],
+        *,
+        write: bool = False,
+        fua: bool = False,
+    ) -> None:
+        """Call ``move`` for the blocks of a read or a write; for fewer, or later, if a fault is injected there."""
         copied = self._copied(request, runs, blocks)
+        bad = None
         if self.faults:
             faults = self.faults
-            bad = faults.bad_block(lba, blocks, write=False)
-            blocks = faults.blocks(lba, blocks, write=False)
-            if (delay := faults.delay(lba, blocks, write=False)) > 0:
-                self._delay(request, delay, lambda: self._read_into(request, lba, blocks, runs, copied, bad))
+            bad = faults.bad_block(lba, blocks, write=write)
+            blocks = faults.blocks(lba, blocks, write=write)
+            if (delay := faults.delay(lba, blocks, write=write)) > 0:
+                transfer = Transfer(request, lba, blocks, runs, copied, fua, bad)
+                self._delay(request, delay, lambda: move(transfer))
                 return
-            self._read_into(request, lba, blocks, runs, copied, bad)
-            return
-        self._read_into(request, lba, blocks, runs, copied, None)
+        move(Transfer(request, lba, blocks, runs, copied, fua, bad))
 
     def _copied(self, request: Request, runs: list[tuple[int, int]], blocks: int) -> bool:
         """Return whether the data must go through a buffer, which counts against the guest's budget from now on."""
@@ -299,15 +327,8 @@ class BlockUnit(LogicalUnit):
         request.hold(blocks * self.block_size)
         return True
 
-    def _read_into(
-        self,
-        request: Request,
-        lba: int,
-        blocks: int,
-        runs: list[tuple[int, int]],
-        copied: bool,
-        bad: int | None,
-    ) -> None:
+    def _read_into(self, transfer: Transfer) -> None:
+        request, lba, blocks, runs, copied, _, bad = transfer
         if bad is not None:
             raise CheckCondition(Sense.READ_ERROR, bad)
         length = blocks * self.block_size

@@ -43,7 +43,7 @@ from vmbus.wire.scsi import (
 )
 
 from vmbus_devices.scsi.backend import Backend, NullBackend
-from vmbus_devices.scsi.blocks import BlockUnit
+from vmbus_devices.scsi.blocks import BlockUnit, Transfer
 from vmbus_devices.scsi.fast.path import FastUnit
 from vmbus_devices.scsi.faults import FaultPlan
 from vmbus_devices.scsi.request import CheckCondition, Request
@@ -225,29 +225,10 @@ class Disk(BlockUnit):
             request.succeed()
             return
         runs = request.output_runs(blocks * self.block_size)
-        copied = self._copied(request, runs, blocks)
-        bad = None
-        if self.faults:
-            faults = self.faults
-            bad = faults.bad_block(lba, blocks, write=True)
-            blocks = faults.blocks(lba, blocks, write=True)
-            if (delay := faults.delay(lba, blocks, write=True)) > 0:
-                self._delay(
-                    request, delay, lambda: self._write_from(request, lba, blocks, runs, copied, fua, bad)
-                )
-                return
-        self._write_from(request, lba, blocks, runs, copied, fua, bad)
+        self._begin(request, lba, blocks, runs, self._write_from, write=True, fua=fua)
 
-    def _write_from(
-        self,
-        request: Request,
-        lba: int,
-        blocks: int,
-        runs: list[tuple[int, int]],
-        copied: bool,
-        fua: bool,
-        bad: int | None,
-    ) -> None:
+    def _write_from(self, transfer: Transfer) -> None:
+        request, lba, blocks, runs, copied, fua, bad = transfer
         if bad is not None:
             raise CheckCondition(Sense.WRITE_ERROR, bad)
         length = blocks * self.block_size
