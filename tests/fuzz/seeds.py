@@ -126,7 +126,26 @@ def gateways() -> dict[str, bytes]:
     def answer(status: wire.Status, argument: int) -> bytes:
         return b"\2" + wire.REPLY.build(wire.Reply(wire.MESSAGE_MAGIC, 1, status, wire.VERSION, argument))
 
-    return {"attached": answer(wire.Status.OK, size) + bytes(region), "refused": answer(wire.Status.BUSY, 7)}
+    whole = {"attached": answer(wire.Status.OK, size) + bytes(region), "refused": answer(wire.Status.BUSY, 7)}
+    return whole | {"trap": b"\6" + answer(wire.Status.OK, size)[1:] + _region_with_a_trap()}
+
+
+def _region_with_a_trap() -> bytes:
+    """Return the beginning of a region in which everything is as near to its beginning as it can be."""
+    vcpu = wire.CONTROL.sizeof()
+    request = vcpu + wire.VCPU.sizeof()
+    doorbell = request + wire.SLOTS * 8
+    code = doorbell + wire.DOORBELLS
+    region = bytearray(doorbell + 8)
+    header = struct.pack(
+        "<QII6QIIII", wire.MAGIC, wire.VERSION, 1, 1 << 15, vcpu, request, doorbell, code, 64, 1, 0, 0, 0
+    )
+    region[: len(header)] = header
+    region[request] = 1
+    region[doorbell + 1] = 1
+    slot = vcpu + wire.offset_of(wire.VCPU, "slots")
+    region[slot] = wire.TrapKind.RDMSR
+    return bytes(region)
 
 
 def main() -> None:

@@ -16,23 +16,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import os
 import shutil
 import socket
 import struct
 import tempfile
-import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from vmbus.bus.server import Bus
 from vmbus.errors import GatewayError, MalformedError
 from vmbus.machine.gateway.client import Gateway
 from vmbus.saving import StateRefused
 from vmbus.saving.loading import read_machine
-from vmbus.testing.fakes import FakeMemory
+from vmbus.testing.fakes import FakeSynic, FakeTimers
 from vmbus.testing.loopback import LoopbackGuest, gpa_direct_extension, guest_packet
 from vmbus.testing.scripted import ForgetfulEndpoint, ScriptedGuest, an_offer
 from vmbus.wire import gateway as gateway_wire
@@ -46,6 +48,8 @@ from vmbus_devices.scsi import Scsi
 from vmbus_devices.scsi.backend import MemoryBackend
 from vmbus_devices.scsi.cdrom import CdRom
 from vmbus_devices.scsi.disk import Disk
+
+from tests.fuzz.flat import FlatMemory
 
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"
@@ -84,53 +88,77 @@ def chunked(data: bytes) -> bytes:
     return bytes(out)
 
 
+class Nobody:
+    """What a host talks to that waits for a guest: all calls do nothing, and nothing is recorded."""
+
+    code_pages = None
+    clock = SimpleNamespace(tsc_frequency=None, guest_tsc_now=lambda: None)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._nothing
+
+    def _nothing(self, *_: object, **__: object) -> tuple[()]:
+        return ()
+
+    async def execute(self, *_: object, **__: object) -> dict[str, object]:
+        """Answer a command of QMP or qtest."""
+        return {}
+
+    def loading(self) -> contextlib.AbstractContextManager[None]:
+        """Stand for :meth:`vmbus.machine.qemu.qtest.Qtest.loading`."""
+        return contextlib.nullcontext()
+
+
 class SavedStates:
-    """Hosts that take states. One host checks all of them; a state that passes is loaded by one of its own."""
+    """A host that takes states. One that passes all checks is loaded, runs for a moment, and is forgotten again."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self.folder = Path(tempfile.mkdtemp(prefix="vmbus-fuzz-"))
-        self.number = 0
+        shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        self.folder = Path(tempfile.mkdtemp(prefix="vmbus-fuzz-", dir=shared))
         self.host = self.loop.run_until_complete(self._host())
         self.state = self.host.migration.state
+        self.loaded = 0
+        """How many states passed all checks."""
 
     async def _host(self) -> Any:
         from tests.unit.machine.test_stored_states import host_for
 
-        self.number += 1
-        folder = self.folder / str(self.number % 4)
-        folder.mkdir(exist_ok=True)
-        return host_for(folder, "first")
+        return host_for(self.folder, "first", Nobody)
 
     def close(self) -> None:
-        """Release what the first host has."""
+        """Release what the host has."""
         self.host.workers.close()
         self.host.memory.close()
         self.loop.close()
         shutil.rmtree(self.folder)
 
     def __call__(self, data: bytes) -> None:
-        whole = chunked(data)
         with contextlib.suppress(StateRefused):
             read_machine(data)
         try:
-            read_machine(whole)
+            whole = chunked(data)
             self.state.check(whole)
         except StateRefused:
             return
         self.loop.run_until_complete(self._load(whole))
 
     async def _load(self, state: bytes) -> None:
-        host = await self._host()
-        try:
-            with contextlib.suppress(StateRefused):
-                host.migration.load(state)
-            for _ in range(3):
-                await asyncio.sleep(0)
-            host.bus.reset()
-        finally:
-            host.workers.close()
-            host.memory.close()
+        self.loaded += 1
+        with contextlib.suppress(StateRefused):
+            self.host.migration.load(state)
+            self.state.resume()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        self.state.pause()
+        self.state.reset()
+        self.host.migration.expect()
+        memory = self.folder / "memory"
+        size = memory.stat().st_size
+        os.truncate(memory, 0)  # zeros again, in the mapping too
+        os.truncate(memory, size)
 
 
 class Stream:
@@ -220,131 +248,191 @@ class Take:
         return self.at < len(self.data)
 
 
-def storvsp(data: bytes) -> None:
-    """Open a controller's channel and send the packets of ``data``: flags, ranges, payload."""
-    take = Take(data)
-    device = Scsi()
-    device.attach(Disk(MemoryBackend(1 << 20), "disk"), 0, 0)
-    device.attach(CdRom(MemoryBackend(1 << 16), "disc"), 0, 1)
-    memory = FakeMemory(1 << 20)
-    guest = LoopbackGuest(device, ring_pages=8, memory=memory)
-    guest.open()
-    if not take.number(1) & 1:
-        for operation, union in ((7, b""), (9, struct.pack("<HH", 0x602, 0)), (10, b""), (8, b"")):
-            send(guest, struct.pack("<III", operation, 1, 0) + union, 1)
-    number = 1
-    while take.more and number < 24 and not guest.io.failure:
-        number += 1
-        flags = take.number(1)
-        ranges = [
-            (
-                take.number(2) << (take.number(1) & 15),
-                take.number(2),
-                [take.number(2) for _ in range(take.number(1) & 15)],
-            )
-            for _ in range(flags & 3)
-        ]
-        payload = take.bytes(take.number(1))
-        kind = (9, 6, 6, 7)[flags >> 2 & 3] if flags & 32 else 9 if ranges else 6
-        extension = gpa_direct_extension(ranges) if ranges else b""
-        guest.put(
-            guest_packet(
-                payload,
-                kind=kind,
-                transaction_id=number,
-                completion_requested=not flags & 16,
-                extension=extension,
-            )
-        )
-        guest.advance(0.01)
-        if not guest.io.failure:
-            guest.receive()
-    assert not guest.io.failure.startswith("device"), guest.io.failure
-    guest.close()
+class KeptBackend(MemoryBackend):
+    """A disk in memory that can be made as at first; that costs something only after a change."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.changed = False
+
+    def write(self, offset: int, views: Sequence[memoryview], *, fua: bool = False) -> None:
+        self.changed = True
+        super().write(offset, views, fua=fua)
+
+    def close(self) -> None:
+        """Stay open."""
+
+    def clear(self) -> None:
+        """Be zeros."""
+        if self.changed:
+            self.changed = False
+            self.data[:] = bytes(self.size)
 
 
-def channel_messages(data: bytes) -> None:
-    """Post the messages of ``data``: a length, and the bytes of one; a length over 240 is another event."""
-    take = Take(data)
-    guest = ScriptedGuest.on_fakes(vp_count=2, memory_size=1 << 18)
-    endpoints = [ForgetfulEndpoint() for _ in range(2)]
-    for index, endpoint in enumerate(endpoints):
-        guest.bus.offer(an_offer(f"device-{index}", instance=index + 1), endpoint)
-    if take.number(1) & 1:
-        guest.connect()
+class StorVsp:
+    """A controller with a disk and a CD-ROM, whose channel every input opens and closes.
+
+    The units are new for each input; the controller, its memory and its rings are those of the input before.
+    """
+
+    MAX_PACKETS = 8
+    NEGOTIATION = (b"\7", b"\x09".ljust(12, b"\0") + struct.pack("<HH", 0x602, 0), b"\x0a", b"\x08")
+
+    def __init__(self) -> None:
+        self.backends = KeptBackend(1 << 18), KeptBackend(1 << 16)
+        self.device = Scsi()
+        self.memory = FlatMemory(1 << 18)
+        self.guest = LoopbackGuest(self.device, ring_pages=8, memory=self.memory, scattered=False)
+        self.environment = self.device.environment
+        self.guest.open()
+        for message in self.NEGOTIATION:
+            self._send(message.ljust(64, b"\0"), 1)
+        self.negotiated = dataclasses.replace(self.device.handshake)
+        assert self.negotiated.ready
+        self.guest.close()
+
+    def _send(self, payload: bytes, transaction: int) -> None:
+        self.guest.send(payload, transaction_id=transaction, completion_requested=True)
+        self.guest.receive()
+
+    def _start(self) -> None:
+        self.memory.clear()
+        disk, disc = self.backends
+        for backend in self.backends:
+            backend.clear()
+        self.device.units.clear()
+        self.device.attach(Disk(disk, "disk"), 0, 0)
+        self.device.attach(CdRom(disc, "disc"), 0, 1)
+        self.guest.open()
+
+    def __call__(self, data: bytes) -> None:
+        """Open the channel, negotiated or not, and send the packets of ``data``: flags, ranges, payload."""
+        take = Take(data)
+        guest = self.guest
+        self._start()
+        if not take.number(1) & 1:
+            self.device.handshake = dataclasses.replace(self.negotiated)
+        number = 1
+        while take.more and number <= self.MAX_PACKETS and not guest.io.failure:
+            number += 1
+            flags = take.number(1)
+            ranges = [
+                (
+                    take.number(2) << (take.number(1) & 15),
+                    take.number(2),
+                    [take.number(2) for _ in range(take.number(1) & 15)],
+                )
+                for _ in range(flags & 3)
+            ]
+            payload = take.bytes(take.number(1))
+            kind = (9, 6, 6, 7)[flags >> 2 & 3] if flags & 32 else 9 if ranges else 6
+            extension = gpa_direct_extension(ranges) if ranges else b""
+            guest.put(
+                guest_packet(
+                    payload,
+                    kind=kind,
+                    transaction_id=number,
+                    completion_requested=not flags & 16,
+                    extension=extension,
+                )
+            )
+            guest.advance(0.01)
+            if not guest.io.failure:
+                guest.receive()
+        assert not guest.io.failure.startswith("device"), guest.io.failure
+        guest.close()
+        assert not guest.channel.closing, "a command never ends"
+
+
+class ChannelMessages:
+    """A bus with two devices, which every input leaves as it found it: a reset of the machine forgets the guest."""
+
+    MAX_EVENTS = 24
+
+    def __init__(self) -> None:
+        memory, synic, timers = FlatMemory(1 << 18), FakeSynic(2), FakeTimers()
+        self.guest = ScriptedGuest(Bus(memory=memory, synic=synic, timers=timers), synic, memory, timers)
+        self.memory = memory
+        self.endpoints = [ForgetfulEndpoint() for _ in range(2)]
+        for index, endpoint in enumerate(self.endpoints):
+            self.guest.bus.offer(an_offer(f"device-{index}", instance=index + 1), endpoint)
+        self.fresh = self.guest.bus.save()
+
+    def __call__(self, data: bytes) -> None:
+        """Post the messages of ``data``: a length, and the bytes of one; a length over 240 is another event."""
+        take = Take(data)
+        guest = self.guest
+        self.memory.clear()
+        if take.number(1) & 1:
+            guest.connect()
+        count = 0
+        while take.more and count < self.MAX_EVENTS:
+            count += 1
+            length = take.number(1)
+            if length > 240:
+                (guest.bus.pause, guest.bus.resume, guest.take, guest.bus.reset)[length & 3]()
+                continue
+            guest.post(take.bytes(length), connection_id=4 if length & 1 and length < 8 else 1)
+            if count % 8 == 0:
+                guest.take()
         guest.take()
-    count = 0
-    while take.more and count < 64:
-        count += 1
-        length = take.number(1)
-        if length > 240:
-            (guest.bus.pause, guest.bus.resume, guest.take, guest.bus.reset)[length & 3]()
-            continue
-        guest.post(take.bytes(length), connection_id=4 if length & 1 and length < 8 else 1)
-        if count % 8 == 0:
-            guest.take()
-    guest.bus.reset()
+        guest.bus.resume()
+        guest.bus.reset()
+        assert guest.bus.save() == self.fresh, "a reset leaves something of the guest"
+        assert not guest.bus.budget.status()["held"], "a reset leaves something of the guest's memory"
+        for endpoint in self.endpoints:
+            assert not endpoint.is_open and not endpoint.gpadls, endpoint.calls
+            endpoint.calls.clear()
+        guest.answers.clear()
 
 
 class GatewaySocket:
     """A gateway that sends the bytes of an input as its answer, and the rest of them as shared memory."""
 
+    PADDED = 1 << 15
+    """Bytes of shared memory of an input that says only how it begins."""
+
     def __init__(self) -> None:
-        self.folder = tempfile.mkdtemp(prefix="vmbus-fuzz-")
-        self.path = f"{self.folder}/gateway.sock"
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(self.path)
-        self.listener.listen()
-        self.data = b""
-        self.thread = threading.Thread(target=self._serve, daemon=True)
-        self.thread.start()
+        self.memory = os.memfd_create("fuzz")
+        self.events = os.eventfd(0), os.eventfd(0)
 
     def close(self) -> None:
-        """End the server."""
-        self.listener.shutdown(socket.SHUT_RDWR)
-        self.thread.join()
-        self.listener.close()
-        shutil.rmtree(self.folder)
+        """Close what is sent."""
+        for each in (self.memory, *self.events):
+            os.close(each)
 
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self.listener.accept()
-            except OSError:  # closed
-                return
-            with connection, contextlib.suppress(OSError):
-                connection.recv(gateway_wire.MESSAGE.size)
-                take = Take(self.data)
-                count = take.number(1) & 3
-                reply = take.bytes(gateway_wire.REPLY.size)
-                memory = os.memfd_create("fuzz")
-                os.write(memory, take.bytes(max(4096, len(self.data))))
-                descriptors = [memory, os.eventfd(0), os.eventfd(0)][: count or 2]
-                socket.send_fds(connection, [reply], descriptors)
-                for each in {memory, *descriptors}:
-                    os.close(each)
+    def attach(self, data: bytes) -> Gateway:
+        """Attach to the gateway that ``data`` describes. Raises what :meth:`Gateway.attach` raises."""
+        take = Take(data)
+        flags = take.number(1)
+        reply = take.bytes(gateway_wire.REPLY.size)
+        region = data[take.at :]
+        os.ftruncate(self.memory, 0)
+        os.ftruncate(self.memory, self.PADDED if flags & 4 else max(4096, len(region)))
+        os.pwrite(self.memory, region[: self.PADDED], 0)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(theirs, [reply], [self.memory, *self.events][: flags & 3 or 2])
+            return Gateway.attach_over(ours, "the gateway")
 
     def __call__(self, data: bytes) -> None:
-        self.data = data
         try:
-            gateway = Gateway.attach(self.path)
+            gateway = self.attach(data)
         except (GatewayError, MalformedError):
             return
         try:
-            gateway.traps()
+            for trap in gateway.traps():
+                gateway.answer(trap, 1)
             list(gateway.doorbells())
             gateway.clock.fields()
             gateway.counters()
+            gateway.unclaimed()
             gateway.code_pages.test_and_clear(0, 64)
+            gateway.forget_requests()
         except (GatewayError, MalformedError):
             pass
         finally:
             gateway.close()
-
-
-def send(guest: LoopbackGuest, payload: bytes, transaction: int) -> None:
-    guest.send(payload.ljust(64, b"\0"), transaction_id=transaction, completion_requested=True)
-    guest.receive()
 
 
 TARGETS: dict[str, Callable[[], Target]] = {
@@ -352,7 +440,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "saved_states": SavedStates,
     "nbd_negotiation": lambda: nbd_negotiation,
     "nbd_replies": lambda: nbd_replies,
-    "storvsp": lambda: storvsp,
-    "channel_messages": lambda: channel_messages,
+    "storvsp": StorVsp,
+    "channel_messages": ChannelMessages,
     "gateway_socket": GatewaySocket,
 }

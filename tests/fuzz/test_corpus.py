@@ -12,7 +12,7 @@ import pytest
 from tests.fuzz.guided import NAMES, mutations, seeds
 from tests.fuzz.targets import TARGETS, GatewaySocket, SavedStates
 
-CHANGED = {"saved_states": 100, "storvsp": 50, "gateway_socket": 200}
+CHANGED = {"saved_states": 150, "storvsp": 200}
 """Changed inputs of a target that is slow; 300 of the others."""
 
 

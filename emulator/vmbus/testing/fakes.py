@@ -25,10 +25,16 @@ class FakePages:
         self._memory = memory
         self._pfns = tuple(pfns)
         self.size = len(self._pfns) * PAGE_SIZE
+        first = self._pfns[0] if self._pfns else 0
+        in_order = self._pfns == tuple(range(first, first + len(self._pfns)))
+        self._start = first * PAGE_SIZE if in_order else None
+        """The address of the first page, if the others follow it."""
 
     def _pieces(self, offset: int, length: int) -> list[tuple[int, int]]:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise IndexError(f"[{offset}, {offset + length}) is outside {self.size} bytes")
+        if self._start is not None:
+            return [(self._start + offset, length)] if length else []
         pieces = []
         while length:
             page, inside = divmod(offset, PAGE_SIZE)
@@ -39,13 +45,20 @@ class FakePages:
         return pieces
 
     def read(self, offset: int, length: int) -> bytes:
-        return b"".join(self._memory.read(gpa, step) for gpa, step in self._pieces(offset, length))
+        pieces = self._pieces(offset, length)
+        if len(pieces) == 1:
+            return self._memory.read(*pieces[0])
+        return b"".join([self._memory.read(gpa, step) for gpa, step in pieces])
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        pieces = self._pieces(offset, len(data))
+        if len(pieces) == 1:
+            return self._memory.write(pieces[0][0], data)
         done = 0
-        for gpa, step in self._pieces(offset, len(data)):
+        for gpa, step in pieces:
             self._memory.write(gpa, data[done : done + step])
             done += step
+        return None
 
     def load_u32(self, offset: int) -> int:
         if offset % 4:

@@ -92,12 +92,17 @@ class RingWriter:
         old = self.pages.load_u32(0)
         at = old
         for packet in packets:
-            for byte in range(0, len(packet), 8):
-                self.pages.write(PAGE_SIZE + (at + byte) % self.length, packet[byte : byte + 8])
-            self.pages.write(PAGE_SIZE + (at + len(packet)) % self.length, struct.pack("<Q", at << 32))
+            self._put(at, packet + struct.pack("<Q", at << 32))
             at = (at + len(packet) + 8) % self.length
         self.pages.store_u32(0, at)
         return self.pages.load_u32(8) == 0 and self.pages.load_u32(4) == old
+
+    def _put(self, at: int, data: bytes) -> None:
+        at %= self.length
+        fits = min(len(data), self.length - at)
+        self.pages.write(PAGE_SIZE + at, data[:fits])
+        if fits < len(data):
+            self.pages.write(PAGE_SIZE, data[fits:])
 
     def wait_for_room(self, total: int) -> None:
         """Ask for a signal when ``total`` bytes (trailer included) are free; 0 cancels that."""
@@ -113,9 +118,10 @@ class RingReader:
         self.max_packet = max_packet
 
     def _read(self, at: int, length: int) -> bytes:
-        return b"".join(
-            self.pages.read(PAGE_SIZE + (at + step) % self.length, 8) for step in range(0, length, 8)
-        )
+        at %= self.length
+        fits = min(length, self.length - at)
+        found = self.pages.read(PAGE_SIZE + at, fits)
+        return found if fits == length else found + self.pages.read(PAGE_SIZE, length - fits)
 
     def available(self) -> int:
         """Return the number of bytes to read."""

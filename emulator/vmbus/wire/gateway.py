@@ -11,6 +11,7 @@ The shared region, in this order, each part aligned to a page::
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -206,6 +207,9 @@ CONTROL = c.Struct(
 )
 """The start of the shared region, 2304 bytes: geometry, states, clock, settings and tables."""
 
+CONTROL_HEADER = c.Struct(*CONTROL.subcons[: [each.name for each in CONTROL.subcons].index("was_active") + 1])
+"""The part of it that is read at the attachment; the tables are written, and never read."""
+
 CLOCK = c.Struct(
     "tsc_known" / c.Int32ul,
     "arm_seen" / c.Int32ul,
@@ -220,7 +224,11 @@ CLOCK = c.Struct(
 SLOT_STRUCT = derive_struct(SLOT)
 CLOCK_STRUCT = derive_struct(CLOCK)
 
+CONTROL_SIZE, CONTROL_HEADER_SIZE = CONTROL.sizeof(), CONTROL_HEADER.sizeof()
+VCPU_SIZE, SLOT_SIZE, ANSWER_SIZE = VCPU.sizeof(), SLOT.sizeof(), ANSWER.sizeof()
 
+
+@functools.cache
 def offset_of(declaration: c.Struct, field: str) -> int:
     """Return the offset, in bytes, of ``field`` in a declaration of fixed size. Raises ``KeyError``."""
     offset = 0

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import pytest
 from vmbus.errors import GatewayError
+from vmbus.machine.gateway import client
 from vmbus.machine.gateway.client import Gateway
 from vmbus.wire import gateway as wire
 
@@ -27,9 +31,8 @@ def place_of(name: str) -> int:
 def answer(data: bytes | bytearray) -> Gateway:
     """Attach to a gateway that answers with ``data``."""
     server = GatewaySocket()
-    server.data = bytes(data)
     try:
-        return Gateway.attach(server.path)
+        return server.attach(bytes(data))
     finally:
         server.close()
 
@@ -65,8 +68,33 @@ def test_places_outside_the_region_are_refused(name: str, value: int) -> None:
         answer(data)
 
 
-@pytest.mark.parametrize("size", [0, 16, (1 << 15) + 4096, 1 << 40, 1 << 63])
-def test_a_size_beyond_its_file_is_refused(size: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"), [("vcpus_max", 4096), ("request_offset", 1 << 40), ("code_pages", 1 << 40)]
+)
+def test_places_that_qemu_changes_after_the_check_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: int
+) -> None:
+    check = client._misplaced
+
+    def check_and_change(*arguments: Any) -> str:
+        found = check(*arguments)
+        size = 4 if name.startswith("vcpus") else 8
+        os.pwrite(server.memory, value.to_bytes(size, "little"), place_of(name) - REGION)
+        return found
+
+    monkeypatch.setattr(client, "_misplaced", check_and_change)
+    server = GatewaySocket()
+    gateway = server.attach(ATTACHED)
+    assert gateway.traps() == []
+    assert not gateway.code_pages.test_and_clear(0, 16)
+    assert len(gateway.unclaimed()) == 0
+    assert gateway._vcpus_max == 1
+    gateway.close()
+    server.close()
+
+
+@pytest.mark.parametrize("size", [0, 16, (1 << 15) - 4, (1 << 15) + 4096, 1 << 40, 1 << 63])
+def test_a_size_that_its_file_cannot_have_is_refused(size: int) -> None:
     data = bytearray(ATTACHED)
     data[REGION - 8 : REGION] = size.to_bytes(8, "little")
     with pytest.raises(GatewayError, match="announces"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -20,14 +22,14 @@ FOLDER = Path(__file__).parent / "stored_states"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.bin"))
 
 
-def host_for(folder: Path, name: str) -> Host:
-    """A host as it waits for that guest, with an empty memory and nobody behind its sockets."""
+def host_for(folder: Path, name: str, nobody: Callable[[], Any] = MagicMock) -> Host:
+    """A host as it waits for that guest, with an empty memory and ``nobody`` behind its sockets."""
     described = json.loads((FOLDER / f"{name}.json").read_text())
     regions = tuple(RamRegion(**region) for region in described["regions"])
     memory = folder / "memory"
     memory.touch()
     os.truncate(memory, max(region.offset + region.size for region in regions))
-    gateway = MagicMock()
+    gateway = nobody()
     gateway.code_pages = None
     gateway.clock = SimpleNamespace(tsc_frequency=None, guest_tsc_now=lambda: None)
     facts = QemuFacts(
@@ -44,7 +46,7 @@ def host_for(folder: Path, name: str) -> Host:
         apic_ids=tuple(range(described["vcpus"])),
         vcpus=described["vcpus"],
     )
-    host = Host(facts, MagicMock(), MagicMock(), gateway, HostOptions())
+    host = Host(facts, nobody(), nobody(), gateway, HostOptions())
     for device in registry().create_all(described["devices"]):
         host.add_device(device)
     host.migration.expect()

@@ -30,12 +30,12 @@ import ctypes
 import mmap
 import os
 import socket
-import struct
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from vmbus.errors import GatewayError, InternalError, MalformedError
 from vmbus.machine.gateway.shared import CodePages, GatewayClock
@@ -76,7 +76,7 @@ _TIMEOUT = 10.0
 class Gateway:
     """An attachment to the gateway of one QEMU. Made by :meth:`attach`; one thread uses it."""
 
-    def __init__(self, connection: socket.socket, region: mmap.mmap, event: int) -> None:
+    def __init__(self, connection: socket.socket, region: mmap.mmap, event: int, header: Any) -> None:
         self._connection = connection
         self._region = region
         self._event = event
@@ -84,7 +84,6 @@ class Gateway:
         self._view = memoryview(region)
         self._quads = self._view.cast("Q")
         self._words = self._view.cast("I")
-        header = wire.CONTROL.parse(region[: wire.CONTROL.sizeof()])
         self._vcpus_max = header.vcpus_max
         self._owner = header.owner
         self._vcpu_offset = header.vcpu_offset
@@ -99,7 +98,7 @@ class Gateway:
         self._requests = self._quads[first : first + slots]
         self._snapshot = b""
         self._seen = [0] * slots
-        vcpus = [header.vcpu_offset + vcpu * wire.VCPU.sizeof() for vcpu in range(self._vcpus_max)]
+        vcpus = [header.vcpu_offset + vcpu * wire.VCPU_SIZE for vcpu in range(self._vcpus_max)]
         at = {
             name: offset_of(wire.VCPU, name)
             for name in ("sleeping", "retired", "answers", "slots", "auto_eoi", "auto_eoi_failures")
@@ -109,8 +108,8 @@ class Gateway:
         self._auto_eoi_failures_at = [(base + at["auto_eoi_failures"]) // 8 for base in vcpus]
         every = [(base, slot) for base in vcpus for slot in range(wire.SLOTS)]
         self._retired_at = [(base + at["retired"]) // 8 + slot for base, slot in every]
-        self._answer_at = [(base + at["answers"] + slot * wire.ANSWER.sizeof()) // 8 for base, slot in every]
-        self._slot_at = [base + at["slots"] + slot * wire.SLOT.sizeof() for base, slot in every]
+        self._answer_at = [(base + at["answers"] + slot * wire.ANSWER_SIZE) // 8 for base, slot in every]
+        self._slot_at = [base + at["slots"] + slot * wire.SLOT_SIZE for base, slot in every]
         self._carried: dict[tuple[int, ...], Unclaimed] = {}
         self._origin = ctypes.c_char.from_buffer(region)
         self._address = ctypes.addressof(self._origin)
@@ -127,16 +126,22 @@ class Gateway:
         :class:`~vmbus.errors.GatewayError` with a message that says what to do.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        descriptors: list[int] = []
         try:
             connection.settimeout(_TIMEOUT)
-            try:
-                connection.connect(str(path))
-            except OSError as error:
-                raise GatewayError(
-                    f"no trap gateway listens on {path} ({error.strerror}): QEMU must run with "
-                    f"-plugin vmbus-gateway.so,socket={path}, as the same user"
-                ) from error
+            connection.connect(str(path))
+        except OSError as error:
+            connection.close()
+            raise GatewayError(
+                f"no trap gateway listens on {path} ({error.strerror}): QEMU must run with "
+                f"-plugin vmbus-gateway.so,socket={path}, as the same user"
+            ) from error
+        return cls.attach_over(connection, path, takeover=takeover)
+
+    @classmethod
+    def attach_over(cls, connection: socket.socket, path: Path | str, *, takeover: bool = False) -> Gateway:
+        """Attach as :meth:`attach` over ``connection``, which is closed on failure; ``path`` is for messages."""
+        descriptors: list[int] = []
+        try:
             flags = wire.HELLO_TAKEOVER if takeover else 0
             reply, descriptors = _converse(connection, wire.Message(wire.MessageType.HELLO, flags=flags))
             _check_reply(path, reply)
@@ -147,19 +152,19 @@ class Gateway:
                 )
             memory, event = descriptors
             region = _map(path, memory, reply.argument)
-            magic, version = struct.unpack_from("<QI", region)
-            if magic != wire.MAGIC or version != wire.VERSION:
+            header = wire.CONTROL_HEADER.parse(region[: wire.CONTROL_HEADER_SIZE])  # QEMU may change it later
+            if header.magic != wire.MAGIC or header.version != wire.VERSION:
                 region.close()
                 raise GatewayError(
-                    f"{path}: shared memory of version {version}, expected {wire.VERSION}: "
+                    f"{path}: shared memory of version {header.version}, expected {wire.VERSION}: "
                     "restart QEMU with this emulator's own gateway"
                 )
-            if wrong := _misplaced(region):
+            if wrong := _misplaced(header, len(region)):
                 region.close()
                 raise GatewayError(f"{path}: the shared memory is damaged ({wrong}): restart QEMU")
             os.close(memory)
             descriptors = []
-            return cls(connection, region, event)
+            return cls(connection, region, event, header)
         except BaseException:
             connection.close()
             for descriptor in descriptors:
@@ -463,7 +468,7 @@ class Gateway:
         first = offset_of(wire.VCPU, wire.COUNTERS[0])
         found = []
         for vcpu in range(self.vcpus):
-            at = (self._vcpu_offset + vcpu * wire.VCPU.sizeof() + first) // 8
+            at = (self._vcpu_offset + vcpu * wire.VCPU_SIZE + first) // 8
             found.append(
                 dict(zip(wire.COUNTERS, self._quads[at : at + len(wire.COUNTERS)].tolist(), strict=True))
             )
@@ -504,7 +509,7 @@ def _converse(connection: socket.socket, message: wire.Message) -> tuple[wire.Re
 def _map(path: Path | str, memory: int, size: int) -> mmap.mmap:
     """Map the region of ``size`` bytes that a gateway announces. Raises :class:`~vmbus.errors.GatewayError`."""
     there = os.fstat(memory).st_size
-    if not wire.CONTROL.sizeof() <= size <= there:
+    if not wire.CONTROL_SIZE <= size <= there or size % 8:
         raise GatewayError(f"{path} announces {size} bytes of shared memory and sent {there}: restart QEMU")
     try:
         return mmap.mmap(memory, size, mmap.MAP_SHARED)
@@ -512,23 +517,22 @@ def _map(path: Path | str, memory: int, size: int) -> mmap.mmap:
         raise GatewayError(f"{path}: its shared memory of {size} bytes cannot be mapped: {error}") from error
 
 
-def _misplaced(region: mmap.mmap) -> str:
-    """Return which part of the region does not lie in it, or nothing.
+def _misplaced(header: Any, size: int) -> str:
+    """Return which part of a region of ``size`` bytes does not lie in it, or nothing.
 
     QEMU runs the guest: what it says about memory of this process is not believed. Compiled code uses these places.
     """
-    header = wire.CONTROL.parse(region[: wire.CONTROL.sizeof()])
     if not 1 <= header.vcpus_max <= MAX_VCPUS or header.vcpus > header.vcpus_max:
         return f"{header.vcpus} of {header.vcpus_max} vCPUs"
     parts = (
-        ("vCPUs", header.vcpu_offset, header.vcpus_max * wire.VCPU.sizeof(), 8),
+        ("vCPUs", header.vcpu_offset, header.vcpus_max * wire.VCPU_SIZE, 8),
         ("requests", header.request_offset, header.vcpus_max * wire.SLOTS * 8, 8),
         ("doorbells", header.doorbell_offset, wire.DOORBELLS, 1),
         ("code pages", header.code_offset, header.code_pages, 1),
     )
     for name, offset, length, alignment in parts:
-        if offset % alignment or not wire.CONTROL.sizeof() <= offset <= offset + length <= len(region):
-            return f"{name} at {offset:#x}, {length:#x} bytes of {len(region):#x}"
+        if offset % alignment or not wire.CONTROL_SIZE <= offset <= offset + length <= size:
+            return f"{name} at {offset:#x}, {length:#x} bytes of {size:#x}"
     return ""
 
 
