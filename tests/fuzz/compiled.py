@@ -42,25 +42,73 @@ def build(name: str, folder: Path) -> tuple[Path, bool]:
 
     Raises :class:`~vmbus.errors.MissingRequirement` without a compiler.
     """
+    with_libfuzzer = clang()
+    sanitizers = "-fsanitize=address,undefined" + (",fuzzer" if with_libfuzzer else "")
+    command = with_libfuzzer or native.compiler()
+    return _compile(name, folder, command, sanitizers, driver=not with_libfuzzer), with_libfuzzer is not None
+
+
+def _compile(name: str, folder: Path, command: str, instrumented: str, *, driver: bool) -> Path:
+    """Compile a target with the option ``instrumented``; ``driver``: with the one of this project."""
     folder.mkdir(parents=True, exist_ok=True)
     if name == "take":
         (folder / "layout.h").write_text(layout())
-        sources, includes = sorted(SOURCE.glob("*.c")), (str(folder), str(SOURCE))
+        includes, stubs = [folder, SOURCE], []
     else:
-        sources = [*sorted(gateway_build.SOURCE.glob("*.c")), GATEWAY_TESTS / "stub.c"]
-        includes = (str(gateway_build.SOURCE), str(GATEWAY_TESTS))
-    with_libfuzzer = clang()
-    command = with_libfuzzer or native.compiler()
-    sanitizers = "-fsanitize=address,undefined" + (",fuzzer" if with_libfuzzer else "")
-    files = [HERE / "c" / f"{name}.c", *sources, *(() if with_libfuzzer else [HERE / "c" / "unguided.c"])]
+        includes, stubs = [gateway_build.SOURCE, GATEWAY_TESTS], [GATEWAY_TESTS / "stub.c"]
+    files = [
+        HERE / "c" / f"{name}.c",
+        *_tested(name),
+        *stubs,
+        *([HERE / "c" / "unguided.c"] if driver else []),
+    ]
+    options = [*_FLAGS, instrumented, *(f"-I{each}" for each in (*includes, HERE / "c"))]
     target = folder / name
-    line = [command, *_FLAGS, sanitizers, *(f"-I{each}" for each in (*includes, HERE / "c"))]
+    objects = [folder / f"{name}-{index}-{file.stem}.o" for index, file in enumerate(files)]
+    lines = [
+        [command, *options, "-c", str(file), "-o", str(made)]
+        for file, made in zip(files, objects, strict=True)
+    ]
+    for line in (*lines, [command, instrumented, "-pthread", "-o", str(target), *map(str, objects), "-lm"]):
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise MissingRequirement(f"{command} does not compile the target {name}:\n{done.stderr}")
+    return target
+
+
+def _tested(name: str) -> list[Path]:
+    """Return the sources that a target is about."""
+    return sorted((SOURCE if name == "take" else gateway_build.SOURCE).glob("*.c"))
+
+
+def coverage_of(name: str, folder: Path, corpus: Path) -> str:
+    """Run all inputs found so far; return the share of lines that they reach, file by file.
+
+    Raises :class:`~vmbus.errors.MissingRequirement` without gcc and gcov.
+    """
+    compiler, gcov = shutil.which("gcc"), shutil.which("gcov")
+    if compiler is None or gcov is None:
+        raise MissingRequirement("the coverage of targets in C is measured with gcc and gcov: install gcc")
+    place = folder / f"{name}-coverage"
+    shutil.rmtree(place, ignore_errors=True)
+    program = _compile(name, place, compiler, "--coverage", driver=True)
+    inputs = [str(each) for each in (corpus, folder / f"{name}-inputs") if each.is_dir()]
     done = subprocess.run(
-        [*line, "-o", str(target), *map(str, files), "-lm"], capture_output=True, text=True, check=False
+        [str(program), "0", "1", *inputs], cwd=place, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise MissingRequirement(f"{command} does not compile the target {name}:\n{done.stderr}")
-    return target, with_libfuzzer is not None
+        raise MissingRequirement(f"the target {name} ended with status {done.returncode}:\n{done.stderr}")
+    data = sorted(str(each) for each in place.glob("*.gcda"))
+    report = subprocess.run([gcov, "-n", *data], cwd=place, capture_output=True, text=True, check=False)
+    parts, reached, all_lines = [], 0.0, 0
+    for path, share, lines in re.findall(
+        r"^File '(.+)'\nLines executed:([\d.]+)% of (\d+)", report.stdout, re.MULTILINE
+    ):
+        if Path(path) in _tested(name):
+            parts.append(f"{Path(path).name} {float(share):.0f} %")
+            reached += float(share) * int(lines) / 100
+            all_lines += int(lines)
+    return f"{100 * reached / all_lines:.0f} % ({', '.join(sorted(parts))})"
 
 
 def fuzz(name: str, seconds: float, seed: int, folder: Path, corpus: Path) -> dict[str, object]:
@@ -118,6 +166,12 @@ def seeds() -> dict[str, dict[str, bytes]]:
         codes = [bytes.fromhex(each) for each in instructions]
         return b"\0\1\0\0" + b"".join(bytes([len(each) - 1]) + each for each in codes)
 
+    def executed(emulator: int, answers: int, event: int, rcx: int, *instructions: str) -> bytes:
+        scene = struct.pack(
+            "<5B5I", emulator, answers, event, 0x51, 0x51, 0x40000000, 0x101, rcx, 0x101, 1 << 10
+        )
+        return b"\2" + block(*instructions)[1:4] + scene + block(*instructions)[4:]
+
     def says(*kinds: int) -> bytes:
         return b"\1" + b"".join(wire.MESSAGE.build(wire.Message(wire.MessageType(kind))) for kind in kinds)
 
@@ -129,5 +183,12 @@ def seeds() -> dict[str, dict[str, bytes]]:
         "plugin": {
             "traps": block("90", "0fa2", "0f32", "0f30", "0f01c1", "0f01d9", "0f31", "0f01f9", "660f32"),
             "hello": says(1, 2, 3),
+            "answered": executed(6, 4, 1, 0x40000073, "0fa2", "0f32", "0f30", "0f01c1"),
+            "faults": executed(6, 5, 2, 0x40000073, "0f32"),
+            "again": executed(6, 6, 5, 0x40000073, "0f32", "0f01d9"),
+            "doorbell": executed(6, 4, 0, 0x5D, "0f01c1"),
+            "gone": executed(4, 8, 0, 0x5C, "0f01c1"),
+            "tables-being-written": executed(14, 4, 0, 0x5D, "0f01c1", "0fa2"),
+            "sampled": executed(6, 4, 8, 0, "0f31", "90", "0f01f9", "90"),
         },
     }

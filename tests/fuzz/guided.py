@@ -196,7 +196,12 @@ PARTS = {
 
 
 def coverage_of(name: str) -> str:
-    """Run all inputs of a target; return the share of lines of :data:`PARTS` that they reach, file by file."""
+    """Run all inputs of a target; return the share of lines that they reach, file by file."""
+    if name in COMPILED:
+        from tests.fuzz import compiled
+
+        return compiled.coverage_of(name, BUILD, CORPUS / name)
+
     import io
 
     import coverage
@@ -241,7 +246,7 @@ def main() -> int:
         TARGETS[arguments.target]()(arguments.input.read_bytes())
         return 0
     if arguments.coverage:
-        for name in NAMES if arguments.target == "all" else (arguments.target,):
+        for name in (*NAMES, *COMPILED) if arguments.target == "all" else (arguments.target,):
             print(f"{name}: {coverage_of(name)}")
         return 0
     if importlib.util.find_spec("atheris") is None:

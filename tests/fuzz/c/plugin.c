@@ -1,10 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The gateway plug-in over a stand-in for QEMU. An input that begins with an even byte is a translation block:
- * flags, page offset, and instructions as a length and their bytes. With an odd byte, it is what a peer sends to the
- * listener.
+ * The gateway plug-in over a stand-in for QEMU. The first byte of an input says what the others are:
+ *
+ *      odd          what a peer sends to the listener
+ *      0 modulo 4   a translation block: flags, page offset, and instructions as a length and their bytes
+ *      2 modulo 4   the same with a `struct scene` in between: the block is executed, too
  */
 #define _GNU_SOURCE
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -58,11 +61,98 @@ static void listener(const uint8_t *data, size_t size)
     close(fd);
 }
 
+/* What a block finds when it is executed: the emulator's side of the shared memory, and the guest's registers. */
+struct __attribute__((packed)) scene {
+    uint8_t emulator;      /* bits 0-1: enum gateway_emulator; bit 2: it was active; bit 3: it writes its tables */
+    uint8_t answers;       /* bits 0-1: verdict; bit 2: there are answers; bit 3: nobody answers for a while */
+    uint8_t event;         /* bit 0: an interrupt follows; bit 1: an exception; bit 2: x2APIC; bit 3: sampling */
+    uint8_t vector, ended; /* in service, and to be ended by the gateway */
+    uint32_t rax, rbx, rcx, rdx, r8;
+};
+
+enum { UNANSWERED = 2 }; /* traps of a block that wait for an answer in vain, a millisecond each */
+
+static void check(int right)
+{
+    if (!right)
+        abort();
+}
+
+static void arrange(const struct scene *scene)
+{
+    struct gateway_control *control = gateway.control;
+    struct stub_vcpu *vcpu = stub_current;
+    struct vcpu_state *state = &gateway.vcpus[0];
+
+    control->emulator = scene->emulator & 3;
+    control->was_active = scene->emulator >> 2 & 1;
+    control->table_sequence = scene->emulator >> 3 & 1;
+    control->hold_timeout_ms = scene->answers >> 3 & 1;
+    control->cpuid_count = control->rule_count = control->gone_count = 1;
+    control->cpuid[0] = (struct gateway_cpuid){ .leaf = 0x40000000, .eax = 0x40000005 };
+    control->rules[0] = (struct gateway_rule){ .control = 0x5d, .base = 0x100, .count = scene->r8, .first = 8190 };
+    control->gone[0] = (struct gateway_gone){ .code = 0x5c, .status = 0x33 };
+    for (int slot = 0; slot < GATEWAY_SLOTS; slot++) {
+        struct gateway_answer *answer = &state->shared->answers[slot];
+        state->slots[slot].busy = false;
+        answer->sequence = state->slots[slot].sequence + (scene->answers >> 2 & 1);
+        answer->verdict = scene->answers & 3;
+        answer->value = ~UINT64_C(0);
+    }
+    for (int word = 0; word < 4; word++)
+        state->shared->auto_eoi[word] = word == scene->ended >> 6 ? UINT64_C(1) << (scene->ended & 63) : 0;
+    memset(vcpu->in_service, 0, sizeof(vcpu->in_service));
+    vcpu->in_service[scene->vector >> 5] = UINT32_C(1) << (scene->vector & 31);
+    vcpu->x2apic = scene->event >> 2 & 1;
+    vcpu->registers[STUB_RAX] = scene->rax;
+    vcpu->registers[STUB_RBX] = scene->rbx;
+    vcpu->registers[STUB_RCX] = scene->rcx;
+    vcpu->registers[STUB_RDX] = scene->rdx;
+    vcpu->registers[STUB_R8] = scene->r8;
+}
+
+static void execute(struct qemu_plugin_tb *tb, const struct scene *scene)
+{
+    struct gateway_control before = *gateway.control;
+    struct stub_vcpu *vcpu = stub_current;
+    const uint64_t untouched = UINT64_C(1) << STUB_CS | UINT64_C(1) << STUB_CR0 | UINT64_C(1) << STUB_R15;
+    uint64_t registers[STUB_REGISTERS];
+    volatile int waits = 0;
+
+    memcpy(registers, vcpu->registers, sizeof(registers));
+    for (volatile size_t i = 0; i < tb->count; i++) {
+        struct qemu_plugin_insn *insn = &tb->insns[i];
+        for (int each = 0; each < insn->conditionals && scene->event & 8; each++)
+            insn->conditional[each](0, NULL);
+        if (!insn->callback || waits > UNANSWERED)
+            continue;
+        waits += !(scene->answers & 4);
+        if (setjmp(vcpu->way_out) == 0)
+            insn->callback(0, insn->userdata);
+    }
+    for (int each = 0; each < STUB_REGISTERS; each++)
+        check(!(untouched >> each & 1) || registers[each] == vcpu->registers[each]);
+    if (scene->event & 2)
+        stub_on_discontinuity(0, QEMU_PLUGIN_DISCON_EXCEPTION, vcpu->registers[STUB_RIP], 0, NULL);
+    if (scene->event & 1)
+        stub_on_discontinuity(0, QEMU_PLUGIN_DISCON_INTERRUPT, vcpu->registers[STUB_RIP], 0, NULL);
+    /* What is constant, and what the emulator writes, is as before. */
+    check(memcmp(&before, gateway.control, offsetof(struct gateway_control, vcpus)) == 0);
+    check(memcmp(before.cpuid, gateway.control->cpuid, sizeof(before) - offsetof(struct gateway_control, cpuid)) == 0);
+    check(before.table_sequence == gateway.control->table_sequence);
+}
+
 static void translation(const uint8_t *data, size_t size)
 {
     struct stub_vcpu *vcpu = stub_current;
     struct qemu_plugin_tb *tb = calloc(1, sizeof(*tb));
+    struct scene scene = { 0 };
     size_t at = 4;
+
+    if (data[0] & 2 && size >= at + sizeof(scene)) {
+        memcpy(&scene, data + at, sizeof(scene));
+        at += sizeof(scene);
+    }
 
     tb->vaddr = 0x7000 + (data[2] | (uint64_t)data[3] << 8);
     while (at < size && tb->count < STUB_INSNS) {
@@ -77,7 +167,11 @@ static void translation(const uint8_t *data, size_t size)
     vcpu->registers[STUB_CR0] = 1;
     vcpu->registers[STUB_CS] = 8 | (data[1] >> 1 & 3);
     vcpu->registers[STUB_RIP] = tb->vaddr + (data[1] >> 3);
+    if (data[0] & 2)
+        arrange(&scene);
     stub_on_translation(tb, NULL);
+    if (data[0] & 2)
+        execute(tb, &scene);
     free(tb);
 }
 
