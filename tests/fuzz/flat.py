@@ -12,8 +12,9 @@ from vmbus.testing.fakes import FakeMemory, FakePages
 class FlatPages(FakePages):
     """Pages in ascending order, without a gap."""
 
-    def __init__(self, memory: FakeMemory, pfns: Sequence[int]) -> None:
+    def __init__(self, memory: FlatMemory, pfns: Sequence[int]) -> None:
         super().__init__(memory, pfns)
+        self._flat = memory
         first = pfns[0] * PAGE_SIZE - memory.base
         self._view = memoryview(memory.ram)[first : first + self.size]
         self._words = self._view.cast("I")
@@ -28,6 +29,7 @@ class FlatPages(FakePages):
         if offset < 0 or end > self.size:
             raise IndexError(f"[{offset}, {end}) is outside {self.size} bytes")
         self._view[offset:end] = data
+        self._flat.changed = True
 
     def load_u32(self, offset: int) -> int:
         if offset & 3 or offset < 0:
@@ -38,6 +40,7 @@ class FlatPages(FakePages):
         if offset & 3 or offset < 0:
             raise IndexError(f"offset {offset} is not aligned")
         self._words[offset >> 2] = value
+        self._flat.changed = True
 
 
 class FlatMemory(FakeMemory):
@@ -46,12 +49,25 @@ class FlatMemory(FakeMemory):
     def __init__(self, size: int) -> None:
         super().__init__(size)
         self._zeros = bytes(size)
+        self.changed = False
+        """Whether it may hold something else than zeros."""
 
     def clear(self) -> None:
         """Be as at first: zeros."""
+        if not self.changed:
+            return
+        self.changed = False
         self.ram[:] = self._zeros
         self.code_writes.clear()
         self.stored.clear()
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        self.changed = True
+        super().write(gpa, data)
+
+    def view(self, gpa: int, length: int) -> memoryview:
+        self.changed = True
+        return super().view(gpa, length)
 
     def pages(self, pfns: Sequence[int]) -> GuestPages:  # type: ignore[override]
         for pfn in pfns:

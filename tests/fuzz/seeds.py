@@ -76,12 +76,12 @@ def requests() -> dict[str, bytes]:
             )
         return head + bytes([len(payload)]) + payload
 
-    def one(cdb: bytes, length: int, direction: int, lun: int = 0, page: int = 60) -> bytes:
+    def one(cdb: bytes, length: int, direction: int, lun: int = 0, page: int = 28) -> bytes:
         return packet(srb(cdb, length, direction, lun), 1, (page,))
 
     read, write = b"\x28" + bytes(7) + b"\x08\0", b"\x2a" + bytes(7) + b"\x08\0"
     return {
-        "read-write": b"\0" + one(write, 4096, 0) + one(read, 4096, 1, page=61),
+        "read-write": b"\0" + one(write, 4096, 0) + one(read, 4096, 1, page=29),
         "inquiry": b"\0" + one(b"\x12\x01\x83\0\xff\0", 255, 1) + packet(srb(bytes(6), 0, 2)),
         "sense": b"\0" + one(b"\x1a\0\x3f\0\xff\0", 255, 1) + one(b"\xa0" + bytes(11), 64, 1),
         "disc": b"\0" + one(b"\x46" + bytes(11), 512, 1, 1) + one(b"\x43" + bytes(9), 64, 1, 1),

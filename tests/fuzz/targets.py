@@ -281,8 +281,8 @@ class StorVsp:
     def __init__(self) -> None:
         self.backends = KeptBackend(1 << 18), KeptBackend(1 << 16)
         self.device = Scsi()
-        self.memory = FlatMemory(1 << 18)
-        self.guest = LoopbackGuest(self.device, ring_pages=8, memory=self.memory, scattered=False)
+        self.memory = FlatMemory(1 << 17)
+        self.guest = LoopbackGuest(self.device, ring_pages=3, memory=self.memory, scattered=False)
         self.environment = self.device.environment
         self.guest.open()
         for message in self.NEGOTIATION:
