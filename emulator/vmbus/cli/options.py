@@ -214,7 +214,7 @@ def host_options(arguments: argparse.Namespace) -> HostOptions:
 def confine(arguments: argparse.Namespace) -> None:
     """Confine this process, and all that it starts from now on, unless --sandbox off was given."""
     confinement.enable(arguments.sandbox == "on")
-    confinement.confine_this_process(confinement.Confinement())
+    confinement.confine_this_process(confinement.Confinement(inside=True))
 
 
 def device_lines(arguments: argparse.Namespace) -> list[str]:

@@ -28,6 +28,9 @@ class Confinement:
     """All that it may do with files; ``None``: what its user may do."""
     tcp: bool = True
     """Whether it may bind and connect to TCP ports; needs ``access``."""
+    inside: bool = False
+    """With all files: whether its signals and its connections to abstract sockets reach only what it has started.
+    With ``access`` that is so in any case."""
     refused: frozenset[int] = field(default_factory=lambda: frozenset(seccomp.ALWAYS_REFUSED.values()))
     """Numbers of system calls that fail with EPERM."""
     threads_only: bool = False
@@ -63,6 +66,8 @@ def prepared(confinement: Confinement | None) -> Iterator[Callable[[], None]]:
     ruleset: landlock.Ruleset | None = None
     if confinement.access is not None and landlock.version():
         ruleset = landlock.Ruleset(confinement.access, tcp=confinement.tcp)
+    elif confinement.inside and landlock.has_scopes():
+        ruleset = landlock.Ruleset(None, tcp=True)
     try:
         yield lambda: _enter(confinement, ruleset, filter_)
     finally:

@@ -58,6 +58,11 @@ def version() -> int:
         return 0
 
 
+def has_scopes() -> bool:
+    """Return whether this kernel can keep signals and connections to abstract sockets inside."""
+    return version() >= 6
+
+
 def _rights() -> int:
     """Return the rights on files that this kernel restricts."""
     return _RIGHTS_OF_VERSION[min(version(), max(_RIGHTS_OF_VERSION))]
@@ -74,20 +79,20 @@ class Access:
 class Ruleset:
     """A set of rules that a process can enter. The kernel keeps files by identity: a name may change afterwards."""
 
-    def __init__(self, access: Iterable[Access], *, tcp: bool) -> None:
-        """``tcp``: whether TCP ports may be bound and connected to.
+    def __init__(self, access: Iterable[Access] | None, *, tcp: bool) -> None:
+        """``access``: ``None`` leaves files alone. ``tcp``: whether TCP ports may be bound and connected to.
 
         Paths that cannot be looked up are left out: the process could not open them either. Raises ``OSError`` for a
         kernel without Landlock.
         """
-        self._rights = _rights() if version() else 0
+        self._rights = _rights() if version() and access is not None else 0
         network = 0 if tcp or version() < 4 else _BIND_TCP | _CONNECT_TCP
-        scope = _SCOPE_ABSTRACT_SOCKETS | _SCOPE_SIGNALS if version() >= 6 else 0
+        scope = _SCOPE_ABSTRACT_SOCKETS | _SCOPE_SIGNALS if has_scopes() else 0
         # An older kernel refuses a longer structure only if what it does not know is not zero.
         attributes = ctypes.create_string_buffer(struct.pack("=QQQ", self._rights, network, scope), 24)
         self._fd = call(_CREATE_RULESET, ctypes.addressof(attributes), len(attributes), 0)
         try:
-            for each in access:
+            for each in access or ():
                 self._allow(each)
         except BaseException:
             self.close()

@@ -56,6 +56,14 @@ def run(program):
     if status:
         raise OSError(status, "")
 
+def end_child():
+    child = os.fork()
+    if not child:
+        while True:
+            signal.pause()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
 found = {
     "open a secret": attempt(lambda: open(secret).read()),
     "overwrite a secret": attempt(lambda: open(secret, "r+b")),
@@ -66,6 +74,9 @@ found = {
     "execute": attempt(lambda: run("/bin/true")),
     "execute a file of its own": attempt(lambda: run(given)),
     "connect to a socket": attempt(lambda: connect(socket.AF_UNIX, unix)),
+    "connect to an abstract socket": attempt(lambda: connect(socket.AF_UNIX, "\\0" + unix)),
+    "link a file elsewhere": attempt(lambda: os.link(given, folder + "/link")),
+    "end its child": attempt(end_child),
     "connect to a port": attempt(lambda: connect(socket.AF_INET, ("127.0.0.1", int(port)))),
     "signal its parent": attempt(lambda: os.kill(int(parent), 0)),
     "trace its parent": attempt(lambda: system(101, 0x4206, int(parent), 0, 0)),
@@ -97,13 +108,17 @@ class Place:
         self.unix = socket.socket(socket.AF_UNIX)
         self.unix.bind(str(folder / "socket"))
         self.unix.listen()
+        self.abstract = socket.socket(socket.AF_UNIX)
+        self.abstract.bind(f"\0{folder}/socket")
+        self.abstract.listen()
         self.tcp = socket.create_server(("127.0.0.1", 0))
 
-    def probe(self, limits: Confinement | None) -> dict[str, Any]:
-        """What a process under ``limits`` could do."""
+    def probe(self, limits: Confinement | None, *, first: str = "") -> dict[str, Any]:
+        """What a process under ``limits`` could do, after it has executed ``first``."""
         port = self.tcp.getsockname()[1]
         words = (self.secret, self.given, self.own, self.unix.getsockname(), port, os.getpid())
-        line = [sys.executable, "-I", "-S", "-c", PROBE, *map(str, words)]
+        program = f"from vmbus.cli.options import confine\n{first}\n{PROBE}" if first else PROBE
+        line = [sys.executable, "-I", *([] if first else ["-S"]), "-c", program, *map(str, words)]
         with in_child(limits) as prepare:
             done = subprocess.run(line, preexec_fn=prepare, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
@@ -116,6 +131,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
     made = Place(tmp_path)
     yield made
     made.unix.close()
+    made.abstract.close()
     made.tcp.close()
 
 
@@ -127,7 +143,11 @@ def test_a_process_that_is_not_confined_can_do_all_of_it(place: Place) -> None:
         "overwrite a secret",
         "execute",
         "connect to a socket",
+        "connect to an abstract socket",
         "connect to a port",
+        "link a file elsewhere",
+        "signal its parent",
+        "end its child",
     ):
         assert found[what] == "done", what
     assert not found["no_new_privs"]
@@ -145,6 +165,20 @@ def test_system_calls_that_no_process_needs_are_refused(place: Place) -> None:
     for what in ("trace its parent", "unshare", "mount", "bpf"):
         assert found[what] == "EPERM", what
     assert found["start a thread"] == found["execute"] == "done"
+
+
+@pytest.mark.skipif(not landlock.has_scopes(), reason="this kernel's Landlock has no scopes")
+@pytest.mark.parametrize("sandbox", ["on", "off"])
+def test_the_emulator_reaches_only_what_it_has_started(place: Place, sandbox: str) -> None:
+    """Its signals and its connections to abstract sockets, such as those of X11; files are those of its user."""
+    found = place.probe(None, first=f"from argparse import Namespace as N; confine(N(sandbox={sandbox!r}))")
+    outside = {found["signal its parent"], found["connect to an abstract socket"]}
+    assert outside == ({"EPERM"} if sandbox == "on" else {"done"})
+    for what in (
+        *("open a secret", "make a file", "link a file elsewhere", "execute", "end its child"),
+        *("start a thread", "connect to a socket", "connect to a port"),
+    ):
+        assert found[what] == "done", what
 
 
 @needs_landlock
