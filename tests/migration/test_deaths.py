@@ -191,7 +191,7 @@ async def leave_for_a_target_that_dies(guest: Journey, moment: str) -> None:
     elif moment == "pre-switchover":
         coordinator.switchover = Switchover.OBSERVE
     elif moment == "device":  # QEMU has asked for the state, and waits for the target's word
-        there.host.migration.state.restore = lambda _: target.kill()  # type: ignore[method-assign,assignment]
+        there.host.migration.state.restore = lambda _, **__: target.kill()  # type: ignore[method-assign]
     moving = asyncio.ensure_future(migrate(host.migration, guest.uri(there), timeout=LIMIT))
     if moment in ("setup", "active"):
         await guest.here.migration(lambda: moment in coordinator.report.statuses, f"status {moment}")

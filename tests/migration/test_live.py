@@ -133,3 +133,11 @@ async def test_a_guest_that_cannot_leave_goes_on_and_can_leave_later(tmp_path: P
         await more_beats(guest, 20)
         assert guest.device("heartbeat").status()["odd_answers"] == 0
         assert guest.here.channel("heartbeat")["refusals"] == {}
+
+        # A target without one of its devices may take it: the guest gives this channel up, and nothing else.
+        there = await guest.target(devices=("heartbeat,interval=0.05",))
+        there.host.migration.allow_missing_devices = True
+        await guest.move(there)
+        await guest.here.until(lambda: len(guest.host.bus.channels) == 1, "release of the channel")
+        assert "shutdown" in guest.host.problems.sentences[0]
+        await more_beats(guest, 20)

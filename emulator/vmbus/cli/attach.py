@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from vmbus.cli.devices import registry
-from vmbus.cli.options import add_host_options, confine, device_lines, host_options
+from vmbus.cli.options import (
+    add_host_options,
+    add_missing_devices_option,
+    confine,
+    device_lines,
+    host_options,
+)
 from vmbus.cli.output import tell
 from vmbus.cli.serving import CONTROL_COMMANDS
 from vmbus.machine import rundir, signals
@@ -59,6 +65,7 @@ def add_parser(verbs: Any) -> None:
         help="for a QEMU that waits for a migrating guest: receive the emulator's state here "
         "instead of in QEMU's stream; as `vmbus migrate --carrier`",
     )
+    add_missing_devices_option(parser)
     add_host_options(parser)
     parser.set_defaults(action=main)
 

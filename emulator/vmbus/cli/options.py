@@ -195,6 +195,16 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_missing_devices_option(parser: Any) -> None:
+    """Add the option of the commands that a guest arrives at."""
+    parser.add_argument(
+        "--allow-missing-devices",
+        action="store_true",
+        help="take a guest that arrives although some of its devices are not offered here: it loses their channels, "
+        "and keeps all others",
+    )
+
+
 def host_options(arguments: argparse.Namespace) -> HostOptions:
     """Return the host's options from the command line."""
     return HostOptions(
@@ -208,6 +218,7 @@ def host_options(arguments: argparse.Namespace) -> HostOptions:
         reset=getattr(arguments, "reset", False),
         hold_timeout=arguments.hold_limit,
         switchover=arguments.switchover,
+        allow_missing_devices=getattr(arguments, "allow_missing_devices", False),
     )
 
 

@@ -21,6 +21,7 @@ from vmbus.cli.options import (
     DEFAULT_GUEST,
     MAX_VCPUS,
     add_host_options,
+    add_missing_devices_option,
     confine,
     device_lines,
     host_options,
@@ -147,6 +148,7 @@ def add_parser(verbs: Any) -> None:
         help="with --incoming: receive the emulator's state here instead of in QEMU's stream; as "
         "`vmbus migrate --carrier`",
     )
+    add_missing_devices_option(guest)
     guest.add_argument(
         "--snapshots",
         type=Path,
@@ -187,6 +189,10 @@ class Plan:
 
 def plan(arguments: argparse.Namespace) -> Plan:
     """Turn the command line into a plan; compile and build what is missing."""
+    if arguments.allow_missing_devices and arguments.incoming is None:
+        raise UsageError(
+            "--allow-missing-devices goes with --incoming: only a guest that arrives can miss devices"
+        )
     devices = tuple(registry().create_all(device_lines(arguments)))
     kernel = _kernel(arguments)
     if arguments.initrd is not None:

@@ -64,6 +64,11 @@ def add_parser(verbs: Any) -> None:
         action="store_true",
         help="save or load although the guest can write to disks that the snapshot does not hold",
     )
+    parser.add_argument(
+        "--allow-missing-devices",
+        action="store_true",
+        help="load although devices of the snapshot are not offered now: the guest loses their channels",
+    )
     parser.add_argument("--json", action="store_true", help="print the answer as one JSON object")
     parser.set_defaults(action=main)
 
@@ -73,6 +78,8 @@ def main(arguments: argparse.Namespace) -> int:
     tag = words.pop() if arguments.what != "list" and words else ""
     if len(words) > 1 or (arguments.what != "list" and not tag):
         raise UsageError(f"{arguments.what} takes {'[NAME]' if arguments.what == 'list' else '[NAME] TAG'}")
+    if arguments.allow_missing_devices and arguments.what != "load":
+        raise UsageError("--allow-missing-devices goes with load: only a load restores devices")
     control = rundir.find(words[0] if words else None) / "control.sock"
     found = ask(
         control,
@@ -82,6 +89,7 @@ def main(arguments: argparse.Namespace) -> int:
         tag=tag,
         timeout=arguments.timeout,
         without_disks=arguments.without_disks,
+        allow_missing_devices=arguments.allow_missing_devices,
     )
     if arguments.json:
         show_json(found, indent=2)
@@ -129,7 +137,13 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
         report = await snapshots.save(host.migration, tag, without_disks=without_disks, timeout=timeout)
         found.update(report.as_dict())
     elif what == "load":
-        await snapshots.load(host.migration, tag, without_disks=without_disks, timeout=timeout)
+        await snapshots.load(
+            host.migration,
+            tag,
+            without_disks=without_disks,
+            allow_missing_devices=request.get("allow_missing_devices") is True,
+            timeout=timeout,
+        )
     elif what == "delete":
         await snapshots.delete(host.migration, tag, timeout=timeout)
     else:

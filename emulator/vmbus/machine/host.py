@@ -47,6 +47,7 @@ from vmbus.machine.gateway.traps import Fault, Trap
 from vmbus.machine.io.engines import NativeEngines
 from vmbus.machine.io.workers import WorkerThreads
 from vmbus.machine.memory import MappedMemory
+from vmbus.machine.migration import missing_devices
 from vmbus.machine.migration.coordinator import Coordinator
 from vmbus.machine.migration.host_state import HostState
 from vmbus.machine.migration.ports import MigrationPorts
@@ -58,6 +59,7 @@ from vmbus.machine.qemu.qmp import Qmp
 from vmbus.machine.qemu.qtest import LocalApics, Qtest
 from vmbus.wire.gateway import GuestState, TrapKind
 from vmbus.wire.hypercall import CallCode, HvStatus
+from vmbus.wire.saved import ChannelIdentity
 from vmbus.wire.version import Version
 
 _logger = logging.getLogger(__name__)
@@ -87,6 +89,8 @@ class HostOptions:
     try again; 0: without limit."""
     switchover: Switchover = Switchover.OWN
     """Which program sends ``migrate-continue`` in a migration that another program began."""
+    allow_missing_devices: bool = False
+    """Take a guest that arrives although some of its devices are not offered here: their channels are revoked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,12 +218,12 @@ class Host:
         self.stopped_because: list[str] = []
         """Why devices stopped the guest, until it is resumed."""
         self.devices: list[AttachedDevice] = []
-        self.migration = self._coordinator(options.switchover)
+        self.migration = self._coordinator(options)
         self._gateway_again: asyncio.Handle | None = None
         self.gateway_traps = 0
         self.gateway_doorbells = 0
 
-    def _coordinator(self, switchover: Switchover) -> Coordinator:
+    def _coordinator(self, options: HostOptions) -> Coordinator:
         ports = MigrationPorts(
             qmp=self.qmp,
             qtest=self.qtest,
@@ -237,7 +241,12 @@ class Host:
             gateway=self.gateway,
             service=self,
         )
-        return Coordinator(ports, self.state, switchover=switchover)
+        return Coordinator(
+            ports,
+            self.state,
+            switchover=options.switchover,
+            allow_missing_devices=options.allow_missing_devices,
+        )
 
     @classmethod
     async def attach(
@@ -470,6 +479,10 @@ class Host:
         else:
             self.problems.withdraw("other-ram")
 
+    def report_missing_devices(self, channels: Sequence[ChannelIdentity]) -> None:
+        """Name the devices that a guest had before it was restored here, and lost. A reset withdraws the problem."""
+        self.problems.report("missing-devices", missing_devices.lost(channels))
+
     def stop_guest(self, reason: str) -> None:
         """Stop the guest: a device cannot work until the user removes the cause and resumes the guest (``cont``)."""
         if not self.stopped_because:
@@ -494,6 +507,7 @@ class Host:
     def reset(self) -> None:
         """Drop everything that the guest had set up, after a reset of the machine; keep the offers."""
         _logger.info("the machine was reset")
+        self.problems.withdraw("missing-devices")
         self.gateway.forget_requests()
         self.bus.reset()
         self.partition.reset()

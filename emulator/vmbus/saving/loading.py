@@ -137,6 +137,13 @@ class Restore:
     hypervisor: SectionTarget | None = None
     bus: SectionTarget | None = None
     memory: PagesTarget | None = None
+    allow_missing: bool = False
+    """Whether channels of the state that this machine does not offer are left out: the bus revokes them."""
+
+    def missing(self, state: MachineState) -> list[ChannelIdentity]:
+        """Return the channels of ``state`` that this machine does not offer."""
+        there = self._by_identity()
+        return [saved.identity for saved in state.channels if saved.identity not in there]
 
     def check(self, state: MachineState) -> None:
         """Check that all parts of this machine accept ``state``; change nothing. Raises :class:`StateRefused`.
@@ -147,10 +154,9 @@ class Restore:
         for saved in state.channels:
             channel = there.get(saved.identity)
             if channel is None:
-                raise StateRefused(
-                    Reason.NOT_THERE,
-                    f"the state has channel {saved.identity}, which this machine does not offer",
-                )
+                if self.allow_missing:
+                    continue
+                raise not_there(saved.identity)
             try:
                 self.saver.check_restore(channel, saved.records)
             except StateRefused as error:
@@ -185,7 +191,8 @@ class Restore:
                 target.apply_restore(section)
         there = self._by_identity()
         for saved in state.channels:
-            self._restore_channel(there[saved.identity], saved)
+            if saved.identity in there:
+                self._restore_channel(there[saved.identity], saved)
 
     def _restore_channel(self, channel: SavableChannel, saved: SavedChannelState) -> None:
         for record in saved.records:
@@ -207,6 +214,15 @@ class Restore:
             yield "hypervisor section", state.hypervisor, self.hypervisor
         if state.bus is not None:
             yield "bus section", state.bus, self.bus
+
+
+def not_there(identity: ChannelIdentity) -> StateRefused:
+    """Return the refusal of a state with a channel that this machine does not offer."""
+    return StateRefused(
+        Reason.NOT_THERE,
+        f"the state has channel {identity}, which this machine does not offer: give it the same devices, or allow "
+        "it to revoke such channels (--allow-missing-devices)",
+    )
 
 
 def _read_channel(identity: ChannelIdentity, records: tuple[bytes, ...]) -> SavedChannelState:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
+from vmbus.bus.channel.state import ChannelState
 from vmbus.cli.devices import registry
 from vmbus.machine.host import Host, HostOptions
 from vmbus.machine.memory import RamRegion
@@ -126,3 +127,45 @@ async def test_a_state_is_compared_with_what_is_here_while_the_guest_runs(tmp_pa
         here.remove_device(here.devices[1])
         with pytest.raises(StateRefused, match="does not offer"):
             state.check_fits(data)
+
+
+async def test_a_missing_device_costs_its_channel_if_the_user_allows_it(tmp_path: Path) -> None:
+    """And nothing else: all other channels are open as they were. It is said in ``status`` until the next guest."""
+    data = (FOLDER / "0.1.0.bin").read_bytes()
+    here = host_for(tmp_path, "0.1.0")
+    [echo] = [each for each in here.devices if each.device.name == "echo"]
+    here.remove_device(echo)
+    with pytest.raises(StateRefused, match=r"does not offer.*--allow-missing-devices"):
+        here.migration.load(data)
+    assert here.problems.sentences == []
+    here.migration.allow_missing_devices = True
+    here.migration.state.check(data, allow_missing=True)
+    here.migration.load(data)
+    [sentence] = here.problems.sentences
+    assert "their channels are revoked" in sentence
+    assert str(echo.channel.offer.instance_id) in sentence
+    here.migration.state.resume()
+    states = {channel.offer.key: channel.state for channel in here.bus.channels}
+    assert states.pop(echo.channel.offer.key) is ChannelState.REVOKED
+    assert set(states.values()) == {ChannelState.OPEN}
+    assert len(states) == len(here.devices)
+    here.reset()
+    assert here.problems.sentences == []
+    here.workers.close()
+    here.memory.close()
+
+
+async def test_a_snapshot_fits_without_a_device_if_the_user_allows_it(tmp_path: Path) -> None:
+    with host(tmp_path, "shutdown", "echo") as here:
+        state = here.migration.state
+        state.pause()
+        data = state.save(1 << 16, memory_stays=False, pages=(), limit=1 << 20).data
+        state.resume()
+        here.remove_device(here.devices[1])
+        with pytest.raises(StateRefused, match="--allow-missing-devices"):
+            state.check_fits(data)
+        state.check_fits(data, allow_missing=True)
+        here.migration.expect_instead(allow_missing_devices=True)
+        here.migration.load(data)
+        assert here.migration.phase is Phase.LOADED
+        assert len(here.problems.sentences) == 1

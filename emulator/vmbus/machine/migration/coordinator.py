@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -63,16 +64,19 @@ class MachineState(SavableState, Protocol):
     def reset(self) -> None:
         """Drop all that belongs to the guest: another state follows."""
 
-    def restore(self, data: bytes) -> None:
-        """Restore a state, paused. Raises :class:`~vmbus.saving.StateRefused`."""
+    def restore(self, data: bytes, *, allow_missing: bool = False) -> None:
+        """Restore a state, paused; ``allow_missing``: without the channels whose devices are not here.
 
-    def check(self, data: bytes) -> None:
+        Raises :class:`~vmbus.saving.StateRefused`.
+        """
+
+    def check(self, data: bytes, *, allow_missing: bool = False) -> None:
         """Raise :class:`~vmbus.saving.StateRefused` for a state that cannot be restored."""
 
     def outside_snapshots(self) -> list[str]:
         """Return what the guest can write to and a snapshot does not hold."""
 
-    def check_fits(self, data: bytes) -> None:
+    def check_fits(self, data: bytes, *, allow_missing: bool = False) -> None:
         """Raise :class:`~vmbus.saving.StateRefused` for a state that cannot replace the guest that is here."""
 
     def check_memory(self, data: bytes) -> None:
@@ -89,10 +93,14 @@ class Coordinator:
         *,
         switchover: Switchover = Switchover.OWN,
         buffer_size: int = BUFFER_SIZE,
+        allow_missing_devices: bool = False,
     ) -> None:
         self.ports = ports
         self.state = state
         self.tracker = DirtyPageTracker(ports.memory, ports.qtest, ports.workers)
+        self.allow_missing_devices = allow_missing_devices
+        """Whether a guest may arrive although devices of it are missing here: it loses their channels."""
+        self._snapshot_without_devices = False
         self.side_channel = SideChannel(ports.qmp)
         self._machine = MigrationStateMachine(switchover)
         self._source_fence = SourceFence(ports.qmp)
@@ -328,7 +336,7 @@ class Coordinator:
         actions: Actions = ()
         try:
             frame = self.side_channel.frame()
-            self.state.restore(frame.state)
+            self.state.restore(frame.state, allow_missing=self.allow_missing_devices)
         except VmbusError as error:
             self._machine.state_missing(str(error))
         else:
@@ -378,7 +386,9 @@ class Coordinator:
             raise UserError(
                 f"--carrier {address} is for a QEMU that waits for a guest: this one is {self.phase.value}"
             )
-        await self.side_channel.listen(address, self.state.check)
+        await self.side_channel.listen(
+            address, functools.partial(self.state.check, allow_missing=self.allow_missing_devices)
+        )
 
     async def begin_snapshot(self) -> None:
         """Prepare the state for a snapshot. The guest is stopped; the caller then asks QEMU for the save.
@@ -406,8 +416,12 @@ class Coordinator:
         """Expect that a state is loaded before the guest runs (again)."""
         self._react(self._machine.expect())
 
-    def expect_instead(self) -> None:
-        """Expect a state that replaces the guest that is here; it is dropped only when the state comes."""
+    def expect_instead(self, *, allow_missing_devices: bool = False) -> None:
+        """Expect a state that replaces the guest that is here; it is dropped only when the state comes.
+
+        ``allow_missing_devices``: although devices of the guest that comes are missing here.
+        """
+        self._snapshot_without_devices = allow_missing_devices
         self._react(self._machine.expect(instead=True))
 
     def expect_no_more(self, phase: Phase) -> None:
@@ -470,11 +484,13 @@ class Coordinator:
             self._machine.load_requested()
             if state.startswith(REFERENCE_MAGIC):
                 state = self.side_channel.frame(REFERENCE.parse(state).digest).state
-            if self._machine.replaces:
-                self.state.check_fits(state)
+            replaces = self._machine.replaces
+            allowed = self._snapshot_without_devices if replaces else self.allow_missing_devices
+            if replaces:
+                self.state.check_fits(state, allow_missing=allowed)
                 self.state.reset()
             with self.ports.qtest.loading():
-                self.state.restore(state)
+                self.state.restore(state, allow_missing=allowed)
         except VmbusError as error:
             self._machine.load_failed(str(error))
             raise

@@ -45,6 +45,7 @@ from vmbus.saving import (
     save_machine,
 )
 from vmbus.saving.device_channel import DeviceChannel
+from vmbus.saving.loading import not_there
 from vmbus.saving.state import forget_parsed
 from vmbus.saving.stream import BUFFER_SIZE, STREAM_LIMIT
 from vmbus.wire.codec import Record
@@ -332,8 +333,10 @@ class HostState:
             limit=limit,
         )
 
-    def restore(self, data: bytes) -> None:
+    def restore(self, data: bytes, *, allow_missing: bool = False) -> None:
         """Restore a saved state; the host stays paused.
+
+        ``allow_missing``: channels whose device is not offered here are revoked when the host is resumed.
 
         Raises :class:`~vmbus.saving.StateRefused`, before anything has changed unless a device refused.
         """
@@ -343,7 +346,7 @@ class HostState:
         from_here = state.memory is not None and state.memory.boot == shared_memory.boot_id()
         self._hypervisor_section.same_host = from_here
         made = self._make_subchannels(state)
-        restore = self._restore()
+        restore = self._restore(allow_missing=allow_missing)
         try:
             restore.apply(state)
         except StateRefused as error:
@@ -352,13 +355,15 @@ class HostState:
             raise
         finally:
             forget_parsed()
+        if missing := restore.missing(state):
+            self._service.report_missing_devices(missing)
 
-    def check(self, data: bytes) -> None:
+    def check(self, data: bytes, *, allow_missing: bool = False) -> None:
         """Raise :class:`~vmbus.saving.StateRefused` if ``data`` could not be restored, once guest memory is here."""
         state = read_machine(data)
         made = self._make_subchannels(state)
         try:
-            self._restore().check(state)
+            self._restore(allow_missing=allow_missing).check(state)
         finally:
             self._revoke_subchannels(made)
 
@@ -367,7 +372,7 @@ class HostState:
         devices = {id(channel.io.device): channel.io.device for channel in self._known()}
         return [name for device in devices.values() for name in device.outside_snapshots()]
 
-    def check_fits(self, data: bytes) -> None:
+    def check_fits(self, data: bytes, *, allow_missing: bool = False) -> None:
         """Raise :class:`~vmbus.saving.StateRefused` if ``data`` could not be restored in place of the guest here.
 
         The guest may run; nothing is changed.
@@ -377,10 +382,9 @@ class HostState:
         for saved in state.channels:
             primary = there.get(dataclasses.replace(saved.identity, subchannel_index=0))
             if primary is None:
-                raise StateRefused(
-                    Reason.NOT_THERE,
-                    f"the state has channel {saved.identity}, which this machine does not offer",
-                )
+                if allow_missing:
+                    continue
+                raise not_there(saved.identity)
             if (refused := primary.check_restore(saved.state)) is not None:
                 raise StateRefused(Reason.NOT_ACCEPTED, f"channel {saved.identity}: {refused}")
         states = [saved.state for saved in state.channels]
@@ -394,13 +398,14 @@ class HostState:
             if why:
                 raise StateRefused(Reason.NOT_ACCEPTED, why)
 
-    def _restore(self) -> Restore:
+    def _restore(self, *, allow_missing: bool) -> Restore:
         return Restore(
             self._saver,
             self._known(),
             hypervisor=self._hypervisor_section,
             bus=self._bus_section,
             memory=carried_pages.CarriedPages(self._memory),
+            allow_missing=allow_missing,
         )
 
     def check_memory(self, data: bytes) -> None:
@@ -420,7 +425,7 @@ class HostState:
             identity = saved.identity
             primary = there.get(dataclasses.replace(identity, subchannel_index=0))
             if identity in there or primary is None:
-                continue  # the check refuses a channel whose primary is missing
+                continue  # the check refuses a channel whose primary is missing, or leaves it out
             io = self._service.channel_end(primary.io.device)
             offer = dataclasses.replace(primary.channel.offer, subchannel_index=identity.subchannel_index)
             channel = self._bus.offer(offer, io)

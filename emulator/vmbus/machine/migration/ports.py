@@ -17,6 +17,7 @@ from vmbus.machine.gateway.traps import Unclaimed
 from vmbus.machine.memory import MappedMemory
 from vmbus.machine.qemu.qtest import MainLoopWaits
 from vmbus.wire.gateway import GuestState
+from vmbus.wire.saved import ChannelIdentity
 
 
 class Monitor(Protocol):
@@ -130,6 +131,9 @@ class GuestService(Background, Protocol):
 
     def reset(self) -> None:
         """Drop all that the guest has set up; keep the offers."""
+
+    def report_missing_devices(self, channels: Sequence[ChannelIdentity]) -> None:
+        """Say that ``channels`` of a restored state are revoked, because their devices are not offered here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

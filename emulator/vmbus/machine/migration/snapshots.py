@@ -88,19 +88,25 @@ async def save(
 
 
 async def load(
-    coordinator: Coordinator, tag: str, *, without_disks: bool = False, timeout: float = 600.0
+    coordinator: Coordinator,
+    tag: str,
+    *,
+    without_disks: bool = False,
+    allow_missing_devices: bool = False,
+    timeout: float = 600.0,
 ) -> None:
     """Restore the guest of ``tag``; it runs then if the guest ran before. Raises :class:`SnapshotFailed`.
 
     Whatever can be known before is checked first: then the guest goes on as it is. ``without_disks``: as in
-    :func:`save`.
+    :func:`save`. ``allow_missing_devices``: although devices of the snapshot are missing here; their channels are
+    revoked.
     """
     images = await _images(coordinator, Phase.IDLE, Phase.LOST)
     _check_is_meant(images, tag, everywhere=True)
     if not without_disks:
         await _check_disks(coordinator, images)
     await _check_capabilities(coordinator)
-    await _check_fits(coordinator, images[0], tag)
+    await _check_fits(coordinator, images[0], tag, allow_missing=allow_missing_devices)
     ran = await _stop(coordinator)
     ports, state = coordinator.ports, coordinator.state
     state.pause_channels()
@@ -109,7 +115,7 @@ async def load(
             await ports.qmp.cont()
         raise SnapshotFailed("a device's work did not end in time, nothing was changed; try again")
     before = coordinator.phase
-    coordinator.expect_instead()
+    coordinator.expect_instead(allow_missing_devices=allow_missing_devices)
     await ports.qtest.settled()  # no interrupt of the guest that goes reaches the one that comes
     try:
         await _job(coordinator, "snapshot-load", tag, images, timeout)
@@ -232,7 +238,7 @@ async def _check_disks(coordinator: Coordinator, images: Sequence[_ImageNode]) -
         )
 
 
-async def _check_fits(coordinator: Coordinator, image: _ImageNode, tag: str) -> None:
+async def _check_fits(coordinator: Coordinator, image: _ImageNode, tag: str, *, allow_missing: bool) -> None:
     """Check that the emulator's state in a snapshot can be restored here, as far as that can be seen before."""
     try:
         state = await asyncio.to_thread(read_state, image.file, tag)
@@ -242,7 +248,7 @@ async def _check_fits(coordinator: Coordinator, image: _ImageNode, tag: str) -> 
     if state is None:
         raise SnapshotFailed(f"{tag} was made without the emulator's state; nothing was changed")
     try:
-        coordinator.state.check_fits(state)
+        coordinator.state.check_fits(state, allow_missing=allow_missing)
     except StateRefused as error:
         raise SnapshotFailed(f"{tag} cannot be restored here: {error}; nothing was changed") from error
 
