@@ -36,6 +36,7 @@ from vmbus.errors import (
 from vmbus.ports import PAGE_SIZE, GuestMemory, TimerHandle, Timers, Workers, WritableMemory
 from vmbus.wire.codec import Record
 from vmbus.wire.offer import OfferFlags, PipeMode
+from vmbus.wire.optional import OptionalField
 from vmbus.wire.packet import GpaRange, Packet, PacketType, TransferPages, TransferRange
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "Offer",
     "OfferFlags",
     "Option",
+    "OptionalField",
     "Packet",
     "PacketState",
     "PacketType",

@@ -49,6 +49,10 @@ class MalformedError(GuestError):
     """Bytes that cannot be parsed: too short, or with an invalid field."""
 
 
+class TooNewError(MalformedError):
+    """Bytes of a later release with a part that this release does not know and must not ignore."""
+
+
 class ProtocolError(GuestError):
     """A valid request that is not allowed in the present state."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import construct as c
+from vmbus.devices.saved import skip_optional
 from vmbus.errors import DeviceError, InternalError
 from vmbus.wire.packet import MAX_PFNS, MAX_RANGES, GpaRange, Packet, PacketType
 from vmbus.wire.scsi import Sense
@@ -72,12 +73,15 @@ CONTROLLER = c.Struct(
     "max_transfer" / c.Int32ul,
     "units" / c.PrefixedArray(c.Int16ul, UNIT),
     "packets" / c.PrefixedArray(c.Int32ul, PACKET),
-    "end" / c.Terminated,
+    "optional" / c.GreedyBytes,
 )
+"""``optional``: fields of later releases (:mod:`vmbus.wire.optional`)."""
 
 PACKET_VERSION = 1
 
-ONE_PACKET = c.Struct("version" / c.Const(PACKET_VERSION, c.Int16ul), "packet" / PACKET, "end" / c.Terminated)
+ONE_PACKET = c.Struct(
+    "version" / c.Const(PACKET_VERSION, c.Int16ul), "packet" / PACKET, "optional" / c.GreedyBytes
+)
 """The state of one command, as ``Device.save_packets`` returns it."""
 
 _SENSES = {bytes(sense.value): sense for sense in Sense}
@@ -189,7 +193,7 @@ def build_state(name: str, saved: SavedController) -> bytes:
         "max_transfer": saved.max_transfer,
         "units": [_built_unit(each) for each in saved.units],
         "packets": [_built_packet(channel, packet) for channel, packet in saved.packets],
-        "end": None,
+        "optional": b"",
     }
     try:
         _check_packets(saved.packets)
@@ -230,7 +234,7 @@ def build_packet_state(name: str, packet: Packet) -> bytes:
     try:
         _check_packets([(0, packet)])
         return bytes(
-            ONE_PACKET.build({"version": PACKET_VERSION, "packet": _built_packet(0, packet), "end": None})
+            ONE_PACKET.build({"version": PACKET_VERSION, "packet": _built_packet(0, packet), "optional": b""})
         )
     except (c.ConstructError, ValueError) as error:
         raise InternalError(f"{name} cannot be saved: {error}") from error
@@ -244,11 +248,13 @@ def parse_packet_state(name: str, state: bytes) -> Packet:
             f"{name}: a saved command has version {version}; this emulator reads version {PACKET_VERSION} only"
         )
     try:
-        found = _packet(ONE_PACKET.parse(state).packet)
+        saved = ONE_PACKET.parse(state)
+        found = _packet(saved.packet)
         _check_packets([found])
-        return found[1]
     except (c.ConstructError, ValueError) as error:
         raise DeviceError(f"{name}: a saved command is damaged: {error}") from error
+    skip_optional(saved.optional, name)
+    return found[1]
 
 
 def parse_state(name: str, state: bytes) -> SavedController:
@@ -278,6 +284,7 @@ def parse_state(name: str, state: bytes) -> SavedController:
         _check_packets(found.packets)
     except (c.ConstructError, UnicodeError, ValueError, KeyError) as error:
         raise DeviceError(f"{name}: saved state is damaged: {error}") from error
+    skip_optional(saved.optional, name)
     return found
 
 

@@ -4,17 +4,27 @@
     |   0 |    2 | version of the record, from 1               |
     |   2 |    n | the record, as its declaration says         |
 
-A record only grows at its end, with a new version. A newer version than this code knows, or a length that does
-not fit, is refused with the reason: guessing would corrupt a guest later.
+Behind the record there may be optional fields (:mod:`vmbus.wire.optional`): a field that is added there, with a
+default, is ignored by releases that do not know it, and not written while it has its default. What must not be
+ignored is ``required``, or a new version. A newer version than this code knows, or other bytes behind the record,
+are refused with the reason: guessing would corrupt a guest later.
 """
 
 from __future__ import annotations
 
+import logging
 import struct
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
-from vmbus.errors import DeviceError, MalformedError
+from vmbus.errors import DeviceError, MalformedError, TooNewError
 from vmbus.wire.codec import Record
+from vmbus.wire.optional import parse_fields
+
+_logger = logging.getLogger(__name__)
+
+_SHOWN = 16
+"""Numbers of ignored fields that are shown."""
 
 T = TypeVar("T")
 
@@ -31,7 +41,7 @@ class SavedState(Generic[T]):
 
     @property
     def size(self) -> int:
-        """Bytes that :meth:`save` returns."""
+        """Bytes that :meth:`save` returns, without optional fields."""
         return _VERSION.size + self.record.size
 
     def save(self, value: T) -> bytes:
@@ -47,13 +57,46 @@ class SavedState(Generic[T]):
             raise DeviceError(f"{name}: {len(state)} bytes are too few for a saved state")
         (version,) = _VERSION.unpack_from(state)
         if version != self.version:
+            upgrade = "; upgrade this emulator to the release that wrote it" if version > self.version else ""
             raise DeviceError(
-                f"{name}: saved state has version {version}, but this emulator only loads {self.version}"
+                f"{name}: saved state has version {version}, but this emulator only loads {self.version}{upgrade}"
             )
         body = state[_VERSION.size :]
-        if len(body) != self.record.size:
+        if len(body) < self.record.size:
             raise DeviceError(f"{name}: saved state has {len(body)} bytes, expected {self.record.size}")
         try:
-            return self.record.parse(body)
+            found, ignored = self.record.parse_all(body)
         except MalformedError as error:
-            raise DeviceError(f"{name}: saved state is damaged: {error}") from error
+            raise refused(name, error) from error
+        report_ignored(name, ignored)
+        return found
+
+
+def skip_optional(data: bytes, name: str) -> None:
+    """Check that ``data``, behind a record that has no optional fields itself, are fields that may be ignored.
+
+    Raises :class:`~vmbus.errors.DeviceError`.
+    """
+    try:
+        report_ignored(name, parse_fields((), data, {})[1])
+    except MalformedError as error:
+        raise refused(name, error) from error
+
+
+def refused(name: str, error: MalformedError) -> DeviceError:
+    """Return the refusal of a state of the device ``name``."""
+    if isinstance(error, TooNewError):
+        return DeviceError(
+            f"{name}: saved state is of a later release, upgrade this emulator: {error.detail}"
+        )
+    return DeviceError(f"{name}: saved state is damaged: {error}")
+
+
+def report_ignored(name: str, numbers: Sequence[int]) -> None:
+    """Log that fields of a later release are ignored."""
+    if numbers:
+        _logger.warning(
+            "%s: the saved state has fields of a later release, which are ignored: %s",
+            name,
+            ", ".join(map(str, numbers[:_SHOWN])),
+        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vmbus.errors import MalformedError
+from vmbus.errors import MalformedError, TooNewError
 from vmbus.saving.status import Reason, StateRefused
 from vmbus.wire.chunk import (
     CHUNK_HEADER,
@@ -21,10 +21,13 @@ from vmbus.wire.chunk import (
     build_chunk,
     chunk_crc,
 )
-from vmbus.wire.saved import RECORDS, SavedPacket, SavedTaken, parse_record, version_of
+from vmbus.wire.saved import RECORDS, SavedPacket, SavedTaken, version_of
 
 MAX_PACKET_PAGES = 1 << 20
 """Pages that all packets of a state may name together: a run of pages takes few bytes there, 8 bytes a page here."""
+
+MAX_IGNORED = 16
+"""Descriptions of parts that are ignored: enough to see what a release adds."""
 
 _KINDS = {int(kind): kind for kind in ChunkKind}
 
@@ -38,6 +41,8 @@ class Chunk:
     save_id: int
     index: int
     last: bool
+    ignored: tuple[int, ...] = ()
+    """Numbers of its record's optional fields that this release does not know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +50,15 @@ class Position:
     """How far a save run has been read.
 
     ``save_id``: ``None`` before the first chunk. ``index``: of the next chunk. ``pages``: number of pages of guest
-    memory that the packets so far name.
+    memory that the packets so far name. ``ignored``: what was left out because this release does not know it, at
+    most :data:`MAX_IGNORED` descriptions.
     """
 
     save_id: int | None = None
     index: int = 0
     complete: bool = False
     pages: int = 0
+    ignored: tuple[str, ...] = ()
 
 
 def encode(kind: ChunkKind, record: Any, *, save_id: int, index: int, last: bool) -> bytes:
@@ -90,23 +97,33 @@ def read_chunks(
             reason = Reason.REPEATED if header.index < position.index else Reason.OUT_OF_ORDER
             raise StateRefused(reason, f"chunk {header.index}, expected {position.index}")
         last = bool(header.flags & ChunkFlags.LAST)
-        position = Position(header.save_id, header.index + 1, last, position.pages)
+        position = Position(header.save_id, header.index + 1, last, position.pages, position.ignored)
         kind = _KINDS.get(header.kind)
         if kind is not None:
             if kind in once and any(each.kind == kind for each in chunks):
                 raise StateRefused(Reason.INCONSISTENT, f"chunk {header.index}: a second {kind.name} record")
-            record = _record(kind, header.version, data[at + HEADER_SIZE : end], header.index)
+            record, ignored = _record(kind, header.version, data[at + HEADER_SIZE : end], header.index)
+            for number in ignored[:MAX_IGNORED]:
+                position = _ignore(position, f"field {number} of chunk {header.index} ({kind.name})")
             packet = record.packet if isinstance(record, SavedTaken) else record
             if isinstance(packet, SavedPacket):
                 position = replace(position, pages=count_pages(packet, position.pages))
-            chunks.append(Chunk(kind, record, header.save_id, header.index, last))
+            chunks.append(Chunk(kind, record, header.save_id, header.index, last, ignored))
         elif not header.flags & ChunkFlags.IGNORABLE:
             raise StateRefused(
                 Reason.UNKNOWN_KIND,
                 f"chunk {header.index} is of kind {header.kind:#x}, which this release does not know",
             )
+        else:
+            position = _ignore(position, f"chunk {header.index} of kind {header.kind:#x}")
         at = end
     return chunks, position
+
+
+def _ignore(position: Position, what: str) -> Position:
+    if len(position.ignored) == MAX_IGNORED:
+        return position
+    return replace(position, ignored=(*position.ignored, what))
 
 
 def count_pages(packet: SavedPacket, pages: int) -> int:
@@ -148,7 +165,7 @@ def _header(data: bytes, at: int) -> tuple[ChunkHeader, int]:
     return header, end
 
 
-def _record(kind: ChunkKind, version: int, data: bytes, index: int) -> Any:
+def _record(kind: ChunkKind, version: int, data: bytes, index: int) -> tuple[Any, tuple[int, ...]]:
     known = RECORDS[kind]
     if version not in known:
         reason = Reason.TOO_NEW if version > max(known) else Reason.TOO_OLD
@@ -157,6 +174,8 @@ def _record(kind: ChunkKind, version: int, data: bytes, index: int) -> Any:
             f"{kind.name} record of version {version}, this release reads {min(known)} to {max(known)}",
         )
     try:
-        return parse_record(known[version], data)
+        return known[version].parse_all(data)
+    except TooNewError as error:
+        raise StateRefused(Reason.TOO_NEW, f"chunk {index} ({kind.name}): {error.detail}") from error
     except MalformedError as error:
         raise StateRefused(Reason.DAMAGED, f"chunk {index}: {error.detail}") from error

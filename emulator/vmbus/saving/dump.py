@@ -40,6 +40,9 @@ def dump(data: bytes) -> Iterator[str]:
         )
         for chunk in chunks:
             yield from _fields(chunk.record, _INDENT)
+            if chunk.ignored:
+                numbers = ", ".join(map(str, chunk.ignored[:MAX_BYTES]))
+                yield f"{_INDENT}optional fields of a later release: {numbers}"
         at = end
     if not position.complete:
         yield f"the last chunk is missing after {len(data)} bytes"

@@ -15,16 +15,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from vmbus import __version__
+from vmbus.errors import MalformedError
 from vmbus.saving.channel import ChannelSaver
-from vmbus.saving.chunks import Chunk, Position, count_pages, read_chunks
+from vmbus.saving.chunks import MAX_IGNORED, Chunk, Position, count_pages, read_chunks
 from vmbus.saving.pages import PagesTarget, check_order
 from vmbus.saving.state import Assembly, ChannelState, SavableChannel
 from vmbus.saving.status import NtStatus, Reason, StateRefused
-from vmbus.wire.chunk import HEADER_SIZE, ChunkKind
+from vmbus.wire.chunk import CHUNK_HEADER, HEADER_SIZE, ChunkKind
 from vmbus.wire.saved import SAVED_END, ChannelIdentity, SavedEnd, SavedMemory, SavedPages, SavedSection
 
 MAX_CHANNELS = 2048
 """Channels of one state: channel ids are event flag numbers, of which there are 2048."""
+
+_SHOWN = 64
+"""Characters of a writer's name that a message shows."""
 
 _ONCE = frozenset(ChunkKind) - {ChunkKind.CHANNEL_RECORDS, ChunkKind.PAGES}
 """Kinds of chunks of which a machine's state has at most one."""
@@ -54,6 +59,8 @@ class MachineState:
     """Description of guest memory if it was not copied: the target must map this memory."""
     pages: tuple[SavedPages, ...] = ()
     """Pages of guest memory that are newer than those that QEMU transferred."""
+    ignored: tuple[str, ...] = ()
+    """Optional parts of a later release that were left out, at most 16 descriptions."""
 
 
 class SectionTarget(Protocol):
@@ -71,6 +78,27 @@ class SectionTarget(Protocol):
 
 def read_machine(data: bytes) -> MachineState:
     """Parse a machine's state. Raises :class:`StateRefused`, with the source's reason if it refused to save."""
+    try:
+        return _read_machine(data)
+    except StateRefused as error:
+        if error.reason in (Reason.TOO_NEW, Reason.UNKNOWN_KIND):
+            raise StateRefused(error.reason, error.detail + _upgrade(data), error.status) from error
+        raise
+
+
+def _upgrade(data: bytes) -> str:
+    """Return what to do about a state of a later release, as the end of a sentence."""
+    try:
+        (first,), _ = read_chunks(
+            data[: HEADER_SIZE + CHUNK_HEADER.parse(data[:HEADER_SIZE]).length], Position()
+        )
+        writer = ascii(first.record.writer[:_SHOWN])
+    except (StateRefused, MalformedError, ValueError, AttributeError):
+        writer = "a later release"
+    return f"; it was written by {writer}, this is {__version__}: upgrade this emulator to that release"
+
+
+def _read_machine(data: bytes) -> MachineState:
     chunks, position = read_chunks(data, Position(), once=_ONCE)
     if not position.complete:
         raise StateRefused(Reason.TRUNCATED, f"the last chunk is missing after {len(data)} bytes")
@@ -90,6 +118,7 @@ def read_machine(data: bytes) -> MachineState:
     memory: SavedMemory | None = None
     pages: list[SavedPages] = []
     named = 0
+    ignored = list(position.ignored)
     for chunk in chunks[1:-1]:
         if chunk.kind in (ChunkKind.HYPERVISOR, ChunkKind.BUS) and not (channels or pages):
             late = memory is not None or (chunk.kind == ChunkKind.HYPERVISOR and sections)
@@ -104,7 +133,10 @@ def read_machine(data: bytes) -> MachineState:
         elif chunk.kind == ChunkKind.PAGES and memory is None:
             pages.append(chunk.record)
         elif chunk.kind == ChunkKind.CHANNEL_RECORDS and not pages:
-            channel = _read_channel(chunk.record.identity, chunk.record.records)
+            channel, unknown = _read_channel(chunk.record.identity, chunk.record.records)
+            ignored += [
+                f"channel {channel.identity}: {each}" for each in unknown[: MAX_IGNORED - len(ignored)]
+            ]
             if channel.identity in channels or len(channels) == MAX_CHANNELS:
                 raise StateRefused(
                     Reason.INCONSISTENT,
@@ -125,6 +157,7 @@ def read_machine(data: bytes) -> MachineState:
         tuple(channels.values()),
         memory,
         tuple(pages),
+        tuple(ignored),
     )
 
 
@@ -225,7 +258,10 @@ def not_there(identity: ChannelIdentity) -> StateRefused:
     )
 
 
-def _read_channel(identity: ChannelIdentity, records: tuple[bytes, ...]) -> SavedChannelState:
+def _read_channel(
+    identity: ChannelIdentity, records: tuple[bytes, ...]
+) -> tuple[SavedChannelState, tuple[str, ...]]:
+    """Return the channel's state, and what of it was ignored."""
     assembly = Assembly()
     try:
         for record in records:
@@ -238,7 +274,7 @@ def _read_channel(identity: ChannelIdentity, records: tuple[bytes, ...]) -> Save
             Reason.FOREIGN_CHANNEL,
             f"the record of channel {identity} has the state of {state.channel.identity}",
         )
-    return SavedChannelState(records, state)
+    return SavedChannelState(records, state), assembly.position.ignored
 
 
 def _check_end(data: bytes, end: Chunk, count: int) -> None:

@@ -24,11 +24,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import struct
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 import construct as c
 
-from vmbus.errors import InternalError, MalformedError
+from vmbus.errors import InternalError, MalformedError, TooNewError
 from vmbus.wire.compiled import (
     REFUSED_DATA,
     REFUSED_VALUES,
@@ -37,6 +38,7 @@ from vmbus.wire.compiled import (
     integer_letter,
     unwrapped,
 )
+from vmbus.wire.optional import OptionalField, build_fields, parse_fields
 
 T = TypeVar("T")
 
@@ -44,18 +46,29 @@ T = TypeVar("T")
 class Record(Generic[T]):
     """The codec of one dataclass.
 
+    ``optional``: fields that were added later, the last ones of the dataclass, with defaults
+    (:mod:`vmbus.wire.optional`). :meth:`parse` leaves them out, :meth:`parse_all` reads them.
+
     Raises :class:`InternalError` if the declaration has other names than the dataclass.
     """
 
-    def __init__(self, cls: type[T], *fields: Any) -> None:
+    def __init__(self, cls: type[T], *fields: Any, optional: Sequence[OptionalField] = ()) -> None:
         self.cls = cls
         self.struct = c.Struct(*fields)
-        self._names = tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+        self.optional = tuple(optional)
+        members = dataclasses.fields(cls)  # type: ignore[arg-type]
+        count = len(members) - len(self.optional)
+        self._names = tuple(field.name for field in members[:count])
+        self._defaults = {field.name: field.default for field in members[count:]}
         declared = {s.name for s in self.struct.subcons if s.name and not s.name.startswith("_")}
         if declared != set(self._names):
             raise InternalError(
                 f"{cls.__name__}: declares {sorted(declared)}, expected {sorted(self._names)}"
             )
+        if {each.name for each in self.optional} != set(self._defaults) or (
+            dataclasses.MISSING in self._defaults.values()
+        ):
+            raise InternalError(f"{cls.__name__}: optional fields must be its last ones, with defaults")
 
     @functools.cached_property
     def compiled(self) -> Compiled | None:
@@ -88,8 +101,38 @@ class Record(Generic[T]):
             ) from error
         return self.cls(**{name: found[name] for name in self._names})
 
+    def parse_all(self, data: bytes) -> tuple[T, tuple[int, ...]]:
+        """Parse all of ``data`` with its optional fields; return also the numbers of those that were ignored.
+
+        Raises :class:`MalformedError` for anything but the one form of a value, and
+        :class:`~vmbus.errors.TooNewError` for a field of a later release that must not be ignored.
+        """
+        found = self.parse(data)
+        built = self._build_base(found)
+        if built == data:
+            return found, ()
+        what = f"{len(data)} bytes are not the canonical form of {self.cls.__name__}"
+        if not data.startswith(built):
+            raise MalformedError("malformed", what)
+        try:
+            values, ignored = parse_fields(self.optional, data[len(built) :], self._defaults)
+        except TooNewError:
+            raise
+        except MalformedError as error:
+            raise MalformedError("malformed", f"{what}: {error.detail}") from error
+        return (dataclasses.replace(found, **values) if values else found), ignored  # type: ignore[type-var]
+
     def build(self, value: T) -> bytes:
         """Return the bytes of ``value``. Raises :class:`InternalError` for a value that does not fit."""
+        built = self._build_base(value)
+        if not self.optional:
+            return built
+        try:
+            return built + build_fields(self.optional, value, self._defaults)
+        except (c.ConstructError, OverflowError) as error:
+            raise InternalError(f"{value!r} does not fit its declaration: {error}") from error
+
+    def _build_base(self, value: T) -> bytes:
         if self.compiled is not None:
             pieces: list[bytes] = []
             try:

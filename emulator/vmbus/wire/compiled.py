@@ -223,9 +223,10 @@ class _Decoder(_Function):
     def _record(self, cls: type, declaration: c.Struct) -> str:
         """Return the expression of a dataclass, valid after the next :meth:`_flush`."""
         fields = self._fields(declaration)
-        if set(fields) != set(_members(cls)):
+        members = _members(cls)[: len(fields)]  # optional fields are last, and not in the declaration
+        if set(fields) != set(members):
             raise NotPlainError(cls.__name__)
-        arguments = ", ".join(fields[name] for name in _members(cls))
+        arguments = ", ".join(fields[name] for name in members)
         return f"{self._writer.refer('cls', cls)}({arguments})"
 
     def _fixed(self, code: str) -> str:

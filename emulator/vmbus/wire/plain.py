@@ -26,6 +26,8 @@ from typing import Any
 
 import construct as c
 
+from vmbus.errors import InternalError
+
 _VARINT_BYTES = 10
 
 
@@ -149,6 +151,10 @@ class Nested(PlainAdapter):
     """A record within a record; its value is the dataclass of the inner record."""
 
     def __init__(self, record: Any) -> None:
+        if record.optional:
+            raise InternalError(
+                f"{record.cls.__name__} has optional fields, and no length within another record"
+            )
         super().__init__(record.struct)
         self.record = record
         self._names = tuple(sub.name for sub in record.struct.subcons if sub.name)

@@ -5,7 +5,7 @@ Source: docs/protocol/saving.md#saving-a-channel, docs/saved-state.md#the-chunk;
 Integers are little-endian, lengths and counts are varints, page lists are runs (:mod:`vmbus.wire.pfn_runs`); records
 have no fixed size unless stated. Every record has exactly one form: bytes that differ from those that their value is
 built to are malformed. A record's layout never changes; a new layout gets a new version, and the old one stays
-readable.
+readable. What earlier releases can do without is added behind it, as an optional field (:mod:`vmbus.wire.optional`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from uuid import UUID
 
 import construct as c
 
-from vmbus.errors import MalformedError
 from vmbus.wire.chunk import ChunkKind
 from vmbus.wire.codec import Record
 from vmbus.wire.packet import MAX_RANGES, GpaRange, TransferPages, TransferRange
@@ -84,13 +83,11 @@ class _TransferPages(PlainAdapter):
 
 
 def parse_record(record: Record[T], data: bytes) -> T:
-    """Parse all of ``data`` as ``record``. Raises :class:`~vmbus.errors.MalformedError`, also for a second form."""
-    found = record.parse(data)
-    if record.build(found) != data:
-        raise MalformedError(
-            "malformed", f"{len(data)} bytes are not the canonical form of {record.cls.__name__}"
-        )
-    return found
+    """Parse all of ``data`` as ``record``. Raises :class:`~vmbus.errors.MalformedError`, also for a second form.
+
+    Optional fields that are not known are left out; :meth:`~vmbus.wire.codec.Record.parse_all` returns them, too.
+    """
+    return record.parse_all(data)[0]
 
 
 @dataclass(frozen=True, slots=True)

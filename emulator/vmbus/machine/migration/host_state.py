@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from vmbus.bus.channel.channel import Channel
 from vmbus.bus.channel.state import ChannelState as BusChannelState
@@ -21,7 +21,7 @@ from vmbus.bus.saved_state.layout import SAVED_BUS
 from vmbus.bus.saved_state.restore import BusStateRefused, check_state
 from vmbus.bus.saved_state.values import BusState
 from vmbus.bus.server import Bus
-from vmbus.errors import MalformedError
+from vmbus.errors import MalformedError, TooNewError
 from vmbus.hypervisor.features import Features
 from vmbus.hypervisor.partition import Partition
 from vmbus.hypervisor.reference_time import TscScaling, scale_for
@@ -44,14 +44,36 @@ from vmbus.saving import (
     read_machine,
     save_machine,
 )
+from vmbus.saving.chunks import MAX_IGNORED
 from vmbus.saving.device_channel import DeviceChannel
 from vmbus.saving.loading import not_there
 from vmbus.saving.state import forget_parsed
 from vmbus.saving.stream import BUFFER_SIZE, STREAM_LIMIT
 from vmbus.wire.codec import Record
-from vmbus.wire.saved import RECORDS, ChannelIdentity, SavedSection, parse_record
+from vmbus.wire.saved import RECORDS, ChannelIdentity, SavedSection
 
 _logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+
+def _other_version(section: SavedSection, version: int) -> str:
+    upgrade = "; upgrade this emulator to the release that wrote it" if section.version > version else ""
+    return f"{section.name} of version {section.version}, this emulator reads version {version}{upgrade}"
+
+
+def _parse_section(record: Record[_T], section: SavedSection) -> _T:
+    try:
+        found, ignored = record.parse_all(section.state)
+    except TooNewError as error:
+        upgrade = "upgrade this emulator to the release that wrote it"
+        raise TooNewError(error.reason, f"{error.detail}; {upgrade}") from error
+    if ignored:
+        numbers = ", ".join(map(str, ignored[:MAX_IGNORED]))
+        _logger.warning(
+            "the %s section has fields of a later release, which are ignored: %s", section.name, numbers
+        )
+    return found
 
 
 class HypervisorSection:
@@ -71,7 +93,7 @@ class HypervisorSection:
     def _parsed(self, section: SavedSection) -> SavedHypervisor:
         """Return the section's record. Parsing takes milliseconds, and a section is checked and then applied."""
         if self._last is None or self._last[0] != section.state:
-            self._last = (section.state, parse_record(SAVED_HYPERVISOR, section.state))
+            self._last = (section.state, _parse_section(SAVED_HYPERVISOR, section))
         return self._last[1]
 
     def save(self) -> SavedSection:
@@ -87,7 +109,7 @@ class HypervisorSection:
 
     def check_restore(self, section: SavedSection, channels: Sequence[ChannelState]) -> str | None:
         if (section.name, section.version) != (self.name, self.version):
-            return f"{section.name} of version {section.version}, this emulator reads version {self.version}"
+            return _other_version(section, self.version)
         try:
             saved = self._parsed(section)
             self._partition.check_state(saved.partition)
@@ -140,7 +162,7 @@ class BusSection:
 
     def _parsed(self, section: SavedSection) -> BusState:
         if self._last is None or self._last[0] != section.state:
-            self._last = (section.state, parse_record(SAVED_BUS, section.state))
+            self._last = (section.state, _parse_section(SAVED_BUS, section))
         return self._last[1]
 
     def save(self) -> SavedSection:
@@ -149,7 +171,7 @@ class BusSection:
 
     def check_restore(self, section: SavedSection, channels: Sequence[ChannelState]) -> str | None:
         if (section.name, section.version) != (self.name, self.version):
-            return f"{section.name} of version {section.version}, this emulator reads version {self.version}"
+            return _other_version(section, self.version)
         bus = self._bus
         try:
             state = self._parsed(section)
@@ -341,6 +363,12 @@ class HostState:
         Raises :class:`~vmbus.saving.StateRefused`, before anything has changed unless a device refused.
         """
         state = read_machine(data)
+        if state.ignored:
+            _logger.warning(
+                "the state was written by %s, and has parts that this release does not know and may ignore: %s",
+                state.writer[:64],
+                "; ".join(state.ignored),
+            )
         if state.memory is not None:
             shared_memory.check(state.memory, self._memory)
         from_here = state.memory is not None and state.memory.boot == shared_memory.boot_id()
