@@ -155,7 +155,7 @@ class BlockUnit(LogicalUnit):
     def _with_image(self, request: Request, seconds: float) -> None:
         """Execute a command as soon as the image is this guest's, or let it fail after ``seconds``.
 
-        A save releases the image although the guest may stay, and somebody else may take it then.
+        A migration releases the image although the guest may stay, and somebody else may take it then.
         """
         if self.take_image():
             self._image_lost = False

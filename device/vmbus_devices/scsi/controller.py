@@ -138,7 +138,7 @@ class Controller(Device):
         return Handshake(self.max_version, self.queues - 1 if possible else 0, self.max_transfer)
 
     def _activate(self) -> None:
-        """Lock the images: before the first command, and before the first one after :meth:`save`.
+        """Lock the images: before the first command, and before the first one after :meth:`guest_saved`.
 
         A unit whose image somebody else has by then lets the guest's commands wait, and fail.
         """
@@ -308,7 +308,7 @@ class Controller(Device):
     def guest_resumed(self) -> None:
         kept = [(unit, request) for unit in self.units.values() for request in unit.take_kept()]
         here = self._primary is not None and self._primary.state is IoState.RUNNING
-        if not self._active and (kept or here):  # a save released the images, and the guest stayed
+        if not self._active and (kept or here):  # it released the images, and the guest stayed
             self._activate()
         for unit, request in kept:
             self._do(request, unit)
@@ -559,7 +559,7 @@ class Controller(Device):
         hand_over([unit for unit in self.units.values() if unit.has_image and not unit.backend.read_only])
         handshake = self.handshake
         open_here = {io.subchannel_index for io in self._requests}
-        state = build_state(
+        return build_state(
             self.name,
             SavedController(
                 handshake.stage,
@@ -570,8 +570,9 @@ class Controller(Device):
                 tuple(self._restored.of_closed(open_here)),
             ),
         )
+
+    def guest_saved(self) -> None:
         self._deactivate()  # the emulator that continues the guest locks the images
-        return state
 
     def check_restore(self, state: bytes) -> None:
         self._check_saved(parse_state(self.name, state))

@@ -169,10 +169,9 @@ def test_the_images_are_free_once_a_controller_was_saved(image: Path) -> None:
         other = ScsiGuest(second)
         with pytest.raises(UserError, match=r"scsi/0:0: the image .* is used by another guest"):
             second.claim()
-        state = first.save()
+        leave(first)
         second.claim()
         other.open()
-        assert state
         other.close()
         second.stop()
         assert guest.read(0, 1, offset=8).good, "after a failed migration the source continues"
@@ -249,12 +248,32 @@ def test_an_image_that_a_program_of_qemu_uses(image: Path, byte: int, readonly: 
         not readonly,
         True,
     )
-    device.save()
+    leave(device)
     assert not any(map(locked, (QEMU_READS, QEMU_WRITES, QEMU_FORBIDS_WRITES)))
 
 
+def leave(device: Scsi) -> None:
+    """Save the controller of a guest that leaves."""
+    assert device.save()
+    device.guest_saved()
+
+
+def test_a_save_alone_gives_nothing_up(image: Path) -> None:
+    """A snapshot and ``vmbus channel save`` save a controller whose guest stays."""
+    device, other = (controller(open_drive(DriveOptions(str(image)), "d")) for _ in range(2))
+    with ScsiGuest(device) as guest:
+        guest.negotiate()
+        guest.io.pause()
+        for _ in range(2):
+            assert device.save()
+            with pytest.raises(UserError, match="used by another guest"):
+                other.claim()
+        device.guest_saved()
+        other.claim()
+
+
 def saved_and_taken(image: Path, **options: Any) -> tuple[Scsi, FileBackend]:
-    """A controller that was saved, as for a snapshot; meanwhile somebody else took its image."""
+    """A controller that was saved for a migration; meanwhile somebody else took its image."""
     device = controller(open_drive(DriveOptions(str(image), **options), "d"))
     other = FileBackend(image)
     return device, other
@@ -265,7 +284,7 @@ def test_commands_wait_for_an_image_that_somebody_took_while_it_was_saved(image:
     content = image.read_bytes()
     with ScsiGuest(device) as guest:
         guest.negotiate()
-        device.save()
+        leave(device)
         other.lock()
         guest.start(READ_10, read=512, offset=8)
         guest.timers.advance(4.0)
@@ -287,7 +306,7 @@ def test_commands_fail_when_an_image_stays_away_and_the_channel_goes_on(image: P
     device, other = saved_and_taken(image, reconnect=1.0)
     with ScsiGuest(device) as guest:
         guest.negotiate()
-        device.save()
+        leave(device)
         other.lock()
         guest.start(READ_10, read=512, offset=8)
         guest.start(WRITE_10, write=bytes(512), offset=8, at=8)
@@ -297,7 +316,7 @@ def test_commands_fail_when_an_image_stays_away_and_the_channel_goes_on(image: P
         assert guest.write(0, bytes(512), offset=8).condition == (3, 0x0C, 0)  # at once
         other.unlock()
         assert guest.write(0, bytes(512), offset=8).good
-        device.save()
+        leave(device)
         other.lock()
         guest.start(READ_10, read=512, offset=8)  # and the next time it waits again
         assert guest.answers() == []
@@ -311,12 +330,12 @@ def test_a_guest_that_stays_after_a_save_has_its_images_again_at_once(image: Pat
     device, other = saved_and_taken(image)
     with ScsiGuest(device) as guest:
         guest.negotiate()
-        device.save()
+        leave(device)
         device.guest_resumed()
         with pytest.raises(DeviceError, match="used by another guest"):
             other.lock()
         guest.io.pause()
-        device.save()
+        leave(device)
         device.guest_resumed()  # of a guest that left: somebody resumed its QEMU
         other.lock()
 

@@ -191,6 +191,14 @@ class Device(ABC):
         While work on guest memory is under way call ``io.channel.defer_close()``, and ``finish_close()`` later.
         """
 
+    def guest_saved(self) -> None:
+        """Release what the process that continues the guest will use (files, locks): the guest leaves.
+
+        Called after all channels of the machine were saved for a migration, and before the state is sent; not for a
+        snapshot, and not for a channel that is saved by hand. If the guest stays after all, :meth:`guest_resumed`
+        follows. Must not raise: what can fail belongs into :meth:`save`.
+        """
+
     def guest_resumed(self) -> None:
         """Continue: the guest was stopped (``vmbus cont``, a migration) and runs again, in this process."""
 

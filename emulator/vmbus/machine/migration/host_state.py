@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from vmbus.bus.channel.channel import Channel
 from vmbus.bus.channel.state import ChannelState as BusChannelState
-from vmbus.bus.io.channel_io import ChannelIo
+from vmbus.bus.io.channel_io import ChannelDevice, ChannelIo
 from vmbus.bus.saved_state.layout import SAVED_BUS
 from vmbus.bus.saved_state.restore import BusStateRefused, check_state
 from vmbus.bus.saved_state.values import BusState
@@ -355,6 +355,14 @@ class HostState:
             limit=limit,
         )
 
+    def release_devices(self) -> None:
+        """Have the devices of a guest that was saved, and leaves, release what its next process uses."""
+        for device in self._devices():
+            try:
+                device.guest_saved()
+            except Exception:
+                _logger.exception("internal error: %s cannot be released; please report this", device.name)
+
     def restore(self, data: bytes, *, allow_missing: bool = False) -> None:
         """Restore a saved state; the host stays paused.
 
@@ -397,8 +405,10 @@ class HostState:
 
     def outside_snapshots(self) -> list[str]:
         """Return what the guest can write to and a snapshot does not hold, of all devices."""
-        devices = {id(channel.io.device): channel.io.device for channel in self._known()}
-        return [name for device in devices.values() for name in device.outside_snapshots()]
+        return [name for device in self._devices() for name in device.outside_snapshots()]
+
+    def _devices(self) -> list[ChannelDevice]:
+        return list({id(channel.io.device): channel.io.device for channel in self._known()}.values())
 
     def check_fits(self, data: bytes, *, allow_missing: bool = False) -> None:
         """Raise :class:`~vmbus.saving.StateRefused` if ``data`` could not be restored in place of the guest here.

@@ -40,6 +40,9 @@ class SavableState(Protocol):
     def save(self, buffer_size: int, *, memory_stays: bool, pages: Sequence[int], limit: int) -> SavedState:
         """Return the state of the paused host. Raises :class:`~vmbus.saving.StateRefused`."""
 
+    def release_devices(self) -> None:
+        """Have devices release what the process that continues the guest will use."""
+
     def names(self) -> dict[ChannelIdentity, str]:
         """Return the names of the channels' devices."""
 
@@ -120,6 +123,8 @@ class SwitchoverSteps:
         except StateRefused as error:
             self._written = None
             return machine.save_refused(report, error)
+        if not snapshot:
+            self._state.release_devices()
         if self._written is not None:
             self._written = self._written.without(saved.pages)
         report.pages_carried = len(saved.pages)
