@@ -68,6 +68,8 @@ from vmbus.wire.echo import (
 
 COUNTERS = ("requests", "refused", "echoed_bytes", "filled_bytes", "summed_bytes", "generated")
 
+MAX_BACKLOG = 64 << 10
+"""Bytes of generated packets that wait at a time: what waits is saved, and a saved state has little room."""
 PIECE = 64
 """Packets that GENERATE sends before the event loop serves its other callers."""
 
@@ -285,6 +287,8 @@ class Echo(Device):
             if going.next == going.count:
                 self._generation = None
                 return
+            if io.backlog >= MAX_BACKLOG:
+                break
         # writable() is called once all of this is in the ring. While the ring is full, that is when the guest has
         # made room and signals: nothing polls.
         io.notify_room()

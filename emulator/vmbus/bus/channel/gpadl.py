@@ -19,7 +19,8 @@ The way of a GPADL from the message to the channel that keeps it:
 
 A guest can ask for many and large lists. A page costs the host 8 bytes, a range about as much as ``RANGE_WEIGHT``
 pages, a list some hundred bytes; so the limits below bound what a guest can make the host hold to some 20 MiB,
-which count against the guest's budget of memory (:mod:`vmbus.bus.budget`): the budget never refuses a list. Real
+which count against the guest's budget of memory (:mod:`vmbus.bus.budget`): the budget never refuses a list. What the
+lists take in a saved state is bounded, too: a list that does not fit any more is refused. Real
 guests fit with room: the largest user known, a uio network device, shares 31 + 16 MiB and 4 MiB of rings
 (13 056 pages) on its first channel, and 4 MiB of rings on each of up to 64 sub-channels.
 """
@@ -30,7 +31,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vmbus.bus.budget import MemoryBudget
+from vmbus.bus.budget import SAVED_GPADL_BYTES, MemoryBudget
 from vmbus.errors import GuestAddressError, ProtocolError
 from vmbus.ports import PAGE_SIZE, GuestMemory
 from vmbus.wire.gpadl import GpadlHeader, GpaRange, parse_ranges
@@ -47,6 +48,10 @@ RANGE_WEIGHT = 32
 _WEIGHT_BYTES = 16
 """Bytes of memory for each page: once in the list, once in a mapping of it (a ring)."""
 _LIST_BYTES = 512
+_SAVED_LIST_BYTES = 32
+"""Bytes of a list in a saved state, besides its ranges: here 8, in its channel's record 8, numbers of elements."""
+_SAVED_RANGE_BYTES = 12
+"""The same of a range, besides its pages."""
 MAX_ASSEMBLIES = 256
 """GPADLs in progress at a time, of all channels; each holds at most 64 KiB of range data."""
 
@@ -72,6 +77,11 @@ class Assembly:
     def weight(self) -> int:
         """What the assembly counts for, in pages: at least what the finished list will."""
         return self.capacity // 8 + RANGE_WEIGHT * self.range_count
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of saved state, at most: at least what the finished list will have."""
+        return _SAVED_LIST_BYTES + self.capacity + self.capacity // 8 + _SAVED_RANGE_BYTES * self.range_count
 
     @property
     def complete(self) -> bool:
@@ -100,6 +110,16 @@ class Gpadl:
     def weight(self) -> int:
         """What the list counts for, in pages."""
         return self.page_count + RANGE_WEIGHT * len(self.ranges)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of saved state: of the bus's list, and of the channel's reference to it."""
+        size = _SAVED_LIST_BYTES
+        for each in self.ranges:
+            size += _SAVED_RANGE_BYTES
+            for first, count in runs(each.pfns):
+                size += (first.bit_length() + 6) // 7 + (count.bit_length() + 6) // 7 + (not first)
+        return size
 
     @property
     def byte_count(self) -> int:
@@ -146,7 +166,7 @@ class GpadlQuota:
         self._channel_pages: dict[int, int] = {}
         self._channel_gpadls: dict[int, int] = {}
 
-    def check(self, relid: int, weight: int) -> None:
+    def check(self, relid: int, weight: int, saved: int) -> None:
         """Raise :class:`ProtocolError` if one more list of that weight would pass a limit."""
         if (
             self._channel_pages.get(relid, 0) + weight > MAX_CHANNEL_PAGES
@@ -155,16 +175,20 @@ class GpadlQuota:
             raise ProtocolError("gpadl-too-many-pages", f"channel {relid}, {weight} more")
         if self._channel_gpadls.get(relid, 0) >= MAX_CHANNEL_GPADLS or self.gpadls >= MAX_CONNECTION_GPADLS:
             raise ProtocolError("gpadl-too-many", f"channel {relid}")
+        if self._budget.saved_gpadls + saved > SAVED_GPADL_BYTES:
+            raise ProtocolError("gpadl-too-scattered", f"channel {relid}, {saved} bytes of saved state more")
 
-    def charge(self, relid: int, weight: int) -> None:
-        """Count one more list of channel ``relid``."""
+    def charge(self, relid: int, weight: int, saved: int) -> None:
+        """Count one more list of channel ``relid``; ``saved``: bytes that it has in a saved state."""
         self._count(relid, weight, 1)
         self._budget.charge(_WEIGHT_BYTES * weight + _LIST_BYTES)
+        self._budget.saved_gpadls += saved
 
-    def refund(self, relid: int, weight: int) -> None:
+    def refund(self, relid: int, weight: int, saved: int) -> None:
         """Undo :meth:`charge`."""
         self._count(relid, -weight, -1)
         self._budget.refund(_WEIGHT_BYTES * weight + _LIST_BYTES)
+        self._budget.saved_gpadls -= saved
 
     def _count(self, relid: int, pages: int, gpadls: int) -> None:
         self.pages += pages
@@ -198,7 +222,7 @@ class GpadlAssembler:
         assembly = Assembly(
             header.relid, header.gpadl_id, header.range_buffer_length // 8 * 8, header.range_count
         )
-        self.quota.check(assembly.relid, assembly.weight)
+        self.quota.check(assembly.relid, assembly.weight, assembly.saved_bytes)
         assembly.append(data)
         self.restore(assembly)
         return assembly
@@ -212,13 +236,13 @@ class GpadlAssembler:
         ranges = parse_ranges(assembly.data, assembly.range_count)
         check_ram(ranges, self._memory)
         gpadl = Gpadl(assembly.gpadl_id, ranges)
-        self.quota.charge(assembly.relid, gpadl.weight)
+        self.quota.charge(assembly.relid, gpadl.weight, gpadl.saved_bytes)
         return gpadl
 
     def abandon(self, assembly: Assembly) -> None:
         """Forget an assembly."""
         del self.assemblies[assembly.gpadl_id]
-        self.quota.refund(assembly.relid, assembly.weight)
+        self.quota.refund(assembly.relid, assembly.weight, assembly.saved_bytes)
 
     def abandon_all(self, relid: int | None = None) -> None:
         """Forget the assemblies of one channel, or of all."""
@@ -228,5 +252,5 @@ class GpadlAssembler:
 
     def restore(self, assembly: Assembly) -> None:
         """Continue an assembly, a saved one for instance."""
-        self.quota.charge(assembly.relid, assembly.weight)
+        self.quota.charge(assembly.relid, assembly.weight, assembly.saved_bytes)
         self.assemblies[assembly.gpadl_id] = assembly

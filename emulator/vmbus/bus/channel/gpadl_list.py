@@ -54,7 +54,7 @@ class GpadlList:
     def restore(self, relid: int, gpadl: Gpadl) -> None:
         """Keep a GPADL of a saved channel; its weight counts against the limits from now on."""
         self.by_id[gpadl.gpadl_id] = gpadl
-        self._context.host.gpadl_assembler.quota.charge(relid, gpadl.weight)
+        self._context.host.gpadl_assembler.quota.charge(relid, gpadl.weight, gpadl.saved_bytes)
 
     def continue_teardowns(self) -> None:
         """Answer the teardowns that can be answered, and ask the endpoint for the others.
@@ -117,5 +117,5 @@ class GpadlList:
         if self.by_id.get(gpadl.gpadl_id) is not gpadl or relid is None:
             return False
         del self.by_id[gpadl.gpadl_id]
-        self._context.host.gpadl_assembler.quota.refund(relid, gpadl.weight)
+        self._context.host.gpadl_assembler.quota.refund(relid, gpadl.weight, gpadl.saved_bytes)
         return True

@@ -24,11 +24,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from vmbus.bus.budget import BudgetAccount, MemoryBudget
+from vmbus.bus.budget import SAVED_LIMIT_BYTES, BudgetAccount, MemoryBudget
 from vmbus.bus.channel.endpoint import EndpointChannel
 from vmbus.bus.channel.gpadl import Gpadl
 from vmbus.bus.io.hooks import DeviceHooks
-from vmbus.bus.io.output import PACKET_BYTES, Output, Transactions, memory_of
+from vmbus.bus.io.output import PACKET_BYTES, Output, Transactions, memory_of, saved_size
 from vmbus.bus.io.polling import AdaptivePolling
 from vmbus.bus.io.ring import IncomingRing, OutgoingRing, ring_status
 from vmbus.bus.io.state import ChannelIoState, IoCounters, IoState
@@ -58,6 +58,8 @@ OUTPUT_PACKETS = 4096
 """Packets that a device may have sent and the guest has not taken; completions do not count."""
 OUTPUT_BYTES = 4 << 20
 """The same limit in bytes."""
+OUTPUT_ALWAYS = 4096
+"""Bytes that every channel may queue, also if the guest's saved state has no room for more."""
 AWAITED_LIMIT = 8192
 """Packets of the host whose completion the guest may owe."""
 
@@ -170,7 +172,10 @@ class ChannelIo:
         """Whether a device with unlimited data should stop sending, and call :meth:`notify_room`."""
         output = self._output
         return (
-            output.blocked or len(output.packets) >= OUTPUT_PACKETS // 2 or output.bytes >= OUTPUT_BYTES // 2
+            output.blocked
+            or len(output.packets) >= OUTPUT_PACKETS // 2
+            or output.bytes >= OUTPUT_BYTES // 2
+            or (output.bytes >= OUTPUT_ALWAYS and self._account.budget.full)
         )
 
     def owes(self, transaction_id: int) -> bool:
@@ -214,7 +219,11 @@ class ChannelIo:
         if not self._accepts(len(extension) + len(payload)):
             return
         output = self._output
-        if len(output.packets) >= OUTPUT_PACKETS or output.bytes >= OUTPUT_BYTES:
+        if (
+            len(output.packets) >= OUTPUT_PACKETS
+            or output.bytes >= OUTPUT_BYTES
+            or (output.bytes >= OUTPUT_ALWAYS and self._account.budget.full_for_first)
+        ):
             raise DeviceError(
                 f"{self.device.name} sends faster than the guest reads: {output.bytes} bytes are queued"
             )
@@ -231,6 +240,7 @@ class ChannelIo:
                 extension=extension,
             )
         )
+        self._count_saved()
         if not self._turns.active:
             self._schedule()
 
@@ -249,6 +259,7 @@ class ChannelIo:
             )
         self._account.refund(cost)
         self._output.put(build_packet(_COMPLETION, payload, transaction_id=transaction_id))
+        self._count_saved()
         if not self._turns.active:
             self._schedule()
 
@@ -466,6 +477,7 @@ class ChannelIo:
         self._turns.begin(incoming)
         self._account.move(self.device.environment.budget)
         self._account.set_queued(self._output.memory)
+        self._count_saved()
         return incoming, outgoing
 
     def _begin(self, hook: Callable[[ChannelIo], None]) -> None:
@@ -543,13 +555,10 @@ class ChannelIo:
         self._turns.schedule()
 
     def _room(self) -> int:
-        if (
-            self.state is _RUNNING
-            and not self._input_paused
-            and not self._output.blocked
-            and (not self._account.budget.full or not self._owed.total)
-        ):
-            return max(self._owed_limit - self._owed.total, 0)
+        if self.state is _RUNNING and not self._input_paused and not self._output.blocked:
+            budget = self._account.budget
+            if not (budget.full if self._owed.total else budget.full_for_first):
+                return max(self._owed_limit - self._owed.total, 0)
         return 0
 
     def _wait_for_budget(self) -> None:
@@ -576,7 +585,7 @@ class ChannelIo:
             done += 1
             counters.bytes_in += packet.size
             self._dispatch(packet)
-            if self.state is not _RUNNING or self._input_paused or budget.held >= budget.limit:
+            if self.state is not _RUNNING or self._input_paused or budget.full:
                 break
         counters.packets_in += done
         return done
@@ -594,6 +603,7 @@ class ChannelIo:
                         cost = memory_of(packet)
                         self._owed.add(packet.transaction_id, cost)
                         self._account.charge(cost)
+                        self._count_saved()
                     if packet.error is not None:
                         raise packet.error
                     device.packet(self, packet)
@@ -620,9 +630,17 @@ class ChannelIo:
             return False
         signal = output.write(self._outgoing, self.counters)
         self._account.set_queued(output.memory)
+        self._count_saved()
+        if output.blocked and self._account.budget.saved_packets > SAVED_LIMIT_BYTES:
+            raise GuestError("answers-not-read", f"{output.bytes} bytes wait for room in the guest's ring")
         if output.packets and not output.blocked:
             self._schedule()
         return signal
+
+    def _count_saved(self) -> None:
+        """Count the bytes that the packets of this channel would have in a saved state, at most."""
+        transactions = self._owed.total + self._awaited.total
+        self._account.set_saved(saved_size(transactions, self._account.owed, self._output))
 
     def _signal(self) -> None:
         if self._channel is not None:
@@ -652,6 +670,7 @@ class ChannelIo:
             self._post_start_due = False
             self._output, self._owed, self._awaited = Output(), Transactions(), Transactions()
             self._account.set_queued(0)  # the device may still hold its requests
+            self._count_saved()
 
     def status(self) -> dict[str, Any]:
         """Return the channel's part of ``vmbus status``: names and plain values."""

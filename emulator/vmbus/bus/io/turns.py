@@ -12,6 +12,7 @@ ring with one index store, and signals the guest at most once for each batch. Th
     | output that does not fit      | pending send size is set; nothing is taken until the guest makes room    |
     | too much owed, input paused   | nothing is taken until the device completes something, or resumes input  |
     | the guest's budget used up    | nothing is taken until the guest's devices hold less                     |
+    | output that cannot be saved   | the channel fails: its guest does not read its answers                   |
 
 How long an empty ring is polled before the host sleeps adapts (:mod:`vmbus.bus.io.polling`).
 """
