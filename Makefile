@@ -36,6 +36,7 @@ demo: setup
 test-guests: $(STAMP)
 	@$(BIN)/vmbus setup $(foreach guest,$(GUESTS),--guest $(guest))
 	-@$(BIN)/vmbus setup --guest debian-5.10 # old releases leave the mirrors; its test then says so
+	-@$(BIN)/vmbus setup --firmware # likewise
 	-@$(BIN)/vmbus setup --system # where it cannot be made, the tests that need it say so
 
 ## State machines, a real QEMU, real kernels: what must pass before a change is merged.

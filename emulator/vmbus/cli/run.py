@@ -39,11 +39,14 @@ from vmbus.machine.host import ExitReason, Host, HostOptions
 from vmbus.machine.migration.addresses import descriptor_number
 from vmbus.machine.migration.drive import arrived, receive
 from vmbus.machine.migration.side_channel import CarrierAddress
+from vmbus.machine.qemu.boot_media import BootDisk, BootMedia
 from vmbus.machine.qemu.confined import qemu_filter
 from vmbus.machine.qemu.image_files import check_names
 from vmbus.machine.qemu.launch import GuestOptions, command_line
 from vmbus.provision.command_output import CommandOutput
 from vmbus.provision.drivers import modules_for, present
+from vmbus.provision.firmware import NAME as OVMF
+from vmbus.provision.firmware import find_firmware
 from vmbus.provision.initramfs import KERNEL_ARGUMENTS, ROOT_MODULES, build_initramfs, parse_add
 from vmbus.provision.kernel import GUESTS, GuestKernel, find_kernel, own_kernel
 from vmbus.provision.modules import ModuleTree
@@ -57,6 +60,8 @@ examples:
   vmbus run --kernel bzImage --modules ./lib/modules --append "debug" --serial console.txt
   vmbus run --root /dev/sda1 --device scsi,image=debian.img          boot the system on that disk
   vmbus run --root /dev/sda1 --device scsi,image=debian.img -- gcc --version    or only run a command in it
+  vmbus run --cdrom debian.iso                       boot a CD-ROM; with --firmware ovmf: by UEFI
+  vmbus run --disk-boot disk.img --cdrom debian.iso --firmware ovmf     install from one to the other
   vmbus run --dry-run                                print the QEMU command line
 
 The kernel's console goes to --serial FILE, or to console.log in the guest's run directory
@@ -88,6 +93,25 @@ def add_parser(verbs: Any) -> None:
     )
     guest.add_argument(
         "--initrd", type=Path, metavar="FILE", help="use an initramfs of your own instead of the embedded one"
+    )
+    guest.add_argument(
+        "--cdrom",
+        type=Path,
+        metavar="FILE",
+        help="boot from this image of a CD-ROM, instead of a Linux kernel",
+    )
+    guest.add_argument(
+        "--disk-boot",
+        nargs="?",
+        const="",
+        metavar="FILE[,format=FORMAT]",
+        help="boot from this image of a disk (raw), before the CD-ROM; without a FILE: from drives that --qemu adds. "
+        "Firmware has no driver for VMBus, so QEMU's own controller serves both",
+    )
+    guest.add_argument(
+        "--firmware",
+        metavar="ovmf|FILE",
+        help="firmware to start with; ovmf: UEFI (`vmbus setup --firmware` fetches it) (default: SeaBIOS)",
     )
     guest.add_argument(
         "--root",
@@ -193,23 +217,9 @@ def plan(arguments: argparse.Namespace) -> Plan:
         raise UsageError(
             "--allow-missing-devices goes with --incoming: only a guest that arrives can miss devices"
         )
+    media = _media(arguments)
     devices = tuple(registry().create_all(device_lines(arguments)))
-    kernel = _kernel(arguments)
-    if arguments.initrd is not None:
-        if arguments.command or arguments.add:
-            raise UsageError("--add and a command after -- need the embedded initramfs: leave out --initrd")
-        initrd = arguments.initrd
-    else:
-        more = [*(present(kernel, ROOT_MODULES) if arguments.root else ()), *arguments.load]
-        initrd = build_initramfs(
-            kernel,
-            modules=guest_modules(kernel, devices, more),
-            available=present(kernel, AVAILABLE_MODULES),
-            add=[parse_add(line) for line in arguments.add],
-            command=arguments.command or None,
-            in_root=arguments.root is not None,
-        )
-    root = [f"root={arguments.root}"] if arguments.root else []
+    booted = _linux(arguments, devices)
     qemu = find_qemu()
     if arguments.snapshots is not None and not arguments.dry_run:
         make_image(qemu, arguments.snapshots)
@@ -225,9 +235,10 @@ def plan(arguments: argparse.Namespace) -> Plan:
         gateway=gateway_build.build(),
         memory=arguments.memory,
         guest=GuestOptions(
-            kernel=kernel.vmlinuz,
-            initrd=initrd,
-            append=" ".join([*KERNEL_ARGUMENTS, *root, arguments.append]).strip(),
+            kernel=booted.kernel,
+            initrd=booted.initrd,
+            append=booted.append,
+            media=media,
             machine=arguments.machine,
             # The gateway ends interrupts through the local APIC's memory page, which x2APIC mode has not.
             cpu=f"{arguments.cpu},-x2apic" if arguments.auto_eoi else arguments.cpu,
@@ -246,6 +257,69 @@ def plan(arguments: argparse.Namespace) -> Plan:
         incoming=_incoming(arguments.incoming),
         carrier=_carrier(arguments),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Linux:
+    """What QEMU loads; nothing for a guest that its firmware boots."""
+
+    kernel: Path | None = None
+    initrd: Path | None = None
+    append: str = ""
+
+
+_FOR_LINUX = ("initrd", "modules", "root", "append", "load", "add")
+"""Options that need a kernel that QEMU loads."""
+
+
+def _linux(arguments: argparse.Namespace, devices: Sequence[Device]) -> _Linux:
+    """Return the kernel to boot, and make its initramfs."""
+    firmware_boots = arguments.cdrom is not None or arguments.disk_boot is not None
+    if firmware_boots and arguments.kernel is None and arguments.guest is None:
+        given = [f"--{name}" for name in _FOR_LINUX if getattr(arguments, name)]
+        if given or arguments.command:
+            raise UsageError(
+                f"{given[0] if given else 'a command after --'} is for a Linux kernel that QEMU loads, and --cdrom "
+                "and --disk-boot let the firmware load something else: name the kernel, too (--guest or --kernel), "
+                "or leave it out"
+            )
+        return _Linux()
+    kernel = _kernel(arguments)
+    if arguments.initrd is not None:
+        if arguments.command or arguments.add:
+            raise UsageError("--add and a command after -- need the embedded initramfs: leave out --initrd")
+        initrd = arguments.initrd
+    else:
+        more = [*(present(kernel, ROOT_MODULES) if arguments.root else ()), *arguments.load]
+        initrd = build_initramfs(
+            kernel,
+            modules=guest_modules(kernel, devices, more),
+            available=present(kernel, AVAILABLE_MODULES),
+            add=[parse_add(line) for line in arguments.add],
+            command=arguments.command or None,
+            in_root=arguments.root is not None,
+        )
+    root = [f"root={arguments.root}"] if arguments.root else []
+    return _Linux(kernel.vmlinuz, initrd, " ".join([*KERNEL_ARGUMENTS, *root, arguments.append]).strip())
+
+
+def _media(arguments: argparse.Namespace) -> BootMedia:
+    """Return what the firmware boots from, after a look at the files."""
+    if arguments.disk_boot == "" and not arguments.qemu:
+        raise UsageError(
+            "--disk-boot without a FILE boots from a drive that --qemu adds, and there is none; firmware cannot boot "
+            "from --device scsi, because it has no driver for VMBus: name the image with --disk-boot FILE"
+        )
+    firmware = None
+    if arguments.firmware is not None:
+        firmware = find_firmware() if arguments.firmware == OVMF else Path(arguments.firmware).absolute()
+    media = BootMedia(
+        disk=BootDisk.parse(arguments.disk_boot) if arguments.disk_boot else None,
+        cdrom=arguments.cdrom.absolute() if arguments.cdrom is not None else None,
+        firmware=firmware,
+    )
+    media.check()
+    return media
 
 
 def _reachable(arguments: argparse.Namespace) -> list[Path]:

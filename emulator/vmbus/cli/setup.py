@@ -12,6 +12,7 @@ from vmbus.cli.output import show, show_json
 from vmbus.devices.registry import Registry
 from vmbus.errors import MissingRequirement
 from vmbus.machine.gateway import build as gateway_build
+from vmbus.provision.firmware import find_firmware
 from vmbus.provision.kernel import GUESTS, find_busybox, find_kernel
 from vmbus.provision.progress import for_stream
 from vmbus.provision.qemu import find_qemu
@@ -24,6 +25,7 @@ examples:
   vmbus setup --guest debian-6.1 --guest debian-backports
   vmbus setup --system debian.img            make a disk with a Debian system; then boot it:
   vmbus run --root /dev/sda1 --device scsi,image=debian.img
+  vmbus setup --firmware                     also fetch OVMF, for `vmbus run --firmware ovmf`
   vmbus setup --dry-run                      say what would be fetched and compiled
 
 A second run has nothing to do; an interrupted download is resumed. Everything is kept in $VMBUS_CACHE, or if that is
@@ -56,6 +58,9 @@ def add_parser(verbs: Any) -> None:
         "seconds), and copy it to FILE",
     )
     parser.add_argument(
+        "--firmware", action="store_true", help="also fetch UEFI firmware (OVMF) unless this machine has it"
+    )
+    parser.add_argument(
         "--update", action="store_true", help="fetch newer versions of what was fetched before"
     )
     parser.add_argument(
@@ -68,7 +73,7 @@ def add_parser(verbs: Any) -> None:
 def main(arguments: argparse.Namespace) -> int:
     guests = arguments.guest or [DEFAULT_GUEST]
     if arguments.dry_run:
-        return _dry_run(guests, arguments.system)
+        return _dry_run(guests, arguments.system, arguments.firmware)
     setup = Setup(progress=for_stream())
     found = setup.run(guests, update=arguments.update)
     gateway = gateway_build.build()
@@ -79,6 +84,7 @@ def main(arguments: argparse.Namespace) -> int:
             copy_system(system, arguments.system)
             system = arguments.system
 
+    firmware = setup.firmware(update=arguments.update) if arguments.firmware else None
     built = {each.name_in_reports: str(each.build()) for each in Registry().native_libraries()}
     version = ".".join(map(str, found.qemu.version))
     if arguments.json:
@@ -87,6 +93,7 @@ def main(arguments: argparse.Namespace) -> int:
             "guests": [{"name": kernel.name, "release": kernel.release} for kernel in found.kernels],
             "gateway": str(gateway),
             "system": str(system) if system is not None else None,
+            "firmware": str(firmware) if firmware is not None else None,
             **{name.replace(" ", "_"): path for name, path in built.items()},
         }
         show_json(result)
@@ -97,19 +104,23 @@ def main(arguments: argparse.Namespace) -> int:
     show(f"gateway {gateway}")
     if system is not None:
         show(f"Debian system {system}")
+    if firmware is not None:
+        show(f"UEFI firmware {firmware}")
 
     for name, path in built.items():
         show(f"{name} {path}")
     return 0
 
 
-def _dry_run(guests: list[str], system: Path | None) -> int:
+def _dry_run(guests: list[str], system: Path | None, firmware: bool) -> int:
     checks: list[tuple[str, Callable[[], object]]] = [
         ("QEMU", find_qemu),
         ("busybox for the guest", find_busybox),
     ]
     if system is not None:
         checks.append(("Debian system", find_system))
+    if firmware:
+        checks.append(("UEFI firmware", find_firmware))
     for name, check in checks:
         try:
             check()

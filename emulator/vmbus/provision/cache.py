@@ -3,6 +3,7 @@
     CACHE/apt/CODENAME/          private apt state (lists, partly downloaded packages)
     CACHE/qemu/VERSION/          private QEMU, unpacked
     CACHE/busybox/VERSION/       the guest's userspace
+    CACHE/firmware/VERSION/      UEFI firmware for guests
     CACHE/kernels/GUEST/RELEASE/ guest kernels
     CACHE/initramfs/HASH.cpio    built initramfs images
     CACHE/systems/HASH/          a disk with a Debian system

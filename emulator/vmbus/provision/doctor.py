@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from vmbus.errors import UserError
-from vmbus.provision import cache, kernel, qemu, system_disk, system_packages
+from vmbus.provision import cache, firmware, kernel, qemu, system_disk, system_packages
 
 PYTHON_PACKAGES = {
     "construct": "construct",
@@ -60,6 +60,7 @@ def examine(folder: Path | None = None, more: Sequence[Check] = ()) -> list[Chec
         *_packages(),
         *(_kernel(name, folder) for name in kernel.GUESTS),
         _busybox(folder),
+        _firmware(folder),
         _system(folder),
         _disk(folder),
         _memory(),
@@ -154,6 +155,14 @@ def _busybox(folder: Path) -> Check:
         return Check("guest userspace", State.OK, kernel.find_busybox(folder).name)
     except UserError:
         return Check("guest userspace", State.MISSING, "busybox has not been fetched", "vmbus setup")
+
+
+def _firmware(folder: Path) -> Check:
+    title = "UEFI firmware"
+    try:
+        return Check(title, State.OK, str(firmware.find_firmware(folder)))
+    except UserError as error:
+        return Check(title, State.OPTIONAL, str(error), "vmbus setup --firmware")
 
 
 def _system(folder: Path) -> Check:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmbus.errors import MissingRequirement
-from vmbus.provision import cache, kernel, qemu, system_disk, system_packages
+from vmbus.provision import cache, firmware, kernel, qemu, system_disk, system_packages
 from vmbus.provision.apt import Archive
 from vmbus.provision.mirror import Mirror, find_mirror
 from vmbus.provision.progress import Progress, for_stream
@@ -63,6 +63,20 @@ class Setup:
             finally:
                 self._progress.finish()
 
+    def firmware(self, *, update: bool = False) -> Path:
+        """Return the UEFI firmware for guests; fetch it if there is none, or if ``update``. Raises as :meth:`run`."""
+        if not update:
+            try:
+                return firmware.find_firmware(self.folder)
+            except MissingRequirement:
+                pass  # fetched below
+        with cache.locked(self.folder, lambda: self._progress.step("waiting for another setup to end")):
+            cache.sweep(self.folder / "firmware")
+            try:
+                return firmware.fetch_firmware(self.folder, self._archive(firmware.SUITE))
+            finally:
+                self._tidy()
+
     def _system(self, update: bool) -> Path:
         if not update:
             try:
@@ -84,9 +98,12 @@ class Setup:
                     kernels=tuple(self._kernel(name, update) for name in guests),
                 )
             finally:
-                for archive in self._archives.values():
-                    archive.tidy()
-                self._progress.finish()
+                self._tidy()
+
+    def _tidy(self) -> None:
+        for archive in self._archives.values():
+            archive.tidy()
+        self._progress.finish()
 
     def _there(self, guests: Sequence[str]) -> Provisions | None:
         try:

@@ -172,10 +172,22 @@ def _named(words: Sequence[str]) -> Iterator[Access]:
             continue
         if option in _NO_FILES:
             continue
+        rights = READ if option in _READ_ONLY_OPTIONS else CHANGE
+        if _is_read_only_node(word):
+            rights = READ | landlock.IOCTL_DEV
         for value in _values(word):
             if value in ("snapshot=on", "on") and "snapshot=on" in word:
                 yield _temporary()
-            yield from _file(value, READ if option in _READ_ONLY_OPTIONS else CHANGE)
+            yield from _file(value, rights)
+
+
+def _is_read_only_node(word: str) -> bool:
+    """Return whether ``word`` is a block node in JSON that never becomes writable."""
+    try:
+        node = json.loads(word) if word.startswith("{") else None
+    except ValueError:
+        return False
+    return isinstance(node, dict) and node.get("read-only") is True and node.get("auto-read-only") is not True
 
 
 def _temporary() -> Access:

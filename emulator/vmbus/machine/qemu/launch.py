@@ -18,6 +18,7 @@ from pathlib import Path
 from vmbus.errors import QemuError, QemuUnsuitable
 from vmbus.machine.bounded_log import BoundedLog, LogCopy
 from vmbus.machine.qemu.arguments import EmulatorOptions, escape
+from vmbus.machine.qemu.boot_media import NO_MEDIA, BootMedia
 from vmbus.machine.qemu.child import in_child
 from vmbus.machine.qemu.qmp import Qmp
 from vmbus.machine.rundir import RunDirectory
@@ -39,9 +40,10 @@ SNAPSHOT_NODE = "vmbus-snapshots"
 class GuestOptions:
     """The guest that ``vmbus run`` starts."""
 
-    kernel: Path
-    initrd: Path | None
-    append: str
+    kernel: Path | None
+    """The kernel that QEMU loads; ``None``: the firmware boots from ``media``, or from drives in ``extra``."""
+    initrd: Path | None = None
+    append: str = ""
     machine: str = "q35"
     cpu: str = "max"
     smp: int = 1
@@ -54,6 +56,7 @@ class GuestOptions:
     """Wait for a migration (``migrate-incoming``) instead of booting."""
     snapshots: Path | None = None
     """A qcow2 image for snapshots; the guest does not see it."""
+    media: BootMedia = NO_MEDIA
     reachable: tuple[Path, ...] = ()
     """Files and folders that QEMU may use besides those on its command line: for what is named later over QMP."""
     reserve_memory: bool = True
@@ -96,10 +99,15 @@ def command_line(
     if guest.command_port:
         line += ["-chardev", f"socket,id=command,path={escape(directory.command)},server=on,wait=off"]
         line += ["-serial", "chardev:command"]
-    line += ["-kernel", str(guest.kernel)]
-    if guest.initrd is not None:
-        line += ["-initrd", str(guest.initrd)]
-    line += ["-append", guest.append]
+    if guest.kernel is not None:
+        line += ["-kernel", str(guest.kernel)]
+        if guest.initrd is not None:
+            line += ["-initrd", str(guest.initrd)]
+        line += ["-append", guest.append]
+    else:
+        # SeaBIOS, and boot loaders that print through it, then use the serial port, too.
+        line += ["-machine", "graphics=off"]
+    line += guest.media.argv()
     if guest.snapshots is not None:
         image = {"driver": "file", "filename": str(guest.snapshots)}
         # No file that the image itself names is opened; an external data file was refused before.
