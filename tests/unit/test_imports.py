@@ -13,7 +13,7 @@ GROUND = {"errors", "native", "ports", "private", "refusals", "wire"}
 STATE_MACHINES = GROUND | {"hypervisor", "bus", "saving"}
 MAY_IMPORT = {
     "wire": {"errors"},
-    "provision": {"errors", "private"},
+    "provision": {"errors", "printable", "private"},
     "hypervisor": GROUND,
     "bus": GROUND,
     "saving": GROUND | {"bus", "version"},

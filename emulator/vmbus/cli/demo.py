@@ -17,7 +17,7 @@ from typing import Any, cast
 from vmbus.bus.io.device import Device
 from vmbus.cli.devices import registry
 from vmbus.cli.options import DEFAULT_GUEST, MAX_VCPUS, whole_number
-from vmbus.cli.output import is_terminal, one_line, redraw, show, show_json
+from vmbus.cli.output import is_terminal, redraw, show, show_json
 from vmbus.cli.run import guest_modules, make_image
 from vmbus.cli.status import channel_table
 from vmbus.errors import UserError
@@ -28,6 +28,7 @@ from vmbus.machine.host import ExitReason
 from vmbus.machine.migration import snapshots
 from vmbus.machine.qemu.launch import GuestOptions
 from vmbus.machine.served import status
+from vmbus.printable import one_line
 from vmbus.provision.command_output import CommandOutput
 from vmbus.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
 from vmbus.provision.kernel import GUESTS, find_kernel

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vmbus.cli.output import indented, note
+from vmbus.cli.output import note
+from vmbus.printable import indented
 
 BURST = 50
 """Lines of one place in the source that are written at once."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vmbus.cli.options import seconds, whole_number
-from vmbus.cli.output import ERASE_LINE, is_terminal, note, one_line, show, show_json
+from vmbus.cli.output import ERASE_LINE, is_terminal, note, show, show_json
 from vmbus.cli.table import table
 from vmbus.errors import UsageError, UserError
 from vmbus.machine import rundir
@@ -21,6 +21,7 @@ from vmbus.machine.host import ExitReason, Host
 from vmbus.machine.migration.addresses import descriptor_number
 from vmbus.machine.migration.drive import MigrationFailed, migrate
 from vmbus.machine.migration.side_channel import CarrierAddress
+from vmbus.printable import one_line
 
 _EPILOG = """\
 examples:

@@ -2,8 +2,8 @@
 
 Guests, servers and peers choose much of what is shown: the console, messages of crashes, reasons of refusals, names.
 A terminal executes what they send (it changes its title, its contents, with OSC 52 the clipboard), so what it may not
-execute is shown instead: :func:`harmless`. What a guest's command prints reaches a file or a pipe byte by byte, and
-only a terminal in this form.
+execute is shown instead (:mod:`vmbus.printable`). What a guest's command prints reaches a file or a pipe byte by
+byte, and only a terminal in this form.
 
 A standard output that cannot be written raises :class:`OutputFailed`; ``main`` ends the command with it.
 """
@@ -18,6 +18,7 @@ import sys
 from typing import BinaryIO, TextIO
 
 from vmbus.errors import UserError
+from vmbus.printable import harmless, indented
 
 ERASE_LINE = "\r\x1b[K"
 """What :func:`note` begins with to replace its last text."""
@@ -29,30 +30,6 @@ class OutputFailed(UserError):
 
 class OutputClosed(OutputFailed):
     """A standard output whose reader has ended, as in ``| head -1``: nobody wants to hear of it."""
-
-
-def harmless(text: str, keep: str = "\n\t") -> str:
-    r"""Return ``text`` with ``\x1b`` and the like in place of what a terminal would execute; ``keep`` stays.
-
-    Replaced are control characters of ASCII and Unicode, those that change the direction of text, and lone
-    surrogates.
-    """
-    if text.isprintable():
-        return text
-    return "".join(
-        letter if letter.isprintable() or letter in keep else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
-
-
-def one_line(text: str) -> str:
-    r"""As :func:`harmless`, for text that could pretend to be more lines: a newline is shown as ``\n``."""
-    return harmless(text, keep="")
-
-
-def indented(text: str) -> str:
-    """As :func:`harmless`; lines after the first are indented, so that none of them looks like a message itself."""
-    return harmless(text).rstrip("\n").replace("\n", "\n  ")
 
 
 # --- standard output ---

@@ -6,10 +6,11 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from vmbus.cli.output import one_line, show, show_json
+from vmbus.cli.output import show, show_json
 from vmbus.cli.table import table
 from vmbus.machine import rundir
 from vmbus.machine.control import ask
+from vmbus.printable import one_line
 
 _EPILOG = """\
 examples:

@@ -1,9 +1,12 @@
-"""Progress of long steps, shown on a terminal only."""
+"""Progress of long steps, shown on a terminal only; what mirrors and packages are called passes the filter."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Protocol, TextIO
+
+from vmbus.printable import one_line
 
 
 class Progress(Protocol):
@@ -55,15 +58,25 @@ class Terminal:
 
     def finish(self) -> None:
         if self._shown:
-            self._stream.write("\n")
-            self._stream.flush()
+            _print("\n", self._stream)
         self._shown = ""
 
     def _show(self, line: str) -> None:
+        line = one_line(line)
         if line != self._shown:
-            self._stream.write("\r" + line.ljust(len(self._shown)))
-            self._stream.flush()
+            _print("\r" + line.ljust(len(self._shown)), self._stream)
             self._shown = line
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line on ``stream`` (standard error by default)."""
+    _print(one_line(text) + "\n", sys.stderr if stream is None else stream)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a terminal that is gone ends no download
+        stream.write(text)
+        stream.flush()
 
 
 def for_stream(stream: TextIO | None = None) -> Progress:

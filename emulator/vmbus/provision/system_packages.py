@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from vmbus.errors import MissingRequirement
+from vmbus.provision.progress import say
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ def ensure(packages: Iterable[SystemPackage] = BUILD_PACKAGES, stream: TextIO | 
     why = "; ".join(f"{package.name}: {package.purpose}" for package in missing)
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         raise MissingRequirement(f"this machine lacks {' '.join(names)} ({why}): {install_line(missing)}")
-    print(f"installing {' '.join(names)} with apt-get ({why})", file=stream or sys.stderr, flush=True)
+    say(f"installing {' '.join(names)} with apt-get ({why})", stream)
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
     for command in (["update"], ["install", "--yes", "--no-install-recommends", *names]):
         done = subprocess.run(

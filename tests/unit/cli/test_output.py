@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import ast
 import asyncio
+import errno
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -17,13 +19,17 @@ from typing import Any, TextIO, cast
 
 import pytest
 import vmbus.cli
+import vmbus_devices
 from vmbus.cli import output, run
-from vmbus.cli.output import Echo, OutputClosed, OutputFailed, harmless, indented, one_line
+from vmbus.cli.output import Echo, OutputClosed, OutputFailed
 from vmbus.cli.status import render
 from vmbus.cli.table import table
 from vmbus.errors import UserError
 from vmbus.machine.host import ExitReason
+from vmbus.printable import harmless, indented, one_line
+from vmbus.provision import progress, system_packages
 from vmbus.provision.command_output import START
+from vmbus.provision.system_packages import SystemPackage
 
 CLIPBOARD = "\x1b]52;c;cm0gLXJmIH4=\x07"
 """OSC 52: sets the clipboard of the terminal."""
@@ -50,17 +56,65 @@ def test_text_for_one_line_stays_in_it() -> None:
     assert indented("failed:\nvmbus run: forged") == "failed:\n  vmbus run: forged"
 
 
-def test_no_other_module_of_the_command_line_prints() -> None:
-    folder = Path(vmbus.cli.__file__).parent
+PRINTING = {"vmbus/cli/output.py", "vmbus/cli/writer.py", "vmbus/provision/progress.py"}
+"""The modules that write to standard output and standard error; all that they print goes through the filter."""
+
+
+def test_no_other_module_prints() -> None:
     wrong = []
-    for path in folder.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())) if path.name != "output.py" else ():
-            if isinstance(node, ast.Call):
-                called = ast.unparse(node.func)
-                given = " ".join(ast.unparse(each) for each in node.args)
-                if called in ("print", "json.dump") or (".write" in called and "sys.std" in called + given):
-                    wrong.append(f"{path.name}:{node.lineno}: {called}")
+    for package in (vmbus, vmbus_devices):
+        folder = Path(package.__path__[0])
+        for path in folder.rglob("*.py"):
+            name = str(path.relative_to(folder.parent))
+            for node in ast.walk(ast.parse(path.read_text())) if name not in PRINTING else ():
+                if isinstance(node, ast.Call):
+                    called = ast.unparse(node.func)
+                    given = " ".join(ast.unparse(each) for each in node.args)
+                    if called in ("print", "json.dump") or (
+                        ".write" in called and "sys.std" in called + given
+                    ):
+                        wrong.append(f"{name}:{node.lineno}: {called}")
     assert not wrong
+
+
+class Terminal(io.StringIO):
+    """A terminal that keeps what it is given."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_shows_what_mirrors_and_packages_are_called() -> None:
+    """A mirror's name is out of the machine's settings, and what a mirror offers is its own choice."""
+    terminal = Terminal()
+    shown = progress.for_stream(terminal)
+    shown.step(f"package lists of {CLIPBOARD}\nforged")
+    shown.advance(1, 2, f"\x1b[2J{CLIPBOARD}")
+    shown.finish()
+    assert "\x1b" not in terminal.getvalue() and "\x07" not in terminal.getvalue()
+    assert r"\x1b]52;c;cm0gLXJmIH4=\x07\nforged ..." in terminal.getvalue()
+
+
+def test_progress_survives_a_terminal_that_is_gone() -> None:
+    class Gone(Terminal):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    shown = progress.for_stream(Gone())
+    shown.step("loading")
+    shown.advance(1, 2, "B")
+    shown.finish()
+
+
+def test_installing_packages_is_said_through_the_filter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=0, stderr=""))
+    said = io.StringIO()
+    system_packages.ensure([SystemPackage(f"gcc{CLIPBOARD}", "compiles", lambda: False)], said)
+    assert said.getvalue() == "installing gcc\\x1b]52;c;cm0gLXJmIH4=\\x07 with apt-get " + (
+        "(gcc\\x1b]52;c;cm0gLXJmIH4=\\x07: compiles)\n"
+    )
 
 
 def test_status_shows_hostile_names_in_their_places(capsys: pytest.CaptureFixture[str]) -> None:
