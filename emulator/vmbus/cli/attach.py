@@ -15,7 +15,7 @@ from vmbus.cli.options import (
     device_lines,
     host_options,
 )
-from vmbus.cli.output import tell
+from vmbus.cli.output import serving, tell
 from vmbus.cli.serving import CONTROL_COMMANDS
 from vmbus.machine import rundir, signals
 from vmbus.machine.host import ExitReason, Host
@@ -72,7 +72,8 @@ def add_parser(verbs: Any) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     confine(arguments)
-    return signals.run(_attach(arguments))
+    with serving():
+        return signals.run(_attach(arguments))
 
 
 async def _attach(arguments: argparse.Namespace) -> int:

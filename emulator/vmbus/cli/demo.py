@@ -17,7 +17,7 @@ from typing import Any, cast
 from vmbus.bus.io.device import Device
 from vmbus.cli.devices import registry
 from vmbus.cli.options import DEFAULT_GUEST, MAX_VCPUS, whole_number
-from vmbus.cli.output import is_terminal, redraw, show, show_json
+from vmbus.cli.output import is_terminal, redraw, serving, show, show_json
 from vmbus.cli.run import guest_modules, make_image
 from vmbus.cli.status import channel_table
 from vmbus.errors import UserError
@@ -100,9 +100,10 @@ class Screen:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    return signals.run(
-        _demo(Demo(Screen(quiet=arguments.json), arguments.guest, arguments.smp), arguments.json)
-    )
+    with serving():
+        return signals.run(
+            _demo(Demo(Screen(quiet=arguments.json), arguments.guest, arguments.smp), arguments.json)
+        )
 
 
 async def _demo(demo: Demo, as_json: bool) -> int:

@@ -6,22 +6,41 @@ execute is shown instead (:mod:`vmbus.printable`). What a guest's command prints
 byte, and only a terminal in this form.
 
 A standard output that cannot be written raises :class:`OutputFailed`; ``main`` ends the command with it.
+
+A command that serves a guest never waits for the reader of its output (:func:`serving`): a thread writes. The output
+of the guest's command is complete, because the command waits instead; of messages those are left out that are too
+many to be kept.
 """
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import errno
 import json
 import os
+import stat
 import sys
+from collections.abc import Iterator, Mapping
 from typing import BinaryIO, TextIO
 
+from vmbus.cli.writer import Writer
 from vmbus.errors import UserError
 from vmbus.printable import harmless, indented
 
 ERASE_LINE = "\r\x1b[K"
 """What :func:`note` begins with to replace its last text."""
+
+
+MAX_WAITING = 1 << 20
+"""Bytes of output that wait for their reader."""
+FLUSH_TIMEOUT = 2.0
+"""Seconds for a reader to take the rest, where nobody waits for it: messages, and the output of what was ended."""
+
+_writers: dict[int, Writer] | None = None
+"""The writers by their descriptors, while a guest is served."""
+_owed = False
+"""Whether the rest of standard output is worth to wait for its reader."""
 
 
 class OutputFailed(UserError):
@@ -55,7 +74,53 @@ def redraw(lines: int) -> None:
     _write(f"\x1b[{lines}F\x1b[J")
 
 
+@contextlib.contextmanager
+def serving() -> Iterator[None]:
+    """Write without waiting for readers in this block; at its end wait until the rest is written.
+
+    That wait is short, unless :meth:`Echo.owe` was called. Raises :class:`OutputFailed`.
+    """
+    global _writers
+    writers = _writers = {}
+    try:
+        yield
+    except BaseException:
+        _flush(writers, FLUSH_TIMEOUT)
+        raise
+    else:
+        _flush(writers, None if _owed else FLUSH_TIMEOUT)
+    finally:
+        _writers = None
+    if 1 in writers and (error := writers[1].error) is not None:
+        raise _failed(error) from error
+
+
+def _flush(writers: Mapping[int, Writer], timeout: float | None) -> None:
+    """``timeout``: seconds for standard output; ``None``: as long as it has a reader."""
+    for number, writer in list(writers.items()):
+        writer.flush(timeout if number == 1 else FLUSH_TIMEOUT)
+
+
+def _writer(stream: TextIO | BinaryIO) -> Writer | None:
+    """Return who writes to ``stream`` now; ``None``: write to it directly, as to a file, which has no reader."""
+    if _writers is None:
+        return None
+    try:
+        number = stream.fileno()
+        direct = stat.S_ISREG(os.fstat(number).st_mode)
+    except (AttributeError, OSError, ValueError):  # closed, or none of the system's
+        return None
+    if direct:
+        return None
+    return _writers.setdefault(number, Writer(number, MAX_WAITING))
+
+
 def _write(text: str) -> None:
+    if (writer := _writer(sys.stdout)) is not None:
+        if writer.error is not None:
+            raise _failed(writer.error) from writer.error
+        writer.offer(text.encode(sys.stdout.encoding, "backslashreplace"))
+        return
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -92,11 +157,33 @@ class Echo:
             text = harmless(self._decoder.decode(data, final), keep="\n\t\r\b")
             data = text.encode(self._stream.encoding, "backslashreplace")
         raw: BinaryIO = self._stream.buffer
+        if (writer := _writer(raw)) is not None:
+            writer.put(data)
+            if writer.error is not None:
+                raise _failed(writer.error) from writer.error
+            return
         try:
             raw.write(data)
             raw.flush()
         except (OSError, ValueError) as error:
             raise _failed(error) from error
+
+    async def room(self) -> None:
+        """Wait until the reader has taken enough that more can be written. Raises :class:`OutputFailed`."""
+        if (writer := _writer(self._stream.buffer)) is not None:
+            await writer.room()
+            if writer.error is not None:
+                raise _failed(writer.error) from writer.error
+
+    def owe(self) -> None:
+        """Let :func:`serving` wait until the reader has all: the guest's command has ended by itself."""
+        global _owed
+        _owed = True
+
+    def lift_limit(self) -> None:
+        """Let :meth:`room` wait no more: the guest has ended, and little is left to write."""
+        if (writer := _writer(self._stream.buffer)) is not None:
+            writer.lift_limit()
 
 
 # --- standard error ---
@@ -114,6 +201,9 @@ def complain(verb: str, error: object) -> None:
 
 def note(text: str) -> None:
     """Write ``text``, which is harmless already, to standard error."""
+    if (writer := _writer(sys.stderr)) is not None:
+        writer.offer(text.encode(sys.stderr.encoding, "backslashreplace"))
+        return
     try:
         sys.stderr.write(text)
         sys.stderr.flush()

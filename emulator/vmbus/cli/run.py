@@ -29,7 +29,7 @@ from vmbus.cli.options import (
     size,
     whole_number,
 )
-from vmbus.cli.output import Echo, is_terminal, show_exactly, tell
+from vmbus.cli.output import Echo, is_terminal, serving, show_exactly, tell
 from vmbus.cli.serving import CONTROL_COMMANDS
 from vmbus.errors import DeviceError, UsageError, UserError
 from vmbus.machine import rundir, signals
@@ -394,7 +394,8 @@ def main(arguments: argparse.Namespace) -> int:
         line = command_line(decided.qemu.argv_prefix, directory, options, decided.guest)
         show_exactly(shlex.join([*line, *(qemu_filter(line) if decided.qemu.sandbox else ())]))
         return 0
-    return signals.run(_run(decided, bool(arguments.command), arguments.timeout))
+    with serving():
+        return signals.run(_run(decided, bool(arguments.command), arguments.timeout))
 
 
 async def _run(decided: Plan, command: bool, limit: float | None) -> int:
@@ -457,6 +458,7 @@ async def _command(guest: Guest, output: Echo, *, under_way: bool) -> int:
         async for data in guest.command_output():
             if found := received.feed(data):
                 output.write(found)
+                await output.room()
         output.write(received.close(), final=True)
 
     def stop_unread(reading: asyncio.Future[None]) -> None:
@@ -466,11 +468,13 @@ async def _command(guest: Guest, output: Echo, *, under_way: bool) -> int:
     reading = asyncio.ensure_future(read())
     reading.add_done_callback(stop_unread)
     exit_reason = await guest.served.serve()
+    output.lift_limit()
     if exit_reason in (ExitReason.STOPPED, ExitReason.MIGRATED):
         reading.cancel()  # the port stays open as long as QEMU runs
     with contextlib.suppress(asyncio.CancelledError):
         await reading
     if received.status is not None:
+        output.owe()
         return received.status
     if exit_reason is ExitReason.STOPPED:
         return 130
