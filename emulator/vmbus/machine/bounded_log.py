@@ -71,14 +71,44 @@ class BoundedLog:
                 self._file = None
 
 
+class BoundedText:
+    """The first ``keep`` bytes of all that was written, and the last ``keep`` bytes, in memory."""
+
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+        self._begin = b""
+        self._end = b""
+        self._left_out = 0
+        self._lock = threading.Lock()
+
+    def write(self, data: bytes) -> None:
+        """Append ``data``."""
+        with self._lock:
+            room = self._keep - len(self._begin)
+            self._begin += data[:room]
+            rest = self._end + data[room:]
+            cut = max(len(rest) - self._keep, 0)
+            self._left_out += cut
+            self._end = rest[cut:]
+
+    def text(self) -> str:
+        """Return what is kept; between the two parts is how much was left out."""
+        with self._lock:
+            middle = b"\n[%d bytes are left out here]\n" % self._left_out if self._left_out else b""
+            return (self._begin + middle + self._end).decode(errors="replace")
+
+    def close(self) -> None:
+        """Do nothing: there is no file."""
+
+
 class LogCopy:
     """Copies what a pipe or socket gives into ``log``, until its other side is closed; closes ``descriptor`` then."""
 
-    def __init__(self, descriptor: int, log: BoundedLog, *, close_log: bool) -> None:
+    def __init__(self, descriptor: int, log: BoundedLog | BoundedText, *, close_log: bool) -> None:
         self._descriptor = descriptor
         self._log = log
         self._close_log = close_log
-        self._thread = threading.Thread(target=self._copy, name=f"copy to {log.path.name}", daemon=True)
+        self._thread = threading.Thread(target=self._copy, name="copy to a log", daemon=True)
         self._thread.start()
 
     def _copy(self) -> None:

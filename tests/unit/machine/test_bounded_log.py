@@ -9,10 +9,13 @@ import stat
 from pathlib import Path
 
 import pytest
-from vmbus.machine.bounded_log import BoundedLog, LogCopy, copy_socket
+from vmbus.errors import DeviceError
+from vmbus.machine.bounded_log import BoundedLog, BoundedText, LogCopy, copy_socket
 from vmbus.machine.guest import emulator_options
 from vmbus.machine.qemu.launch import GuestOptions, QemuProcess, command_line
+from vmbus.machine.qemu.storage_daemon import StorageDaemon
 from vmbus.machine.rundir import RunDirectory
+from vmbus_devices.scsi.image import ImageFile
 
 KEEP = 1000
 
@@ -140,4 +143,56 @@ def test_the_console_goes_to_a_file_or_to_a_socket(tmp_path: Path) -> None:
     assert console(plain) == [f"file,id=console,path={tmp_path}/console.log"]
     assert console(GuestOptions(tmp_path / "kernel", None, "", console_socket=True)) == [
         f"socket,id=console,path={tmp_path}/console.sock,server=on,wait=off"
+    ]
+
+
+def test_bounded_text_keeps_the_beginning_and_the_end() -> None:
+    text = BoundedText(4)
+    for each in (b"ab", b"cdef", b"gh"):
+        text.write(each)
+    assert text.text() == "abcdefgh"
+    text.write(b"i" * 1000 + b"WXYZ")
+    assert text.text() == "abcd\n[1004 bytes are left out here]\nWXYZ"
+
+
+_CHATTY = """
+i=0
+while [ $i -lt 400 ]; do printf %0100000d $i >&2; i=$((i+1)); done
+printf 'the reason' >&2
+exit 3
+"""
+
+
+def test_messages_of_a_storage_daemon_are_bounded_and_shown(tmp_path: Path) -> None:
+    """An image can make a daemon print: 40 MB here."""
+    script, image = tmp_path / "daemon", tmp_path / "image"
+    script.write_text(_CHATTY)
+    image.touch()
+    daemon = StorageDaemon(("/bin/sh", str(script)), ImageFile(image, "qcow2"))
+    with pytest.raises(DeviceError) as failed:
+        daemon.start(1)
+    assert str(failed.value).endswith("the reason")
+    assert "bytes are left out here" in str(failed.value)
+    assert len(str(failed.value)) < 40000
+
+
+_DYING = r"""
+printf '{"QMP": {}}\n{"return": {}}\n'
+read line
+printf 'qemu-storage-daemon: assertion failed' >&2
+exit 3
+"""
+
+
+def test_a_storage_daemon_that_dies_is_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    script, image = tmp_path / "daemon", tmp_path / "image"
+    script.write_text(_DYING)
+    image.touch()
+    daemon = StorageDaemon(("/bin/sh", str(script)), ImageFile(image, "qcow2"))
+    daemon._start(None)
+    assert daemon.process is not None
+    daemon.process.wait(20)
+    daemon.stop()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the storage daemon of {image} had ended with status 3: assertion failed"
     ]

@@ -19,10 +19,11 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from vmbus.errors import DeviceError, MissingRequirement, UserError
 from vmbus.machine import unix_path
+from vmbus.machine.bounded_log import BoundedText, LogCopy
 from vmbus.machine.qemu import confined
 from vmbus.machine.qemu.child import in_child
 from vmbus.machine.qemu.image_files import Image, examine
@@ -37,6 +38,8 @@ RESIZE_TIMEOUT = 300.0
 STOP_TIMEOUT = 10.0
 """Seconds for a daemon to write back its caches and end."""
 _QUIT = b'{"execute": "qmp_capabilities"}\n{"execute": "quit"}\n'
+_KEPT_MESSAGES = 16 << 10
+"""Bytes of the beginning, and of the end, of what a daemon prints: an image can make it print."""
 _MAX_ANSWER = 16 << 20
 """Bytes of one answer on the control connection."""
 
@@ -72,7 +75,8 @@ class StorageDaemon:
         self._program = tuple(program)
         self._image = image
         self._environment = {**os.environ, **(environment or {})}
-        self._messages: IO[bytes] | None = None
+        self._messages: BoundedText | None = None
+        self._copy: LogCopy | None = None
         self._received = b""
         self._deadline = 0.0
         self.process: subprocess.Popen[bytes] | None = None
@@ -121,20 +125,28 @@ class StorageDaemon:
         line = [*self._program, "--chardev", "stdio,id=control", "--monitor", "chardev=control"]
         if listener is not None:
             line += ["--nbd-server", f"addr.type=fd,addr.str={listener.fileno()}"]
-        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed in stop()
         self._received = b""
-        with in_child(confined.storage_daemon(self._program, self._image)) as prepare:
-            self.process = subprocess.Popen(
-                line,
-                env=self._environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._messages,
-                bufsize=0,
-                pass_fds=() if listener is None else (listener.fileno(),),
-                start_new_session=True,
-                preexec_fn=prepare,
-            )
+        printed, output = os.pipe()
+        try:
+            with in_child(confined.storage_daemon(self._program, self._image)) as prepare:
+                self.process = subprocess.Popen(
+                    line,
+                    env=self._environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=output,
+                    bufsize=0,
+                    pass_fds=() if listener is None else (listener.fileno(),),
+                    start_new_session=True,
+                    preexec_fn=prepare,
+                )
+        except BaseException:
+            os.close(printed)
+            raise
+        finally:
+            os.close(output)
+        self._messages = BoundedText(_KEPT_MESSAGES)
+        self._copy = LogCopy(printed, self._messages, close_log=False)
         self._deadline = time.monotonic() + START_TIMEOUT
         if "QMP" not in self._answer():
             raise DeviceError("qemu-storage-daemon does not greet")
@@ -174,7 +186,8 @@ class StorageDaemon:
                 raise DeviceError("qemu-storage-daemon did not answer in time")
             data = process.stdout.read(1 << 16)
             if not data:
-                raise DeviceError(self.messages() or f"ended with status {process.wait()}")
+                status = process.wait()
+                raise DeviceError(self.messages() or f"ended with status {status}")
             self._received += data
             if len(self._received) > _MAX_ANSWER:
                 raise DeviceError("qemu-storage-daemon sends an answer without end")
@@ -186,16 +199,17 @@ class StorageDaemon:
         return found if isinstance(found, dict) else {}
 
     def messages(self) -> str:
-        """Return the daemon's messages on standard error."""
+        """Return the beginning and the end of the daemon's messages on standard error."""
         if self._messages is None:
             return ""
-        self._messages.seek(0)
-        text = self._messages.read().decode(errors="replace").strip()
-        return " ".join(text.removeprefix("qemu-storage-daemon: ").split())
+        if self._copy is not None and self.process is not None and self.process.poll() is not None:
+            self._copy.wait()
+        return " ".join(self._messages.text().strip().removeprefix("qemu-storage-daemon: ").split())
 
     def stop(self) -> None:
-        """End the daemon, if it runs, and log its messages."""
+        """End the daemon, if it runs, and log its messages: as a warning if it had ended by itself."""
         process, self.process = self.process, None
+        died = process is not None and process.poll() is not None
         if process is not None:
             with contextlib.suppress(OSError):  # it has ended already
                 if process.stdin is not None:
@@ -212,11 +226,19 @@ class StorageDaemon:
                 if stream is not None:
                     with contextlib.suppress(OSError):  # data for a daemon that had ended
                         stream.close()
-        if self._messages is not None:
-            if text := self.messages():
-                _logger.info("the storage daemon of %s printed: %s", self._image.path, text)
-            self._messages.close()
-            self._messages = None
+        if self._copy is not None:
+            self._copy.wait()
+        text = self.messages()
+        if died and process is not None:
+            _logger.warning(
+                "the storage daemon of %s had ended with status %d: %s",
+                self._image.path,
+                process.returncode,
+                text or "no message",
+            )
+        elif text:
+            _logger.info("the storage daemon of %s printed: %s", self._image.path, text)
+        self._messages = self._copy = None
 
 
 class QemuImages:
