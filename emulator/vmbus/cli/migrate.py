@@ -155,6 +155,8 @@ def main(arguments: argparse.Namespace) -> int:
     request: dict[str, object] = {"timeout": arguments.timeout}
     if uri is not None:
         request["uri"] = uri
+        if uri.startswith("exec:"):
+            request["directory"] = str(Path.cwd())  # relative paths in the command are the caller's
     if arguments.share_memory:
         request["share_memory"] = True
     if arguments.cpr is not None:
@@ -281,6 +283,7 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
                 cpr=str(request["cpr"]) if "cpr" in request else None,
                 descriptor=next(iter(request["descriptors"]), None),
                 carrier=CarrierAddress.parse(str(request["carrier"])) if "carrier" in request else None,
+                directory=Path(str(request["directory"])) if "directory" in request else None,
                 timeout=float(request.get("timeout", 600)),
             )
     except (KeyError, ValueError) as error:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vmbus.errors import QemuError, UserError
@@ -81,6 +82,7 @@ async def migrate(
     cpr: str | None = None,
     descriptor: int | None = None,
     carrier: CarrierAddress | None = None,
+    directory: Path | None = None,
     progress: Progress | None = None,
     timeout: float = 600.0,
 ) -> Outcome:
@@ -89,6 +91,7 @@ async def migrate(
     ``cpr``: address of a QEMU that waits for the descriptors of guest memory and more (``unix:PATH``, its
     ``-incoming`` of channel type ``cpr``); then nothing is copied. ``descriptor``: the descriptor of this process
     that ``fd:`` names. ``carrier``: side channel for the emulator's state, if QEMU's stream does not carry it.
+    ``directory``: where the command of ``exec:`` is started.
 
     Raises :class:`MigrationFailed` when the guest stays here: the migration was refused, failed, was cancelled, or
     did not end within ``timeout`` seconds.
@@ -115,7 +118,7 @@ async def migrate(
         try:
             if carrier is not None:
                 await stack.enter_async_context(coordinator.side_channel.carrying(carrier))
-            address = await stack.enter_async_context(handed_over(qmp, uri, descriptor))
+            address = await stack.enter_async_context(handed_over(qmp, uri, descriptor, directory=directory))
             if cpr is not None:
                 await stack.enter_async_context(cpr_transfer(qmp))
                 channels = [("main", address), ("cpr", cpr)]

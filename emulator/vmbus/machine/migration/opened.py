@@ -17,6 +17,7 @@ import secrets
 import subprocess
 import threading
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 from vmbus.errors import QemuError, UsageError, UserError
 from vmbus.machine.migration.addresses import descriptor_number
@@ -30,11 +31,17 @@ COMMAND_TIMEOUT = 60.0
 
 @contextlib.asynccontextmanager
 async def handed_over(
-    qmp: Monitor, uri: str, descriptor: int | None, *, incoming: bool = False
+    qmp: Monitor,
+    uri: str,
+    descriptor: int | None,
+    *,
+    incoming: bool = False,
+    directory: Path | None = None,
 ) -> AsyncIterator[str]:
     """Yield ``uri`` for a command of ``qmp``, which has what it stands for in the meantime.
 
-    ``incoming``: the guest comes from there. Raises :class:`~vmbus.errors.UserError` when a file or a command cannot
+    ``incoming``: the guest comes from there. ``directory``: where a command is started, if not where this process
+    was. Raises :class:`~vmbus.errors.UserError` when a file or a command cannot
     be opened.
     """
     kind, _, rest = uri.partition(":")
@@ -44,7 +51,7 @@ async def handed_over(
     elif descriptor_number(uri) is not None:
         raise UsageError(f"{uri}: the request came without a descriptor")
     elif kind == "exec" and rest:
-        opened = _command(qmp, rest, incoming)
+        opened = _command(qmp, rest, incoming, directory)
     elif kind == "file" and rest and not rest.startswith("/dev/fdset/"):
         opened = _file(qmp, rest, incoming)
     else:
@@ -66,7 +73,7 @@ async def _named(qmp: Monitor, descriptor: int) -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def _command(qmp: Monitor, command: str, incoming: bool) -> AsyncIterator[str]:
+async def _command(qmp: Monitor, command: str, incoming: bool, directory: Path | None) -> AsyncIterator[str]:
     reading, writing = os.pipe2(os.O_CLOEXEC)
     ours, theirs = (reading, writing) if incoming else (writing, reading)
     try:
@@ -74,11 +81,13 @@ async def _command(qmp: Monitor, command: str, incoming: bool) -> AsyncIterator[
             ["/bin/sh", "-c", command],
             stdin=subprocess.DEVNULL if incoming else theirs,
             stdout=theirs if incoming else subprocess.DEVNULL,
+            cwd=directory,
             start_new_session=True,
         )
     except OSError as error:
         os.close(ours)
-        raise UserError(f"exec:{command}: cannot start a shell: {error.strerror}") from error
+        where = f" in {directory}" if directory is not None else ""
+        raise UserError(f"exec:{command}: cannot start a shell{where}: {error.strerror}") from error
     finally:
         os.close(theirs)
     name = f"vmbus-{secrets.token_hex(4)}"
