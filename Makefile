@@ -20,7 +20,7 @@ help:
 	@awk '/^## / {text = substr($$0, 4)} \
 		/^[a-z-]+:/ && text {sub(/:.*/, "", $$1); printf "make %-13s  %s\n", $$1, text; text = ""}' Makefile
 
-$(STAMP): pyproject.toml emulator/vmbus/provision/bootstrap.sh
+$(STAMP): pyproject.toml requirements/dev.lock emulator/vmbus/provision/bootstrap.sh
 	@sh emulator/vmbus/provision/bootstrap.sh $(VENV)
 	@touch $@
 
@@ -111,6 +111,17 @@ docs:
 		touch $(DOCS_VENV)/bin/mkdocs; }
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
+
+# An environment of its own, too: uv is for this only. UV_DEFAULT_INDEX: another package index.
+LOCK_VENV := build/lock-venv
+## Renew the versions and hashes of Python packages in requirements/dev.lock.
+.PHONY: lock
+lock:
+	@[ -x $(LOCK_VENV)/bin/uv ] || { python3 -m venv $(LOCK_VENV) && \
+		$(LOCK_VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv; }
+	$(LOCK_VENV)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-annotate --custom-compile-command "make lock" \
+		--extra dev pyproject.toml requirements/build.in --output-file requirements/dev.lock
 
 ## Remove what was made here; what was fetched stays in ~/.cache/vmbus.
 clean:

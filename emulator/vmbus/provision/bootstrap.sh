@@ -83,9 +83,29 @@ python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
 # An interrupted attempt leaves a Python without pip.
 "$venv/bin/python" -m pip --version >"$log" 2>&1 ||
     step "making the Python environment $venv (some seconds)" python3 -m venv "$venv"
+lock=${0%/*}/../../../requirements/dev.lock
 # Not -qq: of a network that fails only pip's warnings tell, and they are shown only then.
-step "installing the emulator and its test tools into $venv (under a minute)" \
-    "$venv/bin/python" -m pip install -q --disable-pip-version-check -e '.[dev]' || {
+get() { "$venv/bin/python" -m pip install -q --disable-pip-version-check "$@"; }
+# With hashes nothing is built from source: what that needs is not in the lock file. The package itself is built with
+# the setuptools of the lock file.
+locked() { get --require-hashes --only-binary :all: -r "$lock" && get --no-deps --no-build-isolation -e .; }
+unlocked() { get -e '.[dev]'; }
+what="installing the emulator and its test tools into $venv (under a minute)"
+if ! "$venv/bin/python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; then
+    echo "$lock has packages for Python 3.11 to 3.13 only: those for this Python are installed without known hashes"
+elif step "$what" locked; then
+    exit
+else
+    case $(cat "$log") in
+    *"No matching distribution found"*) # a wrong hash is another message, and ends here
+        echo "This package index lacks a version in $lock: what it has is installed, without known hashes" >&2 ;;
+    *)
+        echo "If pip cannot reach its package index: check the network and pip's configuration, then run the command again." >&2
+        exit 1
+        ;;
+    esac
+fi
+step "$what" unlocked || {
     echo "If pip cannot reach its package index: check the network and pip's configuration, then run the command again." >&2
     exit 1
 }

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.unit.provision.fake_programs import write_program
 
 SCRIPT = Path(__file__).parents[3] / "emulator" / "vmbus" / "provision" / "bootstrap.sh"
+LOCK = SCRIPT.parents[3] / "requirements" / "dev.lock"
 REAL = ("sh", "mktemp", "date", "rm", "tail", "mkdir", "chmod", "cat")
 PYTHON = """
 case "$*" in
     *venv\\ *) mkdir -p "$3/bin"; cat "$0" >"$3/bin/python"; chmod +x "$3/bin/python";;
+    *require-hashes*) [ -z "$LOCK_FAILS" ] || { echo "ERROR: $LOCK_FAILS"; echo "python $*" >>"$ASKED"; exit 1; };;
+    *\\(3,\\ 11\\)\\ \\<=*) [ -z "$UNKNOWN" ] || exit 1;;
+esac
+case "$*" in
     *pip*) echo "pip's noise"; [ -z "$PIP_FAILS" ] || { echo "ERROR: no such package"; exit 1; };;
 esac
 echo "python $*" >>"$ASKED"
@@ -49,15 +58,31 @@ class Machine:
 
     def run(self, **variables: str) -> subprocess.CompletedProcess[str]:
         self.program("id", f"echo {self.user}")
-        environment = {"PATH": str(self.programs), "ASKED": str(self.folder / "asked"), **variables}
+        none = {"LOCK_FAILS": "", "UNKNOWN": ""}
+        environment = none | {"PATH": str(self.programs), "ASKED": str(self.folder / "asked"), **variables}
         return subprocess.run(
             ["/bin/sh", str(SCRIPT), str(self.folder / "venv")],
-            env={"PIP_FAILS": "", "APT_FAILS": "", "TMPDIR": str(self.folder)} | environment,
+            env={
+                "PIP_FAILS": "",
+                "APT_FAILS": "",
+                "LOCK_FAILS": "",
+                "UNKNOWN": "",
+                "TMPDIR": str(self.folder),
+            }
+            | environment,
             cwd=self.folder,
             capture_output=True,
             text=True,
             timeout=60,
         )
+
+    @property
+    def installed(self) -> list[str]:
+        """The arguments of each ``pip install``, without the first ones."""
+        lines = (self.folder / "asked").read_text().splitlines()
+        return [
+            line.partition("--disable-pip-version-check ")[2] for line in lines if " pip install " in line
+        ]
 
     @property
     def asked(self) -> list[str]:
@@ -147,3 +172,57 @@ def test_a_failed_installation_of_what_is_needed_ends_it(machine: Machine) -> No
     done = machine.run(APT_FAILS="1")
     assert done.returncode == 1
     assert done.stderr.startswith("E: no\nCheck the network")
+
+
+# --- hashes ---
+
+
+def test_packages_are_installed_with_known_hashes_only(machine: Machine) -> None:
+    assert machine.run().returncode == 0
+    packages, itself = machine.installed
+    assert packages.startswith("--require-hashes --only-binary :all: -r ")
+    assert Path(packages.rpartition(" ")[2]).resolve() == LOCK
+    assert itself == "--no-deps --no-build-isolation -e ."
+
+
+def test_a_python_that_the_lock_file_does_not_cover_is_named(machine: Machine) -> None:
+    done = machine.run(UNKNOWN="1")
+    assert done.returncode == 0
+    assert "for Python 3.11 to 3.13 only" in done.stdout
+    assert machine.installed == ["-e .[dev]"]
+
+
+def test_an_index_that_lacks_a_locked_version_is_used_without_hashes(machine: Machine) -> None:
+    done = machine.run(LOCK_FAILS="No matching distribution found for pytest==9.2.0")
+    assert done.returncode == 0
+    assert "This package index lacks a version in" in done.stderr
+    assert machine.installed[-1] == "-e .[dev]"
+
+
+def test_a_wrong_hash_ends_it(machine: Machine) -> None:
+    done = machine.run(LOCK_FAILS="THESE PACKAGES DO NOT MATCH THE HASHES")
+    assert done.returncode == 1
+    assert "DO NOT MATCH" in done.stderr
+    assert len(machine.installed) == 1
+
+
+def test_the_lock_file_has_what_the_project_needs() -> None:
+    """``make lock`` renews it after a change of pyproject.toml."""
+    project = tomllib.loads((LOCK.parents[1] / "pyproject.toml").read_text())
+    wanted = [
+        *project["build-system"]["requires"],
+        *project["project"]["dependencies"],
+        *project["project"]["optional-dependencies"]["dev"],
+    ]
+    text = LOCK.read_text()
+    assert "://" not in text
+    pins = [entry.split(" \\\n") for entry in re.split(r"\n(?=\w)", text) if "==" in entry]
+    versions = {}
+    for head, *hashes in pins:
+        requirement = Requirement(head)
+        assert hashes and all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}\n?", each) for each in hashes), (
+            head
+        )
+        versions[canonicalize_name(requirement.name)] = str(requirement.specifier).removeprefix("==")
+    for each in map(Requirement, wanted):
+        assert each.specifier.contains(versions[canonicalize_name(each.name)]), each
