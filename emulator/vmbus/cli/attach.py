@@ -14,6 +14,7 @@ from vmbus.cli.options import (
     confine,
     device_lines,
     host_options,
+    limit_memory,
 )
 from vmbus.cli.output import serving, tell
 from vmbus.cli.serving import CONTROL_COMMANDS
@@ -78,6 +79,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 async def _attach(arguments: argparse.Namespace) -> int:
     devices = registry().create_all(device_lines(arguments))
+    limit_memory(arguments)
     directory = rundir.create(arguments.name, qemu=False)
     try:
         host = await Host.attach(arguments.qmp, devices, host_options(arguments))

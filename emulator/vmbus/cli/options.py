@@ -13,7 +13,7 @@ from vmbus.errors import VmbusError
 from vmbus.hypervisor.features import Features
 from vmbus.machine.host import HostOptions
 from vmbus.machine.migration.state_machine import Switchover
-from vmbus.sandbox import confinement
+from vmbus.sandbox import confinement, memory
 from vmbus.wire.version import Version
 
 DEFAULT_GUEST = "debian-6.12"
@@ -30,6 +30,9 @@ MAX_TIMEOUT = 366 * 24 * 3600.0
 """Seconds of the longest timeout: a year."""
 MAX_HOLD = 4e6
 """Seconds that the gateway's counter of milliseconds can hold: 46 days."""
+
+MIN_ALLOWANCE = 256 << 20
+"""Bytes that ``--emulator-memory`` leaves at least: four times what a guest can make the emulator hold."""
 
 _TAKES_DASHES = ("--qemu", "--append")
 """Options whose values usually begin with a dash themselves."""
@@ -98,6 +101,18 @@ def size(text: str) -> int:
     if value > MAX_MEMORY:
         raise argparse.ArgumentTypeError(
             f"{text!r} is more than {MAX_MEMORY >> 40}T, the most a guest can have"
+        )
+    return value
+
+
+def allowance(text: str) -> int | None:
+    """Return the bytes of ``--emulator-memory``; ``None``: no bound."""
+    if text == "off":
+        return None
+    value = size(text)
+    if value < MIN_ALLOWANCE:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is too little: write at least {MIN_ALLOWANCE >> 20}M, or off"
         )
     return value
 
@@ -179,6 +194,14 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
         "far as this machine can restrict it (`vmbus doctor`) (default: on)",
     )
     group.add_argument(
+        "--emulator-memory",
+        type=allowance,
+        default=memory.ALLOWANCE,
+        metavar="SIZE|off",
+        help="what the emulator itself may take after its start, guest RAM not counted; beyond that it fails, or "
+        "refuses one more disk in memory (default: 2G)",
+    )
+    group.add_argument(
         "--switchover",
         type=Switchover,
         choices=list(Switchover),
@@ -226,6 +249,12 @@ def confine(arguments: argparse.Namespace) -> None:
     """Confine this process, and all that it starts from now on, unless --sandbox off was given."""
     confinement.enable(arguments.sandbox == "on")
     confinement.confine_this_process(confinement.Confinement(inside=True))
+
+
+def limit_memory(arguments: argparse.Namespace) -> None:
+    """Bound the memory of this process, which has made its devices, unless ``--emulator-memory off`` was given."""
+    if arguments.emulator_memory is not None:
+        memory.limit(arguments.emulator_memory)
 
 
 def device_lines(arguments: argparse.Namespace) -> list[str]:

@@ -25,6 +25,7 @@ from vmbus.cli.options import (
     confine,
     device_lines,
     host_options,
+    limit_memory,
     seconds,
     size,
     whole_number,
@@ -394,6 +395,7 @@ def main(arguments: argparse.Namespace) -> int:
         line = command_line(decided.qemu.argv_prefix, directory, options, decided.guest)
         show_exactly(shlex.join([*line, *(qemu_filter(line) if decided.qemu.sandbox else ())]))
         return 0
+    limit_memory(arguments)
     with serving():
         return signals.run(_run(decided, bool(arguments.command), arguments.timeout))
 

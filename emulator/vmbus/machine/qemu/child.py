@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Iterator
 
 from vmbus.private import UMASK
+from vmbus.sandbox import memory
 from vmbus.sandbox.confinement import Confinement, prepared
 
 _PR_SET_PDEATHSIG = 1
@@ -26,6 +27,7 @@ def in_child(confinement: Confinement | None) -> Iterator[Callable[[], None]]:
 
         def enter() -> None:
             os.umask(UMASK)
+            memory.lift()
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:  # this process ended before the line above
                 os._exit(1)
