@@ -10,9 +10,10 @@ no key --REGISTER key--> registered --RESERVE--> reserved --RELEASE--> registere
 | 5/26/04 invalid release   | RELEASE of another type than the one held                        |
 | 5/1A parameter list length| the parameter list is not 24 bytes long                          |
 
-APTPL (keys survive a loss of power) is accepted, as Linux sets it with every registration (drivers/scsi/sd.c). Keys
-and reservations survive resets, migrations and snapshots in any case, and end with the guest: the initiator that they
-keep out of the disk does not exist without it.
+APTPL (keys survive a loss of power) is accepted, as Linux sets it with every registration (drivers/scsi/sd.c): of a
+target that refused it, as SPC-4 allows, Linux could register nothing. Keys and reservations survive resets,
+migrations and snapshots in any case, and end with the guest, without a file beside the image: the initiators that a
+key would keep out of the disk are other guests, and each has reservations of its own.
 """
 
 from __future__ import annotations

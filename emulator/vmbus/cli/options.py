@@ -176,7 +176,8 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
         "--stimer",
         choices=("off", "message", "direct"),
         default="off",
-        help="offer synthetic timers, which Linux then uses as its clock event source (default: off)",
+        help="offer synthetic timers, which Linux then uses as its clock event source, as on Hyper-V (direct); its "
+        "ticks stop while no emulator serves it (default: off)",
     )
     group.add_argument(
         "--hold-limit",
