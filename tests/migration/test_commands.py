@@ -68,6 +68,17 @@ async def test_a_guest_moves_is_saved_and_leaves_for_another_process(tmp_path: P
         assert "deleted one" in await vmbus("snapshot", "delete", "one")
         assert "continues here" in await vmbus("migrate", "a", f"unix:{tmp_path}/nobody", status=1)
 
+        # A target on this machine that refuses the guest says why, and the source passes that on.
+        no = f"unix:{tmp_path}/no.sock"
+        refusing = run(
+            "c", "--incoming", no, "--snapshots", str(tmp_path / "c.qcow2"), "--no-default-devices"
+        )
+        await until((tmp_path / "no.sock").exists, "listening target", refusing, timeout=LIMIT)
+        said = await vmbus("migrate", "a", no, status=1)
+        assert "the target refused the guest: " in said and "not-there" in said, said
+        assert (await refusing.ended())[0] == 1
+        await source.more_beats("a")
+
         uri = f"unix:{tmp_path}/incoming.sock"
         # A guest that is to be taken has the same machine; the image for snapshots belongs to it.
         target = run("b", "--incoming", uri, "--snapshots", str(tmp_path / "t.qcow2"))

@@ -32,11 +32,12 @@ from vmbus.cli.options import (
 )
 from vmbus.cli.output import Echo, is_terminal, serving, show_exactly, tell
 from vmbus.cli.serving import CONTROL_COMMANDS
-from vmbus.errors import DeviceError, UsageError, UserError
+from vmbus.errors import DeviceError, UsageError, UserError, VmbusError
 from vmbus.machine import rundir, signals
 from vmbus.machine.gateway import build as gateway_build
 from vmbus.machine.guest import Guest, emulator_options
 from vmbus.machine.host import ExitReason, Host, HostOptions
+from vmbus.machine.migration import refused
 from vmbus.machine.migration.addresses import descriptor_number
 from vmbus.machine.migration.drive import arrived, receive
 from vmbus.machine.migration.side_channel import CarrierAddress
@@ -425,8 +426,12 @@ async def run_guest(decided: Plan, output: Echo | None) -> int:
         new_devices=decided.new_devices,
     ) as guest:
         if decided.incoming is not None:
-            await _receive(guest.host, decided.incoming, decided.carrier)
-            await arrived(guest.host.migration, None)
+            try:
+                await _receive(guest.host, decided.incoming, decided.carrier)
+                await arrived(guest.host.migration, None)
+            except VmbusError as error:
+                refused.leave(decided.incoming, str(error))
+                raise
         if output is None or guest.command is None:
             if is_terminal(sys.stderr):
                 tell(

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vmbus.errors import QemuError, UserError
+from vmbus.machine.migration import refused
 from vmbus.machine.migration.addresses import structured, two_way
 from vmbus.machine.migration.configuration import CAPABILITIES, cpr_transfer, read_configuration
 from vmbus.machine.migration.coordinator import Coordinator
@@ -60,6 +62,8 @@ class Outcome:
 Progress = Callable[[dict[str, Any]], object]
 """Called with the result of QEMU's ``query-migrate`` now and then."""
 
+_REASON_TIMEOUT = 2.0
+"""Seconds for a target on this machine to leave its reason: it asks its QEMU first."""
 _TARGET_FAILED = "Sibling indicated error"
 """What QEMU's return path says of a target that failed: a number, and no reason."""
 
@@ -73,6 +77,14 @@ def described_error(found: Mapping[str, Any]) -> str | None:
             "of its `vmbus run --incoming`, or of `vmbus attach` and its QEMU"
         )
     return text
+
+
+async def _reason(found: Mapping[str, Any], uri: str, begun: float) -> str | None:
+    """Return why a migration failed that began at ``begun``: in the target's own words if it left them here."""
+    end = time.monotonic() + (_REASON_TIMEOUT if _TARGET_FAILED in found.get("error-desc", "") else 0)
+    while (reason := refused.take(uri, begun)) is None and time.monotonic() < end:  # noqa: ASYNC110 - a file
+        await asyncio.sleep(_POLL)
+    return f"the target refused the guest: {reason}" if reason is not None else described_error(found)
 
 
 async def migrate(
@@ -106,6 +118,7 @@ async def migrate(
     if coordinator.phase is not Phase.IDLE:
         raise MigrationFailed(f"the guest cannot be migrated now: it is {coordinator.phase.value}")
     coordinator.report = Report()
+    begun = time.time()
     qmp = ports.qmp
     if refusal := (await read_configuration(qmp)).refusal:
         raise MigrationFailed(f"{refusal}; the guest continues here")
@@ -138,7 +151,7 @@ async def migrate(
         found = await _wait_ended(coordinator, progress, timeout)
     if found["status"] != "completed":
         # For a cancelled migration QEMU describes how the end of its connection looked.
-        described = None if found["status"] == "cancelled" else described_error(found)
+        described = None if found["status"] == "cancelled" else await _reason(found, uri, begun)
         why = coordinator.report.refusal or described or f"it was {found['status']}"
         raise MigrationFailed(f"{why}; the guest continues here")
     ram = found.get("ram", {})
