@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 from vmbus.machine.migration import snapshots
+from vmbus.machine.migration.drive import MigrationFailed, migrate
 from vmbus.machine.migration.snapshots import SnapshotFailed
 from vmbus.provision.qemu import find_qemu
 from vmbus_devices.scsi.controller import Controller
 
 from tests.guest.test_boot import complaints
+from tests.guest.waiting import LIMIT
 from tests.migration.journey import Journey, journey
 from tests.migration.test_live import more_beats
 
@@ -75,6 +77,14 @@ async def test_a_guest_goes_back_to_a_snapshot_as_often_as_asked(tmp_path: Path)
         assert found["bus"]["refusals"] == {}
         assert all(channel["refusals"] == {} for channel in found["channels"])
         assert complaints(guest.here.console()) == []
+
+        # QEMU keeps the error of a migration that failed, and would take it for one of the load.
+        with pytest.raises(MigrationFailed, match="continues here"):
+            await migrate(host.migration, f"unix:{tmp_path}/nobody", timeout=LIMIT)
+        await more_beats(guest)
+        await snapshots.load(host.migration, "second")
+        await more_beats(guest)
+        assert [each.tag for each in await snapshots.listed(host.migration)] == ["second"]
 
         # Behind the emulator's back: what QEMU saves then cannot be loaded, and says why.
         await host.qmp.monitor("savevm behind")

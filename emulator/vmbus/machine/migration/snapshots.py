@@ -114,6 +114,12 @@ async def load(
         if ran:
             await ports.qmp.cont()
         raise SnapshotFailed("a device's work did not end in time, nothing was changed; try again")
+    try:
+        await _forget_failed_migration(coordinator, images[0], timeout)
+    except SnapshotFailed:
+        if ran:
+            await ports.qmp.cont()
+        raise
     before = coordinator.phase
     coordinator.expect_instead(allow_missing_devices=allow_missing_devices)
     await ports.qtest.settled()  # no interrupt of the guest that goes reaches the one that comes
@@ -257,6 +263,27 @@ async def _check_capabilities(coordinator: Coordinator) -> None:
     """Refuse capabilities that exclude snapshots: they apply to snapshots as well as to migrations."""
     if why := (await read_configuration(coordinator.ports.qmp)).snapshot_refusal:
         raise SnapshotFailed(f"QEMU's migration settings exclude snapshots: {why}; nothing was changed")
+
+
+async def _forget_failed_migration(coordinator: Coordinator, image: _ImageNode, timeout: float) -> None:
+    """Have QEMU forget how an earlier migration failed, with the guest stopped.
+
+    QEMU keeps the error of a migration that failed or was cancelled, takes it for one of the load, and fails the load
+    at its end, when the guest that was here is gone. Only the beginning of another migration or snapshot clears it:
+    so one is saved and deleted.
+    """
+    qmp = coordinator.ports.qmp
+    if "error-desc" not in await qmp.execute("query-migrate"):
+        return
+    scratch = f"vmbus-scratch-{secrets.token_hex(4)}"
+    try:
+        await _job(coordinator, "snapshot-save", scratch, [image], timeout)
+        await _job(coordinator, "snapshot-delete", scratch, [image], timeout)
+    except SnapshotFailed as error:
+        raise SnapshotFailed(
+            "QEMU would fail the load because of a migration that failed before, and cannot be made to forget that: "
+            f"{error}; nothing was changed, migrate the guest and load the snapshot there"
+        ) from error
 
 
 async def _stop(coordinator: Coordinator) -> bool:
