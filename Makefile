@@ -53,11 +53,13 @@ LOAD ?= 2
 flaky: test-guests
 	@$(BIN)/python -m tests.tools.flaky --runs $(N) --load $(LOAD) -k "$(or $(K),$(error say which tests: make flaky K=expression))" $(FLAKYFLAGS)
 
-## A hundred migrations of each kernel under load, with 1 and 2 vCPUs: some twenty minutes. SOAK=N: N of each.
+## N migrations of one guest, mixed with all that may come between (SEED=S repeats them); SOAK=N: N of each kernel.
 SOAK ?= 100
+SOAK_N = $(if $(filter command environment,$(firstword $(origin N))),$(N))
 soak: $(STAMP)
 	@$(BIN)/vmbus setup $(foreach guest,$(GUESTS),--guest $(guest))
-	SOAK=$(SOAK) $(PYTEST) -s tests/migration/test_soak.py $(TESTFLAGS)
+	$(if $(SOAK_N),MIXED=$(SOAK_N) MIXED_SECONDS=$(or $(SECONDS),inf) SEED=$(or $(SEED),$$(date +%s)) $(PYTEST) -s -p no:logging -o faulthandler_timeout=0 \
+		tests/migration/test_soak.py -k mixed $(TESTFLAGS),SOAK=$(SOAK) $(PYTEST) -s tests/migration/test_soak.py $(TESTFLAGS))
 
 ## Only what needs no QEMU.
 unit: $(STAMP)

@@ -63,6 +63,7 @@ class Journey:
                 devices=registry().create_all(devices or self.devices),
                 host_options=self.host_options,
                 memory_of=memory_of.guest.directory.memory if memory_of else None,
+                new_devices=registry().create_all,
             )
         )
         station = Booted(guest, console)
