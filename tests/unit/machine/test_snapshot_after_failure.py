@@ -11,7 +11,7 @@ from vmbus.machine.migration import snapshots
 from vmbus.machine.migration.coordinator import Coordinator
 from vmbus.machine.migration.snapshots import SnapshotFailed, _forget_failed_migration, _ImageNode
 
-IMAGE = _ImageNode("vmbus-snapshots", Path("snapshots.qcow2"), {}, frozenset())
+IMAGE = _ImageNode("vmbus-snapshots", Path("snapshots.qcow2"), {}, frozenset(), {})
 
 
 class FakeQmp:

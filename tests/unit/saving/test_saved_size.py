@@ -32,10 +32,10 @@ from vmbus.saving.device_channel import DeviceChannel
 from vmbus.saving.stream import STREAM_LIMIT
 from vmbus.testing.fakes import FakeMemory
 from vmbus.testing.loopback import LoopbackGuest, gpa_direct_extension, guest_packet
-from vmbus.wire.echo import EchoOperation
+from vmbus.wire.echo import EchoOperation, build_header
 from vmbus.wire.gpadl import GpadlHeader
 from vmbus.wire.saved import SAVED_GPADL
-from vmbus_devices.echo import Echo, build_header
+from vmbus_devices.echo import Echo
 
 from tests.unit.device.test_memory_growth import payload_and_pages, read_10, started, storage, write
 from tests.unit.saving.test_device_channel import RestorableChannel

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from vmbus.bus.channel.channel import Channel
 from vmbus.bus.channel.state import ChannelState as BusChannelState
 from vmbus.bus.io.channel_io import ChannelDevice, ChannelIo
+from vmbus.bus.io.snapshots import SnapshotDisk
 from vmbus.bus.saved_state.layout import SAVED_BUS
 from vmbus.bus.saved_state.restore import BusStateRefused, check_state
 from vmbus.bus.saved_state.values import BusState
@@ -406,6 +407,10 @@ class HostState:
     def outside_snapshots(self) -> list[str]:
         """Return what the guest can write to and a snapshot does not hold, of all devices."""
         return [name for device in self._devices() for name in device.outside_snapshots()]
+
+    def snapshot_disks(self) -> dict[str, SnapshotDisk]:
+        """Return the disks that snapshots take in, of all devices."""
+        return {name: disk for device in self._devices() for name, disk in device.snapshot_disks().items()}
 
     def _devices(self) -> list[ChannelDevice]:
         return list({id(channel.io.device): channel.io.device for channel in self._known()}.values())
