@@ -12,6 +12,7 @@ from vmbus.bus.channel.gpadl import Gpadl, GpadlState
 from vmbus.bus.io.channel_io import ChannelIo as Channel
 from vmbus.bus.io.device import ControlCommand, Device, DeviceEnvironment
 from vmbus.bus.io.guest_buffer import GuestBuffer
+from vmbus.bus.io.snapshots import DiskSnapshot, SnapshotDisk
 from vmbus.bus.io.state import PacketState
 from vmbus.bus.offers import Offer, pipe_area
 from vmbus.devices.histogram import Histogram
@@ -45,6 +46,7 @@ __all__ = [
     "Device",
     "DeviceEnvironment",
     "DeviceError",
+    "DiskSnapshot",
     "GpaRange",
     "Gpadl",
     "GpadlState",
@@ -71,6 +73,7 @@ __all__ = [
     "Registry",
     "RingError",
     "SavedState",
+    "SnapshotDisk",
     "TimerHandle",
     "Timers",
     "TransferPages",

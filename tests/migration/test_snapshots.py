@@ -8,11 +8,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from vmbus.errors import DeviceError
 from vmbus.machine.migration import snapshots
+from vmbus.machine.migration.snapshot_disks import NotBegun
 from vmbus.machine.migration.snapshots import SnapshotFailed
 from vmbus.provision.qemu import find_qemu
 from vmbus_devices.scsi.controller import Controller
 
+from tests.guest.harness import LOADED_MODULES, STORAGE_MODULES
 from tests.guest.test_boot import complaints
 from tests.migration.journey import Journey, journey
 from tests.migration.test_live import more_beats
@@ -133,3 +136,96 @@ async def test_a_snapshot_that_cannot_be_loaded_costs_nothing(tmp_path: Path) ->
             assert not (await qmp.execute("query-status"))["running"]
         await qmp.execute("cont")
         await more_beats(guest)
+
+
+ON_DISK = """
+until [ -b /dev/sda ]; do usleep 100000; done
+i=0
+while :; do
+  found=$(dd if=/dev/sda bs=512 count=1 iflag=direct 2>/dev/null | tr -d ' ')
+  [ "${found:-0}" -eq "$i" ] || { echo "failed: the disk has $found, memory $i"; exit 1; }
+  i=$((i+1))
+  printf '%-512s' $i > /tmp/block
+  dd if=/tmp/block of=/dev/sda bs=512 oflag=direct 2>/dev/null || { echo "failed: write $i"; exit 1; }
+  [ $((i % 10)) -ne 0 ] || sync
+  echo $i
+done
+"""
+"""Writes a number after the other, flushes every tenth, and compares each with what the disk has."""
+
+
+async def test_the_disk_goes_back_with_the_guest(tmp_path: Path) -> None:
+    """Memory and disk are those of one moment, whatever was flushed then, and there is no half of a snapshot."""
+    image = tmp_path / "disk.qcow2"
+    create = [*find_qemu().qemu_img(), "create", "-q", "-f", "qcow2", str(image), "8M"]
+    await asyncio.to_thread(subprocess.run, create, check=True)
+    async with journey(
+        tmp_path,
+        command=[ON_DISK],
+        snapshots=True,
+        devices=("shutdown", f"scsi,image={image},format=qcow2,cache=writeback"),
+        load=(*LOADED_MODULES, *STORAGE_MODULES),
+    ) as guest:
+        coordinator, qmp = guest.host.migration, guest.host.qmp
+        controller = guest.device("scsi")
+        assert isinstance(controller, Controller)
+        [disk] = controller.snapshot_disks().values()
+
+        async def goes_on() -> list[int]:
+            found = await count_on(guest, 5)
+            assert b"failed" not in guest.here.output, guest.here.output
+            return found
+
+        before = (await goes_on())[-1]
+        await snapshots.save(coordinator, "ten")
+        assert [each.disks for each in await snapshots.listed(coordinator)] == [("scsi/0:0",)]
+        await goes_on()
+        for _ in range(2):
+            seen = len(numbers(guest))
+            await snapshots.load(coordinator, "ten")
+            since = (await goes_on())[seen:]
+            assert before <= since_it_jumped(since)[0] <= before + 20
+        [kept] = disk.snapshots()
+
+        # A disk that cannot be saved leaves no snapshot at all, and the guest runs.
+        disk_class = type(disk)
+        work = disk_class.save_snapshot
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(disk_class, "save_snapshot", failing)
+            with pytest.raises(SnapshotFailed, match="scsi/0:0 cannot be saved: no space; nothing was saved"):
+                await snapshots.save(coordinator, "half")
+        assert disk_class.save_snapshot is work
+        assert [each.tag for each in await snapshots.listed(coordinator)] == ["ten"]
+        assert list(disk.snapshots()) == [kept]
+        await goes_on()
+
+        # QEMU does not load: the disk has what it had, and so has the guest's memory.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(snapshots, "_job", not_begun)
+            with pytest.raises(SnapshotFailed, match="QEMU is busy; nothing was changed"):
+                await snapshots.load(coordinator, "ten")
+        assert list(disk.snapshots()) == [kept]
+        await goes_on()
+
+        # Its part is gone: refused before anything changes.
+        await asyncio.to_thread(disk.delete_snapshot, kept.name)
+        with pytest.raises(SnapshotFailed, match="snapshot ten does not hold the disk scsi/0:0"):
+            await snapshots.load(coordinator, "ten")
+        assert (await qmp.execute("query-status"))["running"]
+        await goes_on()
+        await snapshots.delete(coordinator, "ten")
+
+        await snapshots.save(coordinator, "more")
+        assert len(disk.snapshots()) == 1
+        await snapshots.delete(coordinator, "more")
+        assert (await snapshots.listed(coordinator), list(disk.snapshots())) == ([], [])
+        await goes_on()
+        assert complaints(guest.here.console()) == []
+
+
+def failing(disk: object, name: str) -> None:
+    raise DeviceError("no space")
+
+
+async def not_begun(coordinator: object, command: str, *arguments: object) -> None:
+    raise NotBegun("QEMU is busy")

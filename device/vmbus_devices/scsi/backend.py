@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
+from vmbus.bus.io.snapshots import SnapshotDisk
 from vmbus.errors import DeviceError, UserError
 from vmbus.ports import Workers
 
@@ -65,6 +66,8 @@ class Backend(ABC):
     can_discard: bool = False
     discard_granularity: int = 0
     """Bytes; 0 if unknown."""
+    internal_snapshots: SnapshotDisk | None = None
+    """The snapshots in the image itself; ``None`` where it cannot have any, or is read-only."""
 
     @abstractmethod
     def read(self, offset: int, views: Sequence[memoryview]) -> None:

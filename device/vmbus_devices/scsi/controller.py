@@ -26,6 +26,7 @@ from typing import Any
 from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.bus.io.device import Device, DeviceEnvironment
 from vmbus.bus.io.output import memory_of
+from vmbus.bus.io.snapshots import SnapshotDisk
 from vmbus.bus.io.state import IoState, PacketState
 from vmbus.bus.offers import Offer
 from vmbus.devices.parts import Part
@@ -211,8 +212,15 @@ class Controller(Device):
         return [
             f"{self.name}/{part_name(place)} ({self.line_of(place) or unit.identity.serial})"
             for place, unit in sorted(self.units.items())
-            if not unit.backend.read_only
+            if not unit.backend.read_only and unit.backend.internal_snapshots is None
         ]
+
+    def snapshot_disks(self) -> Mapping[str, SnapshotDisk]:
+        return {
+            f"{self.name}/{part_name(place)}": unit.backend.internal_snapshots
+            for place, unit in sorted(self.units.items())
+            if unit.backend.internal_snapshots is not None
+        }
 
     # --- vmbus.devices.parts.HasParts: what `vmbus device` calls ---
 

@@ -17,11 +17,13 @@ import dataclasses
 import enum
 import socket
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from vmbus.errors import DeviceError, UserError
+from vmbus.bus.io.snapshots import DiskSnapshot
+from vmbus.errors import DeviceError, UserError, VmbusError
 
 from vmbus_devices.nbd.client import Client
 from vmbus_devices.nbd.handshake import Export, negotiate
@@ -72,8 +74,18 @@ class ImageServer(Protocol):
     def start(self, connections: int) -> list[socket.socket]:
         """Open the image and return connections. Raises :class:`~vmbus.errors.DeviceError` if that fails."""
 
+    @property
+    def clean(self) -> bool:
+        """Whether the last :meth:`stop` has written all data back."""
+
     def stop(self) -> None:
         """Write all data back and close the image; return when that is done."""
+
+    def save_snapshot(self, name: str) -> None:
+        """Make an internal snapshot while the image is closed. Raises :class:`~vmbus.errors.DeviceError`."""
+
+    def delete_snapshot(self, name: str) -> None:
+        """Delete an internal snapshot while the image is closed. Raises :class:`~vmbus.errors.DeviceError`."""
 
 
 class ImageServers(Protocol):
@@ -84,6 +96,12 @@ class ImageServers(Protocol):
 
     def resize(self, image: ImageFile, size: int) -> None:
         """Resize an image that is not open to ``size`` bytes. Raises :class:`~vmbus.errors.UserError`."""
+
+    def snapshots(self, image: ImageFile) -> Sequence[DiskSnapshot]:
+        """Return the internal snapshots of an image, open or not. Raises :class:`~vmbus.errors.DeviceError`."""
+
+    def load_snapshot(self, image: ImageFile, name: str) -> None:
+        """Put an image that is not open back to a snapshot. Raises :class:`~vmbus.errors.DeviceError`."""
 
 
 class ServerConnector:
@@ -135,12 +153,15 @@ class ImageBackend(NbdBackend):
             export = dataclasses.replace(export, flags=export.flags & ~ExportFlag.READ_ONLY | _WRITABLE)
         self.image = image
         self._servers = servers
-        connector = ServerConnector(servers.server(image), connections)
+        self._server = servers.server(image)
+        connector = ServerConnector(self._server, connections)
         client = Client(connector, str(image.path), connections=connections, reconnect=reconnect)
         super().__init__(
             client, export, read_only=image.read_only, cache=image.cache, can_discard=image.discard
         )
         client.export = export
+        if image.format == "qcow2" and not image.read_only and image.data_file is None:
+            self.internal_snapshots = ImageSnapshots(self, servers, self._server)
 
     def lock(self) -> None:
         self.client.activate()
@@ -166,6 +187,66 @@ class ImageBackend(NbdBackend):
 
     def status(self) -> dict[str, Any]:
         return {**super().status(), "format": self.image.format}
+
+
+class ImageSnapshots:
+    """The internal snapshots of a qcow2: :class:`~vmbus.bus.io.snapshots.SnapshotDisk`.
+
+    They are made, put back and deleted while no server has the image open. Its user's requests wait meanwhile.
+    """
+
+    def __init__(self, backend: ImageBackend, servers: ImageServers, server: ImageServer) -> None:
+        self._backend = backend
+        self._servers = servers
+        self._server = server
+
+    @property
+    def size(self) -> int:
+        return self._backend.size
+
+    def snapshots(self) -> Sequence[DiskSnapshot]:
+        return self._servers.snapshots(self._backend.image)
+
+    def save_snapshot(self, name: str) -> None:
+        self._closed(lambda: self._server.save_snapshot(name))
+
+    def load_snapshot(self, name: str, *, keep: str | None = None) -> None:
+        def work() -> None:
+            if keep is not None:
+                self._server.save_snapshot(keep)
+            try:
+                self._servers.load_snapshot(self._backend.image, name)
+            except VmbusError as error:
+                if keep is not None:
+                    self._undo(keep, error)
+                raise
+
+        self._closed(work)
+
+    def _undo(self, keep: str, why: VmbusError) -> None:
+        """Go back to ``keep``: where qemu-img was interrupted, the content may be either."""
+        try:
+            self._servers.load_snapshot(self._backend.image, keep)
+            self._server.delete_snapshot(keep)
+        except VmbusError as error:
+            raise DeviceError(
+                f"{why}; what was in the image is in its snapshot {keep}, which could not be put back: {error}"
+            ) from error
+
+    def delete_snapshot(self, name: str) -> None:
+        self._closed(lambda: self._server.delete_snapshot(name))
+
+    def _closed(self, work: Callable[[], None]) -> None:
+        """Call ``work`` while the image is closed, and all that was written is in it."""
+
+        def checked() -> None:
+            if not self._server.clean:
+                raise DeviceError(
+                    f"the server of {self._backend.image.path} did not end properly: what was written may be missing"
+                )
+            work()
+
+        self._backend.client.interlude(checked)
 
 
 def probe(path: Path) -> str:

@@ -18,18 +18,19 @@ from vmbus.machine.migration import snapshots
 
 _EPILOG = """\
 examples:
-  vmbus run --snapshots disk.qcow2          a guest with an image for snapshots (created if needed)
+  vmbus run --snapshots web.qcow2           a guest with an image for snapshots (created if needed)
   vmbus snapshot save before-upgrade        the only served guest
   vmbus snapshot save web before-upgrade
   vmbus snapshot load web before-upgrade
   vmbus snapshot list web --json
-  vmbus snapshot save web a --without-disks   disks are put back by you
+  vmbus snapshot save web a --without-disks   disks that are not qcow2 are put back by you
 
 Guest memory, processors, QEMU's devices, the bus and all synthetic devices are restored together. Snapshots that were
 made by QEMU's own commands (savevm, snapshot-save) lack the emulator's part and cannot be loaded.
 
-Disks of --device scsi are not restored. A guest that can write to one is refused, because its file system would not
-fit its memory after a load; --without-disks is for those who copy the disks themselves.
+Disks of --device scsi in qcow2 images (format=qcow2) are saved, restored and deleted with the guest; each image holds
+its own part. A guest that can write to a disk of another kind is refused, because its file system would not fit its
+memory after a load; --without-disks is for those who copy such disks themselves.
 """
 
 
@@ -98,10 +99,11 @@ def render(what: str, tag: str, found: Mapping[str, Any]) -> str:
                 each["tag"],
                 f"{each['size'] / (1 << 20):.1f} MiB",
                 time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each["date"])),
+                ", ".join(each["disks"]) or "-",
             ]
             for each in found["snapshots"]
         ]
-        return table(["snapshot", "size", "made"], rows) if rows else "no snapshots"
+        return table(["snapshot", "size", "made", "disks"], rows) if rows else "no snapshots"
     if what == "save":
         return (
             f"saved {tag} in {found['seconds']:.2f} s, {found['state_bytes']} bytes of it from the emulator"
@@ -119,7 +121,7 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
     if what == "list":
         return {
             "snapshots": [
-                {"tag": each.tag, "size": each.size, "date": each.date}
+                {"tag": each.tag, "size": each.size, "date": each.date, "disks": list(each.disks)}
                 for each in await snapshots.listed(host.migration)
             ]
         }

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from vmbus.bus.io.channel_io import ChannelDevice, ChannelIo
+from vmbus.bus.io.snapshots import SnapshotDisk
 from vmbus.errors import InternalError, QemuError
 from vmbus.machine.gateway.traps import Unclaimed
 from vmbus.machine.memory import MappedMemory, RamRegion
@@ -280,6 +281,9 @@ class State:
 
     def outside_snapshots(self) -> list[str]:
         return []
+
+    def snapshot_disks(self) -> Mapping[str, SnapshotDisk]:
+        return {}
 
     check = check_fits = check_memory = restore
 

@@ -7,8 +7,9 @@ import struct
 from pathlib import Path
 
 import pytest
-from vmbus.machine.migration.snapshot_state import CannotLook, read_state
+from vmbus.machine.migration.snapshot_state import read_state
 from vmbus.machine.migration.vmstate import HELPER_ID
+from vmbus.machine.qemu.qcow2_snapshots import CannotLook
 
 CLUSTER = 1 << 16
 DISK = 4 * CLUSTER

@@ -40,6 +40,7 @@ from typing import Any, ClassVar
 from vmbus.bus.channel.gpadl import Gpadl
 from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.bus.io.environment import DeviceEnvironment, InlineWorkers
+from vmbus.bus.io.snapshots import SnapshotDisk
 from vmbus.bus.io.state import PacketState
 from vmbus.bus.offers import Offer
 from vmbus.errors import DeviceError, GuestError
@@ -211,6 +212,13 @@ class Device(ABC):
         any.
         """
         return ()
+
+    def snapshot_disks(self) -> Mapping[str, SnapshotDisk]:
+        """Return what ``vmbus snapshot`` saves and loads together with the guest, by names for messages.
+
+        None of it is in :meth:`outside_snapshots`. Called before and while the guest is stopped.
+        """
+        return {}
 
     def control_commands(self) -> Mapping[str, ControlCommand]:
         """Return the commands of the guest's control socket that this device answers, by name.

@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol, TypeVar
 
 from vmbus.bus.channel.gpadl import Gpadl
 from vmbus.bus.io.environment import DeviceEnvironment
+from vmbus.bus.io.snapshots import SnapshotDisk
 from vmbus.bus.io.state import PacketState
 from vmbus.errors import GuestError
 from vmbus.wire.packet import Packet
@@ -68,6 +69,8 @@ class DeviceHooks(Protocol[Io]):
     def restore_packet(self, io: Io, packet: PacketState) -> None: ...
 
     def outside_snapshots(self) -> Sequence[str]: ...
+
+    def snapshot_disks(self) -> Mapping[str, SnapshotDisk]: ...
 
     def save(self) -> bytes: ...
 

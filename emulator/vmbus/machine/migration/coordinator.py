@@ -16,6 +16,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Protocol
 
+from vmbus.bus.io.snapshots import SnapshotDisk
 from vmbus.errors import QemuError, UserError, VmbusError
 from vmbus.machine.migration.actions import ActionRunner, StepFailed
 from vmbus.machine.migration.configuration import CAPABILITIES, read_configuration
@@ -71,6 +72,9 @@ class MachineState(SavableState, Protocol):
 
     def outside_snapshots(self) -> list[str]:
         """Return what the guest can write to and a snapshot does not hold."""
+
+    def snapshot_disks(self) -> Mapping[str, SnapshotDisk]:
+        """Return the disks that snapshots take in, by name."""
 
     def check_fits(self, data: bytes) -> None:
         """Raise :class:`~vmbus.saving.StateRefused` for a state that cannot replace the guest that is here."""

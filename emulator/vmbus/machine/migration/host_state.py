@@ -17,6 +17,7 @@ from typing import Any
 from vmbus.bus.channel.channel import Channel
 from vmbus.bus.channel.state import ChannelState as BusChannelState
 from vmbus.bus.io.channel_io import ChannelIo
+from vmbus.bus.io.snapshots import SnapshotDisk
 from vmbus.bus.saved_state.layout import SAVED_BUS
 from vmbus.bus.saved_state.restore import BusStateRefused, check_state
 from vmbus.bus.saved_state.values import BusState
@@ -366,6 +367,11 @@ class HostState:
         """Return what the guest can write to and a snapshot does not hold, of all devices."""
         devices = {id(channel.io.device): channel.io.device for channel in self._known()}
         return [name for device in devices.values() for name in device.outside_snapshots()]
+
+    def snapshot_disks(self) -> dict[str, SnapshotDisk]:
+        """Return the disks that snapshots take in, of all devices."""
+        devices = {id(channel.io.device): channel.io.device for channel in self._known()}
+        return {name: disk for device in devices.values() for name, disk in device.snapshot_disks().items()}
 
     def check_fits(self, data: bytes) -> None:
         """Raise :class:`~vmbus.saving.StateRefused` if ``data`` could not be restored in place of the guest here.

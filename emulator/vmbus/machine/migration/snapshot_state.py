@@ -16,27 +16,18 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
-from vmbus.errors import UserError
 from vmbus.machine.migration.vmstate import HELPER_ID
+from vmbus.machine.qemu.qcow2_snapshots import CannotLook, Entry, read_entries, read_header
 
-_MAGIC = b"QFI\xfb"
-_HEADER = struct.Struct(">4sIQIIQIIQQIIQQ")
-_HEADER_V2 = 72
-_SNAPSHOT = struct.Struct(">QIHHIIQII")
 _UNKNOWN_FEATURES = ~0b01011  # dirty, corrupt and the compression type do not matter here
 _OFFSET = 0x00FF_FFFF_FFFF_FE00
 _COMPRESSED = 1 << 62
 _ZERO = 1
-_MAX_SNAPSHOTS = 65536
 _TAIL = 16 << 20
 """Bytes at the end of the machine's state in which the emulator's is looked for."""
 _MAX_STATE = 1 << 20
 _MAX_L1 = 1 << 20
 _MARK = struct.pack(">I", len(HELPER_ID)) + HELPER_ID.encode()
-
-
-class CannotLook(UserError):
-    """An image that is not read here: of another format, or with features that are not known here."""
 
 
 def read_state(image: Path, tag: str) -> bytes | None:
@@ -63,16 +54,12 @@ class _Image:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        header = file.read(_HEADER.size)
-        magic, version, _, _, bits, self._size, crypt, _, _, _, _, count, table, features = _HEADER.unpack(
-            header
-        )
-        if magic != _MAGIC or version not in (2, 3) or not 9 <= bits <= 21 or crypt:
-            raise CannotLook("it is no plain qcow2 image")
-        if version == 3 and features & _UNKNOWN_FEATURES:
-            raise CannotLook(f"it has features ({features:#x}) that are not known here")
-        self._bits: int = bits
-        self._snapshots = (table, min(count, _MAX_SNAPSHOTS))
+        self._header = header = read_header(file)
+        if header.encrypted:
+            raise CannotLook("it is encrypted")
+        if header.features & _UNKNOWN_FEATURES:
+            raise CannotLook(f"it has features ({header.features:#x}) that are not known here")
+        self._bits: int = header.cluster_bits
 
     def _at(self, offset: int, length: int) -> bytes:
         self._file.seek(offset)
@@ -80,7 +67,13 @@ class _Image:
 
     def tail(self, tag: str, limit: int) -> bytes:
         """Return the last bytes of the machine's state of a snapshot."""
-        l1_offset, l1_size, disk_size, size = self._find(tag)
+        found = self._find(tag)
+        l1_offset, l1_size, disk_size, size = (
+            found.l1_offset,
+            found.l1_size,
+            found.disk_size,
+            found.state_size,
+        )
         l2_bits = self._bits - 3
         covered = self._bits + l2_bits
         first = -(-disk_size // (1 << covered)) << covered
@@ -105,23 +98,8 @@ class _Image:
         skip = begin & ((1 << self._bits) - 1)
         return whole[skip : skip + min(size, limit)]
 
-    def _find(self, tag: str) -> tuple[int, int, int, int]:
-        """Return offset and size of the L1 table, and the sizes of disk and machine state in bytes."""
-        at, count = self._snapshots
-        for _ in range(count):
-            l1_offset, l1_size, id_size, name_size, _, _, _, vm_size, extra_size = _SNAPSHOT.unpack(
-                self._at(at, _SNAPSHOT.size)
-            )
-            at += _SNAPSHOT.size
-            extra = self._at(at, min(extra_size, 16)).ljust(16, b"\0")
-            at += extra_size + id_size
-            if self._at(at, name_size) == tag.encode():
-                large, disk_size = struct.unpack(">QQ", extra)
-                return (
-                    l1_offset,
-                    l1_size,
-                    disk_size if extra_size >= 16 else self._size,
-                    large if extra_size >= 8 else vm_size,
-                )
-            at = -(-(at + name_size) // 8) * 8
+    def _find(self, tag: str) -> Entry:
+        for entry in read_entries(self._file, self._header):
+            if entry.name == tag.encode():
+                return entry
         raise CannotLook(f"it has no snapshot {tag}")

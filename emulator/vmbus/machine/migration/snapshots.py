@@ -2,8 +2,9 @@
 
 Source: docs/protocol/migration.md#snapshots.
 
-    save    stop, pause, prepare the state, snapshot-save (QEMU asks for the state), resume
-    load    check, stop, pause, snapshot-load (QEMU passes the state, for which what is here is dropped), resume
+    save    stop, pause, prepare the state, snapshot-save (QEMU asks for the state), save the disks, resume
+    load    check, stop, pause, put the disks back, snapshot-load (QEMU passes the state, for which what is here is
+            dropped), resume
 
 QEMU writes and reads guest memory without a handshake, so the emulator has to be paused before. Nothing of a guest
 that runs is given up before it is known that the snapshot is in every image, and that its state fits here.
@@ -18,19 +19,23 @@ import logging
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vmbus.errors import QemuError, QemuGone, UserError
+from vmbus.errors import QemuError, QemuGone
+from vmbus.machine.migration import snapshot_disks
 from vmbus.machine.migration.configuration import read_configuration
 from vmbus.machine.migration.coordinator import Coordinator
 from vmbus.machine.migration.fence import FENCE_NODE
 from vmbus.machine.migration.report import Report
-from vmbus.machine.migration.snapshot_state import CannotLook, read_state
+from vmbus.machine.migration.snapshot_disks import NotBegun, name_on_disk
+from vmbus.machine.migration.snapshot_disks import SnapshotFailed as SnapshotFailed
+from vmbus.machine.migration.snapshot_state import read_state
 from vmbus.machine.migration.state_machine import Phase
 from vmbus.machine.migration.switchover import SETTLE_TIMEOUT
 from vmbus.machine.qemu.launch import SNAPSHOT_NODE
+from vmbus.machine.qemu.qcow2_snapshots import CannotLook
 from vmbus.saving import StateRefused
 
 _logger = logging.getLogger(__name__)
@@ -41,27 +46,23 @@ _POLL = 0.02
 """Seconds between two ``query-jobs``."""
 
 
-class SnapshotFailed(UserError):
-    """A snapshot that was not made or loaded; the message says why, and what the guest does now."""
-
-
-class _NotBegun(SnapshotFailed):
-    """A job that QEMU did not begin."""
-
-
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A snapshot of the machine. ``size``: bytes of memory and device state; ``date``: seconds since 1970."""
+    """A snapshot of the machine. ``size``: bytes of memory and device state; ``date``: seconds since 1970.
+
+    ``disks``: names of the disks that hold their part of it.
+    """
 
     tag: str
     size: int
     date: int
+    disks: tuple[str, ...] = ()
 
 
 async def save(
     coordinator: Coordinator, tag: str, *, without_disks: bool = False, timeout: float = 600.0
 ) -> Report:
-    """Save the guest as ``tag``, then resume it if it ran. Raises :class:`SnapshotFailed`.
+    """Save the guest and its disks as ``tag``, then resume it if it ran. Raises :class:`SnapshotFailed`.
 
     ``without_disks``: although the guest can write to disks that the snapshot does not hold.
     """
@@ -69,7 +70,7 @@ async def save(
     images = await _images(coordinator)
     if not without_disks:
         await _check_disks(coordinator, images)
-    if tag in [each.tag for each in await listed(coordinator)]:
+    if any(tag in image.with_state for image in images):
         raise SnapshotFailed(f"there is a snapshot {tag} already; delete it first, or choose another name")
     await _check_capabilities(coordinator)
     ran = await _stop(coordinator)
@@ -80,6 +81,7 @@ async def save(
         if coordinator.phase is not Phase.SNAPSHOT:
             raise SnapshotFailed("another program resumed the guest before it was saved; nothing was saved")
         await _job(coordinator, "snapshot-save", tag, images, timeout)
+        await _save_disks(coordinator, tag, timeout)
         return coordinator.report
     finally:
         coordinator.end_snapshot()
@@ -101,6 +103,10 @@ async def load(
         await _check_disks(coordinator, images)
     await _check_capabilities(coordinator)
     await _check_fits(coordinator, images[0], tag)
+    name = name_on_disk(tag, *images[0].made[tag])
+    disks = await snapshot_disks.check(
+        coordinator.state.snapshot_disks(), name, tag, without_disks=without_disks
+    )
     ran = await _stop(coordinator)
     ports, state = coordinator.ports, coordinator.state
     state.pause_channels()
@@ -112,9 +118,18 @@ async def load(
     coordinator.expect_instead()
     await ports.qtest.settled()  # no interrupt of the guest that goes reaches the one that comes
     try:
-        await _job(coordinator, "snapshot-load", tag, images, timeout)
-    except _NotBegun as error:
+        async with snapshot_disks.put_back(disks, name):
+            if not _in(coordinator, Phase.INCOMING):
+                raise NotBegun("another program resumed the guest while its disks were put back")
+            await _job(coordinator, "snapshot-load", tag, images, timeout)
+            if not _in(coordinator, Phase.LOADED):
+                raise SnapshotFailed(f"{tag} was made without the emulator's state")
+    except NotBegun as error:
         coordinator.expect_no_more(before)
+        if not error.disks_stay:
+            raise SnapshotFailed(
+                f"{error}; the guest stays stopped until its disks fit its memory"
+            ) from error
         if ran:
             await ports.qmp.cont()
         raise SnapshotFailed(f"{error}; nothing was changed") from error
@@ -122,9 +137,6 @@ async def load(
         coordinator.abandon()
         why = coordinator.load_refused or str(error)
         raise SnapshotFailed(f"{why}; the guest stays stopped: load another snapshot, or reset it") from error
-    if coordinator.phase is not Phase.LOADED:
-        coordinator.abandon()
-        raise SnapshotFailed(f"{tag} was made without the emulator's state; the guest stays stopped")
     if ran:
         await ports.qmp.cont()
     else:
@@ -132,21 +144,50 @@ async def load(
 
 
 async def delete(coordinator: Coordinator, tag: str, *, timeout: float = 600.0) -> None:
-    """Delete ``tag`` from every image. Raises :class:`SnapshotFailed`."""
+    """Delete ``tag`` from every image, the disks' first. Raises :class:`SnapshotFailed`."""
     images = await _images(coordinator)
     _check_is_meant(images, tag, everywhere=False)
+    names = {name_on_disk(tag, *image.made[tag]) for image in images if tag in image.made}
+    await snapshot_disks.delete(coordinator.state.snapshot_disks(), sorted(names), tag)
     await _job(coordinator, "snapshot-delete", tag, images, timeout)
 
 
 async def listed(coordinator: Coordinator) -> list[Snapshot]:
     """Return the snapshots of the machine, oldest first."""
     found: dict[str, Snapshot] = {}
+    names: dict[str, str] = {}
     for node in await coordinator.ports.qmp.execute("query-named-block-nodes"):
         for each in node["image"].get("snapshots", ()):
-            known = found.get(each["name"])
+            tag, known = each["name"], found.get(each["name"])
             size = max(each["vm-state-size"], known.size if known else 0)
-            found[each["name"]] = Snapshot(each["name"], size, each["date-sec"])
-    return sorted((each for each in found.values() if each.size), key=lambda each: each.date)
+            found[tag] = Snapshot(tag, size, each["date-sec"])
+            if each["vm-state-size"]:
+                names[tag] = name_on_disk(tag, each["date-sec"], each["date-nsec"])
+    holding = await snapshot_disks.holding(coordinator.state.snapshot_disks(), list(names.values()))
+    complete = [replace(found[tag], disks=tuple(holding[name])) for tag, name in names.items()]
+    return sorted(complete, key=lambda each: each.date)
+
+
+async def _save_disks(coordinator: Coordinator, tag: str, timeout: float) -> None:
+    """Save the disks of a machine that was just saved; if that fails, nothing of the snapshot stays."""
+    disks = coordinator.state.snapshot_disks()
+    if not disks:
+        return
+    images = await _images(coordinator, *Phase)
+    try:
+        name = name_on_disk(tag, *images[0].made[tag])
+        await snapshot_disks.save(disks, name)
+        if coordinator.phase is not Phase.SNAPSHOT:
+            await snapshot_disks.delete(disks, [name], tag)
+            raise SnapshotFailed("another program resumed the guest while it was saved")
+    except SnapshotFailed as error:
+        try:
+            await _job(coordinator, "snapshot-delete", tag, images, timeout)
+        except SnapshotFailed as second:
+            raise SnapshotFailed(
+                f"{error}; of snapshot {tag}, which cannot be loaded, there is still the machine: {second}"
+            ) from error
+        raise SnapshotFailed(f"{error}; nothing was saved") from error
 
 
 def _check_name(tag: str) -> None:
@@ -167,6 +208,8 @@ class _ImageNode:
     names: Mapping[str, str]
     with_state: frozenset[str]
     """Names of the snapshots that have guest memory."""
+    made: Mapping[str, tuple[int, int]]
+    """When each snapshot was made: seconds since 1970, and nanoseconds."""
 
 
 async def _images(coordinator: Coordinator, *phases: Phase) -> list[_ImageNode]:
@@ -188,6 +231,7 @@ async def _images(coordinator: Coordinator, *phases: Phase) -> list[_ImageNode]:
                     Path(str(node["image"]["filename"])),
                     {str(each["id"]): str(each["name"]) for each in there},
                     frozenset(str(each["name"]) for each in there if each["vm-state-size"]),
+                    {str(each["name"]): (int(each["date-sec"]), int(each["date-nsec"])) for each in there},
                 )
             )
     if not found:
@@ -227,8 +271,9 @@ async def _check_disks(coordinator: Coordinator, images: Sequence[_ImageNode]) -
     if outside:
         raise SnapshotFailed(
             f"a snapshot does not hold what the guest writes to {', '.join(outside)}: after a load its memory would "
-            "be older than its disks, which damages file systems. Make them read-only (readonly=on), or add "
-            "--without-disks and put the disks back yourself while the guest is stopped"
+            "be older than its disks, which damages file systems. Make them read-only (readonly=on), convert "
+            "them to qcow2, which a snapshot holds, or add --without-disks and put the disks back yourself while the "
+            "guest is stopped"
         )
 
 
@@ -253,6 +298,11 @@ async def _check_capabilities(coordinator: Coordinator) -> None:
         raise SnapshotFailed(f"QEMU's migration settings exclude snapshots: {why}; nothing was changed")
 
 
+def _in(coordinator: Coordinator, phase: Phase) -> bool:
+    """Return whether the guest is in ``phase``, which changes whenever this process waits."""
+    return coordinator.phase is phase
+
+
 async def _stop(coordinator: Coordinator) -> bool:
     """Stop the guest; return whether it ran."""
     qmp = coordinator.ports.qmp
@@ -265,7 +315,7 @@ async def _stop(coordinator: Coordinator) -> bool:
 async def _job(
     coordinator: Coordinator, command: str, tag: str, images: Sequence[_ImageNode], timeout: float
 ) -> None:
-    """Run a job of QEMU's to its end. Raises :class:`_NotBegun` if QEMU did not begin it."""
+    """Run a job of QEMU's to its end. Raises :class:`NotBegun` if QEMU did not begin it."""
     qmp = coordinator.ports.qmp
     name = f"vmbus-{secrets.token_hex(4)}"
     arguments: dict[str, Any] = {"job-id": name, "tag": tag, "devices": [image.node for image in images]}
@@ -276,7 +326,7 @@ async def _job(
     except QemuGone:
         raise
     except QemuError as error:
-        raise _NotBegun(str(error)) from error
+        raise NotBegun(str(error)) from error
     try:
         async with asyncio.timeout(timeout):
             while True:

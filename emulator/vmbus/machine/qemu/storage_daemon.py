@@ -17,13 +17,14 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from vmbus.bus.io.snapshots import DiskSnapshot
 from vmbus.errors import DeviceError, MissingRequirement, UserError
 from vmbus.machine import unix_path
-from vmbus.machine.qemu import confined
+from vmbus.machine.qemu import confined, image_snapshots
 from vmbus.machine.qemu.child import in_child
 from vmbus.machine.qemu.image_files import Image, examine
 from vmbus.provision.qemu import QemuBinary, find_qemu
@@ -76,6 +77,8 @@ class StorageDaemon:
         self._received = b""
         self._deadline = 0.0
         self.process: subprocess.Popen[bytes] | None = None
+        self.clean = True
+        """Whether the last daemon ended properly: all that was written is in the image."""
 
     def start(self, connections: int) -> list[socket.socket]:
         """Open and serve the image; return that many NBD connections. Raises :class:`~vmbus.errors.DeviceError`."""
@@ -104,16 +107,37 @@ class StorageDaemon:
 
     def resize(self, size: int) -> None:
         """Grow the image, which is not open, to ``size`` bytes. Raises :class:`~vmbus.errors.DeviceError`."""
-        self.stop()
-        try:
-            self._start(None)
-            self._open()
+        with self._only_open():
             nodes = self._execute("query-named-block-nodes", flat=True)
             [present] = [each["image"]["virtual-size"] for each in nodes if each["node-name"] == "image"]
             if size < present:
                 raise DeviceError(f"it has {present} bytes, and an image cannot be made smaller")
             self._deadline = time.monotonic() + RESIZE_TIMEOUT
             self._execute("block_resize", **{"node-name": "image", "size": size})
+
+    def save_snapshot(self, name: str) -> None:
+        """Make an internal snapshot of the image, which is not open. Raises :class:`~vmbus.errors.DeviceError`."""
+        self._snapshot("blockdev-snapshot-internal-sync", name)
+
+    def delete_snapshot(self, name: str) -> None:
+        """Delete an internal snapshot of the image, which is not open. Raises :class:`~vmbus.errors.DeviceError`."""
+        self._snapshot("blockdev-snapshot-delete-internal-sync", name)
+
+    def _snapshot(self, command: str, name: str) -> None:
+        with self._only_open():
+            self._deadline = time.monotonic() + image_snapshots.TIMEOUT
+            self._execute(command, device="image", name=name)
+        if not self.clean:
+            raise DeviceError("the storage daemon did not end properly")
+
+    @contextlib.contextmanager
+    def _only_open(self) -> Iterator[None]:
+        """Have the image open, for commands, and serve it to nobody."""
+        self.stop()
+        try:
+            self._start(None)
+            self._open()
+            yield
         finally:
             self.stop()
 
@@ -208,6 +232,7 @@ class StorageDaemon:
                 )
                 process.kill()
                 process.wait()
+            self.clean = process.returncode == 0
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
                     with contextlib.suppress(OSError):  # data for a daemon that had ended
@@ -240,6 +265,14 @@ class QemuImages:
         except MissingRequirement as error:
             raise MissingRequirement(f"format={image.format} needs qemu-storage-daemon: {error}") from error
         return StorageDaemon(program, image, self.qemu.environment)
+
+    def snapshots(self, image: Image) -> list[DiskSnapshot]:
+        """Return the internal snapshots of ``image``. Raises :class:`~vmbus.errors.DeviceError`."""
+        return image_snapshots.read_snapshots(image)
+
+    def load_snapshot(self, image: Image, name: str) -> None:
+        """Put ``image``, which is not open, back to a snapshot. Raises :class:`~vmbus.errors.DeviceError`."""
+        image_snapshots.put_back(self.qemu.qemu_img(), self.qemu.environment, image, name)
 
     def resize(self, image: Image, size: int) -> None:
         """Resize ``image`` to ``size`` bytes. Raises :class:`~vmbus.errors.UserError`."""
