@@ -7,6 +7,7 @@ import logging
 import pytest
 from vmbus.bus.io import channel_io, turns
 from vmbus.bus.io.channel_io import ChannelIo
+from vmbus.bus.io.output import OUTPUT_BYTES
 from vmbus.bus.io.state import IoState
 from vmbus.bus.io.turns import TURN_PACKETS
 from vmbus.errors import DeviceError, MalformedError, ProtocolError, RingError
@@ -135,7 +136,7 @@ def test_a_device_that_floods_is_stopped(guest: LoopbackGuest) -> None:
     with pytest.raises(DeviceError, match="faster than the guest reads"):
         for _ in range(100_000):
             guest.io.send(bytes(64))
-    assert guest.io.backlog <= channel_io.OUTPUT_BYTES
+    assert guest.io.backlog <= OUTPUT_BYTES
     guest.run()
     assert guest.io.state is IoState.RUNNING
 

@@ -13,7 +13,7 @@ Work is done in turns (:mod:`vmbus.bus.io.turns`), which say when packets are ta
 
 What a guest can make the host hold is bounded: by ``device.max_owed`` completions and by the bytes of the guest's
 :class:`~vmbus.bus.budget.MemoryBudget`, since no packet is taken beyond them; and what devices send on their own by
-:data:`OUTPUT_PACKETS` and :data:`OUTPUT_BYTES`. The packets behind a limit stay in the ring.
+:attr:`Output.full <vmbus.bus.io.output.Output.full>`. The packets behind a limit stay in the ring.
 """
 
 from __future__ import annotations
@@ -54,10 +54,6 @@ _logger = logging.getLogger(__name__)
 
 LARGE_PACKET = 4096
 """Bytes in the ring above which a device is asked what it needs of a packet (``Device.needed``)."""
-OUTPUT_PACKETS = 4096
-"""Packets that a device may have sent and the guest has not taken; completions do not count."""
-OUTPUT_BYTES = 4 << 20
-"""The same limit in bytes."""
 OUTPUT_ALWAYS = 4096
 """Bytes that every channel may queue, also if the guest's saved state has no room for more."""
 AWAITED_LIMIT = 8192
@@ -171,12 +167,7 @@ class ChannelIo:
     def congested(self) -> bool:
         """Whether a device with unlimited data should stop sending, and call :meth:`notify_room`."""
         output = self._output
-        return (
-            output.blocked
-            or len(output.packets) >= OUTPUT_PACKETS // 2
-            or output.bytes >= OUTPUT_BYTES // 2
-            or (output.bytes >= OUTPUT_ALWAYS and self._account.budget.full)
-        )
+        return output.congested or (output.bytes >= OUTPUT_ALWAYS and self._account.budget.full)
 
     def owes(self, transaction_id: int) -> bool:
         """Return whether the guest waits for a completion with this id."""
@@ -219,11 +210,7 @@ class ChannelIo:
         if not self._accepts(len(extension) + len(payload)):
             return
         output = self._output
-        if (
-            len(output.packets) >= OUTPUT_PACKETS
-            or output.bytes >= OUTPUT_BYTES
-            or (output.bytes >= OUTPUT_ALWAYS and self._account.budget.full_for_first)
-        ):
+        if output.full or (output.bytes >= OUTPUT_ALWAYS and self._account.budget.full_for_first):
             raise DeviceError(
                 f"{self.device.name} sends faster than the guest reads: {output.bytes} bytes are queued"
             )

@@ -20,6 +20,10 @@ PAGE_BYTES = 512
 """The same for each page that it names: the number, a run, views of guest memory."""
 QUEUED_BYTES = 64
 """The same for a packet in the output queue, besides its bytes."""
+OUTPUT_PACKETS = 4096
+"""Packets that a device may have sent and the guest has not taken; completions do not count."""
+OUTPUT_BYTES = 4 << 20
+"""The same limit in bytes."""
 _ATTEMPTS = 4
 """How often room may appear just when the host begins to wait, before other channels get their turn."""
 
@@ -101,7 +105,10 @@ class Transactions:
 
 
 class Output:
-    """The queue in front of an outgoing ring, in order and without a limit of its own."""
+    """The queue in front of an outgoing ring, in order.
+
+    It takes completions without a limit: the guest's requests have one. See :attr:`full` for everything else.
+    """
 
     __slots__ = ("blocked", "bytes", "packets")
 
@@ -116,6 +123,16 @@ class Output:
     def memory(self) -> int:
         """Bytes of memory that the queue occupies."""
         return self.bytes + QUEUED_BYTES * len(self.packets)
+
+    @property
+    def full(self) -> bool:
+        """Whether a device has sent as much as it may."""
+        return len(self.packets) >= OUTPUT_PACKETS or self.bytes >= OUTPUT_BYTES
+
+    @property
+    def congested(self) -> bool:
+        """Whether a device with unlimited data should wait."""
+        return self.blocked or len(self.packets) >= OUTPUT_PACKETS // 2 or self.bytes >= OUTPUT_BYTES // 2
 
     def put(self, packet: bytes) -> None:
         """Queue a packet (see ``build_packet``)."""
