@@ -50,7 +50,7 @@ _SAME_MOMENT = 0.1
 
 _BEHIND = StateRefused(
     Reason.WRONG_STATE,
-    "the machine was saved behind the emulator's back, while guest memory was being written; use `vmbus snapshot`, "
+    "QEMU saved the guest without the emulator, while guest memory was being written; use `vmbus snapshot`, "
     "or a migration with pause-before-switchover",
 )
 
