@@ -97,6 +97,8 @@ class Coordinator:
         self.ports = ports
         self.state = state
         self.tracker = DirtyPageTracker(ports.memory, ports.qtest, ports.workers)
+        self.snapshot_command = ""
+        """The ``vmbus snapshot`` that is under way: save, load or delete."""
         self.side_channel = SideChannel(ports.qmp)
         self._machine = MigrationStateMachine(switchover)
         self._source_fence = SourceFence(ports.qmp)
