@@ -93,7 +93,7 @@ async def test_devices_come_go_grow_and_move(tmp_path: Path, capsys: pytest.Capt
         assert "cannot be made smaller" not in await vmbus("list")
         for words, status, message in (
             (("remove", "scsi/0:1"), 1, "there is no device scsi/0:1"),
-            (("resize", "echo", "1G"), 1, "is no disk"),
+            (("resize", "echo", "1G"), 1, "is not a disk"),
             (("add", "echo"), 1, "a name (id=)"),
             (("add", "scsi,image=/nowhere"), 1, "No such file"),
             (("add", "nonsense"), 2, "no device 'nonsense'"),

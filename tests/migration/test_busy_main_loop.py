@@ -74,5 +74,5 @@ async def test_savevm_and_an_early_continue_during_a_write_through(tmp_path: Pat
         await more_beats(guest)
         await other.close()
 
-        with pytest.raises(SnapshotFailed, match="behind the emulator's back"):
+        with pytest.raises(SnapshotFailed, match="without the emulator"):
             await load(coordinator, "behind")

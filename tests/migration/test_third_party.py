@@ -53,7 +53,7 @@ async def test_a_migration_that_another_program_drives_is_followed(tmp_path: Pat
         coordinator.report = Report()
         await other.execute("migrate", {"uri": guest.uri(there)})
         await guest.here.migration(lambda: "failed" in coordinator.report.statuses, "status failed")
-        assert "behind the emulator's back" in there.host.migration.load_refused
+        assert "without the emulator" in there.host.migration.load_refused
         await _set(other, "pause-before-switchover", True)
         await more_beats(guest)
         await guest.leave(there)
@@ -106,7 +106,7 @@ async def test_a_driver_that_does_not_wait_for_the_emulator_cannot_lose_the_gues
             monkeypatch.undo()
             await guest.here.migration(lambda: coordinator.phase is Phase.IDLE, "phase idle")
             await guest_resumed(guest)
-            assert "behind the emulator's back" in there.host.migration.load_refused
+            assert "without the emulator" in there.host.migration.load_refused
             await guest.leave(there)
 
         there = await guest.target()

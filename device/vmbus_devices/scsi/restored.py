@@ -39,6 +39,8 @@ class RestoredCommands:
         self._unopened: dict[ChannelIo, list[Packet]] = {}
         """Those of channels that are not open here yet."""
         self._scheduled = False
+        self._until_resumed: set[ChannelIo] = set()
+        """Paused channels that have a timer, which is due when they are resumed."""
 
     def replace(self, packets: Sequence[tuple[int, Packet]]) -> None:
         """Take the commands that the controller's own state has (of older releases; channel index and packet).
@@ -61,7 +63,7 @@ class RestoredCommands:
         self._unopened.pop(io, None)
         if opened:
             self._waiting = [each for each in self._waiting if each[0] != io.subchannel_index]
-        self._scheduled = False  # its timer ended with the channel
+        self._until_resumed.discard(io)  # its timer ended with the channel
 
     def of(self, io: ChannelIo, *, opened: bool) -> list[Packet]:
         """Return the commands of ``io`` that wait; ``opened``: whether it is open here."""
@@ -89,7 +91,6 @@ class RestoredCommands:
         channels = {io.subchannel_index: (io, commands) for io, commands in self._open_channels().items()}
         end = self._abort if aborted else self._execute
         waiting, self._waiting = self._waiting, []
-        paused: ChannelIo | None = None
         for index, packet in waiting:
             if index not in channels:
                 self._waiting.append((index, packet))
@@ -97,11 +98,21 @@ class RestoredCommands:
             io, commands = channels[index]
             if not io.owes(packet.transaction_id):
                 continue
-            if not aborted and (io.state is IoState.PAUSED or (io.budget.full and commands)):
-                paused = io if io.state is IoState.PAUSED else paused
+            if not aborted and io.state is IoState.PAUSED:
+                self._waiting.append((index, packet))
+                self._run_when_resumed(io)
+            elif not aborted and io.budget.full and commands:
                 self._waiting.append((index, packet))
             else:
                 end(io, packet)
-        if paused is not None and not self._scheduled:
-            self._scheduled = True
-            paused.call_later(0, self.run)
+
+    def _run_when_resumed(self, io: ChannelIo) -> None:
+        if io in self._until_resumed:
+            return
+        self._until_resumed.add(io)
+
+        def resumed() -> None:
+            self._until_resumed.discard(io)
+            self.run()
+
+        io.call_later(0, resumed)

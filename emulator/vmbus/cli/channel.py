@@ -114,7 +114,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds <= 3600:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0 to 3600")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 3600")
     return seconds
 
 
@@ -207,7 +207,9 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     if len(data) > by_hand.MAX_STATE:
-        raise UserError(f"{path} has more than {by_hand.MAX_STATE >> 20} MiB, which is no channel's state")
+        raise UserError(
+            f"{path} has more than {by_hand.MAX_STATE >> 20} MiB, more than a channel's state: is it another file?"
+        )
     return data
 
 
@@ -342,7 +344,7 @@ def _received(descriptors: Sequence[int]) -> bytes:
         raise UserError("the state to restore must come as the descriptor of a regular file")
     size = os.fstat(descriptors[0]).st_size
     if size > by_hand.MAX_STATE:
-        raise UserError(f"a state of {size} bytes is no channel's state")
+        raise UserError(f"{size} bytes cannot be the state of a channel")
     return os.pread(descriptors[0], size, 0)
 
 

@@ -250,10 +250,10 @@ async def _resize(host: Host, name: str, size: int | None) -> dict[str, Any]:
     attached, part = _find(host, name)
     device = attached.device
     if not isinstance(device, HasParts):
-        raise UserError(f"{name} is no disk, so it has no size; `vmbus device list` shows the disks")
+        raise UserError(f"{name} is not a disk, so it has no size; `vmbus device list` shows the disks")
     if part is None:
         raise UserError(
-            f"{name} is no disk but a device with disks: say which, as in {_example(device, name)}"
+            f"{name} is not a disk but a device with disks: name one of them, as in {_example(device, name)}"
         )
     before = device.parts()[part].size
     if before is None:

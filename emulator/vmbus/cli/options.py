@@ -62,7 +62,7 @@ def seconds(text: str) -> float:
     value = _number(text)
     if not 0 < value <= MAX_TIMEOUT:  # false for NaN, too
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no timeout: write a number of seconds above 0 and up to {MAX_TIMEOUT:.0f} (a year)"
+            f"{text!r} is not a timeout: write a number of seconds above 0 and up to {MAX_TIMEOUT:.0f} (a year)"
         )
     return value
 
@@ -72,7 +72,7 @@ def hold_limit(text: str) -> float:
     value = _number(text)
     if not 0 <= value <= MAX_HOLD:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no limit: write a number of seconds up to {MAX_HOLD:.0f}, or 0 for no limit"
+            f"{text!r} is not a limit: write a number of seconds up to {MAX_HOLD:.0f}, or 0 for no limit"
         )
     return value
 

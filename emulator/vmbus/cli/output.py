@@ -136,7 +136,7 @@ def _failed(error: OSError | ValueError) -> OutputFailed:
     os.dup2(nowhere, 1)
     os.close(nowhere)
     if isinstance(error, BrokenPipeError):
-        return OutputClosed("nobody reads the output any more")
+        return OutputClosed("the output was closed")
     why = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return OutputFailed(f"cannot write the output: {why}; write it to another file")
 

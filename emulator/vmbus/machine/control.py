@@ -194,6 +194,6 @@ def ask(
             return answer["return"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is not the control socket of an emulator: its answer is no answer"
+            f"{path} is not the control socket of an emulator: its answer cannot be parsed"
         ) from error
     raise UserError(str(answer["error"]))

@@ -182,8 +182,8 @@ def _check_owner(path: Path, found: os.stat_result) -> None:
     """Refuse a file of another user, who could read and change the guest; warn if others can open it."""
     if not stat.S_ISREG(found.st_mode) or found.st_uid not in (0, os.geteuid()):
         raise QemuUnsuitable(
-            f"the guest's memory file {path} belongs to another user (id {found.st_uid}), or is no file: QEMU found "
-            "it there when it started. Give QEMU a mem-path in a folder that only you can enter (mode 0700)"
+            f"the guest's memory file {path} belongs to another user (id {found.st_uid}), or is not a file: QEMU "
+            "found it there when it started. Give QEMU a mem-path in a folder that only you can enter (mode 0700)"
         )
     folder = path.parent.stat()
     if found.st_mode & 0o066 and folder.st_mode & 0o011:

@@ -220,8 +220,8 @@ async def test_a_part_is_resized(host: FakeHost) -> None:
     ("request_", "told"),
     [
         ({"action": "resize", "device": "shelf/one", "size": 13}, "choose another size"),
-        ({"action": "resize", "device": "shelf"}, "say which, as in shelf/one"),
-        ({"action": "resize", "device": "plain"}, "is no disk, so it has no size"),
+        ({"action": "resize", "device": "shelf"}, "name one of them, as in shelf/one"),
+        ({"action": "resize", "device": "plain"}, "is not a disk, so it has no size"),
         ({"action": "remove", "device": "shelf/two"}, "there are shelf, plain, shelf/one"),
         ({"action": "remove", "device": "plain/0:0"}, "there is no device plain/0:0"),
         ({"action": "grow"}, "unknown action 'grow'"),

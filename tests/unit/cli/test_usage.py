@@ -159,13 +159,13 @@ def test_the_largest_sizes() -> None:
 @pytest.mark.parametrize(
     ("words", "shown"),
     [
-        (["run", "--timeout", "nan"], "is no timeout"),
+        (["run", "--timeout", "nan"], "is not a timeout"),
         (["run", "--smp", "99999999999"], "from 1 to 4096"),
-        (["run", "--hold-limit", "-1"], "is no limit"),
+        (["run", "--hold-limit", "-1"], "is not a limit"),
         (["demo", "--smp", "0"], "from 1 to 4096"),
-        (["migrate", "--timeout", "nan"], "is no timeout"),
+        (["migrate", "--timeout", "nan"], "is not a timeout"),
         (["migrate", "--save-buffer", "-1"], "whole number from 1"),
-        (["snapshot", "list", "--timeout", "inf"], "is no timeout"),
+        (["snapshot", "list", "--timeout", "inf"], "is not a timeout"),
     ],
 )
 def test_wrong_numbers_are_wrong_usage(

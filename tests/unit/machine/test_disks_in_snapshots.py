@@ -184,6 +184,7 @@ class Qemu:
         self.resumed_by_another = False
         self.coordinator = cast("Coordinator", self)
         self.phase = Phase.IDLE
+        self.snapshot_command = ""
         self.load_refused = ""
         self.report = SimpleNamespace(refusal="")
         self.ports = SimpleNamespace(
@@ -370,3 +371,23 @@ async def test_a_disk_that_keeps_its_part_keeps_the_snapshot(qemu: Qemu) -> None
     qemu.disks["b"].fails = set()
     await snapshots.delete(qemu.coordinator, "tag")
     assert qemu.tags == []
+
+
+async def test_two_commands_do_not_meet_at_one_guest(qemu: Qemu) -> None:
+    """The second would resume the guest while the first one puts its disks back."""
+    await save_old(qemu)
+    held = threading.Event()
+    qemu.disks["a"].hold = held
+    load = asyncio.ensure_future(snapshots.load(qemu.coordinator, "tag"))
+    await asyncio.sleep(0)  # it has begun, and changed nothing yet
+    for second in (
+        snapshots.save(qemu.coordinator, "other"),
+        snapshots.load(qemu.coordinator, "tag"),
+        snapshots.delete(qemu.coordinator, "tag"),
+    ):
+        with pytest.raises(SnapshotFailed, match=r"vmbus snapshot load` is under way.*try again"):
+            await second
+    held.set()
+    await load
+    assert (qemu.tags, qemu.snapshot_command) == (["tag"], "")
+    await snapshots.delete(qemu.coordinator, "tag")

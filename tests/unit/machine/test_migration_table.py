@@ -119,5 +119,5 @@ def test_load_in_every_phase(phase: Phase) -> None:
     if phase is Phase.INCOMING:
         machine.load_requested()
     else:
-        with pytest.raises(StateRefused, match="behind the emulator's back"):
+        with pytest.raises(StateRefused, match="without the emulator"):
             machine.load_requested()

@@ -135,7 +135,7 @@ async def test_qemu_is_answered_while_the_event_loop_waits_for_its_main_loop(
         assert (bytes(answer.body[0]), keeper.refused) == (b"not now", 1)
     else:
         assert (answer.message_type, keeper.loaded) == (MessageType.ERROR, [])
-        assert "behind the emulator's back" in answer.body[0]
+        assert "without the emulator" in answer.body[0]
     await helper.close()
     qtest.close()
     there.close()

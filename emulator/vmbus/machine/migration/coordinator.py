@@ -51,7 +51,7 @@ _SAME_MOMENT = 0.1
 
 _BEHIND = StateRefused(
     Reason.WRONG_STATE,
-    "the machine was saved behind the emulator's back, while guest memory was being written; use `vmbus snapshot`, "
+    "QEMU saved the guest without the emulator, while guest memory was being written; use `vmbus snapshot`, "
     "or a migration with pause-before-switchover",
 )
 
@@ -105,6 +105,8 @@ class Coordinator:
         self.allow_missing_devices = allow_missing_devices
         """Whether a guest may arrive although devices of it are missing here: it loses their channels."""
         self._snapshot_without_devices = False
+        self.snapshot_command = ""
+        """The ``vmbus snapshot`` that is under way: save, load or delete."""
         self.side_channel = SideChannel(ports.qmp)
         self._machine = MigrationStateMachine(switchover)
         self._source_fence = SourceFence(ports.qmp)

@@ -206,13 +206,13 @@ def read_state(path: Path) -> bytes:
     """Return the bytes of a state's file, which nobody else can have written.
 
     Raises ``OSError``, and :class:`~vmbus.saving.StateRefused` for a file of another user, one that others can
-    write, one that is no plain file, and one that is too large.
+    write, one that is not a regular file, and one that is too large.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:  # noqa: PTH123 - of a descriptor
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise StateRefused(Reason.NOT_ACCEPTED, f"{path} is no plain file")
+            raise StateRefused(Reason.NOT_ACCEPTED, f"{path} is not a regular file")
         if not _ours(found.st_uid) or found.st_mode & 0o022:
             raise StateRefused(
                 Reason.NOT_ACCEPTED,
@@ -232,7 +232,7 @@ def _remove_socket(path: Path) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(found.st_mode):
-        raise FileExistsError(errno.EEXIST, "it exists, and is no socket")
+        raise FileExistsError(errno.EEXIST, "it exists, and is not a socket")
     path.unlink()
 
 

@@ -15,10 +15,11 @@ QEMU looks for a snapshot by its id first, which is a number, and then by its na
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,11 @@ async def save(
     ``without_disks``: although the guest can write to disks that the snapshot does not hold.
     """
     _check_name(tag)
+    with _alone(coordinator, "save"):
+        return await _save(coordinator, tag, without_disks, timeout)
+
+
+async def _save(coordinator: Coordinator, tag: str, without_disks: bool, timeout: float) -> Report:
     images = await _images(coordinator)
     if not without_disks:
         await _check_disks(coordinator, images)
@@ -103,6 +109,11 @@ async def load(
     :func:`save`. ``allow_missing_devices``: although devices of the snapshot are missing here; their channels are
     revoked.
     """
+    with _alone(coordinator, "load"):
+        await _load(coordinator, tag, without_disks, timeout)
+
+
+async def _load(coordinator: Coordinator, tag: str, without_disks: bool, timeout: float) -> None:
     images = await _images(coordinator, Phase.IDLE, Phase.LOST)
     _check_is_meant(images, tag, everywhere=True)
     if not without_disks:
@@ -157,11 +168,27 @@ async def load(
 
 async def delete(coordinator: Coordinator, tag: str, *, timeout: float = 600.0) -> None:
     """Delete ``tag`` from every image, the disks' first. Raises :class:`SnapshotFailed`."""
-    images = await _images(coordinator)
-    _check_is_meant(images, tag, everywhere=False)
-    names = {name_on_disk(tag, *image.made[tag]) for image in images if tag in image.made}
-    await snapshot_disks.delete(coordinator.state.snapshot_disks(), sorted(names), tag)
-    await _job(coordinator, "snapshot-delete", tag, images, timeout)
+    with _alone(coordinator, "delete"):
+        images = await _images(coordinator)
+        _check_is_meant(images, tag, everywhere=False)
+        names = {name_on_disk(tag, *image.made[tag]) for image in images if tag in image.made}
+        await snapshot_disks.delete(coordinator.state.snapshot_disks(), sorted(names), tag)
+        await _job(coordinator, "snapshot-delete", tag, images, timeout)
+
+
+@contextlib.contextmanager
+def _alone(coordinator: Coordinator, what: str) -> Iterator[None]:
+    """Refuse a second command: one could resume the guest while the other puts its disks back."""
+    if coordinator.snapshot_command:
+        raise SnapshotFailed(
+            f"`vmbus snapshot {coordinator.snapshot_command}` is under way for this guest: try again when it has "
+            "ended"
+        )
+    coordinator.snapshot_command = what
+    try:
+        yield
+    finally:
+        coordinator.snapshot_command = ""
 
 
 async def listed(coordinator: Coordinator) -> list[Snapshot]:

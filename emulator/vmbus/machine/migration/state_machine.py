@@ -392,7 +392,7 @@ class MigrationStateMachine:
         if self.phase is not Phase.INCOMING:
             raise StateRefused(
                 Reason.WRONG_STATE,
-                "guest memory was replaced behind the emulator's back; use `vmbus snapshot load`",
+                "QEMU replaced guest memory without the emulator; use `vmbus snapshot load`",
             )
 
     def loaded(self) -> None:

@@ -48,7 +48,7 @@ _INTERFACE = "org.qemu.VMState1"
 _PATH = "/org/qemu/VMState1"
 _PROPERTIES = "org.freedesktop.DBus.Properties"
 _FAILED = "org.qemu.VMState1.Error.Failed"
-_BEHIND = "guest memory was replaced behind the emulator's back; use `vmbus snapshot load`"
+_BEHIND = "QEMU replaced guest memory without the emulator; use `vmbus snapshot load`"
 
 _CONFIGURATION = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">

@@ -20,12 +20,14 @@ from __future__ import annotations
 import os
 import re
 import stat
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from vmbus.errors import DeviceError
+from vmbus.machine.qemu.qcow2_snapshots import CannotLook, read_header
 
 MAX_IMAGES = 64
 """Images of one disk: itself, its backing file, the backing file of that, and so on."""
@@ -34,9 +36,6 @@ WITH_BACKING = ("qcow2", "qcow", "qed", "vmdk")
 FORMATS = (*WITH_BACKING, "raw", "vdi", "vhdx", "vpc", "parallels")
 """Formats of images and of backing files."""
 
-_QCOW2_MAGIC = b"QFI\xfb"
-_QCOW2_FEATURES = 72
-_QCOW2_HEADER_LENGTH = 100
 _EXTERNAL_DATA = 1 << 2
 _DATA_FILE_NAME = 0x44415441
 _MAX_EXTENSIONS = 64
@@ -94,7 +93,9 @@ class Tree:
         """Compare with the nodes that the daemon has. Raises :class:`~vmbus.errors.DeviceError`."""
         for node in execute("query-named-block-nodes", flat=True):
             if node["drv"] not in FORMATS and node["file"] not in self.files:
-                raise DeviceError(f"the image opens {shown(node['file'])}, which nobody allowed")
+                raise DeviceError(
+                    f"the image opens {shown(node['file'])}, which image=, data_file= and backing= do not allow"
+                )
 
 
 def shown(name: str) -> str:
@@ -170,7 +171,9 @@ def _look(
             if child["child"].startswith("extents.") and image.extents:
                 allowed.append(name)
             elif name not in allowed:
-                raise DeviceError(f"the image {path} opens {shown(name)}, which nobody allowed")
+                raise DeviceError(
+                    f"the image {path} opens {shown(name)}, which image=, data_file= and extents= do not allow"
+                )
     finally:
         execute("blockdev-del", **{"node-name": node["node-name"]})
     about = found["image"]
@@ -203,7 +206,7 @@ def _allowed(image: Image, path: Path, name: str) -> Path:
         )
     found = Path(name)
     if not found.is_absolute() or not found.exists():
-        raise DeviceError(f"{here} the backing file {shown(name)}, which is no file of this machine")
+        raise DeviceError(f"{here} the backing file {shown(name)}, which is not a file on this machine")
     if image.backing is True:
         return found
     for each in image.backing:
@@ -279,12 +282,13 @@ def check_names(path: Path, format: str, *, data_file: bool = False, extents: bo
 def external_data_file(path: Path) -> str | None:
     """Return the name of the external data file in a qcow2, empty if it says none; ``None`` if it has none."""
     with _opened(path) as file:
-        header = file.read(_QCOW2_HEADER_LENGTH + 4)
-        if header[:4] != _QCOW2_MAGIC or int.from_bytes(header[4:8], "big") < 3:
+        try:
+            header = read_header(file)
+        except (CannotLook, struct.error):  # QEMU does not open it as a qcow2 either
             return None
-        if not int.from_bytes(header[_QCOW2_FEATURES : _QCOW2_FEATURES + 8], "big") & _EXTERNAL_DATA:
+        if not header.features & _EXTERNAL_DATA:
             return None
-        at = int.from_bytes(header[_QCOW2_HEADER_LENGTH:], "big")
+        at = header.length
         for _ in range(_MAX_EXTENSIONS):
             file.seek(at)
             kind, length = (int.from_bytes(file.read(4), "big") for _ in range(2))

@@ -13,7 +13,8 @@ from typing import BinaryIO
 from vmbus.errors import UserError
 
 _MAGIC = b"QFI\xfb"
-_HEADER = struct.Struct(">4sIQIIQIIQQIIQQ")
+_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
+_V2_LENGTH = 72
 _ENTRY = struct.Struct(">QIHHIIQII")
 _EXTRA = struct.Struct(">QQ")
 _MAX_SNAPSHOTS = 65536
@@ -36,6 +37,8 @@ class Header:
     table: int
     """Offset of the table of snapshots."""
     count: int
+    length: int
+    """Bytes of the header itself; its extensions are behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +56,14 @@ class Entry:
 def read_header(file: BinaryIO) -> Header:
     """Return the header. Raises :class:`CannotLook`, and ``struct.error`` for a file that is too short."""
     file.seek(0)
-    magic, version, _, _, bits, size, crypt, _, _, _, _, count, table, features = _HEADER.unpack(
+    magic, version, _, _, bits, size, crypt, _, _, _, _, count, table, features, *_, length = _HEADER.unpack(
         file.read(_HEADER.size)
     )
     if magic != _MAGIC or version not in (2, 3) or not 9 <= bits <= 21:
-        raise CannotLook("it is no plain qcow2 image")
-    return Header(bits, size, bool(crypt), features if version == 3 else 0, table, min(count, _MAX_SNAPSHOTS))
+        raise CannotLook("it is not a qcow2 image that can be read here (encrypted, or another format)")
+    if version == 2:  # the fields behind are not there: the bytes belong to something else
+        features, length = 0, _V2_LENGTH
+    return Header(bits, size, bool(crypt), features, table, min(count, _MAX_SNAPSHOTS), length)
 
 
 def read_entries(file: BinaryIO, header: Header) -> Iterator[Entry]:
