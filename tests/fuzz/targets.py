@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-import shutil
 import socket
 import struct
 import tempfile
@@ -117,23 +116,26 @@ class SavedStates:
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        self.folder = Path(tempfile.mkdtemp(prefix="vmbus-fuzz-", dir=shared))
-        self.host = self.loop.run_until_complete(self._host())
+        with tempfile.TemporaryDirectory(prefix="vmbus-fuzz-", dir=shared) as folder:
+            self.host = self.loop.run_until_complete(self._host(Path(folder)))
+            self.ram = os.open(
+                Path(folder, "memory"), os.O_RDWR | os.O_CLOEXEC
+            )  # libFuzzer ends without a farewell
         self.state = self.host.migration.state
         self.loaded = 0
         """How many states passed all checks."""
 
-    async def _host(self) -> Any:
+    async def _host(self, folder: Path) -> Any:
         from tests.unit.machine.test_stored_states import host_for
 
-        return host_for(self.folder, "first", Nobody)
+        return host_for(folder, "first", Nobody)
 
     def close(self) -> None:
         """Release what the host has."""
         self.host.workers.close()
         self.host.memory.close()
         self.loop.close()
-        shutil.rmtree(self.folder)
+        os.close(self.ram)
 
     def __call__(self, data: bytes) -> None:
         with contextlib.suppress(StateRefused):
@@ -155,10 +157,9 @@ class SavedStates:
         self.state.pause()
         self.state.reset()
         self.host.migration.expect()
-        memory = self.folder / "memory"
-        size = memory.stat().st_size
-        os.truncate(memory, 0)  # zeros again, in the mapping too
-        os.truncate(memory, size)
+        size = os.fstat(self.ram).st_size
+        os.truncate(self.ram, 0)  # zeros again, in the mapping too
+        os.truncate(self.ram, size)
 
 
 class Stream:
