@@ -209,7 +209,7 @@ class Qemu:
     def end_snapshot(self) -> None:
         self.phase = Phase.IDLE
 
-    def expect_instead(self) -> None:
+    def expect_instead(self, *, allow_missing_devices: bool) -> None:
         self.phase = Phase.INCOMING
 
     def expect_no_more(self, phase: Phase) -> None:
@@ -268,7 +268,7 @@ class Qemu:
 
 @pytest.fixture
 def qemu(monkeypatch: pytest.MonkeyPatch) -> Qemu:
-    async def nothing(*arguments: object) -> None:
+    async def nothing(*arguments: object, **options: object) -> None:
         pass
 
     monkeypatch.setattr(snapshots, "_check_capabilities", nothing)

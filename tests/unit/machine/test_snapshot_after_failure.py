@@ -9,9 +9,9 @@ from typing import Any, cast
 import pytest
 from vmbus.machine.migration import snapshots
 from vmbus.machine.migration.coordinator import Coordinator
-from vmbus.machine.migration.snapshots import SnapshotFailed, _forget_failed_migration, _ImageNode
+from vmbus.machine.migration.snapshots import ImageNode, SnapshotFailed, forget_failed_migration
 
-IMAGE = _ImageNode("vmbus-snapshots", Path("snapshots.qcow2"), {}, frozenset(), {})
+IMAGE = ImageNode("vmbus-snapshots", Path("snapshots.qcow2"), {}, frozenset(), {})
 
 
 class FakeQmp:
@@ -36,7 +36,7 @@ class FakeQmp:
 
 
 async def forget(qmp: FakeQmp) -> None:
-    await _forget_failed_migration(
+    await forget_failed_migration(
         cast("Coordinator", SimpleNamespace(ports=SimpleNamespace(qmp=qmp))), IMAGE, timeout=10
     )
 

@@ -110,10 +110,12 @@ async def load(
     revoked.
     """
     with _alone(coordinator, "load"):
-        await _load(coordinator, tag, without_disks, timeout)
+        await _load(coordinator, tag, without_disks, allow_missing_devices, timeout)
 
 
-async def _load(coordinator: Coordinator, tag: str, without_disks: bool, timeout: float) -> None:
+async def _load(
+    coordinator: Coordinator, tag: str, without_disks: bool, allow_missing_devices: bool, timeout: float
+) -> None:
     images = await _images(coordinator, Phase.IDLE, Phase.LOST)
     _check_is_meant(images, tag, everywhere=True)
     if not without_disks:
@@ -132,7 +134,7 @@ async def _load(coordinator: Coordinator, tag: str, without_disks: bool, timeout
             await ports.qmp.cont()
         raise SnapshotFailed("a device's work did not end in time, nothing was changed; try again")
     try:
-        await _forget_failed_migration(coordinator, images[0], timeout)
+        await forget_failed_migration(coordinator, images[0], timeout)
     except SnapshotFailed:
         if ran:
             await ports.qmp.cont()
@@ -239,7 +241,7 @@ def _check_name(tag: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _ImageNode:
+class ImageNode:
     """An image that takes part in snapshots. ``names``: of its snapshots, by id."""
 
     node: str
@@ -251,7 +253,7 @@ class _ImageNode:
     """When each snapshot was made: seconds since 1970, and nanoseconds."""
 
 
-async def _images(coordinator: Coordinator, *phases: Phase) -> list[_ImageNode]:
+async def _images(coordinator: Coordinator, *phases: Phase) -> list[ImageNode]:
     """Return the images that take part: every writable qcow2 node. The first one gets guest memory."""
     if coordinator.ports.dbus_address is None:
         raise SnapshotFailed(
@@ -265,7 +267,7 @@ async def _images(coordinator: Coordinator, *phases: Phase) -> list[_ImageNode]:
         if node["drv"] == "qcow2" and not node["ro"] and node["node-name"] != FENCE_NODE:
             there = node["image"].get("snapshots", ())
             found.append(
-                _ImageNode(
+                ImageNode(
                     str(node["node-name"]),
                     Path(str(node["image"]["filename"])),
                     {str(each["id"]): str(each["name"]) for each in there},
@@ -280,7 +282,7 @@ async def _images(coordinator: Coordinator, *phases: Phase) -> list[_ImageNode]:
     return sorted(found, key=lambda image: image.node != SNAPSHOT_NODE)
 
 
-def _check_is_meant(images: Sequence[_ImageNode], tag: str, *, everywhere: bool) -> None:
+def _check_is_meant(images: Sequence[ImageNode], tag: str, *, everywhere: bool) -> None:
     """Check that QEMU finds the snapshot that is meant; ``everywhere``: in each image, with memory in the first."""
     if not any(tag in image.names.values() for image in images):
         raise SnapshotFailed(f"there is no snapshot {tag}; `vmbus snapshot list` shows what there is")
@@ -299,7 +301,7 @@ def _check_is_meant(images: Sequence[_ImageNode], tag: str, *, everywhere: bool)
         raise SnapshotFailed(f"{images[0].file} has no guest memory in snapshot {tag}; nothing was changed")
 
 
-async def _check_disks(coordinator: Coordinator, images: Sequence[_ImageNode]) -> None:
+async def _check_disks(coordinator: Coordinator, images: Sequence[ImageNode]) -> None:
     """Refuse what the guest can write to and a snapshot does not rewind: its file system would not fit its memory."""
     nodes = {image.node for image in images}
     outside = coordinator.state.outside_snapshots()
@@ -316,7 +318,7 @@ async def _check_disks(coordinator: Coordinator, images: Sequence[_ImageNode]) -
         )
 
 
-async def _check_fits(coordinator: Coordinator, image: _ImageNode, tag: str, *, allow_missing: bool) -> None:
+async def _check_fits(coordinator: Coordinator, image: ImageNode, tag: str, *, allow_missing: bool) -> None:
     """Check that the emulator's state in a snapshot can be restored here, as far as that can be seen before."""
     try:
         state = await asyncio.to_thread(read_state, image.file, tag)
@@ -337,7 +339,7 @@ async def _check_capabilities(coordinator: Coordinator) -> None:
         raise SnapshotFailed(f"QEMU's migration settings exclude snapshots: {why}; nothing was changed")
 
 
-async def _forget_failed_migration(coordinator: Coordinator, image: _ImageNode, timeout: float) -> None:
+async def forget_failed_migration(coordinator: Coordinator, image: ImageNode, timeout: float) -> None:
     """Have QEMU forget how an earlier migration failed, with the guest stopped.
 
     QEMU keeps the error of a migration that failed or was cancelled, takes it for one of the load, and fails the load
@@ -373,7 +375,7 @@ async def _stop(coordinator: Coordinator) -> bool:
 
 
 async def _job(
-    coordinator: Coordinator, command: str, tag: str, images: Sequence[_ImageNode], timeout: float
+    coordinator: Coordinator, command: str, tag: str, images: Sequence[ImageNode], timeout: float
 ) -> None:
     """Run a job of QEMU's to its end. Raises :class:`NotBegun` if QEMU did not begin it."""
     qmp = coordinator.ports.qmp
