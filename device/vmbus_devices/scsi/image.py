@@ -208,7 +208,14 @@ class ImageSnapshots:
         return self._servers.snapshots(self._backend.image)
 
     def save_snapshot(self, name: str) -> None:
-        self._closed(lambda: self._server.save_snapshot(name))
+        def work() -> None:
+            if not self._server.clean:  # the guest's memory has as written what the image has not
+                raise DeviceError(
+                    f"the server of {self._backend.image.path} did not end properly: what was written may be missing"
+                )
+            self._server.save_snapshot(name)
+
+        self._closed(work)
 
     def load_snapshot(self, name: str, *, keep: str | None = None) -> None:
         def work() -> None:
@@ -237,16 +244,8 @@ class ImageSnapshots:
         self._closed(lambda: self._server.delete_snapshot(name))
 
     def _closed(self, work: Callable[[], None]) -> None:
-        """Call ``work`` while the image is closed, and all that was written is in it."""
-
-        def checked() -> None:
-            if not self._server.clean:
-                raise DeviceError(
-                    f"the server of {self._backend.image.path} did not end properly: what was written may be missing"
-                )
-            work()
-
-        self._backend.client.interlude(checked)
+        """Call ``work`` while no server has the image open."""
+        self._backend.client.interlude(work)
 
 
 def probe(path: Path) -> str:

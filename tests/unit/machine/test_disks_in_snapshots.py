@@ -46,6 +46,8 @@ class Disk:
         if keep:
             self.kept[keep] = (self.content, self.size)
         self.content = self.kept[name][0]
+        if keep:
+            self._check("all of load")
 
     def delete_snapshot(self, name: str) -> None:
         self._check("delete")
@@ -102,12 +104,18 @@ async def test_disks_go_back_only_with_the_machine() -> None:
             assert first.content == second.content == "old"
             raise NotBegun("QEMU")
     assert caught.value.disks_stay
+    assert caught.value.__cause__ is None
     assert first.content == second.content == "new"
     second.fails = {"load"}
     with pytest.raises(NotBegun, match="b cannot be put back: no load"):
         async with snapshot_disks.put_back(disks, "one"):
             raise InternalError("it was not put back")
     assert (first.content, list(first.kept)) == ("new", ["one"])
+    second.fails = {"all of load"}
+    with pytest.raises(NotBegun, match="b cannot be put back: no all of load"):
+        async with snapshot_disks.put_back(disks, "one"):
+            raise InternalError("it was not put back")
+    assert (second.content, list(second.kept)) == ("new", ["one"])
     second.fails = set()
     async with snapshot_disks.put_back(disks, "one"):
         pass
@@ -124,6 +132,11 @@ async def test_a_disk_that_cannot_be_undone_is_named() -> None:
     assert not e.value.disks_stay
     [kept] = set(disk.kept) - {"one"}
     assert disk.kept[kept] == ("new", 512)
+    disk = saved("load", "list")
+    with pytest.raises(NotBegun, match=r"no load; the disk a is not as before, .*: no list") as caught:
+        async with snapshot_disks.put_back({"a": disk}, "one"):
+            raise InternalError("it was not put back")
+    assert not caught.value.disks_stay
 
 
 async def test_the_emulator_ends_while_disks_change() -> None:

@@ -59,7 +59,9 @@ async def save(disks: Disks, name: str) -> None:
             raise SnapshotFailed(_told(failures, "cannot be saved"))
     except BaseException as error:
         failures = await _each(made, lambda disk: disk.delete_snapshot(name))
-        raise _with(error, _left(failures, name)) from error
+        if (failed := _with(error, _left(failures, name))) is error:
+            raise
+        raise failed from error
 
 
 async def holding(disks: Disks, names: Sequence[str]) -> dict[str, list[str]]:
@@ -117,9 +119,15 @@ async def put_back(disks: Disks, name: str) -> AsyncIterator[None]:
             raise NotBegun(_told(failures, "cannot be put back"))
         yield
     except BaseException as error:
-        failures = await _each(done, undo)
+        found, unknown = await _read(disks)  # one that failed may have changed nevertheless
+        changed = {each: disks[each] for each in disks if each in done or kept in found.get(each, ())}
+        failures = await _each(changed, undo) | {
+            each: why for each, why in unknown.items() if each not in changed
+        }
         failed = _with(error, [_told(failures, f"is not as before, which is in its snapshot {kept}")])
-        if failures and isinstance(failed, SnapshotFailed):
+        if failed is error:
+            raise
+        if isinstance(failed, SnapshotFailed):
             failed.disks_stay = False
         raise failed from error
     failures = await _each(disks, lambda disk: disk.delete_snapshot(kept))
