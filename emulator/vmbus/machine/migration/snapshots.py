@@ -126,20 +126,20 @@ async def _load(
     disks = await snapshot_disks.check(
         coordinator.state.snapshot_disks(), name, tag, without_disks=without_disks
     )
+    before = coordinator.phase
     ran = await _stop(coordinator)
     ports, state = coordinator.ports, coordinator.state
-    state.pause_channels()
-    if not await ports.workers.settle(SETTLE_TIMEOUT):
-        if ran:
-            await ports.qmp.cont()
-        raise SnapshotFailed("a device's work did not end in time, nothing was changed; try again")
     try:
         await forget_failed_migration(coordinator, images[0], timeout)
     except SnapshotFailed:
         if ran:
             await ports.qmp.cont()
         raise
-    before = coordinator.phase
+    state.pause_channels()
+    if not await ports.workers.settle(SETTLE_TIMEOUT):
+        if ran:
+            await ports.qmp.cont()
+        raise SnapshotFailed("a device's work did not end in time, nothing was changed; try again")
     coordinator.expect_instead(allow_missing_devices=allow_missing_devices)
     await ports.qtest.settled()  # no interrupt of the guest that goes reaches the one that comes
     try:
@@ -344,13 +344,17 @@ async def forget_failed_migration(coordinator: Coordinator, image: ImageNode, ti
 
     QEMU keeps the error of a migration that failed or was cancelled, takes it for one of the load, and fails the load
     at its end, when the guest that was here is gone. Only the beginning of another migration or snapshot clears it:
-    so one is saved and deleted.
+    so one is saved and deleted. A guest that is lost has no state to save: that snapshot has a refusal in its place.
     """
-    qmp = coordinator.ports.qmp
-    if "error-desc" not in await qmp.execute("query-migrate"):
+    if "error-desc" not in await coordinator.ports.qmp.execute("query-migrate"):
         return
     scratch = f"vmbus-scratch-{secrets.token_hex(4)}"
+    lost = coordinator.phase is Phase.LOST
     try:
+        if not lost:
+            await coordinator.begin_snapshot()
+            if coordinator.report.refusal:
+                raise SnapshotFailed(coordinator.report.refusal)
         await _job(coordinator, "snapshot-save", scratch, [image], timeout)
         await _job(coordinator, "snapshot-delete", scratch, [image], timeout)
     except SnapshotFailed as error:
@@ -358,6 +362,9 @@ async def forget_failed_migration(coordinator: Coordinator, image: ImageNode, ti
             "QEMU would fail the load because of a migration that failed before, and cannot be made to forget that: "
             f"{error}; nothing was changed, migrate the guest and load the snapshot there"
         ) from error
+    finally:
+        if not lost:
+            coordinator.end_snapshot()
 
 
 def _in(coordinator: Coordinator, phase: Phase) -> bool:
