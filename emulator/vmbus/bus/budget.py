@@ -18,7 +18,7 @@ QEMU's carrier does not take (1 MiB) could not be migrated, so a guest could ref
     | page lists (GPADLs), in progress and complete   | ``SAVED_GPADL_BYTES``: more lists are refused        |
     | packets that are owed, awaited or queued        | ``SAVED_PACKET_BYTES``: more stay in the rings       |
     | the first packet of channels that hold none     | ``SAVED_FIRST_BYTES``, and one packet                |
-    | all of these packets, with large answers        | ``SAVED_LIMIT_BYTES``: beyond it, the channel fails  |
+    | all of these packets, with large answers        | ``SAVED_LIMIT_BYTES``: read in time, or it fails     |
     | channels, devices, processors, messages         | the rest of 1 MiB: 112 KiB                           |
 """
 
@@ -41,7 +41,8 @@ SAVED_FIRST_BYTES = 64 << 10
 waits for another one."""
 
 SAVED_LIMIT_BYTES = 512 << 10
-"""The same beyond which the channel fails whose answers do not fit into the guest's ring: one answer may be large."""
+"""The same beyond which a channel fails whose answers do not fit into the guest's ring, unless the guest reads them
+in time: one answer may be large, and a device may give many at once."""
 
 
 class MemoryBudget:

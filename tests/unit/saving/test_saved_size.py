@@ -7,6 +7,7 @@ import uuid
 import zlib
 
 import pytest
+from vmbus.api import Channel, Packet
 from vmbus.bus.budget import (
     SAVED_FIRST_BYTES,
     SAVED_GPADL_BYTES,
@@ -17,6 +18,7 @@ from vmbus.bus.budget import (
 from vmbus.bus.channel.gpadl import MAX_CHANNEL_GPADLS, Gpadl, GpadlAssembler
 from vmbus.bus.channel.state import ChannelState
 from vmbus.bus.contact import Connection
+from vmbus.bus.io.channel_io import READ_TIMEOUT
 from vmbus.bus.io.state import IoState
 from vmbus.bus.saved_state.layout import SAVED_BUS
 from vmbus.bus.saved_state.values import (
@@ -165,8 +167,49 @@ def test_a_guest_that_does_not_read_large_answers_loses_the_channel_and_not_its_
             if not write(guest, packet):
                 guest.run()
         guest.run()
-        assert budget.saved_packets <= SAVED_LIMIT_BYTES
+    assert budget.saved_packets > SAVED_LIMIT_BYTES
+    assert all(guest.io.state is not IoState.FAILED for guest in guests), "they had no time to read"
+    for guest in guests:
+        guest.advance(READ_TIMEOUT)
+    assert budget.saved_packets <= SAVED_LIMIT_BYTES
     assert sum(map(saved_size, guests)) <= SAVED_LIMIT_BYTES + len(guests) * FIXED
     states = [guest.io.state for guest in guests]
-    assert states[0] is not IoState.FAILED
+    assert states[-1] is not IoState.FAILED, "the others have made room"
     assert IoState.FAILED in states
+
+
+class Late(Echo):
+    """Keeps requests, and answers all of them at once."""
+
+    def packet(self, io: Channel, packet: Packet) -> None:
+        self.kept.append(packet)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Packet] = []
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_answers_of_a_device_that_was_late_are_read_in_time_or_cost_the_channel(reads: bool) -> None:
+    device = Late()
+    guest = started(device, MemoryBudget())
+    for number in range(20):
+        assert write(guest, guest_packet(b"?", transaction_id=number, completion_requested=True))
+    guest.run()
+    for packet in device.kept:
+        guest.io.complete(packet.transaction_id, bytes(100 << 10))
+    guest.run()
+    assert guest.io.budget.saved_packets > SAVED_LIMIT_BYTES
+    guest.advance(READ_TIMEOUT - 1)
+    guest.io.pause()
+    guest.advance(2)
+    guest.io.resume()  # the time in which it stood still does not count
+    guest.advance(READ_TIMEOUT - 1)
+    assert guest.io.state is IoState.RUNNING
+    answers = 0
+    while reads and (received := guest.receive()):
+        answers += len(received)
+        guest.run()
+    guest.advance(2)
+    assert (guest.io.state, answers) == ((IoState.RUNNING, 20) if reads else (IoState.FAILED, 0))
+    assert guest.io.failure == ("" if reads else "answers-not-read")

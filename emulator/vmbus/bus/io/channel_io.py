@@ -56,6 +56,8 @@ LARGE_PACKET = 4096
 """Bytes in the ring above which a device is asked what it needs of a packet (``Device.needed``)."""
 OUTPUT_ALWAYS = 4096
 """Bytes that every channel may queue, also if the guest's saved state has no room for more."""
+READ_TIMEOUT = 30.0
+"""Seconds in which the guest has to read answers that would make its saved state too large."""
 AWAITED_LIMIT = 8192
 """Packets of the host whose completion the guest may owe."""
 
@@ -94,6 +96,8 @@ class ChannelIo:
         self._outgoing: OutgoingRing | None = None
         self.transaction_quota = 0
         """See :meth:`set_transaction_quota`; 0 if it was not called."""
+        self._unread: TimerHandle | None = None
+        """Ends the channel unless the guest reads the answers that wait for it."""
         self._account = BudgetAccount()
         self._io_timers = ChannelTimers(
             timers, lambda: self.state, lambda callback: self._contain(lambda _: callback())
@@ -128,6 +132,7 @@ class ChannelIo:
         self._account.budget.forget(self._schedule)
         self._account.clear()
         self._io_timers.forget()
+        self._unread = None
         self._turns.end()
         self._output = Output()
         self._owed = Transactions()
@@ -386,6 +391,7 @@ class ChannelIo:
         self.paused = False
         if self.state is IoState.PAUSED:
             self._enter(IoState.RUNNING)
+            self._forget_deadline()  # the guest may have been stopped: it gets the whole time again
             self._start()
             self._io_timers.resume()
 
@@ -618,11 +624,31 @@ class ChannelIo:
         signal = output.write(self._outgoing, self.counters)
         self._account.set_queued(output.memory)
         self._count_saved()
-        if output.blocked and self._account.budget.saved_packets > SAVED_LIMIT_BYTES:
-            raise GuestError("answers-not-read", f"{output.bytes} bytes wait for room in the guest's ring")
+        if not self._unread_too_much:
+            self._forget_deadline()
+        elif self._unread is None:
+            self._unread = self.call_later(READ_TIMEOUT, self._deadline)
         if output.packets and not output.blocked:
             self._schedule()
         return signal
+
+    @property
+    def _unread_too_much(self) -> bool:
+        """Whether answers of this channel wait for the guest, and the guest's state has no room for them."""
+        return self._output.blocked and self._account.budget.saved_packets > SAVED_LIMIT_BYTES
+
+    def _deadline(self) -> None:
+        self._unread = None
+        if self._unread_too_much:
+            size = self._output.bytes
+            raise GuestError(
+                "answers-not-read", f"{size} bytes have waited for {READ_TIMEOUT:g} s in the host"
+            )
+
+    def _forget_deadline(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _count_saved(self) -> None:
         """Count the bytes that the packets of this channel would have in a saved state, at most."""
