@@ -20,8 +20,10 @@ from vmbus.sandbox.landlock import CHANGE, IOCTL_DEV, READ
 QCOW2_WITH_DATA_FILE = (
     b"QFI\xfb"
     + (3).to_bytes(4, "big")
-    + bytes(64)
-    + (4).to_bytes(8, "big")
+    + bytes(12)
+    + (16).to_bytes(4, "big")  # cluster_bits
+    + bytes(48)
+    + (4).to_bytes(8, "big")  # incompatible features: an external data file
     + bytes(20)
     + (104).to_bytes(4, "big")
 )

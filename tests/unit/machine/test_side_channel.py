@@ -218,7 +218,7 @@ async def test_a_process_of_another_user_is_turned_away() -> None:
 async def test_a_file_in_the_place_of_the_socket_is_kept(tmp_path: Path) -> None:
     address = CarrierAddress("unix", tmp_path / "disk.img")
     address.path.write_text("precious")
-    with pytest.raises(UserError, match="no socket"):
+    with pytest.raises(UserError, match="not a socket"):
         await IncomingCarrier.listen(address, MACHINE, lambda _: None)
     assert address.path.read_text() == "precious"
 
@@ -276,7 +276,7 @@ async def test_a_file_is_read_if_nobody_else_can_have_written_it(
         monkeypatch.undo()
         address.path.unlink()
         os.mkfifo(address.path)  # read() would wait for a writer, and the event loop with it
-        with pytest.raises(StateRefused, match="no plain file"):
+        with pytest.raises(StateRefused, match="not a regular file"):
             there.frame()
         address.path.unlink()
         address.path.symlink_to(tmp_path / "other")

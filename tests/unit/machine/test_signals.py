@@ -29,6 +29,14 @@ esac"""
 """A QEMU that never gets as far as to make its QMP socket, and has no dbus-vmstate."""
 
 
+@pytest.fixture(autouse=True)
+def _hang_up_is_not_ignored() -> Iterator[None]:
+    """Under ``nohup`` it is, also for the programs that a test starts."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @contextlib.contextmanager
 def starting(folder: Path, *before: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """``vmbus run`` while its QEMU starts, after the words ``before``; and the folder of run directories."""

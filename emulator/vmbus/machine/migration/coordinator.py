@@ -166,7 +166,8 @@ class Coordinator:
             self._helper = await VmStateHelper.connect(address, self, self.ports.qtest.waits)
 
     async def close(self) -> None:
-        """Leave the D-Bus daemon."""
+        """Leave the D-Bus daemon, and close what is open for a migration."""
+        self._source_fence.leave()
         await self.side_channel.close()
         if self._helper is not None:
             await self._helper.close()

@@ -59,11 +59,10 @@ class SourceFence:
     async def prepare(self) -> None:
         """Give QEMU the block node. Without one (QEMU before 10.0) the guest is stopped again after a ``cont``."""
         await self.lift()
-        image = _empty_image()
+        self._image = image = _empty_image()
         theirs = os.open(f"/proc/self/fd/{image}", os.O_RDWR | os.O_CLOEXEC)  # a lock is of an open file
         try:
             self._set = await self._qmp.lend([theirs])
-            self._image = image
             await self._qmp.execute(
                 "blockdev-add",
                 {
@@ -78,8 +77,6 @@ class SourceFence:
             await self.lift()
         finally:
             os.close(theirs)
-            if self._image is None:
-                os.close(image)
 
     def close(self) -> None:
         """Have QEMU refuse ``cont`` from now on."""
@@ -95,11 +92,16 @@ class SourceFence:
                 self._image, _OFD_SETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, _WRITE_IS_NOT_SHARED, 1, 0)
             )
 
-    async def lift(self) -> None:
-        """Remove everything, if there is anything."""
-        image, self._image, of_qemu, self._set = self._image, None, self._set, None
+    def leave(self) -> None:
+        """Close the image: this process serves the guest no more. QEMU keeps its node, and accepts ``cont`` again."""
+        image, self._image = self._image, None
         if image is not None:
             os.close(image)
+
+    async def lift(self) -> None:
+        """Remove everything, if there is anything."""
+        self.leave()
+        of_qemu, self._set = self._set, None
         if of_qemu is not None:
             with contextlib.suppress(QemuError):  # it was not added
                 await self._qmp.execute("blockdev-del", {"node-name": FENCE_NODE})
