@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +29,7 @@ class Refusing:
 
 
 def open_images() -> int:
-    links = (os.readlink(each) for each in Path("/proc/self/fd").iterdir() if each.is_symlink())
+    links = (str(each.readlink()) for each in Path("/proc/self/fd").iterdir() if each.is_symlink())
     return sum("vmbus-fence" in link for link in links)
 
 
