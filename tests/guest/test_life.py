@@ -149,7 +149,7 @@ async def test_a_cpu_with_bound_channels_is_moved_from_or_refused(tmp_path: Path
         assert complaints(guest.console()) == []
 
 
-@pytest.mark.parametrize("timers", ["message", "direct"])
+@pytest.mark.parametrize("timers", [full("message"), "direct"])
 async def test_synthetic_timers_drive_a_guest(tmp_path: Path, timers: str) -> None:
     async with boot(
         tmp_path,

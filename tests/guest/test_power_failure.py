@@ -133,7 +133,7 @@ def qemu_img(*words: str | Path, allowed: tuple[int, ...] = (0,)) -> None:
 @pytest.mark.parametrize(
     ("options", "kills"),
     [
-        pytest.param("cache=none", ORDINARY_KILLS, id="none"),
+        full("cache=none", ORDINARY_KILLS, id="none"),
         pytest.param("cache=none,format=qcow2", ORDINARY_KILLS, id="qcow2"),
         full("cache=none", KILLS, id="none-again"),
         full("cache=none,format=qcow2", KILLS, id="qcow2-again"),

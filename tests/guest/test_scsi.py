@@ -83,7 +83,8 @@ async def test_an_image_that_is_used_already_is_refused_at_the_start(tmp_path: P
         assert await asyncio.to_thread(other.backend.wait_closed, LIMIT)
 
 
-@pytest.mark.parametrize("kernel", [full("debian-6.1"), "debian-6.12", full("debian-backports")])
+@pytest.mark.full  # a Debian and a guest that is reset under load find their disk again
+@pytest.mark.parametrize("kernel", ["debian-6.1", "debian-6.12", "debian-backports"])
 async def test_a_file_system_survives_a_reboot(tmp_path: Path, kernel: str) -> None:
     image = tmp_path / "disk.img"
     image.touch()
@@ -254,6 +255,7 @@ async def test_a_bad_block_is_an_error_in_the_guest_and_the_rest_is_read(tmp_pat
         assert set(units(guest)["0:0"]["errors"]) - ASKED_IN_VAIN == {"3/11/00"}
 
 
+@pytest.mark.full  # tests/guest/test_life.py reloads every driver
 async def test_the_driver_can_be_reloaded_under_its_disks(tmp_path: Path) -> None:
     script = WAIT.format("sda") + (
         "dd if=/dev/urandom of=/root/f bs=64k count=16 2>/dev/null; "

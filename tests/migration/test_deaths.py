@@ -213,7 +213,7 @@ async def leave_for_a_target_that_dies(guest: Journey, moment: str) -> None:
     await guest.leave(there)
 
 
-@pytest.mark.parametrize("moment", [full("ready"), "completed", "loading"])
+@pytest.mark.parametrize("moment", [full("ready"), "completed", full("loading")])
 async def test_an_emulator_that_started_its_qemu_takes_it_along(tmp_path: Path, moment: str) -> None:
     """``vmbus run`` on both sides; at ``loading`` it is the target that dies."""
     at_target = moment == "loading"

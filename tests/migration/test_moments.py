@@ -116,7 +116,8 @@ async def test_while_channels_are_opened_and_closed(
         unharmed(guest)
 
 
-@pytest.mark.parametrize("moves", [2, full(4)])
+@pytest.mark.full
+@pytest.mark.parametrize("moves", [2, 4])
 async def test_while_modules_come_and_go(tmp_path: Path, moves: int) -> None:
     async with journey(
         tmp_path,

@@ -41,6 +41,7 @@ async def test_over_tcp(tmp_path: Path, guest_program: Program, times: int) -> N
             await guest_resumed(guest)
 
 
+@pytest.mark.full
 async def test_through_a_command(tmp_path: Path, guest_program: Program) -> None:
     async with under_load(tmp_path, guest_program) as guest:
         pipe = tmp_path / "pipe"

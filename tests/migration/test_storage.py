@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests.guest.harness import LOADED_MODULES
-from tests.guest.matrix import full
 from tests.guest.test_boot import complaints
 from tests.migration.journey import journey
 
@@ -30,7 +29,8 @@ done
 """
 
 
-@pytest.mark.parametrize("moves", [2, full(4)])
+@pytest.mark.full  # test_fio.py verifies every block over migrations
+@pytest.mark.parametrize("moves", [2, 4])
 async def test_what_was_written_is_read_over_migrations(tmp_path: Path, moves: int) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(32 << 20))
