@@ -174,6 +174,7 @@ async def test_a_qemu_without_the_options_is_told_what_to_add(tmp_path: Path, us
         assert option in errors
 
 
+@pytest.mark.full  # tests/migration/test_deaths.py has it after a migration
 async def test_an_emulator_that_is_killed_takes_its_own_qemu_along(user: User) -> None:
     emulator = user.starts("run", "--name", "doomed")
     try:

@@ -92,6 +92,7 @@ async def test_a_target_that_fails_has_not_touched_the_memory_it_shares(
         await arrives(guest, there)
 
 
+@pytest.mark.full
 async def test_cpr_reboot_with_memory_in_the_file_and_beside_it(
     tmp_path: Path, guest_program: Program
 ) -> None:

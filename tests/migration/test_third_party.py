@@ -164,6 +164,7 @@ async def test_cancelled_in_the_pause_while_a_device_writes_guest_memory(
         assert any(carried), carried
 
 
+@pytest.mark.full  # one of the mixed steps of test_soak.py
 async def test_a_guest_that_was_stopped_before_is_stopped_after(tmp_path: Path) -> None:
     async with journey(tmp_path) as guest:
         await more_beats(guest)
