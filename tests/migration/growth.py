@@ -30,7 +30,7 @@ PER_STEP = KIB
 COUNT_NOISE = 1
 """By how much a count may vary: a descriptor or a thread that is about to go."""
 MIN_SAMPLES = 6
-"""With fewer there are no thirds whose medians say anything of memory."""
+"""With fewer the thirds say nothing of memory."""
 
 BYTES = ("private", "qemu")
 """The quantities of a :class:`Sample` that are bytes."""
@@ -119,7 +119,7 @@ def sample(step: int, qemu: int, run_folder: Path) -> Sample:
 
 @dataclass(frozen=True)
 class Trend:
-    """One quantity over a run: the medians of its first and its last third, and by how much it may grow."""
+    """One quantity over a run: the least of its first and of its last third, and by how much it may grow."""
 
     name: str
     first: float
@@ -141,8 +141,8 @@ class Trend:
 def trends(samples: Sequence[Sample]) -> list[Trend]:
     """Compare the last third of a run with its first; empty for a run that is too short for that.
 
-    Medians, so that one odd sample says nothing. A count that grows by one in a hundred steps grows by six between
-    the middles of the thirds of a thousand.
+    The least of each: after some steps the guest's former side is still there when a sample is taken, and what is
+    left behind for good is in every later one. A count that grows by one in a hundred steps grows by six in a thousand.
     """
     if len(samples) < MIN_SAMPLES:
         return []
@@ -151,7 +151,7 @@ def trends(samples: Sequence[Sample]) -> list[Trend]:
     steps = statistics.median(each.step for each in last) - statistics.median(each.step for each in first)
     allowed = dict.fromkeys(BYTES, NOISE + PER_STEP * steps) | dict.fromkeys(COUNTS, float(COUNT_NOISE))
 
-    def middle(part: Sequence[Sample], name: str) -> float:
-        return float(statistics.median(getattr(each, name) for each in part))
+    def least(part: Sequence[Sample], name: str) -> float:
+        return float(min(getattr(each, name) for each in part))
 
-    return [Trend(name, middle(first, name), middle(last, name), allowed[name]) for name in (*BYTES, *COUNTS)]
+    return [Trend(name, least(first, name), least(last, name), allowed[name]) for name in (*BYTES, *COUNTS)]
