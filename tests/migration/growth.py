@@ -142,7 +142,8 @@ def trends(samples: Sequence[Sample]) -> list[Trend]:
     """Compare the last third of a run with its first; empty for a run that is too short for that.
 
     The least of each: after some steps the guest's former side is still there when a sample is taken, and what is
-    left behind for good is in every later one. A count that grows by one in a hundred steps grows by six in a thousand.
+    left behind for good is in every later one. A count that grows by one in a hundred steps grows by six in a
+    thousand.
     """
     if len(samples) < MIN_SAMPLES:
         return []
