@@ -52,7 +52,7 @@ def second_kernel(words: str) -> tuple[list[tuple[Path, str]], str]:
     return [(kernel.vmlinuz, "/vmlinuz"), (initramfs, "/initrd")], " ".join(KERNEL_ARGUMENTS)
 
 
-@pytest.mark.full  # a crash kernel is one that is started without an end of the first
+@pytest.mark.full  # the test of the crash kernel starts a second kernel, too
 async def test_kexec_into_a_second_kernel(tmp_path: Path, guest_program: Callable[[str], Path]) -> None:
     added, line = second_kernel(
         "echo second kernel: $(ls /sys/bus/vmbus/devices | wc -l) devices; read line </dev/ttyS1"

@@ -1,4 +1,4 @@
-"""Reads the table of internal snapshots out of a qcow2 image, which another process may have open.
+"""Reads the header of a qcow2 image and its table of internal snapshots; another process may have the image open.
 
 Source: QEMU, docs/interop/qcow2.rst. Whoever makes an image may put anything there: reading is bounded.
 """
