@@ -183,6 +183,13 @@ class Booted:
 
     # --- reports ---
 
+    def lines_of_failure(self, word: str = "bad-") -> list[str]:
+        """Return the lines of the command's output that begin with ``word``.
+
+        A search in the whole output finds the word in checksums, too: one MD5 in 140 contains "bad".
+        """
+        return [line for line in self.output.decode(errors="replace").splitlines() if line.startswith(word)]
+
     def tail(self, lines: int = 40) -> str:
         """Return the command's output and the end of the console."""
         output = self.output.decode(errors="replace")[-8000:]

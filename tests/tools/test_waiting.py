@@ -154,6 +154,15 @@ async def test_a_wait_ends_with_a_panic_unless_the_test_wants_one(tmp_path: Path
     await guest.stop_following()
 
 
+async def test_a_checksum_that_contains_the_word_is_no_failure(tmp_path: Path) -> None:
+    guest = guest_that_ends(tmp_path, asyncio.get_running_loop().create_future())
+    guest.output += b"b6aa2efa7d4184bad2f3dcba61d484aa  -\nround-1\n"
+    assert guest.lines_of_failure() == []
+    guest.output += b"bad-read\nround-2\n"
+    assert guest.lines_of_failure() == ["bad-read"]
+    await guest.stop_following()
+
+
 async def test_a_wait_ends_when_the_command_has_failed_or_ended(tmp_path: Path) -> None:
     guest = guest_that_ends(tmp_path, asyncio.get_running_loop().create_future())
     guest.failure_word = b"failed"
