@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from vmbus.machine.migration.snapshot_state import read_state
 from vmbus.machine.migration.vmstate import HELPER_ID
-from vmbus.machine.qemu.qcow2_snapshots import CannotLook
+from vmbus.machine.qemu.qcow2 import CannotLook
 
 CLUSTER = 1 << 16
 DISK = 4 * CLUSTER

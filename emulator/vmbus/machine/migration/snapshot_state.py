@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vmbus.machine.migration.vmstate import HELPER_ID
-from vmbus.machine.qemu.qcow2_snapshots import CannotLook, Entry, read_entries, read_header
+from vmbus.machine.qemu.qcow2 import CannotLook, Entry, read_entries, read_header
 
 _UNKNOWN_FEATURES = ~0b01011  # dirty, corrupt and the compression type do not matter here
 _OFFSET = 0x00FF_FFFF_FFFF_FE00

@@ -36,7 +36,7 @@ from vmbus.machine.migration.snapshot_state import read_state
 from vmbus.machine.migration.state_machine import Phase
 from vmbus.machine.migration.switchover import SETTLE_TIMEOUT
 from vmbus.machine.qemu.launch import SNAPSHOT_NODE
-from vmbus.machine.qemu.qcow2_snapshots import CannotLook
+from vmbus.machine.qemu.qcow2 import CannotLook
 from vmbus.saving import StateRefused
 
 _logger = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from vmbus.errors import DeviceError
-from vmbus.machine.qemu.qcow2_snapshots import CannotLook, read_header
+from vmbus.machine.qemu.qcow2 import CannotLook, read_header
 
 MAX_IMAGES = 64
 """Images of one disk: itself, its backing file, the backing file of that, and so on."""

@@ -17,7 +17,7 @@ from vmbus.errors import DeviceError
 from vmbus.machine.qemu import confined
 from vmbus.machine.qemu.child import in_child
 from vmbus.machine.qemu.image_files import Image, check_names, file_node
-from vmbus.machine.qemu.qcow2_snapshots import CannotLook, read_entries, read_header
+from vmbus.machine.qemu.qcow2 import CannotLook, read_entries, read_header
 
 TIMEOUT = 300.0
 """Seconds to make, put back or delete a snapshot of one image: its tables are read and written, not its data."""
