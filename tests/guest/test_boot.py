@@ -86,6 +86,7 @@ async def test_a_kernel_boots_connects_and_keeps_its_heartbeat(
         append=append,
         devices=("heartbeat,interval=0.1", "shutdown", "timesync"),
         extra=("-rtc", "base=2001-02-03T04:05:06"),
+        compressed=True,
         command=["while :; do date -u +%s; usleep 100000; done"],
     ) as guest:
         await guest.until(lambda: guest.host.bus.status()["version"], "agreed version")

@@ -18,6 +18,7 @@ from vmbus.provision.drivers import guest_info
 from vmbus.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
 from vmbus.provision.kernel import DEFAULT_GUEST, GUESTS, GuestKernel, find_kernel
 from vmbus.provision.qemu import find_qemu
+from vmbus.provision.unpacked import fastest_image
 
 from tests.guest.matrix import full
 from tests.guest.waiting import LIMIT, Process, until_blocking
@@ -60,7 +61,7 @@ def run(kernel: GuestKernel, image: Path, folder: Path) -> Finished:
                 "-no-reboot",
             ),
             *("-serial", f"file:{console}", "-serial", f"unix:{folder / 'port'}"),
-            *("-kernel", str(kernel.vmlinuz), "-initrd", str(image)),
+            *("-kernel", str(fastest_image(kernel)), "-initrd", str(image)),
             *("-append", " ".join(KERNEL_ARGUMENTS)),
         ]
         with subprocess.Popen(command, env={**os.environ, **qemu.environment}) as process:

@@ -21,6 +21,7 @@ from vmbus.provision.drivers import present
 from vmbus.provision.initramfs import KERNEL_ARGUMENTS, ROOT_MODULES, build_initramfs
 from vmbus.provision.kernel import find_kernel
 from vmbus.provision.qemu import QemuBinary, find_qemu
+from vmbus.provision.unpacked import fastest_image
 
 from tests.guest.harness import LOADED_MODULES, STORAGE_MODULES, Booted
 from tests.guest.waiting import LIMIT, reporting, while_alive
@@ -152,7 +153,7 @@ def machine(
             [*find_qemu().qemu_img(), "create", "-q", "-f", "qcow2", str(image), "64K"], check=True
         )
     return GuestOptions(
-        kernel=found.vmlinuz,
+        kernel=fastest_image(found),
         initrd=build_initramfs(
             found,
             modules=load,

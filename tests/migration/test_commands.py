@@ -39,7 +39,7 @@ async def emulators() -> AsyncIterator[list[Emulator]]:
 
 
 async def test_a_guest_moves_is_saved_and_leaves_for_another_process(tmp_path: Path) -> None:
-    options = ("--memory", "256M", "--device", "heartbeat,interval=0.1")
+    options = ("--fast-boot", "--memory", "256M", "--device", "heartbeat,interval=0.1")
     command = ("--", "sh", "-c", f"{COUNT}; exit 5")
 
     async def vmbus(*words: str, status: int = 0) -> str:
@@ -103,7 +103,15 @@ async def test_a_guest_moves_is_saved_and_leaves_for_another_process(tmp_path: P
 
 
 async def test_somebody_else_drives_over_descriptors_and_asks_when_to_go_on(tmp_path: Path) -> None:
-    options = ("--memory", "256M", "--device", "heartbeat,interval=0.1", "--switchover", "observe")
+    options = (
+        "--fast-boot",
+        "--memory",
+        "256M",
+        "--device",
+        "heartbeat,interval=0.1",
+        "--switchover",
+        "observe",
+    )
     command = ("--", "sh", "-c", f"{COUNT}; exit 6")
 
     async def vmbus(*words: str, status: int = 0, descriptors: Sequence[int] = ()) -> str:
@@ -170,7 +178,7 @@ async def test_somebody_else_drives_over_descriptors_and_asks_when_to_go_on(tmp_
 
 
 async def test_a_guest_is_taken_back_and_then_leaves_beside_qemus_stream(tmp_path: Path) -> None:
-    options = ("--memory", "256M", "--device", "heartbeat,interval=0.05")
+    options = ("--fast-boot", "--memory", "256M", "--device", "heartbeat,interval=0.05")
     count = ["i=0; while i=$((i+1)); do echo $i; usleep 50000; done"]
     command = ("--", "sh", "-c", *count)
     void, main, carrier = (f"unix:{tmp_path}/{name}" for name in ("void", "main", "carrier"))

@@ -218,7 +218,7 @@ async def test_an_emulator_that_started_its_qemu_takes_it_along(tmp_path: Path, 
     """``vmbus run`` on both sides; at ``loading`` it is the target that dies."""
     at_target = moment == "loading"
 
-    options = ("--memory", "256M", "--device", "heartbeat,interval=0.05")
+    options = ("--fast-boot", "--memory", "256M", "--device", "heartbeat,interval=0.05")
     uri = f"unix:{tmp_path}/migration.sock"
     source = Emulator.start(tmp_path, "run", "--name", "a", *options, dies="" if at_target else moment)
     target = None

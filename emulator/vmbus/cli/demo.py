@@ -33,6 +33,7 @@ from vmbus.provision.command_output import CommandOutput
 from vmbus.provision.initramfs import KERNEL_ARGUMENTS, build_initramfs
 from vmbus.provision.kernel import GUESTS, find_kernel
 from vmbus.provision.qemu import find_qemu
+from vmbus.provision.unpacked import fastest_image
 
 _EPILOG = """\
 examples:
@@ -137,7 +138,7 @@ class Demo:
         )
         devices = registry().create_all(_DEVICES)
         options = GuestOptions(
-            kernel=kernel.vmlinuz,
+            kernel=fastest_image(kernel),
             initrd=build_initramfs(
                 kernel,
                 modules=guest_modules(kernel, devices),

@@ -53,6 +53,7 @@ from vmbus.provision.initramfs import KERNEL_ARGUMENTS, ROOT_MODULES, build_init
 from vmbus.provision.kernel import GUESTS, GuestKernel, find_kernel, own_kernel
 from vmbus.provision.modules import ModuleTree
 from vmbus.provision.qemu import QemuBinary, find_qemu
+from vmbus.provision.unpacked import unpacked_kernel
 
 _EPILOG = """\
 examples:
@@ -88,6 +89,12 @@ def add_parser(verbs: Any) -> None:
     guest.add_argument("--name", help="name of the guest (default: guest-N)")
     guest.add_argument(
         "--guest", choices=sorted(GUESTS), help=f"embedded guest to boot (default: {DEFAULT_GUEST})"
+    )
+    guest.add_argument(
+        "--fast-boot",
+        action="store_true",
+        help="start the embedded guest's kernel unpacked: two seconds less, and no KASLR. Both sides of a migration "
+        "need the same choice, and so do a snapshot and the guest that goes back to it",
     )
     guest.add_argument("--kernel", type=Path, metavar="FILE", help="boot a kernel image of your own")
     guest.add_argument(
@@ -270,7 +277,7 @@ class _Linux:
     append: str = ""
 
 
-_FOR_LINUX = ("initrd", "modules", "root", "append", "load", "add")
+_FOR_LINUX = ("initrd", "modules", "root", "append", "load", "add", "fast_boot")
 """Options that need a kernel that QEMU loads."""
 
 
@@ -278,7 +285,7 @@ def _linux(arguments: argparse.Namespace, devices: Sequence[Device]) -> _Linux:
     """Return the kernel to boot, and make its initramfs."""
     firmware_boots = arguments.cdrom is not None or arguments.disk_boot is not None
     if firmware_boots and arguments.kernel is None and arguments.guest is None:
-        given = [f"--{name}" for name in _FOR_LINUX if getattr(arguments, name)]
+        given = [f"--{name.replace('_', '-')}" for name in _FOR_LINUX if getattr(arguments, name)]
         if given or arguments.command:
             raise UsageError(
                 f"{given[0] if given else 'a command after --'} is for a Linux kernel that QEMU loads, and --cdrom "
@@ -302,7 +309,10 @@ def _linux(arguments: argparse.Namespace, devices: Sequence[Device]) -> _Linux:
             in_root=arguments.root is not None,
         )
     root = [f"root={arguments.root}"] if arguments.root else []
-    return _Linux(kernel.vmlinuz, initrd, " ".join([*KERNEL_ARGUMENTS, *root, arguments.append]).strip())
+    if arguments.fast_boot and arguments.firmware is not None:
+        raise UsageError("--fast-boot needs QEMU's own firmware: leave out --firmware, or --fast-boot")
+    image = unpacked_kernel(kernel) if arguments.fast_boot else kernel.vmlinuz
+    return _Linux(image, initrd, " ".join([*KERNEL_ARGUMENTS, *root, arguments.append]).strip())
 
 
 def _media(arguments: argparse.Namespace) -> BootMedia:
@@ -364,6 +374,10 @@ def _kernel(arguments: argparse.Namespace) -> GuestKernel:
     if arguments.kernel is not None:
         if arguments.guest is not None:
             raise UsageError("--guest and --kernel exclude each other: give one of them")
+        if arguments.fast_boot:
+            raise UsageError(
+                "--fast-boot is for the embedded guests: give --kernel an unpacked kernel (vmlinux) instead"
+            )
         return own_kernel(arguments.kernel, arguments.modules)
     if arguments.modules is not None:
         raise UsageError("--modules goes with --kernel: the embedded guests have their own modules")

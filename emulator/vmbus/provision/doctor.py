@@ -22,6 +22,7 @@ PYTHON_PACKAGES = {
     "elftools": "pyelftools",
     "qemu.qmp": "qemu.qmp",
     "dbus_fast": "dbus-fast",
+    "zstandard": "zstandard",
 }
 _NEEDED_DISK = 1 << 30
 _NEEDED_MEMORY = 1 << 30

@@ -15,18 +15,17 @@ import io
 import lzma
 import os
 import re
-import shutil
-import subprocess
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import zstandard
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
-from vmbus.errors import MissingRequirement, UserError
+from vmbus.errors import UserError
 
 _SUFFIX = re.compile(r"\.ko(\.(xz|zst|gz))?$")
 _LIKELY_DRIVER = re.compile(r"(^|_)(hv|hyperv|vmbus)(_|$)")
@@ -260,19 +259,6 @@ def vmbus_interfaces(module: Module) -> tuple[bytes, ...]:
 
 
 def _decompress_zstd(data: bytes) -> bytes:
-    try:
-        import zstandard
-    except ImportError:
-        program = shutil.which("zstd")
-        if program is None:
-            raise MissingRequirement(
-                "this kernel's modules are compressed with zstd: install the Python package zstandard "
-                "(`pip install zstandard`) or the program zstd"
-            ) from None
-        done = subprocess.run([program, "-dcq"], input=data, capture_output=True)
-        if done.returncode:
-            raise ValueError(done.stderr.decode(errors="replace").strip()) from None
-        return done.stdout
     try:
         return zstandard.ZstdDecompressor().decompressobj().decompress(data)
     except zstandard.ZstdError as error:

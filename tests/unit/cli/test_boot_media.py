@@ -115,6 +115,8 @@ def test_a_device_file_is_no_image() -> None:
         (["--cdrom", "CD", "--root", "/dev/sda1"], "--root is for a Linux kernel"),
         (["--cdrom", "CD", "--", "true"], "a command after -- is for a Linux kernel"),
         (["--firmware", "/none.fd"], "--firmware /none.fd: No such file"),
+        (["--cdrom", "CD", "--fast-boot"], "--fast-boot is for a Linux kernel"),
+        (["--kernel", "CD", "--fast-boot"], "--fast-boot is for the embedded guests"),
     ],
 )
 def test_what_cannot_be_booted_is_said_at_once(
