@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from vmbus.devices.registry import Registry
+from vmbus.machine.engine import build as engine_build
 from vmbus.machine.gateway import build as gateway_build
 
 FLAGS = ("-Wall", "-Wextra", "-Wshadow", "-Werror", "-O2", "-fPIC", "-fanalyzer", "-c", "-o", os.devnull)
@@ -18,7 +19,7 @@ def main() -> int:
     """1 if anything was found."""
     compiler = os.environ.get("CC", "gcc")
     files = found = 0
-    for library in (gateway_build.LIBRARY, *Registry().native_libraries()):
+    for library in (gateway_build.LIBRARY, engine_build.LIBRARY, *Registry().native_libraries()):
         standard = [flag for flag in library.flags if flag.startswith(("-std", "-D"))]
         with tempfile.TemporaryDirectory() as scratch:
             for source in library.write_sources(Path(scratch)):

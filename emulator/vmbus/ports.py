@@ -37,6 +37,12 @@ class GuestPages(Protocol):
     def store_u32(self, offset: int, value: int) -> None:
         """Make one aligned 32-bit store."""
 
+    def set_bits_u32(self, offset: int, bits: int) -> int:
+        """Set ``bits`` of an aligned 32-bit word and return the word from before, in one atomic step.
+
+        The guest may clear other bits of it at the same time. This is a full fence, as :meth:`GuestMemory.fence`.
+        """
+
     def address_u32(self, offset: int) -> int:
         """Return the address of that word in this process, for compiled code; 0 if it has none."""
 

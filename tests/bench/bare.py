@@ -79,7 +79,7 @@ main:
 
 
 @contextlib.asynccontextmanager
-async def bare_guest(program: str, devices: Sequence[Device] = ()) -> AsyncIterator[Host]:
+async def bare_guest(program: str, devices: Sequence[Device] = (), *, smp: int = 1) -> AsyncIterator[Host]:
     """Run a program behind :data:`PROLOGUE` and serve it."""
     with tempfile.TemporaryDirectory(prefix="vmbus-bench-") as folder:
         image = long_mode_guest(Path(folder), PROLOGUE + program)
@@ -88,7 +88,7 @@ async def bare_guest(program: str, devices: Sequence[Device] = ()) -> AsyncItera
             qemu=find_qemu(),
             gateway_library=gateway_build.build(),
             memory_size=MEMORY,
-            options=GuestOptions(kernel=image, initrd=None, append=""),
+            options=GuestOptions(kernel=image, initrd=None, append="", smp=smp),
             devices=devices,
         ) as guest:
             yield guest.host

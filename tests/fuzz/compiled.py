@@ -189,6 +189,8 @@ def seeds() -> dict[str, dict[str, bytes]]:
             "doorbell": executed(6, 4, 0, 0x5D, "0f01c1"),
             "gone": executed(4, 8, 0, 0x5C, "0f01c1"),
             "tables-being-written": executed(14, 4, 0, 0x5D, "0f01c1", "0fa2"),
+            "halts": executed(6, 4, 0xE1, 0x838, "0f30", "f4", "f4"),
+            "constant": executed(6, 4, 0x10, 0x40000002, "0f32"),
             "sampled": executed(6, 4, 8, 0, "0f31", "90", "0f01f9", "90"),
         },
     }

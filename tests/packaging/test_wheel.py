@@ -21,12 +21,13 @@ import os, sys
 from pathlib import Path
 import vmbus, vmbus_devices
 from vmbus.devices.registry import Registry
+from vmbus.machine.engine import build as engine_build
 from vmbus.machine.gateway import build as gateway_build
 from vmbus.provision import initramfs, system_disk
 print(os.path.dirname(vmbus.__file__), os.path.dirname(vmbus_devices.__file__))
 assert initramfs._INIT.read_bytes().startswith(b"#!"), initramfs._INIT
 assert system_disk._HOOK.read_bytes().startswith(b"#!"), system_disk._HOOK
-for library in (gateway_build.LIBRARY, *Registry().native_libraries()):
+for library in (gateway_build.LIBRARY, engine_build.LIBRARY, *Registry().native_libraries()):
     built = library.build(Path(sys.argv[1]))
     print(built.name, built.stat().st_size > 0)
 """
@@ -110,6 +111,7 @@ def test_resources_are_found_where_the_wheel_is_installed(installed: Environment
     assert where.split() == [str(installed.site_packages / name) for name in ("vmbus", "vmbus_devices")]
     assert [re.sub(r"-[0-9a-f]{16}\.so", "", line) for line in libraries] == [
         "vmbus-gateway True",
+        "vmbus-engine True",
         "vmbus-fastpath True",
     ]
 
@@ -120,7 +122,7 @@ def test_resources_are_found_in_a_zip(installed: Environment, wheel: Path, tmp_p
         RESOURCES, tmp_path, variables={"PYTHONPATH": str(wheel)}
     ).splitlines()
     assert where.split() == [f"{wheel}/vmbus", f"{wheel}/vmbus_devices"]
-    assert len(libraries) == 2
+    assert len(libraries) == 3
 
 
 def test_the_example_package_is_found(with_adder: Environment) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from vmbus.bus.channel.channel import Channel
-from vmbus.ports import GuestMemory, TimerHandle, Timers
+from vmbus.ports import PAGE_SIZE, GuestMemory, TimerHandle, Timers
 from vmbus.wire.monitor import (
     GUEST_TO_HOST_BITS,
     HOST_TO_GUEST_BITS,
@@ -94,9 +94,8 @@ class MonitorScan:
 
 def set_interrupt_bit(memory: GuestMemory, page: int, relid: int) -> None:
     """Set the bit of ``relid`` in the half from host to guest, in which the guest only clears bits."""
-    gpa = page + HOST_TO_GUEST_BITS + relid // 8
-    memory.write(gpa, bytes((memory.read(gpa, 1)[0] | 1 << relid % 8,)))
-    memory.fence()
+    offset = HOST_TO_GUEST_BITS + relid // 32 * 4
+    memory.pages([page // PAGE_SIZE]).set_bits_u32(offset, 1 << relid % 32)
 
 
 def take_interrupt_bits(memory: GuestMemory, page: int) -> set[int]:

@@ -10,6 +10,7 @@ from vmbus.cli.output import show, show_json
 from vmbus.cli.table import table
 from vmbus.devices.registry import Registry
 from vmbus.errors import UserError, VmbusError
+from vmbus.machine.engine import build as engine_build
 from vmbus.machine.gateway import build as gateway_build
 from vmbus.native import NativeLibrary, compiler
 from vmbus.provision.doctor import Check, State, examine, healthy
@@ -38,7 +39,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    libraries = (gateway_build.LIBRARY, *Registry().native_libraries())
+    libraries = (gateway_build.LIBRARY, engine_build.LIBRARY, *Registry().native_libraries())
     checks = examine(more=[*(_compiled(each) for each in libraries), *_sandbox()])
     if arguments.json:
         show_json([check.as_json() for check in checks], indent=2)

@@ -11,6 +11,7 @@ from vmbus.cli.options import DEFAULT_GUEST
 from vmbus.cli.output import show, show_json
 from vmbus.devices.registry import Registry
 from vmbus.errors import MissingRequirement
+from vmbus.machine.engine import build as engine_build
 from vmbus.machine.gateway import build as gateway_build
 from vmbus.provision.firmware import find_firmware
 from vmbus.provision.kernel import GUESTS, find_busybox, find_kernel
@@ -85,7 +86,8 @@ def main(arguments: argparse.Namespace) -> int:
             system = arguments.system
 
     firmware = setup.firmware(update=arguments.update) if arguments.firmware else None
-    built = {each.name_in_reports: str(each.build()) for each in Registry().native_libraries()}
+    libraries = (engine_build.LIBRARY, *Registry().native_libraries())
+    built = {each.name_in_reports: str(each.build()) for each in libraries}
     version = ".".join(map(str, found.qemu.version))
     if arguments.json:
         result = {
@@ -132,6 +134,8 @@ def _dry_run(guests: list[str], system: Path | None, firmware: bool) -> int:
             show(f"guest {guest}: already here (Linux {find_kernel(guest).release})")
         except MissingRequirement:
             show(f"guest {guest}: to be fetched")
-    names = ", ".join(["gateway", *[each.name_in_reports for each in Registry().native_libraries()]])
+    names = ", ".join(
+        ["gateway", "engine", *[each.name_in_reports for each in Registry().native_libraries()]]
+    )
     show(f"{names}: compiled from source if that has not been done yet")
     return 0

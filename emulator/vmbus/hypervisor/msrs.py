@@ -24,10 +24,14 @@ class GeneralProtection(GuestError):
 
 @dataclass(frozen=True, slots=True)
 class Register:
-    """``read(vp)`` and ``write(vp, value)``; an access that is None raises #GP."""
+    """``read(vp)`` and ``write(vp, value)``; an access that is None raises #GP.
+
+    ``constant``: each processor reads the same value at any time, so somebody else may read it for the partition.
+    """
 
     read: Callable[[int], int] | None
     write: Callable[[int, int], None] | None = None
+    constant: bool = False
 
 
 class MsrTable:
@@ -41,6 +45,19 @@ class MsrTable:
     ) -> None:
         """Add ``msr`` to the table."""
         self._registers[msr] = Register(read, write)
+
+    def add_constant(self, msr: int, read: Callable[[int], int]) -> None:
+        """Add a read-only ``msr`` that has the same value on every processor as long as the guest runs."""
+        self._registers[msr] = Register(read, constant=True)
+
+    def constants(self) -> dict[int, int]:
+        """Return the values of the constant MSRs, without those that are 0: these may not be known yet."""
+        found = {
+            msr: register.read(0)
+            for msr, register in self._registers.items()
+            if register.constant and register.read is not None
+        }
+        return {msr: value for msr, value in found.items() if value}
 
     @property
     def numbers(self) -> tuple[int, ...]:

@@ -51,7 +51,7 @@ from vmbus.hypervisor.stimer import SyntheticTimers
 from vmbus.hypervisor.synic import Synic, SynicEvents
 from vmbus.ports import PAGE_SIZE, GuestMemory, Interrupts, Timers
 from vmbus.refusals import Refusals
-from vmbus.wire.gateway import DoorbellRule
+from vmbus.wire.gateway import MSR_ADD_VCPU, ConstantMsr, DoorbellRule
 from vmbus.wire.hypercall import HYPERCALL_PAGE_CODE, HYPERCALL_PAGE_FILLER
 from vmbus.wire.msr import (
     CRASH_PARAMETER_COUNT,
@@ -176,6 +176,11 @@ class Partition:
     def connect_message_port(self, connection_id: int, handler: MessageHandler) -> None:
         """Let HvPostMessage on ``connection_id`` call ``handler(vp, connection_id, payload)``."""
         self.hypercalls.message_ports[connection_id] = handler
+
+    def constant_msrs(self) -> tuple[ConstantMsr, ...]:
+        """Return the MSRs that the gateway may read by itself. The clock is known."""
+        found = [ConstantMsr(msr, value & _MASK64) for msr, value in self._msrs.constants().items()]
+        return (ConstantMsr(Msr.VP_INDEX, 0, MSR_ADD_VCPU), *found)
 
     def doorbell_rules(self, first_connection: int, count: int) -> tuple[DoorbellRule, ...]:
         """Return which hypercalls the gateway answers by itself; their doorbells go to ``synic.ring_event_port``."""
@@ -333,8 +338,8 @@ class Partition:
         if features.reference_tsc:
             table.add(Msr.REFERENCE_TSC, lambda vp: self.reference_tsc.value, self._write_reference_tsc)
         if features.frequency:
-            table.add(Msr.TSC_FREQUENCY, lambda vp: clock.tsc_frequency)
-            table.add(Msr.APIC_FREQUENCY, lambda vp: clock.apic_frequency)
+            table.add_constant(Msr.TSC_FREQUENCY, lambda vp: clock.tsc_frequency)
+            table.add_constant(Msr.APIC_FREQUENCY, lambda vp: clock.apic_frequency)
         if features.invariant_tsc:
             table.add(
                 Msr.TSC_INVARIANT_CONTROL, lambda vp: self.tsc_invariant_control, self._write_tsc_invariant
@@ -350,7 +355,7 @@ class Partition:
         synic = self.synic
         vps = synic.vps
         table.add(Msr.SCONTROL, lambda vp: vps[vp].scontrol, synic.write_scontrol)
-        table.add(Msr.SVERSION, lambda vp: SYNIC_VERSION)
+        table.add_constant(Msr.SVERSION, lambda vp: SYNIC_VERSION)
         table.add(Msr.SIEFP, lambda vp: vps[vp].siefp.value, synic.write_siefp)
         table.add(Msr.SIMP, lambda vp: vps[vp].simp.value, synic.write_simp)
         table.add(Msr.EOM, lambda vp: 0, lambda vp, value: synic.end_of_message(vp))

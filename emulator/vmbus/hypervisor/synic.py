@@ -168,15 +168,10 @@ class Synic:
         if page is None or not synic.can_signal(sint):
             self.counters.events_dropped += 1
             return
-        offset = sint * EVENT_AREA_SIZE + flag // 32 * 4
         bit = 1 << flag % 32
-        self._memory.fence()
-        word = page.load_u32(offset)
-        if word & bit:
+        if page.set_bits_u32(sint * EVENT_AREA_SIZE + flag // 32 * 4, bit) & bit:
             self.counters.events_already_set += 1
             return
-        # Not atomic: a flag that the guest clears at this time may be set again, which costs it one read of a ring.
-        page.store_u32(offset, word | bit)
         self.counters.events_signalled += 1
         self._interrupt(synic, sint)
 

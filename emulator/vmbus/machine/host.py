@@ -42,6 +42,7 @@ from vmbus.hypervisor.partition import Partition, PartitionEvents
 from vmbus.machine import takeover
 from vmbus.machine.auto_eoi import AutoEoi
 from vmbus.machine.clock import TcgClock
+from vmbus.machine.engine.library import EngineLibrary, VcpuSignals
 from vmbus.machine.gateway.client import Gateway
 from vmbus.machine.gateway.traps import Fault, Trap
 from vmbus.machine.io.engines import NativeEngines
@@ -129,6 +130,9 @@ SPIN_NS = 100_000
 """Nanoseconds that a vCPU polls for its answer before it sleeps. A message takes 30 to 60 us here, and to wake a vCPU
 costs as much again (docs/performance.md)."""
 
+POLL_NS = 300_000
+"""Nanoseconds that a vCPU polls for an interrupt before it halts, at most."""
+
 GATEWAY_ROUNDS = 64
 """Times that a busy guest is served before the event loop runs anything else."""
 
@@ -177,15 +181,22 @@ class Host:
         self._ended: asyncio.Future[ExitReason] = loop.create_future()
         self._shutdown_reason: str | None = None
         self._lost_because: QemuError | None = None
+        library = EngineLibrary.open()
         self.memory = MappedMemory.map_file(
-            facts.ram_path, facts.ram_regions, code_pages=gateway.code_pages, through=qtest
+            facts.ram_path,
+            facts.ram_regions,
+            code_pages=gateway.code_pages,
+            through=qtest,
+            set_bits=library.set_bits if library else None,
         )
+        vcpus = VcpuSignals(library, gateway.pending.addresses()) if library else None
+        self.interrupts = LocalApics(qtest, facts.apic_ids, self._lost, vcpus)
         self.clock = TcgClock(gateway.clock)
         self.partition = Partition(
             vp_count=len(facts.apic_ids),
             present=facts.vcpus,
             memory=self.memory,
-            interrupts=LocalApics(qtest, facts.apic_ids, self._lost),
+            interrupts=self.interrupts,
             clock=self.clock,
             timers=loop,
             features=options.features,
@@ -323,6 +334,10 @@ class Host:
     def _activate(self, options: HostOptions) -> None:
         self.gateway.set_cpuid(cpuid_table(options.features, len(self.facts.apic_ids)))
         self.gateway.set_doorbells(self.partition.doorbell_rules(EVENT_CONNECTIONS, RELIDS))
+        self.gateway.set_constant_msrs(self.partition.constant_msrs())
+        self.gateway.pending.forget()  # of an emulator that ended in the middle of a signal
+        self.gateway.pending.set_apic_ids(self.facts.apic_ids)
+        self.gateway.set_poll(POLL_NS if self._spare else 0)
         self.gateway.set_hold_timeout(
             options.hold_timeout, {CallCode.POST_MESSAGE: HvStatus.INSUFFICIENT_BUFFERS}
         )

@@ -148,6 +148,15 @@ class MappedPages:
         self._words[word] = value
         self._memory.dirty[word >> 10] = 1
 
+    def set_bits_u32(self, offset: int, bits: int) -> int:
+        page, inside = divmod(offset, PAGE_SIZE)
+        if inside & 3 or offset < 0:
+            raise IndexError(f"offset {offset} is not aligned")
+        word = self._starts[page] + (inside >> 2)
+        before = self._memory.set_bits(word, bits)
+        self._memory.dirty[word >> 10] = 1
+        return before
+
     def address_u32(self, offset: int) -> int:
         page, inside = divmod(offset, PAGE_SIZE)
         return self._memory.address + (self._starts[page] << 2) + inside
@@ -218,7 +227,9 @@ class MappedMemory:
         *,
         code_pages: CodePages | None = None,
         through: WriteThrough | None = None,
+        set_bits: Callable[[int, int], int] | None = None,
     ) -> None:
+        """``set_bits(address, bits)``: set bits of a 32-bit word atomically, with a full fence; its value before."""
         self._ram = ram
         self._words = ram.cast("I")
         self.regions = tuple(sorted(regions, key=lambda region: region.gpa))
@@ -226,6 +237,7 @@ class MappedMemory:
         self._code_pages = code_pages
         self._through = through
         self._fence = threading.Lock()
+        self._set_bits = set_bits
         self._mapping: mmap.mmap | None = None
         self.address = address_of(ram)
         """Address of the first byte of the file in this process."""
@@ -244,6 +256,7 @@ class MappedMemory:
         *,
         code_pages: CodePages | None,
         through: WriteThrough | None,
+        set_bits: Callable[[int, int], int] | None = None,
     ) -> MappedMemory:
         """Map the backing file of a running QEMU. Raises :class:`~vmbus.errors.QemuUnsuitable`."""
         try:
@@ -264,7 +277,7 @@ class MappedMemory:
             mapping = mmap.mmap(descriptor, size, mmap.MAP_SHARED)
         finally:
             os.close(descriptor)
-        memory = cls(memoryview(mapping), regions, code_pages=code_pages, through=through)
+        memory = cls(memoryview(mapping), regions, code_pages=code_pages, through=through, set_bits=set_bits)
         memory._mapping = mapping
         memory.file = RamFile(found.st_dev, found.st_ino, size)
         return memory
@@ -356,6 +369,17 @@ class MappedMemory:
         # An uncontended lock is taken with a lock-prefixed instruction: a full fence on x86.
         with self._fence:
             pass
+
+    def set_bits(self, word: int, bits: int) -> int:
+        """Set bits of the 32-bit word number ``word`` of the file; return the word from before."""
+        if self._set_bits is not None:
+            return self._set_bits(self.address + 4 * word, bits)
+        # Not atomic: a flag that the guest clears at this time may be set again, which costs it one read of a ring.
+        with self._fence:
+            before = int(self._words[word])
+            self._words[word] = before | bits
+        self.fence()
+        return before
 
     def take_dirty(self) -> list[int]:
         """Return the pages of the file (numbers) written since the last call; they count as clean from now on."""

@@ -70,6 +70,13 @@ class FakePages:
             raise IndexError(f"offset {offset} is not aligned")
         self.write(offset, value.to_bytes(4, "little"))
 
+    def set_bits_u32(self, offset: int, bits: int) -> int:
+        self._memory.fence()
+        before = self.load_u32(offset)
+        if before | bits != before:
+            self.store_u32(offset, before | bits)
+        return before
+
     def address_u32(self, offset: int) -> int:
         return 0
 

@@ -187,6 +187,11 @@ class RacingPages:
         self._pages.store_u32(offset, value)
         self._after("store", offset)
 
+    def set_bits_u32(self, offset: int, bits: int) -> int:
+        before = self._pages.set_bits_u32(offset, bits)
+        self._after("store", offset)
+        return before
+
     def address_u32(self, offset: int) -> int:
         return 0  # compiled code would not call the guest
 

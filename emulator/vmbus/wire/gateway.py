@@ -20,7 +20,7 @@ import construct as c
 from vmbus.wire.codec import Record, derive_struct
 
 MAGIC = int.from_bytes(b"VMBusGW1", "little")
-VERSION = 1
+VERSION = 2
 SLOTS = 8
 """Request slots of a vCPU."""
 DOORBELLS = 8192
@@ -28,6 +28,10 @@ CPUID_LEAVES = 32
 RULES = 32
 GONE = 16
 """Hypercalls with a status for the time without an emulator."""
+MSRS = 16
+"""Synthetic MSRs that the gateway reads by itself."""
+VECTORS = 256
+"""Interrupt vectors of a local APIC."""
 
 
 class TrapKind(IntEnum):
@@ -64,6 +68,17 @@ class GuestState(IntEnum):
     """The guest has written GUEST_OS_ID since its last reset: only its emulator has the state that it set up."""
     LEFT = 2
     """The guest was migrated and runs at the target."""
+
+
+class IdleState(IntEnum):
+    """What a vCPU does about the interrupts in ``pending``."""
+
+    RUNNING = 0
+    """It looks at them before its next HLT."""
+    POLLING = 1
+    """It raises them within nanoseconds, and in any case before it halts."""
+    HALTED = 2
+    """It does not look: only QEMU can wake it."""
 
 
 SLOT_LONG_MODE = 1
@@ -106,14 +121,23 @@ VCPU = c.Struct(
     "auto_eois" / c.Int64ul,
     "no_slot" / c.Int64ul,
     "auto_eoi_failures" / c.Int64ul,
-    "reserved0" / c.Padding(56),
+    "halts" / c.Int64ul,
+    "polls" / c.Int64ul,
+    "polled_ns" / c.Int64ul,
+    "raised" / c.Int64ul,
+    "idle" / c.Int32ul,
+    "poll_window_ns" / c.Int32ul,
+    "reserved0" / c.Padding(16),
     "retired" / c.Array(SLOTS, c.Int64ul),
-    "auto_eoi" / c.Array(4, c.Int64ul),
-    "reserved1" / c.Padding(32),
+    "auto_eoi" / c.Array(VECTORS // 64, c.Int64ul),
+    "pending" / c.Array(VECTORS // 64, c.Int64ul),
+    "msi_address" / c.Int64ul,
+    "missed" / c.Int64ul,
+    "reserved1" / c.Padding(48),
     "answers" / c.Array(SLOTS, ANSWER),
     "slots" / c.Array(SLOTS, SLOT),
 )
-"""State of one vCPU, 1536 bytes."""
+"""State of one vCPU, 1600 bytes."""
 
 COUNTERS = (
     "requests",
@@ -124,6 +148,10 @@ COUNTERS = (
     "auto_eois",
     "no_slot",
     "auto_eoi_failures",
+    "halts",
+    "polls",
+    "polled_ns",
+    "raised",
 )
 """The counters of ``VCPU``, in the order in which they are stored, beginning at ``requests``."""
 
@@ -165,6 +193,21 @@ DOORBELL_RULE = Record(
     "first" / c.Int32ul,
 )
 
+MSR_ADD_VCPU = 1
+"""Flag of an MSR: the index of the vCPU is added to the value."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConstantMsr:
+    """An MSR whose value never changes, 16 bytes; with :data:`MSR_ADD_VCPU`, by the vCPU's index."""
+
+    msr: int
+    value: int
+    flags: int = 0
+
+
+MSR_ENTRY = Record(ConstantMsr, "msr" / c.Int32ul, "flags" / c.Int32ul, "value" / c.Int64ul)
+
 CONTROL = c.Struct(
     "magic" / c.Int64ul,
     "version" / c.Int32ul,
@@ -195,17 +238,20 @@ CONTROL = c.Struct(
     "hold_timeout_ms" / c.Int32ul,
     "spin_ns" / c.Int32ul,
     "guest" / c.Int32ul,
-    "reserved3" / c.Padding(48),
+    "poll_ns" / c.Int32ul,
+    "reserved3" / c.Padding(44),
     "table_sequence" / c.Int32ul,
     "cpuid_count" / c.Int32ul,
     "rule_count" / c.Int32ul,
     "gone_count" / c.Int32ul,
-    "reserved4" / c.Padding(48),
+    "msr_count" / c.Int32ul,
+    "reserved4" / c.Padding(44),
     "cpuid" / c.Array(CPUID_LEAVES, CPUID_ENTRY),
     "rules" / c.Array(RULES, DOORBELL_RULE.struct),
     "gone" / c.Array(GONE, GONE_ENTRY),
+    "msrs" / c.Array(MSRS, MSR_ENTRY.struct),
 )
-"""The start of the shared region, 2304 bytes: geometry, states, clock, settings and tables."""
+"""The start of the shared region, 2560 bytes: geometry, states, clock, settings and tables."""
 
 CONTROL_HEADER = c.Struct(*CONTROL.subcons[: [each.name for each in CONTROL.subcons].index("was_active") + 1])
 """The part of it that is read at the attachment; the tables are written, and never read."""

@@ -65,7 +65,9 @@ static void listener(const uint8_t *data, size_t size)
 struct __attribute__((packed)) scene {
     uint8_t emulator;      /* bits 0-1: enum gateway_emulator; bit 2: it was active; bit 3: it writes its tables */
     uint8_t answers;       /* bits 0-1: verdict; bit 2: there are answers; bit 3: nobody answers for a while */
-    uint8_t event;         /* bit 0: an interrupt follows; bit 1: an exception; bit 2: x2APIC; bit 3: sampling */
+    uint8_t event;         /* bit 0: an interrupt follows; bit 1: an exception; bit 2: x2APIC; bit 3: sampling;
+                              bit 4: a constant MSR differs by vCPU; bit 5: HLT polls; bit 6: MSIs reach the vCPU;
+                              bit 7: `ended` is pending */
     uint8_t vector, ended; /* in service, and to be ended by the gateway */
     uint32_t rax, rbx, rcx, rdx, r8;
 };
@@ -92,6 +94,15 @@ static void arrange(const struct scene *scene)
     control->cpuid[0] = (struct gateway_cpuid){ .leaf = 0x40000000, .eax = 0x40000005 };
     control->rules[0] = (struct gateway_rule){ .control = 0x5d, .base = 0x100, .count = scene->r8, .first = 8190 };
     control->gone[0] = (struct gateway_gone){ .code = 0x5c, .status = 0x33 };
+    control->msr_count = 1;
+    control->msrs[0] = (struct gateway_msr){ .msr = 0x40000002, .flags = scene->event >> 4 & 1, .value = 7 };
+    control->poll_ns = scene->event >> 5 & 1 ? 20000 : 0;
+    state->idle.window_ns = 20000;
+    state->shared->msi_address = scene->event >> 6 & 1 ? 0xfee00000 : 0;
+    for (int word = 0; word < 4; word++)
+        state->shared->pending[word] = (scene->event >> 7 & 1 && word == scene->ended >> 6)
+                                           ? UINT64_C(1) << (scene->ended & 63)
+                                           : 0;
     for (int slot = 0; slot < GATEWAY_SLOTS; slot++) {
         struct gateway_answer *answer = &state->shared->answers[slot];
         state->slots[slot].busy = false;

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from vmbus import native
 from vmbus.errors import MissingRequirement
+from vmbus.machine.engine import build as engine_build
 from vmbus.machine.gateway import build as gateway_build
 
 from tests.unit.gateway.gateway_harness import Harness
@@ -24,14 +25,15 @@ def compile_c(target: Path, *files: Path) -> Path:
         command = native.compiler()
     except MissingRequirement as error:
         pytest.skip(str(error))
-    flags = ("-std=c11", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{gateway_build.SOURCE}", f"-I{HERE}")
+    folders = (gateway_build.SOURCE, engine_build.SOURCE, HERE)
+    flags = ("-std=c11", "-Wall", "-Wextra", "-Werror", "-pthread", *[f"-I{folder}" for folder in folders])
     subprocess.run([command, *flags, *SANITIZERS, "-o", target, *files], check=True)
     return target
 
 
 @pytest.fixture(scope="session")
 def harness_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    files = [*HERE.glob("*.c"), *gateway_build.SOURCE.glob("*.c")]
+    files = [*HERE.glob("*.c"), *gateway_build.SOURCE.glob("*.c"), engine_build.SOURCE / "signals.c"]
     return compile_c(tmp_path_factory.mktemp("harness") / "harness", *files)
 
 

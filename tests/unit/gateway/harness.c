@@ -13,16 +13,23 @@
  *   x2apic V              -> x2apic V             the memory page of its local APIC does not respond any more
  *   rdtsc V OFFSET COUNT  -> read V CALLS         RDTSCs of a guest whose TSC is that far behind
  *   resume V              -> resumed V
+ *   interrupt V VECTOR    -> (nothing)            the local APIC gets an interrupt, also while the vCPU halts
+ *   halt V                -> woke V VECTOR RAISED US     HLT until an interrupt is delivered; how many interrupts the
+ *                            gateway has raised so far, and the microseconds until the HLT itself
+ *   wrmsr V MSR VALUE     -> wrote V              a WRMSR that is executed natively
+ *   stress SIGNALLERS KINDS COUNT -> stressed SIGNALS RAISED SENT LOST    see stress.c; needs the vCPUs idle
  *   quit
  */
 #define _GNU_SOURCE
 #include "gateway.h"
+#include "stress.h"
 #include "stub.h"
 
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 #include <x86intrin.h>
 
 struct queue {
@@ -199,6 +206,9 @@ static void storm(int index, unsigned int count)
 static const char *callback_name(const struct qemu_plugin_insn *insn)
 {
     if (insn->callback) {
+        if (insn->callback == on_halt) {
+            return insn->flags == QEMU_PLUGIN_CB_NO_REGS ? "hlt" : "?";
+        }
         static const char *const kinds[8] = { "?", "cpuid", "rdmsr", "wrmsr", "vmcall", "?", "?", "?" };
         return insn->flags == QEMU_PLUGIN_CB_RW_REGS_PC ? kinds[(uintptr_t)insn->userdata & 7] : "?";
     }
@@ -250,6 +260,52 @@ static void deliver(int index, unsigned int vector)
     printf("delivered %d %d\n", index, in_service);
 }
 
+static void halt(int index)
+{
+    struct stub_vcpu *vcpu = &stub_vcpus[index];
+    struct qemu_plugin_tb *tb = calloc(1, sizeof(*tb));
+    uint64_t begun = clock_ns();
+
+    set_mode(vcpu, true, 0);
+    translate_two(vcpu, tb, 0x1000, "f4");
+    if (execute(vcpu, tb) != NATIVE) {
+        abort();
+    }
+    uint64_t halted = clock_ns();
+    for (;;) {
+        for (int word = 7; word >= 0; word--) {
+            uint32_t found = atomic_load(&vcpu->requested[word]);
+            if (found) {
+                unsigned int bit = 31 - (unsigned int)__builtin_clz(found);
+                atomic_fetch_and(&vcpu->requested[word], ~(UINT32_C(1) << bit));
+                stub_on_discontinuity((unsigned int)index, QEMU_PLUGIN_DISCON_INTERRUPT, 1, 2, NULL);
+                printf("woke %d %x %u %" PRIu64 "\n", index, (unsigned int)word * 32 + bit, vcpu->raised,
+                       (halted - begun) / 1000);
+                free(tb);
+                return;
+            }
+        }
+        usleep(20);
+    }
+}
+
+static void wrmsr(int index, uint32_t msr, uint64_t value)
+{
+    struct stub_vcpu *vcpu = &stub_vcpus[index];
+    struct qemu_plugin_tb *tb = calloc(1, sizeof(*tb));
+
+    set_mode(vcpu, true, 0);
+    translate_two(vcpu, tb, 0x1000, "0f30");
+    vcpu->registers[STUB_RCX] = msr;
+    vcpu->registers[STUB_RAX] = (uint32_t)value;
+    vcpu->registers[STUB_RDX] = value >> 32;
+    if (execute(vcpu, tb) != NATIVE) {
+        abort();
+    }
+    printf("wrote %d\n", index);
+    free(tb);
+}
+
 static void rdtsc(int index, uint64_t offset, unsigned int count)
 {
     struct stub_vcpu *vcpu = &stub_vcpus[index];
@@ -289,6 +345,10 @@ static void handle(int index, char *line)
         printf("x2apic %d\n", index);
     } else if (sscanf(line, "rdtsc %*d %" SCNx64 " %u", &offset, &number) == 2) {
         rdtsc(index, offset, number);
+    } else if (strncmp(line, "halt ", 5) == 0) {
+        halt(index);
+    } else if (sscanf(line, "wrmsr %*d %x %" SCNx64, &number, &offset) == 2) {
+        wrmsr(index, number, offset);
     } else if (strncmp(line, "resume ", 7) == 0) {
         stub_on_resume((unsigned int)index, NULL);
         printf("resumed %d\n", index);
@@ -339,6 +399,15 @@ int main(int argc, char **argv)
             pthread_mutex_lock(&queues[index].lock);
             queues[index].abandon = true;
             pthread_mutex_unlock(&queues[index].lock);
+            continue;
+        }
+        unsigned int vector, count, signallers, kinds;
+        if (sscanf(line, "interrupt %d %x", &index, &vector) == 2) {
+            stub_interrupt(&stub_vcpus[index], vector);
+            continue;
+        }
+        if (sscanf(line, "stress %u %u %u", &signallers, &kinds, &count) == 3) {
+            stress(vcpus, signallers, kinds, count);
             continue;
         }
         if (strncmp(line, "translate ", 10) != 0) {

@@ -129,12 +129,14 @@ enum qemu_plugin_hwaddr_operation_result qemu_plugin_read_memory_hwaddr(uint64_t
                                                                         size_t length)
 {
     uint64_t word = (address - 0xfee00100) / 0x10;
+    uint32_t value;
 
-    if (length != 4 || word >= 8) {
+    if (length != 4 || word >= 24 || (word >= 8 && word < 16)) {
         return QEMU_PLUGIN_HWADDR_OPERATION_INVALID_ADDRESS;
     }
+    value = word < 8 ? stub_current->in_service[word] : atomic_load(&stub_current->requested[word - 16]);
     g_byte_array_set_size(data, 4);
-    memcpy(data->data, &stub_current->in_service[word], 4);
+    memcpy(data->data, &value, 4);
     if (stub_current->x2apic) {
         memset(data->data, 0xff, 4);
     }
@@ -143,7 +145,16 @@ enum qemu_plugin_hwaddr_operation_result qemu_plugin_read_memory_hwaddr(uint64_t
 
 enum qemu_plugin_hwaddr_operation_result qemu_plugin_write_memory_hwaddr(uint64_t address, GByteArray *data)
 {
-    require(address == 0xfee000b0 && data->len == 4, "only EOI may be written");
+    require(data->len == 4, "an APIC register has four bytes");
+    if (address == (0xfee00000 | (uint64_t)(stub_current - stub_vcpus) << 12)) {
+        uint32_t vector;
+        memcpy(&vector, data->data, 4);
+        require(vector < 256, "no vector");
+        stub_current->raised++;
+        stub_interrupt(stub_current, vector);
+        return QEMU_PLUGIN_HWADDR_OPERATION_OK;
+    }
+    require(address == 0xfee000b0, "only EOI, and MSIs to this vCPU, may be written");
     for (int word = 7; word >= 0; word--) {
         if (stub_current->in_service[word]) {
             stub_current->in_service[word] &= ~(UINT32_C(1) << (31 - __builtin_clz(stub_current->in_service[word])));
@@ -151,6 +162,12 @@ enum qemu_plugin_hwaddr_operation_result qemu_plugin_write_memory_hwaddr(uint64_
         }
     }
     return QEMU_PLUGIN_HWADDR_OPERATION_OK;
+}
+
+/* What QEMU's main loop does with an MSI, and the vCPU's thread with its own. */
+void stub_interrupt(struct stub_vcpu *vcpu, uint32_t vector)
+{
+    atomic_fetch_or(&vcpu->requested[vector / 32], UINT32_C(1) << vector % 32);
 }
 
 /* ---- translation ---- */

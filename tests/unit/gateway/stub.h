@@ -4,6 +4,7 @@
 #define STUB_H
 
 #include <setjmp.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -22,6 +23,8 @@ struct stub_vcpu {
     bool long_mode;
     jmp_buf way_out; /* taken by qemu_plugin_set_pc */
     uint32_t in_service[8];
+    _Atomic uint32_t requested[8]; /* interrupts that wait in the local APIC */
+    unsigned int raised; /* interrupts that the gateway has written to the local APIC */
     bool x2apic; /* the APIC's memory page reads as all ones */
     uint64_t sampling; /* the scoreboard's word */
 };
@@ -51,6 +54,7 @@ extern qemu_plugin_vcpu_tb_trans_cb_t stub_on_translation;
 extern qemu_plugin_vcpu_discon_cb_t stub_on_discontinuity;
 extern qemu_plugin_udata_cb_t stub_on_exit;
 
+void stub_interrupt(struct stub_vcpu *vcpu, uint32_t vector);
 void stub_add_insn(struct qemu_plugin_tb *tb, const uint8_t *bytes, size_t size);
 
 #endif

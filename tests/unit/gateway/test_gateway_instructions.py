@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from vmbus.machine.gateway.traps import Fault
 from vmbus.wire.cpuid import CpuidLeaf
-from vmbus.wire.gateway import DoorbellRule, TrapKind
+from vmbus.wire.gateway import MSR_ADD_VCPU, ConstantMsr, DoorbellRule, TrapKind
 
 from tests.unit.gateway.gateway_harness import (
     CPUID,
@@ -134,6 +134,36 @@ def test_wrmsr_changes_no_register(harness: Harness) -> None:
     assert (trap.kind, trap.msr_value) == (TrapKind.WRMSR, 0x200000001)
     gateway.answer(trap)
     assert harness.done()[:6] == ("stepped", PC + 3, 0xA00000001, 0, MSR, 0xB00000002)
+
+
+def test_constant_msrs_are_read_without_the_emulator(launch: Launch) -> None:
+    harness = launch(vcpus=3)
+    gateway = harness.attach()
+    gateway.set_constant_msrs(
+        [ConstantMsr(0x40000002, 5, MSR_ADD_VCPU), ConstantMsr(MSR, 0x1122334455667788)]
+    )
+    gateway.activate()
+    done = harness.run(RDMSR, rcx=0x9900000000 | MSR, rax=ONES, rdx=ONES)
+    assert done[:6] == ("stepped", PC + 3, 0x55667788, 0, 0x9900000000 | MSR, 0x11223344)
+    assert harness.run(RDMSR, vcpu=2, rcx=0x40000002)[2:6] == (7, 0, 0x40000002, 0)
+    assert harness.run(RDMSR, rcx=MSR, cpl=3).how == "native"
+    gateway.close()
+    assert harness.run(RDMSR, rcx=MSR).rax == 0x55667788
+    assert gateway.closed
+
+
+def test_a_write_of_a_constant_msr_and_a_read_of_another_are_requests(harness: Harness) -> None:
+    gateway = harness.attach()
+    gateway.set_constant_msrs([ConstantMsr(MSR, 1)])
+    gateway.activate()
+    harness.start(WRMSR, rcx=MSR, rax=2)
+    (trap,) = traps(gateway)
+    gateway.answer_fault(trap, Fault.GP)
+    assert harness.done().how == "fault"
+    harness.start(RDMSR, rcx=MSR + 1)
+    (trap,) = traps(gateway)
+    gateway.answer(trap, 9)
+    assert harness.done().rax == 9
 
 
 @pytest.mark.parametrize("msr", [0x3FFFFFFF, 0x40000200, 0xC0000080, 0])

@@ -18,6 +18,7 @@ STRUCTS = {
     "gateway_cpuid": wire.CPUID_ENTRY,
     "gateway_rule": wire.DOORBELL_RULE.struct,
     "gateway_gone": wire.GONE_ENTRY,
+    "gateway_msr": wire.MSR_ENTRY.struct,
     "gateway_control": wire.CONTROL,
     "gateway_message": wire.MESSAGE.struct,
     "gateway_reply": wire.REPLY.struct,
@@ -30,11 +31,14 @@ NUMBERS = {
     "GATEWAY_CPUID_LEAVES": wire.CPUID_LEAVES,
     "GATEWAY_RULES": wire.RULES,
     "GATEWAY_GONE": wire.GONE,
+    "GATEWAY_MSRS": wire.MSRS,
+    "MSR_ADD_VCPU": wire.MSR_ADD_VCPU,
     "GATEWAY_MESSAGE_MAGIC": wire.MESSAGE_MAGIC,
     "SLOT_LONG_MODE": wire.SLOT_LONG_MODE,
     "HELLO_TAKEOVER": wire.HELLO_TAKEOVER,
     **{f"KIND_{kind.name}": kind.value for kind in wire.TrapKind},
     **{f"VERDICT_{verdict.name}": verdict.value for verdict in wire.Verdict},
+    **{f"IDLE_{state.name}": state.value for state in wire.IdleState},
     **{f"EMULATOR_{state.name}": state.value for state in wire.EmulatorState},
     **{f"MESSAGE_{kind.name}": kind.value for kind in wire.MessageType},
     **{f"STATUS_{status.name}": status.value for status in wire.Status},
@@ -79,6 +83,7 @@ def test_words_of_different_writers_do_not_share_a_cache_line() -> None:
         "arm",
         "hold_timeout_ms",
         "spin_ns",
+        "poll_ns",
         "table_sequence",
         "cpuid_count",
         "rule_count",
@@ -89,6 +94,7 @@ def test_words_of_different_writers_do_not_share_a_cache_line() -> None:
     ]
     assert not lines[0] & lines[1]
     assert wire.offset_of(wire.VCPU, "auto_eoi") % 64 == 0
+    assert wire.offset_of(wire.VCPU, "msi_address") % 64 == 0
     assert wire.offset_of(wire.VCPU, "answers") % 64 == 0
     assert wire.offset_of(wire.VCPU, "slots") % 64 == 0
     assert wire.VCPU.sizeof() % 64 == 0

@@ -11,6 +11,7 @@ import pytest
 from vmbus.errors import InternalError
 from vmbus.hypervisor import Features, GeneralProtection, UndefinedOpcode, describe_guest_os
 from vmbus.ports import PAGE_SIZE
+from vmbus.wire.gateway import MSR_ADD_VCPU
 from vmbus.wire.msr import Msr
 
 from tests.unit.hypervisor.scripted_guest import AUTO_EOI, LINUX_6_1, MASKED, NOT_RAM, ScriptedGuest
@@ -306,3 +307,16 @@ def test_auto_eoi_vectors_are_notified_when_they_change(guest: ScriptedGuest) ->
 def test_synic_changes_are_notified(guest: ScriptedGuest) -> None:
     guest.enable_synic()
     assert guest.events.synic_changes == [0, 0, 0, 0]
+
+
+def test_constant_msrs_are_what_every_processor_reads(running: ScriptedGuest) -> None:
+    constants = running.partition.constant_msrs()
+    assert (
+        {Msr.VP_INDEX, Msr.SVERSION} <= {each.msr for each in constants} <= set(running.partition.msr_numbers)
+    )
+    for each in constants:
+        for vp in range(running.partition.vp_count):
+            added = vp if each.flags & MSR_ADD_VCPU else 0
+            assert running.partition.read_msr(vp, each.msr) == each.value + added
+        with pytest.raises(GeneralProtection):
+            running.partition.write_msr(0, each.msr, each.value)

@@ -95,6 +95,22 @@ def test_an_interrupt_after_qemus_end_is_told_once_and_raises_nothing() -> None:
     assert len(told) == 1
 
 
+@pytest.mark.parametrize("polls", [True, False])
+def test_an_interrupt_goes_to_a_vcpu_that_polls_or_through_qemu(polls: bool) -> None:
+    sent: list[tuple[int, int]] = []
+    posted: list[tuple[int, int]] = []
+    apics = LocalApics(
+        SimpleNamespace(interrupt=lambda *each: sent.append(each)),  # type: ignore[arg-type]
+        [4, 8],
+        lambda error: None,
+        SimpleNamespace(post=lambda *each: posted.append(each) or polls),  # type: ignore[func-returns-value]
+    )
+    apics.request(1, 0xF3)
+    assert posted == [(1, 0xF3)]
+    assert sent == ([] if polls else [(8, 0xF3)])
+    assert apics.requests == 1
+
+
 async def test_how_a_guest_ended_is_told_by_qmp_and_not_by_the_socket_that_broke_first() -> None:
     async def exit_reason(*, shut_down: bool) -> ExitReason:
         loop = asyncio.get_running_loop()

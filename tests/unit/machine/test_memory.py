@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vmbus.errors import GuestAddressError
+from vmbus.machine.engine.library import EngineLibrary
 from vmbus.machine.memory import MappedMemory, RamRegion
 from vmbus.ports import PAGE_SIZE
 
@@ -80,6 +81,25 @@ def test_words_are_where_the_bytes_are() -> None:
     assert pages.load_u32(PAGE_SIZE + 8) == 0x12345678
     with pytest.raises(IndexError):
         pages.load_u32(2)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bits_are_set_beside_those_that_are_there(native: bool) -> None:
+    library = EngineLibrary.open() if native else None
+    ram = bytearray(4 * PAGE_SIZE)
+    memory = MappedMemory(
+        memoryview(ram), [RamRegion(0, len(ram), 0)], set_bits=library.set_bits if library else None
+    )
+    pages = memory.pages([2, 1])
+    pages.store_u32(PAGE_SIZE + 8, 0x80000001)
+    memory.take_dirty()
+    assert pages.set_bits_u32(PAGE_SIZE + 8, 0x10) == 0x80000001
+    assert pages.set_bits_u32(PAGE_SIZE + 8, 0x30) == 0x80000011
+    assert pages.load_u32(PAGE_SIZE + 8) == 0x80000031
+    assert ram[PAGE_SIZE + 8 : PAGE_SIZE + 13] == bytes((0x31, 0, 0, 0x80, 0))
+    assert memory.take_dirty() == [1]
+    with pytest.raises(IndexError):
+        pages.set_bits_u32(2, 1)
 
 
 @pytest.mark.parametrize(("offset", "length"), [(-1, 2), (0, 2 * PAGE_SIZE + 1), (2 * PAGE_SIZE, 1)])

@@ -32,6 +32,9 @@ class ReadOnlyPages:
     def store_u32(self, offset: int, value: int) -> None:
         raise _refused(4, offset)
 
+    def set_bits_u32(self, offset: int, bits: int) -> int:
+        raise _refused(4, offset)
+
     def address_u32(self, offset: int) -> int:
         return 0  # compiled code could write there
 

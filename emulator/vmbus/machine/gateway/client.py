@@ -38,11 +38,12 @@ from pathlib import Path
 from typing import Any
 
 from vmbus.errors import GatewayError, InternalError, MalformedError
+from vmbus.machine.gateway.pending import PendingInterrupts
 from vmbus.machine.gateway.shared import CodePages, GatewayClock
 from vmbus.machine.gateway.traps import Fault, Trap, Unclaimed
 from vmbus.wire import gateway as wire
 from vmbus.wire.cpuid import CpuidLeaf
-from vmbus.wire.gateway import DoorbellRule, GuestState, TrapKind, Verdict, offset_of
+from vmbus.wire.gateway import ConstantMsr, DoorbellRule, GuestState, TrapKind, Verdict, offset_of
 
 _SYS_FUTEX = 202
 _FUTEX_WAKE = 1
@@ -58,10 +59,12 @@ _CONTROL = {
         "guest",
         "hold_timeout_ms",
         "spin_ns",
+        "poll_ns",
         "table_sequence",
         "cpuid_count",
         "rule_count",
         "gone_count",
+        "msr_count",
     )
 }
 _MASK64 = (1 << 64) - 1
@@ -104,6 +107,8 @@ class Gateway:
             for name in ("sleeping", "retired", "answers", "slots", "auto_eoi", "auto_eoi_failures")
         }
         self._sleeping_at = [(base + at["sleeping"]) // 4 for base in vcpus]
+        self.pending = PendingInterrupts(region, self._quads, vcpus)
+        """Interrupts that vCPUs raise by themselves."""
         self._auto_eoi_at = [(base + at["auto_eoi"]) // 8 for base in vcpus]
         self._auto_eoi_failures_at = [(base + at["auto_eoi_failures"]) // 8 for base in vcpus]
         every = [(base, slot) for base in vcpus for slot in range(wire.SLOTS)]
@@ -251,6 +256,11 @@ class Gateway:
         self._set_table("rules", entries, wire.DOORBELL_RULE.size, wire.RULES)
         self._doorbell_limit = max((rule.first + rule.count for rule in rules), default=0)
 
+    def set_constant_msrs(self, msrs: Iterable[ConstantMsr]) -> None:
+        """Set the MSRs that the gateway reads by itself."""
+        entries = b"".join(wire.MSR_ENTRY.build(each) for each in msrs)
+        self._set_table("msrs", entries, wire.MSR_ENTRY.size, wire.MSRS)
+
     def set_hold_timeout(self, seconds: float, statuses: Mapping[int, int]) -> None:
         """Set how long the guest waits for a next emulator, and the results after that time.
 
@@ -265,6 +275,10 @@ class Gateway:
     def set_spin(self, nanoseconds: int) -> None:
         """Set how long a vCPU polls for its answer before it sleeps (less than a millisecond)."""
         self._words[_CONTROL["spin_ns"]] = nanoseconds
+
+    def set_poll(self, nanoseconds: int) -> None:
+        """Set how long a vCPU polls for an interrupt before it halts, at most; 0: vCPUs do not poll."""
+        self._words[_CONTROL["poll_ns"]] = nanoseconds
 
     @property
     def guest(self) -> GuestState:
@@ -291,7 +305,12 @@ class Gateway:
         count = len(entries) // size
         if count > limit:
             raise InternalError(f"{count} entries in the gateway's table {name}, which holds {limit}")
-        counts = {"cpuid": "cpuid_count", "rules": "rule_count", "gone": "gone_count"}
+        counts = {
+            "cpuid": "cpuid_count",
+            "rules": "rule_count",
+            "gone": "gone_count",
+            "msrs": "msr_count",
+        }
         words = self._words
         sequence = (words[_CONTROL["table_sequence"]] | 1) & 0xFFFFFFFF  # stays odd if an emulator ended here
         words[_CONTROL["table_sequence"]] = sequence
@@ -384,7 +403,7 @@ class Gateway:
             self._syscall(_SYS_FUTEX, ctypes.c_void_p(self._address + 8 * at), _FUTEX_WAKE, 1, None, None, 0)
 
     def forget_requests(self) -> None:
-        """Drop all requests and doorbells after a reset of the machine, and sample the TSC anew."""
+        """Drop requests, doorbells and pending interrupts after a reset of the machine, and sample the TSC anew."""
         quads = self._quads
         for index, sequence in enumerate(self._requests.tolist()):
             if sequence and quads[self._retired_at[index]] != sequence:
@@ -393,6 +412,7 @@ class Gateway:
                     index // wire.SLOTS, self._answer_at[index], sequence, 0, int(Verdict.AGAIN)
                 )
         self._carried.clear()
+        self.pending.forget()
         self.doorbells()
         self.clock.arm()
 

@@ -32,6 +32,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 from vmbus.errors import QemuError, QemuGone, QemuUnsuitable
 
@@ -299,17 +300,35 @@ class _Wait:
                 )
 
 
-class LocalApics:
-    """:class:`~vmbus.ports.Interrupts`: MSIs to the guest's local APICs, through qtest."""
+class PollingVcpus(Protocol):
+    """vCPUs that raise interrupts by themselves while they poll for them."""
 
-    def __init__(self, qtest: Qtest, apic_ids: Sequence[int], gone: Callable[[QemuGone], None]) -> None:
+    def post(self, vcpu: int, vector: int) -> bool:
+        """Leave ``vector`` to the vCPU; False if it does not poll."""
+
+
+class LocalApics:
+    """:class:`~vmbus.ports.Interrupts`: MSIs to the guest's local APICs, by a vCPU that polls or through qtest."""
+
+    def __init__(
+        self,
+        qtest: Qtest,
+        apic_ids: Sequence[int],
+        gone: Callable[[QemuGone], None],
+        vcpus: PollingVcpus | None = None,
+    ) -> None:
         """``gone``: called when QEMU has closed the socket; later requests have no effect."""
         self._qtest = qtest
         self._apic_ids = tuple(apic_ids)
         self._gone = gone
+        self._vcpus = vcpus
+        self.requests = 0
 
     def request(self, vp: int, vector: int, *, auto_eoi: bool = False) -> None:
         # The gateway ends auto-EOI interrupts by itself: see Host._Events.auto_eoi_changed.
+        self.requests += 1
+        if self._vcpus is not None and self._vcpus.post(vp, vector):
+            return
         try:
             self._qtest.interrupt(self._apic_ids[vp], vector)
         except QemuGone as error:  # the caller, a device at work, cannot handle that

@@ -9,6 +9,8 @@
  *      gateway.c      loading
  *      translation.c  finds the instructions in guest code, marks the pages that contain code
  *      traps.c        emulates them
+ *      idle.c         interrupts that a vCPU raises by itself before it halts
+ *      apic.c         the local APIC of a vCPU
  *      interrupts.c   actions when the guest is interrupted or faults
  *      slots.c        requests and their answers
  *      tables.c       look-ups in the tables that the emulator writes
@@ -59,9 +61,12 @@ static void on_vcpu(unsigned int index, void *userdata)
     if (!registers_find(vcpu)) {
         exit(1);
     }
+    idle_start(vcpu);
     vcpu->shared->present = 1;
     vcpu->ready = true;
-    translation_thread(vcpu);
+    if (!translation_thread(vcpu)) {
+        gateway.one_thread = true;
+    }
     uint32_t seen = atomic_load(&gateway.control->vcpus);
     while (seen <= index && !atomic_compare_exchange_weak(&gateway.control->vcpus, &seen, index + 1)) {
     }

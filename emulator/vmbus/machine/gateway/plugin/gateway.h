@@ -29,7 +29,27 @@ struct slot_state {
     struct trap_key key;
 };
 
-/* State of a vCPU; only the vCPU's own thread accesses it. */
+/* The timer of the local APIC, as the guest has set it through MSRs; times of CLOCK_MONOTONIC. */
+struct apic_timer {
+    uint32_t lvt;
+    uint32_t count;
+    unsigned int shift; /* log2 of the divider */
+    uint64_t due_ns;    /* 0: stopped, or not known */
+    uint64_t period_ns; /* 0: one shot */
+};
+
+/* How long a vCPU polls before HLT (idle.c). */
+struct idle_policy {
+    bool halted;   /* since the last interrupt */
+    bool in_vain;  /* it polled before this halt, and found nothing */
+    uint64_t begun_ns; /* of this halt */
+    uint64_t window_ns;
+    uint64_t missed_seen;
+    uint64_t quiet_until_ns, back_off_ns;
+    unsigned int successes; /* since the last gap */
+};
+
+/* State of a vCPU; only the vCPU's own thread accesses it, but for `ipis`. */
 struct vcpu_state {
     bool ready;
     struct qemu_plugin_register *registers[GUEST_COUNT];
@@ -42,6 +62,10 @@ struct vcpu_state {
     uint64_t fault_pc;
     uint64_t fault_rcx;
     uint32_t arm_seen;
+    struct apic_timer timer;
+    struct idle_policy idle;
+    _Atomic uint64_t ipis; /* interrupts from other vCPUs; they count them before they send them */
+    uint64_t ipis_seen;
     uint64_t tsc_before; /* host TSC before an RDTSC whose next instruction has not started yet; 0: none */
 };
 
@@ -55,6 +79,7 @@ struct gateway {
     int memory_fd;
     int event_fd;  /* wakes the emulator */
     bool wait;
+    bool one_thread; /* QEMU runs all vCPUs in one thread: one that polls keeps the others from running */
     unsigned int vcpus_max;
     struct vcpu_state *vcpus;
     const char *socket_path;
@@ -88,11 +113,18 @@ struct insn_info {
     unsigned int size;
 };
 
+static inline void pause_briefly(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+}
+
 #define PAGE_SHIFT 12
 #define PAGE_MASK UINT64_C(0xfff)
 
 /* translation.c */
-void translation_thread(struct vcpu_state *vcpu);
+bool translation_thread(struct vcpu_state *vcpu);
 struct insn_info insn_unpack(const void *userdata);
 void on_translation(struct qemu_plugin_tb *tb, void *userdata);
 
@@ -102,6 +134,20 @@ void on_trap(unsigned int index, void *userdata);
 /* interrupts.c */
 void on_discontinuity(unsigned int index, enum qemu_plugin_discon_type type, uint64_t from_pc, uint64_t to_pc,
                       void *userdata);
+
+/* idle.c */
+void on_halt(unsigned int index, void *userdata);
+void idle_ended(struct vcpu_state *vcpu);
+void idle_start(struct vcpu_state *vcpu);
+
+/* apic.c */
+bool apic_read(struct vcpu_state *vcpu, uint64_t address, uint32_t *value);
+bool apic_reachable(const struct vcpu_state *vcpu);
+void apic_raise(struct vcpu_state *vcpu, uint32_t vector);
+bool apic_requests(struct vcpu_state *vcpu);
+void apic_wrmsr(struct vcpu_state *vcpu, uint32_t msr, uint64_t value);
+uint64_t apic_timer_due(struct vcpu_state *vcpu, uint64_t now);
+void apic_timer_fired(struct vcpu_state *vcpu, uint64_t now);
 
 /* memory.c */
 bool memory_create(unsigned int vcpus_max, uint64_t code_pages);
@@ -117,6 +163,7 @@ bool registers_privileged(struct vcpu_state *vcpu);
 bool tables_cpuid(uint32_t leaf, struct gateway_cpuid *found);
 bool tables_doorbell(uint64_t control, uint64_t input, uint32_t *doorbell, uint64_t *result);
 bool tables_gone(uint32_t code, uint32_t *status);
+bool tables_msr(uint32_t msr, unsigned int vcpu, uint64_t *value);
 
 /* slots.c */
 enum slot_outcome { OUTCOME_VALUE, OUTCOME_FAULT, OUTCOME_RETRY };

@@ -7,17 +7,6 @@
 #define APIC_EOI UINT64_C(0xfee000b0)
 #define APIC_ISR UINT64_C(0xfee00100)
 
-/* Return false where no local APIC responds: the read fails or, in x2APIC mode, gives all ones (measured). */
-static bool apic_read(struct vcpu_state *vcpu, uint64_t address, uint32_t *value)
-{
-    g_byte_array_set_size(vcpu->buffer, sizeof(*value));
-    if (qemu_plugin_read_memory_hwaddr(address, vcpu->buffer, sizeof(*value)) != QEMU_PLUGIN_HWADDR_OPERATION_OK) {
-        return false;
-    }
-    memcpy(value, vcpu->buffer->data, sizeof(*value));
-    return *value != UINT32_MAX; /* 32 vectors are never in service together: there are 16 a priority class */
-}
-
 /*
  * Write EOI for the interrupt that was just delivered, if its vector is in the auto-EOI bitmap. If the local APIC
  * does not respond, tell the emulator, because the guest may now hang.
@@ -63,6 +52,7 @@ void on_discontinuity(unsigned int index, enum qemu_plugin_discon_type type, uin
         }
         return;
     }
+    idle_ended(vcpu);
     clock_arm(index, vcpu);
     uint64_t vectors[4], any = 0;
     for (int i = 0; i < 4; i++) {

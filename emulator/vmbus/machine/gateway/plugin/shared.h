@@ -13,12 +13,14 @@
 #include <stdint.h>
 
 #define GATEWAY_MAGIC UINT64_C(0x3157477375424d56) /* "VMBusGW1" */
-#define GATEWAY_VERSION 1
+#define GATEWAY_VERSION 2
 #define GATEWAY_SLOTS 8
 #define GATEWAY_DOORBELLS 8192
 #define GATEWAY_CPUID_LEAVES 32
 #define GATEWAY_RULES 32
 #define GATEWAY_GONE 16
+#define GATEWAY_MSRS 16
+#define GATEWAY_VECTORS 256
 
 enum gateway_kind { KIND_CPUID = 1, KIND_RDMSR = 2, KIND_WRMSR = 3, KIND_VMCALL = 4 };
 
@@ -32,6 +34,13 @@ enum gateway_emulator { EMULATOR_NONE = 0, EMULATOR_ATTACHED = 1, EMULATOR_ACTIV
 
 /* The gateway only stores this word, for the next emulator. */
 enum gateway_guest { GUEST_FREE = 0, GUEST_ENGAGED = 1, GUEST_LEFT = 2 };
+
+/* What a vCPU does about interrupts that wait in `pending`; docs/gateway.md#interrupts-before-hlt. */
+enum gateway_idle {
+    IDLE_RUNNING = 0, /* it looks at them before its next HLT */
+    IDLE_POLLING = 1, /* it raises them within nanoseconds, and in any case before it halts */
+    IDLE_HALTED = 2,  /* it does not look: only QEMU can wake it */
+};
 
 #define SLOT_LONG_MODE 1u
 
@@ -72,10 +81,19 @@ struct gateway_vcpu {
     uint64_t auto_eois;
     uint64_t no_slot;
     uint64_t auto_eoi_failures; /* interrupts for which the local APIC's registers could not be read */
-    uint64_t reserved0[7];
+    uint64_t halts;             /* HLT instructions */
+    uint64_t polls;             /* of these, the ones before which the vCPU polled */
+    uint64_t polled_ns;
+    uint64_t raised;         /* interrupts that it raised by itself; last of the counters */
+    _Atomic uint32_t idle;   /* enum gateway_idle */
+    uint32_t poll_window_ns; /* how long it polls at present */
+    uint64_t reserved0[2];
     _Atomic uint64_t retired[GATEWAY_SLOTS];  /* G: sequence number of the last finished request */
-    _Atomic uint64_t auto_eoi[4];             /* E: bitmap of vectors that the gateway ends */
-    uint64_t reserved1[4];
+    _Atomic uint64_t auto_eoi[GATEWAY_VECTORS / 64]; /* E: bitmap of vectors that the gateway ends */
+    _Atomic uint64_t pending[GATEWAY_VECTORS / 64];  /* E sets, G and E take, atomically: vectors to raise */
+    uint64_t msi_address;                     /* E: where a write of a vector interrupts this vCPU; 0: unknown */
+    _Atomic uint64_t missed;                  /* E: signals that found the vCPU halted without polling */
+    uint64_t reserved1[6];
     struct gateway_answer answers[GATEWAY_SLOTS];
     struct gateway_slot slots[GATEWAY_SLOTS];
 };
@@ -103,6 +121,15 @@ struct gateway_gone {
     uint32_t code;
     uint32_t status;
 };
+
+/* RDMSR of `msr`: `value`, plus the index of the vCPU if MSR_ADD_VCPU is set. */
+struct gateway_msr {
+    uint32_t msr;
+    uint32_t flags;
+    uint64_t value;
+};
+
+#define MSR_ADD_VCPU 1u
 
 struct gateway_control {
     /* G, constant */
@@ -138,16 +165,19 @@ struct gateway_control {
     _Atomic uint32_t hold_timeout_ms; /* 0: requests wait without limit */
     _Atomic uint32_t spin_ns;       /* how long a vCPU spins for an answer before it sleeps */
     uint32_t guest;                 /* enum gateway_guest */
-    uint32_t reserved3[12];
+    _Atomic uint32_t poll_ns;       /* how long a vCPU polls before HLT at most; 0: not at all */
+    uint32_t reserved3[11];
     /* E, under table_sequence (odd: being written) */
     _Atomic uint32_t table_sequence;
     uint32_t cpuid_count;
     uint32_t rule_count;
     uint32_t gone_count;
-    uint64_t reserved4[6];
+    uint32_t msr_count;
+    uint32_t reserved4[11];
     struct gateway_cpuid cpuid[GATEWAY_CPUID_LEAVES];
     struct gateway_rule rules[GATEWAY_RULES];
     struct gateway_gone gone[GATEWAY_GONE];
+    struct gateway_msr msrs[GATEWAY_MSRS];
 };
 
 /* Socket messages. */

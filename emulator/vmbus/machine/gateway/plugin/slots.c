@@ -32,13 +32,6 @@ static void futex_wait(void *word, uint32_t expected)
     syscall(SYS_futex, word, FUTEX_WAIT, expected, &limit, NULL, 0);
 }
 
-static void pause_briefly(void)
-{
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#endif
-}
-
 /* Wake the emulator if it sleeps. The caller has stored the new work before. */
 void emulator_wake(void)
 {

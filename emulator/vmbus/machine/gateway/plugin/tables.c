@@ -80,3 +80,22 @@ bool tables_gone(uint32_t code, uint32_t *status)
     }
     return false;
 }
+
+bool tables_msr(uint32_t msr, unsigned int vcpu, uint64_t *value)
+{
+    const struct gateway_control *control = gateway.control;
+    uint32_t sequence;
+
+    if (!tables_begin(&sequence)) {
+        return false;
+    }
+    uint32_t count = bounded(control->msr_count, GATEWAY_MSRS);
+    for (uint32_t i = 0; i < count; i++) {
+        struct gateway_msr found = control->msrs[i];
+        if (found.msr == msr) {
+            *value = found.value + (found.flags & MSR_ADD_VCPU ? vcpu : 0);
+            return tables_unchanged(sequence);
+        }
+    }
+    return false;
+}

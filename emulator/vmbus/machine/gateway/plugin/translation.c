@@ -10,9 +10,13 @@
  */
 static _Thread_local struct vcpu_state *vcpu_of_thread;
 
-void translation_thread(struct vcpu_state *vcpu)
+/* Return false if this thread runs another vCPU, too. */
+bool translation_thread(struct vcpu_state *vcpu)
 {
+    bool first = !vcpu_of_thread || vcpu_of_thread == vcpu;
+
     vcpu_of_thread = vcpu;
+    return first;
 }
 
 static void *insn_pack(struct insn_info info)
@@ -34,7 +38,7 @@ struct insn_info insn_unpack(const void *userdata)
     };
 }
 
-enum { KIND_RDTSC = 7 }; /* not trapped, only sampled */
+enum { KIND_HLT = 6, KIND_RDTSC = 7 }; /* not trapped */
 
 static bool is_prefix(uint8_t byte, bool vmcall_possible)
 {
@@ -60,6 +64,9 @@ static unsigned int insn_kind(const uint8_t *bytes, size_t size)
 {
     size_t at = 0;
 
+    if (size == 1) {
+        return bytes[0] == 0xf4 ? KIND_HLT : 0;
+    }
     while (at < size && bytes[at] != 0x0f) {
         if (!is_prefix(bytes[at], false)) {
             return 0;
@@ -130,7 +137,7 @@ void on_translation(struct qemu_plugin_tb *tb, void *userdata)
                                                         QEMU_PLUGIN_COND_NE, gateway.sampling, 0, NULL);
         }
         after_rdtsc = false;
-        if (size < 2 || size > INSN_MAX || qemu_plugin_insn_data(insn, bytes, size) != size) {
+        if (!size || size > INSN_MAX || qemu_plugin_insn_data(insn, bytes, size) != size) {
             continue;
         }
         unsigned int kind = insn_kind(bytes, size);
@@ -149,6 +156,12 @@ void on_translation(struct qemu_plugin_tb *tb, void *userdata)
                 base = start - register_read(vcpu, GUEST_RIP);
                 info.long_mode = registers_long_mode(vcpu);
                 info.privileged = registers_privileged(vcpu);
+            }
+            if (kind == KIND_HLT) {
+                if (info.privileged) {
+                    qemu_plugin_register_vcpu_insn_exec_cb(insn, on_halt, QEMU_PLUGIN_CB_NO_REGS, NULL);
+                }
+                continue;
             }
             info.kind = kind;
             info.offset = (unsigned int)((vaddr - base) & PAGE_MASK);

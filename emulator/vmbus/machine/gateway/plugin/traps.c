@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Callbacks before each of the four instructions. If a callback returns, the instruction runs natively; step_over()
+ * Callbacks before CPUID, RDMSR, WRMSR and VMCALL. If a callback returns, the instruction runs natively; step_over()
  * and run_again() do not return.
  */
 #include "gateway.h"
@@ -9,6 +9,8 @@
 #define CPUID_LAST 0x400000ffu
 #define MSR_FIRST 0x40000000u
 #define MSR_LAST 0x400001ffu
+#define APIC_MSR_FIRST 0x6e0u /* TSC deadline; then x2APIC, 0x800 to 0x8ff */
+#define APIC_MSR_LAST 0x8ffu
 /* In the range of the local APIC's MSRs, and reserved: TCG raises #GP for it, whatever the CPU model. */
 #define MSR_THAT_FAULTS 0x8ffu
 
@@ -115,6 +117,9 @@ static void trap_request(struct vcpu_state *vcpu, struct insn_info info)
     if (info.kind != KIND_VMCALL) {
         uint32_t msr = (uint32_t)register_read(vcpu, GUEST_RCX);
         if (msr < MSR_FIRST || msr > MSR_LAST) {
+            if (info.kind == KIND_WRMSR && info.privileged && msr >= APIC_MSR_FIRST && msr <= APIC_MSR_LAST) {
+                apic_wrmsr(vcpu, msr, register_read(vcpu, GUEST_RDX) << 32 | (uint32_t)register_read(vcpu, GUEST_RAX));
+            }
             return;
         }
     }
@@ -128,7 +133,12 @@ static void trap_request(struct vcpu_state *vcpu, struct insn_info info)
         }
         return;
     }
-    clock_arm((unsigned int)(vcpu - gateway.vcpus), vcpu);
+    unsigned int index = (unsigned int)(vcpu - gateway.vcpus);
+    clock_arm(index, vcpu);
+    if (info.kind == KIND_RDMSR && tables_msr((uint32_t)register_read(vcpu, GUEST_RCX), index, &value)) {
+        give_result(vcpu, info, value);
+        step_over(vcpu, info);
+    }
     if (info.kind == KIND_VMCALL && ring_doorbell(vcpu, info)) {
         step_over(vcpu, info);
     }
