@@ -92,7 +92,7 @@ class Nobody:
 
     code_pages = None
     clock = SimpleNamespace(tsc_frequency=None, guest_tsc_now=lambda: None)
-    pending = SimpleNamespace(addresses=tuple)
+    pending = SimpleNamespace(addresses=tuple, failed=lambda: False)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):

@@ -369,6 +369,8 @@ class Host:
                     self.partition.publish_reference_tsc()
                 if sleeps := not gateway.sleep_prepare():
                     break
+            if self.gateway.pending.failed():
+                self._raise_failed()
             if self.auto_eoi.watched:  # after the request for a wake-up: later failures wake this emulator
                 self.auto_eoi.look()
             if not sleeps and not self._ended.done():
@@ -377,6 +379,13 @@ class Host:
             self._lost(error)
         except Exception as error:  # noqa: BLE001 - the event loop would only log it, and all traps hang
             self._fail(error)
+
+    def _raise_failed(self) -> None:
+        self.gateway.set_poll(0)
+        self.interrupts.retry(self.gateway.pending.waiting())
+        _logger.warning(
+            "a vCPU cannot raise interrupts by itself in this machine: all go through QEMU's main loop from now on"
+        )
 
     def _fail(self, error: Exception) -> None:
         """End the attachment after a bug, which :meth:`serve` raises; the guest waits for the next emulator."""

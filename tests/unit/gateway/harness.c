@@ -10,6 +10,7 @@
  *   storm V COUNT         -> stormed V SUM        COUNT RDMSRs one after the other; the sum of their results
  *   translate LONG CPL PC VADDR BYTES...  -> translated NAME...     what is called back, an instruction each
  *   deliver V VECTOR      -> delivered V N        an interrupt; N are in service afterwards
+ *   deaf V                -> deaf V               no MSI reaches its local APIC any more, but for `interrupt`
  *   x2apic V              -> x2apic V             the memory page of its local APIC does not respond any more
  *   rdtsc V OFFSET COUNT  -> read V CALLS         RDTSCs of a guest whose TSC is that far behind
  *   resume V              -> resumed V
@@ -340,6 +341,9 @@ static void handle(int index, char *line)
         translate(line);
     } else if (sscanf(line, "deliver %*d %x", &number) == 1) {
         deliver(index, number);
+    } else if (strncmp(line, "deaf ", 5) == 0) {
+        stub_vcpus[index].deaf = true;
+        printf("deaf %d\n", index);
     } else if (strncmp(line, "x2apic ", 7) == 0) {
         stub_vcpus[index].x2apic = true;
         printf("x2apic %d\n", index);

@@ -150,6 +150,9 @@ enum qemu_plugin_hwaddr_operation_result qemu_plugin_write_memory_hwaddr(uint64_
         uint32_t vector;
         memcpy(&vector, data->data, 4);
         require(vector < 256, "no vector");
+        if (stub_current->deaf) {
+            return QEMU_PLUGIN_HWADDR_OPERATION_DEVICE_ERROR;
+        }
         stub_current->raised++;
         stub_interrupt(stub_current, vector);
         return QEMU_PLUGIN_HWADDR_OPERATION_OK;

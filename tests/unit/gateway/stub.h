@@ -25,6 +25,7 @@ struct stub_vcpu {
     uint32_t in_service[8];
     _Atomic uint32_t requested[8]; /* interrupts that wait in the local APIC */
     unsigned int raised; /* interrupts that the gateway has written to the local APIC */
+    bool deaf; /* MSIs do not reach it */
     bool x2apic; /* the APIC's memory page reads as all ones */
     uint64_t sampling; /* the scoreboard's word */
 };

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import select
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 from vmbus.machine.engine import build as engine_build
 from vmbus.machine.engine.library import EngineLibrary, VcpuSignals
+from vmbus.machine.qemu.qtest import LocalApics
 from vmbus.wire import gateway as wire
 from vmbus.wire.gateway import IdleState
 
@@ -204,6 +207,37 @@ def test_a_vcpu_that_cannot_be_reached_does_not_poll(idle: Idle) -> None:
     idle.until(IdleState.HALTED)
     assert not idle.signal()
     assert idle.woke()[:2] == (VECTOR, 0)
+
+
+def test_what_a_vcpu_cannot_raise_is_raised_through_qemu(idle: Idle) -> None:
+    idle.harness.send("deaf 0")
+    idle.harness.expect("deaf")
+    idle.teach()
+    assert not idle.gateway.pending.failed()
+    assert idle.gateway.traps() == []
+    assert not idle.gateway.sleep_prepare()
+    for _ in range(1000):
+        idle.polling()
+        if idle.signals.post(0, VECTOR):
+            break
+        idle.harness.send(f"interrupt 0 {VECTOR:x}")
+        idle.woke()
+    assert select.select([idle.gateway.fileno()], [], [], 30)[0], "the emulator is not woken"
+    assert idle.gateway.pending.failed()
+    assert idle.gateway.pending.waiting() == [(0, VECTOR)]
+    sent: list[tuple[int, int]] = []
+    apics = LocalApics(
+        SimpleNamespace(interrupt=lambda *each: sent.append(each)),  # type: ignore[arg-type]
+        [0],
+        lambda error: None,
+        idle.signals,
+    )
+    apics.retry(idle.gateway.pending.waiting())
+    assert sent == [(0, VECTOR)]
+    assert idle.gateway.pending.waiting() == []
+    assert not idle.gateway.pending.failed()
+    idle.harness.send(f"interrupt 0 {VECTOR:x}")
+    assert idle.woke()[0] == VECTOR
 
 
 def test_reset_forgets_what_is_pending(idle: Idle) -> None:

@@ -18,6 +18,8 @@ from tests.unit.hypervisor.scripted_guest import LINUX_6_1, ScriptedGuest
 class BusyGateway:
     """Always has a doorbell more."""
 
+    pending = SimpleNamespace(failed=lambda: False)
+
     def __init__(self) -> None:
         self.rounds = 0
 

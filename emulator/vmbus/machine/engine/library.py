@@ -34,6 +34,9 @@ class EngineLibrary:
         self.post = library.signals_post
         self.post.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
         self.post.restype = ctypes.c_uint32
+        self.take_back = library.signals_take_back
+        self.take_back.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
+        self.take_back.restype = ctypes.c_uint32
 
     @classmethod
     def open(cls) -> EngineLibrary | None:
@@ -57,9 +60,14 @@ class VcpuSignals:
 
     def __init__(self, library: EngineLibrary, addresses: Sequence[tuple[int, int, int]]) -> None:
         self._post = library.post
+        self._take_back = library.take_back
         self._words = (_VcpuSignals * len(addresses))(*[_VcpuSignals(*each) for each in addresses])
         self._at = [ctypes.addressof(each) for each in self._words]
 
     def post(self, vcpu: int, vector: int) -> bool:
         """Leave an interrupt to a vCPU that polls; False: raise it through QEMU."""
         return vcpu < len(self._at) and bool(self._post(self._at[vcpu], vector))
+
+    def take_back(self, vcpu: int, vector: int) -> bool:
+        """Withdraw an interrupt that was left to a vCPU; False if it was taken since."""
+        return vcpu < len(self._at) and bool(self._take_back(self._at[vcpu], vector))

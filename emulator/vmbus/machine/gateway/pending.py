@@ -24,6 +24,8 @@ class PendingInterrupts:
 
     def __init__(self, region: mmap.mmap, quads: memoryview, vcpus: Sequence[int]) -> None:
         self._quads = quads
+        self._failures_at = offset_of(wire.CONTROL, "raise_failures") // 8
+        self._failures = self._quads[self._failures_at]
         self._vcpus = tuple(vcpus)
         self._region = region
         self._pending_at = [(base + offset_of(wire.VCPU, "pending")) // 8 for base in vcpus]
@@ -39,6 +41,11 @@ class PendingInterrupts:
         at = offset_of(wire.VCPU, "msi_address")
         for base, apic_id in zip(self._vcpus, apic_ids, strict=False):
             self._quads[(base + at) // 8] = _MSI_BASE | apic_id << 12 if apic_id <= _MAX_APIC_ID else 0
+
+    def failed(self) -> bool:
+        """Return whether a vCPU could not raise an interrupt since the last call: it is among :meth:`waiting`."""
+        before, self._failures = self._failures, self._quads[self._failures_at]
+        return bool(before != self._failures)
 
     def waiting(self) -> list[tuple[int, int]]:
         """Return ``(vCPU, vector)`` of the interrupts that nobody has raised yet."""

@@ -306,6 +306,9 @@ class PollingVcpus(Protocol):
     def post(self, vcpu: int, vector: int) -> bool:
         """Leave ``vector`` to the vCPU; False if it does not poll."""
 
+    def take_back(self, vcpu: int, vector: int) -> bool:
+        """Withdraw what was left to it; False if it was taken since."""
+
 
 class LocalApics:
     """:class:`~vmbus.ports.Interrupts`: MSIs to the guest's local APICs, by a vCPU that polls or through qtest."""
@@ -327,8 +330,16 @@ class LocalApics:
     def request(self, vp: int, vector: int, *, auto_eoi: bool = False) -> None:
         # The gateway ends auto-EOI interrupts by itself: see Host._Events.auto_eoi_changed.
         self.requests += 1
-        if self._vcpus is not None and self._vcpus.post(vp, vector):
-            return
+        if self._vcpus is None or not self._vcpus.post(vp, vector):
+            self._send(vp, vector)
+
+    def retry(self, waiting: Sequence[tuple[int, int]]) -> None:
+        """Raise through QEMU the ``(vp, vector)`` that their vCPUs could not raise by themselves."""
+        for vp, vector in waiting:
+            if self._vcpus is not None and self._vcpus.take_back(vp, vector):
+                self._send(vp, vector)
+
+    def _send(self, vp: int, vector: int) -> None:
         try:
             self._qtest.interrupt(self._apic_ids[vp], vector)
         except QemuGone as error:  # the caller, a device at work, cannot handle that

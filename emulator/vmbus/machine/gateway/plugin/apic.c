@@ -40,11 +40,12 @@ bool apic_reachable(const struct vcpu_state *vcpu)
 }
 
 /* Raise an edge-triggered interrupt at this vCPU, as a device does with an MSI: this works in both modes. */
-void apic_raise(struct vcpu_state *vcpu, uint32_t vector)
+bool apic_raise(struct vcpu_state *vcpu, uint32_t vector)
 {
     g_byte_array_set_size(vcpu->buffer, sizeof(vector));
     memcpy(vcpu->buffer->data, &vector, sizeof(vector));
-    qemu_plugin_write_memory_hwaddr(vcpu->shared->msi_address, vcpu->buffer);
+    return qemu_plugin_write_memory_hwaddr(vcpu->shared->msi_address, vcpu->buffer) ==
+           QEMU_PLUGIN_HWADDR_OPERATION_OK;
 }
 
 /*

@@ -143,7 +143,7 @@ void idle_start(struct vcpu_state *vcpu);
 /* apic.c */
 bool apic_read(struct vcpu_state *vcpu, uint64_t address, uint32_t *value);
 bool apic_reachable(const struct vcpu_state *vcpu);
-void apic_raise(struct vcpu_state *vcpu, uint32_t vector);
+bool apic_raise(struct vcpu_state *vcpu, uint32_t vector);
 bool apic_requests(struct vcpu_state *vcpu);
 void apic_wrmsr(struct vcpu_state *vcpu, uint32_t msr, uint64_t value);
 uint64_t apic_timer_due(struct vcpu_state *vcpu, uint64_t now);

@@ -47,6 +47,7 @@ static bool pending(const struct gateway_vcpu *shared)
 static void raise_pending(struct vcpu_state *vcpu)
 {
     struct gateway_vcpu *shared = vcpu->shared;
+    bool failed = false;
 
     for (unsigned int word = 0; word < PENDING_WORDS; word++) {
         if (!atomic_load_explicit(&shared->pending[word], memory_order_relaxed)) {
@@ -54,9 +55,17 @@ static void raise_pending(struct vcpu_state *vcpu)
         }
         uint64_t taken = atomic_exchange(&shared->pending[word], 0);
         for (; taken; taken &= taken - 1) {
-            apic_raise(vcpu, word * 64 + (unsigned int)__builtin_ctzll(taken));
-            shared->raised++;
+            if (apic_raise(vcpu, word * 64 + (unsigned int)__builtin_ctzll(taken))) {
+                shared->raised++;
+            } else {
+                atomic_fetch_or(&shared->pending[word], taken & -taken);
+                failed = true;
+            }
         }
+    }
+    if (failed) { /* the emulator has to raise them through QEMU */
+        atomic_fetch_add(&gateway.control->raise_failures, 1);
+        emulator_wake();
     }
 }
 

@@ -147,7 +147,9 @@ struct gateway_control {
     _Atomic uint32_t emulator;
     _Atomic uint32_t owner; /* incremented at every attach */
     _Atomic uint32_t was_active;
-    uint64_t reserved0[6];
+    _Atomic uint32_t raise_failures; /* interrupts that a vCPU could not raise: they are pending again */
+    uint32_t reserved5;
+    uint64_t reserved0[5];
     /* G, under clock_sequence */
     _Atomic uint32_t clock_sequence;
     uint32_t tsc_known; /* 1: the host has a TSC; 0: the fields below are 0, too */
