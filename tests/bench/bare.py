@@ -79,7 +79,9 @@ main:
 
 
 @contextlib.asynccontextmanager
-async def bare_guest(program: str, devices: Sequence[Device] = (), *, smp: int = 1) -> AsyncIterator[Host]:
+async def bare_guest(
+    program: str, devices: Sequence[Device] = (), *, smp: int = 1, extra: Sequence[str] = ()
+) -> AsyncIterator[Host]:
     """Run a program behind :data:`PROLOGUE` and serve it."""
     with tempfile.TemporaryDirectory(prefix="vmbus-bench-") as folder:
         image = long_mode_guest(Path(folder), PROLOGUE + program)
@@ -88,7 +90,7 @@ async def bare_guest(program: str, devices: Sequence[Device] = (), *, smp: int =
             qemu=find_qemu(),
             gateway_library=gateway_build.build(),
             memory_size=MEMORY,
-            options=GuestOptions(kernel=image, initrd=None, append="", smp=smp),
+            options=GuestOptions(kernel=image, initrd=None, append="", smp=smp, extra=tuple(extra)),
             devices=devices,
         ) as guest:
             yield guest.host

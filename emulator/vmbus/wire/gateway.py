@@ -133,7 +133,8 @@ VCPU = c.Struct(
     "pending" / c.Array(VECTORS // 64, c.Int64ul),
     "msi_address" / c.Int64ul,
     "missed" / c.Int64ul,
-    "reserved1" / c.Padding(48),
+    "passed" / c.Int64ul,
+    "reserved1" / c.Padding(40),
     "answers" / c.Array(SLOTS, ANSWER),
     "slots" / c.Array(SLOTS, SLOT),
 )

@@ -104,6 +104,7 @@ def test_words_of_different_writers_do_not_share_a_cache_line() -> None:
     assert not lines[0] & lines[1]
     assert wire.offset_of(wire.VCPU, "auto_eoi") % 64 == 0
     assert wire.offset_of(wire.VCPU, "msi_address") % 64 == 0
+    assert wire.offset_of(wire.VCPU, "passed") == wire.offset_of(wire.VCPU, "missed") + 8
     assert wire.offset_of(wire.VCPU, "answers") % 64 == 0
     assert wire.offset_of(wire.VCPU, "slots") % 64 == 0
     assert wire.VCPU.sizeof() % 64 == 0

@@ -17,7 +17,7 @@ VALUE: a number, or the name of a register. The register ``_`` is never read. A 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 Instruction = tuple[object, ...]
 Program = Sequence[Instruction]
@@ -160,8 +160,10 @@ def _put(values: tuple[int, ...], at: int, value: int) -> tuple[int, ...]:
     return (*values[:at], value, *values[at + 1 :])
 
 
-def explore(machine: Machine, limit: int = 1_000_000) -> tuple[int, list[State]]:
-    """Return the number of states, and those in which nothing happens any more."""
+def explore(
+    machine: Machine, found: Callable[[State], bool] = lambda end: False, limit: int = 1_000_000
+) -> tuple[int, list[State]]:
+    """Return the number of states, and those in which nothing happens any more, up to one that is ``found``."""
     start = machine.start()
     known = {start}
     todo = [start]
@@ -171,6 +173,8 @@ def explore(machine: Machine, limit: int = 1_000_000) -> tuple[int, list[State]]
         after = list(machine.steps(state))
         if not after:
             ends.append(state)
+            if found(state):
+                break
         for each in after:
             if each not in known:
                 known.add(each)

@@ -22,7 +22,8 @@ EXPORT uint32_t signals_take_back(const struct vcpu_signals *vcpu, uint32_t vect
 
 /*
  * Leave a vector to a vCPU that polls. Return 1 if the interrupt is raised without the caller; 0 if the caller has to
- * raise it, through QEMU. The vector is set before `idle` is read: a vCPU that stores HALTED after this read finds it.
+ * raise it, through QEMU: that is counted for the vCPU, which need not poll then. The vector is set before `idle` is
+ * read: a vCPU that stores HALTED after this read finds it.
  */
 EXPORT uint32_t signals_post(const struct vcpu_signals *vcpu, uint32_t vector)
 {
@@ -32,7 +33,6 @@ EXPORT uint32_t signals_post(const struct vcpu_signals *vcpu, uint32_t vector)
     uint32_t idle = __atomic_load_n(vcpu->idle, __ATOMIC_SEQ_CST);
     if (idle == VCPU_POLLING || !signals_take_back(vcpu, vector))
         return 1;
-    if (idle == VCPU_HALTED)
-        __atomic_fetch_add(vcpu->missed, 1, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&vcpu->missed[idle != VCPU_HALTED], 1, __ATOMIC_RELAXED);
     return 0;
 }

@@ -16,7 +16,7 @@ enum { VCPU_RUNNING = 0, VCPU_POLLING = 1, VCPU_HALTED = 2 }; /* IdleState of vm
 struct vcpu_signals {
     uint32_t *idle;    /* stored by the vCPU */
     uint64_t *pending; /* a bit a vector: set here, taken by either side */
-    uint64_t *missed;  /* signals that found it halted */
+    uint64_t *missed;  /* signals that found it halted; in the next word, those that found it running */
 };
 
 uint32_t signals_set_bits(uint32_t *word, uint32_t bits);

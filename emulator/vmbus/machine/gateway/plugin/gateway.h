@@ -44,7 +44,7 @@ struct idle_policy {
     bool in_vain;  /* it polled before this halt, and found nothing */
     uint64_t begun_ns; /* of this halt */
     uint64_t window_ns;
-    uint64_t missed_seen;
+    uint64_t missed_seen, passed_seen;
     uint64_t quiet_until_ns, back_off_ns;
     unsigned int successes; /* since the last gap */
 };

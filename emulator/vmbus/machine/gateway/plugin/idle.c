@@ -17,8 +17,9 @@
  * How long a vCPU polls follows what happened before: as long as the last signal would have needed, when that was
  * short; half as long after each poll in vain; so a guest that does nothing is not polled for at all. Other interrupts
  * must not be late: in xAPIC mode the vCPU looks at its local APIC every LOOK_NS. In x2APIC mode that is not possible,
- * but the MSR writes by which a guest starts its timer, and interrupts another vCPU, are known; what remains (devices
- * of QEMU) is late by at most the length of one poll, which is then halved.
+ * but the MSR writes by which a guest starts its timer, and interrupts another vCPU, are known, and so is `passed`, the
+ * number of interrupts that the emulator sent through QEMU because the vCPU ran; what remains (devices of QEMU) is late
+ * by at most the length of one poll, which is then halved.
  */
 #include "gateway.h"
 
@@ -94,9 +95,11 @@ static void forgive(struct idle_policy *idle)
     }
 }
 
-static bool interrupted_by_vcpu(struct vcpu_state *vcpu)
+/* Return whether an interrupt was sent that does not show in `pending`: by another vCPU, or through QEMU. */
+static bool interrupt_comes(const struct vcpu_state *vcpu)
 {
-    return vcpu->ipis_seen != atomic_load_explicit(&vcpu->ipis, memory_order_relaxed);
+    return vcpu->ipis_seen != atomic_load_explicit(&vcpu->ipis, memory_order_relaxed) ||
+           vcpu->idle.passed_seen != atomic_load_explicit(&vcpu->shared->passed, memory_order_relaxed);
 }
 
 /* Return until when to poll; `now` or earlier: not at all. */
@@ -108,7 +111,7 @@ static uint64_t poll_until(struct vcpu_state *vcpu, uint64_t now)
     if (window > limit) {
         window = limit;
     }
-    if (!window || gateway.one_thread || now < vcpu->idle.quiet_until_ns || interrupted_by_vcpu(vcpu)) {
+    if (!window || gateway.one_thread || now < vcpu->idle.quiet_until_ns || interrupt_comes(vcpu)) {
         return now;
     }
     uint64_t end = now + window, due = apic_timer_due(vcpu, now);
@@ -133,7 +136,7 @@ static bool poll(struct vcpu_state *vcpu, uint64_t now, uint64_t end)
             }
             pause_briefly();
         }
-        if (interrupted_by_vcpu(vcpu)) {
+        if (interrupt_comes(vcpu)) {
             return false;
         }
         sched_yield();
@@ -189,6 +192,7 @@ void idle_ended(struct vcpu_state *vcpu)
     struct idle_policy *idle = &vcpu->idle;
 
     vcpu->ipis_seen = atomic_load_explicit(&vcpu->ipis, memory_order_relaxed);
+    idle->passed_seen = atomic_load_explicit(&vcpu->shared->passed, memory_order_relaxed);
     if (!idle->halted) {
         return;
     }
@@ -214,7 +218,10 @@ void idle_start(struct vcpu_state *vcpu)
         atomic_store(&vcpu->shared->pending[word], 0);
     }
     atomic_store(&vcpu->shared->idle, IDLE_RUNNING);
-    vcpu->idle = (struct idle_policy){ .missed_seen = atomic_load(&vcpu->shared->missed) };
+    vcpu->idle = (struct idle_policy){
+        .missed_seen = atomic_load(&vcpu->shared->missed),
+        .passed_seen = atomic_load(&vcpu->shared->passed),
+    };
     vcpu->timer = (struct apic_timer){ 0 };
     vcpu->ipis_seen = atomic_load(&vcpu->ipis);
 }

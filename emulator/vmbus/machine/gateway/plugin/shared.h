@@ -92,8 +92,9 @@ struct gateway_vcpu {
     _Atomic uint64_t auto_eoi[GATEWAY_VECTORS / 64]; /* E: bitmap of vectors that the gateway ends */
     _Atomic uint64_t pending[GATEWAY_VECTORS / 64];  /* E sets, G and E take, atomically: vectors to raise */
     uint64_t msi_address;                     /* E: where a write of a vector interrupts this vCPU; 0: unknown */
-    _Atomic uint64_t missed;                  /* E: signals that found the vCPU halted without polling */
-    uint64_t reserved1[6];
+    _Atomic uint64_t missed;                  /* E: signals that found the vCPU halted: their interrupts */
+    _Atomic uint64_t passed;                  /* E: or running: come through QEMU; counted before they are sent */
+    uint64_t reserved1[5];
     struct gateway_answer answers[GATEWAY_SLOTS];
     struct gateway_slot slots[GATEWAY_SLOTS];
 };
