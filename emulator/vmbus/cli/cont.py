@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmbus.machine import rundir
 from vmbus.machine.control import ask
-from vmbus.machine.host import Host
+
+if TYPE_CHECKING:
+    from vmbus.machine.host import Host
+
 
 _EPILOG = """\
 examples:

@@ -34,21 +34,6 @@ MAX_HOLD = 4e6
 MIN_ALLOWANCE = 256 << 20
 """Bytes that ``--emulator-memory`` leaves at least: four times what a guest can make the emulator hold."""
 
-_TAKES_DASHES = ("--qemu", "--append")
-"""Options whose values usually begin with a dash themselves."""
-
-
-def with_values(words: Sequence[str]) -> list[str]:
-    """Return ``words`` with ``--qemu -foo`` as ``--qemu=-foo``: argparse takes ``-foo`` for an option."""
-    found: list[str] = []
-    for word in words:
-        single = word.startswith("-") and not word.startswith("--") and word not in ("-h", "-v")
-        if found and found[-1] in _TAKES_DASHES and single:
-            found[-1] += f"={word}"
-        else:
-            found.append(word)
-    return found
-
 
 def _number(text: str) -> float:
     try:

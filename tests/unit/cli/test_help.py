@@ -8,8 +8,7 @@ import shlex
 from collections.abc import Iterator
 
 import pytest
-from vmbus.cli import parser
-from vmbus.cli.options import with_values
+from vmbus.cli import parser, with_values
 
 
 def commands(root: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:

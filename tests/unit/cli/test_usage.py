@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
+import os
 import socket
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +16,7 @@ from uuid import UUID
 
 import pytest
 from vmbus import cli
-from vmbus.cli import device, migrate, run
+from vmbus.cli import device, migrate, run, with_values
 from vmbus.cli.options import (
     MAX_HOLD,
     MAX_MEMORY,
@@ -23,7 +25,6 @@ from vmbus.cli.options import (
     seconds,
     size,
     whole_number,
-    with_values,
 )
 from vmbus.cli.os_errors import os_sentence
 from vmbus.devices.options import parse_size
@@ -343,3 +344,21 @@ async def test_a_bug_in_an_answer_is_told_and_ends_no_connection(
         await asyncio.to_thread(ask, tmp_path / "control.sock", "status")
     await server.stop()
     assert "please report" in caplog.text
+
+
+@pytest.mark.parametrize("verb", ["status", "shutdown", "cont"])
+def test_a_verb_that_only_asks_does_not_import_the_host(verb: str, tmp_path: Path) -> None:
+    """They are called in loops, and answer in a tenth of the time that the import of the host takes."""
+    script = (
+        "import sys\nfrom vmbus.cli import main\n"
+        f"assert main([{verb!r}, 'nobody']) == 1\n"
+        "print(sorted({'construct', 'vmbus.machine.host', 'vmbus_devices'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert "no emulator serves a guest named nobody" in done.stderr
+    assert done.stdout == "[]\n"
