@@ -2,8 +2,8 @@
 /*
  * HLT: a vCPU raises the interrupts that the emulator left in `pending`, and polls for them before it halts.
  *
- * An interrupt through QEMU's main loop takes two wake-ups, of the main loop and of the vCPU. A vCPU that polls raises it in its own thread, within
- * nanoseconds. No interrupt is lost, because of the order of two stores and two loads:
+ * An interrupt through QEMU's main loop takes two wake-ups, of the main loop and of the vCPU. A vCPU that polls raises it
+ * in its own thread, within nanoseconds. No interrupt is lost, because of the order of two stores and two loads:
  *
  *      vCPU      idle = POLLING; look at `pending` for a while;
  *                idle = HALTED;  FENCE; take `pending`, raise; HLT
