@@ -74,15 +74,15 @@ def test_a_kernel_that_qemu_cannot_start_is_refused(tmp_path: Path, kernel: byte
         unpack(bz_image(tmp_path / "vmlinuz", xz(kernel)))
 
 
-@pytest.mark.parametrize("payload", [gzip.compress(elf()), xz(elf()), zstd(elf())])
-@pytest.mark.parametrize(
-    "change", [lambda data: data[: len(data) // 2] + data[-4:], lambda data: data[:-1] + b"\x01"]
-)
+@pytest.mark.parametrize("compress", [gzip.compress, xz, zstd])
+@pytest.mark.parametrize("damage", ["half is missing", "another size"])
 def test_a_damaged_payload_is_refused(
-    tmp_path: Path, payload: bytes, change: Callable[[bytes], bytes]
+    tmp_path: Path, compress: Callable[[bytes], bytes], damage: str
 ) -> None:
+    data = compress(elf())
+    payload = data[: len(data) // 2] + data[-4:] if damage == "half is missing" else data[:-1] + b"\x01"
     with pytest.raises(CannotUnpack, match="cannot be unpacked"):
-        unpack(bz_image(tmp_path / "vmlinuz", change(payload)))
+        unpack(bz_image(tmp_path / "vmlinuz", payload))
 
 
 def test_a_kernel_that_is_larger_than_it_says_is_not_decompressed_whole(tmp_path: Path) -> None:
