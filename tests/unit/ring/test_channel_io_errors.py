@@ -14,6 +14,7 @@ from vmbus.errors import DeviceError, MalformedError, ProtocolError, RingError
 from vmbus.testing.loopback import (
     COMPLETION,
     LoopbackGuest,
+    RacingPages,
     gpa_direct_extension,
     guest_packet,
 )
@@ -33,6 +34,29 @@ def test_a_second_completion_is_the_devices_error(device: Recorder) -> None:
             guest.io.complete(0)
         with pytest.raises(DeviceError):
             guest.io.complete(1)
+
+
+def test_an_error_of_the_host_in_a_turn_costs_the_channel_only(
+    device: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    guest = LoopbackGuest(device)
+    exhausted = False
+
+    def access(kind: str, offset: int) -> None:
+        if exhausted and kind == "read":
+            raise MemoryError("no memory for the copy")
+
+    guest.channel.incoming = RacingPages(guest.channel.incoming, access)
+    guest.open()
+    exhausted = True
+    guest.put(*numbered(1))
+    assert (guest.io.state, guest.io.failure) == (IoState.FAILED, "device-error")
+    assert "no memory for the copy" in caplog.text
+    exhausted = False
+    guest.close()
+    guest.open()
+    guest.put(*numbered(1))
+    assert ids(guest.receive()) == [0]
 
 
 def test_packets_without_the_flag_are_owed_nothing(device: Recorder) -> None:

@@ -543,16 +543,20 @@ def test_a_packet_that_grows_while_it_is_copied_anew_is_refused(monkeypatch: pyt
     assert refused(lambda: ring.read_batch(9)) == "invalid-descriptor-lengths"
 
 
+@pytest.mark.parametrize("copies", [1, 2])
 def test_a_ring_that_empties_while_a_long_packet_is_copied_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, copies: int
 ) -> None:
     monkeypatch.setattr(ring_module, "BULK", 64)
     side = Incoming()
     side.writer.write(guest_packet(bytes(200)))
+    reads: list[int] = []
 
     def take_back(access: str, offset: int) -> None:
         if access == "read":
-            side.pages.store_u32(WRITE_INDEX, 0)
+            reads.append(offset)
+            if len(reads) == copies:
+                side.pages.store_u32(WRITE_INDEX, 0)
 
     ring = IncomingRing(RacingPages(side.pages, take_back), side.memory)
     assert refused(lambda: ring.read_batch(9)) == "invalid-data-available"

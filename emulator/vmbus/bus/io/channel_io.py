@@ -115,6 +115,7 @@ class ChannelIo:
                 tell_room=self._tell_room,
                 signal=self._signal,
                 failed=lambda error: self._fail(error.reason, error.detail),
+                broken=lambda error: self._device_failed(error),
                 fast_ready=lambda: self.device.fast_ready(self),
             ),
         )

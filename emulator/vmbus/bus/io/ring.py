@@ -192,7 +192,8 @@ class IncomingRing(_Ring):
             raise RingError("invalid-data-available", "the write index went backwards")
         packet = parse_packet(self._buffer, 0, self._known)
         if packet is None:
-            self._fetch(packet_size(self._buffer, 0))
+            if not self._fetch(packet_size(self._buffer, 0)):
+                raise RingError("invalid-data-available", "the write index went backwards")
             packet = parse_packet(self._buffer, 0, self._known)
         if packet is None:
             raise RingError("invalid-descriptor-lengths", "the packet changed while it was read")

@@ -54,7 +54,9 @@ class TurnCalls:
     signal: Callable[[], None]
     """Signal the guest."""
     failed: Callable[[GuestError], None]
-    """Fail the channel."""
+    """Fail the channel, because of what the guest did."""
+    broken: Callable[[Exception], None]
+    """Fail the channel, because of an error of the host's: the event loop would only log it, and no turn follow."""
     fast_ready: Callable[[], bool]
     """Return whether the compiled fast path may take packets now."""
 
@@ -110,6 +112,8 @@ class Turns:
             self._work(self.incoming)
         except GuestError as error:
             self._calls.failed(error)
+        except Exception as error:  # noqa: BLE001 - it costs this channel only
+            self._calls.broken(error)
         finally:
             fast = self.fast
             if fast is not None and fast.sleeps():
