@@ -211,9 +211,15 @@ class MessageDispatcher:
             raise ProtocolError("message-short", f"{number.name} of {len(payload)} bytes")
         return number
 
-    def flooded(self, target: Target) -> bool:
-        """Return whether ``target`` has to take some messages before the guest may cause more."""
-        if self._bus.outbox.undelivered(target) < MAX_UNDELIVERED:
+    def flooded(self, target: Target, *, lasting: bool = False) -> bool:
+        """Return whether ``target`` has to take some messages before the guest may cause more.
+
+        ``lasting``: those that the guest would cause outlive its connection. It names a target for each, so all
+        targets together have the limit of one.
+        """
+        outbox = self._bus.outbox
+        full = outbox.undelivered(target) >= MAX_UNDELIVERED
+        if not full and not (lasting and outbox.lasting >= MAX_UNDELIVERED):
             return False
         self._bus.refusals.refuse("message-flood", f"VP {target.vp}, SINT {target.sint}")
         return True
@@ -347,7 +353,7 @@ class MessageDispatcher:
         message = OPEN_RESERVED_CHANNEL.parse(posted.payload)
         target = self._reserved_target(message.target_vp, message.target_sint)
         channel = self._channel(message.relid, "open-reserved-unknown-relid")
-        if not posted.acknowledged and self.flooded(target):
+        if not posted.acknowledged and self.flooded(target, lasting=True):
             return PostResult.RETRY
         connection = self._bus.connection
         if connection.version is None:
@@ -369,7 +375,7 @@ class MessageDispatcher:
         channel = self._bus.find(message.relid)
         if channel is None:
             raise ProtocolError("close-reserved-unknown-relid", f"{message.relid}")
-        if not posted.acknowledged and self.flooded(target):
+        if not posted.acknowledged and self.flooded(target, lasting=True):
             return PostResult.RETRY
         channel.close_reserved(target)
         return None

@@ -73,6 +73,15 @@ class Outbox:
         return here + self._synic.queued_messages(target.vp, target.sint)
 
     @property
+    def lasting(self) -> int:
+        """How many lasting messages wait, here or in the SynIC, for the slots of all targets together."""
+        count = sum(message.lasting for message in self._waiting)
+        for target in tuple(self._posted):
+            self._forget_delivered(target)
+            count += sum(message.lasting for message in self._posted.get(target, ()))
+        return count
+
+    @property
     def waiting(self) -> tuple[Outgoing, ...]:
         """The messages that wait here, in order."""
         return tuple(self._waiting)

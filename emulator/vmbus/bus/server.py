@@ -281,7 +281,7 @@ class Bus:
         if target.sint != MESSAGE_SINT:
             self.refusals.refuse("contact-sint", f"{target.sint}")
             if target.sint < SINT_COUNT and target.vp < self.synic.vp_count:
-                if not acknowledged and self._dispatcher.flooded(target):
+                if not acknowledged and self._dispatcher.flooded(target, lasting=True):
                     return PostResult.RETRY
                 self.send(answer_failure(UNSUPPORTED), target)
             return PostResult.OK

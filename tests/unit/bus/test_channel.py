@@ -16,15 +16,19 @@ from vmbus.testing.scripted import RecordingEndpoint, ScriptedGuest, an_offer
 from vmbus.wire.gpadl import GpadlCreated, GpadlTorndown, GpaRange, split_gpadl
 from vmbus.wire.header import STATUS_SUCCESS, STATUS_UNSUCCESSFUL, MessageType
 from vmbus.wire.messages import (
+    CLOSE_RESERVED_CHANNEL,
     CLOSECHANNEL,
     NO_INTERRUPTS_VP,
+    OPEN_RESERVED_CHANNEL,
     OPENCHANNEL,
     PAUSE,
     RESUME,
     ChannelOnly,
+    CloseReservedChannel,
     HeaderOnly,
     ModifyChannelResponse,
     OpenChannel,
+    OpenReservedChannel,
     OpenResult,
 )
 from vmbus.wire.offer import OfferFlags
@@ -468,6 +472,22 @@ def test_close_response_of_a_reserved_channel_comes_after_unload(
     connected.bus.channels[0].finish_close()
     assert messages(connected) == [ChannelOnly(1)]
     assert [offer.relid for offer in connected.connect()] == [1]
+
+
+def test_answers_of_a_reserved_channel_cannot_flood_all_sints(connected: ScriptedGuest) -> None:
+    ring = connected.share(1)
+    results = [
+        connected.post(payload)
+        for vp in range(connected.synic.vp_count)
+        for sint in range(16)
+        for _ in range(4)
+        for payload in (
+            OPEN_RESERVED_CHANNEL.build(OpenReservedChannel(1, vp, sint, ring, 2)),
+            CLOSE_RESERVED_CHANNEL.build(CloseReservedChannel(1, vp, sint)),
+        )
+    ]
+    assert results[MAX_UNDELIVERED - 1 : MAX_UNDELIVERED + 1] == [PostResult.OK, PostResult.RETRY]
+    assert len(connected.synic.messages) == MAX_UNDELIVERED
 
 
 @pytest.mark.conformance(38)

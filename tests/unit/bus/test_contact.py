@@ -8,7 +8,7 @@ from __future__ import annotations
 import uuid
 
 import pytest
-from vmbus.bus.contact import DEFAULT_FEATURES, MonitorPages, Phase
+from vmbus.bus.contact import DEFAULT_FEATURES, MESSAGE_SINT, MonitorPages, Phase
 from vmbus.bus.messages import MAX_UNDELIVERED, PostResult
 from vmbus.errors import MalformedError
 from vmbus.testing.scripted import RecordingEndpoint, ScriptedGuest, an_offer
@@ -148,6 +148,22 @@ def test_contacts_for_another_sint_cannot_flood_it(guest: ScriptedGuest) -> None
     results = [guest.post(payload, connection_id=4) for _ in range(MAX_UNDELIVERED + 10)]
     assert results[MAX_UNDELIVERED - 1 : MAX_UNDELIVERED + 1] == [PostResult.OK, PostResult.RETRY]
     assert len(guest.synic.messages) == MAX_UNDELIVERED
+
+
+def test_contacts_for_other_sints_cannot_flood_all_of_them(guest: ScriptedGuest) -> None:
+    payloads = [
+        INITIATE_CONTACT.build(InitiateContact(Version.IRON, vp, bytes((sint,)) + bytes(7), 0, 0))
+        for vp in range(guest.synic.vp_count)
+        for sint in range(16)
+        if sint != MESSAGE_SINT
+    ]
+    results = [guest.post(payload, connection_id=4) for _ in range(10) for payload in payloads]
+    assert results[MAX_UNDELIVERED - 1 : MAX_UNDELIVERED + 1] == [PostResult.OK, PostResult.RETRY]
+    assert len(guest.synic.messages) == MAX_UNDELIVERED
+    guest.connect()
+    assert guest.bus.version is Version.IRON, "contact for the host's own SINT is never put off"
+    guest.take()
+    assert guest.post(payloads[0], connection_id=4) is PostResult.OK
 
 
 def test_sint_and_vtl_count_only_on_the_multiclient_port(guest: ScriptedGuest) -> None:
