@@ -287,7 +287,7 @@ class Echo(Device):
             if going.next == going.count:
                 self._generation = None
                 return
-            if io.backlog >= MAX_BACKLOG:
+            if io.backlog >= MAX_BACKLOG or io.congested:
                 break
         # writable() is called once all of this is in the ring. While the ring is full, that is when the guest has
         # made room and signals: nothing polls.

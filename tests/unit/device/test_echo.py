@@ -10,7 +10,9 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vmbus.bus.budget import SAVED_PACKET_BYTES, MemoryBudget
 from vmbus.bus.channel.gpadl import Gpadl, GpadlState
+from vmbus.bus.io.device import DeviceEnvironment
 from vmbus.errors import DeviceError
 from vmbus.testing.loopback import TRANSFER_PAGES, GuestPacket, LoopbackGuest, guest_packet
 from vmbus.wire.echo import EchoOperation, EchoStatus
@@ -215,6 +217,23 @@ def test_generate_fills_the_ring_and_goes_on_as_room_comes(guest: LoopbackGuest,
     assert device(guest).status()["generated"] == count
     assert guest.io.status()["ring_full"] > 0
     assert ask(guest, EchoOperation.ECHO) == (0, b"")
+
+
+def test_generate_waits_while_other_channels_use_up_what_a_saved_state_has_room_for() -> None:
+    budget = MemoryBudget()
+    echo = Echo()
+    guest = LoopbackGuest(echo, ring_pages=16, start=False)
+    echo.start(DeviceEnvironment(guest.memory, guest.timers, guest.timers.now, budget=budget))
+    guest.open()
+    budget.count_saved_packets(SAVED_PACKET_BYTES + 1)
+    count, size = 300, 1000
+    generated(guest, count, size)
+    received = guest.receive()
+    for _ in range(count):
+        guest.advance(0.001)
+        received += guest.receive()
+    assert guest.io.status().get("failure") is None
+    assert len(received) == 1 + count
 
 
 def test_burst_of_one_costs_an_interrupt_each(guest: LoopbackGuest) -> None:
