@@ -17,7 +17,6 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from vmbus.errors import GuestError
 from vmbus.wire.scsi import (
     CAPACITY_10,
     PROTECT,
@@ -235,12 +234,7 @@ class BlockUnit(LogicalUnit):
 
         def due() -> None:
             request.cancel = None
-            try:
-                proceed()
-            except CheckCondition as condition:
-                request.check(condition)
-            except GuestError as error:
-                request.refuse(error)
+            request.carry_on(proceed)
 
         request.cancel = request.io.call_later(seconds, due).cancel
 

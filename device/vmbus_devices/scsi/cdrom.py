@@ -147,5 +147,5 @@ def _track(number: int, lba: int, minutes: bool) -> bytes:
         frames = lba + 2 * _FRAMES
         address = bytes((0, frames // _FRAMES // 60 & 0xFF, frames // _FRAMES % 60, frames % _FRAMES))
     else:
-        address = struct.pack(">I", lba)
+        address = struct.pack(">I", min(lba, 0xFFFFFFFF))  # as READ CAPACITY(10) reports a larger disc
     return bytes((0, 0x14, number, 0)) + address

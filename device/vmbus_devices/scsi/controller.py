@@ -19,8 +19,10 @@ released when the last of them has ended.
 from __future__ import annotations
 
 import asyncio
+import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from vmbus.bus.io.channel_io import ChannelIo
@@ -59,7 +61,7 @@ from vmbus_devices.scsi.fast.units import FastUnits
 from vmbus_devices.scsi.handover import hand_over
 from vmbus_devices.scsi.handshake import OPERATIONS, Handshake
 from vmbus_devices.scsi.places import execute_without_unit, part_name, place_of
-from vmbus_devices.scsi.request import CheckCondition, Request, ReservationConflict, shorten
+from vmbus_devices.scsi.request import CheckCondition, Request, shorten
 from vmbus_devices.scsi.resets import Resets
 from vmbus_devices.scsi.restored import RestoredCommands
 from vmbus_devices.scsi.saved import (
@@ -73,6 +75,8 @@ from vmbus_devices.scsi.saved import (
     save_unit,
 )
 from vmbus_devices.scsi.unit import LogicalUnit
+
+_logger = logging.getLogger(__name__)
 
 NAMESPACE = uuid.UUID("5f5f8f0e-0d3c-4b57-b0a6-3f2f7a9c6a41")
 """Instance GUIDs of controllers are derived from their names, so that they stay the same."""
@@ -319,7 +323,7 @@ class Controller(Device):
         if not self._active and (kept or here):  # it released the images, and the guest stayed
             self._activate()
         for unit, request in kept:
-            self._do(request, unit)
+            self._outside_turns(request.io, partial(self._do, request, unit))
 
     def opened(self, io: ChannelIo) -> None:
         if io.subchannel_index:
@@ -482,25 +486,23 @@ class Controller(Device):
             self._do(request, None)
 
     def _do(self, request: Request, unit: LogicalUnit | None) -> None:
-        try:
+        def step() -> None:
             if unit is None:
                 execute_without_unit(request, self.units)
             elif request.srb.cdb_length > CDB_SIZE:
                 raise CheckCondition(Sense.INVALID_FIELD_IN_CDB)
             else:
                 unit.execute(request)
-        except CheckCondition as condition:
-            request.check(condition)
-        except ReservationConflict:
-            request.conflict()
-        except GuestError as error:
-            request.refuse(error)
+
+        request.carry_on(step)
 
     def _finished(
         self, request: Request, srb_status: int, scsi_status: int, transferred: int, sense: bytes
     ) -> None:
         io = request.io
-        requests = self._requests[io]
+        requests = self._requests.get(io)
+        if requests is None or request not in requests:
+            return  # an error of the host's has ended it before
         requests.discard(request)
         request.release()
         statistics = request.statistics
@@ -627,14 +629,26 @@ class Controller(Device):
     def _open_channels(self) -> dict[ChannelIo, set[Request]]:
         return {io: requests for io, requests in self._requests.items() if io not in self._closing}
 
+    def _outside_turns(self, io: ChannelIo, step: Callable[[], None]) -> None:
+        """Call ``step`` for one of several commands: an error of the host's costs its channel, not the others."""
+        try:
+            step()
+        except Exception as error:
+            _logger.exception("%s: a command failed", self.name)
+            io.fail("device-error", repr(error))
+
     def _restart(self, io: ChannelIo, packet: Packet) -> None:
         """Execute a restored command."""
-        try:
-            self.packet(io, packet)
-        except ProtocolError as error:
-            io.fail(error.reason, error.detail)
-        except GuestError as error:
-            self.refused(io, packet, error)
+
+        def step() -> None:
+            try:
+                self.packet(io, packet)
+            except ProtocolError as error:
+                io.fail(error.reason, error.detail)
+            except GuestError as error:
+                self.refused(io, packet, error)
+
+        self._outside_turns(io, step)
 
     def _abort(self, io: ChannelIo, packet: Packet) -> None:
         """Answer a restored command that a reset has aborted."""

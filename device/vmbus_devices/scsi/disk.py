@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Mapping
 
-from vmbus.errors import GuestError, MalformedError
+from vmbus.errors import MalformedError
 from vmbus.wire.scsi import (
     BLOCK_CHARACTERISTICS,
     BLOCK_LIMITS,
@@ -189,14 +189,9 @@ class Disk(BlockUnit):
             if error is not None:
                 self.failed(request, error, write=False)
                 return
-            try:
-                request.give(
-                    lba_status(found or [(lba, length // size, LBA_MAPPED)]), cdb_allocation(request.cdb)
-                )
-            except CheckCondition as condition:
-                request.check(condition)
-            except GuestError as refusal:  # no caller catches it here
-                request.refuse(refusal)
+            extents = lba_status(found or [(lba, length // size, LBA_MAPPED)])
+            # No caller catches what this raises.
+            request.carry_on(lambda: request.give(extents, cdb_allocation(request.cdb)))
 
         request.input_runs(min(request.wanted, 8))
         self._submit(work, done)

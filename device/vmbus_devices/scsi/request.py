@@ -177,6 +177,24 @@ class Request:
         """End with an SRB status and no SCSI status: no such unit, aborted, malformed."""
         self._finished(self, srb_status, ScsiStatus.GOOD, 0, b"")
 
+    def carry_on(self, step: Callable[[], None]) -> None:
+        """Call ``step``, and end with what it raises.
+
+        An error of the host's ends the command as well, and is raised again: a command that never ends would keep its
+        channel from closing, and its unit from being removed.
+        """
+        try:
+            step()
+        except CheckCondition as condition:
+            self.check(condition)
+        except ReservationConflict:
+            self.conflict()
+        except GuestError as error:
+            self.refuse(error)
+        except Exception:
+            self.check(CheckCondition(Sense.TARGET_FAILURE))
+            raise
+
     def refuse(self, error: GuestError) -> None:
         """End a request that is itself wrong (memory that is not RAM); counted under the error's reason."""
         self.io.refusals.refuse(error.reason, error.detail)

@@ -337,6 +337,48 @@ def test_a_device_that_stops_closes_its_images_when_the_last_transfer_has_ended(
     assert not guest.channel.closing
 
 
+def test_a_command_that_the_host_fails_at_does_not_keep_its_channel_open() -> None:
+    disk = memory_disk()
+    device = controller(disk)
+    guest = ScsiGuest(device)
+    guest.open()
+    guest.negotiate()
+
+    def exhausted(*_: object) -> None:
+        raise MemoryError("no memory for the answer")
+
+    disk._commands[0x28] = exhausted
+    guest.start(struct.pack(">BBIBHB", 0x28, 0, 0, 0, 8, 0), read=4096)
+    assert guest.io.failure == "device-error"
+    assert device.status()["in_flight"] == disk.statistics.depth == 0
+    guest.close()
+    assert not guest.channel.closing
+    guest.open()
+    guest.negotiate()
+    assert guest.command(TEST_UNIT_READY).good
+
+
+def test_a_delayed_command_that_the_host_fails_at_does_not_keep_its_channel_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    disk = memory_disk(faults=FaultPlan(parse_faults("delay:1@*")))
+    device = controller(disk)
+    guest = ScsiGuest(device)
+    guest.open()
+    guest.negotiate()
+    guest.start(struct.pack(">BBIBHB", 0x28, 0, 0, 0, 8, 0), read=4096)
+
+    def exhausted(*_: object) -> None:
+        raise MemoryError("no memory for the data")
+
+    monkeypatch.setattr(disk, "_move", exhausted)
+    guest.advance(1)
+    assert guest.io.failure == "device-error"
+    guest.close()
+    assert not guest.channel.closing
+    assert disk.statistics.depth == 0
+
+
 def test_targets_and_places() -> None:
     device = controller()
     device.attach(memory_disk(), 1, 63)

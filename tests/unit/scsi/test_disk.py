@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vmbus.errors import UserError
-from vmbus_devices.scsi.backend import MemoryBackend
+from vmbus_devices.scsi.backend import MemoryBackend, NullBackend
 from vmbus_devices.scsi.blocks import TRANSFER_HEADROOM
+from vmbus_devices.scsi.cdrom import CdRom
 from vmbus_devices.scsi.disk import Disk
 from vmbus_devices.scsi.faults import FaultPlan, parse_faults
 
@@ -684,3 +685,14 @@ def test_any_sequence_of_reads_and_writes_agrees_with_an_array(data: st.DataObje
             assert guest.command(cdb(0x93, lba, blocks), write=block).good
             model[span] = block * blocks
     assert contents(disk)[:] == model
+
+
+def test_the_contents_of_a_disc_too_large_for_their_table_end_at_its_last_address() -> None:
+    disc = CdRom(NullBackend(1 << 44), "disc")
+    guest = ScsiGuest(controller(disc))
+    guest.open()
+    guest.negotiate()
+    answer = guest.command(bytes((0x43, 0, 0, 0, 0, 0, 0, 0, 64, 0)), read=64)
+    assert answer.good
+    assert answer.data[2:4] == b"\x01\x01"
+    assert answer.data[16:20] == b"\xff" * 4

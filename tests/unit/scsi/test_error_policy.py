@@ -6,6 +6,7 @@ import errno
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from vmbus_devices.scsi import Scsi
@@ -93,6 +94,31 @@ def test_what_stops_the_guest(werror: str, rerror: str, number: int, write: bool
             assert "disk d" in guest.stops[0]
         else:
             assert answers[0].condition is not None
+
+
+def test_a_command_that_the_host_fails_at_does_not_keep_the_others_from_being_done_again(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unit, backend = disk("stop", "stop")
+    with guest_of(unit) as (guest, device):
+        backend.number = errno.ENOSPC
+        guest.start(WRITE, write=b"x" * 512)
+        guest.start(WRITE, write=b"y" * 512, at=8)
+        move, failures = unit._move, [MemoryError("no memory for it")]
+
+        def exhausted(*arguments: Any) -> None:
+            if failures:
+                raise failures.pop()
+            move(*arguments)
+
+        monkeypatch.setattr(unit, "_move", exhausted)
+        backend.number = 0
+        device.guest_resumed()
+        guest.run()
+        assert "no memory for it" in caplog.text
+        assert backend.data[5 * 512 : 6 * 512] == b"y" * 512
+        assert device.status()["in_flight"] == 0
+    assert not guest.channel.closing
 
 
 def test_what_failed_is_done_again_when_the_guest_goes_on() -> None:
