@@ -236,7 +236,10 @@ class DeviceChannel:
         awaited = dict(kept.awaited)
         for each in queue:
             if isinstance(each, OutgoingPacket) and each.packet.flags & COMPLETION_REQUESTED:
-                awaited[each.packet.transaction_id] -= 1
+                number = each.packet.transaction_id
+                awaited[number] = max(
+                    awaited.get(number, 0) - 1, 0
+                )  # a guest can complete what it has not seen
         return ChannelState(
             self._header(kept),
             tuple(OutgoingPacket(_known_by_id(number)) for number in _each(awaited)),

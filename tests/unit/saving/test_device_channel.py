@@ -20,7 +20,7 @@ from vmbus.saving import ChannelSaver, Reason, Restore, StateRefused, read_machi
 from vmbus.saving.device_channel import BusChannel, DeviceChannel
 from vmbus.saving.state import OutgoingPacket
 from vmbus.testing.fakes import FakeMemory, FakeTimers
-from vmbus.testing.loopback import FakeChannel, LoopbackGuest
+from vmbus.testing.loopback import COMPLETION, FakeChannel, LoopbackGuest, guest_packet
 from vmbus.testing.scripted import ScriptedGuest
 from vmbus.wire.packet import Packet, TransferRange
 from vmbus.wire.saved import ChannelAxes, SavedCompletion, SavedGpadl, SavedPacket, SavedTaken
@@ -208,6 +208,24 @@ class TestMove:
         assert received == expected
         assert len(received) == 1 + 12 + 1 + 1 + 1 + 2
         assert [number for kind, _, number, _, _ in received if kind == 11] == [2, 3, 1]
+
+    def test_a_guest_that_completes_what_it_has_not_seen_can_be_moved(self) -> None:
+        class Talkative(Keeper):
+            def packet(self, io: ChannelIo, packet: Packet) -> None:
+                for _ in range(12):
+                    io.send(bytes(400))
+                io.send(b"want an answer", transaction_id=101, completion_requested=True)
+
+        source = Process(device=Talkative())
+        source.guest.open()
+        source.guest.put(
+            guest_packet(b"request"), guest_packet(b"guessed", kind=COMPLETION, transaction_id=101)
+        )
+        assert source.device.kept[-101] == b"completed"
+        assert source.io.backlog
+        target = moved(source)
+        target.resume()
+        assert target.io.backlog
 
     def test_completions_of_the_guest_are_awaited_in_the_new_process(self, source: Process) -> None:
         source.io.send(b"want an answer", transaction_id=100, completion_requested=True)
