@@ -103,9 +103,13 @@ class ChannelList:
 
     # --- for channels ---
 
-    def connection_id_taken(self, connection_id: int) -> bool:
-        """Return whether a signal on that id reaches a channel."""
-        return any(channel.signals.port == connection_id for channel in self.channels)
+    def connection_id_taken(self, connection_id: int, asking: Channel) -> bool:
+        """Return whether a signal on that id reaches another channel than ``asking``, or will when that opens."""
+        return any(
+            channel.request is not None and channel.request.connection_id == connection_id
+            for channel in self.channels
+            if channel is not asking
+        )
 
     def revoke_subchannels(self, channel: Channel) -> bool:
         """Revoke the sub-channels of ``channel``; return whether all of them are rescinded or released."""

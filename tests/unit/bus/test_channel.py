@@ -264,6 +264,19 @@ def test_guests_choice_of_signals_is_honoured_only_when_negotiated(guest: Script
     assert 0x4321 not in guest.synic.ports
 
 
+def test_a_connection_id_of_a_channel_that_waits_to_open_is_taken(guest: ScriptedGuest) -> None:
+    channels = [guest.bus.offer(an_offer(name), RecordingEndpoint()) for name in ("a", "b")]
+    guest.connect(Version.COPPER, features=Feature.GUEST_SPECIFIED_SIGNAL_PARAMETERS)
+    rings = [guest.share(relid) for relid in (1, 2)]
+    for channel in channels:
+        channel.pause()
+    assert guest.open(1, rings[0], connection_id=0x4321, event_flag=1) == []
+    assert [each.status for each in guest.open(2, rings[1], connection_id=0x4321, event_flag=2)] == [
+        STATUS_UNSUCCESSFUL
+    ]
+    guest.another_bus().restore(guest.save())  # which refuses a state with one id twice
+
+
 @pytest.mark.parametrize(
     ("connection_id", "event_flag", "accepted"),
     [

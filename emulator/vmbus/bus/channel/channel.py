@@ -46,8 +46,8 @@ _logger = logging.getLogger(__name__)
 class ChannelOwner(Protocol):
     """The list that a channel is in (:class:`~vmbus.bus.channel_list.ChannelList`)."""
 
-    def connection_id_taken(self, connection_id: int) -> bool:
-        """Return whether a signal on that id reaches a channel."""
+    def connection_id_taken(self, connection_id: int, asking: Channel) -> bool:
+        """Return whether a signal on that id reaches another channel than ``asking``, or will when that opens."""
 
     def revoke_subchannels(self, channel: Channel) -> bool:
         """Revoke the sub-channels of ``channel``; return whether all of them are rescinded or released."""
@@ -436,7 +436,7 @@ class Channel:
                 self.gpadls,
                 relid=self.relid,
                 vp_count=self.host.synic.vp_count,
-                connection_id_taken=self._owner.connection_id_taken,
+                connection_id_taken=lambda number: self._owner.connection_id_taken(number, self),
             )
         except GuestError as error:
             self.refusals.refuse(error.reason, error.detail)
