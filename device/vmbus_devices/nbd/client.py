@@ -262,7 +262,10 @@ class Client:
                 break
             try:
                 session = self._connect()
-            except (OSError, DeviceError) as error:
+            except Exception as error:
+                # Requests wait for this thread, whatever happens in it.
+                if not isinstance(error, (OSError, DeviceError)) and str(error) != self.trouble:
+                    _logger.exception("%s: the connection failed; please report this", self.name)
                 self._connector.ended()
                 self._could_not_connect(error)
                 with self._changed:

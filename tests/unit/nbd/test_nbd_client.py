@@ -269,6 +269,34 @@ def test_a_server_that_stays_away_costs_errors_and_comes_back(server: Server, op
     assert "trouble" not in backend.status()
 
 
+def test_an_error_of_the_connector_costs_an_attempt_and_not_the_disk(
+    server: Server, opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = opened(server)
+    connect, failures = server.connect, [KeyError("desc"), RecursionError("too many brackets")]
+
+    def broken(number: int) -> socket.socket:
+        if failures:
+            raise failures.pop()
+        return connect(number)
+
+    monkeypatch.setattr(server, "connect", broken)
+    server.hang_up()
+    found = views(512)
+    done = threading.Event()
+    errors: list[Exception | None] = []
+
+    def ended(error: Exception | None) -> None:
+        errors.append(error)
+        done.set()
+
+    backend.start(0, found, 512, False, False, ended)
+    assert done.wait(TIMEOUT)
+    assert errors == [None]
+    assert b"".join(found) == server.data[:512]
+    assert "too many brackets" in caplog.text
+
+
 def test_what_is_under_way_fails_when_the_disk_is_closed(server: Server, opened: Open) -> None:
     backend = opened(server)
     server.before = lambda *request: b""  # no answer
