@@ -267,11 +267,21 @@ class Controller(Device):
 
     def _enumerate(self) -> None:
         """Have the guest scan for units that were added or removed."""
-        if self._primary is None or not self.handshake.ready:
+        io = self._primary
+        if io is None or not self.handshake.ready:
             return
-        self.enumerations += 1
         size = PACKET_SIZE if (self.handshake.version or 0) >= ProtocolVersion.WIN8 else SHORT_PACKET_SIZE
-        self._primary.send(build_packet(Operation.ENUMERATE_BUS, Status.SUCCESS, size=size))
+        try:
+            io.send(build_packet(Operation.ENUMERATE_BUS, Status.SUCCESS, size=size))
+        except (
+            DeviceError
+        ):  # a guest that does not read: the change is made, and it is notified when it has read
+            io.notify_room()
+        else:
+            self.enumerations += 1
+
+    def writable(self, io: ChannelIo) -> None:
+        self._enumerate()
 
     def _close_removed(self) -> None:
         for unit in tuple(self._removed):

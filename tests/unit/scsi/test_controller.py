@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vmbus.bus.budget import SAVED_FIRST_BYTES, SAVED_PACKET_BYTES, MemoryBudget
+from vmbus.bus.io.channel_io import OUTPUT_ALWAYS
 from vmbus.bus.io.state import IoState
 from vmbus.devices.registry import Registry
 from vmbus.errors import DeviceError, UsageError
-from vmbus.testing.loopback import GPA_DIRECT, gpa_direct_extension, guest_packet
+from vmbus.testing.loopback import GPA_DIRECT, IN_BAND, gpa_direct_extension, guest_packet
 from vmbus.wire.storvsp import SCSI_INTERFACE
 from vmbus_devices.scsi import Scsi
 from vmbus_devices.scsi.disk import Disk
@@ -297,6 +299,32 @@ def test_the_new_size_is_not_reported_where_linux_does_not_look() -> None:
         guest.receive()
         assert guest.command(MODE_SENSE_6, read=192).good
         assert guest.command(TEST_UNIT_READY).condition == (6, 0x2A, 9)
+
+
+def test_a_guest_that_does_not_read_is_notified_of_a_new_disk_when_it_does() -> None:
+    disk = slow_disk()
+    device = controller(disk)
+    budget = MemoryBudget()
+    guest = ScsiGuest(device, budget=budget, ring_pages=1)
+    guest.open()
+    guest.negotiate()
+    guest.workers.paused = True
+    payload = guest.srb(struct.pack(">BBIBHB", 0x28, 0, 0, 0, 1, 0), length=512, direction=1)
+    for number in range(100, 250):
+        guest.send(payload, transaction_id=number, completion_requested=True, ranges=[(512, 0, [600])])
+    guest.workers.release()
+    guest.run()
+    assert guest.io.backlog > OUTPUT_ALWAYS
+    budget.count_saved_packets(SAVED_PACKET_BYTES + SAVED_FIRST_BYTES)
+    assert device.attach(memory_disk(serial="new")) == 1
+    budget.count_saved_packets(-SAVED_PACKET_BYTES - SAVED_FIRST_BYTES)
+    received = []
+    while packets := guest.receive():
+        received += packets
+        guest.run()
+    notes = [each for each in received if each.kind == IN_BAND]
+    assert [struct.unpack_from("<I", each.payload)[0] for each in notes] == [ENUMERATE]
+    assert guest.io.failure == ""
 
 
 def test_a_disk_that_is_removed_is_closed_when_its_commands_have_ended() -> None:
