@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 from vmbus.ports import Workers
 
-from vmbus_devices.nbd.handshake import Export, NbdError, behind, receive_into
+from vmbus_devices.nbd.handshake import MAX_VIEWS, Export, NbdError, behind, receive_into
 from vmbus_devices.nbd.wire import (
     ALLOCATION_HOLE,
     CHUNK_DONE,
@@ -133,7 +133,7 @@ class Connection:
     def _put(self, parts: list[memoryview | bytes]) -> None:
         if not self._outgoing:
             try:
-                done = self._stream.sendmsg(parts, (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                done = self._stream.sendmsg(parts[:MAX_VIEWS], (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 done = 0
             except OSError:
@@ -158,7 +158,7 @@ class Connection:
                 parts = self._outgoing[0]
             while parts:
                 try:
-                    parts = _rest(parts, self._stream.sendmsg(parts, (), socket.MSG_NOSIGNAL))
+                    parts = _rest(parts, self._stream.sendmsg(parts[:MAX_VIEWS], (), socket.MSG_NOSIGNAL))
                 except OSError:
                     self._shut()
                     return
@@ -234,7 +234,7 @@ class Connection:
             for _ in range(_MAX_AT_ONCE):
                 wanted = self._wanted
                 left = sum([len(view) for view in wanted])
-                done = receive(wanted, 0, socket.MSG_DONTWAIT)[0] if left else 0
+                done = receive(wanted[:MAX_VIEWS], 0, socket.MSG_DONTWAIT)[0] if left else 0
                 if done < left:
                     if not done:
                         raise ConnectionResetError("the server closed the connection")

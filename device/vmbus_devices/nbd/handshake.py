@@ -7,6 +7,7 @@ Structured replies, block sizes and block status are optional. A server without 
 
 from __future__ import annotations
 
+import os
 import socket
 from dataclasses import dataclass
 
@@ -39,6 +40,8 @@ from vmbus_devices.nbd.wire import (
     OptionRequest,
 )
 
+MAX_VIEWS = os.sysconf("SC_IOV_MAX")
+"""Pieces of memory that one system call takes. A guest may scatter its data over more of them."""
 _MAX_ANSWERS = 64
 _MAX_DATA = 2 * MAX_STRING
 _MAX_SIZE = 1 << 62
@@ -73,7 +76,7 @@ def receive_into(connection: socket.socket, views: list[memoryview]) -> None:
     """Fill ``views``. Raises as :func:`receive`."""
     left = sum([len(view) for view in views])
     while left:
-        done = connection.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
+        done = connection.recvmsg_into(views[:MAX_VIEWS], 0, socket.MSG_WAITALL)[0]
         if not done:
             raise ConnectionResetError("the server closed the connection")
         left -= done

@@ -15,6 +15,7 @@ from __future__ import annotations
 # ruff: noqa: B027 - a back end without files has nothing to flush or close
 import contextlib
 import mmap
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ from vmbus.bus.io.snapshots import SnapshotDisk
 from vmbus.errors import DeviceError, UserError
 from vmbus.ports import Workers
 
+MAX_VIEWS = os.sysconf("SC_IOV_MAX")
+"""Pieces of memory that one system call reads or writes. A guest may scatter its data over more of them."""
 _CLAIM_AGAIN = 0.05
 """Seconds between two attempts to lock an image."""
 _MAP_NORESERVE = 0x4000

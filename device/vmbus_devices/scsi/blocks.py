@@ -27,7 +27,7 @@ from vmbus.wire.scsi import (
     parse_range,
 )
 
-from vmbus_devices.scsi.backend import Backend
+from vmbus_devices.scsi.backend import MAX_VIEWS, Backend
 from vmbus_devices.scsi.faults import FaultPlan
 from vmbus_devices.scsi.request import CheckCondition, Request
 from vmbus_devices.scsi.unit import LogicalUnit
@@ -216,7 +216,7 @@ class BlockUnit(LogicalUnit):
             elif self.environment is not None:
                 self.environment.workers.run(work, done)  # only a part was transferred: repeat all of it
 
-        if backend.fd >= 0 and self.environment is not None:
+        if backend.fd >= 0 and self.environment is not None and len(views) <= MAX_VIEWS:
             flags = backend.fua_flags if fua else 0
             if self.environment.workers.transfer(backend.fd, offset, views, write, flags, transferred):
                 return

@@ -29,7 +29,7 @@ from typing import Any
 from vmbus.errors import UserError
 
 from vmbus_devices.scsi import locks
-from vmbus_devices.scsi.backend import Backend
+from vmbus_devices.scsi.backend import MAX_VIEWS, Backend
 
 _logger = logging.getLogger(__name__)
 
@@ -141,11 +141,11 @@ class FileBackend(Backend):
 
     def read(self, offset: int, views: Sequence[memoryview]) -> None:
         wanted = sum([len(view) for view in views])
-        done = os.preadv(self.fd, views, offset)
+        done = os.preadv(self.fd, views[:MAX_VIEWS], offset)
         while done < wanted:
             at = offset + done
             # At the end of the file: direct I/O cannot continue from there, unless it is the end of a block.
-            step = os.preadv(self.fd, _behind(views, done), at) if at < self._end() else 0
+            step = os.preadv(self.fd, _behind(views, done)[:MAX_VIEWS], at) if at < self._end() else 0
             if not step:
                 if offset + wanted != self.size or wanted - done >= self._block_size:
                     raise OSError(errno.EIO, f"{self.path} ends at byte {at}")
@@ -161,9 +161,9 @@ class FileBackend(Backend):
     def write(self, offset: int, views: Sequence[memoryview], *, fua: bool = False) -> None:
         wanted = sum([len(view) for view in views])
         flags = self.fua_flags if fua else 0
-        done = os.pwritev(self.fd, views, offset, flags)
+        done = os.pwritev(self.fd, views[:MAX_VIEWS], offset, flags)
         while done < wanted:
-            step = os.pwritev(self.fd, _behind(views, done), offset + done, flags)
+            step = os.pwritev(self.fd, _behind(views, done)[:MAX_VIEWS], offset + done, flags)
             if not step:
                 raise OSError(errno.ENOSPC, f"{self.path} cannot be written beyond byte {offset + done}")
             done += step

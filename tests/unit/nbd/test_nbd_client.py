@@ -99,6 +99,28 @@ def test_data_comes_and_goes_through_scattered_views(server: Server, opened: Ope
         assert read(backend, offset, length) == server.data[offset : offset + length]
 
 
+def test_data_may_be_in_more_pieces_than_a_system_call_takes(server: Server, opened: Open) -> None:
+    backend = opened(server)
+    pieces = os.sysconf("SC_IOV_MAX") * 2
+    data = os.urandom(pieces * 16)
+    done = threading.Event()
+    errors: list[Exception | None] = []
+
+    def ended(error: Exception | None) -> None:
+        errors.append(error)
+        done.set()
+
+    written = [memoryview(data)[at : at + 16] for at in range(0, len(data), 16)]
+    backend.start(512, written, len(data), True, False, ended)
+    assert done.wait(TIMEOUT)
+    assert errors == [None]
+    assert server.data[512 : 512 + len(data)] == data
+    found = views(len(data), pieces)
+    backend.read(512, found)
+    assert b"".join(found) == data
+    assert backend.client.sessions == 1
+
+
 def test_many_requests_are_under_way_at_a_time(server: Server, opened: Open) -> None:
     """The server answers none before it has seen them all, and then in the reverse order."""
     backend = opened(server, connections=1)

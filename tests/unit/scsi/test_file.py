@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 from vmbus.errors import DeviceError, UserError
+from vmbus.ports import PAGE_SIZE
 from vmbus.wire.scsi import Sense
 from vmbus_devices.scsi import Scsi
 from vmbus_devices.scsi.cdrom import CdRom
+from vmbus_devices.scsi.disk import Disk
 from vmbus_devices.scsi.drive import DriveOptions, open_drive
 from vmbus_devices.scsi.file import Cache, FileBackend
 
-from tests.unit.scsi.scsi_guest import ScsiGuest, controller
+from tests.unit.scsi.scsi_guest import IN, OUT, ScsiGuest, controller
 
 MIB = 1 << 20
 READ_10 = struct.pack(">BBIBHB", 0x28, 0, 0, 0, 1, 0)
@@ -37,6 +39,21 @@ def aligned(data: bytes) -> memoryview:
     view = memoryview(mmap.mmap(-1, len(data)))
     view[:] = data
     return view
+
+
+def test_data_may_be_in_more_pieces_than_a_system_call_takes(image: Path) -> None:
+    disk = Disk(FileBackend(image, cache=Cache.WRITEBACK), "scattered")
+    with ScsiGuest(controller(disk)) as guest:
+        guest.negotiate()
+        # Each range crosses the end of a page: two pieces.
+        ranges = [(64, PAGE_SIZE - 32, [1024 + 2 * (n % 256), 512 + 2 * (n % 256)]) for n in range(1024)]
+        for opcode, direction in ((0x2A, OUT), (0x28, IN)):
+            payload = guest.srb(
+                struct.pack(">BBIBHB", opcode, 0, 0, 0, 128, 0), length=65536, direction=direction
+            )
+            guest.send(payload, transaction_id=opcode, completion_requested=True, ranges=ranges)
+            guest.run()
+            assert [answer.good for answer in guest.answers()] == [True]
 
 
 @pytest.mark.parametrize("cache", list(Cache))
