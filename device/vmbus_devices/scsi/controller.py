@@ -336,6 +336,7 @@ class Controller(Device):
             self._outside_turns(request.io, partial(self._do, request, unit))
 
     def opened(self, io: ChannelIo) -> None:
+        self._restored.forget(io, opened=True)  # of a restored channel that could not continue
         if io.subchannel_index:
             if not self.handshake.ready:
                 io.pause_input()

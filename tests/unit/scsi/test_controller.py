@@ -13,7 +13,7 @@ from vmbus.bus.budget import SAVED_FIRST_BYTES, SAVED_PACKET_BYTES, MemoryBudget
 from vmbus.bus.io.channel_io import OUTPUT_ALWAYS
 from vmbus.bus.io.state import IoState
 from vmbus.devices.registry import Registry
-from vmbus.errors import DeviceError, UsageError
+from vmbus.errors import DeviceError, RingError, UsageError
 from vmbus.testing.loopback import GPA_DIRECT, IN_BAND, gpa_direct_extension, guest_packet
 from vmbus.wire.storvsp import SCSI_INTERFACE
 from vmbus_devices.scsi import Scsi
@@ -560,6 +560,25 @@ def test_a_saved_controller_goes_on_elsewhere_and_waiting_commands_are_done_ther
         assert [each.transaction_id for each in guest.answers()] == [number], (
             "after a failed migration the source continues"
         )
+
+
+def test_restored_commands_of_a_channel_that_cannot_continue_are_not_those_of_its_next_opening() -> None:
+    with ScsiGuest(controller(memory_disk(faults=FaultPlan(parse_faults("delay:5@100-"))))) as guest:
+        guest.negotiate()
+        guest.start(struct.pack(">BBIBHB", 0x28, 0, 100, 0, 1, 0), read=512)
+        guest.io.pause()
+        device_state, io_state = guest.device.save(), guest.io.save()
+        [packet] = guest.device.save_packets(guest.io)
+        there = ScsiGuest(controller(memory_disk()))
+        there.io.restore(io_state)
+        there.device.restore(device_state)
+        there.device.restore_packet(there.io, packet)
+        there.channel.incoming.store_u32(0, 0xFFFFFFFF)
+        with pytest.raises(RingError):
+            there.io.restored(there.channel)
+        there.open()
+        there.negotiate()
+        assert there.device.save_packets(there.io) == []
 
 
 @pytest.mark.parametrize(
