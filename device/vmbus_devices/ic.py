@@ -165,6 +165,11 @@ class IntegrationComponent(Device):
         """Whether a request has no answer yet."""
         return self.state is IcState.READY and self._pending is not None
 
+    @property
+    def connected(self) -> bool:
+        """Whether the channel is open and has not failed, here or before a restore: requests reach the guest."""
+        return self._io is not None and not self._io.failure
+
     def request(self, body: bytes, *, timeout: float | None = None) -> None:
         """Send a request; ``overdue`` is called after ``timeout`` seconds without an answer.
 

@@ -6,7 +6,8 @@ intention. QEMU reports the end of the machine.
     | outcome     | means                                                                           |
     | OK          | the guest will do it                                                            |
     | FAILED      | the guest refuses; ``status`` says why (hibernation without S4, ...)            |
-    | NOT_READY   | nothing was sent: no driver in the guest has opened the channel and negotiated  |
+    | NOT_READY   | nothing was sent: no driver in the guest has opened the channel and negotiated, |
+    |             | or the channel has failed                                                       |
     | IN_PROGRESS | nothing was sent: another request has no answer yet                             |
     | NO_ANSWER   | the guest has not answered in time                                              |
     | GONE        | the guest closed the channel before it answered                                 |
@@ -134,7 +135,7 @@ class Shutdown(IntegrationComponent):
         body = _body(action, force, reason, timeout, message)
         if self.pending:
             _finish(done, ShutdownResult(ShutdownOutcome.IN_PROGRESS))
-        elif self.version is None:
+        elif self.version is None or not self.connected:
             _finish(done, ShutdownResult(ShutdownOutcome.NOT_READY))
         else:
             self.requests += 1

@@ -194,3 +194,18 @@ def test_state_of_unknown_versions_is_refused(ready: IcGuest) -> None:
     state[7:9] = (9).to_bytes(2, "little")
     with pytest.raises(DeviceError, match=r"9\.2"):
         Shutdown().restore(bytes(state))
+
+
+def test_a_guest_that_damaged_its_ring_is_asked_nothing_here_or_where_it_moves(ready: IcGuest) -> None:
+    ready.channel.incoming.store_u32(0, 0xFFFFFFFF)
+    ready.doorbell()
+    assert ready.io.failure == "invalid-ring-pointer"
+    not_ready = [ShutdownResult(ShutdownOutcome.NOT_READY)]
+    assert asked(ready, ShutdownAction.SHUTDOWN) == not_ready
+    there = IcGuest(Shutdown())
+    there.io.restore(ready.io.save())
+    there.device.restore(ready.device.save())
+    there.channel.incoming.write(0, bytes(4))
+    there.io.restored(there.channel)
+    assert there.io.failure == "invalid-ring-pointer"
+    assert asked(there, ShutdownAction.SHUTDOWN) == not_ready
