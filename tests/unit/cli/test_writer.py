@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import select
 import subprocess
 import sys
@@ -101,10 +102,18 @@ def test_messages_that_nobody_reads_stop_nobody_and_are_counted() -> None:
             process.kill()
             os.close(reader)
             os.close(writer)
-    lines = errors.decode().splitlines()
     assert process.returncode == 0
-    assert [int(line) for line in lines[:-1]] == list(range(len(lines) - 1))
-    assert lines[-1] == f"[vmbus: {8000 - (len(lines) - 1)} messages are left out here: nobody read them]"
+    next_number, notices = 0, 0
+    for line in errors.decode().splitlines():
+        # The thread that writes may start late, fill the pipe, and make room for some more in between.
+        if left_out := re.fullmatch(r"\[vmbus: (\d+) messages are left out here: nobody read them\]", line):
+            next_number += int(left_out[1])
+            notices += 1
+        else:
+            assert int(line) == next_number
+            next_number += 1
+    assert next_number == 8000
+    assert notices
 
 
 def test_what_was_written_comes_in_order_and_completely() -> None:
