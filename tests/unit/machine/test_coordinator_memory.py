@@ -425,3 +425,16 @@ async def test_a_guest_that_was_stopped_before_can_leave_at_the_second_attempt(w
     await until_the_pause(qemu)
     await qemu.quiet()
     assert arrives(qemu) == bytes(qemu.ram)
+
+
+async def test_a_refused_migration_does_not_point_to_the_state_of_the_side_channel() -> None:
+    """The target may have it, although its confirmation was lost: it would run the guest, as this side does."""
+    qemu = Qemu()
+    machine = qemu.coordinator._machine
+    qemu.coordinator.side_channel.reference = b"reference"
+    machine.good = True
+    machine.saved(machine.report, b"state")
+    assert await qemu.coordinator.save() == b"reference"
+    machine.report.refusal = "the target did not confirm that it has the state"
+    with pytest.raises(StateRefused, match="did not confirm"):
+        read_machine(await qemu.coordinator.save())

@@ -321,6 +321,24 @@ def test_a_guest_whose_refusal_was_sent_has_not_left(carrier: Carrier) -> None:
     assert machine.phase is Phase.IDLE
 
 
+@pytest.mark.parametrize("carrier", [Carrier.STREAM, Carrier.SIDE_CHANNEL])
+def test_a_migration_that_is_refused_never_sends_the_state(carrier: Carrier) -> None:
+    """Another program continues QEMU between the refusal and the cancel: the guest would run at both ends."""
+    machine = in_the_pause(SENT if carrier is Carrier.SIDE_CHANNEL else POSTCOPY, Switchover.OBSERVE)
+    report = machine.report
+    machine.switch_over(report, SENT, carrier)
+    machine.saved(report, b"state")
+    if carrier is Carrier.SIDE_CHANNEL:
+        assert machine.delivered(report, "no confirmation came") == (Action.CHECK,)
+    assert machine.status_read(report, "pre-switchover") == (Action.CANCEL,)
+    answer = machine.save_requested()
+    assert answer is not None
+    with pytest.raises(StateRefused, match="no confirmation came|postcopy-ram: no"):
+        read_machine(answer)
+    machine.migration("device")
+    assert Action.RESUME_GUEST in machine.migration("completed")
+
+
 def test_a_guest_whose_state_nothing_carries_has_not_left() -> None:
     """QEMU has no dbus-vmstate, so there is no Save()."""
     for delivered in (False, True):

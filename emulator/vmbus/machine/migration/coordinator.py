@@ -452,7 +452,8 @@ class Coordinator:
             await self._await_check(check)
         state = self._machine.save_requested()
         if state is not None:
-            return self.side_channel.reference or state
+            reference = self.side_channel.reference
+            return state if reference is None or self.report.refusal else reference
         _logger.error("%s", _BEHIND)
         return self.save_refusal
 

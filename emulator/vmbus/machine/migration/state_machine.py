@@ -163,6 +163,8 @@ class MigrationStateMachine:
         """Of the migration under way, or the last one; ``None`` until it was read."""
         self.prepared: bytes | None = None
         """The state, or the refusal, that was made last; kept while the guest has left."""
+        self._holds_state = False
+        """Whether :attr:`prepared` is the state, and no refusal."""
         self.good = False
         """Whether :meth:`save_requested` may return it."""
         self.fenced = False
@@ -312,7 +314,7 @@ class MigrationStateMachine:
 
     def saved(self, report: Report, data: bytes) -> Actions:
         """Take the state ``data`` that was saved."""
-        self.prepared = data
+        self.prepared, self._holds_state = data, True
         if self._saves_snapshot(report):
             self.good = True  # the guest is stopped, and only the caller asks QEMU to save it
             return ()
@@ -324,7 +326,7 @@ class MigrationStateMachine:
         """Prepare a refusal: the guest cannot be saved."""
         _logger.error("the guest cannot be saved: %s", error)
         report.refusal = str(error)
-        self.prepared = refusal_stream(error)
+        self.prepared, self._holds_state = refusal_stream(error), False
         return () if self._saves_snapshot(report) else self.pages_marked(report)
 
     def pages_marked(self, report: Report) -> Actions:
@@ -375,9 +377,12 @@ class MigrationStateMachine:
     def save_requested(self) -> bytes | None:
         """Return the answer to ``Save()``: the state, or the refusal that was prepared in place of it.
 
-        ``None``: refuse it, nothing was prepared for it.
+        ``None``: refuse it, nothing was prepared for it. A migration that is refused is about to be cancelled: a
+        program that continues it all the same does not get the state, because the guest continues here.
         """
         answer = self.prepared if self.good else None
+        if answer is not None and self.report.refusal and self._holds_state:
+            answer = refusal_stream(StateRefused(Reason.WRONG_STATE, self.report.refusal))
         self._handed_over = answer is not None and not self.report.refusal
         self._save_was_refused = not self._handed_over
         return answer
