@@ -30,6 +30,7 @@ from tests.unit.machine.migrating import (
     incoming,
     left,
     loaded,
+    lost,
     migrating,
     prepared,
     ready,
@@ -413,6 +414,20 @@ def test_a_command_that_qemu_refuses_costs_the_migration_and_not_the_guest() -> 
     machine = migrating()
     assert machine.step_failed(report, Action.EXAMINE, "no") == (), "of another migration"
     assert not machine.report.refusal
+
+
+def test_a_guest_that_is_lost_stays_so_over_a_migration_and_a_snapshot_of_another_program() -> None:
+    """Its memory has no state: what is here would be sent in place of it, as if the guest were well."""
+    for end in ("completed", "failed", "cancelled"):
+        machine = lost()
+        assert machine.migration("setup") == (Action.CANCEL_WHEN_SENDING,)
+        assert machine.save_requested() is None
+        machine.migration(end)
+        assert machine.phase is Phase.LOST
+    machine = lost()
+    machine.migration("setup")
+    assert machine.migration("pre-switchover") == ()
+    assert machine.report.refusal
 
 
 def test_a_guest_that_qemu_does_not_resume_stays_fenced() -> None:

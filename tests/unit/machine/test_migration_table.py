@@ -48,6 +48,9 @@ OWN_MIGRATION = {
 """Status → phase after it (None: as before) and actions, unless the table below has something else."""
 
 
+CANCELLED: dict[str, tuple[Phase | None, list[Action]]] = {"pre-switchover": (None, [Action.CANCEL])}
+
+
 EXPECTED: dict[Phase, dict[str, tuple[Phase | None, list[Action]]]] = {
     Phase.IDLE: OWN_MIGRATION,
     # Without a pause there was no state in QEMU's stream.
@@ -66,11 +69,17 @@ EXPECTED: dict[Phase, dict[str, tuple[Phase | None, list[Action]]]] = {
     },
     # It was fenced: nothing but a refusal.
     Phase.LEFT: {"setup": (None, [Action.CANCEL_WHEN_SENDING])},
-    Phase.SNAPSHOT: {},
-    Phase.INCOMING: {"completed": (None, [Action.TAKE_STATE])},
+    # Only a migration to elsewhere, which another program has begun, waits.
+    Phase.SNAPSHOT: CANCELLED,
+    Phase.INCOMING: {**CANCELLED, "completed": (None, [Action.TAKE_STATE])},
     # A guest that ran before was resumed by now. What QEMU has read behind the state may be damaged.
-    Phase.LOADED: {"completed": (Phase.IDLE, []), "failed": (Phase.INCOMING, [Action.FORGET_GUEST])},
-    Phase.LOST: OWN_MIGRATION,
+    Phase.LOADED: {
+        **CANCELLED,
+        "completed": (Phase.IDLE, []),
+        "failed": (Phase.INCOMING, [Action.FORGET_GUEST]),
+    },
+    # It has no state to send, and stays lost.
+    Phase.LOST: {"setup": (None, [Action.CANCEL_WHEN_SENDING])},
 }
 
 

@@ -189,7 +189,9 @@ class MigrationStateMachine:
         if self.phase in (Phase.SNAPSHOT, Phase.INCOMING, Phase.LOADED):
             return self._migration_to_here(status)
         if self.fenced:
-            return self._migration_of_a_guest_that_left(status)
+            return self._migration_of_no_guest(status, "the guest has left already")
+        if self.phase is Phase.LOST:
+            return self._migration_of_no_guest(status, f"the guest is {self.phase.value}")
         actions: list[Action] = []
         if status == "setup":
             self.report = Report()
@@ -509,7 +511,11 @@ class MigrationStateMachine:
         return actions
 
     def _migration_to_here(self, status: str) -> Actions:
-        """Follow the arrival of a guest."""
+        """Follow the arrival of a guest, or a snapshot."""
+        if status == _WAITING:
+            # Neither has this status: another program sends the guest that is here, and QEMU would wait for ever.
+            _logger.error("migration cancelled: the guest is %s", self.phase.value)
+            return (Action.CANCEL,)
         if self.phase is Phase.INCOMING and status == "completed":
             # It has no state yet: its QEMU has no dbus-vmstate, so Load() will not come.
             return (Action.TAKE_STATE,)
@@ -520,12 +526,14 @@ class MigrationStateMachine:
             return (Action.FORGET_GUEST,)
         return ()
 
-    def _migration_of_a_guest_that_left(self, status: str) -> Actions:
-        """Refuse to send it again. Its phase and its state stay, for :meth:`take_back`."""
+    def _migration_of_no_guest(self, status: str, why: str) -> Actions:
+        """Refuse to send a guest that left, or is lost. Its phase stays, and its state, for :meth:`take_back`."""
         actions: Actions = ()
         if status == "setup":
-            self.report = Report()
-            actions = self._refuse("the guest has left already")
+            self.report = Report(refusal=why)
+            actions = (Action.CANCEL_WHEN_SENDING,)
+        elif status == "active":  # which a snapshot never is
+            _logger.error("migration cancelled: %s", why)
         self.report.statuses.append(status)
         return actions
 
