@@ -427,6 +427,21 @@ async def test_a_guest_that_was_stopped_before_can_leave_at_the_second_attempt(w
     assert arrives(qemu) == bytes(qemu.ram)
 
 
+async def test_a_guest_that_is_reset_in_the_pause_does_not_leave_with_the_state_of_before() -> None:
+    """Its reset may be executed when QEMU has paused it; what is saved afterwards is right again."""
+    qemu = Qemu()
+    qemu.coordinator.switchover = Switchover.OBSERVE
+    await until_the_pause(qemu)
+    await qemu.quiet()
+    assert qemu.coordinator.ready
+    qemu.send_event("RESET")
+    await qemu.quiet()
+    assert (qemu.status, qemu.coordinator.phase) == ("cancelled", Phase.IDLE)
+    await until_the_pause(qemu)
+    await qemu.quiet()
+    assert qemu.coordinator.ready
+
+
 async def test_a_refused_migration_does_not_point_to_the_state_of_the_side_channel() -> None:
     """The target may have it, although its confirmation was lost: it would run the guest, as this side does."""
     qemu = Qemu()

@@ -10,7 +10,7 @@ from vmbus.machine.migration.state_machine import (
     MigrationStateMachine,
     Phase,
 )
-from vmbus.saving import StateRefused
+from vmbus.saving import StateRefused, read_machine
 
 from tests.unit.machine.migrating import (
     BEGIN,
@@ -113,6 +113,19 @@ def test_resume_in_every_phase(phase: Phase) -> None:
     assert machine.phase is (phase if phase is Phase.MIGRATING else Phase.IDLE)
     assert not machine.good
     assert machine.prepared is None
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_reset_in_every_phase(phase: Phase) -> None:
+    """The state that was prepared is of a guest that is gone: the target would write where that one had its pages."""
+    machine = MAKERS[phase]()
+    assert machine.was_reset() == ((Action.CANCEL,) if phase is Phase.READY else ())
+    assert machine.phase is (Phase.IDLE if phase is Phase.LOST else phase)
+    if phase in (Phase.READY, Phase.SNAPSHOT):
+        assert not machine.ready
+        with pytest.raises(StateRefused, match="reset after its state was saved"):
+            read_machine(machine.save_requested() or b"")
+        assert not machine.handed_over
 
 
 @pytest.mark.parametrize("phase", Phase)

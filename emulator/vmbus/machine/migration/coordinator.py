@@ -226,6 +226,11 @@ class Coordinator:
         return self._machine.load_refused
 
     @property
+    def handed_over(self) -> bool:
+        """Whether QEMU, or the target, got the state of the migration or snapshot under way, or the last one."""
+        return self._machine.handed_over
+
+    @property
     def ready(self) -> bool:
         """Whether the state is prepared: ``migrate-continue`` may be sent."""
         return self._machine.ready
@@ -238,6 +243,8 @@ class Coordinator:
             self._resumed()
         elif name == "STOP":
             self._react(self._machine.stopped())
+        elif name == "RESET":
+            self._react(self._machine.was_reset())
         elif name == "MIGRATION":
             self._migration(str(data.get("status")))
         else:

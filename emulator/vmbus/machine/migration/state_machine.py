@@ -4,10 +4,10 @@
                 ▲                           │                           │                    │
                 └────── failed, cancelled ──┴──── RESUME, or paused ────┘      take_back() ──┘
     target    incoming ──Load()──▶ loaded ──RESUME──▶ idle          (also of a snapshot that is loaded)
-                └──── refused ────▶ lost ──RESUME (after a reset), or another snapshot──▶ idle
+                └──── refused ────▶ lost ──RESET, RESUME, or another snapshot──▶ idle
     snapshot  idle ──▶ in a snapshot ──▶ idle                       (started by ``snapshots``)
 
-Events are method calls: QMP events (:meth:`migration`, :meth:`stopped`, :meth:`resumed`), requests over D-Bus, and
+Events are method calls: QMP events (:meth:`migration`, :meth:`stopped`, :meth:`resumed`, :meth:`was_reset`), requests over D-Bus, and
 the answers to actions. Each returns the actions that the coordinator performs, in order. What follows one
 ``pre-switchover``, each step after the answer to the one before:
 
@@ -264,6 +264,17 @@ class MigrationStateMachine:
             self.phase = Phase.IDLE
         return (Action.RESUME, *lift)
 
+    def was_reset(self) -> Actions:
+        """Handle RESET: what was prepared is the state of the guest before it. QEMU resets in the pause, too."""
+        if self.phase is Phase.LOST:
+            self.phase = Phase.IDLE  # it begins anew, and lacks nothing
+        waits = self.may_mark(self.report)
+        if self.prepared is None or not (waits or self.phase is Phase.SNAPSHOT):
+            return ()
+        self.report.refusal = self.report.refusal or "the machine was reset after its state was saved"
+        _logger.error("the guest is not sent: %s", self.report.refusal)
+        return (Action.CANCEL,) if waits else ()
+
     # --- answers before the switch-over ---
 
     def configuration_read(self, report: Report, configuration: Configuration) -> Actions:
@@ -370,6 +381,11 @@ class MigrationStateMachine:
         return self._refuse(f"{action.value}: {reason}")
 
     @property
+    def handed_over(self) -> bool:
+        """Whether QEMU, or the target, got the state of the migration or snapshot under way, or the last one."""
+        return self._handed_over
+
+    @property
     def ready(self) -> bool:
         """Whether the state is prepared: ``migrate-continue`` may be sent."""
         return self.phase is Phase.READY and self.good and not self.report.refusal
@@ -457,7 +473,8 @@ class MigrationStateMachine:
         """Prepare the state for a snapshot. The guest is stopped; the caller asks QEMU for the save."""
         self.report = Report()
         self.phase = Phase.SNAPSHOT
-        self.good = False
+        self.good = self._handed_over = False
+        self.prepared = None
         return (Action.SETTLE,)
 
     def end_snapshot(self) -> None:
