@@ -195,6 +195,7 @@ class Qemu:
         self.fails: set[str] = set()
         self.jobs: list[dict[str, str]] = []
         self.resumed_by_another = False
+        self.handed_over = True
         self.coordinator = cast("Coordinator", self)
         self.phase = Phase.IDLE
         self.snapshot_command = ""
@@ -340,6 +341,17 @@ async def test_a_guest_that_another_program_resumed_has_no_snapshot(qemu: Qemu) 
     with pytest.raises(SnapshotFailed, match=r"another program resumed the guest .*nothing was saved"):
         await snapshots.save(qemu.coordinator, "tag")
     assert qemu.tags == []
+    assert all(disk.kept == {} for disk in qemu.disks.values())
+
+
+@pytest.mark.parametrize("disks", [0, 2])
+async def test_a_snapshot_without_the_emulators_state_does_not_stay(qemu: Qemu, disks: int) -> None:
+    """QEMU reports success all the same: its user would hear only at the load that there is no snapshot."""
+    qemu.disks = dict(list(qemu.disks.items())[:disks])
+    qemu.handed_over = False
+    with pytest.raises(SnapshotFailed, match=r"without the emulator's state: .*nothing was saved"):
+        await snapshots.save(qemu.coordinator, "tag")
+    assert (qemu.running, qemu.tags) == (True, [])
     assert all(disk.kept == {} for disk in qemu.disks.values())
 
 

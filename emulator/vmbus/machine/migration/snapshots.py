@@ -87,7 +87,7 @@ async def _save(coordinator: Coordinator, tag: str, without_disks: bool, timeout
         if coordinator.phase is not Phase.SNAPSHOT:
             raise SnapshotFailed("another program resumed the guest before it was saved; nothing was saved")
         await _job(coordinator, "snapshot-save", tag, images, timeout)
-        await _save_disks(coordinator, tag, timeout)
+        await _complete(coordinator, tag, timeout)
         return coordinator.report
     finally:
         coordinator.end_snapshot()
@@ -209,13 +209,19 @@ async def listed(coordinator: Coordinator) -> list[Snapshot]:
     return sorted(complete, key=lambda each: each.date)
 
 
-async def _save_disks(coordinator: Coordinator, tag: str, timeout: float) -> None:
-    """Save the disks of a machine that was just saved; if that fails, nothing of the snapshot stays."""
+async def _complete(coordinator: Coordinator, tag: str, timeout: float) -> None:
+    """Check a machine that was just saved, and save its disks; if that fails, nothing of the snapshot stays."""
     disks = coordinator.state.snapshot_disks()
-    if not disks:
+    if coordinator.handed_over and not disks:
         return
     images = await _images(coordinator, *Phase)
     try:
+        if not coordinator.handed_over:  # QEMU reports no error of that, and it could never be loaded
+            here = coordinator.phase is Phase.SNAPSHOT
+            why = coordinator.report.refusal or (
+                "it was not asked for" if here else "another program resumed it"
+            )
+            raise SnapshotFailed(f"QEMU saved the guest without the emulator's state: {why}")
         name = name_on_disk(tag, *images[0].made[tag])
         await snapshot_disks.save(disks, name)
         if coordinator.phase is not Phase.SNAPSHOT:
