@@ -20,6 +20,7 @@ from vmbus.errors import UserError
 from vmbus.machine import rundir
 from vmbus.machine.control import ask
 from vmbus.machine.host import Host
+from vmbus.machine.migration.alone import check_alone
 from vmbus.machine.migration.state_machine import Phase
 from vmbus.saving import NtStatus, StateRefused, by_hand
 from vmbus.saving.device_channel import DeviceChannel
@@ -278,6 +279,7 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
 
 
 def _check_idle(host: Host) -> None:
+    check_alone(host.migration)
     if host.migration.phase is not Phase.IDLE:
         raise UserError(
             f"channels cannot be changed while the guest is {host.migration.phase.value}; try again afterwards"

@@ -19,6 +19,7 @@ from vmbus.machine import rundir
 from vmbus.machine.control import ask
 from vmbus.machine.host import ExitReason, Host
 from vmbus.machine.migration.addresses import descriptor_number
+from vmbus.machine.migration.alone import alone
 from vmbus.machine.migration.drive import MigrationFailed, migrate
 from vmbus.machine.migration.side_channel import CarrierAddress
 from vmbus.printable import one_line
@@ -276,7 +277,7 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
     if "save_buffer" in request:
         host.migration.buffer_size = int(request["save_buffer"])
     try:
-        with host.migration.driven_here():
+        with alone(host.migration, "vmbus migrate", MigrationFailed), host.migration.driven_here():
             outcome = await migrate(
                 host.migration,
                 str(request["uri"]),
@@ -303,7 +304,8 @@ async def move(host: Host, request: Mapping[str, Any]) -> object:
 
 async def take_back(host: Host, request: Mapping[str, Any]) -> object:
     """Answer the control socket's ``take-back``."""
-    await host.migration.take_back()
+    with alone(host.migration, "vmbus migrate --take-back"):
+        await host.migration.take_back()
     return {}
 
 

@@ -22,6 +22,7 @@ from vmbus.errors import InternalError, QemuError, UserError
 from vmbus.machine import rundir
 from vmbus.machine.bounded_log import BoundedLog, LogCopy, copy_socket
 from vmbus.machine.host import Host, HostOptions
+from vmbus.machine.migration.alone import alone
 from vmbus.machine.migration.configuration import leave_memory
 from vmbus.machine.migration.drive import MigrationFailed, Outcome, Progress, arrived, migrate, receive
 from vmbus.machine.migration.side_channel import CarrierAddress
@@ -288,7 +289,8 @@ class Guest:
             raise MigrationFailed("this guest is being moved already")
         self._moving = True
         try:
-            return await self._move(share_memory, progress, timeout)
+            with alone(self.host.migration, "vmbus migrate", MigrationFailed):
+                return await self._move(share_memory, progress, timeout)
         finally:
             self._moving = False
 

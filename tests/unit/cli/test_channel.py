@@ -58,7 +58,7 @@ class FakeState:
 class FakeHost:
     def __init__(self) -> None:
         self.state = FakeState()
-        self.migration = SimpleNamespace(phase=Phase.IDLE)
+        self.migration = SimpleNamespace(phase=Phase.IDLE, command="")
 
     @property
     def device(self) -> Slow:

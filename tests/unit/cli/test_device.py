@@ -111,7 +111,7 @@ class FakeHost:
     """What the verbs need of a host."""
 
     devices: list[AttachedDevice] = field(default_factory=list)
-    migration: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(phase=Phase.IDLE))
+    migration: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(phase=Phase.IDLE, command=""))
 
     def add_device(self, device: Device) -> AttachedDevice:
         io = LoopbackGuest(device).io

@@ -196,9 +196,12 @@ class Qemu:
         self.jobs: list[dict[str, str]] = []
         self.resumed_by_another = False
         self.handed_over = True
+        self.at_the_stop: Phase | None = None
+        self.at_the_settle = False
+        self.host_resumed = 0
         self.coordinator = cast("Coordinator", self)
         self.phase = Phase.IDLE
-        self.snapshot_command = ""
+        self.command = ""
         self.load_refused = ""
         self.report = SimpleNamespace(refusal="")
         self.ports = SimpleNamespace(
@@ -208,11 +211,18 @@ class Qemu:
             qtest=SimpleNamespace(settled=self._nothing),
         )
         self.state = SimpleNamespace(
-            outside_snapshots=list, snapshot_disks=lambda: self.disks, pause_channels=lambda: None
+            outside_snapshots=list,
+            snapshot_disks=lambda: self.disks,
+            pause_channels=lambda: None,
+            resume=self._resume_host,
         )
 
     async def _settle(self, timeout: float) -> bool:
+        self.running = self.running or self.at_the_settle
         return True
+
+    def _resume_host(self) -> None:
+        self.host_resumed += 1
 
     async def _nothing(self) -> None:
         pass
@@ -221,7 +231,8 @@ class Qemu:
         self.phase = Phase.SNAPSHOT
 
     def end_snapshot(self) -> None:
-        self.phase = Phase.IDLE
+        if self.phase is Phase.SNAPSHOT:
+            self.phase = Phase.IDLE
 
     def expect_instead(self, *, allow_missing_devices: bool) -> None:
         self.phase = Phase.INCOMING
@@ -234,13 +245,15 @@ class Qemu:
 
     async def cont(self) -> None:
         self.running = True
-        self.phase = Phase.IDLE
+        if self.phase is not Phase.MIGRATING:
+            self.phase = Phase.IDLE
 
     async def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
         if command == "query-status":
             return {"running": self.running}
         if command == "stop":
             self.running = False
+            self.phase = self.at_the_stop or self.phase
         if command == "query-named-block-nodes":
             return [self._node()]
         if command == "query-jobs":
@@ -414,5 +427,29 @@ async def test_two_commands_do_not_meet_at_one_guest(qemu: Qemu) -> None:
             await second
     held.set()
     await load
-    assert (qemu.tags, qemu.snapshot_command) == (["tag"], "")
+    assert (qemu.tags, qemu.command) == (["tag"], "")
     await snapshots.delete(qemu.coordinator, "tag")
+
+
+@pytest.mark.parametrize("command", ["save", "load"])
+async def test_a_migration_of_another_program_is_not_taken_for_a_snapshot(qemu: Qemu, command: str) -> None:
+    """It has begun while the snapshot was checked: QEMU would wait in its pause for ever, or send a changed guest."""
+    await save_old(qemu)
+    qemu.at_the_stop = Phase.MIGRATING
+    with pytest.raises(SnapshotFailed, match=r"the guest is migrating by now; nothing was"):
+        if command == "save":
+            await snapshots.save(qemu.coordinator, "other")
+        else:
+            await snapshots.load(qemu.coordinator, "tag")
+    assert (qemu.phase, qemu.running, qemu.tags) == (Phase.MIGRATING, True, ["tag"])
+    assert {disk.content for disk in qemu.disks.values()} == {"new"}
+
+
+async def test_a_guest_that_runs_again_is_not_given_up(qemu: Qemu) -> None:
+    """Another program resumed it while its devices' work ended: its host must run as well, whatever follows."""
+    await save_old(qemu)
+    qemu.at_the_settle = True
+    with pytest.raises(SnapshotFailed, match="another program resumed the guest before it was given up"):
+        await snapshots.load(qemu.coordinator, "tag")
+    assert (qemu.phase, qemu.running, qemu.host_resumed) == (Phase.IDLE, True, 1)
+    assert {disk.content for disk in qemu.disks.values()} == {"new"}

@@ -334,7 +334,7 @@ def test_a_migration_that_is_refused_never_sends_the_state(carrier: Carrier) -> 
     assert machine.status_read(report, "pre-switchover") == (Action.CANCEL,)
     answer = machine.save_requested()
     assert answer is not None
-    with pytest.raises(StateRefused, match="no confirmation came|postcopy-ram: no"):
+    with pytest.raises(StateRefused, match=r"no confirmation came|postcopy-ram: no"):
         read_machine(answer)
     machine.migration("device")
     assert Action.RESUME_GUEST in machine.migration("completed")

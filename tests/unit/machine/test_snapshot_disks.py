@@ -31,7 +31,7 @@ def coordinator(*, drives: list[dict[str, Any]], ours: tuple[str, ...] = ()) -> 
         "Coordinator",
         SimpleNamespace(
             phase=Phase.IDLE,
-            snapshot_command="",
+            command="",
             ports=SimpleNamespace(dbus_address="unix:path=bus", qmp=SimpleNamespace(execute=execute)),
             state=SimpleNamespace(outside_snapshots=lambda: list(ours)),
         ),

@@ -105,8 +105,8 @@ class Coordinator:
         self.allow_missing_devices = allow_missing_devices
         """Whether a guest may arrive although devices of it are missing here: it loses their channels."""
         self._snapshot_without_devices = False
-        self.snapshot_command = ""
-        """The ``vmbus snapshot`` that is under way: save, load or delete."""
+        self.command = ""
+        """See :mod:`~vmbus.machine.migration.alone`."""
         self.side_channel = SideChannel(ports.qmp)
         self._machine = MigrationStateMachine(switchover)
         self._source_fence = SourceFence(ports.qmp)

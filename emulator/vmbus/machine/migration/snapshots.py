@@ -15,17 +15,17 @@ QEMU looks for a snapshot by its id first, which is a number, and then by its na
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vmbus.errors import QemuError, QemuGone
 from vmbus.machine.migration import snapshot_disks
+from vmbus.machine.migration.alone import alone
 from vmbus.machine.migration.configuration import read_configuration
 from vmbus.machine.migration.coordinator import Coordinator
 from vmbus.machine.migration.fence import FENCE_NODE
@@ -68,7 +68,7 @@ async def save(
     ``without_disks``: although the guest can write to disks that the snapshot does not hold.
     """
     _check_name(tag)
-    with _alone(coordinator, "save"):
+    with alone(coordinator, "vmbus snapshot save", SnapshotFailed):
         return await _save(coordinator, tag, without_disks, timeout)
 
 
@@ -81,6 +81,8 @@ async def _save(coordinator: Coordinator, tag: str, without_disks: bool, timeout
     await _check_capabilities(coordinator)
     ran = await _stop(coordinator)
     try:
+        if not _in(coordinator, Phase.IDLE):
+            raise SnapshotFailed(f"the guest is {coordinator.phase.value} by now; nothing was saved")
         await coordinator.begin_snapshot()
         if coordinator.report.refusal:
             raise SnapshotFailed(f"the guest cannot be saved: {coordinator.report.refusal}")
@@ -109,7 +111,7 @@ async def load(
     :func:`save`. ``allow_missing_devices``: although devices of the snapshot are missing here; their channels are
     revoked.
     """
-    with _alone(coordinator, "load"):
+    with alone(coordinator, "vmbus snapshot load", SnapshotFailed):
         await _load(coordinator, tag, without_disks, allow_missing_devices, timeout)
 
 
@@ -140,8 +142,16 @@ async def _load(
         if ran:
             await ports.qmp.cont()
         raise SnapshotFailed("a device's work did not end in time, nothing was changed; try again")
+    if not _in(coordinator, before):
+        if ran:
+            await ports.qmp.cont()
+        raise SnapshotFailed(f"the guest is {coordinator.phase.value} by now; nothing was changed")
     coordinator.expect_instead(allow_missing_devices=allow_missing_devices)
     await ports.qtest.settled()  # no interrupt of the guest that goes reaches the one that comes
+    if (await ports.qmp.execute("query-status"))["running"]:  # from now on RESUME changes the phase
+        coordinator.expect_no_more(before)
+        state.resume()
+        raise SnapshotFailed("another program resumed the guest before it was given up; nothing was changed")
     try:
         async with snapshot_disks.put_back(disks, name):
             if not _in(coordinator, Phase.INCOMING):
@@ -170,27 +180,12 @@ async def _load(
 
 async def delete(coordinator: Coordinator, tag: str, *, timeout: float = 600.0) -> None:
     """Delete ``tag`` from every image, the disks' first. Raises :class:`SnapshotFailed`."""
-    with _alone(coordinator, "delete"):
+    with alone(coordinator, "vmbus snapshot delete", SnapshotFailed):
         images = await _images(coordinator)
         _check_is_meant(images, tag, everywhere=False)
         names = {name_on_disk(tag, *image.made[tag]) for image in images if tag in image.made}
         await snapshot_disks.delete(coordinator.state.snapshot_disks(), sorted(names), tag)
         await _job(coordinator, "snapshot-delete", tag, images, timeout)
-
-
-@contextlib.contextmanager
-def _alone(coordinator: Coordinator, what: str) -> Iterator[None]:
-    """Refuse a second command: one could resume the guest while the other puts its disks back."""
-    if coordinator.snapshot_command:
-        raise SnapshotFailed(
-            f"`vmbus snapshot {coordinator.snapshot_command}` is under way for this guest: try again when it has "
-            "ended"
-        )
-    coordinator.snapshot_command = what
-    try:
-        yield
-    finally:
-        coordinator.snapshot_command = ""
 
 
 async def listed(coordinator: Coordinator) -> list[Snapshot]:

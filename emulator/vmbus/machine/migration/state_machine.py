@@ -7,9 +7,9 @@
                 └──── refused ────▶ lost ──RESET, RESUME, or another snapshot──▶ idle
     snapshot  idle ──▶ in a snapshot ──▶ idle                       (started by ``snapshots``)
 
-Events are method calls: QMP events (:meth:`migration`, :meth:`stopped`, :meth:`resumed`, :meth:`was_reset`), requests over D-Bus, and
-the answers to actions. Each returns the actions that the coordinator performs, in order. What follows one
-``pre-switchover``, each step after the answer to the one before:
+Events are method calls: QMP events (:meth:`migration`, :meth:`stopped`, :meth:`resumed`, :meth:`was_reset`), requests
+over D-Bus, and the answers to actions. Each returns the actions that the coordinator performs, in order. What follows
+one ``pre-switchover``, each step after the answer to the one before:
 
     SWITCH_OVER ─▶ SETTLE ─▶ QUIESCE ─▶ SAVE ─▶ MARK_PAGES ─▶ DELIVER ─▶ CHECK, or CHECK_AND_CONTINUE ─▶ (CANCEL)
                                              (if memory is   (if there is
