@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,8 @@ from vmbus.machine.served import HostCommand, Served
 from vmbus.machine.signals import finished
 from vmbus.provision.qemu import QemuBinary
 
+_logger = logging.getLogger(__name__)
+
 _KEPT_CONSOLE = 1 << 20
 """Bytes of the beginning, and of the end, of the console: the run directory is in memory."""
 _KEPT_SERIAL = 64 << 20
@@ -44,6 +47,14 @@ _KEPT_SERIAL = 64 << 20
 
 _QUIT_TIMEOUT = 5.0
 """Seconds that QEMU may take to answer ``quit``."""
+
+
+async def _copy_memory_again(host: Host) -> None:
+    """Have later migrations of this QEMU copy memory; where that fails, the guest does not depend on it."""
+    try:
+        await leave_memory(host.qmp, False)
+    except QemuError as error:
+        _logger.warning("QEMU would leave guest memory out of a migration or snapshot: %s", error)
 
 
 def emulator_options(
@@ -300,21 +311,16 @@ class Guest:
         lines = [line for attached in self.host.devices for line in attached.device.lines()]
         devices = await asyncio.to_thread(self._new_devices, lines)  # opens images, which may take long
         old = self._station
-        directory = rundir.within(self.directory)
-        try:
-            await directory.make_memory(
-                self._setup.memory_size,
-                old.directory.memory if share_memory else None,
-                reserve=self._setup.options.reserve_memory,
-            )
-        except BaseException:
-            directory.remove()
-            raise
-        setup = replace(self._setup, options=replace(self._setup.options, incoming=True))
         source = self.host.migration
         buffer_size = source.buffer_size
-        new = await Station.open(directory, self.directory.name, setup, devices, self._console)
-        target = new.serving.migration
+        try:
+            new = await self._open_next(devices, old.directory.memory if share_memory else None)
+        except BaseException:
+            for device in devices:
+                if not device.was_started:  # its images are open, and no host closes them
+                    device.stop()
+            raise
+        directory, target = new.directory, new.serving.migration
         try:
             uri = f"unix:{directory.path}/migration.sock"
             if share_memory:
@@ -329,20 +335,33 @@ class Guest:
         except BaseException as error:
             await finished(new.close())
             if share_memory:
-                await leave_memory(self.host.qmp, False)
+                await _copy_memory_again(self.host)
             if source.phase is Phase.LEFT:  # the target is ended, and the source still has all of the guest
                 await source.take_back()
             if (why := target.load_refused) and isinstance(error, MigrationFailed):
                 raise MigrationFailed(f"{why}; the guest continues here") from error
             raise
-        if share_memory:
-            await leave_memory(new.serving.qmp, False)
         target.buffer_size = buffer_size
-        self._station = new
+        self._station = new  # at once: the guest runs there, and what ends this guest has to end it
         self.served.replace(new.serving)
+        if share_memory:
+            await _copy_memory_again(new.serving)
         await finished(old.close())
         self.directory.point_to(directory)
         return outcome
+
+    async def _open_next(self, devices: Sequence[Device], memory_of: Path | None) -> Station:
+        """Start the QEMU that the guest moves to. ``memory_of``: the guest's memory file, if it is not copied."""
+        directory = rundir.within(self.directory)
+        try:
+            await directory.make_memory(
+                self._setup.memory_size, memory_of, reserve=self._setup.options.reserve_memory
+            )
+        except BaseException:
+            directory.remove()
+            raise
+        setup = replace(self._setup, options=replace(self._setup.options, incoming=True))
+        return await Station.open(directory, self.directory.name, setup, devices, self._console)
 
     async def _asked_to_move(self, host: Host, request: Mapping[str, Any]) -> object:
         if "save_buffer" in request:

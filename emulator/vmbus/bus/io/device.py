@@ -91,6 +91,11 @@ class Device(ABC):
             raise DeviceError(f"{self.name} is not started: an overriding start() must call super().start()")
         return self._environment
 
+    @property
+    def was_started(self) -> bool:
+        """Whether a host got the device; it stops the device when it is closed."""
+        return self._environment is not None
+
     def lines(self) -> list[str]:
         """Return the ``--device`` arguments of devices that could take over from this one, as it is now."""
         return [self.line] if self.line else []
