@@ -106,6 +106,19 @@ async def test_the_source_goes_on_when_the_target_has_accepted(tmp_path: Path) -
     assert not address.path.exists()
 
 
+async def test_a_state_that_came_before_is_not_taken_for_that_of_a_later_connection(tmp_path: Path) -> None:
+    """Its migration was cancelled; without dbus-vmstate nothing else says which state belongs to the memory."""
+    address = CarrierAddress("unix", tmp_path / "c")
+    async with target(address) as there:
+        first = await OutgoingCarrier.open(address, MACHINE)
+        await first.deliver(frame())
+        await first.close()
+        second = await OutgoingCarrier.open(address, MACHINE)
+        with pytest.raises(StateRefused, match="no state has arrived"):
+            there.frame()
+        await second.close()
+
+
 def refuse(state: bytes) -> None:
     raise StateRefused(Reason.NOT_THERE, "no such channel")
 

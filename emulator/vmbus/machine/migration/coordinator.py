@@ -392,6 +392,9 @@ class Coordinator:
             await self._runner.perform(machine.take_back(), self.report)
         except StepFailed as failed:
             self._react(machine.not_taken_back(fenced=fenced))
+            if fenced and machine.configuration is not None and machine.configuration.memory_stays:
+                await self._source_fence.prepare()  # it was lifted before
+                self._source_fence.close()
             raise UserError(f"QEMU does not resume the guest here: {failed.reason}") from failed
 
     async def listen(self, address: CarrierAddress) -> None:

@@ -277,6 +277,7 @@ class IncomingCarrier:
             machine, flags = uuid4(), int(GreetingFlags.FRESH)
         try:
             _check_peer(writer)
+            self._frame = None  # the state of a migration before, which did not end here, is not this one's
             writer.write(GREETING.build(Greeting(FORMAT, machine, flags)))
             start = await reader.readexactly(FRAME_HEADER.size)  # when the source's guest is stopped
             async with asyncio.timeout(_TIMEOUT):
