@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from vmbus.bus.io.channel_io import ChannelDevice, ChannelIo
@@ -21,6 +23,7 @@ from vmbus.machine.memory import MappedMemory, RamRegion
 from vmbus.machine.migration.carried_pages import CarriedPages, read
 from vmbus.machine.migration.coordinator import Coordinator
 from vmbus.machine.migration.ports import MigrationPorts
+from vmbus.machine.migration.side_channel import CarrierAddress, OutgoingCarrier
 from vmbus.machine.migration.state_machine import Phase, Switchover
 from vmbus.machine.qemu.qtest import MainLoopWaits
 from vmbus.ports import PAGE_SIZE
@@ -34,6 +37,7 @@ from vmbus.saving import (
     save_machine,
 )
 from vmbus.saving.pages import MAX_CARRIED
+from vmbus.wire.frame import build_frame
 from vmbus.wire.gateway import GuestState
 from vmbus.wire.saved import ChannelIdentity
 
@@ -155,6 +159,8 @@ class Qemu:
             answer = {"status": self.run_state()}
         elif command == "query-migrate-capabilities":
             answer = [{"capability": "return-path", "state": True}]
+        elif command == "query-uuid":
+            answer = {"UUID": str(UUID(int=1))}
         elif command == "migrate_cancel":
             self.cancel()
         elif command == "migrate-continue":
@@ -453,3 +459,19 @@ async def test_a_refused_migration_does_not_point_to_the_state_of_the_side_chann
     machine.report.refusal = "the target did not confirm that it has the state"
     with pytest.raises(StateRefused, match="did not confirm"):
         read_machine(await qemu.coordinator.save())
+
+
+async def test_no_state_is_checked_when_the_guest_is_here(tmp_path: Path) -> None:
+    """Its sub-channels would be offered to a guest that runs, and rescinded at once."""
+    qemu = Qemu()
+    address = CarrierAddress("unix", tmp_path / "c")
+    qemu.coordinator.expect()
+    await qemu.coordinator.listen(address)
+    source = await OutgoingCarrier.open(address, UUID(int=1))
+    qemu.send_event("RESUME")
+    await qemu.quiet()
+    frame = build_frame(machine=UUID(int=1), migration=UUID(int=2), ran=True, writer="one", state=b"state")
+    with pytest.raises(StateRefused, match="no guest is expected here: the guest is idle"):
+        await source.deliver(frame)
+    await source.close()
+    await qemu.coordinator.close()

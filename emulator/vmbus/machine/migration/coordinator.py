@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -403,9 +402,18 @@ class Coordinator:
             raise UserError(
                 f"--carrier {address} is for a QEMU that waits for a guest: this one is {self.phase.value}"
             )
-        await self.side_channel.listen(
-            address, functools.partial(self.state.check, allow_missing=self.allow_missing_devices)
-        )
+        await self.side_channel.listen(address, self._check_arriving)
+
+    def _check_arriving(self, state: bytes) -> None:
+        """Raise :class:`~vmbus.saving.StateRefused` for a state of the side channel that cannot be restored.
+
+        The address stays open when the guest is here, and a check offers the sub-channels of a state.
+        """
+        if self.phase is not Phase.INCOMING:
+            raise StateRefused(
+                Reason.WRONG_STATE, f"no guest is expected here: the guest is {self.phase.value}"
+            )
+        self.state.check(state, allow_missing=self.allow_missing_devices)
 
     async def begin_snapshot(self) -> None:
         """Prepare the state for a snapshot. The guest is stopped; the caller then asks QEMU for the save.
