@@ -27,6 +27,8 @@ _logger = logging.getLogger(__name__)
 
 _TIMEOUT = 30.0
 """Seconds that QEMU may take to cancel a migration, or to reset the machine."""
+_SETUP_TIMEOUT = 5.0
+"""Seconds to wait for the end of ``setup`` before a migration is cancelled."""
 _POLL = 0.02
 """Seconds between two ``query-migrate``."""
 _OUTGOING = ("setup", "active", "pre-switchover", "device", "cancelling", "wait-unplug")
@@ -40,19 +42,28 @@ async def end_migration(qmp: Qmp) -> bool:
     """Cancel a migration that began under another emulator; return whether there was one."""
     if (await qmp.execute("query-status"))["status"] == "inmigrate":
         return False
-    found = False
-    async with asyncio.timeout(_TIMEOUT):
-        while (status := (await qmp.execute("query-migrate")).get("status")) in _OUTGOING:
-            if not found:
-                found = True
-                _logger.warning(
-                    "a migration of this guest is under way (%s), and the emulator that took part in it has ended: "
-                    "the migration is cancelled",
-                    status,
-                )
-                with contextlib.suppress(QemuError):  # it ends at this moment
-                    await qmp.execute("migrate_cancel")
-            await asyncio.sleep(_POLL)
+    found = cancelled = False
+    begun = asyncio.get_running_loop().time()
+    try:
+        async with asyncio.timeout(_TIMEOUT):
+            while (status := (await qmp.execute("query-migrate")).get("status")) in _OUTGOING:
+                if not found:
+                    found = True
+                    _logger.warning(
+                        "a migration of this guest is under way (%s), and the emulator that took part in it has "
+                        "ended: the migration is cancelled",
+                        status,
+                    )
+                in_setup = status == "setup" and asyncio.get_running_loop().time() - begun < _SETUP_TIMEOUT
+                if not cancelled and not in_setup:  # cancelled in setup, QEMU may hang until the target ends
+                    cancelled = True
+                    with contextlib.suppress(QemuError):  # it ends at this moment
+                        await qmp.execute("migrate_cancel")
+                await asyncio.sleep(_POLL)
+    except TimeoutError:
+        raise QemuError(
+            f"QEMU has not ended the migration of this guest within {_TIMEOUT:g} s; end its target, and try again"
+        ) from None
     return found
 
 
