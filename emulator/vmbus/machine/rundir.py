@@ -58,6 +58,8 @@ class RunDirectory:
     memory: Path
     _locks: list[int] = field(default_factory=list, repr=False, compare=False)
     """Descriptors of the folders, which hold their locks."""
+    inner: bool = False
+    """Whether it is inside of a guest's, for a QEMU that the guest moves to."""
 
     @property
     def name(self) -> str:
@@ -151,9 +153,9 @@ class RunDirectory:
             os.close(self._locks.pop())
 
     def remove_machine(self) -> None:
-        """Remove the files of one QEMU; the whole directory, if it is inside of another guest's."""
+        """Remove the files of one QEMU; the whole directory, if it is :attr:`inner`."""
         self._remove_memory()
-        if (self.path.parent / "control.sock").exists():
+        if self.inner:
             shutil.rmtree(self.path, ignore_errors=True)
             self._unlock()
         sockets = (
@@ -232,7 +234,7 @@ def within(guest: RunDirectory) -> RunDirectory:
     while (path := guest.path / f"m{number}").exists():  # short: it is a part of the paths of sockets
         number += 1
     path.mkdir(mode=0o700)
-    return RunDirectory(path, path / "memory")
+    return RunDirectory(path, path / "memory", inner=True)
 
 
 def _check_lengths(root: Path, name: str | None) -> None:

@@ -140,6 +140,18 @@ async def test_shared_memory_gets_a_second_name_and_ends_with_the_last(
     directory.remove()
 
 
+async def test_only_a_directory_inside_of_a_guests_goes_with_its_qemu(root: Path) -> None:
+    """Another guest may have the name of a socket; and the guest's own socket is closed before its last QEMU ends."""
+    other, directory = rundir.create("control.sock"), rundir.create("web")
+    inner = rundir.within(directory)
+    directory.remove_machine()
+    assert directory.path.is_dir()
+    inner.remove_machine()
+    assert (directory.path.is_dir(), inner.path.exists()) == (True, False)
+    directory.remove()
+    other.remove()
+
+
 def test_a_name_is_taken_from_the_first_moment(root: Path) -> None:
     """Also before it is served: two starts at the same time, and in one process."""
     first = rundir.create("web")
