@@ -46,6 +46,9 @@ STREAM_LIMIT = 1 << 20
 _END_SIZE = HEADER_SIZE + SAVED_END.size
 """Bytes of the last chunk."""
 
+_MAX_REASON = 4096
+"""Characters of a reason in place of a state."""
+
 BUFFER_SIZE = 64 * 1024
 """Initial size, in bytes, of the buffer that channels are saved into; it grows when a chunk needs more."""
 
@@ -131,7 +134,9 @@ def save_machine(
 
 def refusal_stream(error: StateRefused, *, save_id: int | None = None) -> bytes:
     """Return what to send instead of a state: reading it raises :attr:`Reason.REFUSED_AT_SOURCE` with ``error``."""
-    refusal = SavedRefusal(str(error.reason), error.detail)
+    # A reason may name a file whose name is not valid Unicode, or quote another process.
+    detail = error.detail[:_MAX_REASON].encode(errors="backslashreplace").decode()
+    refusal = SavedRefusal(str(error.reason), detail)
     return _stream([(ChunkKind.REFUSAL, refusal)], save_id)[0]
 
 

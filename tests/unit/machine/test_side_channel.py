@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import tempfile
 from collections.abc import AsyncIterator, Callable
@@ -153,6 +154,22 @@ async def test_a_target_that_goes_away_before_it_has_answered_has_not_accepted(t
     async with target(address, dies):
         source = await OutgoingCarrier.open(address, MACHINE)
         with pytest.raises(StateRefused, match="did not confirm"):
+            await source.deliver(frame())
+        await source.close()
+
+
+async def test_a_reason_with_a_name_that_is_no_unicode_reaches_the_source(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)  # pytest-xdist cannot transfer a log with such a name
+
+    def check(state: bytes) -> None:
+        raise StateRefused(Reason.NOT_THERE, "cannot open /a\udcff")
+
+    address = CarrierAddress("unix", tmp_path / "c")
+    async with target(address, check):
+        source = await OutgoingCarrier.open(address, MACHINE)
+        with pytest.raises(StateRefused, match=r"cannot open /a\\udcff"):
             await source.deliver(frame())
         await source.close()
 

@@ -397,3 +397,13 @@ class TestRestoring:
             again = save_machine(saver, source, hypervisor=HYPERVISOR, bus=BUS, save_id=5).data
             assert read_machine(again) == replace(read_machine(data), writer=read_machine(again).writer)
             data = again
+
+
+def test_a_reason_that_is_no_unicode_or_too_long_still_refuses() -> None:
+    """It may name a file of any bytes. Without a refusal, a stream has nothing that tells the target to fail."""
+    error = refused(
+        refusal_stream(StateRefused(Reason.NOT_ACCEPTED, "cannot write /a\udcff/b" + "x" * (2 << 20)))
+    )
+    assert error.reason is Reason.REFUSED_AT_SOURCE
+    assert error.detail.startswith("not-accepted: cannot write /a\\udcff/bxx")
+    assert len(error.detail) < 5000

@@ -286,7 +286,7 @@ class IncomingCarrier:
                     self._frame = self._sound(start + rest, machine)
                 except (VmbusError, EOFError) as error:
                     _logger.error("a state was refused: %s", error)
-                    verdict = Verdict(0, str(error).encode()[:1000])
+                    verdict = Verdict(0, str(error).encode(errors="backslashreplace")[:1000])
                 else:
                     verdict = Verdict(1, b"")
                 writer.write(VERDICT.build(verdict))
