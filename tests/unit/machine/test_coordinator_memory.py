@@ -205,6 +205,9 @@ class Qemu:
         await asyncio.sleep(0)
         self.moment()
 
+    def settle(self) -> None:
+        self.moment()
+
     loading = contextlib.nullcontext
 
     # --- the gateway and the service ---
@@ -475,3 +478,45 @@ async def test_no_state_is_checked_when_the_guest_is_here(tmp_path: Path) -> Non
         await source.deliver(frame)
     await source.close()
     await qemu.coordinator.close()
+
+
+class Busy(Qemu):
+    """A QEMU whose main loop executes what comes over the qtest socket only after it has cancelled and resumed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queued: list[tuple[int, int]] = []
+        self.posted = asyncio.Event()
+        self.executed = asyncio.Event()
+
+    async def marked(self, bytes_there: Sequence[tuple[int, int]]) -> None:
+        self.queued += bytes_there
+        self.posted.set()
+        await self.executed.wait()
+
+    def settle(self) -> None:
+        self.mark(self.queued)
+        self.queued.clear()
+        self.executed.set()
+
+
+async def test_a_ring_that_goes_on_is_not_marked_with_what_it_had_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A write index that goes back makes the guest read the whole ring again, without end."""
+    qemu = Busy()
+    host_resumed = asyncio.Event()
+
+    def resume() -> None:
+        for page, offset in SHARED.items():
+            qemu.memory.write(page * PAGE_SIZE + offset, b"\x77")
+        host_resumed.set()
+
+    monkeypatch.setattr(qemu.state, "resume", resume)
+    await until_the_pause(qemu)
+    await asyncio.wait_for(qemu.posted.wait(), 10)
+    qemu.cancel()
+    await asyncio.wait_for(host_resumed.wait(), 10)
+    qemu.settle()
+    await qemu.quiet()
+    assert {qemu.ram[page * PAGE_SIZE + offset] for page, offset in SHARED.items()} == {0x77}

@@ -39,6 +39,8 @@ class Marks:
 
     async def settled(self) -> None: ...
 
+    def settle(self) -> None: ...
+
     loading = contextlib.nullcontext
 
 

@@ -293,6 +293,8 @@ class Coordinator:
 
     def _resume(self) -> None:
         self.side_channel.reference = None
+        if self._steps.marking:  # it was cancelled meanwhile: an index would go back to what it was
+            self.ports.qtest.settle()
         self.state.resume()
 
     async def _read_run_state(self, report: Report) -> Actions:

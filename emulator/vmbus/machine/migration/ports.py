@@ -58,6 +58,9 @@ class PageMarker(Protocol):
     async def settled(self) -> None:
         """Wait until QEMU has executed all commands so far."""
 
+    def settle(self) -> None:
+        """Do the same; the event loop waits."""
+
     def loading(self) -> AbstractContextManager[None]:
         """Restore a guest in the block, while QEMU's main loop waits for that."""
 

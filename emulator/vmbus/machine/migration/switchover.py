@@ -75,6 +75,8 @@ class SwitchoverSteps:
         self._side_channel = side_channel
         self._tracker = tracker
         self._changed = changed
+        self.marking = 0
+        """Not 0: QEMU may still have to write bytes back: the host must not store into them before it has."""
         self._written: WrittenPages | None = None
         """Pages to mark in the pause."""
         self._paused_at = 0.0
@@ -137,9 +139,13 @@ class SwitchoverSteps:
     async def mark_pages(self, report: Report) -> Actions:
         """Mark the pages that the state does not carry."""
         if self._written is not None:
-            report.pages_marked = await self._written.mark(
-                self._ports.memory, self._ports.qtest, lambda: self._machine.may_mark(report)
-            )
+            self.marking += 1
+            try:
+                report.pages_marked = await self._written.mark(
+                    self._ports.memory, self._ports.qtest, lambda: self._machine.may_mark(report)
+                )
+            finally:
+                self.marking -= 1
         return self._machine.pages_marked(report)
 
     async def deliver(self, report: Report) -> Actions:

@@ -14,8 +14,8 @@ QEMU's main loop answers, and it may be busy for long: it sends the rest of memo
 wait for it does so in one of two ways:
 
     :meth:`Qtest.settled`, :meth:`Qtest.marked`     as a task; the event loop does other things
-    :meth:`Qtest.write_memory`, :meth:`Qtest.mark`  the event loop waits: the caller stores into guest memory, and the
-                                                    guest must not see more before QEMU has done its part
+    :meth:`Qtest.write_memory`, :meth:`Qtest.mark`, the event loop waits: the caller stores into guest memory, and the
+    :meth:`Qtest.settle`                            guest must not see more before QEMU has done its part
 
 Nothing that QEMU's main loop waits for may depend on an event loop that waits for QEMU's main loop.
 :class:`MainLoopWaits` tells other threads of such a wait; :mod:`vmbus.machine.migration.vmstate` answers QEMU then.
@@ -138,7 +138,7 @@ class Qtest:
         for start in range(0, len(data), _WRITE_CHUNK):
             chunk = data[start : start + _WRITE_CHUNK]
             self._send(b"b64write 0x%x 0x%x %s\n" % (gpa + start, len(chunk), base64.b64encode(chunk)))
-        self._settle()
+        self.settle()
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
@@ -157,7 +157,7 @@ class Qtest:
         """
         for start in range(0, len(bytes_there), _MARKS):
             self._post_marks(bytes_there[start : start + _MARKS])
-            self._settle()
+            self.settle()
 
     async def marked(self, bytes_there: Sequence[tuple[int, int]]) -> None:
         """Do the same as :meth:`mark`, and wait as a task."""
@@ -203,8 +203,8 @@ class Qtest:
             else:
                 done.set_exception(error)
 
-    def _settle(self) -> None:
-        """Wait until QEMU has executed all commands so far; nothing else happens in this thread meanwhile."""
+    def settle(self) -> None:
+        """Do the same as :meth:`settled`; nothing else happens in this thread meanwhile."""
         if not self._unanswered:
             return
         with self.waits.waiting():
