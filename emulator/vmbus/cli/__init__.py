@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from vmbus import __version__
 from vmbus.cli import logs, output
+from vmbus.cli.intermixed import VerbParser
 from vmbus.cli.os_errors import os_sentence
 from vmbus.errors import UserError, VmbusError
 from vmbus.private import SHARED_UMASK, UMASK, umask
@@ -80,7 +81,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         default=0,
         help="log what is negotiated and refused; twice: every step",
     )
-    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=VerbParser)
     first = next((word for word in words if not word.startswith("-")), "")
     for name in (first,) if first in _VERBS else _VERBS:
         importlib.import_module(_VERBS[name]).add_parser(verbs)
@@ -109,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             output.finish()
             raise ended from None
         output.finish()
+    except KeyboardInterrupt:  # while a verb is imported, too
+        return 130
     except output.OutputClosed:
         return 1
     except output.OutputFailed as error:
@@ -149,8 +152,6 @@ def _main(words: list[str]) -> int:
         _logger.info("where this was met:", exc_info=error)
         output.complain(arguments.verb, os_sentence(error))
         return 1
-    except KeyboardInterrupt:
-        return 130
     except Exception:
         _logger.exception("internal error in `vmbus %s`; please report this", arguments.verb)
         return 1

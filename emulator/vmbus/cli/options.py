@@ -20,6 +20,7 @@ DEFAULT_GUEST = "debian-6.12"
 DEFAULT_DEVICES = ("heartbeat", "shutdown", "timesync")
 
 _SIZE = re.compile(r"(\d{1,15})([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
+_WHOLE_NUMBER = re.compile(r"[+-]?\d{1,19}")
 _UNITS = {"": 1 << 20, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 MAX_MEMORY = 1 << 46
@@ -66,8 +67,7 @@ def whole_number(least: int, most: int) -> Callable[[str], int]:
     """Return a parser of whole numbers from ``least`` to ``most``."""
 
     def parse(text: str) -> int:
-        digits = text.lstrip("+-")
-        value = int(text) if digits.isdecimal() and len(digits) < 20 else None
+        value = int(text) if _WHOLE_NUMBER.fullmatch(text) else None
         if value is None or not least <= value <= most:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
         return value

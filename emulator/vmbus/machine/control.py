@@ -32,6 +32,9 @@ _READ_SIZE = 1 << 16
 _MAX_DESCRIPTORS = 8
 _BACKLOG = 16
 
+_MAX_WAIT = 20 * 24 * 3600.0
+"""Seconds that a wait of the socket module can have: it keeps its milliseconds in 31 bits."""
+
 Handler = Callable[[Mapping[str, Any]], Awaitable[object]]
 
 
@@ -173,7 +176,7 @@ def ask(
     Raises :class:`~vmbus.errors.UserError`, also after ``answer_timeout`` seconds without an answer.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(answer_timeout)
+        connection.settimeout(min(answer_timeout, _MAX_WAIT))
         try:
             with unix_path.short(path) as address:
                 connection.connect(address)

@@ -9,7 +9,9 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -30,6 +32,7 @@ from vmbus.cli.os_errors import os_sentence
 from vmbus.devices.options import parse_size
 from vmbus.devices.registry import Registry
 from vmbus.errors import UsageError, UserError
+from vmbus.machine import unix_path
 from vmbus.machine.control import ControlServer, ask
 from vmbus.machine.migration.drive import described_error
 from vmbus_devices.nbd.uri import parse_uri
@@ -133,7 +136,9 @@ def test_timeouts_and_limits() -> None:
             hold_limit(text)
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "5", "99999999999999999999", "9" * 5000, "1.5", "٣", "", "+"])
+@pytest.mark.parametrize(
+    "text", ["0", "-1", "5", "99999999999999999999", "9" * 5000, "1.5", "٣", "", "+", "+-3"]
+)
 def test_numbers_out_of_range(text: str) -> None:
     parse = whole_number(1, 4)
     if text == "٣":
@@ -362,3 +367,62 @@ def test_a_verb_that_only_asks_does_not_import_the_host(verb: str, tmp_path: Pat
     )
     assert "no emulator serves a guest named nobody" in done.stderr
     assert done.stdout == "[]\n"
+
+
+# --- words in any order ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("snapshot save --json before", {"words": ["before"]}),
+        ("snapshot save web --timeout 5 before", {"words": ["web", "before"], "timeout": 5.0}),
+        ("snapshot --json save web before", {"what": "save", "words": ["web", "before"]}),
+        ("migrate web --json tcp:target:4444", {"name": "web", "uri": "tcp:target:4444"}),
+        ("device add web --json echo", {"name": "web", "line": "echo"}),
+        ("device resize web --json scsi/0:1 2G", {"name": "web", "device": "scsi/0:1", "size": "2G"}),
+        (
+            "channel save web heartbeat --buffer 64 hb",
+            {"name": "web", "channel": "heartbeat", "file": Path("hb")},
+        ),
+        ("channel save heartbeat --buffer 64 hb", {"name": None, "channel": "heartbeat", "file": Path("hb")}),
+        ("status --json web", {"name": "web", "json": True}),
+    ],
+)
+def test_options_are_taken_between_the_other_words(line: str, found: dict[str, object]) -> None:
+    arguments = vars(cli.parser().parse_args(line.split()))
+    assert {key: arguments[key] for key in found} == found
+
+
+@pytest.mark.parametrize("line", ["snapshot", "device add web --json x y", "migrate a b c", "status --no a"])
+def test_too_few_and_too_many_words_are_refused(line: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.parser().parse_args(line.split())
+
+
+def test_ctrl_c_ends_a_command_quietly_before_its_verb_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(words: object) -> argparse.ArgumentParser:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "parser", interrupted)
+    try:
+        status = cli.main(["status"])
+    except KeyboardInterrupt:  # it would end the whole test run
+        pytest.fail("Ctrl-C shows a traceback")
+    assert status == 130
+
+
+def test_the_longest_timeout_is_no_short_one(tmp_path: Path) -> None:
+    """Python's sockets keep 31 bits of the milliseconds: 4294967.6 seconds were 0.3."""
+    path = tmp_path / "control.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        with unix_path.short(path) as address:
+            listener.bind(address)
+        listener.listen()
+        with ThreadPoolExecutor() as executor:
+            asking = executor.submit(ask, path, "status", answer_timeout=4294967.6)
+            connection, _ = listener.accept()
+            with connection:
+                time.sleep(1.0)
+                connection.sendall(b'{"return": "late"}\n')
+                assert asking.result(timeout=10) == "late"
