@@ -245,6 +245,26 @@ def test_files_are_found_in_every_kind_of_option(tmp_path: Path, words: list[str
     assert sum(each.rights for each in access if each.path == file) == rights
 
 
+@pytest.mark.parametrize("name", ["a,b", "a:b", "file:b", "a=b,c:d"])
+@pytest.mark.parametrize(("option", "rights"), [("-kernel", landlock.READ), ("-hda", landlock.CHANGE)])
+def test_a_file_that_an_option_names_as_it_is_has_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, option: str, rights: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in (tmp_path / name, tmp_path / "x,y" / name):
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"")
+        for word in (str(file), str(file.relative_to(tmp_path))):
+            access = confined.qemu(["qemu"], ["qemu", option, word], tmp_path / "run").access or ()
+            assert rights in [each.rights for each in access if each.path == file]
+
+
+@pytest.mark.parametrize("word", ["name=opt/a,string=" + 300 * "b", "id=a,data=" + 5000 * "c", "b" * 300])
+def test_a_text_that_cannot_be_a_file_name_is_none(tmp_path: Path, word: str) -> None:
+    few = confined.qemu(["qemu"], ["qemu", "-fw_cfg"], tmp_path / "run").access
+    assert confined.qemu(["qemu"], ["qemu", "-fw_cfg", word], tmp_path / "run").access == few
+
+
 def test_switched_off_nothing_is_in_force(place: Place) -> None:
     confinement.enable(False)
     try:

@@ -6,6 +6,7 @@ later come as descriptors (:mod:`vmbus.machine.migration.addresses`).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -75,8 +76,15 @@ def _installed(path: Path, rights: int) -> Iterator[Access]:
     found = path.resolve()
     yield Access(found, rights)
     above = found.parent.parent
-    if found.is_file() and found.parent.name in ("bin", "build", "lib64") and above != Path.home():
+    if found.is_file() and found.parent.name in ("bin", "build", "lib64") and above != _home():
         yield Access(above, READ)
+
+
+def _home() -> Path | None:
+    try:
+        return Path.home()
+    except RuntimeError:  # as where a container runs under a number that no user has
+        return None
 
 
 def _runnable(program: Path) -> Iterator[Access]:
@@ -175,6 +183,7 @@ def _named(words: Sequence[str]) -> Iterator[Access]:
         rights = READ if option in _READ_ONLY_OPTIONS else CHANGE
         if _is_read_only_node(word):
             rights = READ | landlock.IOCTL_DEV
+        yield from _whole(word, rights)
         for value in _values(word):
             if value in ("snapshot=on", "on") and "snapshot=on" in word:
                 yield _temporary()
@@ -196,14 +205,27 @@ def _temporary() -> Access:
     )
 
 
+def _whole(word: str, rights: int) -> Iterator[Access]:
+    """Yield the file that an option such as ``-kernel`` names as it is, with commas and colons in its name."""
+    if "," in word or ":" in word:
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # the last: links in a circle
+            yield Access(Path(word).resolve(strict=True), rights)
+
+
 def _file(value: str, rights: int) -> Iterator[Access]:
     kind, colon, rest = value.partition(":")
     socket = colon and kind == "unix"
     if colon and kind.isalpha() and rest:
         value = rest
     path = Path(value)
-    if len(value) > 4000 or "\0" in value or value in ("/", ".", ".."):
+    if "\0" in value or value in ("/", ".", ".."):
         return
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # perhaps QEMU makes it
+    except OSError:
+        return  # no name of a file, as with a text of more than 255 bytes; or QEMU cannot use it either
     if path.is_dir():
         if path.is_absolute() or "/" in value:
             yield Access(path, OWN if rights == CHANGE else rights)
