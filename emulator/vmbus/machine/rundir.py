@@ -29,12 +29,16 @@ from vmbus.machine import memory_file, unix_path
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
+_FALLBACK = Path("/dev/shm")
+"""Where the directory of the run directories is without ``$XDG_RUNTIME_DIR``; others can make files there."""
+
+
 def runtime_root() -> Path:
     """Return the directory of this user's run directories."""
     chosen = os.environ.get("XDG_RUNTIME_DIR")
     if chosen and Path(chosen).is_dir():
         return Path(chosen) / "vmbus"
-    return Path("/dev/shm") / f"vmbus-{os.getuid()}"
+    return _FALLBACK / f"vmbus-{os.getuid()}"
 
 
 _STARTING = 60.0
@@ -313,9 +317,12 @@ def _remove_dead(folder: Path) -> bool:
 def is_served(path: Path) -> bool:
     """Return whether an emulator listens on the control socket of this run directory."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
         try:
             with unix_path.short(path / "control.sock") as address:
                 probe.connect(address)
+        except BlockingIOError:
+            return True  # so many wait for its answer already that no more can
         except OSError:
             return False
     return True
@@ -327,7 +334,13 @@ def find(name: str | None) -> Path:
     Raises :class:`~vmbus.errors.UserError` when there is none, or several and no name.
     """
     root = runtime_root()
-    served = sorted(p for p in root.iterdir() if is_served(p)) if root.is_dir() else []
+    there = root.is_dir()
+    if there and root.parent == _FALLBACK and root.lstat().st_uid != os.geteuid():
+        # Its name can be guessed: who has made it answers as any guest, and gets the descriptors of a request.
+        raise UserError(
+            f"{root} belongs to another user: remove it, or set XDG_RUNTIME_DIR to a folder of yours"
+        )
+    served = sorted(p for p in root.iterdir() if is_served(p)) if there else []
     if name is not None:
         check_name(name)
         for path in served:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from vmbus.errors import MissingRequirement, QemuUnsuitable, UserError
-from vmbus.machine import memory_file, rundir
+from vmbus.machine import memory_file, rundir, unix_path
 from vmbus.machine.control import ControlServer
 from vmbus.machine.memory import MappedMemory, RamRegion
 from vmbus.machine.qemu.child import in_child
@@ -363,6 +364,40 @@ def test_a_long_folder_for_temporary_files_does_not_matter_to_storage_daemons(
     for connection in (listener, *connections):
         connection.close()
     assert list(folder.iterdir()) == []
+
+
+def test_an_emulator_that_does_not_answer_any_more_is_still_there(root: Path) -> None:
+    """As many requests wait as the kernel takes: the next one would wait for a place among them."""
+    directory = rundir.create("web")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as waiting:
+        listener.bind(str(directory.control))
+        listener.listen(0)
+        waiting.connect(str(directory.control))
+        with ThreadPoolExecutor() as executor:
+            found = executor.submit(rundir.find, None)
+            try:
+                assert found.result(timeout=10) == directory.path
+            finally:
+                listener.accept()[0].close()  # the place that the next one waits for
+    directory.remove()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_folder_in_dev_shm_that_another_user_made_is_not_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    monkeypatch.setattr(rundir, "_FALLBACK", tmp_path)
+    planted = tmp_path / f"vmbus-{os.getuid()}" / "web"
+    planted.mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        with unix_path.short(planted / "control.sock") as address:
+            listener.bind(address)
+        listener.listen()
+        assert rundir.find("web") == planted
+        os.chown(planted.parent, 12345, 12345)
+        with pytest.raises(UserError, match="belongs to another user"):
+            rundir.find("web")
 
 
 def test_without_a_runtime_folder_the_one_in_dev_shm_serves(monkeypatch: pytest.MonkeyPatch) -> None:
