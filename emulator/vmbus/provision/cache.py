@@ -34,12 +34,15 @@ STAMP = "stamp.json"
 
 
 def cache_folder() -> Path:
-    """Return the cache folder; it may not exist yet."""
-    if chosen := os.environ.get("VMBUS_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base).expanduser().absolute() / "vmbus"
-    return Path("~/.cache/vmbus").expanduser()
+    """Return the cache folder; it may not exist yet. Raises :class:`UserError` without a home folder."""
+    chosen, base = os.environ.get("VMBUS_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    folder = Path(chosen) if chosen else Path(base or "~/.cache") / "vmbus"
+    try:
+        return folder.expanduser().absolute()
+    except RuntimeError as error:  # as where a container runs under a number that no user has
+        raise UserError(
+            f"there is no home folder for {folder}: set VMBUS_CACHE to the whole path of a folder"
+        ) from error
 
 
 def make_folder(folder: Path) -> Path:
@@ -130,7 +133,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        Path(name).chmod(0o644)
+            os.fchmod(file.fileno(), 0o644)  # by its name, it could be another file's by now
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -7,6 +7,7 @@ The same calls make the same bytes: times are 0, owners are root, inode numbers 
 
 from __future__ import annotations
 
+import os
 import posixpath
 import stat
 
@@ -36,7 +37,7 @@ class CpioWriter:
     def link(self, path: str, target: str) -> None:
         """Add a symbolic link."""
         name = self._new(path)
-        self._entry(name, stat.S_IFLNK | 0o777, target.encode())
+        self._entry(name, stat.S_IFLNK | 0o777, os.fsencode(target))
 
     def device(self, path: str, kind: str, major: int, minor: int, permissions: int = 0o600) -> None:
         """Add a device node; ``kind`` is "c" or "b"."""
@@ -76,7 +77,7 @@ class CpioWriter:
     ) -> None:
         self._inode += 1
         self._names[name] = mode
-        encoded = name.encode() + b"\0"
+        encoded = os.fsencode(name) + b"\0"
         fields = (self._inode, mode, 0, 0, links, 0, len(data), 0, 0, *device, len(encoded), 0)
         header = b"070701" + b"".join(b"%08X" % value for value in fields)
         self._chunks += [header, encoded, bytes(-(len(header) + len(encoded)) % 4)]

@@ -146,7 +146,8 @@ def build_initramfs(
     _base_system(writer, busybox)
     _write_modules(writer, kernel.release, loaded, present)
     if command is not None:
-        writer.file("/etc/vmbus-command", command_script(command, add, in_root=in_root).encode())
+        script = command_script(command, add, in_root=in_root)
+        writer.file("/etc/vmbus-command", os.fsencode(script))  # words as they came, in any encoding
     if stdin is not None:
         writer.file("/etc/vmbus-input", stdin)
     if terminal:

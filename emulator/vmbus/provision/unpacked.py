@@ -25,6 +25,7 @@ from elftools.elf.segments import NoteSegment
 from vmbus.errors import UserError
 from vmbus.provision import cache
 from vmbus.provision.kernel import GuestKernel
+from vmbus.provision.progress import say
 
 _logger = logging.getLogger(__name__)
 
@@ -47,10 +48,19 @@ def unpacked_kernel(kernel: GuestKernel, folder: Path | None = None) -> Path:
     :class:`CannotUnpack`, and :class:`~vmbus.errors.UserError` where the cache cannot be written.
     """
     target = kernel.vmlinuz.with_name(f"vmlinux-{kernel.release}")
-    if not target.is_file():
-        with cache.locked(folder or cache.cache_folder()):
+    if target.is_file():
+        return target
+    try:
+        with cache.locked(
+            folder or cache.cache_folder(), lambda: say("waiting for another use of the cache to end")
+        ):
             if not target.is_file():
                 cache.write_atomically(target, unpack(kernel.vmlinuz))
+    except OSError as error:
+        raise UserError(
+            f"the kernel {kernel.release} cannot be unpacked into the cache ({error.filename}: {error.strerror}): "
+            "boot it compressed, or set VMBUS_CACHE to a folder of yours"
+        ) from error
     return target
 
 
@@ -58,7 +68,7 @@ def fastest_image(kernel: GuestKernel) -> Path:
     """Return the file of an embedded guest's kernel that boots fastest: unpacked where that is possible."""
     try:
         return unpacked_kernel(kernel)
-    except CannotUnpack as reason:
+    except UserError as reason:
         _logger.debug("%s", reason)
         return kernel.vmlinuz
 

@@ -211,3 +211,16 @@ def test_old_images_go_and_new_ones_stay(kernel: GuestKernel, folder: Path) -> N
     build_initramfs(kernel, command=["one more"], folder=folder)
     assert images[17].exists()
     assert len(list((folder / "initramfs").glob("*.cpio"))) == 16
+
+
+def test_words_and_names_that_are_no_utf_8_reach_the_guest_as_they_are(
+    kernel: GuestKernel, folder: Path, tmp_path: Path
+) -> None:
+    added = tmp_path / os.fsdecode(b"caf\xe9")
+    added.write_bytes(b"data")
+    image = build_initramfs(
+        kernel, folder=folder, add=[parse_add(str(added))], command=["cat", os.fsdecode(b"/root/caf\xe9")]
+    )
+    data = image.read_bytes()
+    assert b"root/caf\xe9\0" in data
+    assert b"exec cat '/root/caf\xe9'\n" in data

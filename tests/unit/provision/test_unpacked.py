@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import lzma
+import os
+import stat
 import struct
+import tempfile
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
-from vmbus.provision import unpacked
+from vmbus.errors import UserError
+from vmbus.provision import cache, unpacked
 from vmbus.provision.kernel import GuestKernel
 from vmbus.provision.unpacked import CannotUnpack, fastest_image, unpack, unpacked_kernel
 
@@ -135,3 +143,65 @@ def test_the_image_itself_boots_fastest_where_it_cannot_be_unpacked(
     monkeypatch.setenv("VMBUS_CACHE", str(tmp_path / "cache"))
     kernel = GuestKernel("debian-x", "6.1-x", bz_image(tmp_path / "vmlinuz", b"\x02\x21\x4c\x18...."), None)
     assert fastest_image(kernel) == kernel.vmlinuz
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_the_fastest_image_is_the_compressed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(path: Path, data: bytes) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setenv("VMBUS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "write_atomically", read_only)
+    kernel = GuestKernel("debian-x", "6.12-x", bz_image(tmp_path / "vmlinuz", zstd(elf())), None)
+    with pytest.raises(UserError, match=r"vmlinux-6.12-x: Read-only file system\): boot it compressed"):
+        unpacked_kernel(kernel)
+    assert fastest_image(kernel) == kernel.vmlinuz
+
+
+def test_who_waits_for_a_setup_to_end_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kernel = GuestKernel("debian-x", "6.12-x", bz_image(tmp_path / "vmlinuz", zstd(elf())), None)
+    with ThreadPoolExecutor() as executor:
+        with cache.locked(tmp_path / "cache"):
+            made = executor.submit(unpacked_kernel, kernel, tmp_path / "cache")
+            end = time.monotonic() + 10
+            while not (said := capsys.readouterr().err) and time.monotonic() < end:
+                time.sleep(0.01)
+        assert made.result().is_file()
+    assert "waiting for another use of the cache to end" in said
+
+
+def test_a_name_that_was_exchanged_meanwhile_changes_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder that another user can change, the name of a new file may soon be a link of theirs."""
+    victim = tmp_path / "victim"
+    victim.touch(mode=0o600)
+    make = tempfile.mkstemp
+
+    def exchanged(**words: Any) -> tuple[int, str]:
+        handle, name = make(**words)
+        Path(name).unlink()
+        Path(name).symlink_to(victim)
+        return handle, name
+
+    monkeypatch.setattr(tempfile, "mkstemp", exchanged)
+    cache.write_atomically(tmp_path / "cache/file", b"")
+    assert stat.S_IMODE(victim.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("value", ["~no-such-user/cache", None])
+def test_a_user_without_a_home_folder_is_told_what_to_set(
+    monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("VMBUS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if value:
+        monkeypatch.setenv("VMBUS_CACHE", value)
+    else:
+        monkeypatch.setattr(Path, "expanduser", homeless)
+    with pytest.raises(UserError, match="set VMBUS_CACHE"):
+        cache.cache_folder()
