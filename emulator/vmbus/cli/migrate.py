@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vmbus.cli.options import seconds, whole_number
-from vmbus.cli.output import ERASE_LINE, is_terminal, note, show, show_json
+from vmbus.cli.output import ERASE_LINE, is_terminal, note, show, show_json, tell
 from vmbus.cli.table import table
 from vmbus.errors import UsageError, UserError
 from vmbus.machine import rundir
@@ -148,8 +148,11 @@ def main(arguments: argparse.Namespace) -> int:
                 "--take-back resumes the guest that was here and starts no migration: it goes with no URI, "
                 "no --share-memory, no --wait-ready"
             )
-        ask(control, "take-back")
-        show("the guest was resumed here")
+        found = ask(control, "take-back")
+        if arguments.json:
+            show_json(found, indent=2)
+        else:
+            show("the guest was resumed here")
         return 0
     if arguments.wait_ready:
         return _wait_ready(control, uri, arguments)
@@ -226,14 +229,19 @@ def _ask_with_progress(
     asking = threading.Thread(target=wait, daemon=True)
     asking.start()
     shown = False
-    while asking.is_alive():
-        asking.join(_POLL)
-        if asking.is_alive() and is_terminal(sys.stderr):
-            try:
-                note(ERASE_LINE + one_line(_line(ask(control, "migration", answer_timeout=5))))
-            except UserError:
-                continue  # the guest has left already, or is at the switch-over
-            shown = True
+    try:
+        while asking.is_alive():
+            asking.join(_POLL)
+            if asking.is_alive() and is_terminal(sys.stderr):
+                try:
+                    note(ERASE_LINE + one_line(_line(ask(control, "migration", answer_timeout=5))))
+                except UserError:
+                    continue  # the guest has left already, or is at the switch-over
+                shown = True
+    except KeyboardInterrupt:
+        note(ERASE_LINE if shown else "")
+        tell("vmbus migrate: this command ends; the emulator carries on with the migration")
+        raise
     if shown:
         note(ERASE_LINE)
     if isinstance(result[0], Exception):

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ from vmbus.cli.os_errors import os_sentence
 from vmbus.devices.options import parse_size
 from vmbus.devices.registry import Registry
 from vmbus.errors import UsageError, UserError
-from vmbus.machine import unix_path
+from vmbus.machine import rundir, unix_path
 from vmbus.machine.control import ControlServer, ask
 from vmbus.machine.migration.drive import described_error
 from vmbus_devices.nbd.uri import parse_uri
@@ -426,3 +427,29 @@ def test_the_longest_timeout_is_no_short_one(tmp_path: Path) -> None:
                 time.sleep(1.0)
                 connection.sendall(b'{"return": "late"}\n')
                 assert asking.result(timeout=10) == "late"
+
+
+def test_take_back_answers_in_json_if_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rundir, "find", lambda name: Path(name))
+    monkeypatch.setattr(migrate, "ask", lambda path, command: {})
+    assert cli.main(["migrate", "web", "--take-back", "--json"]) == 0
+    assert capsys.readouterr().out == "{}\n"
+
+
+def test_ctrl_c_at_a_migration_says_that_the_migration_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(stream: object) -> bool:
+        raise KeyboardInterrupt
+
+    done = threading.Event()
+    monkeypatch.setattr(rundir, "find", lambda name: Path(name))
+    monkeypatch.setattr(migrate, "ask", lambda path, command, **words: done.wait(10))
+    monkeypatch.setattr(migrate, "is_terminal", interrupted)
+    try:
+        assert cli.main(["migrate", "web"]) == 130
+    finally:
+        done.set()
+    assert "the emulator carries on with the migration" in capsys.readouterr().err
