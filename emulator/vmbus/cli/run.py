@@ -93,8 +93,7 @@ def add_parser(verbs: Any) -> None:
     guest.add_argument(
         "--fast-boot",
         action="store_true",
-        help="start the embedded guest's kernel unpacked: two seconds less, and no KASLR. Both sides of a migration "
-        "need the same choice, and so do a snapshot and the guest that goes back to it",
+        help="start the embedded guest's kernel unpacked: two seconds less, and no KASLR",
     )
     guest.add_argument("--kernel", type=Path, metavar="FILE", help="boot a kernel image of your own")
     guest.add_argument(
