@@ -138,10 +138,12 @@ def machine(
     snapshots: bool = False,
     extra: Sequence[str] = (),
     reachable: Sequence[Path] = (),
+    compressed: bool = False,
 ) -> GuestOptions:
     """A guest that can travel, as every QEMU of its journey is started with it. ``root``: as ``vmbus run --root``.
 
     ``reachable``: files and folders that QEMU may use, besides those of ``-drive`` and the like on its command line.
+    ``compressed``: as for :func:`tests.guest.harness.boot`.
     """
     found = find_kernel(kernel)
     if root is not None:
@@ -153,7 +155,7 @@ def machine(
             [*find_qemu().qemu_img(), "create", "-q", "-f", "qcow2", str(image), "64K"], check=True
         )
     return GuestOptions(
-        kernel=fastest_image(found),
+        kernel=found.vmlinuz if compressed else fastest_image(found),
         initrd=build_initramfs(
             found,
             modules=load,
@@ -188,6 +190,7 @@ async def journey(
     snapshots: bool = False,
     extra: Sequence[str] = (),
     reachable: Sequence[Path] = (),
+    compressed: bool = False,
     dbus: bool = True,
 ) -> AsyncIterator[Journey]:
     """Boot a guest (memory in MiB) that can travel; without ``dbus`` its QEMUs carry no state of the emulator's."""
@@ -203,6 +206,7 @@ async def journey(
         snapshots=snapshots,
         extra=extra,
         reachable=reachable,
+        compressed=compressed,
     )
     qemu = replace(find_qemu(), dbus_vmstate=dbus)
     made = Journey(folder, options, memory << 20, devices, host_options, qemu)

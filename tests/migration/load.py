@@ -36,6 +36,7 @@ async def under_load(
     extra: Sequence[str] = (),
     reachable: Sequence[Path] = (),
     image: bool = False,
+    compressed: bool = False,
     echoing: str = ECHOING,
 ) -> AsyncIterator[Journey]:
     """A guest whose echo client checks every byte; ``side_channel`` is a command that runs next to it."""
@@ -52,6 +53,7 @@ async def under_load(
         extra=extra,
         reachable=reachable,
         snapshots=image,
+        compressed=compressed,
     ) as guest:
         guest.here.failure_word = b"failed"
         await guest.here.says("started")

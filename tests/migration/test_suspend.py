@@ -60,8 +60,9 @@ async def test_a_sleeping_guest_is_moved_and_wakes_there(
 ) -> None:
     # On q35, QEMU 11.1 lets a Linux guest sleep only once, with or without this emulator.
     pc = ("-machine", "pc")
+    # QEMU loads a kernel that is not compressed anew when the guest wakes, over the one that slept.
     async with under_load(
-        tmp_path, guest_program, smp=smp, side_channel=SLEEPER, image=True, extra=pc
+        tmp_path, guest_program, smp=smp, side_channel=SLEEPER, image=True, extra=pc, compressed=True
     ) as guest:
         # It is not moved.
         await falls_asleep(guest)

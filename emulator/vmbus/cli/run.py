@@ -93,7 +93,8 @@ def add_parser(verbs: Any) -> None:
     guest.add_argument(
         "--fast-boot",
         action="store_true",
-        help="start the embedded guest's kernel unpacked: two seconds less, and no KASLR",
+        help="start the embedded guest's kernel unpacked: two seconds less, but no KASLR and no sleep (S3): QEMU "
+        "loads such a kernel anew when the guest wakes",
     )
     guest.add_argument("--kernel", type=Path, metavar="FILE", help="boot a kernel image of your own")
     guest.add_argument(

@@ -1,7 +1,8 @@
 """Unpacks the kernel in a compressed image, so that QEMU starts it directly and the guest need not decompress it.
 
 A guest under TCG needs more than two seconds for its own decompression. QEMU loads an ELF kernel that has a PVH entry
-point (CONFIG_PVH) in its place. Such a guest has no KASLR: the decompression code chooses the address.
+point (CONFIG_PVH) in its place. Such a guest has no KASLR: the decompression code chooses the address. It cannot wake
+from ACPI S3: QEMU loads the file anew at each reset, and a wake-up is one (QEMU 11.1.3, measured).
 
 Sources: Linux ``Documentation/arch/x86/boot.rst`` (setup_sects, payload_offset, payload_length); Xen
 ``xen/include/public/elfnote.h`` (PHYS32_ENTRY).
