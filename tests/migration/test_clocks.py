@@ -69,9 +69,10 @@ async def test_no_clock_of_the_guest_steps_back_over_migrations(
         last, ended = await clocks.more(5), time.monotonic()
         assert last["back"] == 0
         # One formula gives both. While the TSC is sampled anew the counter may lag, and it may lead by half the
-        # time for which a vCPU was kept from its processor in the middle of the first sample.
+        # time for which a vCPU was kept from its processor in the middle of the first sample: 0.4 s were seen on a
+        # machine with five busy processes for two processors.
         assert last["apart_max_ns"] < 50_000_000, last
-        assert last["apart_min_ns"] > -100_000_000, last
+        assert last["apart_min_ns"] > -1_000_000_000, last
         # All in all the guest has lived as long as it ran: not longer, and not shorter.
         for clock in ("monotonic_ns", "reference_ns"):
             lived = (last[clock] - first[clock]) / 1e9
