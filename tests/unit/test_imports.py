@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-GROUND = {"errors", "native", "ports", "private", "refusals", "wire"}
+GROUND = {"errors", "native", "native_layout", "ports", "private", "refusals", "wire"}
 STATE_MACHINES = GROUND | {"hypervisor", "bus", "saving"}
 MAY_IMPORT = {
     "wire": {"errors"},

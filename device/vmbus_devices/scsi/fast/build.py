@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 from vmbus.native import FLAGS, NativeLibrary
+from vmbus.native_layout import declarations
 from vmbus.wire import packet, scsi, storvsp
 from vmbus.wire.gateway import offset_of
 from vmbus.wire.packet import PacketType
@@ -72,7 +73,7 @@ def layout() -> str:
             "",
             *[f"#define {name} {int(value)}" for name, value in values.items()],
             "",
-            shared.declarations(),
+            declarations(shared.STRUCTURES),
             "#endif",
             "",
         ]

@@ -1,7 +1,7 @@
 """The structures and constants that the fast path's C and Python share, declared once.
 
-The ``ctypes`` structures below are the declaration. :func:`declarations` writes the same structures in C, with a
-``_Static_assert`` for each size and offset, so that a compiler which lays them out differently refuses to compile.
+The ``ctypes`` structures below are the declaration. :mod:`vmbus.native_layout` writes the same structures in C, with
+a ``_Static_assert`` for each size and offset, so that a compiler which lays them out differently refuses to compile.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import ctypes
 import enum
 import struct
 from ctypes import c_int32, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
-from typing import Any
 
 from vmbus.devices.histogram import STEPS_PER_OCTAVE
 from vmbus.ports import PAGE_SIZE
@@ -135,36 +134,3 @@ CONSTANTS = {
     **{f"EVENT_{kind.name}": int(kind) for kind in EventKind},
 }
 """Name in C → value."""
-
-_C_TYPES: dict[Any, str] = {
-    c_uint8: "uint8_t",
-    c_int32: "int32_t",
-    c_uint32: "uint32_t",
-    c_int64: "int64_t",
-    c_uint64: "uint64_t",
-    c_void_p: "uint8_t *",
-}
-
-
-def declarations() -> str:
-    """Return :data:`STRUCTURES` in C, with assertions about every size and offset."""
-    return "\n".join([_declare(each) for each in STRUCTURES])
-
-
-def _declare(structure: type[ctypes.Structure]) -> str:
-    name = structure.__name__.lower()
-    lines = [f"struct {name} {{"]
-    checks = [f'_Static_assert(sizeof(struct {name}) == {ctypes.sizeof(structure)}, "size");']
-    for field, declared, *_ in structure._fields_:
-        kind: Any = declared
-        count = ""
-        if issubclass(kind, ctypes.Array):
-            count, kind = f"[{kind._length_}]", kind._type_
-        c_type = f"struct {kind.__name__.lower()}" if issubclass(kind, ctypes.Structure) else _C_TYPES[kind]
-        lines.append(f"    {c_type}{'' if c_type.endswith('*') else ' '}{field}{count};")
-        place, size = getattr(structure, field).offset, ctypes.sizeof(declared)
-        checks.append(
-            f"_Static_assert(offsetof(struct {name}, {field}) == {place} && "
-            f'sizeof(((struct {name} *)0)->{field}) == {size}, "{field}");'
-        )
-    return "\n".join([*lines, "};", *checks, ""])

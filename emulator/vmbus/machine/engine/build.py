@@ -5,7 +5,14 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from vmbus.native import NativeLibrary
+from vmbus.machine.engine.layout import header
+from vmbus.native import FLAGS, NativeLibrary
 
 SOURCE = Path(__file__).parent
-LIBRARY = NativeLibrary("vmbus-engine", "the engine", resources.files(__package__))
+LIBRARY = NativeLibrary(
+    "vmbus-engine",
+    "the engine",
+    resources.files(__package__),
+    flags=(*FLAGS, "-D_GNU_SOURCE"),
+    generated={"layout.h": header()},
+)

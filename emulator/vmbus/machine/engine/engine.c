@@ -1,0 +1,538 @@
+/* SPDX-License-Identifier: MIT */
+/* The engine's thread: commands, passes over the channels, sleep. */
+#include <errno.h>
+#include <linux/io_uring.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "engine.h"
+
+#define EXPORT __attribute__((visibility("default")))
+#define WAKE UINT64_MAX
+#define DOORBELL_RUNG 1
+#define DOORBELL_ENGINE 2
+#define MIN_BACK_OFF_NS UINT64_C(20000000)
+#define MAX_BACK_OFF_NS UINT64_C(1280000000)
+
+uint64_t now_ns(void)
+{
+    struct timespec at;
+
+    clock_gettime(CLOCK_MONOTONIC, &at);
+    return (uint64_t)at.tv_sec * 1000000000u + (uint64_t)at.tv_nsec;
+}
+
+static void add_one(int fd)
+{
+    uint64_t one = 1;
+    ssize_t written = write(fd, &one, sizeof(one));
+
+    (void)written; /* EAGAIN: it is readable already */
+}
+
+/* ---- commands ---- */
+
+static void give(struct engine *engine, const struct channel_setup *setup)
+{
+    struct channel *channel = &engine->channel[setup->number];
+    uint64_t *page = engine->pages[setup->number];
+    uint32_t opening = channel->opening, taken = channel->taken_number, done = channel->done_number;
+    uint32_t in_flight = channel->in_flight;
+    struct channel_counts counts = channel->counts;
+
+    memcpy(page, setup->page, (setup->in_pages + setup->out_pages) * sizeof(*page));
+    *channel = (struct channel){
+        .owner = OWNER_ENGINE,
+        .opening = opening,
+        .in = { page, (setup->in_pages - 1) << PAGE_SHIFT, setup->in_index },
+        .out = { page + setup->in_pages, (setup->out_pages - 1) << PAGE_SHIFT, setup->out_index },
+        .device = { .context = setup->context },
+        .doorbell = setup->doorbell,
+        .flag = (uint32_t *)(engine->setup.ram + setup->flag_offset),
+        .flag_page = setup->flag_offset >> PAGE_SHIFT,
+        .flag_bit = setup->flag_bit,
+        .vector = setup->vector,
+        .vcpu = { (uint32_t *)setup->idle, (uint64_t *)setup->pending, (uint64_t *)setup->missed },
+        .line_length = setup->line_length,
+        .masked = 1,
+        .in_flight = in_flight,
+        .taken_number = taken,
+        .done_number = done,
+        .answered_number = done,
+        .counts = counts,
+    };
+    memcpy(&channel->device.take, &setup->take, sizeof(setup->take));
+    memcpy(&channel->device.complete, &setup->complete, sizeof(setup->complete));
+    memcpy(channel->line, setup->line, sizeof(channel->line));
+    if (engine->channels <= setup->number)
+        engine->channels = setup->number + 1;
+    __atomic_fetch_or(channel->doorbell, DOORBELL_ENGINE, __ATOMIC_SEQ_CST);
+    channel_mirror(engine, setup->number);
+}
+
+/* From now on the rings are Python's; so are the answers that the guest does not have yet, in order. */
+static void recall(struct engine *engine, struct command *command)
+{
+    struct channel *channel = &engine->channel[command->channel];
+
+    if (channel->owner == OWNER_PYTHON)
+        return;
+    signal_settle(engine, channel);
+    command->signal_owed = channel->line_owed;
+    channel->owner = OWNER_PYTHON;
+    __atomic_fetch_and(channel->doorbell, (uint8_t)~DOORBELL_ENGINE, __ATOMIC_SEQ_CST);
+    command->index_in = channel->in.index;
+    command->index_out = channel->out.index;
+    for (uint32_t slot = channel->first_done; channel->done; channel->done--) {
+        uint32_t next = engine->request[slot].next;
+        engine->request[slot].state = PYTHON;
+        request_mirror(engine, slot);
+        event_put(engine, EVENT_ANSWERED, slot);
+        slot = next;
+    }
+    channel_mirror(engine, command->channel);
+}
+
+static void forget(struct channel *channel)
+{
+    if (channel->owner == OWNER_PYTHON) {
+        channel->opening++;
+        channel->in_flight = 0;
+        channel->counts = (struct channel_counts){ 0 };
+    }
+}
+
+static void run_command(struct engine *engine)
+{
+    pthread_mutex_lock(&engine->lock);
+    struct command *command = engine->command;
+    if (command) {
+        if (command->kind == COMMAND_GIVE)
+            give(engine, command->setup);
+        else if (command->kind == COMMAND_RECALL)
+            recall(engine, command);
+        else if (command->kind == COMMAND_FORGET)
+            forget(&engine->channel[command->channel]);
+        else if (command->kind == COMMAND_COUNTS) {
+            command->counts = engine->counts;
+            command->channel_counts = engine->channel[command->channel].counts;
+        }
+        engine->command = NULL;
+        atomic_store(&engine->wanted, 0);
+        pthread_cond_broadcast(&engine->done);
+    }
+    pthread_mutex_unlock(&engine->lock);
+}
+
+/* Slots that Python is done with: free, or with an answer that was held until a page was written through QEMU. */
+static void take_released(struct engine *engine, uint64_t now)
+{
+    uint32_t tail = atomic_load_explicit(&engine->release_tail, memory_order_relaxed);
+    uint32_t head = atomic_load_explicit(&engine->release_head, memory_order_acquire);
+
+    for (; tail != head; tail++) {
+        uint32_t slot = engine->release[tail % MAX_EVENTS];
+        struct request *request = &engine->request[slot & ~RELEASE_ANSWER];
+        if (slot & RELEASE_ANSWER) {
+            request->noted = 0;
+            request_answer(engine, slot & ~RELEASE_ANSWER, now);
+        } else if (request->state == PYTHON) {
+            request_free(engine, slot);
+        }
+    }
+    atomic_store_explicit(&engine->release_tail, tail, memory_order_release);
+}
+
+/* ---- passes ---- */
+
+static void submit(struct engine *engine)
+{
+    if (engine->uring.unsubmitted) {
+        engine->counts.submits++;
+        uring_submit(&engine->uring, 0);
+        engine->unsubmitted_ns = 0;
+    }
+}
+
+static void submit_if_due(struct engine *engine, uint64_t now, uint32_t held)
+{
+    const struct policy *policy = &engine->setup.policy;
+    uint32_t waiting = engine->uring.unsubmitted;
+
+    if (!waiting)
+        return;
+    if (!engine->unsubmitted_ns)
+        engine->unsubmitted_ns = now;
+    if (waiting >= policy->batch || (waiting >= atomic_load(&engine->in_flight) && !held) ||
+        now - engine->unsubmitted_ns >= policy->submit_after)
+        submit(engine);
+}
+
+static uint32_t pass(struct engine *engine)
+{
+    uint32_t work = 0, held = 0;
+    uint64_t now = now_ns();
+
+    engine->counts.passes++;
+    if (atomic_load_explicit(&engine->wanted, memory_order_acquire))
+        run_command(engine);
+    take_released(engine, now);
+    for (uint32_t i = 0; i < engine->channels; i++)
+        if (engine->channel[i].owner == OWNER_ENGINE) {
+            work += rings_take(engine, i);
+            held += engine->channel[i].done;
+        }
+    submit_if_due(engine, now, held);
+    work += requests_collect(engine, now);
+    for (uint32_t i = 0; i < engine->channels; i++)
+        if (engine->channel[i].owner == OWNER_ENGINE) {
+            rings_deliver(engine, &engine->channel[i], now);
+            signal_look(engine, &engine->channel[i], now);
+        }
+    if (engine->rang) {
+        engine->rang = 0;
+        add_one(engine->event_fd);
+    }
+    return work;
+}
+
+/* ---- sleep ---- */
+
+static int unfinished(const struct engine *engine)
+{
+    if (engine->uring.unsubmitted || engine->ended_count)
+        return 1;
+    for (uint32_t i = 0; i < engine->channels; i++) {
+        const struct channel *channel = &engine->channel[i];
+        if (channel->owner == OWNER_ENGINE &&
+            (channel->waits_since || channel->line_owed || (channel->done && !channel->blocked)))
+            return 1;
+    }
+    return 0;
+}
+
+/* Let guests signal, and return whether one has something already. */
+static int unmask(struct engine *engine)
+{
+    int more = 0;
+
+    for (uint32_t i = 0; i < engine->channels; i++)
+        if (engine->channel[i].owner == OWNER_ENGINE)
+            rings_mask(engine, &engine->channel[i], 0);
+    full_fence();
+    if (engine->first_free >= MAX_SLOTS)
+        return 0; /* a request has to end first */
+    for (uint32_t i = 0; i < engine->channels; i++)
+        if (engine->channel[i].owner == OWNER_ENGINE && !engine->channel[i].blocked &&
+            __atomic_load_n((uint32_t *)(engine->setup.ram + engine->channel[i].in.page[0] + RING_WRITE),
+                            __ATOMIC_ACQUIRE) != engine->channel[i].in.index)
+            more = 1;
+    return more;
+}
+
+static void mask(struct engine *engine)
+{
+    for (uint32_t i = 0; i < engine->channels; i++)
+        if (engine->channel[i].owner == OWNER_ENGINE)
+            rings_mask(engine, &engine->channel[i], 1);
+}
+
+static int rung(struct engine *engine)
+{
+    for (uint32_t i = 0; i < engine->channels; i++)
+        if (engine->channel[i].owner == OWNER_ENGINE &&
+            __atomic_load_n(engine->channel[i].doorbell, __ATOMIC_ACQUIRE) & DOORBELL_RUNG)
+            return 1;
+    return 0;
+}
+
+static void answer_doorbells(struct engine *engine)
+{
+    for (uint32_t i = 0; i < engine->channels; i++) {
+        struct channel *channel = &engine->channel[i];
+        if (channel->owner == OWNER_ENGINE &&
+            __atomic_load_n(channel->doorbell, __ATOMIC_RELAXED) & DOORBELL_RUNG) {
+            __atomic_fetch_and(channel->doorbell, (uint8_t)~DOORBELL_RUNG, __ATOMIC_SEQ_CST);
+            channel->blocked = 0;
+        }
+    }
+}
+
+static void arm(struct engine *engine)
+{
+    if (engine->armed)
+        return;
+    struct io_uring_sqe *entry = uring_entry(&engine->uring);
+    if (!entry)
+        return;
+    entry->opcode = IORING_OP_POLL_ADD;
+    entry->fd = engine->wake_fd;
+    entry->poll32_events = POLLIN;
+    entry->user_data = WAKE;
+    engine->armed = 1;
+}
+
+/* Sleep in io_uring_enter until a transfer ends, the gateway rings, or Python wants something. */
+static void rest(struct engine *engine)
+{
+    _Atomic uint32_t *waiting = (_Atomic uint32_t *)engine->setup.waiting;
+    uint64_t count;
+
+    if (unmask(engine)) {
+        mask(engine);
+        return;
+    }
+    atomic_store_explicit(waiting, 1, memory_order_relaxed);
+    full_fence();
+    if (!rung(engine) && !atomic_load(&engine->wanted) && !atomic_load(&engine->stop) &&
+        atomic_load(&engine->release_head) == atomic_load(&engine->release_tail)) {
+        engine->counts.sleeps++;
+        arm(engine);
+        uring_submit(&engine->uring, 1);
+    }
+    atomic_store_explicit(waiting, 0, memory_order_relaxed);
+    ssize_t got = read(engine->wake_fd, &count, sizeof(count));
+    (void)got;
+    answer_doorbells(engine);
+    mask(engine);
+    engine->last_ns = now_ns();
+}
+
+/* Wait a moment without sleeping; a long gap means that the machine has no processor to spare. */
+static void spin(struct engine *engine)
+{
+    uint64_t before = now_ns();
+
+    sched_yield();
+    uint64_t gap = now_ns() - before;
+    if (gap > engine->setup.policy.gap) {
+        engine->counts.gaps++;
+        engine->back_off_ns = engine->back_off_ns ? 2 * engine->back_off_ns : MIN_BACK_OFF_NS;
+        if (engine->back_off_ns > MAX_BACK_OFF_NS)
+            engine->back_off_ns = MAX_BACK_OFF_NS;
+        engine->quiet_until_ns = before + gap + engine->back_off_ns;
+    } else if (engine->back_off_ns && before > engine->quiet_until_ns + engine->back_off_ns) {
+        engine->back_off_ns = engine->back_off_ns > MIN_BACK_OFF_NS ? engine->back_off_ns / 2 : 0;
+        engine->quiet_until_ns = before;
+    }
+}
+
+static void *run(void *argument)
+{
+    struct engine *engine = argument;
+    int opened = uring_open(&engine->uring, MAX_SLOTS / 2) == 0;
+
+    pthread_mutex_lock(&engine->lock);
+    engine->command = NULL;
+    atomic_store(&engine->stop, opened ? 0 : 2);
+    pthread_cond_broadcast(&engine->done);
+    pthread_mutex_unlock(&engine->lock);
+    if (!opened)
+        return NULL;
+    engine->last_ns = now_ns();
+    while (!atomic_load_explicit(&engine->stop, memory_order_relaxed)) {
+        if (pass(engine)) {
+            engine->last_ns = now_ns();
+            continue;
+        }
+        uint64_t now = now_ns();
+        uint64_t window = atomic_load(&engine->in_flight) ? engine->setup.policy.spin_in_flight
+                                                          : engine->setup.policy.spin_idle;
+        if (unfinished(engine) || (now >= engine->quiet_until_ns && now - engine->last_ns < window))
+            spin(engine);
+        else
+            rest(engine);
+    }
+    uring_close(&engine->uring);
+    return NULL;
+}
+
+/* ---- for Python ---- */
+
+/* Start an engine; NULL, with errno, where the kernel does not allow an io_uring. */
+EXPORT struct engine *engine_start(const struct engine_setup *setup, int event_fd)
+{
+    struct engine *engine =
+        mmap(NULL, sizeof(*engine), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    struct command starting = { 0 };
+    sigset_t all, before;
+
+    if (engine == MAP_FAILED)
+        return NULL;
+    engine->setup = *setup;
+    engine->wake_fd = setup->wake_fd;
+    engine->event_fd = event_fd;
+    for (uint32_t i = 0; i < MAX_SLOTS; i++)
+        engine->request[i].next = i + 1;
+    struct mirror *mirror = (struct mirror *)setup->mirror;
+    mirror->header = (struct mirror_header){
+        .version = MIRROR_VERSION, .channels = MAX_CHANNELS, .slots = MAX_SLOTS, .epoch = mirror->header.epoch + 1,
+    };
+    __atomic_store_n(&mirror->header.magic, MIRROR_MAGIC, __ATOMIC_RELEASE);
+    pthread_mutex_init(&engine->lock, NULL);
+    pthread_cond_init(&engine->done, NULL);
+    engine->command = &starting;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int error = pthread_create(&engine->thread, NULL, run, engine);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (!error) {
+        pthread_mutex_lock(&engine->lock);
+        while (engine->command)
+            pthread_cond_wait(&engine->done, &engine->lock);
+        pthread_mutex_unlock(&engine->lock);
+        if (!atomic_load(&engine->stop))
+            return engine;
+        pthread_join(engine->thread, NULL);
+        error = ENOSYS;
+    }
+    munmap(engine, sizeof(*engine));
+    errno = error;
+    return NULL;
+}
+
+/* End the thread. Transfers that are under way end with its io_uring; return how many those were. */
+EXPORT uint32_t engine_stop(struct engine *engine)
+{
+    atomic_store(&engine->stop, 1);
+    add_one(engine->wake_fd);
+    pthread_join(engine->thread, NULL);
+    uint32_t left = atomic_load(&engine->in_flight);
+    pthread_mutex_destroy(&engine->lock);
+    pthread_cond_destroy(&engine->done);
+    munmap(engine, sizeof(*engine));
+    return left;
+}
+
+static void ask(struct engine *engine, struct command *command)
+{
+    pthread_mutex_lock(&engine->lock);
+    engine->command = command;
+    atomic_store(&engine->wanted, 1);
+    add_one(engine->wake_fd);
+    while (engine->command)
+        pthread_cond_wait(&engine->done, &engine->lock);
+    pthread_mutex_unlock(&engine->lock);
+}
+
+/* Give a channel whose rings Python does not touch any more. Return 0 for a description that cannot be. */
+EXPORT uint32_t engine_give(struct engine *engine, struct channel_setup *setup)
+{
+    if (setup->number >= MAX_CHANNELS || setup->in_pages < 2 || setup->out_pages < 2 ||
+        setup->in_pages > MAX_RING_PAGES || setup->out_pages > MAX_RING_PAGES - setup->in_pages ||
+        setup->line_length > LINE_SIZE || engine->channel[setup->number].owner != OWNER_PYTHON)
+        return 0;
+    for (uint32_t i = 0; i < setup->in_pages + setup->out_pages; i++)
+        if (setup->page[i] & (PAGE - 1) || setup->page[i] + PAGE > engine->setup.ram_size)
+            return 0;
+    if (setup->in_index >= (setup->in_pages - 1) << PAGE_SHIFT ||
+        setup->out_index >= (setup->out_pages - 1) << PAGE_SHIFT || (setup->in_index | setup->out_index) & 7)
+        return 0;
+    struct command command = { .kind = COMMAND_GIVE, .setup = setup };
+    ask(engine, &command);
+    return 1;
+}
+
+/*
+ * Take a channel back. When this returns, the engine does not touch the rings; the indices are stored in `indices`, and
+ * answers that the guest does not have are events. Transfers under way end later, as events too. Return 1 if the guest
+ * has to be signalled once more.
+ */
+EXPORT uint32_t engine_recall(struct engine *engine, uint32_t channel, uint32_t *indices)
+{
+    struct command command = { .kind = COMMAND_RECALL, .channel = channel };
+
+    ask(engine, &command);
+    indices[0] = command.index_in;
+    indices[1] = command.index_out;
+    return command.signal_owed;
+}
+
+/* End the opening of a recalled channel: requests of the next one are not mixed up with those that are under way. */
+EXPORT void engine_forget(struct engine *engine, uint32_t channel)
+{
+    struct command command = { .kind = COMMAND_FORGET, .channel = channel };
+
+    ask(engine, &command);
+}
+
+EXPORT void engine_get_counts(struct engine *engine, uint32_t channel, struct engine_counts *counts,
+                              struct channel_counts *of_channel)
+{
+    struct command command = { .kind = COMMAND_COUNTS, .channel = channel };
+
+    ask(engine, &command);
+    *counts = command.counts;
+    *of_channel = command.channel_counts;
+}
+
+/* Copy the next event; return 0 if there is none. */
+EXPORT uint32_t engine_event(struct engine *engine, struct event *event)
+{
+    uint32_t tail = atomic_load_explicit(&engine->event_tail, memory_order_relaxed);
+
+    if (tail == atomic_load_explicit(&engine->event_head, memory_order_acquire))
+        return 0;
+    *event = engine->event[tail % MAX_EVENTS];
+    atomic_store_explicit(&engine->event_tail, tail + 1, memory_order_release);
+    return 1;
+}
+
+/* Return a slot of an event: free, or with `answer` to go on to the guest. */
+EXPORT void engine_release(struct engine *engine, uint32_t slot, uint32_t answer)
+{
+    uint32_t head = atomic_load_explicit(&engine->release_head, memory_order_relaxed);
+
+    engine->release[head % MAX_EVENTS] = slot | (answer ? RELEASE_ANSWER : 0);
+    atomic_store_explicit(&engine->release_head, head + 1, memory_order_seq_cst);
+    full_fence();
+    if (*(volatile uint32_t *)engine->setup.waiting)
+        add_one(engine->wake_fd);
+}
+
+/* What the slot of an event holds; valid until it is released. */
+EXPORT const uint8_t *engine_packet(struct engine *engine, uint32_t slot, uint32_t *size)
+{
+    *size = engine->request[slot].size;
+    return engine->request[slot].packet;
+}
+
+EXPORT const uint8_t *engine_answer(struct engine *engine, uint32_t slot, uint32_t *size)
+{
+    *size = engine->request[slot].answer_size;
+    return engine->request[slot].answer;
+}
+
+EXPORT const struct range *engine_ranges(struct engine *engine, uint32_t slot, uint32_t *count)
+{
+    *count = engine->request[slot].noted;
+    return engine->request[slot].range;
+}
+
+EXPORT uint32_t engine_channel_of(struct engine *engine, uint32_t slot, uint32_t *opening)
+{
+    *opening = engine->request[slot].opening;
+    return engine->request[slot].channel;
+}
+
+EXPORT uint32_t engine_in_flight(struct engine *engine)
+{
+    return atomic_load(&engine->in_flight);
+}
+
+EXPORT uint64_t engine_lines(struct engine *engine)
+{
+    return atomic_load_explicit(&engine->lines, memory_order_acquire);
+}
+
+EXPORT uint64_t engine_setup_size(void)
+{
+    return sizeof(struct engine_setup) + sizeof(struct channel_setup) + sizeof(struct mirror);
+}

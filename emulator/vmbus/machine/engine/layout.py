@@ -1,0 +1,286 @@
+"""What the engine's C code and Python both read: structures and constants, and the header made of them."""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_char, c_int32, c_uint8, c_uint32, c_uint64, c_void_p
+from enum import IntEnum
+
+from vmbus.native_layout import constants, declarations
+from vmbus.ports import PAGE_SIZE
+from vmbus.wire import packet, ring
+from vmbus.wire.gateway import offset_of
+
+VERSION = 1
+"""Of the mirror."""
+MAGIC = int.from_bytes(b"VMBusDP1", "little")
+MAX_CHANNELS = 256
+MAX_RING_PAGES = 2 * 1025
+"""Pages of both rings of a channel: up to 4 MiB of data each."""
+MAX_SLOTS = 1024
+MAX_EVENTS = 2048
+"""More than slots and channels together, so an event always has a place."""
+MAX_PACKET = 4352
+MAX_ANSWER = 128
+MAX_NOTED = 514
+LINE_SIZE = 48
+RELEASE_ANSWER = 1 << 31
+"""Flag of a slot that is released: the guest gets its answer now."""
+
+
+class Owner(IntEnum):
+    """Who may touch the rings of a channel."""
+
+    PYTHON = 0
+    ENGINE = 1
+    LEFT = 2
+    """Nobody: the engine has stopped, and Python has not recalled the channel yet."""
+
+
+class CommandKind(IntEnum):
+    """What Python asks the engine for; it is done when the call returns."""
+
+    GIVE = 1
+    RECALL = 2
+    FORGET = 3
+    """The opening of a recalled channel is over: what is under way for it belongs to nobody."""
+    COUNTS = 4
+    """Copy the counters."""
+
+
+class EventKind(IntEnum):
+    """What the engine tells Python."""
+
+    LEFT = 1
+    """``index``: a channel. Its next packet is not plain, or its ring is damaged."""
+    ANSWERED = 2
+    """``index``: a slot of a channel that is not the engine's any more. Its answer is for Python to send."""
+    RETURNED = 3
+    """``index``: a slot. Python has to process its packet."""
+    NOTED = 4
+    """``index``: a slot. Its ranges have to be written through QEMU before the guest gets the answer."""
+
+
+class Left(IntEnum):
+    """Why a channel was left."""
+
+    PACKET = 1
+    RING = 2
+
+
+class Range(Structure):
+    """Bytes of the file of guest RAM."""
+
+    _fields_ = [("offset", c_uint64), ("length", c_uint64)]
+
+
+class Event(Structure):
+    """An :class:`EventKind`, and what it is about."""
+
+    _fields_ = [("kind", c_uint32), ("index", c_uint32)]
+
+
+class Policy(Structure):
+    """Times in nanoseconds; docs/decisions/0006-native-data-path.md#policy."""
+
+    _fields_ = [
+        ("spin_in_flight", c_uint64),
+        ("spin_idle", c_uint64),
+        ("submit_after", c_uint64),
+        ("gather", c_uint64),
+        ("hold", c_uint64),
+        ("wait_for_halt", c_uint64),
+        ("gap", c_uint64),
+        ("batch", c_uint32),
+        ("at_once", c_uint32),  # answer at once if no more are outstanding
+    ]
+
+
+class EngineSetup(Structure):
+    """Where everything is; valid as long as the engine runs."""
+
+    _fields_ = [
+        ("ram", c_void_p),
+        ("ram_size", c_uint64),
+        ("dirty", c_void_p),  # a byte for each page of the file
+        ("notes", c_void_p),  # a byte for each page of the file; NULL: code is not watched
+        ("mirror", c_void_p),
+        ("waiting", c_void_p),  # the gateway's word: wake the engine for its doorbells
+        ("wake_fd", c_int32),  # eventfd that the gateway writes then
+        ("qtest_fd", c_int32),
+        ("report_ranges", c_uint32),
+        ("reserved", c_uint32),
+        ("policy", Policy),
+    ]
+
+
+class ChannelSetup(Structure):
+    """One channel, for GIVE."""
+
+    _fields_ = [
+        ("number", c_uint32),
+        ("in_pages", c_uint32),
+        ("out_pages", c_uint32),
+        ("in_index", c_uint32),
+        ("out_index", c_uint32),
+        ("flag_bit", c_uint32),
+        ("flag_offset", c_uint64),  # of its word, in the file of guest RAM
+        ("vector", c_uint32),
+        ("line_length", c_uint32),
+        ("line", c_char * LINE_SIZE),
+        ("idle", c_void_p),
+        ("pending", c_void_p),
+        ("missed", c_void_p),
+        ("doorbell", c_void_p),
+        ("take", c_void_p),
+        ("complete", c_void_p),
+        ("context", c_void_p),
+        (
+            "page",
+            c_uint64 * MAX_RING_PAGES,
+        ),  # offsets in the file of guest RAM: the incoming ring's, then the other's
+    ]
+
+
+class ChannelCounts(Structure):
+    """Since the channel was given for the first time."""
+
+    _fields_ = [
+        ("packets_in", c_uint64),
+        ("bytes_in", c_uint64),
+        ("packets_out", c_uint64),
+        ("bytes_out", c_uint64),
+        ("signals", c_uint64),
+        ("ring_full", c_uint64),
+    ]
+
+
+class EngineCounts(Structure):
+    """Of the thread."""
+
+    _fields_ = [
+        ("passes", c_uint64),
+        ("submits", c_uint64),
+        ("sleeps", c_uint64),
+        ("gaps", c_uint64),
+        ("left_to_vcpu", c_uint64),
+        ("sent", c_uint64),
+    ]
+
+
+class MirrorHeader(Structure):
+    """The first page of the mirror."""
+
+    _fields_ = [
+        ("magic", c_uint64),
+        ("version", c_uint32),
+        ("channels", c_uint32),
+        ("slots", c_uint32),
+        ("epoch", c_uint32),
+        ("reserved", c_uint8 * (PAGE_SIZE - 24)),
+    ]
+
+
+class MirrorChannel(Structure):
+    """A channel as a successor finds it. Two numbers in a word are stored together: an index, and what it covers."""
+
+    _fields_ = [
+        ("owner", c_uint32),
+        ("opening", c_uint32),
+        ("taken", c_uint64),  # read index; above it, the number of the last request taken
+        ("answered", c_uint64),  # write index; above it, the number of the last answer in the ring
+        ("next", c_uint64),  # the same, stored before the ring's own write index
+        ("reserved", c_uint8 * 224),
+    ]
+
+
+class MirrorSlot(Structure):
+    """A request as a successor finds it."""
+
+    _fields_ = [
+        ("state", c_uint32),
+        ("channel", c_uint32),
+        ("opening", c_uint32),
+        ("taken_number", c_uint32),
+        ("done_number", c_uint32),
+        ("size", c_uint32),
+        ("answer_size", c_uint32),
+        ("reserved", c_uint32),
+        ("answer", c_uint8 * MAX_ANSWER),
+        ("packet", c_uint8 * MAX_PACKET),
+    ]
+
+
+class Mirror(Structure):
+    """The memory that outlives the process."""
+
+    _fields_ = [
+        ("header", MirrorHeader),
+        ("channel", MirrorChannel * MAX_CHANNELS),
+        ("slot", MirrorSlot * MAX_SLOTS),
+    ]
+
+
+STRUCTURES: tuple[type[Structure], ...] = (
+    Range,
+    Event,
+    Policy,
+    EngineSetup,
+    ChannelSetup,
+    ChannelCounts,
+    EngineCounts,
+    MirrorHeader,
+    MirrorChannel,
+    MirrorSlot,
+    Mirror,
+)
+"""In the order in which C needs them."""
+
+CONSTANTS = {
+    "MIRROR_VERSION": VERSION,
+    "MAX_CHANNELS": MAX_CHANNELS,
+    "MAX_RING_PAGES": MAX_RING_PAGES,
+    "MAX_SLOTS": MAX_SLOTS,
+    "MAX_EVENTS": MAX_EVENTS,
+    "MAX_PACKET": MAX_PACKET,
+    "MAX_ANSWER": MAX_ANSWER,
+    "MAX_NOTED": MAX_NOTED,
+    "LINE_SIZE": LINE_SIZE,
+    "RELEASE_ANSWER": RELEASE_ANSWER,
+    "PAGE_SHIFT": PAGE_SIZE.bit_length() - 1,
+    "DESCRIPTOR_SIZE": packet.DESCRIPTOR_SIZE,
+    "TRAILER_SIZE": packet.TRAILER_SIZE,
+    "DESCRIPTOR_LENGTH8": offset_of(packet.DESCRIPTOR, "length8"),
+    "RING_WRITE": ring.WRITE_INDEX,
+    "RING_READ": ring.READ_INDEX,
+    "RING_MASK": ring.INTERRUPT_MASK,
+    "RING_PENDING": ring.PENDING_SEND_SIZE,
+    "RING_FEATURES": ring.FEATURE_BITS,
+    "RING_RESERVED": ring.RESERVED_BYTES,
+    "FEATURE_PENDING_SEND_SIZE": ring.FEATURE_PENDING_SEND_SIZE,
+    **{f"OWNER_{each.name}": int(each) for each in Owner},
+    **{f"COMMAND_{each.name}": int(each) for each in CommandKind},
+    **{f"EVENT_{each.name}": int(each) for each in EventKind},
+    **{f"LEFT_{each.name}": int(each) for each in Left},
+}
+"""Name in C → value."""
+
+
+def header() -> str:
+    """Return the text of ``layout.h``."""
+    return "\n".join(
+        [
+            "/* Generated from vmbus.machine.engine.layout. */",
+            "#ifndef ENGINE_LAYOUT_H",
+            "#define ENGINE_LAYOUT_H",
+            "",
+            "#include <stddef.h>",
+            "#include <stdint.h>",
+            "",
+            f"#define MIRROR_MAGIC UINT64_C({MAGIC:#x})",
+            constants(CONSTANTS),
+            "",
+            declarations(STRUCTURES),
+            "#endif",
+            "",
+        ]
+    )

@@ -1,0 +1,285 @@
+"""The engine's thread, seen from Python (``engine.h``; docs/decisions/0006-native-data-path.md).
+
+    give() ──→ the engine owns the rings ──┬── recall() ─────────────────────────→ Python owns them
+                                           └── a packet that is not plain: left() ──→ recall() as soon as possible
+
+All methods are called in the event loop's thread. :meth:`Engine.dispatch` passes on what the engine reports; call it
+when :meth:`Engine.fileno` is readable. A command waits for the engine, which is never busy for longer than one pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from ctypes import POINTER, byref, c_int, c_uint8, c_uint32, c_uint64, c_void_p
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+from vmbus.errors import InternalError
+from vmbus.machine.engine.layout import (
+    MAX_CHANNELS,
+    MAX_RING_PAGES,
+    ChannelCounts,
+    ChannelSetup,
+    EngineCounts,
+    EngineSetup,
+    Event,
+    EventKind,
+    Mirror,
+    Policy,
+    Range,
+)
+
+_US = 1000
+
+BUSY_WAITS = {
+    "spin_in_flight": 200 * _US,
+    "spin_idle": 300 * _US,
+    "submit_after": 15 * _US,
+    "gather": 60 * _US,
+    "hold": 300 * _US,
+    "wait_for_halt": 40 * _US,
+    "gap": 200 * _US,
+    "batch": 8,
+    "at_once": 3,
+}
+"""The policy where the host has a processor to spare."""
+
+NO_WAITS = BUSY_WAITS | {
+    "spin_in_flight": 0,
+    "spin_idle": 0,
+    "submit_after": 0,
+    "hold": 0,
+    "wait_for_halt": 0,
+    "batch": 64,
+}
+"""The policy where it has none."""
+
+
+class EngineOwner(Protocol):
+    """Whose channel it is that the engine has."""
+
+    def engine_left(self) -> None:
+        """Recall the channel: its next packet is not plain, or its ring is damaged."""
+
+    def engine_answered(self, answer: bytes) -> None:
+        """Send a completion packet, without its trailer: the channel was recalled before the guest got it."""
+
+    def engine_returned(self, packet: bytes) -> None:
+        """Process a packet, without trailer, that the engine took and could not complete."""
+
+    def engine_ended(self) -> None:
+        """A request of an earlier opening has ended; nobody waits for its answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a channel interrupts: an event flag, a vCPU and a vector."""
+
+    flag_offset: int
+    """Of the flag's word in the file of guest RAM, in bytes."""
+    flag_bit: int
+    """The bit's value in that word."""
+    vector: int
+    line: bytes
+    """The qtest command that raises the interrupt through QEMU."""
+    words: tuple[int, int, int]
+    """Addresses of the vCPU's words ``idle``, ``pending`` and ``missed``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Functions:
+    """A device's compiled code: addresses of ``take``, ``complete`` and their context (``struct engine_device``)."""
+
+    take: int
+    complete: int
+    context: int
+
+
+class _Library:
+    """The functions of ``engine.c``."""
+
+    def __init__(self, path: str) -> None:
+        library = ctypes.CDLL(path, use_errno=True)
+
+        def function(name: str, result: Any, *arguments: Any) -> Callable[..., int]:
+            found = library[f"engine_{name}"]
+            found.restype = result
+            found.argtypes = arguments
+            return found
+
+        self.setup_size = function("setup_size", c_uint64)
+        self.start = function("start", c_void_p, POINTER(EngineSetup), c_int)
+        self.stop = function("stop", c_uint32, c_void_p)
+        self.give = function("give", c_uint32, c_void_p, POINTER(ChannelSetup))
+        self.recall = function("recall", c_uint32, c_void_p, c_uint32, POINTER(c_uint32 * 2))
+        self.forget = function("forget", None, c_void_p, c_uint32)
+        self.event = function("event", c_uint32, c_void_p, POINTER(Event))
+        self.release = function("release", None, c_void_p, c_uint32, c_uint32)
+        self.packet = function("packet", POINTER(c_uint8), c_void_p, c_uint32, POINTER(c_uint32))
+        self.answer = function("answer", POINTER(c_uint8), c_void_p, c_uint32, POINTER(c_uint32))
+        self.ranges = function("ranges", POINTER(Range), c_void_p, c_uint32, POINTER(c_uint32))
+        self.channel_of = function("channel_of", c_uint32, c_void_p, c_uint32, POINTER(c_uint32))
+        self.in_flight = function("in_flight", c_uint32, c_void_p)
+        self.lines = function("lines", c_uint64, c_void_p)
+        self.get_counts = function(
+            "get_counts", None, c_void_p, c_uint32, POINTER(EngineCounts), POINTER(ChannelCounts)
+        )
+
+
+class Engine:
+    """One engine of one machine. Made by :meth:`start`."""
+
+    def __init__(self, library: _Library, setup: EngineSetup) -> None:
+        self._library = library
+        self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._setup = setup
+        self._engine = library.start(byref(setup), self._event_fd)
+        if not self._engine:
+            error = ctypes.get_errno()
+            os.close(self._event_fd)
+            raise OSError(error, os.strerror(error))
+        self._owners: dict[int, tuple[EngineOwner, int]] = {}
+        """Channel → its owner, and its opening."""
+        self._openings = [0] * MAX_CHANNELS
+        self._given: set[int] = set()
+        self.noted: Callable[[Sequence[tuple[int, int]]], None] = lambda ranges: None
+        """Called with ``(offset in the file of guest RAM, bytes)`` that have to be written through QEMU."""
+
+    @classmethod
+    def start(cls, path: str, setup: EngineSetup, *, busy_waits: bool) -> Engine:
+        """Start an engine with the library at ``path``; the policy of ``setup`` is set here.
+
+        Raises ``OSError`` where the kernel does not allow an io_uring, and :class:`~vmbus.errors.InternalError` for a
+        library that does not fit this module.
+        """
+        library = _Library(path)
+        expected = sum(ctypes.sizeof(each) for each in (EngineSetup, ChannelSetup, Mirror))
+        if library.setup_size() != expected:
+            raise InternalError(
+                f"the engine's library shares {library.setup_size()} bytes; {expected} were expected"
+            )
+        setup.policy = Policy(**(BUSY_WAITS if busy_waits else NO_WAITS))
+        return cls(library, setup)
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when :meth:`dispatch` has something to do."""
+        return self._event_fd
+
+    @property
+    def in_flight(self) -> int:
+        """Requests of all channels whose transfers have not ended."""
+        return self._library.in_flight(self._engine)
+
+    @property
+    def lines(self) -> int:
+        """Commands that the engine has written to the qtest socket so far; QEMU answers each."""
+        return self._library.lines(self._engine)
+
+    def counts(self, number: int = 0) -> tuple[dict[str, int], dict[str, int]]:
+        """Return the counters of the thread, and those of channel ``number`` in its present opening."""
+        found, of_channel = EngineCounts(), ChannelCounts()
+        self._library.get_counts(self._engine, number, byref(found), byref(of_channel))
+        return (
+            {name: getattr(found, name) for name, *_ in EngineCounts._fields_},
+            {name: getattr(of_channel, name) for name, *_ in ChannelCounts._fields_},
+        )
+
+    def give(
+        self,
+        number: int,
+        owner: EngineOwner,
+        functions: Functions,
+        target: Target,
+        *,
+        incoming: tuple[Sequence[int], int],
+        outgoing: tuple[Sequence[int], int],
+        doorbell: int,
+    ) -> bool:
+        """Give the rings of channel ``number`` to the engine; False if they are more than it can have.
+
+        ``incoming``, ``outgoing``: offsets of the ring's pages in the file of guest RAM, and the host's own index.
+        ``doorbell``: address of the channel's byte.
+        """
+        if len(incoming[0]) + len(outgoing[0]) > MAX_RING_PAGES:
+            return False
+        self.dispatch()  # so that no event of before is taken for one of now
+        setup = ChannelSetup(
+            number=number,
+            in_pages=len(incoming[0]),
+            out_pages=len(outgoing[0]),
+            in_index=incoming[1],
+            out_index=outgoing[1],
+            flag_bit=target.flag_bit,
+            flag_offset=target.flag_offset,
+            vector=target.vector,
+            line_length=len(target.line),
+            line=target.line,
+            doorbell=doorbell,
+            **{field.name: getattr(functions, field.name) for field in fields(functions)},
+        )
+        setup.idle, setup.pending, setup.missed = target.words
+        pages = [*incoming[0], *outgoing[0]]
+        setup.page[: len(pages)] = pages
+        if not self._library.give(self._engine, byref(setup)):
+            raise InternalError(f"the engine refuses channel {number}")
+        self._owners[number] = (owner, self._openings[number])
+        self._given.add(number)
+        return True
+
+    def recall(self, number: int) -> tuple[int, int, bool]:
+        """Take a channel back: return the indices of both rings, and whether the guest has to be signalled.
+
+        The answers that the guest does not have yet are passed on before this returns.
+        """
+        indices = (c_uint32 * 2)()
+        signal = self._library.recall(self._engine, number, byref(indices))
+        self._given.discard(number)
+        self.dispatch()
+        return indices[0], indices[1], bool(signal)
+
+    def forget(self, number: int) -> None:
+        """End the opening of a recalled channel: the answers of what is under way are not passed on."""
+        self._library.forget(self._engine, number)
+        self._openings[number] = (self._openings[number] + 1) & 0xFFFFFFFF
+
+    def dispatch(self) -> None:
+        """Pass on what the engine has reported."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._event_fd)
+        event = Event()
+        while self._library.event(self._engine, byref(event)):
+            if event.kind == EventKind.LEFT:
+                if event.index in self._given:
+                    self._owners[event.index][0].engine_left()
+            else:
+                self._slot(EventKind(event.kind), event.index)
+
+    def _slot(self, kind: EventKind, slot: int) -> None:
+        library, engine = self._library, self._engine
+        size, opening = c_uint32(), c_uint32()
+        number = library.channel_of(engine, slot, byref(opening))
+        owner, current = self._owners[number]
+        if kind is EventKind.NOTED:
+            found = library.ranges(engine, slot, byref(size))
+            self.noted([(found[at].offset, found[at].length) for at in range(size.value)])  # type: ignore[index]
+            library.release(engine, slot, 1)
+            return
+        read = library.answer if kind is EventKind.ANSWERED else library.packet
+        data = ctypes.string_at(read(engine, slot, byref(size)), size.value)
+        library.release(engine, slot, 0)
+        if opening.value != current or self._openings[number] != current:
+            owner.engine_ended()
+        elif kind is EventKind.ANSWERED:
+            owner.engine_answered(data)
+        else:
+            owner.engine_returned(data)
+
+    def close(self) -> int:
+        """End the thread; return how many transfers were under way, whose buffers the kernel may still write."""
+        left = self._library.stop(self._engine)
+        self._engine = 0
+        os.close(self._event_fd)
+        return left
