@@ -236,7 +236,8 @@ CONTROL = c.Struct(
     "tsc_frequency" / c.Int64ul,
     "reserved1" / c.Padding(16),
     "waiting" / c.Int32ul,
-    "reserved2" / c.Padding(60),
+    "engine_waiting" / c.Int32ul,
+    "reserved2" / c.Padding(56),
     "arm" / c.Int32ul,
     "hold_timeout_ms" / c.Int32ul,
     "spin_ns" / c.Int32ul,
@@ -299,6 +300,14 @@ class MessageType(IntEnum):
     HELLO = 1
     ACTIVATE = 2
     CLOCK = 3
+    ENGINE = 4
+    """The reply carries the eventfd for doorbells of the engine."""
+
+
+DOORBELL_RUNG = 1
+"""Bit of a doorbell that the gateway sets."""
+DOORBELL_ENGINE = 2
+"""Bit of a doorbell that the emulator sets: its engine serves it, which has an eventfd of its own."""
 
 
 class Status(IntEnum):

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import select
 from collections.abc import Callable
 
 import pytest
 from vmbus.machine.gateway.traps import Fault
 from vmbus.wire.cpuid import CpuidLeaf
-from vmbus.wire.gateway import MSR_ADD_VCPU, ConstantMsr, DoorbellRule, TrapKind
+from vmbus.wire.gateway import (
+    DOORBELL_ENGINE,
+    DOORBELL_RUNG,
+    MSR_ADD_VCPU,
+    ConstantMsr,
+    DoorbellRule,
+    TrapKind,
+)
 
 from tests.unit.gateway.gateway_harness import (
     CPUID,
@@ -271,6 +280,47 @@ def test_other_vmcalls_are_requests(harness: Harness, control: int, first_input:
     gateway.answer(trap, 1)
     assert harness.done().rax == 1
     assert gateway.doorbells() == []
+
+
+def test_a_doorbell_of_the_engine_wakes_the_engine_and_nobody_else(harness: Harness) -> None:
+    gateway = harness.attach()
+    gateway.set_doorbells([RULE])
+    gateway.activate()
+    event = gateway.engine_event()
+    try:
+        bell = ctypes.c_uint8.from_address(gateway.doorbell_address(101))
+        waiting = ctypes.c_uint32.from_address(gateway.engine_waiting_address())
+        bell.value = DOORBELL_ENGINE
+        assert gateway.traps() == []
+        assert not gateway.sleep_prepare()
+        assert harness.run(VMCALL, rcx=RULE.control, rdx=RULE.base + 1).how == "stepped"
+        assert bell.value == DOORBELL_ENGINE | DOORBELL_RUNG
+        assert not select.select([event, gateway.fileno()], [], [], 0)[0]
+        waiting.value = 1
+        assert harness.run(VMCALL, rcx=RULE.control, rdx=RULE.base + 1).how == "stepped"
+        assert select.select([event, gateway.fileno()], [], [], 30)[0] == [event]
+        assert gateway.doorbells() == []
+        assert harness.run(VMCALL, rcx=RULE.control, rdx=RULE.base).how == "stepped"
+        assert select.select([gateway.fileno()], [], [], 30)[0]
+        assert gateway.doorbells() == [100]
+    finally:
+        os.close(event)
+
+
+def test_doorbells_of_an_engine_that_ended_are_the_next_emulators(harness: Harness) -> None:
+    gateway = harness.attach()
+    os.close(gateway.engine_event())
+    gateway.set_doorbells([RULE])
+    gateway.activate()
+    for number, value in ((100, DOORBELL_ENGINE), (101, DOORBELL_ENGINE | DOORBELL_RUNG)):
+        ctypes.c_uint8.from_address(gateway.doorbell_address(number)).value = value
+    ctypes.c_uint32.from_address(gateway.engine_waiting_address()).value = 1
+    gateway.close()
+    again = harness.attach()
+    again.set_doorbells([RULE])
+    assert again.doorbells() == [100, 101]
+    assert ctypes.c_uint32.from_address(again.engine_waiting_address()).value == 0
+    os.close(again.engine_event())
 
 
 def test_doorbells_rung_while_nobody_is_there_are_kept(harness: Harness) -> None:

@@ -32,6 +32,8 @@ NUMBERS = {
     "GATEWAY_RULES": wire.RULES,
     "GATEWAY_GONE": wire.GONE,
     "GATEWAY_MSRS": wire.MSRS,
+    "DOORBELL_RUNG": wire.DOORBELL_RUNG,
+    "DOORBELL_ENGINE": wire.DOORBELL_ENGINE,
     "MSR_ADD_VCPU": wire.MSR_ADD_VCPU,
     "GATEWAY_MESSAGE_MAGIC": wire.MESSAGE_MAGIC,
     "SLOT_LONG_MODE": wire.SLOT_LONG_MODE,
@@ -80,6 +82,7 @@ def test_every_word_is_naturally_aligned(declaration: c.Struct) -> None:
 def test_words_of_different_writers_do_not_share_a_cache_line() -> None:
     by_emulator = {
         "waiting",
+        "engine_waiting",
         "arm",
         "hold_timeout_ms",
         "spin_ns",

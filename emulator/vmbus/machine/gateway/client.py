@@ -39,7 +39,7 @@ from typing import Any
 
 from vmbus.errors import GatewayError, InternalError, MalformedError
 from vmbus.machine.gateway.pending import PendingInterrupts
-from vmbus.machine.gateway.shared import CodePages, GatewayClock
+from vmbus.machine.gateway.shared import CodePages, GatewayClock, reclaim_doorbells
 from vmbus.machine.gateway.traps import Fault, Trap, Unclaimed
 from vmbus.wire import gateway as wire
 from vmbus.wire.cpuid import CpuidLeaf
@@ -56,6 +56,7 @@ _CONTROL = {
         "emulator",
         "owner",
         "waiting",
+        "engine_waiting",
         "guest",
         "hold_timeout_ms",
         "spin_ns",
@@ -120,6 +121,7 @@ class Gateway:
         self._address = ctypes.addressof(self._origin)
         self._syscall = ctypes.PyDLL(None).syscall
         self._words[_CONTROL["waiting"]] = 0
+        reclaim_doorbells(region, self._doorbell_offset)
 
     # --- attaching ---
 
@@ -194,6 +196,24 @@ class Gateway:
             self.refresh_clock()
             *_, frequency = self.clock.fields()
         self._request(wire.MessageType.ACTIVATE)
+
+    def engine_event(self) -> int:
+        """Return a new eventfd, which the gateway writes for doorbells of the engine. The caller closes it."""
+        reply, descriptors = _converse(self._connection, wire.Message(wire.MessageType.ENGINE))
+        if reply.status != wire.Status.OK or len(descriptors) != 1:
+            _close_all(descriptors)
+            raise GatewayError(f"the trap gateway has no eventfd for the engine (status {reply.status})")
+        return descriptors[0]
+
+    def engine_waiting_address(self) -> int:
+        """Return the address of the word that says that the engine sleeps on that eventfd."""
+        return int(self._address) + 4 * _CONTROL["engine_waiting"]
+
+    def doorbell_address(self, number: int) -> int:
+        """Return the address of a doorbell, whose bits other threads change, too."""
+        if not 0 <= number < wire.DOORBELLS:
+            raise InternalError(f"there is no doorbell {number}")
+        return int(self._address + self._doorbell_offset + number)
 
     def refresh_clock(self) -> None:
         """Have the gateway compare the host's TSC and its monotonic clock now, instead of at the next trap."""

@@ -21,6 +21,13 @@ _MASK64 = (1 << 64) - 1
 ClockFields = tuple[int, int, int, int, int, int, int]
 
 
+def reclaim_doorbells(region: mmap.mmap, offset: int) -> None:
+    """Take over the doorbells of the engine of an emulator that has ended: they count as rung."""
+    for at, value in enumerate(region[offset : offset + wire.DOORBELLS]):
+        if value & wire.DOORBELL_ENGINE:
+            region[offset + at] = wire.DOORBELL_RUNG
+
+
 class GatewayClock:
     """The guest's TSC, a :class:`~vmbus.machine.clock.TscSource`. ``words``: the shared region as 32-bit words."""
 

@@ -31,6 +31,7 @@ PLUGIN_EXPORT int qemu_plugin_version = PLUGIN_API_VERSION;
 
 struct gateway gateway = {
     .wait = true,
+    .engine_fd = -1,
     .lock = PTHREAD_MUTEX_INITIALIZER,
     .clock_lock = PTHREAD_MUTEX_INITIALIZER,
 };

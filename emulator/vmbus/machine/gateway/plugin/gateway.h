@@ -78,6 +78,7 @@ struct gateway {
     uint64_t region_size;
     int memory_fd;
     int event_fd;  /* wakes the emulator */
+    int engine_fd; /* wakes its engine; -1: there was none so far */
     bool wait;
     bool one_thread; /* QEMU runs all vCPUs in one thread: one that polls keeps the others from running */
     unsigned int vcpus_max;
@@ -170,6 +171,7 @@ enum slot_outcome { OUTCOME_VALUE, OUTCOME_FAULT, OUTCOME_RETRY };
 enum slot_outcome slots_ask(struct vcpu_state *vcpu, const struct trap_key *key, bool long_mode,
                             uint64_t *value);
 void emulator_wake(void);
+void engine_wake(void);
 void emulator_rest(void);
 
 /* clock.c */

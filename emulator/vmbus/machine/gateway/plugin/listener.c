@@ -74,7 +74,7 @@ static struct connection *attached_connection(void)
 }
 
 static bool reply(const struct connection *connection, uint32_t type, uint32_t status, uint64_t argument,
-                  bool descriptors)
+                  const int *descriptors, size_t count)
 {
     struct gateway_reply body = {
         .magic = GATEWAY_MESSAGE_MAGIC,
@@ -90,17 +90,41 @@ static bool reply(const struct connection *connection, uint32_t type, uint32_t s
     } control = { 0 };
     struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1 };
 
-    if (descriptors) {
-        int both[2] = { gateway.memory_fd, gateway.event_fd };
+    if (count) {
         message.msg_control = control.space;
-        message.msg_controllen = sizeof(control.space);
+        message.msg_controllen = CMSG_SPACE(count * sizeof(int));
         struct cmsghdr *header = CMSG_FIRSTHDR(&message);
         header->cmsg_level = SOL_SOCKET;
         header->cmsg_type = SCM_RIGHTS;
-        header->cmsg_len = CMSG_LEN(sizeof(both));
-        memcpy(CMSG_DATA(header), both, sizeof(both));
+        header->cmsg_len = CMSG_LEN(count * sizeof(int));
+        memcpy(CMSG_DATA(header), descriptors, count * sizeof(int));
     }
     return sendmsg(connection->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT) == (ssize_t)sizeof(body);
+}
+
+/* Put a new eventfd behind the number *fd, or make one: vCPUs may be writing to it. */
+static bool new_eventfd(int *fd)
+{
+    int made = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+
+    if (made < 0) {
+        return false;
+    }
+    if (*fd < 0) {
+        __atomic_store_n(fd, made, __ATOMIC_RELAXED);
+        return true;
+    }
+    bool replaced = dup3(made, *fd, O_CLOEXEC) >= 0;
+    close(made);
+    return replaced;
+}
+
+static bool engine(struct connection *connection)
+{
+    if (!new_eventfd(&gateway.engine_fd)) {
+        return reply(connection, MESSAGE_ENGINE, STATUS_REFUSED, 0, NULL, 0);
+    }
+    return reply(connection, MESSAGE_ENGINE, STATUS_OK, 0, &gateway.engine_fd, 1);
 }
 
 static bool hello(struct connection *connection)
@@ -109,14 +133,14 @@ static bool hello(struct connection *connection)
     struct connection *other = attached_connection();
 
     if (message->version != GATEWAY_VERSION) {
-        reply(connection, MESSAGE_HELLO, STATUS_VERSION, 0, false);
+        reply(connection, MESSAGE_HELLO, STATUS_VERSION, 0, NULL, 0);
         return false;
     }
     if (other == connection) {
         return false;
     }
     if (other && !(message->flags & HELLO_TAKEOVER)) {
-        reply(connection, MESSAGE_HELLO, STATUS_BUSY, (uint64_t)other->pid, false);
+        reply(connection, MESSAGE_HELLO, STATUS_BUSY, (uint64_t)other->pid, NULL, 0);
         return false;
     }
     if (other) {
@@ -126,20 +150,17 @@ static bool hello(struct connection *connection)
         connection_end(other);
     }
     /* A new eventfd for each emulator: a previous one that still reads the old eventfd must not consume events. */
-    int event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (event_fd < 0 || dup3(event_fd, gateway.event_fd, O_CLOEXEC) < 0) {
-        reply(connection, MESSAGE_HELLO, STATUS_REFUSED, 0, false);
-        if (event_fd >= 0) {
-            close(event_fd);
-        }
+    if (!new_eventfd(&gateway.event_fd)) {
+        reply(connection, MESSAGE_HELLO, STATUS_REFUSED, 0, NULL, 0);
         return false;
     }
-    close(event_fd);
+    atomic_store(&gateway.control->engine_waiting, 0);
     atomic_fetch_add(&gateway.control->owner, 1);
     connection->attached = true;
     emulator_set(EMULATOR_ATTACHED);
     clock_refresh(true);
-    return reply(connection, MESSAGE_HELLO, STATUS_OK, gateway.region_size, true);
+    const int both[2] = { gateway.memory_fd, gateway.event_fd };
+    return reply(connection, MESSAGE_HELLO, STATUS_OK, gateway.region_size, both, 2);
 }
 
 /* Return false if the connection is to be closed. */
@@ -163,10 +184,12 @@ static bool handle(struct connection *connection)
     case MESSAGE_CLOCK:
         clock_refresh(true);
         break;
+    case MESSAGE_ENGINE:
+        return engine(connection);
     default:
         return false;
     }
-    return reply(connection, message->type, STATUS_OK, 0, false);
+    return reply(connection, message->type, STATUS_OK, 0, NULL, 0);
 }
 
 static void receive(struct connection *connection)
@@ -201,7 +224,7 @@ static void accept_one(void)
     }
     struct connection candidate = { .fd = fd };
     if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &length) != 0 || (peer.uid != 0 && peer.uid != geteuid())) {
-        reply(&candidate, MESSAGE_HELLO, STATUS_REFUSED, 0, false);
+        reply(&candidate, MESSAGE_HELLO, STATUS_REFUSED, 0, NULL, 0);
         close(fd);
         return;
     }

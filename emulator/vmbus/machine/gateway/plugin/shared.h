@@ -108,6 +108,10 @@ struct gateway_cpuid {
     uint32_t reserved;
 };
 
+/* A doorbell: bit 0 is set by the gateway, the others by the emulator; both with locked instructions. */
+#define DOORBELL_RUNG 1u
+#define DOORBELL_ENGINE 2u /* a thread of its own serves it, which has an eventfd of its own */
+
 /* VMCALL with this control word and base <= first input < base + count: doorbell `first` + input - base. */
 struct gateway_rule {
     uint64_t control;
@@ -163,7 +167,8 @@ struct gateway_control {
     uint64_t reserved1[2];
     /* E */
     _Atomic uint32_t waiting; /* 1: write the eventfd when there is work */
-    uint32_t reserved2[15];
+    _Atomic uint32_t engine_waiting; /* 1: write the second eventfd when a doorbell of the engine is rung */
+    uint32_t reserved2[14];
     _Atomic uint32_t arm;           /* a change requests new TSC samples */
     _Atomic uint32_t hold_timeout_ms; /* 0: requests wait without limit */
     _Atomic uint32_t spin_ns;       /* how long a vCPU spins for an answer before it sleeps */
@@ -186,7 +191,7 @@ struct gateway_control {
 /* Socket messages. */
 #define GATEWAY_MESSAGE_MAGIC UINT32_C(0x57476256) /* "VbGW" */
 
-enum gateway_message_type { MESSAGE_HELLO = 1, MESSAGE_ACTIVATE = 2, MESSAGE_CLOCK = 3 };
+enum gateway_message_type { MESSAGE_HELLO = 1, MESSAGE_ACTIVATE = 2, MESSAGE_CLOCK = 3, MESSAGE_ENGINE = 4 };
 enum gateway_status { STATUS_OK = 0, STATUS_VERSION = 1, STATUS_BUSY = 2, STATUS_REFUSED = 3 };
 
 #define HELLO_TAKEOVER 1u
@@ -198,7 +203,10 @@ struct gateway_message {
     uint32_t flags;   /* HELLO */
 };
 
-/* The reply to a successful HELLO carries two descriptors: the memory and an eventfd. */
+/*
+ * The reply to a successful HELLO carries two descriptors: the memory and an eventfd; that to ENGINE a second eventfd,
+ * for the doorbells of the emulator's engine.
+ */
 struct gateway_reply {
     uint32_t magic;
     uint32_t type;

@@ -44,6 +44,18 @@ void emulator_wake(void)
     }
 }
 
+/* The same for the engine. The descriptor is the listener's, which replaces what is behind it, and never closes it. */
+void engine_wake(void)
+{
+    uint64_t one = 1;
+
+    atomic_thread_fence(memory_order_seq_cst);
+    if (atomic_load_explicit(&gateway.control->engine_waiting, memory_order_relaxed)) {
+        ssize_t written = write(__atomic_load_n(&gateway.engine_fd, __ATOMIC_RELAXED), &one, sizeof(one));
+        (void)written;
+    }
+}
+
 /* Sleep until an emulator is active, for at most REST_NS. */
 void emulator_rest(void)
 {

@@ -104,8 +104,11 @@ static bool ring_doorbell(struct vcpu_state *vcpu, struct insn_info info)
         return false;
     }
     vcpu->shared->doorbells++;
-    __atomic_store_n(&gateway.doorbells[doorbell], 1, __ATOMIC_RELEASE);
-    emulator_wake();
+    if (__atomic_fetch_or(&gateway.doorbells[doorbell], DOORBELL_RUNG, __ATOMIC_SEQ_CST) & DOORBELL_ENGINE) {
+        engine_wake();
+    } else {
+        emulator_wake();
+    }
     give_result(vcpu, info, result);
     return true;
 }
