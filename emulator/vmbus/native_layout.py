@@ -6,7 +6,11 @@ import ctypes
 import re
 from collections.abc import Mapping, Sequence
 from ctypes import Structure
+from importlib import resources
 from typing import Any
+
+DEVICE_HEADER = resources.files("vmbus").joinpath("engine_device.h").read_text()
+"""``engine_device.h``, for a device whose compiled code runs in the engine: what it brings, and what it may use."""
 
 _C_TYPES: dict[Any, str] = {
     ctypes.c_char: "char",

@@ -17,6 +17,7 @@ from pathlib import Path
 from vmbus import native
 from vmbus.errors import MissingRequirement
 from vmbus.machine.gateway import build as gateway_build
+from vmbus.native_layout import DEVICE_HEADER
 from vmbus.wire import gateway as wire
 from vmbus_devices.scsi.fast.build import SOURCE, layout
 
@@ -53,6 +54,7 @@ def _compile(name: str, folder: Path, command: str, instrumented: str, *, driver
     folder.mkdir(parents=True, exist_ok=True)
     if name == "take":
         (folder / "layout.h").write_text(layout())
+        (folder / "engine_device.h").write_text(DEVICE_HEADER)
         includes, stubs = [folder, SOURCE], []
     else:
         includes, stubs = [gateway_build.SOURCE, GATEWAY_TESTS], [GATEWAY_TESTS / "stub.c"]

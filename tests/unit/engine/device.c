@@ -9,7 +9,7 @@
 #include <errno.h>
 #include <string.h>
 
-#include "device.h"
+#include "engine_device.h"
 
 #define MOST 1024
 

@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from vmbus.machine.engine.build import LIBRARY, SOURCE
-from vmbus.machine.engine.layout import EngineSetup, Mirror
+from vmbus.machine.engine.build import LIBRARY
+from vmbus.machine.engine.layout import EngineSetup, Mirror, Region
 from vmbus.machine.engine.library import EngineLibrary
 from vmbus.machine.engine.thread import Engine, Functions, Target
 from vmbus.machine.io.addresses import address_of
 from vmbus.machine.memory import MappedMemory, RamRegion
 from vmbus.native import compiler
+from vmbus.native_layout import DEVICE_HEADER
 from vmbus.testing.loopback import GuestPacket, RingReader, RingWriter, guest_packet
 from vmbus.wire.gateway import IdleState
 
@@ -29,6 +30,9 @@ PAGE = 4096
 RAM = 4 << 20
 IN_PAGES, OUT_PAGES = (3, 9, 4, 5), (20, 21, 7, 23)
 """Page numbers of the rings: not in one run."""
+HOLE = 2 << 20
+"""The guest's RAM is 0 to 2 MiB and 16 to 18 MiB, as if there was a hole."""
+HIGH = 16 << 20
 FLAGS_PAGE, FLAG = 30, 5
 BUFFERS = 64
 """The first page that transfers store into."""
@@ -38,7 +42,8 @@ LINE = b"writel 0xfee00000 0xf3\n"
 
 def compile_device(folder: Path) -> Path:
     library = folder / "device.so"
-    flags = ("-std=c11", "-Wall", "-Wextra", "-Werror", "-O1", "-fPIC", "-shared", f"-I{SOURCE}")
+    (folder / "engine_device.h").write_text(DEVICE_HEADER)
+    flags = ("-std=c11", "-Wall", "-Wextra", "-Werror", "-O1", "-fPIC", "-shared", f"-I{folder}")
     subprocess.run([compiler(), *flags, "-o", library, HERE / "device.c"], check=True)
     return library
 
@@ -48,11 +53,13 @@ class EngineGuest:
 
     def __init__(self, device: Path, *, engine: str | None = None, busy_waits: bool = True) -> None:
         self.map = mmap.mmap(-1, RAM)
-        self.memory = MappedMemory(memoryview(self.map), [RamRegion(0, RAM, 0)])
+        self.memory = MappedMemory(
+            memoryview(self.map), [RamRegion(0, HOLE, 0), RamRegion(HIGH, RAM - HOLE, HOLE)]
+        )
         signals = EngineLibrary.open()
         assert signals is not None
         self._set_bits = signals.set_bits
-        self.notes = bytearray(RAM // PAGE)
+        self.notes = bytearray((HIGH + RAM - HOLE) // PAGE)
         self.mirror_map = mmap.mmap(-1, ctypes.sizeof(Mirror))
         self.mirror = Mirror.from_buffer(self.mirror_map)
         self.words = (ctypes.c_uint64 * 8)()  # idle, pending (4), missed, doorbell, waiting
@@ -65,11 +72,15 @@ class EngineGuest:
             ram_size=RAM,
             dirty=address_of(self.memory.dirty),
             notes=address_of(self.notes),
+            note_pages=len(self.notes),
+            region_count=2,
             mirror=address_of(self.mirror_map),
             waiting=at + 56,
             wake_fd=self.wake_fd,
             qtest_fd=theirs.fileno(),
         )
+        setup.region[0] = Region(0, HOLE, 0)
+        setup.region[1] = Region(HOLE, RAM - HOLE, HIGH)
         self.engine = Engine.start(engine or str(LIBRARY.build()), setup, busy_waits=busy_waits)
         self.through: list[tuple[int, int]] = []
         self.engine.noted = self.through.extend
@@ -81,7 +92,7 @@ class EngineGuest:
             ctypes.cast(self._device[name], ctypes.c_void_p).value or 0
             for name in ("test_take", "test_complete")
         )
-        self._functions = Functions(take, complete, ctypes.addressof(self._context))
+        self.functions = Functions(take, complete, ctypes.addressof(self._context))
         self._target = Target(FLAGS_PAGE * PAGE, 1 << FLAG, VECTOR, LINE, (at, at + 8, at + 40))
         self.writer = RingWriter(self.memory.pages(IN_PAGES))
         self.reader = RingReader(self.memory.pages(OUT_PAGES))
@@ -123,7 +134,7 @@ class EngineGuest:
         assert self.engine.give(
             0,
             self,
-            self._functions,
+            self.functions,
             self._target,
             incoming=([page * PAGE for page in IN_PAGES], self.indices[0]),
             outgoing=([page * PAGE for page in OUT_PAGES], self.indices[1]),

@@ -17,6 +17,8 @@ from tests.unit.engine.engine_guest import (
     BUFFERS,
     FLAG,
     FLAGS_PAGE,
+    HIGH,
+    HOLE,
     OUT_PAGES,
     PAGE,
     EngineGuest,
@@ -202,17 +204,35 @@ def test_requests_of_an_earlier_opening_are_not_answered(guest: EngineGuest) -> 
     assert len(guest.answers) == answered
 
 
-def test_pages_with_code_are_written_through_qemu_before_the_answer(guest: EngineGuest) -> None:
+@pytest.mark.parametrize(("place", "pfn"), [(BUFFERS, BUFFERS), (HOLE // PAGE + 7, HIGH // PAGE + 7)])
+def test_pages_with_code_are_written_through_qemu_before_the_answer(
+    guest: EngineGuest, place: int, pfn: int
+) -> None:
     os.pwrite(guest.file, b"\x90" * PAGE, 0)
-    guest.notes[BUFFERS] = 1
+    guest.notes[pfn] = 1
     guest.give()
-    guest.send(guest.order(2, 1000, 0, BUFFERS * PAGE + 100))
+    guest.send(guest.order(2, 1000, 0, place * PAGE + 100))
     time.sleep(0.02)
     assert guest.reader.available() == 0
     guest.dispatch(lambda: bool(guest.through))
-    assert guest.through == [(BUFFERS * PAGE + 100, 1000)]
-    assert not guest.notes[BUFFERS]
+    assert guest.through == [(place * PAGE + 100, 1000)]
+    assert not guest.notes[pfn]
     assert ids(guest.receive(1)) == [1]
+
+
+def test_during_a_migration_every_range_is_reported_before_the_answer(guest: EngineGuest) -> None:
+    os.pwrite(guest.file, bytes(PAGE), 0)
+    guest.engine.report_ranges(True)
+    guest.give()
+    guest.send(guest.order(2, PAGE, 0, BUFFERS * PAGE + 100))
+    time.sleep(0.02)
+    assert guest.reader.available() == 0
+    guest.dispatch(lambda: bool(guest.through))
+    assert guest.through == [(BUFFERS * PAGE + 100, PAGE - 100), ((BUFFERS + 1) * PAGE, 100)]
+    assert ids(guest.receive(1)) == [1]
+    guest.engine.report_ranges(False)
+    guest.send(guest.read_order(0))
+    assert ids(guest.receive(1)) == [2]
 
 
 # --- signals ---

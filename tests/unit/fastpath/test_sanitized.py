@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from vmbus import native
 from vmbus.errors import MissingRequirement
+from vmbus.native_layout import DEVICE_HEADER
 from vmbus_devices.scsi.fast.build import SOURCE, layout
 
 HERE = Path(__file__).parent
@@ -19,6 +20,7 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g",
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fastpath")
     (folder / "layout.h").write_text(layout())
+    (folder / "engine_device.h").write_text(DEVICE_HEADER)
     try:
         command = native.compiler()
     except MissingRequirement as error:

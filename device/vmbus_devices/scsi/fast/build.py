@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 from vmbus.native import FLAGS, NativeLibrary
-from vmbus.native_layout import declarations
+from vmbus.native_layout import DEVICE_HEADER, declarations
 from vmbus.wire import packet, scsi, storvsp
 from vmbus.wire.gateway import offset_of
 from vmbus.wire.packet import PacketType
@@ -86,5 +86,5 @@ LIBRARY = NativeLibrary(
     resources.files(__package__),
     flags=(*FLAGS, "-D_GNU_SOURCE"),
     libraries=("-lm",),
-    generated={"layout.h": layout()},
+    generated={"layout.h": layout(), "engine_device.h": DEVICE_HEADER},
 )

@@ -20,9 +20,11 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
+#include "engine_device.h"
 #include "layout.h"
 
 #define MAX_SLOTS 512 /* requests under way */
+#define ENGINE_SLOTS 1024 /* of the engine */
 #define MAX_PAGES 513 /* 2 MiB that begin within a page */
 
 #define PAGE ((uint64_t)1 << PAGE_SHIFT)
@@ -66,6 +68,18 @@ struct fastpath {
     uint32_t waiting_count;
     uint64_t usual_ns; /* moving average of the duration of a transfer */
     struct slot slot[MAX_SLOTS];
+    struct slot engine_slot[ENGINE_SLOTS]; /* the engine's thread uses these, and the units; nothing else */
+};
+
+/* A channel's part of the fast path, for the engine; shared with Python. */
+struct storage {
+    struct fastpath *path;
+    const int16_t *units; /* target * MAX_LUNS + LUN to the number of a unit, or -1 */
+};
+
+struct command {
+    int is_write, fua;
+    uint64_t lba, blocks;
 };
 
 /* fastpath.c */
@@ -75,6 +89,9 @@ uint64_t fastpath_size(void);
 uint64_t now_ns(void);
 
 /* take.c */
+struct unit *plan(struct fastpath *path, const int16_t *units, const uint8_t *packet, uint32_t size, struct slot *slot,
+                  struct command *command);
+void began(struct unit *unit);
 uint32_t fastpath_take(struct fastpath *path, uint32_t channel, const int16_t *units, const uint8_t *buffer,
                        uint64_t length, uint64_t at, uint64_t known, uint32_t limit, uint64_t *consumed);
 
@@ -88,6 +105,8 @@ void uring_collect(const struct uring *ring);
 int fastpath_submit(struct fastpath *path);
 
 /* reap.c */
+uint32_t build_answer(const struct slot *slot, const uint8_t *packet, uint8_t *answer);
+void count_request(struct unit *unit, const struct slot *slot);
 const uint8_t *fastpath_packet(const struct fastpath *path, uint32_t number);
 uint32_t fastpath_reap(struct fastpath *path);
 uint32_t fastpath_wait(struct fastpath *path, const uint32_t *word, uint32_t value);

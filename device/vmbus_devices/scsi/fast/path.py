@@ -122,6 +122,10 @@ class _Library:
         self.wait = library.fastpath_wait
         self.wait.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32)
         self.wait.restype = ctypes.c_uint32
+        self.engine_take, self.engine_complete = (
+            ctypes.cast(function, ctypes.c_void_p).value or 0
+            for function in (library.storage_take, library.storage_complete)
+        )
         self.arm = library.fastpath_arm
         self.arm.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
         self.arm.restype = ctypes.c_uint32
@@ -155,6 +159,8 @@ class FastPath:
         self._output = memoryview(shared.output).cast("B")
         self._channels: dict[int, FastPathChannel] = {}
         self._next_channel = 0
+        self._contexts: dict[int, ctypes.Array[ctypes.c_uint64]] = {}
+        """Contexts of channels that the engine may have, by the address of their units."""
         self._free_units = list(range(MAX_UNITS))[::-1]
         self._armed = True
         self._retry = False
@@ -273,6 +279,16 @@ class FastPath:
         channel = FastPathChannel(self, number, owner, units)
         self._channels[number] = channel
         return channel
+
+    def for_engine(self, units: array[int]) -> tuple[int, int, int]:
+        """Return what the engine needs for a channel: addresses of two functions and their context.
+
+        ``units``: as in :meth:`open_channel`; it is read in the engine's thread, as are the units, so neither may
+        change while a channel is given to the engine. The context is valid as long as this object and ``units`` are.
+        """
+        context = (ctypes.c_uint64 * 2)(self._address, units.buffer_info()[0])
+        self._contexts[units.buffer_info()[0]] = context
+        return self._library.engine_take, self._library.engine_complete, ctypes.addressof(context)
 
     def forget(self, number: int) -> None:
         """Drop a channel that is closed and has no request under way."""

@@ -54,9 +54,9 @@ static void stored(struct fastpath *path, const struct slot *slot)
     }
 }
 
-static void count(struct fastpath *path, const struct slot *slot)
+/* Count a request that was done. */
+void count_request(struct unit *unit, const struct slot *slot)
 {
-    struct unit *unit = &path->shared.unit[slot->unit];
     uint64_t spent = now_ns() - slot->begun_ns;
 
     if (!spent)
@@ -81,17 +81,17 @@ static void event(struct fastpath *path, const struct slot *slot, uint32_t kind,
     path->shared.event[path->shared.events++] = (struct event){slot->channel, kind, offset, length};
 }
 
-static void answer(struct fastpath *path, const struct slot *slot)
+/* Write the completion packet of a request that was done, without trailer; return its size. */
+uint32_t build_answer(const struct slot *slot, const uint8_t *packet, uint8_t *answer)
 {
-    uint32_t offset = path->shared.events * ANSWER_STRIDE;
-    uint8_t *packet = path->shared.output + offset, *body = packet + DESCRIPTOR_SIZE;
+    uint8_t *body = answer + DESCRIPTOR_SIZE;
     uint32_t size = (DESCRIPTOR_SIZE + slot->answer_size + 7) & ~7u;
 
-    memset(packet, 0, ANSWER_STRIDE);
-    put16(packet + DESCRIPTOR_TYPE, TYPE_COMPLETION);
-    put16(packet + DESCRIPTOR_DATA_OFFSET8, DESCRIPTOR_SIZE / 8);
-    put16(packet + DESCRIPTOR_LENGTH8, (uint16_t)(size / 8));
-    memcpy(packet + DESCRIPTOR_TRANSACTION_ID, slot->packet + DESCRIPTOR_TRANSACTION_ID, 8);
+    memset(answer, 0, ANSWER_STRIDE);
+    put16(answer + DESCRIPTOR_TYPE, TYPE_COMPLETION);
+    put16(answer + DESCRIPTOR_DATA_OFFSET8, DESCRIPTOR_SIZE / 8);
+    put16(answer + DESCRIPTOR_LENGTH8, (uint16_t)(size / 8));
+    memcpy(answer + DESCRIPTOR_TRANSACTION_ID, packet + DESCRIPTOR_TRANSACTION_ID, 8);
     put32(body + REQUEST_OPERATION, OPERATION_COMPLETE_IO);
     put16(body + REQUEST_LENGTH, SRB_SIZE);
     body[REQUEST_SRB_STATUS] = SRB_STATUS_SUCCESS;
@@ -103,7 +103,14 @@ static void answer(struct fastpath *path, const struct slot *slot)
     body[REQUEST_DIRECTION] = slot->request[REQUEST_DIRECTION];
     body[REQUEST_PROPERTIES] = slot->request[REQUEST_PROPERTIES];
     put32(body + REQUEST_TRANSFER_LENGTH, slot->length);
-    event(path, slot, EVENT_ANSWER, offset, size);
+    return size;
+}
+
+static void answer(struct fastpath *path, const struct slot *slot)
+{
+    uint32_t offset = path->shared.events * ANSWER_STRIDE;
+
+    event(path, slot, EVENT_ANSWER, offset, build_answer(slot, slot->packet, path->shared.output + offset));
 }
 
 static void done(struct fastpath *path, uint32_t number, int64_t result)
@@ -114,7 +121,7 @@ static void done(struct fastpath *path, uint32_t number, int64_t result)
         /* Nothing is stored for a unit without a file. */
         if (!slot->is_write && !(path->shared.unit[slot->unit].flags & UNIT_NULL))
             stored(path, slot);
-        count(path, slot);
+        count_request(&path->shared.unit[slot->unit], slot);
         answer(path, slot);
     } else {
         if (!slot->is_write)

@@ -39,11 +39,6 @@ static uint64_t big(const uint8_t *at, int bytes)
     return value;
 }
 
-struct command {
-    int is_write, fua;
-    uint64_t lba, blocks;
-};
-
 /* Parse a READ or WRITE without protection information; return 0 for anything else. */
 static int parse_command(const uint8_t *cdb, struct command *command)
 {
@@ -127,64 +122,85 @@ static int gather(const struct fastpath *path, struct slot *slot, const uint8_t 
     return 1;
 }
 
-/* Start the request in a packet of ``size`` bytes without trailer; return 0 if Python has to process the packet. */
-static int take_one(struct fastpath *path, uint32_t channel, const int16_t *units, const uint8_t *packet,
-                    uint32_t size)
+/*
+ * Fill ``slot`` and ``command`` with the request in a packet of ``size`` bytes without trailer; return its unit, or NULL
+ * if Python has to process the packet. Nothing else is changed.
+ */
+struct unit *plan(struct fastpath *path, const int16_t *units, const uint8_t *packet, uint32_t size, struct slot *slot,
+                  struct command *command)
 {
     uint32_t data = get16(packet + DESCRIPTOR_DATA_OFFSET8) * 8u;
     if (get16(packet + DESCRIPTOR_FLAGS) != 1 || data < DESCRIPTOR_SIZE + GPA_DIRECT_HEADER_SIZE || data > size)
-        return 0;
+        return NULL;
     uint32_t payload_size = size - data;
     if (payload_size < SHORTEST_REQUEST || payload_size > 128)
-        return 0;
+        return NULL;
     const uint8_t *header = packet + DESCRIPTOR_SIZE, *range = header + GPA_DIRECT_HEADER_SIZE;
     if (get32(header + GPA_DIRECT_RANGE_COUNT) != 1 ||
         data < DESCRIPTOR_SIZE + GPA_DIRECT_HEADER_SIZE + GPA_RANGE_HEADER_SIZE)
-        return 0;
+        return NULL;
     uint64_t byte_count = get32(range + GPA_RANGE_BYTE_COUNT);
     uint32_t byte_offset = get32(range + GPA_RANGE_BYTE_OFFSET);
     uint64_t pages = (byte_offset + byte_count + PAGE - 1) >> PAGE_SHIFT;
     if (!byte_count || byte_offset >= PAGE || pages > MAX_PAGES ||
         DESCRIPTOR_SIZE + GPA_DIRECT_HEADER_SIZE + GPA_RANGE_HEADER_SIZE + pages * 8 > data)
-        return 0;
+        return NULL;
 
     const uint8_t *request = packet + data;
     if (get32(request + REQUEST_OPERATION) != OPERATION_EXECUTE_SRB || request[REQUEST_PATH] ||
         request[REQUEST_TARGET] >= MAX_TARGETS || request[REQUEST_LUN] >= MAX_LUNS ||
         request[REQUEST_CDB_LENGTH] > CDB_SIZE)
-        return 0;
+        return NULL;
     int16_t number = units[request[REQUEST_TARGET] * MAX_LUNS + request[REQUEST_LUN]];
     if (number < 0 || number >= MAX_UNITS)
-        return 0;
+        return NULL;
     struct unit *unit = &path->shared.unit[number];
-    struct command command;
-    if (!parse_command(request + REQUEST_CDB, &command) ||
-        !(unit->flags & (command.is_write ? UNIT_WRITES : UNIT_READS)) ||
-        request[REQUEST_DIRECTION] != (command.is_write ? DIRECTION_OUT : DIRECTION_IN))
-        return 0;
-    if (command.blocks > unit->blocks || command.lba > unit->blocks - command.blocks ||
-        command.blocks > unit->max_transfer >> unit->block_shift)
-        return 0;
-    uint64_t length = command.blocks << unit->block_shift;
+    if (!parse_command(request + REQUEST_CDB, command) ||
+        !(unit->flags & (command->is_write ? UNIT_WRITES : UNIT_READS)) ||
+        request[REQUEST_DIRECTION] != (command->is_write ? DIRECTION_OUT : DIRECTION_IN))
+        return NULL;
+    if (command->blocks > unit->blocks || command->lba > unit->blocks - command->blocks ||
+        command->blocks > unit->max_transfer >> unit->block_shift)
+        return NULL;
+    uint64_t length = command->blocks << unit->block_shift;
     if (length > get32(request + REQUEST_TRANSFER_LENGTH) || length > byte_count)
-        return 0;
+        return NULL;
 
-    uint32_t place = path->first_free;
-    if (place >= MAX_SLOTS)
-        return 0;
-    struct slot *slot = &path->slot[place];
     slot->length = (uint32_t)length;
     if (!gather(path, slot, range + GPA_RANGE_HEADER_SIZE, byte_offset, unit->alignment_mask))
-        return 0;
-    slot->channel = channel;
+        return NULL;
     slot->unit = (uint16_t)number;
-    slot->is_write = (uint8_t)command.is_write;
+    slot->is_write = (uint8_t)command->is_write;
     slot->packet_size = size;
     slot->answer_size = payload_size < LONGEST_ANSWER ? payload_size : LONGEST_ANSWER;
     slot->begun_ns = now_ns();
-    memcpy(slot->packet, packet, size);
     memset(slot->request, 0, sizeof(slot->request));
     memcpy(slot->request, request, slot->answer_size);
+    return unit;
+}
+
+/* Count a request that was started. */
+void began(struct unit *unit)
+{
+    if (++unit->depth > unit->max_depth)
+        unit->max_depth = unit->depth;
+}
+
+/* Start the request in a packet of ``size`` bytes without trailer; return 0 if Python has to process the packet. */
+static int take_one(struct fastpath *path, uint32_t channel, const int16_t *units, const uint8_t *packet,
+                    uint32_t size)
+{
+    uint32_t place = path->first_free;
+    struct command command;
+
+    if (place >= MAX_SLOTS)
+        return 0;
+    struct slot *slot = &path->slot[place];
+    struct unit *unit = plan(path, units, packet, size, slot, &command);
+    if (!unit)
+        return 0;
+    slot->channel = channel;
+    memcpy(slot->packet, packet, size);
     if (unit->flags & UNIT_NULL) {
         if (path->waiting_count >= MAX_EVENTS)
             return 0;
@@ -196,8 +212,7 @@ static int take_one(struct fastpath *path, uint32_t channel, const int16_t *unit
     path->first_free = slot->next_free;
     slot->in_use = 1;
     path->shared.in_flight++;
-    if (++unit->depth > unit->max_depth)
-        unit->max_depth = unit->depth;
+    began(unit);
     return 1;
 }
 

@@ -522,6 +522,12 @@ EXPORT uint32_t engine_channel_of(struct engine *engine, uint32_t slot, uint32_t
     return engine->request[slot].channel;
 }
 
+/* Report every range that is stored into, from the next request that ends on; or only those with code. */
+EXPORT void engine_report_ranges(struct engine *engine, uint32_t on)
+{
+    __atomic_store_n(&engine->setup.report_ranges, on, __ATOMIC_RELAXED);
+}
+
 EXPORT uint32_t engine_in_flight(struct engine *engine)
 {
     return atomic_load(&engine->in_flight);

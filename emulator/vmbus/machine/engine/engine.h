@@ -20,7 +20,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
-#include "device.h"
+#include "engine_device.h"
 #include "layout.h"
 #include "signals.h"
 

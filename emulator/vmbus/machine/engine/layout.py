@@ -22,6 +22,7 @@ MAX_EVENTS = 2048
 MAX_PACKET = 4352
 MAX_ANSWER = 128
 MAX_NOTED = 514
+MAX_REGIONS = 16
 LINE_SIZE = 48
 RELEASE_ANSWER = 1 << 31
 """Flag of a slot that is released: the guest gets its answer now."""
@@ -73,6 +74,12 @@ class Range(Structure):
     _fields_ = [("offset", c_uint64), ("length", c_uint64)]
 
 
+class Region(Structure):
+    """A range of guest RAM: its place in the file, and its guest physical address."""
+
+    _fields_ = [("offset", c_uint64), ("size", c_uint64), ("gpa", c_uint64)]
+
+
 class Event(Structure):
     """An :class:`EventKind`, and what it is about."""
 
@@ -102,13 +109,15 @@ class EngineSetup(Structure):
         ("ram", c_void_p),
         ("ram_size", c_uint64),
         ("dirty", c_void_p),  # a byte for each page of the file
-        ("notes", c_void_p),  # a byte for each page of the file; NULL: code is not watched
+        ("notes", c_void_p),  # a byte for each guest page; NULL: code is not watched
+        ("note_pages", c_uint64),  # pages beyond these always count as noted
         ("mirror", c_void_p),
         ("waiting", c_void_p),  # the gateway's word: wake the engine for its doorbells
         ("wake_fd", c_int32),  # eventfd that the gateway writes then
         ("qtest_fd", c_int32),
-        ("report_ranges", c_uint32),
-        ("reserved", c_uint32),
+        ("report_ranges", c_uint32),  # pass every range that is stored into to Python, before the answer
+        ("region_count", c_uint32),
+        ("region", Region * MAX_REGIONS),
         ("policy", Policy),
     ]
 
@@ -222,6 +231,7 @@ class Mirror(Structure):
 
 STRUCTURES: tuple[type[Structure], ...] = (
     Range,
+    Region,
     Event,
     Policy,
     EngineSetup,
@@ -244,6 +254,7 @@ CONSTANTS = {
     "MAX_PACKET": MAX_PACKET,
     "MAX_ANSWER": MAX_ANSWER,
     "MAX_NOTED": MAX_NOTED,
+    "MAX_REGIONS": MAX_REGIONS,
     "LINE_SIZE": LINE_SIZE,
     "RELEASE_ANSWER": RELEASE_ANSWER,
     "PAGE_SHIFT": PAGE_SIZE.bit_length() - 1,

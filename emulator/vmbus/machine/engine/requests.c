@@ -118,6 +118,28 @@ static uint32_t ended(struct engine *engine, uint32_t slot, int32_t result)
     return 1;
 }
 
+/* Return whether code was translated from the page at an offset in the file, and clear the note. */
+static int noted(const struct engine *engine, uint64_t offset)
+{
+    const struct engine_setup *setup = &engine->setup;
+
+    if (!setup->notes)
+        return 0;
+    for (uint32_t i = 0; i < setup->region_count; i++) {
+        const struct region *region = &setup->region[i];
+        if (offset >= region->offset && offset - region->offset < region->size) {
+            uint64_t page = (region->gpa + (offset - region->offset)) >> PAGE_SHIFT;
+            if (page >= setup->note_pages)
+                return 1;
+            int found = setup->notes[page];
+            if (found)
+                setup->notes[page] = 0;
+            return found;
+        }
+    }
+    return 1; /* not in guest RAM as it is known: to be on the safe side */
+}
+
 /*
  * Record a store into the file of guest RAM, of the kernel or of the device: before the guest gets the answer. The
  * order is that of GuestMemory: the store, the dirty log, a fence, then the check of the notes.
@@ -130,16 +152,14 @@ static void stored(struct engine *engine, uint32_t slot, uint64_t offset, uint64
     if (!length)
         return;
     memset(engine->setup.dirty + (offset >> PAGE_SHIFT), 1, ((end - 1) >> PAGE_SHIFT) - (offset >> PAGE_SHIFT) + 1);
-    if (!engine->setup.notes && !engine->setup.report_ranges)
+    uint32_t all = __atomic_load_n(&engine->setup.report_ranges, __ATOMIC_RELAXED);
+    if (!engine->setup.notes && !all)
         return;
     full_fence();
     for (uint64_t at = offset; at < end;) {
-        uint64_t page = at >> PAGE_SHIFT, next = (page + 1) << PAGE_SHIFT;
+        uint64_t next = ((at >> PAGE_SHIFT) + 1) << PAGE_SHIFT;
         uint64_t step = (next < end ? next : end) - at;
-        int noted = engine->setup.notes && engine->setup.notes[page];
-        if (noted)
-            engine->setup.notes[page] = 0;
-        if ((noted || engine->setup.report_ranges) && request->noted < MAX_NOTED)
+        if ((noted(engine, at) || all) && request->noted < MAX_NOTED)
             request->range[request->noted++] = (struct range){ at, step };
         at += step;
     }

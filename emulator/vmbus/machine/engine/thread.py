@@ -123,6 +123,7 @@ class _Library:
         self.ranges = function("ranges", POINTER(Range), c_void_p, c_uint32, POINTER(c_uint32))
         self.channel_of = function("channel_of", c_uint32, c_void_p, c_uint32, POINTER(c_uint32))
         self.in_flight = function("in_flight", c_uint32, c_void_p)
+        self.report_ranges = function("report_ranges", None, c_void_p, c_uint32)
         self.lines = function("lines", c_uint64, c_void_p)
         self.get_counts = function(
             "get_counts", None, c_void_p, c_uint32, POINTER(EngineCounts), POINTER(ChannelCounts)
@@ -186,6 +187,10 @@ class Engine:
             {name: getattr(found, name) for name, *_ in EngineCounts._fields_},
             {name: getattr(of_channel, name) for name, *_ in ChannelCounts._fields_},
         )
+
+    def report_ranges(self, on: bool) -> None:
+        """Pass every range that is stored into to :attr:`noted`, before the guest gets the answer; or only code."""
+        self._library.report_ranges(self._engine, int(on))
 
     def give(
         self,
