@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 from vmbus.machine.engine.build import LIBRARY
 from vmbus.machine.engine.layout import EngineSetup, Mirror, Region
@@ -51,7 +52,9 @@ def compile_device(folder: Path) -> Path:
 class EngineGuest:
     """The guest, and the owner of its channel in the emulator."""
 
-    def __init__(self, device: Path, *, engine: str | None = None, busy_waits: bool = True) -> None:
+    def __init__(
+        self, device: Path, *, engine: str | None = None, busy_waits: bool = True, start: bool = True
+    ) -> None:
         self.map = mmap.mmap(-1, RAM)
         self.memory = MappedMemory(
             memoryview(self.map), [RamRegion(0, HOLE, 0), RamRegion(HIGH, RAM - HOLE, HOLE)]
@@ -62,7 +65,9 @@ class EngineGuest:
         self.notes = bytearray((HIGH + RAM - HOLE) // PAGE)
         self.mirror_map = mmap.mmap(-1, ctypes.sizeof(Mirror))
         self.mirror = Mirror.from_buffer(self.mirror_map)
-        self.words = (ctypes.c_uint64 * 8)()  # idle, pending (4), missed, doorbell, waiting
+        self.words_map = mmap.mmap(-1, PAGE)
+        self.words = (ctypes.c_uint64 * 8).from_buffer(self.words_map)
+        """idle, pending (4), missed, doorbell, waiting"""
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
         self.qtest, theirs = socket.socketpair()
         self._theirs = theirs
@@ -81,9 +86,11 @@ class EngineGuest:
         )
         setup.region[0] = Region(0, HOLE, 0)
         setup.region[1] = Region(HOLE, RAM - HOLE, HIGH)
-        self.engine = Engine.start(engine or str(LIBRARY.build()), setup, busy_waits=busy_waits)
+        self._setup, self._library, self._busy_waits = setup, engine or str(LIBRARY.build()), busy_waits
         self.through: list[tuple[int, int]] = []
-        self.engine.noted = self.through.extend
+        self._started: Engine | None = None
+        if start:
+            self.start_engine()
         self._device = ctypes.CDLL(str(device))
         self.file = os.memfd_create("disk")
         self._context = ctypes.create_string_buffer(1 << 20)
@@ -104,12 +111,24 @@ class EngineGuest:
         self.signal_owed = False
         self.interrupts = 0
         self.next_id = 1
+        self.seen: list[int] = []
+        """Transaction ids of the answers that the guest has read."""
 
-    def __enter__(self) -> EngineGuest:
+    def start_engine(self) -> None:
+        self._started = Engine.start(self._library, self._setup, busy_waits=self._busy_waits)
+        self._started.noted = self.through.extend
+
+    @property
+    def engine(self) -> Engine:
+        assert self._started is not None
+        return self._started
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.engine.close()
+        if self._started is not None:
+            self._started.close()
         for each in (self.wake_fd, self.file):
             os.close(each)
         self.qtest.close()

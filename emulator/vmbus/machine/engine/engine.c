@@ -49,7 +49,7 @@ static void give(struct engine *engine, const struct channel_setup *setup)
 
     memcpy(page, setup->page, (setup->in_pages + setup->out_pages) * sizeof(*page));
     *channel = (struct channel){
-        .owner = OWNER_ENGINE,
+        .owner = OWNER_PYTHON,
         .opening = opening,
         .in = { page, (setup->in_pages - 1) << PAGE_SHIFT, setup->in_index },
         .out = { page + setup->in_pages, (setup->out_pages - 1) << PAGE_SHIFT, setup->out_index },
@@ -74,7 +74,14 @@ static void give(struct engine *engine, const struct channel_setup *setup)
     if (engine->channels <= setup->number)
         engine->channels = setup->number + 1;
     __atomic_fetch_or(channel->doorbell, DOORBELL_ENGINE, __ATOMIC_SEQ_CST);
+    /* The record is void until all of it is there. */
+    struct mirror_channel *copy = &((struct mirror *)engine->setup.mirror)->channel[setup->number];
+    __atomic_store_n(&copy->owner, OWNER_PYTHON, __ATOMIC_RELEASE);
+    STEP();
+    __atomic_store_n(&copy->next, (uint64_t)channel->answered_number << 32 | channel->out.index, __ATOMIC_RELEASE);
     channel_mirror(engine, setup->number);
+    channel->owner = OWNER_ENGINE;
+    __atomic_store_n(&copy->owner, OWNER_ENGINE, __ATOMIC_RELEASE);
 }
 
 /* From now on the rings are Python's; so are the answers that the guest does not have yet, in order. */

@@ -120,6 +120,14 @@ struct engine {
     uint64_t pages[MAX_CHANNELS][MAX_RING_PAGES];
 };
 
+/* Between two stores of which a crash may see only the first: a test ends the process here. */
+#ifdef ENGINE_STEPS
+void engine_step(void);
+#define STEP() engine_step()
+#else
+#define STEP() ((void)0)
+#endif
+
 static inline void full_fence(void)
 {
     __atomic_thread_fence(__ATOMIC_SEQ_CST);

@@ -33,32 +33,38 @@ uint32_t request_new(struct engine *engine)
 void request_free(struct engine *engine, uint32_t slot)
 {
     engine->request[slot].state = FREE;
+    STEP();
     __atomic_store_n(&mirror(engine)->slot[slot].state, FREE, __ATOMIC_RELEASE);
     engine->request[slot].next = engine->first_free;
     engine->first_free = slot;
 }
 
-/* Copy what a successor needs; the state is stored last, and first made void. */
+/*
+ * Copy what a successor needs; the state is stored last. A request that is done stays one that is taken until its answer
+ * is complete: at every moment the mirror has it as one or the other.
+ */
 void request_mirror(struct engine *engine, uint32_t slot)
 {
     const struct request *request = &engine->request[slot];
     const struct channel *channel = &engine->channel[request->channel];
     struct mirror_slot *copy = &mirror(engine)->slot[slot];
 
-    __atomic_store_n(&copy->state, FREE, __ATOMIC_RELEASE);
-    copy->channel = request->channel;
-    copy->opening = request->opening;
     if (request->state == TAKEN) {
+        copy->channel = request->channel;
+        copy->opening = request->opening;
         copy->taken_number = channel->taken_number;
         copy->size = request->size;
         memcpy(copy->packet, request->packet, request->size);
     }
+    STEP();
     if (request->state == DONE) {
         copy->done_number = channel->done_number;
         copy->answer_size = request->answer_size;
         memcpy(copy->answer, request->answer, request->answer_size);
     }
+    STEP();
     __atomic_store_n(&copy->state, request->state, __ATOMIC_RELEASE);
+    STEP();
 }
 
 /* Publish how far the rings are: an index, and the number of the request that it covers, in one store each. */
@@ -70,8 +76,10 @@ void channel_mirror(struct engine *engine, uint32_t number)
     __atomic_store_n(&copy->owner, channel->owner, __ATOMIC_RELEASE);
     copy->opening = channel->opening;
     __atomic_store_n(&copy->taken, (uint64_t)channel->taken_number << 32 | channel->in.index, __ATOMIC_RELEASE);
+    STEP();
     __atomic_store_n(&copy->answered, (uint64_t)channel->answered_number << 32 | channel->out.index,
                      __ATOMIC_RELEASE);
+    STEP();
 }
 
 /* Python reads them in order; MAX_EVENTS are more than there can be. */

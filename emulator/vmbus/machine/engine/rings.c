@@ -155,6 +155,7 @@ static void commit(struct engine *engine, struct channel *channel, uint32_t numb
 
     channel_mirror(engine, number);
     store(engine, &channel->in, RING_READ, index);
+    STEP();
     full_fence();
     uint32_t wanted = load(engine, &channel->in, RING_PENDING) & ~7u;
     if (!wanted || !(load(engine, &channel->in, RING_FEATURES) & FEATURE_PENDING_SEND_SIZE))
@@ -295,8 +296,10 @@ static void write_answers(struct engine *engine, struct channel *channel, uint32
     if (!count)
         return;
     __atomic_store_n(&copy->next, (uint64_t)(channel->answered_number + count) << 32 | at, __ATOMIC_RELEASE);
+    STEP();
     ring->index = at;
     store(engine, ring, RING_WRITE, at);
+    STEP();
     channel->answered_number += count;
     channel_mirror(engine, number);
     for (uint32_t i = 0; i < count; i++) {
