@@ -133,6 +133,9 @@ def test_requests_side_by_side(disk: Disk) -> None:
     counts = disk.path.counts(disk.number)
     assert (counts.reads, counts.writes, counts.bytes_read) == (128, 0, len(content))
     assert sum(counts.latencies.values()) == 128
+    assert 0 < counts.min_latency <= counts.max_latency
+    again = disk.path.counts(disk.number)
+    assert (again.reads, again.bytes_read, again.latencies) == (0, 0, {})
     assert disk.path.depth(disk.number) == 0
 
 

@@ -22,6 +22,7 @@ import os
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmbus.errors import InternalError, MissingRequirement
 from vmbus.ports import FastOwner, NativeServices
@@ -31,6 +32,7 @@ from vmbus_devices.scsi.fast.build import LIBRARY
 from vmbus_devices.scsi.fast.shared import (
     BUCKET_BIAS,
     EVENT,
+    MAX_BUCKETS,
     MAX_EVENTS,
     MAX_REGIONS,
     MAX_UNITS,
@@ -70,9 +72,19 @@ class FastUnit:
     writable: bool = False
 
 
+class _Counted(NamedTuple):
+    reads: int
+    writes: int
+    bytes_read: int
+    bytes_written: int
+
+
 @dataclass(frozen=True, slots=True)
 class FastCounts:
-    """What compiled code did for a unit since the last call of :meth:`FastPath.counts`. Latencies in seconds."""
+    """What compiled code did for a unit since the last call of :meth:`FastPath.counts`. Latencies in seconds.
+
+    Depth, least and greatest latency are those since the unit was added.
+    """
 
     reads: int
     writes: int
@@ -159,6 +171,10 @@ class FastPath:
         self._output = memoryview(shared.output).cast("B")
         self._channels: dict[int, FastPathChannel] = {}
         self._next_channel = 0
+        self._counted: dict[int, _Counted] = {}
+        """Unit → its counters as of the last :meth:`counts`."""
+        self._buckets: dict[int, list[int]] = {}
+        """The same for its latencies."""
         self._contexts: dict[int, ctypes.Array[ctypes.c_uint64]] = {}
         """Contexts of channels that the engine may have, by the address of their units."""
         self._free_units = list(range(MAX_UNITS))[::-1]
@@ -214,6 +230,8 @@ class FastPath:
             return None
         number = self._free_units.pop()
         ctypes.memset(ctypes.addressof(self._shared.unit[number]), 0, ctypes.sizeof(Unit))
+        self._counted[number] = _Counted(0, 0, 0, 0)
+        self._buckets[number] = [0] * MAX_BUCKETS
         self.change_unit(number, unit)
         return number
 
@@ -247,23 +265,26 @@ class FastPath:
         return int(self._shared.unit[number].depth)
 
     def counts(self, number: int) -> FastCounts:
-        """Return what was done for a unit since the last call, and reset the counters."""
+        """Return what was done for a unit since the last call.
+
+        The counters themselves only grow: another thread may add to them.
+        """
         unit = self._shared.unit[number]
-        found = FastCounts(
-            unit.reads,
-            unit.writes,
-            unit.bytes_read,
-            unit.bytes_written,
+        now = _Counted(unit.reads, unit.writes, unit.bytes_read, unit.bytes_written)
+        before, self._counted[number] = self._counted[number], now
+        buckets = list(unit.buckets)
+        known, self._buckets[number] = self._buckets[number], buckets
+        new = [(count - old) & 0xFFFFFFFF for count, old in zip(buckets, known, strict=True)]
+        return FastCounts(
+            now.reads - before.reads,
+            now.writes - before.writes,
+            now.bytes_read - before.bytes_read,
+            now.bytes_written - before.bytes_written,
             unit.max_depth,
             unit.min_ns / 1e9,
             unit.max_ns / 1e9,
-            {at - BUCKET_BIAS: count for at, count in enumerate(unit.buckets) if count},
+            {at - BUCKET_BIAS: count for at, count in enumerate(new) if count},
         )
-        unit.reads = unit.writes = unit.bytes_read = unit.bytes_written = 0
-        unit.max_depth = unit.depth
-        unit.min_ns = unit.max_ns = 0
-        ctypes.memset(ctypes.addressof(unit.buckets), 0, ctypes.sizeof(unit.buckets))
-        return found
 
     # --- channels ---
 

@@ -54,7 +54,7 @@ class Region(ctypes.Structure):
 
 
 class Unit(ctypes.Structure):
-    """A disk, and from ``reads`` on what happened to it since Python last read these counters."""
+    """A disk, and from ``reads`` on what happened to it: numbers that compiled code makes, and only it."""
 
     _fields_ = [
         ("fd", c_int32),
