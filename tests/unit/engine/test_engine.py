@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vmbus.machine.engine.layout import Owner
+from vmbus.machine.engine.layout import LINES_BETWEEN, Owner
 from vmbus.wire.gateway import IdleState
 
 from tests.unit.engine.engine_guest import (
@@ -319,3 +319,34 @@ def test_the_mirror_has_the_answers_that_the_guest_does_not_have(guest: EngineGu
     held = sorted((slot.done_number, bytes(slot.answer[8:16])) for slot in guest.mirror.slot if slot.state)
     assert [number for number, _ in held] == list(range(answered + 1, taken + 1))
     assert [struct.unpack("<Q", each)[0] for _, each in held] == list(range(answered + 1, taken + 1))
+
+
+# --- QEMU's socket, which Python writes to as well ---
+
+
+def test_no_line_is_written_while_python_writes(guest: EngineGuest) -> None:
+    guest.idle = IdleState.HALTED
+    guest.engine.lock_lines()
+    guest.give()
+    guest.send(guest.order(1))
+    end = time.monotonic() + 10
+    while not guest.reader.available():
+        assert time.monotonic() < end
+    time.sleep(0.02)
+    assert guest.engine.lines == 0
+    guest.engine.unlock_lines()
+    assert ids(guest.receive(1)) == [1]
+    assert guest.interrupts == guest.engine.lines == 1
+
+
+def test_python_is_told_to_read_qemu_s_answers(guest: EngineGuest) -> None:
+    told: list[int] = []
+    guest.engine.lines_due = lambda: told.append(guest.engine.lines)
+    guest.idle = IdleState.HALTED
+    guest.give()
+    for _ in range(LINES_BETWEEN + 10):
+        guest.send(guest.order(1))
+        guest.receive(1)
+    guest.dispatch(lambda: bool(told))
+    assert len(told) == 1
+    assert told[0] >= LINES_BETWEEN

@@ -136,3 +136,57 @@ async def test_a_qemu_that_never_answers_or_ends_is_gone() -> None:
         async with asyncio.timeout(TIMEOUT):
             with pytest.raises(QemuGone, match="closed the qtest socket"):
                 await task
+
+
+class Other:
+    """Another writer to the same socket."""
+
+    def __init__(self) -> None:
+        self.lines = 0
+        self.locked: list[bool] = []
+
+    def lock_lines(self) -> None:
+        self.locked.append(True)
+
+    def unlock_lines(self) -> None:
+        self.locked.append(False)
+
+
+async def test_the_answers_to_another_writer_are_counted_and_not_waited_for_without_end() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        qtest = Qtest(ours, timeout=20)
+        qtest.other = other = Other()
+        qtest.interrupt(0, 0x40)
+        assert other.locked == [True, False]
+        other.lines = 2
+        settled = asyncio.ensure_future(qtest.settled())
+        await asyncio.sleep(0)
+        other.lines = 50  # it goes on
+        theirs.sendall(b"OK\nOK\n")
+        await asyncio.sleep(0.02)
+        assert not settled.done()
+        theirs.sendall(b"OK\n")
+        await asyncio.wait_for(settled, 20)
+        theirs.sendall(b"OK\n" * 48)
+        qtest.read_answers()
+        await asyncio.wait_for(qtest.settled(), 20)
+        qtest.close()
+
+
+async def test_waits_end_each_with_its_own_answers() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        qtest = Qtest(ours, timeout=20)
+        qtest.interrupt(0, 0x40)
+        first = asyncio.ensure_future(qtest.settled())
+        await asyncio.sleep(0)
+        qtest.interrupt(0, 0x41)
+        second = asyncio.ensure_future(qtest.settled())
+        await asyncio.sleep(0)
+        theirs.sendall(b"OK\n")
+        await asyncio.wait_for(first, 20)
+        assert not second.done()
+        theirs.sendall(b"OK\n")
+        await asyncio.wait_for(second, 20)
+        qtest.close()

@@ -384,6 +384,7 @@ EXPORT struct engine *engine_start(const struct engine_setup *setup, int event_f
     };
     __atomic_store_n(&mirror->header.magic, MIRROR_MAGIC, __ATOMIC_RELEASE);
     pthread_mutex_init(&engine->lock, NULL);
+    pthread_mutex_init(&engine->line_lock, NULL);
     pthread_cond_init(&engine->done, NULL);
     engine->command = &starting;
     sigfillset(&all);
@@ -413,6 +414,7 @@ EXPORT uint32_t engine_stop(struct engine *engine)
     pthread_join(engine->thread, NULL);
     uint32_t left = atomic_load(&engine->in_flight);
     pthread_mutex_destroy(&engine->lock);
+    pthread_mutex_destroy(&engine->line_lock);
     pthread_cond_destroy(&engine->done);
     munmap(engine, sizeof(*engine));
     return left;
@@ -488,6 +490,8 @@ EXPORT uint32_t engine_event(struct engine *engine, struct event *event)
     if (tail == atomic_load_explicit(&engine->event_head, memory_order_acquire))
         return 0;
     *event = engine->event[tail % MAX_EVENTS];
+    if (event->kind == EVENT_LINES)
+        atomic_store(&engine->lines_told, 0);
     atomic_store_explicit(&engine->event_tail, tail + 1, memory_order_release);
     return 1;
 }
@@ -538,6 +542,15 @@ EXPORT void engine_report_ranges(struct engine *engine, uint32_t on)
 EXPORT uint32_t engine_in_flight(struct engine *engine)
 {
     return atomic_load(&engine->in_flight);
+}
+
+/* Keep the engine from writing to QEMU's socket, or end that; not for longer than it takes to write a command. */
+EXPORT void engine_lock_lines(struct engine *engine, uint32_t on)
+{
+    if (on)
+        pthread_mutex_lock(&engine->line_lock);
+    else
+        pthread_mutex_unlock(&engine->line_lock);
 }
 
 EXPORT uint64_t engine_lines(struct engine *engine)

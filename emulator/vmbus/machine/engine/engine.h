@@ -106,6 +106,8 @@ struct engine {
     _Atomic uint32_t stop;
     _Atomic uint32_t in_flight;
     _Atomic uint64_t lines; /* sent to QEMU */
+    _Atomic uint32_t lines_told; /* an event says so, and Python has not read it yet */
+    pthread_mutex_t line_lock;   /* held by whoever writes to QEMU's socket */
     /* the thread's */
     pthread_t thread;
     struct uring uring;

@@ -24,6 +24,8 @@ MAX_ANSWER = 128
 MAX_NOTED = 514
 MAX_REGIONS = 16
 LINE_SIZE = 48
+LINES_BETWEEN = 1024
+"""Interrupts through QEMU between two :attr:`EventKind.LINES`."""
 RELEASE_ANSWER = 1 << 31
 """Flag of a slot that is released: the guest gets its answer now."""
 
@@ -59,6 +61,9 @@ class EventKind(IntEnum):
     """``index``: a slot. Python has to process its packet."""
     NOTED = 4
     """``index``: a slot. Its ranges have to be written through QEMU before the guest gets the answer."""
+
+    LINES = 5
+    """Answers of QEMU to the engine's interrupts are to be read."""
 
 
 class Left(IntEnum):
@@ -256,6 +261,7 @@ CONSTANTS = {
     "MAX_NOTED": MAX_NOTED,
     "MAX_REGIONS": MAX_REGIONS,
     "LINE_SIZE": LINE_SIZE,
+    "LINES_BETWEEN": LINES_BETWEEN,
     "RELEASE_ANSWER": RELEASE_ANSWER,
     "PAGE_SHIFT": PAGE_SIZE.bit_length() - 1,
     "DESCRIPTOR_SIZE": packet.DESCRIPTOR_SIZE,

@@ -125,6 +125,7 @@ class _Library:
         self.in_flight = function("in_flight", c_uint32, c_void_p)
         self.report_ranges = function("report_ranges", None, c_void_p, c_uint32)
         self.lines = function("lines", c_uint64, c_void_p)
+        self.lock_lines = function("lock_lines", None, c_void_p, c_uint32)
         self.get_counts = function(
             "get_counts", None, c_void_p, c_uint32, POINTER(EngineCounts), POINTER(ChannelCounts)
         )
@@ -148,6 +149,8 @@ class Engine:
         self._given: set[int] = set()
         self.noted: Callable[[Sequence[tuple[int, int]]], None] = lambda ranges: None
         """Called with ``(offset in the file of guest RAM, bytes)`` that have to be written through QEMU."""
+        self.lines_due: Callable[[], None] = lambda: None
+        """Called when QEMU's answers to the engine's interrupts should be read."""
 
     @classmethod
     def start(cls, path: str, setup: EngineSetup, *, busy_waits: bool) -> Engine:
@@ -178,6 +181,14 @@ class Engine:
     def lines(self) -> int:
         """Commands that the engine has written to the qtest socket so far; QEMU answers each."""
         return self._library.lines(self._engine)
+
+    def lock_lines(self) -> None:
+        """Keep the engine from writing to the qtest socket: see :class:`~vmbus.machine.qemu.qtest.OtherWriter`."""
+        self._library.lock_lines(self._engine, 1)
+
+    def unlock_lines(self) -> None:
+        """End that."""
+        self._library.lock_lines(self._engine, 0)
 
     def counts(self, number: int = 0) -> tuple[dict[str, int], dict[str, int]]:
         """Return the counters of the thread, and those of channel ``number`` in its present opening."""
@@ -256,7 +267,9 @@ class Engine:
             os.eventfd_read(self._event_fd)
         event = Event()
         while self._library.event(self._engine, byref(event)):
-            if event.kind == EventKind.LEFT:
+            if event.kind == EventKind.LINES:
+                self.lines_due()
+            elif event.kind == EventKind.LEFT:
                 if event.index in self._given:
                     self._owners[event.index][0].engine_left()
             else:

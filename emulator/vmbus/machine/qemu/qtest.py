@@ -86,18 +86,34 @@ class MainLoopWaits:
                 self._watchers.remove(begins)
 
 
+class OtherWriter(Protocol):
+    """A thread that writes interrupts to the same socket, a line each, and leaves the answers to :class:`Qtest`."""
+
+    @property
+    def lines(self) -> int:
+        """Lines that it has begun to write so far."""
+
+    def lock_lines(self) -> None:
+        """Keep it from writing: a line must not land inside another one."""
+
+    def unlock_lines(self) -> None:
+        """End that."""
+
+
 class Qtest:
-    """A connection to the qtest socket; not for use from several threads."""
+    """A connection to the qtest socket; not for use from several threads, but for :attr:`other`."""
 
     def __init__(self, connection: socket.socket, *, timeout: float = ANSWER_TIMEOUT) -> None:
         """``timeout``: seconds that QEMU's main loop may take to answer before QEMU counts as gone."""
         self._socket = connection
         self._timeout = timeout
-        self._unanswered = 0
+        self._sent = self._answered = 0
         self._buffer = b""
         self._lines: dict[tuple[int, int], bytes] = {}
-        self._settling: list[asyncio.Future[None]] = []
+        self._settling: list[tuple[int, asyncio.Future[None]]] = []
+        """How many answers are waited for, since the connection was made, and by whom."""
         self._loading = False
+        self.other: OtherWriter | None = None
         self.interrupts = 0
         self.waits = MainLoopWaits()
 
@@ -118,6 +134,11 @@ class Qtest:
         """Close the connection; the guest does not notice."""
         self._end_settling(QemuGone("the qtest socket was closed"))
         self._socket.close()
+
+    @property
+    def _asked(self) -> int:
+        """Commands that were sent so far, by whomever; QEMU answers them in order."""
+        return self._sent + (self.other.lines if self.other is not None else 0)
 
     def interrupt(self, apic_id: int, vector: int) -> None:
         """Post an MSI with ``vector`` to the local APIC ``apic_id`` (0..255)."""
@@ -167,21 +188,23 @@ class Qtest:
 
     async def settled(self) -> None:
         """Wait until QEMU has executed all commands so far. Raises :class:`~vmbus.errors.QemuGone` on timeout."""
-        if not self._unanswered:
+        asked = self._asked
+        if self._answered >= asked:
             return
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
         if not self._settling:
             loop.add_reader(self._socket.fileno(), self._readable)
-        self._settling.append(done)
+        entry = (asked, done)
+        self._settling.append(entry)
         try:
             async with asyncio.timeout(self._timeout):
                 await done
         except TimeoutError:
             raise self._not_answered() from None
         finally:
-            if done in self._settling:
-                self._settling.remove(done)
+            if entry in self._settling:
+                self._settling.remove(entry)
                 if not self._settling:
                     loop.remove_reader(self._socket.fileno())
 
@@ -192,10 +215,13 @@ class Qtest:
             self._end_settling(error)
 
     def _end_settling(self, error: QemuError | None = None) -> None:
-        settling, self._settling = self._settling, []
+        """Answer those who wait for no more than what was answered; with ``error``, all."""
+        settling = [each for each in self._settling if error is not None or each[0] <= self._answered]
         if settling:
-            settling[0].get_loop().remove_reader(self._socket.fileno())
-        for done in settling:
+            self._settling = [each for each in self._settling if each not in settling]
+            if not self._settling:
+                settling[0][1].get_loop().remove_reader(self._socket.fileno())
+        for _, done in settling:
             if done.done():
                 continue
             if error is None:
@@ -205,11 +231,12 @@ class Qtest:
 
     def settle(self) -> None:
         """Do the same as :meth:`settled`; nothing else happens in this thread meanwhile."""
-        if not self._unanswered:
+        asked = self._asked
+        if self._answered >= asked:
             return
         with self.waits.waiting():
             wait = _Wait(self._timeout)
-            while self._unanswered:
+            while self._answered < asked:
                 if not wait.step([self._socket], []):
                     raise self._not_answered()
                 self._read_answers()
@@ -218,11 +245,26 @@ class Qtest:
         return QemuGone(f"QEMU's main loop has not answered on the qtest socket for {self._timeout:g} s")
 
     def _post_marks(self, part: Sequence[tuple[int, int]]) -> None:
-        self._unanswered += len(part) - 1
+        self._sent += len(part) - 1
         self._send(b"".join([b"writeb 0x%x 0x%x\n" % each for each in part]))
 
     def _send(self, line: bytes) -> None:
-        self._unanswered += 1
+        other = self.other
+        if other is None:
+            self._write(line)
+            return
+        other.lock_lines()
+        try:
+            self._write(line)
+        finally:
+            other.unlock_lines()
+
+    def read_answers(self) -> None:
+        """Read the answers that are there: for :attr:`other`, which does not."""
+        self._read_answers()
+
+    def _write(self, line: bytes) -> None:
+        self._sent += 1
         try:
             sent = self._socket.send(line, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -231,7 +273,7 @@ class Qtest:
             raise self._closed(error) from error
         if sent < len(line):
             self._send_rest(memoryview(line)[sent:])
-        elif self._unanswered >= _READ_ANSWERS_AT:
+        elif self._asked - self._answered >= _READ_ANSWERS_AT:
             self._read_answers()
 
     def _send_rest(self, rest: memoryview) -> None:
@@ -265,11 +307,10 @@ class Qtest:
             *lines, self._buffer = (self._buffer + data).split(b"\n")
             for answer in lines:
                 if answer.startswith(b"OK"):
-                    self._unanswered -= 1
+                    self._answered += 1
                 elif not answer.startswith(b"IRQ"):
                     raise QemuError(f"QEMU refused a qtest command: {answer.decode('ascii', 'replace')}")
-            if not self._unanswered:
-                self._end_settling()
+            self._end_settling()
 
 
 class _Wait:
