@@ -504,7 +504,7 @@ EXPORT void engine_release(struct engine *engine, uint32_t slot, uint32_t answer
     engine->release[head % MAX_EVENTS] = slot | (answer ? RELEASE_ANSWER : 0);
     atomic_store_explicit(&engine->release_head, head + 1, memory_order_seq_cst);
     full_fence();
-    if (*(volatile uint32_t *)engine->setup.waiting)
+    if (atomic_load_explicit((_Atomic uint32_t *)engine->setup.waiting, memory_order_relaxed))
         add_one(engine->wake_fd);
 }
 
