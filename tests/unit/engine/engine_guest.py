@@ -109,6 +109,7 @@ class EngineGuest:
         self.answers: list[bytes] = []
         self.returned: list[bytes] = []
         self.signal_owed = False
+        self.outstanding = 0
         self.interrupts = 0
         self.next_id = 1
         self.seen: list[int] = []
@@ -116,7 +117,7 @@ class EngineGuest:
 
     def start_engine(self) -> None:
         self._started = Engine.start(self._library, self._setup, busy_waits=self._busy_waits)
-        self._started.noted = self.through.extend
+        self._started.noted = self._started.stored = self.through.extend
 
     @property
     def engine(self) -> Engine:
@@ -161,7 +162,11 @@ class EngineGuest:
         )
 
     def recall(self) -> None:
-        self.indices[0], self.indices[1], self.signal_owed = self.engine.recall(0)
+        recalled = self.engine.recall(0)
+        self.indices[:] = recalled.read_index, recalled.write_index
+        self.signal_owed = bool(recalled.interrupt_owed)
+        self.outstanding = recalled.outstanding
+        self.engine.dispatch()
 
     def dispatch(self, until: Callable[[], bool]) -> None:
         end = time.monotonic() + LIMIT

@@ -20,6 +20,7 @@
 #define DOORBELL_ENGINE 2
 #define MIN_BACK_OFF_NS UINT64_C(20000000)
 #define MAX_BACK_OFF_NS UINT64_C(1280000000)
+#define ASK_SPINS 100
 
 uint64_t now_ns(void)
 {
@@ -44,7 +45,7 @@ static void give(struct engine *engine, const struct channel_setup *setup)
     struct channel *channel = &engine->channel[setup->number];
     uint64_t *page = engine->pages[setup->number];
     uint32_t opening = channel->opening, taken = channel->taken_number, done = channel->done_number;
-    uint32_t in_flight = channel->in_flight;
+    uint32_t in_flight = channel->in_flight, outstanding = channel->outstanding;
     struct channel_counts counts = channel->counts;
 
     memcpy(page, setup->page, (setup->in_pages + setup->out_pages) * sizeof(*page));
@@ -63,6 +64,7 @@ static void give(struct engine *engine, const struct channel_setup *setup)
         .line_length = setup->line_length,
         .masked = 1,
         .in_flight = in_flight,
+        .outstanding = outstanding,
         .taken_number = taken,
         .done_number = done,
         .answered_number = done,
@@ -84,6 +86,25 @@ static void give(struct engine *engine, const struct channel_setup *setup)
     __atomic_store_n(&copy->owner, OWNER_ENGINE, __ATOMIC_RELEASE);
 }
 
+/* Slots that Python is done with: free, or with an answer that was held until a page was written through QEMU. */
+static void take_released(struct engine *engine, uint64_t now)
+{
+    uint32_t tail = atomic_load_explicit(&engine->release_tail, memory_order_relaxed);
+    uint32_t head = atomic_load_explicit(&engine->release_head, memory_order_acquire);
+
+    for (; tail != head; tail++) {
+        uint32_t slot = engine->release[tail % MAX_EVENTS];
+        struct request *request = &engine->request[slot & ~RELEASE_ANSWER];
+        if (slot & RELEASE_ANSWER) {
+            request->noted = 0;
+            request_answer(engine, slot & ~RELEASE_ANSWER, now);
+        } else if (request->state == PYTHON) {
+            request_free(engine, slot);
+        }
+    }
+    atomic_store_explicit(&engine->release_tail, tail, memory_order_release);
+}
+
 /* From now on the rings are Python's; so are the answers that the guest does not have yet, in order. */
 static void recall(struct engine *engine, struct command *command)
 {
@@ -91,12 +112,16 @@ static void recall(struct engine *engine, struct command *command)
 
     if (channel->owner == OWNER_PYTHON)
         return;
+    take_released(engine, now_ns());
     signal_settle(engine, channel);
-    command->signal_owed = channel->line_owed;
+    command->recalled.was_left = channel->owner == OWNER_LEFT;
+    command->recalled.interrupt_owed = channel->line_owed;
     channel->owner = OWNER_PYTHON;
     __atomic_fetch_and(channel->doorbell, (uint8_t)~DOORBELL_ENGINE, __ATOMIC_SEQ_CST);
-    command->index_in = channel->in.index;
-    command->index_out = channel->out.index;
+    command->recalled.read_index = channel->in.index;
+    command->recalled.write_index = channel->out.index;
+    command->recalled.outstanding = channel->outstanding;
+    command->recalled.counts = channel->counts;
     for (uint32_t slot = channel->first_done; channel->done; channel->done--) {
         uint32_t next = engine->request[slot].next;
         engine->request[slot].state = PYTHON;
@@ -111,7 +136,7 @@ static void forget(struct channel *channel)
 {
     if (channel->owner == OWNER_PYTHON) {
         channel->opening++;
-        channel->in_flight = 0;
+        channel->in_flight = channel->outstanding = 0;
         channel->counts = (struct channel_counts){ 0 };
     }
 }
@@ -136,25 +161,6 @@ static void run_command(struct engine *engine)
         pthread_cond_broadcast(&engine->done);
     }
     pthread_mutex_unlock(&engine->lock);
-}
-
-/* Slots that Python is done with: free, or with an answer that was held until a page was written through QEMU. */
-static void take_released(struct engine *engine, uint64_t now)
-{
-    uint32_t tail = atomic_load_explicit(&engine->release_tail, memory_order_relaxed);
-    uint32_t head = atomic_load_explicit(&engine->release_head, memory_order_acquire);
-
-    for (; tail != head; tail++) {
-        uint32_t slot = engine->release[tail % MAX_EVENTS];
-        struct request *request = &engine->request[slot & ~RELEASE_ANSWER];
-        if (slot & RELEASE_ANSWER) {
-            request->noted = 0;
-            request_answer(engine, slot & ~RELEASE_ANSWER, now);
-        } else if (request->state == PYTHON) {
-            request_free(engine, slot);
-        }
-    }
-    atomic_store_explicit(&engine->release_tail, tail, memory_order_release);
 }
 
 /* ---- passes ---- */
@@ -267,6 +273,7 @@ static void answer_doorbells(struct engine *engine)
         if (channel->owner == OWNER_ENGINE &&
             __atomic_load_n(channel->doorbell, __ATOMIC_RELAXED) & DOORBELL_RUNG) {
             __atomic_fetch_and(channel->doorbell, (uint8_t)~DOORBELL_RUNG, __ATOMIC_SEQ_CST);
+            channel->counts.doorbells++;
             channel->blocked = 0;
         }
     }
@@ -297,6 +304,7 @@ static void rest(struct engine *engine)
         return;
     }
     atomic_store_explicit(waiting, 1, memory_order_relaxed);
+    atomic_store_explicit(&engine->asleep, 1, memory_order_relaxed);
     full_fence();
     if (!rung(engine) && !atomic_load(&engine->wanted) && !atomic_load(&engine->stop) &&
         atomic_load(&engine->release_head) == atomic_load(&engine->release_tail)) {
@@ -305,6 +313,7 @@ static void rest(struct engine *engine)
         uring_submit(&engine->uring, 1);
     }
     atomic_store_explicit(waiting, 0, memory_order_relaxed);
+    atomic_store_explicit(&engine->asleep, 0, memory_order_relaxed);
     ssize_t got = read(engine->wake_fd, &count, sizeof(count));
     (void)got;
     answer_doorbells(engine);
@@ -425,7 +434,14 @@ static void ask(struct engine *engine, struct command *command)
     pthread_mutex_lock(&engine->lock);
     engine->command = command;
     atomic_store(&engine->wanted, 1);
-    add_one(engine->wake_fd);
+    pthread_mutex_unlock(&engine->lock);
+    full_fence();
+    if (atomic_load_explicit(&engine->asleep, memory_order_relaxed))
+        add_one(engine->wake_fd);
+    /* It mostly takes a few microseconds, less than a sleep. */
+    for (int i = 0; i < ASK_SPINS && atomic_load_explicit(&engine->wanted, memory_order_acquire); i++)
+        sched_yield();
+    pthread_mutex_lock(&engine->lock);
     while (engine->command)
         pthread_cond_wait(&engine->done, &engine->lock);
     pthread_mutex_unlock(&engine->lock);
@@ -450,18 +466,15 @@ EXPORT uint32_t engine_give(struct engine *engine, struct channel_setup *setup)
 }
 
 /*
- * Take a channel back. When this returns, the engine does not touch the rings; the indices are stored in `indices`, and
- * answers that the guest does not have are events. Transfers under way end later, as events too. Return 1 if the guest
- * has to be signalled once more.
+ * Take a channel back. When this returns, the engine does not touch the rings, and answers that the guest does not have
+ * are events. Transfers under way end later, as events too.
  */
-EXPORT uint32_t engine_recall(struct engine *engine, uint32_t channel, uint32_t *indices)
+EXPORT void engine_recall(struct engine *engine, uint32_t channel, struct recalled *recalled)
 {
     struct command command = { .kind = COMMAND_RECALL, .channel = channel };
 
     ask(engine, &command);
-    indices[0] = command.index_in;
-    indices[1] = command.index_out;
-    return command.signal_owed;
+    *recalled = command.recalled;
 }
 
 /* End the opening of a recalled channel: requests of the next one are not mixed up with those that are under way. */
@@ -504,7 +517,7 @@ EXPORT void engine_release(struct engine *engine, uint32_t slot, uint32_t answer
     engine->release[head % MAX_EVENTS] = slot | (answer ? RELEASE_ANSWER : 0);
     atomic_store_explicit(&engine->release_head, head + 1, memory_order_seq_cst);
     full_fence();
-    if (atomic_load_explicit((_Atomic uint32_t *)engine->setup.waiting, memory_order_relaxed))
+    if (atomic_load_explicit(&engine->asleep, memory_order_relaxed))
         add_one(engine->wake_fd);
 }
 
@@ -521,9 +534,11 @@ EXPORT const uint8_t *engine_answer(struct engine *engine, uint32_t slot, uint32
     return engine->request[slot].answer;
 }
 
-EXPORT const struct range *engine_ranges(struct engine *engine, uint32_t slot, uint32_t *count)
+/* `all`: these are all ranges that were stored into, and their notes are as they were; else those whose note was cleared. */
+EXPORT const struct range *engine_ranges(struct engine *engine, uint32_t slot, uint32_t *count, uint32_t *all)
 {
     *count = engine->request[slot].noted;
+    *all = engine->request[slot].all_noted;
     return engine->request[slot].range;
 }
 
@@ -537,6 +552,11 @@ EXPORT uint32_t engine_channel_of(struct engine *engine, uint32_t slot, uint32_t
 EXPORT void engine_report_ranges(struct engine *engine, uint32_t on)
 {
     __atomic_store_n(&engine->setup.report_ranges, on, __ATOMIC_RELAXED);
+}
+
+EXPORT uint32_t engine_outstanding(struct engine *engine, uint32_t channel)
+{
+    return __atomic_load_n(&engine->channel[channel].outstanding, __ATOMIC_RELAXED);
 }
 
 EXPORT uint32_t engine_in_flight(struct engine *engine)

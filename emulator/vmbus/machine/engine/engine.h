@@ -39,6 +39,7 @@ struct request {
     int32_t result;
     uint32_t next; /* in a list: free slots, or answers of a channel */
     uint32_t noted;
+    uint32_t all_noted; /* every range that is stored into, because they are to be reported */
     uint64_t begun_ns;
     uint8_t answer[MAX_ANSWER];
     uint8_t packet[MAX_PACKET];
@@ -65,6 +66,7 @@ struct channel {
     uint32_t line_length;
     uint32_t masked;
     uint32_t room_asked, blocked; /* the pending send size is set; nothing fits until the guest rings */
+    uint32_t outstanding; /* slots of this opening; Python reads it, too */
     uint32_t in_flight, taken_number, done_number, answered_number;
     uint32_t first_done, last_done, done; /* answers that the guest does not have yet, in order */
     uint64_t held_since, idle_since, waits_since;
@@ -85,9 +87,8 @@ struct command {
     uint32_t kind;
     struct channel_setup *setup; /* GIVE */
     uint32_t channel;
-    uint32_t index_in, index_out; /* RECALL: the rings' indices */
-    uint32_t signal_owed;         /* RECALL: Python has to signal the guest once */
-    struct engine_counts counts;  /* COUNTS */
+    struct recalled recalled;    /* RECALL */
+    struct engine_counts counts; /* COUNTS */
     struct channel_counts channel_counts;
 };
 
@@ -104,6 +105,7 @@ struct engine {
     uint32_t release[MAX_EVENTS];
     _Atomic uint32_t wanted; /* a command waits, or the thread is to end */
     _Atomic uint32_t stop;
+    _Atomic uint32_t asleep; /* as the word that is shared with the gateway, which others may change */
     _Atomic uint32_t in_flight;
     _Atomic uint64_t lines; /* sent to QEMU */
     _Atomic uint32_t lines_told; /* an event says so, and Python has not read it yet */

@@ -61,7 +61,6 @@ class EventKind(IntEnum):
     """``index``: a slot. Python has to process its packet."""
     NOTED = 4
     """``index``: a slot. Its ranges have to be written through QEMU before the guest gets the answer."""
-
     LINES = 5
     """Answers of QEMU to the engine's interrupts are to be read."""
 
@@ -164,7 +163,22 @@ class ChannelCounts(Structure):
         ("packets_out", c_uint64),
         ("bytes_out", c_uint64),
         ("signals", c_uint64),
+        ("doorbells", c_uint64),
         ("ring_full", c_uint64),
+    ]
+
+
+class Recalled(Structure):
+    """What RECALL returns of a channel."""
+
+    _fields_ = [
+        ("read_index", c_uint32),  # of the incoming ring
+        ("write_index", c_uint32),  # of the outgoing ring
+        ("interrupt_owed", c_uint32),  # the event flag is set, and nobody has interrupted the guest
+        ("was_left", c_uint32),  # the next packet is not plain, or the ring is damaged
+        ("outstanding", c_uint32),  # requests taken whose end Python has not been told yet
+        ("reserved", c_uint32),
+        ("counts", ChannelCounts),
     ]
 
 
@@ -242,6 +256,7 @@ STRUCTURES: tuple[type[Structure], ...] = (
     EngineSetup,
     ChannelSetup,
     ChannelCounts,
+    Recalled,
     EngineCounts,
     MirrorHeader,
     MirrorChannel,

@@ -32,6 +32,11 @@ uint32_t request_new(struct engine *engine)
 
 void request_free(struct engine *engine, uint32_t slot)
 {
+    struct request *request = &engine->request[slot];
+    struct channel *channel = &engine->channel[request->channel];
+
+    if (request->state != FREE && channel->opening == request->opening)
+        channel->outstanding--;
     engine->request[slot].state = FREE;
     STEP();
     __atomic_store_n(&mirror(engine)->slot[slot].state, FREE, __ATOMIC_RELEASE);
@@ -160,14 +165,13 @@ static void stored(struct engine *engine, uint32_t slot, uint64_t offset, uint64
     if (!length)
         return;
     memset(engine->setup.dirty + (offset >> PAGE_SHIFT), 1, ((end - 1) >> PAGE_SHIFT) - (offset >> PAGE_SHIFT) + 1);
-    uint32_t all = __atomic_load_n(&engine->setup.report_ranges, __ATOMIC_RELAXED);
-    if (!engine->setup.notes && !all)
+    if (!engine->setup.notes && !request->all_noted)
         return;
     full_fence();
     for (uint64_t at = offset; at < end;) {
         uint64_t next = ((at >> PAGE_SHIFT) + 1) << PAGE_SHIFT;
         uint64_t step = (next < end ? next : end) - at;
-        if ((noted(engine, at) || all) && request->noted < MAX_NOTED)
+        if ((request->all_noted || noted(engine, at)) && request->noted < MAX_NOTED)
             request->range[request->noted++] = (struct range){ at, step };
         at += step;
     }
@@ -225,6 +229,7 @@ static void completed(struct engine *engine, uint32_t slot, int32_t result, uint
     if (channel->opening == request->opening)
         channel->in_flight--;
     atomic_fetch_sub_explicit(&engine->in_flight, 1, memory_order_relaxed);
+    request->all_noted = __atomic_load_n(&engine->setup.report_ranges, __ATOMIC_RELAXED);
     request->answer_size = request->device.complete(request->device.context, &engine_services, engine, slot,
                                                     request->packet, result, request->answer);
     if (!request->answer_size || request->answer_size > MAX_ANSWER) {

@@ -201,6 +201,7 @@ static int take_one(struct engine *engine, struct channel *channel, uint32_t num
         return 0;
     }
     request->state = TAKEN;
+    channel->outstanding++;
     channel->taken_number++;
     request_mirror(engine, slot);
     request->state = UNDER_WAY;
@@ -244,7 +245,7 @@ uint32_t rings_take(struct engine *engine, uint32_t number)
         }
         ring->index = (ring->index + total) % ring->size;
         known -= total;
-        channel->counts.bytes_in += size;
+        channel->counts.bytes_in += total;
         count++;
     }
     channel->counts.packets_in += count;

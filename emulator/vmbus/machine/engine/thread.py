@@ -30,6 +30,7 @@ from vmbus.machine.engine.layout import (
     Mirror,
     Policy,
     Range,
+    Recalled,
 )
 
 _US = 1000
@@ -114,13 +115,16 @@ class _Library:
         self.start = function("start", c_void_p, POINTER(EngineSetup), c_int)
         self.stop = function("stop", c_uint32, c_void_p)
         self.give = function("give", c_uint32, c_void_p, POINTER(ChannelSetup))
-        self.recall = function("recall", c_uint32, c_void_p, c_uint32, POINTER(c_uint32 * 2))
+        self.recall = function("recall", None, c_void_p, c_uint32, POINTER(Recalled))
+        self.outstanding = function("outstanding", c_uint32, c_void_p, c_uint32)
         self.forget = function("forget", None, c_void_p, c_uint32)
         self.event = function("event", c_uint32, c_void_p, POINTER(Event))
         self.release = function("release", None, c_void_p, c_uint32, c_uint32)
         self.packet = function("packet", POINTER(c_uint8), c_void_p, c_uint32, POINTER(c_uint32))
         self.answer = function("answer", POINTER(c_uint8), c_void_p, c_uint32, POINTER(c_uint32))
-        self.ranges = function("ranges", POINTER(Range), c_void_p, c_uint32, POINTER(c_uint32))
+        self.ranges = function(
+            "ranges", POINTER(Range), c_void_p, c_uint32, POINTER(c_uint32), POINTER(c_uint32)
+        )
         self.channel_of = function("channel_of", c_uint32, c_void_p, c_uint32, POINTER(c_uint32))
         self.in_flight = function("in_flight", c_uint32, c_void_p)
         self.report_ranges = function("report_ranges", None, c_void_p, c_uint32)
@@ -149,6 +153,8 @@ class Engine:
         self._given: set[int] = set()
         self.noted: Callable[[Sequence[tuple[int, int]]], None] = lambda ranges: None
         """Called with ``(offset in the file of guest RAM, bytes)`` that have to be written through QEMU."""
+        self.stored: Callable[[Sequence[tuple[int, int]]], None] = lambda ranges: None
+        """Called in place of it while all ranges are reported: their notes are to be looked at, too."""
         self.lines_due: Callable[[], None] = lambda: None
         """Called when QEMU's answers to the engine's interrupts should be read."""
 
@@ -200,7 +206,7 @@ class Engine:
         )
 
     def report_ranges(self, on: bool) -> None:
-        """Pass every range that is stored into to :attr:`noted`, before the guest gets the answer; or only code."""
+        """Pass every range that is stored into to :attr:`stored`, before the guest gets the answer, or only code."""
         self._library.report_ranges(self._engine, int(on))
 
     def give(
@@ -245,16 +251,16 @@ class Engine:
         self._given.add(number)
         return True
 
-    def recall(self, number: int) -> tuple[int, int, bool]:
-        """Take a channel back: return the indices of both rings, and whether the guest has to be signalled.
+    def outstanding(self, number: int) -> int:
+        """Return how many requests of a channel were taken, and have not ended; of a given one, about how many."""
+        return self._library.outstanding(self._engine, number)
 
-        The answers that the guest does not have yet are passed on before this returns.
-        """
-        indices = (c_uint32 * 2)()
-        signal = self._library.recall(self._engine, number, byref(indices))
+    def recall(self, number: int) -> Recalled:
+        """Take a channel back. The next :meth:`dispatch` passes on the answers that the guest does not have yet."""
+        recalled = Recalled()
+        self._library.recall(self._engine, number, byref(recalled))
         self._given.discard(number)
-        self.dispatch()
-        return indices[0], indices[1], bool(signal)
+        return recalled
 
     def forget(self, number: int) -> None:
         """End the opening of a recalled channel: the answers of what is under way are not passed on."""
@@ -280,9 +286,9 @@ class Engine:
         size, opening = c_uint32(), c_uint32()
         number = library.channel_of(engine, slot, byref(opening))
         owner, current = self._owners[number]
+        if kind is not EventKind.ANSWERED:
+            self._report(slot)
         if kind is EventKind.NOTED:
-            found = library.ranges(engine, slot, byref(size))
-            self.noted([(found[at].offset, found[at].length) for at in range(size.value)])  # type: ignore[index]
             library.release(engine, slot, 1)
             return
         read = library.answer if kind is EventKind.ANSWERED else library.packet
@@ -294,6 +300,13 @@ class Engine:
             owner.engine_answered(data)
         else:
             owner.engine_returned(data)
+
+    def _report(self, slot: int) -> None:
+        size, every = c_uint32(), c_uint32()
+        found = self._library.ranges(self._engine, slot, byref(size), byref(every))
+        if size.value:
+            ranges = [(found[at].offset, found[at].length) for at in range(size.value)]  # type: ignore[index]
+            (self.stored if every.value else self.noted)(ranges)
 
     def close(self) -> int:
         """End the thread; return how many transfers were under way, whose buffers the kernel may still write."""
