@@ -182,6 +182,57 @@ class Workers(Protocol):
         """Begin the submitted transfers at once, instead of in the next turn of the event loop."""
 
 
+@dataclass(frozen=True, slots=True)
+class SignalTarget:
+    """Where a channel interrupts the guest."""
+
+    vp: int
+    address: int
+    """Of the 32-bit word with the event flag, in this process."""
+    bit: int
+    """The flag's value in that word."""
+    vector: int
+
+
+@dataclass(frozen=True, slots=True)
+class GivenRing:
+    """A ring that compiled code takes over."""
+
+    pages: tuple[int, ...]
+    """Addresses in this process of the ring's pages, the control page first."""
+    index: int
+    """The host's own index: read index of the ring from the guest, write index of the other one."""
+
+
+@dataclass(frozen=True, slots=True)
+class GivenChannel:
+    """An open channel whose rings compiled code takes over. The guest's signals are masked."""
+
+    incoming: GivenRing
+    outgoing: GivenRing
+    relid: int
+    """Its connection id is the one that belongs to this number."""
+    target: SignalTarget
+
+
+@dataclass(frozen=True, slots=True)
+class RecalledChannel:
+    """What became of a given channel. Its answers that the guest has not got are passed on afterwards."""
+
+    read_index: int
+    write_index: int
+    was_left: bool
+    """Whether the next packet is one for Python, or the ring is damaged."""
+    packets_in: int
+    """This and the following: since it was given."""
+    bytes_in: int
+    packets_out: int
+    bytes_out: int
+    signals: int
+    doorbells: int
+    ring_full: int
+
+
 class FastOwner(Protocol):
     """The receiver of what a :class:`FastChannel` produces."""
 
@@ -191,13 +242,37 @@ class FastOwner(Protocol):
     def fast_returned(self, channel: FastChannel, packet: bytes) -> None:
         """Process a packet, given without trailer, that was taken but has to be done in Python after all."""
 
+    def fast_left(self, channel: FastChannel) -> None:
+        """Recall a given channel soon: its next packet is one for Python, or the ring is damaged."""
+
 
 class FastChannel(Protocol):
-    """Compiled code that processes some packets of one open channel."""
+    """Compiled code that processes some packets of one open channel.
+
+    Either it takes packets in turns of the event loop (:meth:`take`), or, where :attr:`threaded` is true, a thread of
+    its own has the rings from :meth:`give` to :meth:`recall`.
+    """
+
+    @property
+    def threaded(self) -> bool:
+        """Whether :meth:`give` may be called, in place of :meth:`take`."""
+
+    def give(self, channel: GivenChannel) -> bool:
+        """Let the thread have both rings; False, and nothing is done, if it cannot."""
+
+    def recall(self) -> RecalledChannel:
+        """Take them back: when this returns, the thread does not touch them."""
+
+    def look(self) -> None:
+        """Pass on what has ended. After :meth:`recall` that includes the answers that the guest has not got."""
 
     @property
     def in_flight(self) -> int:
-        """Requests taken that have not ended."""
+        """Requests that :meth:`take` took and that have not ended."""
+
+    @property
+    def outstanding(self) -> int:
+        """All requests taken that have not ended."""
 
     def take(self, buffer: bytes, at: int, known: int, limit: int) -> tuple[int, int]:
         """Take up to ``limit`` packets from ``buffer[at:]``, of which ``known`` bytes are committed.
@@ -256,6 +331,52 @@ class NativeGuestMemory(Protocol):
         """Have QEMU drop translations of ``[gpa, gpa + length)``, whose note was found and cleared."""
 
 
+class DataPathOwner(Protocol):
+    """Whose channel it is in a :class:`DataPath`."""
+
+    def engine_left(self) -> None:
+        """Recall the channel soon."""
+
+    def engine_answered(self, answer: bytes) -> None:
+        """Send a completion packet, without its trailer."""
+
+    def engine_returned(self, packet: bytes) -> None:
+        """Process a packet, without its trailer."""
+
+    def engine_ended(self) -> None:
+        """A request has ended that belonged to an earlier opening."""
+
+
+class DataPathChannel(Protocol):
+    """One opening of a channel in a :class:`DataPath`."""
+
+    @property
+    def outstanding(self) -> int:
+        """Requests taken that have not ended: of a given channel about, of a recalled one exactly."""
+
+    def give(self, channel: GivenChannel) -> bool:
+        """As :meth:`FastChannel.give`."""
+
+    def recall(self) -> RecalledChannel:
+        """As :meth:`FastChannel.recall`."""
+
+    def look(self) -> None:
+        """As :meth:`FastChannel.look`."""
+
+    def close(self) -> None:
+        """End the opening of a channel that is not given; what is outstanding is reported as ended."""
+
+
+class DataPath(Protocol):
+    """A thread that moves packets between the rings of channels and files, with the compiled code of a device."""
+
+    def open_channel(self, owner: DataPathOwner, functions: tuple[int, int, int]) -> DataPathChannel | None:
+        """Return an opening of a channel; ``None`` if there are too many.
+
+        ``functions``: addresses of a device's two functions and their context (``engine_device.h``).
+        """
+
+
 class EventLoop(Timers, Protocol):
     """Timers and file descriptors; an asyncio event loop is one."""
 
@@ -301,6 +422,10 @@ class NativeServices(Protocol):
     def spare_processor(self) -> bool:
         """Whether the host has a processor to spare for busy waits."""
 
+    @property
+    def data_path(self) -> DataPath | None:
+        """The thread for rings of fast channels, started if need be; ``None`` where there can be none."""
+
     def engine(self, open_engine: Callable[[NativeServices], EngineT | None], /) -> EngineT | None:
         """Return the machine's engine that ``open_engine`` makes: the first call opens it, later ones return it.
 
@@ -329,6 +454,9 @@ class Synic(Protocol):
 
     def signal_event(self, vp: int, sint: int, flag: int) -> None:
         """Set event flag ``flag`` (0..2047) and interrupt; dropped when the SynIC of ``vp`` is not set up."""
+
+    def event_target(self, vp: int, sint: int, flag: int) -> SignalTarget | None:
+        """Return how compiled code does the same, until a register of ``vp`` changes; ``None`` if it cannot."""
 
     def connect_event_port(self, connection_id: int, signalled: Callable[[], None]) -> None:
         """Call ``signalled`` for every HvSignalEvent on ``connection_id``."""

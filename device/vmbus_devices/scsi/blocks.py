@@ -117,6 +117,7 @@ class BlockUnit(LogicalUnit):
         self.max_transfer = max_transfer
         self.transfer_limit = max_transfer + TRANSFER_HEADROOM
         self.faults = faults
+        faults.changing = lambda: self.changing()
         backend.round_up(block_size)
         self.blocks = backend.size // block_size
         self.write_errors = WriteErrors.REPORT
@@ -141,6 +142,7 @@ class BlockUnit(LogicalUnit):
         blocks = self.backend.refresh() // self.block_size
         if blocks == self.blocks:
             return False
+        self.changing()
         self.blocks = blocks
         self.attention(Sense.CAPACITY_CHANGED)
         return True

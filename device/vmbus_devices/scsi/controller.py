@@ -126,6 +126,8 @@ class Controller(Device):
         self.clock = clock
         self.handshake = self.new_handshake()
         self._active = False
+        self._stopped = False
+        """Whether the units are closed, whose numbers in compiled code may be others' by now."""
         self.enumerations = 0
         self.resets = Resets(lambda io, packet: self._answer(io, packet, Status.SUCCESS))
         self._requests: dict[ChannelIo, set[Request]] = {}
@@ -183,6 +185,7 @@ class Controller(Device):
             unit.start(self._environment)
         if self._active and not unit.take_image():
             raise UserError(unit.trouble)
+        unit.changing = self._recall
         self.units[place] = unit
         if self._primary is not None:
             unit.attention(Sense.POWER_ON)
@@ -194,6 +197,7 @@ class Controller(Device):
         unit = self.units.pop((target, lun), None)
         if unit is None:
             raise UsageError(f"controller {self.controller}: it has no target {target} LUN {lun}")
+        self._recall()
         self._removed.append(unit)
         if self._fast_units is not None:
             self._fast_units.remove((target, lun))
@@ -300,6 +304,7 @@ class Controller(Device):
 
     def start(self, environment: DeviceEnvironment) -> None:
         super().start(environment)
+        self._stopped = False
         if environment.native is not None:
             self._fast_path = environment.native.engine(FastPath.open)
         if self._fast_path is not None:
@@ -308,6 +313,8 @@ class Controller(Device):
             unit.start(environment)
 
     def stop(self) -> None:
+        self._recall()
+        self._stopped = True
         for io in tuple(self._requests):
             self._cancel(io)
         self.resets.stop()
@@ -357,10 +364,21 @@ class Controller(Device):
             io.fast = self._fast_path.open_channel(io, self._fast_units.table)
 
     def fast_ready(self, io: ChannelIo) -> bool:
-        if not self._active or not self.handshake.ready or self._fast_units is None:
+        if not self._active or self._stopped or not self.handshake.ready or self._fast_units is None:
             return False
-        self._fast_units.refresh(self.units)
-        return True
+        self._fast_units.refresh(self.units, self._recall)
+        # Without the channels of the engine: these wait for the end of requests, of which it does not tell.
+        return not (io.fast is not None and io.fast.threaded and self._waits_for_end)
+
+    @property
+    def _waits_for_end(self) -> bool:
+        """Whether something waits until requests have ended."""
+        return bool(self._removed or self._closing or self.resets.waiting or self._restored.waiting)
+
+    def _recall(self) -> None:
+        """Take the rings of all channels back from compiled code: what it uses is about to change."""
+        for io in tuple(self._requests):
+            io.recall()
 
     def fast_ended(self, io: ChannelIo) -> None:
         self._ended(io)
@@ -553,6 +571,7 @@ class Controller(Device):
             self.resets.settled()
 
     def _reset(self, io: ChannelIo, packet: Packet) -> None:
+        self._recall()
         self._restored.run(aborted=True)
         for unit in self.units.values():
             unit.reset()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vmbus.errors import UsageError
@@ -88,12 +89,24 @@ class FaultPlan:
     """The faults of one disk; they can be changed while it runs."""
 
     def __init__(self, faults: tuple[Fault, ...] = ()) -> None:
-        self.faults = faults
+        self._faults = faults
+        self.changing: Callable[[], None] = lambda: None
+        """Called before they change."""
         self.met = dict.fromkeys((kind.value for kind in FaultKind), 0)
         """How often each kind happened."""
 
+    @property
+    def faults(self) -> tuple[Fault, ...]:
+        """The faults; all are replaced together."""
+        return self._faults
+
+    @faults.setter
+    def faults(self, faults: tuple[Fault, ...]) -> None:
+        self.changing()
+        self._faults = faults
+
     def __bool__(self) -> bool:
-        return bool(self.faults)
+        return bool(self._faults)
 
     def delay(self, lba: int, blocks: int, *, write: bool) -> float:
         """Return the seconds by which the transfer is delayed."""

@@ -42,6 +42,11 @@ class RestoredCommands:
         self._until_resumed: set[ChannelIo] = set()
         """Paused channels that have a timer, which is due when they are resumed."""
 
+    @property
+    def waiting(self) -> bool:
+        """Whether a command waits for others to end."""
+        return bool(self._waiting)
+
     def replace(self, packets: Sequence[tuple[int, Packet]]) -> None:
         """Take the commands that the controller's own state has (of older releases; channel index and packet).
 

@@ -94,6 +94,8 @@ class LogicalUnit(ABC):
         """Whether the image is locked for this guest."""
         self.trouble = ""
         """Why it is not; empty if nothing is wrong."""
+        self.changing: Callable[[], None] = lambda: None
+        """Called before anything changes that compiled code uses: afterwards no thread of it serves the unit."""
         self._commands: dict[int, Command] = {
             Opcode.TEST_UNIT_READY: self._test_unit_ready,
             Opcode.REQUEST_SENSE: self._request_sense,
@@ -139,6 +141,7 @@ class LogicalUnit(ABC):
 
     def release_image(self) -> None:
         """Release the image: the guest may continue elsewhere. Does not wait."""
+        self.changing()
         self.has_image = False
         self.backend.unlock()
 
@@ -165,6 +168,7 @@ class LogicalUnit(ABC):
     def attention(self, sense: Sense) -> None:
         """Report ``sense`` with the guest's next command."""
         if sense not in self.attentions and len(self.attentions) < MAX_ATTENTIONS:
+            self.changing()
             self.attentions.append(sense)
 
     def keep(self, request: Request, why: str) -> None:

@@ -36,7 +36,7 @@ from vmbus.hypervisor.msrs import GeneralProtection
 from vmbus.hypervisor.overlay import PageOverlay
 from vmbus.hypervisor.reference_time import ReferenceTime
 from vmbus.hypervisor.vp_synic import SynicCounters, VpSynic
-from vmbus.ports import GuestMemory, Interrupts, TimerHandle, Timers
+from vmbus.ports import GuestMemory, Interrupts, SignalTarget, TimerHandle, Timers
 from vmbus.refusals import Refusals
 from vmbus.wire.msr import SINT, SINT_COUNT, SINT_RESET
 from vmbus.wire.synic import (
@@ -174,6 +174,20 @@ class Synic:
             return
         self.counters.events_signalled += 1
         self._interrupt(synic, sint)
+
+    def event_target(self, vp: int, sint: int, flag: int) -> SignalTarget | None:
+        """Return where compiled code sets an event flag and interrupts; ``None`` if it cannot at present.
+
+        It is valid until SCONTROL, SIEFP or the SINT of ``vp`` is written, or the partition is paused.
+        """
+        if not 0 <= vp < len(self.vps) or not 0 <= flag < EVENT_FLAG_COUNT or self.paused:
+            return None
+        synic = self.vps[vp]
+        page, source = synic.siefp.pages, synic.sints[sint]
+        if page is None or not synic.can_signal(sint) or source.polling:
+            return None
+        address = page.address_u32(sint * EVENT_AREA_SIZE + flag // 32 * 4)
+        return SignalTarget(vp, address, 1 << flag % 32, source.vector) if address else None
 
     def connect_event_port(self, connection_id: int, signalled: Callable[[], None]) -> None:
         """Let HvSignalEvent on ``connection_id`` call ``signalled``."""

@@ -42,6 +42,7 @@ from vmbus.hypervisor.partition import Partition, PartitionEvents
 from vmbus.machine import takeover
 from vmbus.machine.auto_eoi import AutoEoi
 from vmbus.machine.clock import TcgClock
+from vmbus.machine.engine.data_path import EngineDataPath
 from vmbus.machine.engine.library import EngineLibrary, VcpuSignals
 from vmbus.machine.gateway.client import Gateway
 from vmbus.machine.gateway.traps import Fault, Trap
@@ -151,6 +152,9 @@ class Host:
             self._host.gateway.guest = GuestState.ENGAGED if os_id else GuestState.FREE
 
         def synic_changed(self, vp: int) -> None:
+            for channel in self._host.bus.channels:
+                if channel.target_vp == vp and isinstance(channel.endpoint, ChannelIo):
+                    channel.endpoint.recall()  # compiled code signals it at an address and with a vector
             # Signals to a processor that cannot take them are dropped. A guest would wait for them after S3.
             if self._host.partition.synic.vps[vp].can_signal(MESSAGE_SINT):
                 for channel in self._host.bus.channels:
@@ -214,7 +218,11 @@ class Host:
         self._spare = len(os.sched_getaffinity(0)) > facts.vcpus
         self.workers = WorkerThreads(loop)
         self.workers.engines = NativeEngines(
-            loop, self.memory, self.workers.ended, spare_processor=self._spare
+            loop,
+            self.memory,
+            self.workers.ended,
+            spare_processor=self._spare,
+            start_data_path=self._start_data_path if library else lambda: None,
         )
         self.environment = DeviceEnvironment(
             memory=self.memory,
@@ -233,6 +241,17 @@ class Host:
         self._gateway_again: asyncio.Handle | None = None
         self.gateway_traps = 0
         self.gateway_doorbells = 0
+
+    def _start_data_path(self) -> EngineDataPath | None:
+        return EngineDataPath.start(
+            self._loop,
+            self.memory,
+            self.gateway,
+            self.qtest,
+            self.interrupts,
+            self.workers.ended,
+            busy_waits=self._spare,
+        )
 
     def _coordinator(self, options: HostOptions) -> Coordinator:
         ports = MigrationPorts(

@@ -15,7 +15,7 @@ from functools import partial
 
 from vmbus.bus.io.environment import InlineWorkers
 from vmbus.errors import GuestAddressError
-from vmbus.ports import PAGE_SIZE
+from vmbus.ports import PAGE_SIZE, SignalTarget
 
 
 class FakePages:
@@ -254,6 +254,9 @@ class FakeSynic:
 
     def signal_event(self, vp: int, sint: int, flag: int) -> None:
         self.events.append((vp, sint, flag))
+
+    def event_target(self, vp: int, sint: int, flag: int) -> SignalTarget | None:
+        return None
 
     def connect_event_port(self, connection_id: int, signalled: Callable[[], None]) -> None:
         self.ports[connection_id] = signalled

@@ -27,7 +27,7 @@ from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.bus.io.device import Device, DeviceEnvironment
 from vmbus.bus.offers import Offer
 from vmbus.errors import InternalError, ProtocolError
-from vmbus.ports import PAGE_SIZE, GuestMemory, GuestPages
+from vmbus.ports import PAGE_SIZE, GuestMemory, GuestPages, SignalTarget
 from vmbus.testing.fakes import FakeMemory, FakeTimers, FakeWorkers
 
 IN_BAND = 6
@@ -227,6 +227,9 @@ class FakeChannel:
 
     def signal_guest(self) -> None:
         self.interrupts += 1
+
+    def signal_target(self) -> SignalTarget | None:
+        return None
 
     def defer_open(self) -> None:
         self.deferred.add("opened")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import struct
 from array import array
@@ -51,6 +52,9 @@ class Disk:
 
     def fast_answers(self, channel: FastChannel, packets: list[bytes]) -> None:
         self.answers += packets
+
+    def fast_left(self, channel: FastChannel) -> None:
+        raise AssertionError("it was not given")
 
     def fast_returned(self, channel: FastChannel, packet: bytes) -> None:
         raise AssertionError("returned")
@@ -179,3 +183,11 @@ def test_a_unit_without_a_file(disk: Disk) -> None:
     guest.send(*[request(1 + number, write=False, lba=0, blocks=8, place=BUFFERS) for number in range(32)])
     assert len(guest.receive(32)) == 32
     assert BUFFERS not in guest.memory.take_dirty()
+
+
+def test_all_channels_of_a_controller_have_one_context(disk: Disk) -> None:
+    first = disk.path.for_engine(disk.units)
+    assert disk.path.for_engine(disk.units) == first
+    assert bytes((ctypes.c_char * 16).from_address(first[2])) == struct.pack(
+        "=QQ", disk.path._address, disk.units.buffer_info()[0]
+    )

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from vmbus.errors import InternalError, MissingRequirement
-from vmbus.ports import FastOwner, NativeServices
+from vmbus.ports import DataPathChannel, FastOwner, GivenChannel, NativeServices, RecalledChannel
 from vmbus.wire.storvsp import MAX_LUNS, MAX_TARGETS
 
 from vmbus_devices.scsi.fast.build import LIBRARY
@@ -178,6 +178,7 @@ class FastPath:
         self._contexts: dict[int, ctypes.Array[ctypes.c_uint64]] = {}
         """Contexts of channels that the engine may have, by the address of their units."""
         self._free_units = list(range(MAX_UNITS))[::-1]
+        self._in_turns = os.environ.get("VMBUS_FASTPATH") == "turns"
         self._armed = True
         self._retry = False
         self.requests = 0
@@ -215,7 +216,7 @@ class FastPath:
 
     @property
     def in_flight(self) -> int:
-        return int(self._shared.in_flight)
+        return sum([each.outstanding for each in self._channels.values()])
 
     def report_ranges(self, on: bool) -> None:
         self._reports_ranges = on
@@ -299,6 +300,9 @@ class FastPath:
         self._next_channel = (number + 1) & 0xFFFFFFFF
         channel = FastPathChannel(self, number, owner, units)
         self._channels[number] = channel
+        data_path = None if self._in_turns else self._services.data_path
+        if data_path is not None:
+            channel.data = data_path.open_channel(channel, self.for_engine(units))
         return channel
 
     def for_engine(self, units: array[int]) -> tuple[int, int, int]:
@@ -307,8 +311,10 @@ class FastPath:
         ``units``: as in :meth:`open_channel`; it is read in the engine's thread, as are the units, so neither may
         change while a channel is given to the engine. The context is valid as long as this object and ``units`` are.
         """
-        context = (ctypes.c_uint64 * 2)(self._address, units.buffer_info()[0])
-        self._contexts[units.buffer_info()[0]] = context
+        table = units.buffer_info()[0]
+        context = self._contexts.get(table)
+        if context is None:
+            context = self._contexts[table] = (ctypes.c_uint64 * 2)(self._address, table)
         return self._library.engine_take, self._library.engine_complete, ctypes.addressof(context)
 
     def forget(self, number: int) -> None:
@@ -404,9 +410,9 @@ class FastPath:
         if not self._address:
             return
         self._loop.remove_reader(self._shared.event_fd)
-        if self.in_flight:
+        if self._shared.in_flight:
             # The kernel may still store into guest memory, and read what the library keeps of the requests.
-            _logger.warning("the fast path is left open: %d transfers are under way", self.in_flight)
+            _logger.warning("the fast path is left open: %d transfers are under way", self._shared.in_flight)
             return
         self._events.release()
         self._output.release()
@@ -430,10 +436,32 @@ class FastPathChannel:
         self._take = path._library.take
         self._address = path._address
         self._in_flight = 0
+        self.data: DataPathChannel | None = None
+        """The channel in the machine's engine, if that has it."""
 
     @property
     def in_flight(self) -> int:
         return self._in_flight
+
+    @property
+    def outstanding(self) -> int:
+        return self._in_flight + (self.data.outstanding if self.data is not None else 0)
+
+    @property
+    def threaded(self) -> bool:
+        return self.data is not None
+
+    def give(self, channel: GivenChannel) -> bool:
+        return self.data is not None and self.data.give(channel)
+
+    def recall(self) -> RecalledChannel:
+        if self.data is None:
+            raise InternalError("a channel that the engine does not have cannot be recalled")
+        return self.data.recall()
+
+    def look(self) -> None:
+        if self.data is not None:
+            self.data.look()
 
     def take(self, buffer: bytes, at: int, known: int, limit: int) -> tuple[int, int]:
         count = self._take(
@@ -477,9 +505,28 @@ class FastPathChannel:
 
     def close(self) -> None:
         self._closed = True
+        if self.data is not None:
+            self.data.close()
         self._path.wake_later()
         self._forget_if_ended()
 
+    # --- called by the engine: a DataPathOwner ---
+
+    def engine_left(self) -> None:
+        self._owner.fast_left(self)
+
+    def engine_answered(self, answer: bytes) -> None:
+        self._owner.fast_answers(self, [answer])
+        self._forget_if_ended()
+
+    def engine_returned(self, packet: bytes) -> None:
+        self._owner.fast_returned(self, packet)
+        self._forget_if_ended()
+
+    def engine_ended(self) -> None:
+        self._owner.fast_answers(self, [])
+        self._forget_if_ended()
+
     def _forget_if_ended(self) -> None:
-        if self._closed and not self._in_flight:
+        if self._closed and not self.outstanding:
             self._path.forget(self._number)

@@ -8,7 +8,7 @@ The units are compared with what was last set before packets are taken, so a cha
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from vmbus.wire.storvsp import MAX_LUNS, MAX_TARGETS
 
@@ -26,16 +26,20 @@ class FastUnits:
         self._known: dict[tuple[int, int], tuple[LogicalUnit, bool, int]] = {}
         self._numbers: dict[LogicalUnit, int] = {}
 
-    def refresh(self, units: Mapping[tuple[int, int], LogicalUnit]) -> None:
-        """Bring ``fast`` and the table up to date with ``units``."""
+    def refresh(
+        self, units: Mapping[tuple[int, int], LogicalUnit], changing: Callable[[], None] = lambda: None
+    ) -> None:
+        """Bring ``fast`` and the table up to date with ``units``; ``changing`` is called before a change."""
         known = self._known
         for place, unit in units.items():
             eligible, blocks = unit.fast_path_eligible, unit.blocks
             last = known.get(place)
             if last is None or last[0] is not unit or last[1] != eligible or last[2] != blocks:
+                changing()
                 self._update(place, unit)
                 known[place] = (unit, eligible, blocks)
         if len(known) > len(units):
+            changing()
             for place in [place for place in known if place not in units]:
                 self.remove(place)
 

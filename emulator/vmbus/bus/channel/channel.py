@@ -28,7 +28,7 @@ from vmbus.bus.channel.state import Busy, ChannelCounters, ChannelState
 from vmbus.bus.offers import CONNECTION_ID_BASE, Offer
 from vmbus.bus.outbox import Target
 from vmbus.errors import DeviceError, GuestError, ProtocolError
-from vmbus.ports import GuestPages
+from vmbus.ports import GuestPages, SignalTarget
 from vmbus.refusals import Refusals
 from vmbus.wire.gpadl import GPADL_CREATED, GpadlCreated
 from vmbus.wire.header import STATUS_SUCCESS, STATUS_UNSUCCESSFUL
@@ -169,6 +169,10 @@ class Channel:
     def signal_guest(self) -> None:
         """Interrupt the guest for this channel; no effect if it is not open, or wants no interrupts."""
         self.signals.signal_guest()
+
+    def signal_target(self) -> SignalTarget | None:
+        """Return how compiled code signals the guest; ``None`` where only :meth:`signal_guest` can."""
+        return self.signals.target()
 
     def doorbell(self) -> None:
         """Pass a signal of the guest on to the endpoint, unless the channel is paused or not open."""

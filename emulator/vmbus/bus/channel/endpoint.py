@@ -24,7 +24,7 @@ from typing import NamedTuple, Protocol, TypeGuard, runtime_checkable
 from vmbus.bus.channel.gpadl import Gpadl
 from vmbus.bus.offers import Offer
 from vmbus.errors import DeviceError, GuestError
-from vmbus.ports import GuestPages
+from vmbus.ports import GuestPages, SignalTarget
 from vmbus.refusals import Refusals
 
 _logger = logging.getLogger(__name__)
@@ -59,6 +59,9 @@ class EndpointChannel(Protocol):
 
     def signal_guest(self) -> None:
         """Interrupt the guest for this channel; no effect if it is not open, or wants no interrupts."""
+
+    def signal_target(self) -> SignalTarget | None:
+        """Return how compiled code does the same; ``None`` where it cannot. See ``Endpoint.retargeted``."""
 
     def defer_open(self) -> None:
         """Put the answer to the open off until :meth:`finish_open`; only inside ``opened``."""
@@ -101,7 +104,7 @@ class Endpoint(Protocol):
         """Stop using the pages of ``gpadl``."""
 
     def retargeted(self, channel: EndpointChannel, vp: int) -> None:
-        """Take note that interrupts go to virtual processor ``vp`` from now on."""
+        """Take note that interrupts go to virtual processor ``vp``, or to another place of it, from now on."""
 
 
 @runtime_checkable

@@ -16,7 +16,7 @@ from vmbus.bus.channel.context import ChannelContext
 from vmbus.bus.channel.opening import OpenRequest
 from vmbus.bus.contact import MESSAGE_SINT
 from vmbus.bus.offers import CONNECTION_ID_BASE
-from vmbus.ports import TimerHandle
+from vmbus.ports import SignalTarget, TimerHandle
 from vmbus.wire.header import STATUS_SUCCESS, STATUS_UNSUCCESSFUL
 from vmbus.wire.messages import MODIFYCHANNEL_RESPONSE, ModifyChannelResponse
 from vmbus.wire.version import Version
@@ -78,6 +78,19 @@ class ChannelSignals:
         if not host.connection.at_least(Version.WIN8) and host.signal_through_page(context.relid):
             return
         host.synic.signal_event(self.target_vp, MESSAGE_SINT, self._event_flag)
+
+    def target(self) -> SignalTarget | None:
+        """Return how compiled code signals the guest; ``None`` where only :meth:`signal_guest` can.
+
+        That is so without a target, for guests that have one interrupt page for all channels, and for a channel whose
+        connection id is the guest's choice.
+        """
+        context = self._context
+        if not self._connected or self.target_vp is None or context.relid is None or self.port is not None:
+            return None
+        if not context.host.connection.at_least(Version.WIN8):
+            return None
+        return context.host.synic.event_target(self.target_vp, MESSAGE_SINT, self._event_flag)
 
     def modify(self, vp: int, *, paused: bool) -> None:
         """Handle MODIFYCHANNEL for an open channel."""

@@ -27,13 +27,14 @@ from typing import Any
 from vmbus.bus.budget import SAVED_LIMIT_BYTES, BudgetAccount, MemoryBudget
 from vmbus.bus.channel.endpoint import EndpointChannel
 from vmbus.bus.channel.gpadl import Gpadl
+from vmbus.bus.io.handover import Handover
 from vmbus.bus.io.hooks import DeviceHooks
 from vmbus.bus.io.output import PACKET_BYTES, Output, Transactions, memory_of, saved_size
 from vmbus.bus.io.polling import AdaptivePolling
 from vmbus.bus.io.ring import IncomingRing, OutgoingRing, ring_status
 from vmbus.bus.io.state import ChannelIoState, IoCounters, IoState
 from vmbus.bus.io.timers import ChannelTimers
-from vmbus.bus.io.turns import TurnCalls, Turns
+from vmbus.bus.io.turns import TURN_PACKETS, TurnCalls, Turns
 from vmbus.errors import DeviceError, GuestError, InternalError, ProtocolError, RingError
 from vmbus.ports import FastChannel, GuestMemory, TimerHandle, Timers
 from vmbus.refusals import Refusals
@@ -117,8 +118,11 @@ class ChannelIo:
                 failed=lambda error: self._fail(error.reason, error.detail),
                 broken=lambda error: self._device_failed(error),
                 fast_ready=lambda: self.device.fast_ready(self),
+                recall=self._recall_for_turn,
+                give=self._give,
             ),
         )
+        self._handover = Handover()
         self._started = False
         """Whether the device was told that packets follow, and not since that none do."""
         self._post_start_due = False
@@ -130,6 +134,7 @@ class ChannelIo:
             self.fast.close()
             self._fast_before = self.fast
             self.fast = None
+        self._handover = Handover()
         self._account.budget.forget(self._schedule)
         self._account.clear()
         self._io_timers.forget()
@@ -191,7 +196,7 @@ class ChannelIo:
     @property
     def fast_in_flight(self) -> int:
         """Requests in flight in the compiled fast path, those of an earlier opening included."""
-        return sum([each.in_flight for each in (self.fast, self._fast_before) if each is not None])
+        return sum([each.outstanding for each in (self.fast, self._fast_before) if each is not None])
 
     # --- what a device may do ---
 
@@ -284,6 +289,9 @@ class ChannelIo:
         """
         if self.state is not _RUNNING or self._turns.active or not self._output.packets:
             return
+        if self._handover.given:
+            self._schedule()
+            return
         try:
             if self._write_out():
                 self._signal()
@@ -297,6 +305,7 @@ class ChannelIo:
 
     def pause_input(self) -> None:
         """Take no more packets, which stay in the ring, until :meth:`resume_input`; sending continues."""
+        self.recall()
         self._input_paused = True
 
     def resume_input(self) -> None:
@@ -352,7 +361,54 @@ class ChannelIo:
             self.subchannels.append(io)
             io._channel = offers.offer(replace(self.channel.offer, subchannel_index=index), io)
 
-    # --- called by the compiled fast path: a FastOwner ---
+    # --- the compiled fast path ---
+
+    def recall(self) -> None:
+        """Take the rings back from compiled code, which gets them again at the end of a turn; that is scheduled.
+
+        For a device that is about to change what compiled code uses.
+        """
+        if self._handover.given:
+            self._recall()
+            self._schedule()
+
+    def _recall(self) -> bool:
+        """Take the rings back; return whether the next packet is one for Python."""
+        fast, incoming, outgoing = self.fast, self._turns.incoming, self._outgoing
+        if fast is None or incoming is None or outgoing is None:
+            raise InternalError(f"{self.device.name}: rings were given that do not exist")
+        left = self._handover.recall(fast, incoming, outgoing, self.counters).was_left
+        fast.look()
+        return left
+
+    def _recall_for_turn(self) -> int:
+        if self._handover.given:
+            return 1 if self._recall() else 0
+        return TURN_PACKETS
+
+    def _give(self) -> bool:
+        """Give the rings to compiled code, at the end of a turn; return whether it has them."""
+        fast, incoming, outgoing = self.fast, self._turns.incoming, self._outgoing
+        if fast is None or not fast.threaded or incoming is None or outgoing is None:
+            return False
+        if self.transaction_quota or self._turns.room_wanted or not self.device.fast_ready(self):
+            return False
+        if not self._handover.wanted:
+            return False
+        fast.look()
+        if self._output.packets:
+            self._schedule()
+            return False
+        channel = self._channel
+        target = None if channel is None else channel.signal_target()
+        if target is None or channel is None or channel.relid is None or not self._room():
+            return False
+        given = self._handover.give(fast, incoming, outgoing, target, channel.relid)
+        if given and self._output.packets:  # something has ended in between
+            self._schedule()
+        return given
+
+    # --- called by it: a FastOwner ---
 
     def fast_answers(self, channel: FastChannel, packets: list[bytes]) -> None:
         """Send completions that the fast path has built; see :class:`~vmbus.ports.FastOwner`."""
@@ -364,6 +420,11 @@ class ChannelIo:
         else:
             self.counters.dropped += len(packets)
         self.device.fast_ended(self)
+
+    def fast_left(self, channel: FastChannel) -> None:
+        """Take the rings back in a turn; see :class:`~vmbus.ports.FastOwner`."""
+        if channel is self.fast:
+            self._schedule()
 
     def fast_returned(self, channel: FastChannel, packet: bytes) -> None:
         """Pass a packet that the fast path returns to the device; see :class:`~vmbus.ports.FastOwner`."""
@@ -382,6 +443,7 @@ class ChannelIo:
 
         In a turn (a device calls this from ``packet``), packets that were not passed to the device stay in the ring.
         """
+        self.recall()
         self.paused = True
         if self.state is IoState.RUNNING:
             self._enter(IoState.PAUSED)
@@ -514,6 +576,7 @@ class ChannelIo:
 
     def _end(self) -> None:
         self._enter(IoState.CLOSED)
+        self.recall()  # the answers that it had are dropped: the rings may be the guest's again
         self._outgoing = None
         self._forget()
 
@@ -541,7 +604,8 @@ class ChannelIo:
         self.device.gpadl_torn_down(self, gpadl)
 
     def retargeted(self, channel: EndpointChannel, vp: int) -> None:
-        """Nothing to do: the channel itself keeps the target of its interrupts."""
+        """Have compiled code signal there, too; the channel itself keeps the target."""
+        self.recall()
 
     # --- called in turns ---
 
@@ -680,6 +744,7 @@ class ChannelIo:
         self.refusals.refuse(reason, detail)
         if self.state is _RUNNING or self.state is IoState.PAUSED:
             self._enter(IoState.FAILED)
+            self.recall()
             self.failure = reason
             self._post_start_due = False
             self._output, self._owed, self._awaited = Output(), Transactions(), Transactions()
@@ -688,6 +753,7 @@ class ChannelIo:
 
     def status(self) -> dict[str, Any]:
         """Return the channel's part of ``vmbus status``: names and plain values."""
+        self.recall()
         report: dict[str, Any] = {"state": self.state.value}
         if self.failure:
             report["failure"] = self.failure

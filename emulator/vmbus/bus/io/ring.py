@@ -85,6 +85,11 @@ class _Ring:
             )
         return index
 
+    @property
+    def pages(self) -> GuestPages:
+        """The control page and the pages of the data."""
+        return self._pages
+
     def control(self) -> RingControl:
         """Return the control page as it is now, unchecked, for reports."""
         return RING_CONTROL.parse(self._pages.read(0, RING_CONTROL.size))
@@ -108,6 +113,24 @@ class IncomingRing(_Ring):
         self._buffer = b""
         self._at = 0
         self._known = 0
+
+    @property
+    def index(self) -> int:
+        """The host's read index. Raises :class:`~vmbus.errors.InternalError` if something is not committed."""
+        if self._committed != self._taken:
+            raise InternalError("packets were taken, and their room is not free yet")
+        return self._taken
+
+    @property
+    def masked(self) -> bool:
+        """Whether the guest's signals are masked."""
+        return self._masked
+
+    def go_on(self, index: int) -> None:
+        """Go on at ``index``: compiled code has read so far, and has masked the guest's signals."""
+        self._committed = self._taken = index
+        self._buffer, self._at, self._known = b"", 0, 0
+        self._masked = True
 
     def initialize(self) -> None:
         """Mask signals until the host goes idle: the channel opens.
@@ -276,6 +299,16 @@ class OutgoingRing(_Ring):
         super().__init__(pages, memory)
         self._write = self._index(WRITE_INDEX)
         self._index(READ_INDEX)
+        self._waiting = self._load(PENDING_SEND_SIZE) != 0
+
+    @property
+    def index(self) -> int:
+        """The host's write index."""
+        return self._write
+
+    def go_on(self, index: int) -> None:
+        """Go on at ``index``: compiled code has written so far."""
+        self._write = index
         self._waiting = self._load(PENDING_SEND_SIZE) != 0
 
     def initialize(self) -> None:

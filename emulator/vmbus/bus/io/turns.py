@@ -13,6 +13,7 @@ ring with one index store, and signals the guest at most once for each batch. Th
     | too much owed, input paused   | nothing is taken until the device completes something, or resumes input  |
     | the guest's budget used up    | nothing is taken until the guest's devices hold less                     |
     | output that cannot be saved   | the channel fails: its guest does not read its answers                   |
+    | a thread of compiled code     | it has both rings until the next turn (:mod:`vmbus.bus.io.handover`)     |
 
 How long an empty ring is polled before the host sleeps adapts (:mod:`vmbus.bus.io.polling`).
 """
@@ -59,6 +60,10 @@ class TurnCalls:
     """Fail the channel, because of an error of the host's: the event loop would only log it, and no turn follow."""
     fast_ready: Callable[[], bool]
     """Return whether the compiled fast path may take packets now."""
+    recall: Callable[[], int]
+    """Take the rings back from a thread of compiled code; return how many packets this turn may take at most."""
+    give: Callable[[], bool]
+    """Give the rings to such a thread if there is one; return whether it has them."""
 
 
 class Turns:
@@ -109,24 +114,31 @@ class Turns:
         self._polling.awake()
         self._counters.turns += 1
         try:
-            self._work(self.incoming)
+            limit = self._calls.recall()
+            if self.running:
+                self._work(self.incoming, limit)
         except GuestError as error:
             self._calls.failed(error)
         except Exception as error:  # noqa: BLE001 - it costs this channel only
             self._calls.broken(error)
         finally:
-            fast = self.fast
+            fast = self._polled
             if fast is not None and fast.sleeps():
                 fast.submit()
                 self.schedule()
             self.active = False
 
-    def _work(self, incoming: IncomingRing) -> None:
+    @property
+    def _polled(self) -> FastChannel | None:
+        """The fast path, if it takes packets in turns."""
+        return self.fast if self.fast is not None and not self.fast.threaded else None
+
+    def _work(self, incoming: IncomingRing, limit: int) -> None:
         calls = self._calls
         incoming.mask()
         signal = False
         empty = False
-        left = TURN_PACKETS
+        left = limit
         polled = False
         try:
             signal = calls.write_out()
@@ -153,9 +165,11 @@ class Turns:
         finally:
             if signal:
                 calls.signal()
-        if left < TURN_PACKETS:
+        if left < limit:
             self._polling.found()
         if not self._scheduled and calls.room():
+            if calls.give() or self._scheduled:
+                return
             if not empty or self._polling.again() or incoming.unmask():
                 self.schedule()
             else:
@@ -168,7 +182,7 @@ class Turns:
 
         Return how many packets were taken, and False if the device caused the channel to be closed meanwhile.
         """
-        fast = self.fast
+        fast = self._polled
         if fast is not None and self._calls.fast_ready():
             if taken := incoming.take_with(fast.take, limit):
                 self._counters.packets_in += taken
@@ -189,7 +203,7 @@ class Turns:
 
         Return whether a request has ended or packets have arrived.
         """
-        fast = self.fast
+        fast = self._polled
         if fast is None or not (fast.in_flight or (self._polling.active and not polled)):
             return False
         return fast.wait(incoming.watched()) or incoming.available > 0

@@ -383,6 +383,7 @@ EXPORT struct engine *engine_start(const struct engine_setup *setup, int event_f
     if (engine == MAP_FAILED)
         return NULL;
     engine->setup = *setup;
+    engine->lines_limit = LINES_AHEAD;
     engine->wake_fd = setup->wake_fd;
     engine->event_fd = event_fd;
     for (uint32_t i = 0; i < MAX_SLOTS; i++)
@@ -571,6 +572,12 @@ EXPORT void engine_lock_lines(struct engine *engine, uint32_t on)
         pthread_mutex_lock(&engine->line_lock);
     else
         pthread_mutex_unlock(&engine->line_lock);
+}
+
+/* Allow so many commands to QEMU, those that were sent included. */
+EXPORT void engine_allow_lines(struct engine *engine, uint64_t limit)
+{
+    atomic_store_explicit(&engine->lines_limit, limit, memory_order_release);
 }
 
 EXPORT uint64_t engine_lines(struct engine *engine)

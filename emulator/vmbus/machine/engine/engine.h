@@ -108,6 +108,7 @@ struct engine {
     _Atomic uint32_t asleep; /* as the word that is shared with the gateway, which others may change */
     _Atomic uint32_t in_flight;
     _Atomic uint64_t lines; /* sent to QEMU */
+    _Atomic uint64_t lines_limit; /* no more may be sent until Python has read answers */
     _Atomic uint32_t lines_told; /* an event says so, and Python has not read it yet */
     pthread_mutex_t line_lock;   /* held by whoever writes to QEMU's socket */
     /* the thread's */

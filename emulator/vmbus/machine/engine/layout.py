@@ -24,8 +24,9 @@ MAX_ANSWER = 128
 MAX_NOTED = 514
 MAX_REGIONS = 16
 LINE_SIZE = 48
-LINES_BETWEEN = 1024
-"""Interrupts through QEMU between two :attr:`EventKind.LINES`."""
+LINES_AHEAD = 96
+"""Commands to QEMU whose answers are not read, at most. QEMU's main loop waits for ever for room for an answer, and a
+socket of Linux has room for some 270 short ones."""
 RELEASE_ANSWER = 1 << 31
 """Flag of a slot that is released: the guest gets its answer now."""
 
@@ -276,7 +277,7 @@ CONSTANTS = {
     "MAX_NOTED": MAX_NOTED,
     "MAX_REGIONS": MAX_REGIONS,
     "LINE_SIZE": LINE_SIZE,
-    "LINES_BETWEEN": LINES_BETWEEN,
+    "LINES_AHEAD": LINES_AHEAD,
     "RELEASE_ANSWER": RELEASE_ANSWER,
     "PAGE_SHIFT": PAGE_SIZE.bit_length() - 1,
     "DESCRIPTOR_SIZE": packet.DESCRIPTOR_SIZE,

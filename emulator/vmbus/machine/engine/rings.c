@@ -72,21 +72,22 @@ void channel_leave(struct engine *engine, uint32_t number, uint32_t why)
 static void send_line(struct engine *engine, struct channel *channel)
 {
     channel->line_owed = 1;
-    if (pthread_mutex_trylock(&engine->line_lock) != 0)
+    uint64_t ahead = atomic_load_explicit(&engine->lines_limit, memory_order_acquire) -
+                     atomic_load_explicit(&engine->lines, memory_order_relaxed);
+    if (ahead <= LINES_AHEAD / 2 && !atomic_exchange(&engine->lines_told, 1))
+        event_put(engine, EVENT_LINES, 0);
+    if (!ahead || pthread_mutex_trylock(&engine->line_lock) != 0)
         return;
     /* Counted first: nobody may see an answer to a line that does not count yet. */
-    uint64_t lines = atomic_fetch_add(&engine->lines, 1) + 1;
+    atomic_fetch_add(&engine->lines, 1);
     ssize_t sent = send(engine->setup.qtest_fd, channel->line, channel->line_length, MSG_NOSIGNAL | MSG_DONTWAIT);
     if (sent < 0 && (errno == EAGAIN || errno == EINTR)) {
         atomic_fetch_sub(&engine->lines, 1);
-        lines = 0;
     } else {
         channel->line_owed = 0;
         engine->counts.sent++;
     }
     pthread_mutex_unlock(&engine->line_lock);
-    if (lines && lines % LINES_BETWEEN == 0 && !atomic_exchange(&engine->lines_told, 1))
-        event_put(engine, EVENT_LINES, 0);
 }
 
 void signal_guest(struct engine *engine, struct channel *channel, int may_wait)

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from vmbus.errors import InternalError
 from vmbus.machine.engine.layout import (
+    LINES_AHEAD,
     MAX_CHANNELS,
     MAX_RING_PAGES,
     ChannelCounts,
@@ -128,6 +129,7 @@ class _Library:
         self.channel_of = function("channel_of", c_uint32, c_void_p, c_uint32, POINTER(c_uint32))
         self.in_flight = function("in_flight", c_uint32, c_void_p)
         self.report_ranges = function("report_ranges", None, c_void_p, c_uint32)
+        self.allow_lines = function("allow_lines", None, c_void_p, c_uint64)
         self.lines = function("lines", c_uint64, c_void_p)
         self.lock_lines = function("lock_lines", None, c_void_p, c_uint32)
         self.get_counts = function(
@@ -156,7 +158,7 @@ class Engine:
         self.stored: Callable[[Sequence[tuple[int, int]]], None] = lambda ranges: None
         """Called in place of it while all ranges are reported: their notes are to be looked at, too."""
         self.lines_due: Callable[[], None] = lambda: None
-        """Called when QEMU's answers to the engine's interrupts should be read."""
+        """Called when QEMU's answers to the engine's interrupts should be read; see :meth:`allow_lines`."""
 
     @classmethod
     def start(cls, path: str, setup: EngineSetup, *, busy_waits: bool) -> Engine:
@@ -187,6 +189,11 @@ class Engine:
     def lines(self) -> int:
         """Commands that the engine has written to the qtest socket so far; QEMU answers each."""
         return self._library.lines(self._engine)
+
+    def allow_lines(self, unanswered: int) -> None:
+        """Allow more commands to QEMU, of which ``unanswered`` have no answer that was read."""
+        if unanswered < LINES_AHEAD:
+            self._library.allow_lines(self._engine, self.lines + LINES_AHEAD - unanswered)
 
     def lock_lines(self) -> None:
         """Keep the engine from writing to the qtest socket: see :class:`~vmbus.machine.qemu.qtest.OtherWriter`."""

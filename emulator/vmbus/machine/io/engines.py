@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
-from vmbus.ports import EngineT, EventLoop, NativeEngine, NativeGuestMemory, NativeServices
+from vmbus.ports import DataPath, EngineT, EventLoop, NativeEngine, NativeGuestMemory, NativeServices
+
+
+class MachineDataPath(DataPath, Protocol):
+    """A data path, as the machine sees it."""
+
+    def report_ranges(self, on: bool) -> None:
+        """As :meth:`vmbus.ports.NativeEngine.report_ranges`."""
+
+    def close(self) -> None:
+        """End its thread."""
 
 
 class NativeEngines:
@@ -18,13 +28,26 @@ class NativeEngines:
         ended: Callable[[], None],
         *,
         spare_processor: bool = True,
+        start_data_path: Callable[[], MachineDataPath | None] = lambda: None,
     ) -> None:
+        """``start_data_path`` is called when a device first wants :attr:`data_path`."""
         self.loop = loop
         self.memory = memory
         self.spare_processor = spare_processor
         self._ended = ended
         self._engines: dict[Callable[[NativeServices], Any], NativeEngine | None] = {}
         self._reports_ranges = False
+        self._start_data_path: Callable[[], MachineDataPath | None] | None = start_data_path
+        self._data_path: MachineDataPath | None = None
+
+    @property
+    def data_path(self) -> DataPath | None:
+        if self._start_data_path is not None:
+            start, self._start_data_path = self._start_data_path, None
+            self._data_path = start()
+            if self._data_path is not None:
+                self._data_path.report_ranges(self._reports_ranges)
+        return self._data_path
 
     def engine(self, open_engine: Callable[[NativeServices], EngineT | None], /) -> EngineT | None:
         if open_engine not in self._engines:
@@ -44,11 +67,17 @@ class NativeEngines:
     def report_ranges(self, on: bool) -> None:
         """As :meth:`vmbus.ports.NativeEngine.report_ranges`, for engines opened now or later."""
         self._reports_ranges = on
+        if self._data_path is not None:
+            self._data_path.report_ranges(on)
         for each in self._opened():
             each.report_ranges(on)
 
     def close(self) -> None:
-        """Close all engines; no more can be opened usefully."""
+        """Close all engines; no more can be opened usefully. No channel is given."""
+        self._start_data_path = None
+        if self._data_path is not None:  # it uses what the others have
+            data_path, self._data_path = self._data_path, None
+            data_path.close()
         for each in self._opened():
             each.close()
         self._engines.clear()

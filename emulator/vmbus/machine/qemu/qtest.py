@@ -140,14 +140,33 @@ class Qtest:
         """Commands that were sent so far, by whomever; QEMU answers them in order."""
         return self._sent + (self.other.lines if self.other is not None else 0)
 
+    @property
+    def unanswered(self) -> int:
+        """Commands that were sent, by whomever, and whose answers were not read."""
+        return self._asked - self._answered
+
     def interrupt(self, apic_id: int, vector: int) -> None:
         """Post an MSI with ``vector`` to the local APIC ``apic_id`` (0..255)."""
+        self.interrupts += 1
+        self._send(self.line(apic_id, vector))
+
+    def line(self, apic_id: int, vector: int) -> bytes:
+        """Return the command of :meth:`interrupt`, for :attr:`other`."""
         line = self._lines.get((apic_id, vector))
         if line is None:
             line = b"writel 0x%x 0x%x\n" % (_MSI_BASE | apic_id << 12, vector)
             self._lines[apic_id, vector] = line
-        self.interrupts += 1
-        self._send(line)
+        return line
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, for :attr:`other`."""
+        return self._socket.fileno()
+
+    def end_other(self) -> None:
+        """Forget :attr:`other`, which writes nothing any more."""
+        if self.other is not None:
+            other, self.other = self.other, None
+            self._sent += other.lines
 
     def write_memory(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Write guest memory through QEMU; return when it has been written.
@@ -363,7 +382,7 @@ class LocalApics:
     ) -> None:
         """``gone``: called when QEMU has closed the socket; later requests have no effect."""
         self._qtest = qtest
-        self._apic_ids = tuple(apic_ids)
+        self.apic_ids = tuple(apic_ids)
         self._gone = gone
         self._vcpus = vcpus
         self.requests = 0
@@ -382,6 +401,6 @@ class LocalApics:
 
     def _send(self, vp: int, vector: int) -> None:
         try:
-            self._qtest.interrupt(self._apic_ids[vp], vector)
+            self._qtest.interrupt(self.apic_ids[vp], vector)
         except QemuGone as error:  # the caller, a device at work, cannot handle that
             self._gone(error)
