@@ -197,7 +197,7 @@ def test_a_processor_that_can_take_signals_again_is_signalled_for_every_channel_
     signalled: list[int] = []
 
     def channel(number: int, vp: int | None) -> SimpleNamespace:
-        return SimpleNamespace(target_vp=vp, signal_guest=lambda: signalled.append(number))
+        return SimpleNamespace(target_vp=vp, signal_guest=lambda: signalled.append(number), endpoint=None)
 
     host = Host.__new__(Host)
     vps = [SimpleNamespace(can_signal=lambda sint: able and sint == 2)] * 2

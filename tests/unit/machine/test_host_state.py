@@ -12,6 +12,7 @@ from unittest.mock import MagicMock
 import pytest
 from vmbus.bus.channel.state import ChannelState
 from vmbus.cli.devices import registry
+from vmbus.errors import GatewayError
 from vmbus.machine.host import Host, HostOptions
 from vmbus.machine.memory import RamRegion
 from vmbus.machine.migration.state_machine import Phase
@@ -32,6 +33,7 @@ def host(folder: Path, *lines: str) -> Iterator[Host]:
     os.truncate(memory, SIZE)
     gateway = MagicMock()
     gateway.code_pages = None
+    gateway.engine_event = MagicMock(side_effect=GatewayError("there is no gateway"))
     gateway.clock = SimpleNamespace(tsc_frequency=None, guest_tsc_now=lambda: None)
     gateway.unclaimed.return_value = []
     facts = QemuFacts(

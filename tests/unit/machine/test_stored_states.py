@@ -13,6 +13,7 @@ from unittest.mock import MagicMock
 import pytest
 from vmbus.bus.channel.state import ChannelState
 from vmbus.cli.devices import registry
+from vmbus.errors import GatewayError
 from vmbus.machine.host import Host, HostOptions
 from vmbus.machine.memory import RamRegion
 from vmbus.machine.qemu.discovery import QemuFacts
@@ -31,6 +32,7 @@ def host_for(folder: Path, name: str, nobody: Callable[[], Any] = MagicMock) -> 
     os.truncate(memory, max(region.offset + region.size for region in regions))
     gateway = nobody()
     gateway.code_pages = None
+    gateway.engine_event = MagicMock(side_effect=GatewayError("there is no gateway"))
     gateway.clock = SimpleNamespace(tsc_frequency=None, guest_tsc_now=lambda: None)
     facts = QemuFacts(
         pid=os.getpid(),

@@ -14,6 +14,7 @@ import mmap
 import os
 from collections.abc import Callable, Sequence
 
+from vmbus.errors import GatewayError
 from vmbus.machine.engine.build import LIBRARY
 from vmbus.machine.engine.layout import MAX_CHANNELS, MAX_REGIONS, ChannelCounts, EngineSetup, Mirror, Region
 from vmbus.machine.engine.thread import Engine, Functions, Target
@@ -77,8 +78,12 @@ class EngineDataPath:
         native = memory.native()
         if len(native.regions) > MAX_REGIONS:
             return None
+        try:
+            wake_fd = gateway.engine_event()
+        except GatewayError as error:
+            _logger.warning("no engine, so disks are slower: %s", error)
+            return None
         mirror = mmap.mmap(-1, ctypes.sizeof(Mirror))
-        wake_fd = gateway.engine_event()
         setup = EngineSetup(
             ram=native.address,
             ram_size=native.size,
