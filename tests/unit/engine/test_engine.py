@@ -343,6 +343,7 @@ def test_no_line_is_written_while_python_writes(guest: EngineGuest) -> None:
 def test_no_more_is_sent_than_qemu_has_room_for_answers(guest: EngineGuest) -> None:
     told: list[int] = []
     guest.engine.lines_due = lambda: told.append(guest.engine.lines)
+    guest.engine.allow_lines(unanswered=0)
     guest.idle = IdleState.HALTED
     guest.give()
     for _ in range(LINES_AHEAD):
