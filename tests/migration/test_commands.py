@@ -223,7 +223,7 @@ async def test_a_guest_is_taken_back_and_then_leaves_beside_qemus_stream(tmp_pat
         assert "goes with a URI" in await says("migrate", "a", "--keep", status=2)
         assert "run `vmbus migrate --take-back`" in await says("migrate", "a", file, "--keep")
         answered = await source.beats("a")
-        status, errors = await run("refuses", "--incoming", file, "--no-default-devices").ended()
+        status, errors = await run("no", "--incoming", file, "--no-default-devices").ended()
         assert (status, "not-there" in errors) == (1, True), errors
         assert await source.beats("a") == answered
         await says("migrate", "a", "--take-back")
