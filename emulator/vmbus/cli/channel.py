@@ -20,8 +20,7 @@ from vmbus.errors import UserError
 from vmbus.machine import rundir
 from vmbus.machine.control import ask
 from vmbus.machine.host import Host
-from vmbus.machine.migration.alone import check_alone
-from vmbus.machine.migration.state_machine import Phase
+from vmbus.machine.migration.alone import check_idle
 from vmbus.saving import NtStatus, StateRefused, by_hand
 from vmbus.saving.device_channel import DeviceChannel
 from vmbus.saving.dump import dump
@@ -248,7 +247,7 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
     if action not in ("pause", "start", "save", "restore"):
         raise UserError(f"unknown action {action!r}; known: list, pause, restore, save, start")
     name = str(request.get("channel", ""))
-    _check_idle(host)
+    check_idle(host.migration, "channels")
     channel = _find(host, name)
     if action == "start":
         return _answered(channel, _checked(host, channel, state.start_channel(channel)))
@@ -260,7 +259,7 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
     data = _received(request.get("descriptors", ())) if action == "restore" else b""
     if channel.paused:  # an active one is refused by the call itself
         await _settle(channel, timeout)
-        _check_idle(host)
+        check_idle(host.migration, "channels")
         if channel not in state.channels():
             raise UserError(f"channel {name} has gone meanwhile")
     size = min(max(int(request.get("buffer", BUFFER_SIZE)), 0), _MAX_BUFFER)
@@ -276,14 +275,6 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
         "refusal": None if refusal is None else {"reason": refusal.reason.value, "detail": refusal.detail},
         "data": base64.b64encode(outcome.data).decode(),
     }
-
-
-def _check_idle(host: Host) -> None:
-    check_alone(host.migration)
-    if host.migration.phase is not Phase.IDLE:
-        raise UserError(
-            f"channels cannot be changed while the guest is {host.migration.phase.value}; try again afterwards"
-        )
 
 
 def _answered(channel: DeviceChannel, status: NtStatus) -> dict[str, Any]:

@@ -22,8 +22,7 @@ from vmbus.errors import InternalError, MissingRequirement, UserError
 from vmbus.machine import rundir
 from vmbus.machine.control import ask
 from vmbus.machine.host import AttachedDevice, Host
-from vmbus.machine.migration.alone import check_alone
-from vmbus.machine.migration.state_machine import Phase
+from vmbus.machine.migration.alone import check_idle
 
 _EPILOG = """\
 examples:
@@ -126,7 +125,7 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
     action = request.get("action")
     if action == "list":
         return {"devices": [_listed(each) for each in host.devices]}
-    _check_idle(host)
+    check_idle(host.migration, "devices")
     if action == "add":
         return await _add(host, str(request.get("line", "")))
     if action == "remove":
@@ -135,14 +134,6 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
         size = request.get("size")
         return await _resize(host, str(request.get("device", "")), None if size is None else int(size))
     raise UserError(f"unknown action {action!r}; known: add, list, remove, resize")
-
-
-def _check_idle(host: Host) -> None:
-    check_alone(host.migration)
-    if host.migration.phase is not Phase.IDLE:
-        raise UserError(
-            f"devices cannot be changed while the guest is {host.migration.phase.value}; try again afterwards"
-        )
 
 
 def _listed(attached: AttachedDevice) -> dict[str, Any]:
@@ -168,7 +159,7 @@ async def _add(host: Host, line: str) -> dict[str, Any]:
     [line] = registry().completed([line], present)
     device = await asyncio.to_thread(_create, line)
     try:
-        _check_idle(host)  # its images may have taken long
+        check_idle(host.migration, "devices")  # its images may have taken long
         if found := _join(host, device):
             return {"name": found, "done": f"{found} is there"}
         if any(each.device.name == device.name for each in host.devices):

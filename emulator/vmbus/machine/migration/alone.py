@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from vmbus.errors import UserError
+from vmbus.machine.migration.state_machine import Phase
 
 
 class Commanded(Protocol):
@@ -19,11 +20,24 @@ class Commanded(Protocol):
     command: str
     """The command that moves, saves, loads or takes back the guest now; empty if there is none."""
 
+    @property
+    def phase(self) -> Phase:
+        """Where the guest is."""
+
 
 def check_alone(guest: Commanded, failed: type[UserError] = UserError) -> None:
     """Raise ``failed`` while a command is under way."""
     if guest.command:
         raise failed(f"`{guest.command}` is under way for this guest: try again when it has ended")
+
+
+def check_idle(guest: Commanded, what: str) -> None:
+    """Raise :class:`~vmbus.errors.UserError` unless ``what`` (plural) can be changed: nothing is under way."""
+    check_alone(guest)
+    if guest.phase is not Phase.IDLE:
+        raise UserError(
+            f"{what} cannot be changed while the guest is {guest.phase.value}; try again afterwards"
+        )
 
 
 @contextlib.contextmanager
