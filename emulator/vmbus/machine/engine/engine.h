@@ -144,7 +144,7 @@ uint64_t now_ns(void);
 uint32_t rings_take(struct engine *engine, uint32_t number);
 void rings_deliver(struct engine *engine, struct channel *channel, uint64_t now);
 void rings_mask(struct engine *engine, struct channel *channel, uint32_t masked);
-void channel_leave(struct engine *engine, uint32_t number, uint32_t why);
+void channel_leave(struct engine *engine, uint32_t number);
 void signal_guest(struct engine *engine, struct channel *channel, int may_wait);
 void signal_look(struct engine *engine, struct channel *channel, uint64_t now);
 void signal_settle(struct engine *engine, struct channel *channel);

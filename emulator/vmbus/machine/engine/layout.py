@@ -66,13 +66,6 @@ class EventKind(IntEnum):
     """Answers of QEMU to the engine's interrupts are to be read."""
 
 
-class Left(IntEnum):
-    """Why a channel was left."""
-
-    PACKET = 1
-    RING = 2
-
-
 class Range(Structure):
     """Bytes of the file of guest RAM."""
 
@@ -293,7 +286,6 @@ CONSTANTS = {
     **{f"OWNER_{each.name}": int(each) for each in Owner},
     **{f"COMMAND_{each.name}": int(each) for each in CommandKind},
     **{f"EVENT_{each.name}": int(each) for each in EventKind},
-    **{f"LEFT_{each.name}": int(each) for each in Left},
 }
 """Name in C → value."""
 

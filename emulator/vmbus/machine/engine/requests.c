@@ -235,7 +235,7 @@ static void completed(struct engine *engine, uint32_t slot, int32_t result, uint
     if (!request->answer_size || request->answer_size > MAX_ANSWER) {
         to_python(engine, slot, EVENT_RETURNED);
         if (belongs_here(engine, request))
-            channel_leave(engine, request->channel, LEFT_PACKET);
+            channel_leave(engine, request->channel);
     } else if (request->noted) {
         to_python(engine, slot, EVENT_NOTED);
     } else {

@@ -53,11 +53,10 @@ static void copy_in(struct engine *engine, const struct ring *ring, uint32_t at,
     }
 }
 
-void channel_leave(struct engine *engine, uint32_t number, uint32_t why)
+void channel_leave(struct engine *engine, uint32_t number)
 {
     struct channel *channel = &engine->channel[number];
 
-    (void)why;
     if (channel->owner != OWNER_ENGINE)
         return;
     signal_settle(engine, channel);
@@ -221,7 +220,7 @@ uint32_t rings_take(struct engine *engine, uint32_t number)
     if (write == ring->index || channel->blocked)
         return 0;
     if (write >= ring->size || write & 7) {
-        channel_leave(engine, number, LEFT_RING);
+        channel_leave(engine, number);
         return 0;
     }
     uint32_t known = (write + ring->size - ring->index) % ring->size;
@@ -229,19 +228,19 @@ uint32_t rings_take(struct engine *engine, uint32_t number)
         uint8_t descriptor[DESCRIPTOR_SIZE];
         uint16_t length8;
         if (known < DESCRIPTOR_SIZE + TRAILER_SIZE) {
-            left = LEFT_RING;
+            left = 1;
             break;
         }
         copy_out(engine, ring, ring->index, descriptor, DESCRIPTOR_SIZE);
         memcpy(&length8, descriptor + DESCRIPTOR_LENGTH8, sizeof(length8));
         uint32_t size = length8 * 8u, total = size + TRAILER_SIZE;
         if (size < DESCRIPTOR_SIZE || size > MAX_PACKET || total > known) {
-            left = LEFT_PACKET;
+            left = 1;
             break;
         }
         int taken = take_one(engine, channel, number, descriptor, size);
         if (taken <= 0) {
-            left = taken ? 0 : LEFT_PACKET;
+            left = !taken;
             break;
         }
         ring->index = (ring->index + total) % ring->size;
@@ -253,7 +252,7 @@ uint32_t rings_take(struct engine *engine, uint32_t number)
     if (count)
         commit(engine, channel, number, before);
     if (left)
-        channel_leave(engine, number, left);
+        channel_leave(engine, number);
     return count;
 }
 
@@ -269,7 +268,7 @@ static void write_answers(struct engine *engine, struct channel *channel, uint32
     uint32_t read = load(engine, ring, RING_READ);
 
     if (read >= ring->size || read & 7) {
-        channel_leave(engine, number, LEFT_RING);
+        channel_leave(engine, number);
         return;
     }
     uint32_t room = (read + ring->size - old - RING_RESERVED) % ring->size;
