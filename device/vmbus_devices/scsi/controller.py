@@ -277,9 +277,8 @@ class Controller(Device):
         size = PACKET_SIZE if (self.handshake.version or 0) >= ProtocolVersion.WIN8 else SHORT_PACKET_SIZE
         try:
             io.send(build_packet(Operation.ENUMERATE_BUS, Status.SUCCESS, size=size))
-        except (
-            DeviceError
-        ):  # a guest that does not read: the change is made, and it is notified when it has read
+        except DeviceError:
+            # The guest does not read: the change is made, and the guest is notified when it has read.
             io.notify_room()
         else:
             self.enumerations += 1
