@@ -58,13 +58,15 @@ def swallowing(path: Path) -> Iterator[str]:
 def continue_and_follow(path: Path, begin: threading.Event, ended: threading.Event) -> None:
     """Send ``migrate-continue`` over a monitor of its own once ``begin`` is set; set ``ended`` with the migration."""
     with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rw") as lines:
-        connection.connect(str(path))
-        for command in ("qmp_capabilities", "migrate-continue"):
-            if command == "migrate-continue":
-                begin.wait(LIMIT)
-            arguments = {"state": "pre-switchover"} if command == "migrate-continue" else {}
+
+        def execute(command: str, **arguments: str) -> None:
             lines.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
             lines.flush()
+
+        connection.connect(str(path))
+        execute("qmp_capabilities")
+        begin.wait(LIMIT)
+        execute("migrate-continue", state="pre-switchover")
         for line in lines:
             found = json.loads(line)
             if found.get("event") == "MIGRATION" and found["data"]["status"] in ("failed", "completed"):
