@@ -25,8 +25,9 @@ def fresh_line_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def unconfined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no command that runs in this process confine it: all later tests would be confined, too."""
+    """Let no command that runs in this process confine it or, by ``--sandbox off``, free what later tests start."""
     monkeypatch.setattr(confinement, "confine_this_process", lambda limits: None)
+    monkeypatch.setattr(confinement._Mode, "enabled", True)
 
 
 class LostExceptions(logging.Handler):
