@@ -326,7 +326,6 @@ def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
     hosts = TwoHosts(tmp_path_factory.mktemp("twins"))
     with hosts.fast, hosts.ordinary:
         yield hosts
-        assert hosts.fast.path.requests > 20
         assert hosts.ordinary.path.requests == 0
 
 
