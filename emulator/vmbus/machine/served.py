@@ -100,20 +100,19 @@ class _Commands(Mapping[str, Handler]):
 
 def status(host: Host, name: str) -> dict[str, Any]:
     """Return everything that ``vmbus status --json`` shows."""
-    bus = host.bus.status()
+    ends: dict[tuple[str, int], dict[str, Any]] = {}
+    for attached in host.devices:
+        for index, io in enumerate((attached.io, *attached.io.subchannels)):
+            ends[str(attached.channel.offer.instance_id), index] = {
+                "device": attached.device.name,
+                "io": io.status(),
+                "details": {} if index else attached.device.status(),
+            }
+    bus = host.bus.status()  # after the devices: each end has counted by now what compiled code did for it
     channels = cast(list[dict[str, Any]], bus.pop("channels"))
     channels.sort(key=lambda channel: channel["relid"] or 0)
-    attached = {str(a.channel.offer.instance_id): a for a in host.devices}
     for channel in channels:
-        found = attached.get(str(channel["instance"]))
-        if found is None:
-            continue
-        ends = (found.io, *found.io.subchannels)
-        index = channel["subchannel"]
-        if index < len(ends):
-            channel["device"] = found.device.name
-            channel["io"] = ends[index].status()
-            channel["details"] = found.device.status() if not index else {}
+        channel |= ends.get((str(channel["instance"]), channel["subchannel"]), {})
     return {
         "name": name,
         "emulator": {"version": __version__, **process_figures(), "uptime": time.monotonic() - host.started},

@@ -231,6 +231,9 @@ class FakeChannel:
     def signal_target(self) -> SignalTarget | None:
         return None
 
+    def count_signals(self, doorbells: int, interrupts: int) -> None:
+        self.interrupts += interrupts
+
     def defer_open(self) -> None:
         self.deferred.add("opened")
 

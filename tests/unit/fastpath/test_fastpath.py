@@ -298,6 +298,12 @@ def send(guest: ScsiGuest, story: Story, number: int) -> list[Any]:
     return [(each.kind, each.transaction_id, each.payload) for each in guest.receive()]
 
 
+def traffic(guest: FastGuest) -> tuple[int, int, int, int]:
+    """Packets and bytes, in and out, as ``vmbus status`` shows them."""
+    counters = guest.io.counters
+    return counters.packets_in, counters.bytes_in, counters.packets_out, counters.bytes_out
+
+
 class TwoHosts:
     """The same guest on two hosts, one of which uses the fast path."""
 
@@ -319,6 +325,7 @@ class TwoHosts:
             assert self.fast.memory.read(gpa, length) == self.ordinary.memory.read(gpa, length)
         assert self.fast.io.state is self.ordinary.io.state
         assert self.fast.io.refusals.counts == self.ordinary.io.refusals.counts
+        assert traffic(self.fast) == traffic(self.ordinary)
 
 
 @pytest.fixture(scope="module")

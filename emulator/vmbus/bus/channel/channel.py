@@ -174,6 +174,11 @@ class Channel:
         """Return how compiled code signals the guest; ``None`` where only :meth:`signal_guest` can."""
         return self.signals.target()
 
+    def count_signals(self, doorbells: int, interrupts: int) -> None:
+        """Count doorbells of the guest that compiled code heard, and interrupts that it sent."""
+        self.counters.doorbells += doorbells
+        self.counters.interrupts += interrupts
+
     def doorbell(self) -> None:
         """Pass a signal of the guest on to the endpoint, unless the channel is paused or not open."""
         self.counters.doorbells += 1

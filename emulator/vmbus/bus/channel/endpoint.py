@@ -63,6 +63,9 @@ class EndpointChannel(Protocol):
     def signal_target(self) -> SignalTarget | None:
         """Return how compiled code does the same; ``None`` where it cannot. See ``Endpoint.retargeted``."""
 
+    def count_signals(self, doorbells: int, interrupts: int) -> None:
+        """Count doorbells of the guest that compiled code heard, and interrupts that it sent."""
+
     def defer_open(self) -> None:
         """Put the answer to the open off until :meth:`finish_open`; only inside ``opened``."""
 

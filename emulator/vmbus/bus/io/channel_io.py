@@ -377,9 +377,11 @@ class ChannelIo:
         fast, incoming, outgoing = self.fast, self._turns.incoming, self._outgoing
         if fast is None or incoming is None or outgoing is None:
             raise InternalError(f"{self.device.name}: rings were given that do not exist")
-        left = self._handover.recall(fast, incoming, outgoing, self.counters).was_left
+        recalled = self._handover.recall(fast, incoming, outgoing, self.counters)
+        if self._channel is not None:
+            self._channel.count_signals(recalled.doorbells, recalled.signals)
         fast.look()
-        return left
+        return recalled.was_left
 
     def _recall_for_turn(self) -> int:
         if self._handover.given:

@@ -183,20 +183,22 @@ class IncomingRing(_Ring):
         self._buffer, self._at, self._known, self._taken = buffer, at, known, taken % self.size
         return packets
 
-    def take_with(self, take: Callable[[bytes, int, int, int], tuple[int, int]], limit: int) -> int:
-        """Let ``take(private copy, offset, committed bytes, limit)`` take packets; return how many it took.
+    def take_with(
+        self, take: Callable[[bytes, int, int, int], tuple[int, int]], limit: int
+    ) -> tuple[int, int]:
+        """Let ``take(private copy, offset, committed bytes, limit)`` take packets.
 
-        ``take`` returns the number of packets and of their bytes. The packets that it leaves are for
-        :meth:`read_batch`. Raises ``RingError``.
+        Returns what ``take`` returns: the number of packets, and of their bytes with trailers. The packets that it
+        leaves are for :meth:`read_batch`. Raises ``RingError``.
         """
         if not self._known and not self._fetch(BULK):
-            return 0
+            return 0, 0
         count, size = take(self._buffer, self._at, self._known, limit)
         if count:
             self._at += size
             self._known -= size
             self._taken = (self._taken + size) % self.size
-        return count
+        return count, size
 
     def watched(self) -> tuple[int, int]:
         """Return, for an empty ring, the address of its write index in this process, and the index's value.

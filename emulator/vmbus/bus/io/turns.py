@@ -184,8 +184,10 @@ class Turns:
         """
         fast = self._polled
         if fast is not None and self._calls.fast_ready():
-            if taken := incoming.take_with(fast.take, limit):
+            taken, size = incoming.take_with(fast.take, limit)
+            if taken:
                 self._counters.packets_in += taken
+                self._counters.bytes_in += size
                 return taken, True
             limit = 1  # the fast path does not take the next packet, but perhaps the packets behind it
         batch = incoming.read_batch(limit)
