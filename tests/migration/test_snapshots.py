@@ -169,16 +169,19 @@ done
 """Writes a number after the other, flushes every tenth, and compares each with what the disk has."""
 
 
-async def test_the_disk_goes_back_with_the_guest(tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ["qcow2", "raw"])
+async def test_the_disk_goes_back_with_the_guest(tmp_path: Path, format: str) -> None:
     """Memory and disk are those of one moment, whatever was flushed then, and there is no half of a snapshot."""
-    image = tmp_path / "disk.qcow2"
-    create = [*find_qemu().qemu_img(), "create", "-q", "-f", "qcow2", str(image), "8M"]
+    image, copies = tmp_path / "disk.img", tmp_path / "copies"
+    create = [*find_qemu().qemu_img(), "create", "-q", "-f", format, str(image), "8M"]
     await asyncio.to_thread(subprocess.run, create, check=True)
+    copies.mkdir()
+    more = f",copies={copies}" if format == "raw" else ""
     async with journey(
         tmp_path,
         command=[ON_DISK],
         snapshots=True,
-        devices=("shutdown", f"scsi,image={image},format=qcow2,cache=writeback"),
+        devices=("shutdown", f"scsi,image={image},format={format},cache=writeback{more}"),
         load=(*LOADED_MODULES, *STORAGE_MODULES),
     ) as guest:
         coordinator, qmp = guest.host.migration, guest.host.qmp

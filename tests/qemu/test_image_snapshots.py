@@ -41,8 +41,8 @@ def backend(image: Path) -> Iterator[ImageBackend]:
 
 
 def disk_of(backend: ImageBackend) -> SnapshotDisk:
-    assert backend.internal_snapshots is not None
-    return backend.internal_snapshots
+    assert backend.snapshot_disk is not None
+    return backend.snapshot_disk
 
 
 def names(disk: SnapshotDisk) -> list[str]:
@@ -177,7 +177,7 @@ def test_disks_without_snapshots_of_their_own(tmp_path: Path, options: dict[str,
         options["data_file"] = str(tmp_path / "data")
     qemu_img("create", "-q", "-f", options["format"].value, *more, path, "1M")
     unit = open_drive(DriveOptions(str(path), cache=Cache.WRITEBACK, **options), "d", QemuImages())
-    assert unit.backend.internal_snapshots is None
+    assert unit.backend.snapshot_disk is None
     unit.close()
     assert unit.backend.wait_closed(LIMIT)
 

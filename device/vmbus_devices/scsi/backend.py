@@ -69,8 +69,8 @@ class Backend(ABC):
     can_discard: bool = False
     discard_granularity: int = 0
     """Bytes; 0 if unknown."""
-    internal_snapshots: SnapshotDisk | None = None
-    """The snapshots in the image itself; ``None`` where it cannot have any, or is read-only."""
+    snapshot_disk: SnapshotDisk | None = None
+    """Its snapshots, in the image itself or copies of it; ``None`` where it cannot have any, or is read-only."""
 
     @abstractmethod
     def read(self, offset: int, views: Sequence[memoryview]) -> None:

@@ -220,14 +220,14 @@ class Controller(Device):
         return [
             f"{self.name}/{part_name(place)} ({self.line_of(place) or unit.identity.serial})"
             for place, unit in sorted(self.units.items())
-            if not unit.backend.read_only and unit.backend.internal_snapshots is None
+            if not unit.backend.read_only and unit.backend.snapshot_disk is None
         ]
 
     def snapshot_disks(self) -> Mapping[str, SnapshotDisk]:
         return {
-            f"{self.name}/{part_name(place)}": unit.backend.internal_snapshots
+            f"{self.name}/{part_name(place)}": unit.backend.snapshot_disk
             for place, unit in sorted(self.units.items())
-            if unit.backend.internal_snapshots is not None
+            if unit.backend.snapshot_disk is not None
         }
 
     # --- vmbus.devices.parts.HasParts: what `vmbus device` calls ---

@@ -69,6 +69,9 @@ class Scsi(Controller):
             str | None, Help("external data file of a qcow2 that has one", file=True)
         ] = None,
         extents: Annotated[bool, Help("let a VMDK descriptor name the files with its data")] = False,
+        copies: Annotated[
+            str | None, Help("of a raw file: folder for copies, one for each `vmbus snapshot`", file=True)
+        ] = None,
         reconnect: Annotated[
             float,
             Help("seconds that requests wait for a lost NBD server, or an image in use", least=0, most=86400),
@@ -134,6 +137,7 @@ class Scsi(Controller):
             backing=backing,
             data_file=data_file,
             extents=extents,
+            copies=copies,
             reconnect=reconnect,
             connections=connections,
             serial=serial,

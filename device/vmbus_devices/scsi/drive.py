@@ -16,6 +16,7 @@ from vmbus_devices.nbd.wire import ExportFlag
 from vmbus_devices.scsi.backend import Backend, MemoryBackend, NullBackend
 from vmbus_devices.scsi.blocks import TRANSFER_HEADROOM, BlockUnit, ReadErrors, WriteErrors
 from vmbus_devices.scsi.cdrom import CdRom
+from vmbus_devices.scsi.copies import FileCopies
 from vmbus_devices.scsi.disk import Disk
 from vmbus_devices.scsi.faults import FaultPlan, parse_faults
 from vmbus_devices.scsi.file import Cache, FileBackend
@@ -68,6 +69,7 @@ class DriveOptions:
     backing: str = "off"
     data_file: str | None = None
     extents: bool = False
+    copies: str | None = None
     reconnect: float = 5.0
     connections: int = 4
     block: int = 512
@@ -187,6 +189,16 @@ def _image(options: DriveOptions, images: ImageServers | None, *, read_only: boo
     )
 
 
+def _keep_copies(file: FileBackend, folder: Path) -> None:
+    try:
+        if file.read_only:
+            raise UsageError("copies= is for disks that the guest writes to")
+        file.snapshot_disk = FileCopies(file, folder)
+    except UserError:
+        file.close()
+        raise
+
+
 def _backing(text: str) -> bool | tuple[Path, ...]:
     """Return what ``backing=`` allows: nothing, every file, or the files of a list."""
     if text in ("off", "on"):
@@ -201,11 +213,15 @@ def _data_file(options: DriveOptions) -> Path | None:
 
 
 def _backend(options: DriveOptions, images: ImageServers | None, *, read_only: bool) -> Backend:
+    if options.copies is not None and (options.image is None or is_uri(options.image)):
+        raise UsageError("copies= applies only to raw files")
     if options.format is Format.AUTO and options.image is not None and not is_uri(options.image):
         options = replace(options, format=Format(probe(Path(options.image))))
     elif options.format is Format.AUTO:
         options = replace(options, format=Format.RAW)
     if options.format not in (Format.RAW, Format.NULL, Format.MEMORY):
+        if options.copies is not None:
+            raise UsageError("copies= applies only to raw files; a qcow2 keeps its snapshots in itself")
         return _image(options, images, read_only=read_only)
     if options.detect_zeroes is not DetectZeroes.OFF:
         raise UsageError("detect_zeroes= applies only to images that are not raw")
@@ -222,6 +238,8 @@ def _backend(options: DriveOptions, images: ImageServers | None, *, read_only: b
             Path(options.image), read_only=read_only, cache=options.cache, can_discard=options.discard
         )
         file.reconnect = options.reconnect
+        if options.copies is not None:
+            _keep_copies(file, Path(options.copies))
         return file
     if options.image is not None:
         raise UsageError(f"format={options.format.value} uses no image; remove image=")

@@ -188,7 +188,7 @@ class FileBackend(Backend):
         if self._block_device:
             fcntl.ioctl(self.fd, _BLKDISCARD, struct.pack("QQ", offset, length))
         else:
-            _fallocate(self.fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
+            punch_hole(self.fd, offset, length)
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         if not length:
@@ -248,8 +248,12 @@ class FileBackend(Backend):
     def refresh(self) -> int:
         found = self._size()
         self.tail = 0 if self._block_device else found % self._block_size
-        self.size = found - self.tail + self._block_size if self.tail else found
+        self.size = self.rounded(found)
         return self.size
+
+    def rounded(self, size: int) -> int:
+        """Return the bytes of a disk in a file of ``size`` bytes: whole blocks."""
+        return size if self._block_device else -(-size // self._block_size) * self._block_size
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -286,6 +290,11 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     if _libc.fallocate(fd, mode, offset, length):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Deallocate a range of a file, which reads as zeros then. Raises ``OSError``."""
+    _fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
 
 
 _STATX_DIOALIGN = 0x2000

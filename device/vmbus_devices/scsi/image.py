@@ -161,7 +161,7 @@ class ImageBackend(NbdBackend):
         )
         client.export = export
         if image.format == "qcow2" and not image.read_only and image.data_file is None:
-            self.internal_snapshots = ImageSnapshots(self, servers, self._server)
+            self.snapshot_disk = ImageSnapshots(self, servers, self._server)
 
     def lock(self) -> None:
         self.client.activate()

@@ -23,14 +23,15 @@ examples:
   vmbus snapshot save web before-upgrade
   vmbus snapshot load web before-upgrade
   vmbus snapshot list web --json
-  vmbus snapshot save web a --without-disks   disks that are not qcow2 are put back by you
+  vmbus snapshot save web a --without-disks   disks that are in no snapshot are put back by you
 
 Guest memory, processors, QEMU's devices, the bus and all synthetic devices are restored together. Snapshots that were
 made by QEMU's own commands (savevm, snapshot-save) lack the emulator's part and cannot be loaded.
 
 Disks of --device scsi in qcow2 images (format=qcow2) are saved, restored and deleted with the guest; each image holds
-its own part. A guest that can write to a disk of another kind is refused, because its file system would not fit its
-memory after a load; --without-disks is for those who copy such disks themselves.
+its own part. Raw files of a disk with copies=FOLDER are copied into that folder. A guest that can write to a disk of
+another kind is refused, because its file system would not fit its memory after a load; --without-disks is for those
+who copy such disks themselves.
 """
 
 

@@ -314,8 +314,8 @@ async def _check_disks(coordinator: Coordinator, images: Sequence[ImageNode]) ->
         raise SnapshotFailed(
             f"a snapshot does not hold what the guest writes to {', '.join(outside)}: after a load its memory would "
             "be older than its disks, which damages file systems. Make them read-only (readonly=on), convert "
-            "them to qcow2, which a snapshot holds, or add --without-disks and put the disks back yourself while the "
-            "guest is stopped"
+            "them to qcow2, which a snapshot holds, have raw files copied (copies=FOLDER), or add --without-disks "
+            "and put the disks back yourself while the guest is stopped"
         )
 
 
