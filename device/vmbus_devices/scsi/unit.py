@@ -4,8 +4,8 @@
 
 A method that raises :class:`~vmbus_devices.scsi.request.CheckCondition` refuses the command. A pending unit attention
 is reported once, in place of the next command's result. INQUIRY, REPORT LUNS and REQUEST SENSE are answered
-regardless (SPC-4 5.6), and so is MODE SENSE(6), because Linux turns its failures into success: a guest that reads the
-mode pages while its disk is resized would never learn of it (docs/protocol/devices.md#storage-results).
+regardless (SPC-4 5.6), and so is MODE SENSE(6, 10), because Linux turns its failures into success: a guest that reads
+the mode pages while its disk is resized would never learn of it (docs/protocol/devices.md#storage-results).
 """
 
 from __future__ import annotations
@@ -49,7 +49,13 @@ VENDOR = b"Msft    "
 
 MAX_ATTENTIONS = 8
 
-WITHOUT_ATTENTION = (Opcode.INQUIRY, Opcode.REPORT_LUNS, Opcode.REQUEST_SENSE, Opcode.MODE_SENSE_6)
+WITHOUT_ATTENTION = (
+    Opcode.INQUIRY,
+    Opcode.REPORT_LUNS,
+    Opcode.REQUEST_SENSE,
+    Opcode.MODE_SENSE_6,
+    Opcode.MODE_SENSE_10,
+)
 """Commands that are answered although a unit attention is pending."""
 
 Command = Callable[[Request], None]

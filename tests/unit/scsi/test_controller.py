@@ -42,6 +42,7 @@ from tests.unit.scsi.scsi_guest import (
 
 TEST_UNIT_READY = bytes(6)
 MODE_SENSE_6 = bytes((0x1A, 0, 0x08, 0, 192, 0))
+MODE_SENSE_10 = struct.pack(">BBBBxxxHB", 0x5A, 0, 0x08, 0, 192, 0)
 REPORT_LUNS = struct.pack(">BBBBBBIBB", 0xA0, 0, 0, 0, 0, 0, 4096, 0, 0)
 
 
@@ -283,7 +284,8 @@ def test_a_new_and_a_resized_disk_tell_so_once() -> None:
         assert guest.read(disk.blocks, 1).condition == (5, 0x21, 0)
 
 
-def test_the_new_size_is_not_reported_where_linux_does_not_look() -> None:
+@pytest.mark.parametrize("mode_sense", [MODE_SENSE_6, MODE_SENSE_10])
+def test_the_new_size_is_not_reported_where_linux_does_not_look(mode_sense: bytes) -> None:
     device = controller()
     with ScsiGuest(device) as guest:
         guest.negotiate()
@@ -291,13 +293,13 @@ def test_the_new_size_is_not_reported_where_linux_does_not_look() -> None:
         device.attach(disk)
         guest.run()
         guest.receive()
-        assert guest.command(MODE_SENSE_6, read=192).good, "Linux would take a failure for success"
+        assert guest.command(mode_sense, read=192).good, "Linux would take a failure for success"
         assert guest.command(TEST_UNIT_READY).condition == (6, 0x29, 1)
         disk.backend.size //= 2
         assert device.resize(0, 0)
         guest.run()
         guest.receive()
-        assert guest.command(MODE_SENSE_6, read=192).good
+        assert guest.command(mode_sense, read=192).good
         assert guest.command(TEST_UNIT_READY).condition == (6, 0x2A, 9)
 
 
