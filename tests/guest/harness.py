@@ -209,8 +209,12 @@ class Booted:
     # --- the command's port ---
 
     def tell(self, line: str) -> None:
-        """Send a line to whatever reads ``/dev/ttyS1`` in the guest, where its command's output goes."""
+        """Send a line to whatever reads ``/dev/ttyS1`` in the guest, where its command's output goes.
+
+        Only once the command has written something: Linux drops what came before it opened the port.
+        """
         assert self.guest.command is not None
+        assert self.output, "the command has not begun, and would not get this line"
         self.guest.command[1].write(f"{line}\n".encode())
 
     def start_following(self) -> None:

@@ -132,13 +132,15 @@ async def test_a_panic_unloads_the_bus_and_reports_five_parameters(tmp_path: Pat
 
 async def test_a_cpu_with_bound_channels_is_moved_from_or_refused(tmp_path: Path) -> None:
     script = (
-        "read line </dev/ttyS1; echo 0 > /sys/devices/system/cpu/cpu1/online; cat /sys/devices/system/cpu/online; "
+        "echo ready; read line </dev/ttyS1; "
+        "echo 0 > /sys/devices/system/cpu/cpu1/online; cat /sys/devices/system/cpu/online; "
         "echo 1 > /sys/devices/system/cpu/cpu1/online; cat /sys/devices/system/cpu/online; "
         "echo 0 > /sys/devices/system/cpu/cpu0/online; echo last: $(cat /sys/devices/system/cpu/online) .; "
         "read line </dev/ttyS1"
     )
 
     async with boot(tmp_path, smp=2, command=[script]) as guest:
+        await guest.says("ready")
         await guest.more_beats()
         guest.tell("begin")
         await guest.says("last: ")
