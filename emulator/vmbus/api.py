@@ -19,7 +19,7 @@ from vmbus.devices.histogram import Histogram
 from vmbus.devices.joined import Joinable, Whole
 from vmbus.devices.line import join_device, split_device
 from vmbus.devices.options import Help, Option, options_of
-from vmbus.devices.parts import HasParts, Part
+from vmbus.devices.parts import HasParts, NoticesRemoval, Part
 from vmbus.devices.registry import Registry
 from vmbus.devices.saved import SavedState
 from vmbus.errors import (
@@ -61,6 +61,7 @@ __all__ = [
     "InternalError",
     "Joinable",
     "MalformedError",
+    "NoticesRemoval",
     "Offer",
     "OfferFlags",
     "Option",

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from vmbus.cli import device as device_command
 from vmbus.cli import main
 from vmbus.sandbox import seccomp
 
@@ -24,6 +25,37 @@ WATCH = (
     "while dd if=/dev/sdc of=/dev/null bs=64k iflag=direct 2>/dev/null; do :; done; echo sdc-failed) & "
     "while :; do echo disks $(awk '/sd/ {print $4 \":\" $3}' /proc/partitions | sort); usleep 100000; done"
 )
+
+
+READING = (
+    "until [ -e /dev/sda ]; do usleep 100000; done; echo reading; "
+    "while dd if=/dev/sda of=/dev/null bs=64k iflag=direct 2>/dev/null; do :; done; echo gone; sleep 1000"
+)
+
+
+async def test_a_controller_that_is_removed_while_its_guest_is_stopped_hangs_nothing(tmp_path: Path) -> None:
+    """Linux waits for ever for a request that is in a ring at the rescind, and does not release the channel then."""
+    async with boot(
+        tmp_path,
+        smp=2,
+        devices=("heartbeat", "scsi,format=memory,size=4M"),
+        load=MODULES,
+        command=[READING],
+    ) as guest:
+        host = guest.host
+        await guest.says("reading")
+        requests = guest.channel("scsi")["io"]["packets_in"]
+        await guest.until(lambda: guest.channel("scsi")["io"]["packets_in"] > requests, "more requests")
+        await host.qmp.execute("stop")
+        await guest.until(lambda: host.stopped, "the stop")
+        removing = asyncio.ensure_future(device_command.answer(host, {"action": "remove", "device": "scsi"}))
+        await asyncio.wait({removing}, timeout=1.5)
+        await host.qmp.execute("cont")
+        assert await removing == {"name": "scsi", "released": True, "done": "scsi is removed"}
+        await guest.says("gone")
+        assert [each["device"] for each in guest.status()["channels"]] == ["heartbeat"]
+        await guest.more_beats()
+        assert complaints(guest.console()) == []
 
 
 async def test_devices_come_go_grow_and_move(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

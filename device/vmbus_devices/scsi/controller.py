@@ -74,6 +74,7 @@ from vmbus_devices.scsi.saved import (
     restore_unit,
     save_unit,
 )
+from vmbus_devices.scsi.scan import ScanWatch
 from vmbus_devices.scsi.unit import LogicalUnit
 
 _logger = logging.getLogger(__name__)
@@ -135,6 +136,7 @@ class Controller(Device):
         self._primary: ChannelIo | None = None
         self._waiting_subchannels: list[ChannelIo] = []
         self._removed: list[LogicalUnit] = []
+        self._scans = ScanWatch()
         self._restored = RestoredCommands(self._open_channels, self._restart, self._abort)
         self._fast_path: FastPath | None = None
         self._fast_units: FastUnits | None = None
@@ -187,6 +189,7 @@ class Controller(Device):
             raise UserError(unit.trouble)
         unit.changing = self._recall
         self.units[place] = unit
+        self._scans.added(place)
         if self._primary is not None:
             unit.attention(Sense.POWER_ON)
             self._enumerate()
@@ -199,6 +202,7 @@ class Controller(Device):
             raise UsageError(f"controller {self.controller}: it has no target {target} LUN {lun}")
         self._recall()
         self._removed.append(unit)
+        self._scans.removed((target, lun), known=self.handshake.ready)
         if self._fast_units is not None:
             self._fast_units.remove((target, lun))
         for request in unit.take_kept():
@@ -268,6 +272,9 @@ class Controller(Device):
 
     def busy(self) -> bool:
         return self._any_busy()
+
+    def removal_noticed(self) -> bool:
+        return self._scans.over
 
     def _enumerate(self) -> None:
         """Have the guest scan for units that were added or removed."""
@@ -352,6 +359,7 @@ class Controller(Device):
             return
         self._activate()
         self._primary = io
+        self._scans.opened()
         self._requests[io] = set()
         self.handshake = self.new_handshake()
         for unit in self.units.values():
@@ -395,6 +403,7 @@ class Controller(Device):
     def closed(self, io: ChannelIo) -> None:
         if io is self._primary:
             self._primary = None
+            self._scans.opened()
             self.handshake = self.new_handshake()
         if io in self._waiting_subchannels:
             self._waiting_subchannels.remove(io)
@@ -511,6 +520,8 @@ class Controller(Device):
             unit.statistics.began()
             self._do(request, unit)
         else:
+            if unit is None:
+                self._scans.asked(srb, srb.cdb[0])
             self._do(request, None)
 
     def _do(self, request: Request, unit: LogicalUnit | None) -> None:

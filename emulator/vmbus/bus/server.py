@@ -181,6 +181,11 @@ class Bus:
         """
         return self.channel_list.add(offer, endpoint)
 
+    @property
+    def messages_waiting(self) -> int:
+        """The number of messages that wait until the guest has taken those before them."""
+        return self.outbox.undelivered(self.connection.target)
+
     def revoke(self, channel: Channel) -> None:
         """Take a channel away from the guest, its sub-channels first. No effect on a channel that is gone."""
         self.channel_list.revoke(channel)
@@ -265,7 +270,7 @@ class Bus:
             "gpadls": self.gpadl_assembler.quota.gpadls,
             "gpadls_in_progress": len(self.gpadl_assembler.assemblies),
             "memory": self.budget.status(),
-            "messages_waiting": self.outbox.undelivered(connection.target),
+            "messages_waiting": self.messages_waiting,
             "refusals": dict(self.refusals.counts),
             "channels": [channel.status() for channel in self.channels],
         }

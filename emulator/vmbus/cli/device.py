@@ -16,10 +16,10 @@ from vmbus.cli.output import show, show_json
 from vmbus.cli.table import table
 from vmbus.devices.joined import Joinable
 from vmbus.devices.options import parse_size
-from vmbus.devices.parts import HasParts, Part
+from vmbus.devices.parts import HasParts, NoticesRemoval, Part
 from vmbus.devices.registry import Registry
 from vmbus.errors import InternalError, MissingRequirement, UserError
-from vmbus.machine import rundir
+from vmbus.machine import removal, rundir
 from vmbus.machine.control import ask
 from vmbus.machine.host import AttachedDevice, Host
 from vmbus.machine.migration.alone import check_idle
@@ -35,18 +35,15 @@ examples:
   vmbus device resize scsi/0:1 20G                      a raw or qcow2 image and its disk
   vmbus device resize NAME scsi/0:1                     the image has been resized already: use its new size
 
-The guest is notified, but not asked: unmount a disk before you remove it. Added devices migrate with the guest
-(`vmbus migrate NAME`); if you start the target yourself, give `vmbus run --incoming` the same devices.
+The guest is notified, but not asked: unmount a disk before you remove it. A controller loses its disks first, and
+goes when the guest has finished with it; if that takes more than a minute, it stays, without disks.
+
+Added devices migrate with the guest (`vmbus migrate NAME`); if you start the target yourself, give
+`vmbus run --incoming` the same devices.
 """
 
-QUIET_PERIOD = 0.5
-"""Seconds without a request after which the guest has finished with a device whose parts were all detached."""
-
-WITHDRAW_TIMEOUT = 10.0
-"""Seconds to wait for that."""
-
 CONTROL_TIMEOUT = 120.0
-"""Seconds that opening or resizing an image may take."""
+"""Seconds that opening or resizing an image may take, or a guest with the removal of a device."""
 
 
 def add_parser(verbs: Any) -> None:
@@ -79,6 +76,12 @@ def add_parser(verbs: Any) -> None:
                 nargs="?",
                 help="new size in bytes, or as in 20G; omit it if the image has been resized already",
             )
+        if action == "remove":
+            each.add_argument(
+                "--force",
+                action="store_true",
+                help="do not wait for the guest: requests that it has not finished hang in it",
+            )
         each.add_argument("--json", action="store_true", help="print the answer as one JSON object")
     parser.set_defaults(action=main)
 
@@ -91,6 +94,8 @@ def main(arguments: argparse.Namespace) -> int:
         request["line"] = Registry().seen_from(Path.cwd(), arguments.line)
     elif action in ("remove", "resize"):
         request["device"] = arguments.device
+    if action == "remove":
+        request["force"] = arguments.force
     if action == "resize":
         size = arguments.size
         if size is None and name is not None and "/" in name:  # no guest's name has a slash
@@ -129,7 +134,7 @@ async def answer(host: Host, request: Mapping[str, Any]) -> object:
     if action == "add":
         return await _add(host, str(request.get("line", "")))
     if action == "remove":
-        return await _remove(host, str(request.get("device", "")))
+        return await _remove(host, str(request.get("device", "")), force=bool(request.get("force")))
     if action == "resize":
         size = request.get("size")
         return await _resize(host, str(request.get("device", "")), None if size is None else int(size))
@@ -214,34 +219,48 @@ def _find(host: Host, name: str) -> tuple[AttachedDevice, str | None]:
     raise UserError(f"there is no device {name}; there are {', '.join(known)}")
 
 
-async def _remove(host: Host, name: str) -> dict[str, Any]:
+async def _remove(host: Host, name: str, *, force: bool) -> dict[str, Any]:
     attached, part = _find(host, name)
     device = attached.device
     if isinstance(device, HasParts):
         if part is not None:
             device.detach_part(part)
             return {"name": name, "done": f"{name} is removed"}
-        await _detach_parts(attached, device)
+        for each in tuple(device.parts()):
+            device.detach_part(each)
+        if not force:
+            await _wait_for_guest(host, attached, device)
     if attached in host.devices:
         host.remove_device(attached)
-    return {"name": name, "done": f"{name} is removed"}
+    released = await removal.guest_released(host, attached.channel)
+    late = (
+        "" if released else "; the guest has not released its channel yet, whose id stays taken until it does"
+    )
+    return {"name": name, "released": released, "done": f"{name} is removed{late}"}
 
 
-async def _detach_parts(attached: AttachedDevice, device: HasParts) -> None:
-    """Detach every part before the device itself, and wait until the guest has finished with them.
+async def _wait_for_guest(host: Host, attached: AttachedDevice, device: HasParts) -> None:
+    """Wait until the guest has finished with a device that has lost its parts.
 
-    Linux never ends a request that was in a ring when its channel was rescinded.
+    Raises :class:`~vmbus.errors.UserError` if it does not, or if the device must stay for another reason.
     """
-    for name in tuple(device.parts()):
-        device.detach_part(name)
-    channels = (attached.io, *attached.io.subchannels)
-    end = asyncio.get_running_loop().time() + WITHDRAW_TIMEOUT
-    seen = -1
-    while asyncio.get_running_loop().time() < end:
-        before, seen = seen, sum(each.status()["packets_in"] for each in channels)
-        if seen == before and not device.busy():
-            return
-        await asyncio.sleep(QUIET_PERIOD)
+    name = attached.device.name
+    await removal.guest_finished(
+        host,
+        name,
+        attached.channel,
+        attached.io,
+        busy=device.busy,
+        noticed=device.removal_noticed if isinstance(device, NoticesRemoval) else lambda: True,
+    )
+    if device.parts():
+        raise UserError(
+            f"{name} stays: {', '.join(device.parts())} was added to it while it was being removed"
+        )
+    try:
+        check_idle(host.migration, "devices")  # a migration may have begun
+    except UserError as error:
+        raise UserError(f"{name} is without its disks, but it is still offered: {error}") from error
 
 
 async def _resize(host: Host, name: str, size: int | None) -> dict[str, Any]:

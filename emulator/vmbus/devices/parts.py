@@ -6,7 +6,8 @@
     | vmbus device list                  | parts()                                                                |
     | vmbus device add NAME,...          | Joinable.join(other), then parts() to name what was added              |
     | vmbus device remove DEVICE/PART    | part_name(PART), detach_part(name)                                     |
-    | vmbus device remove DEVICE         | detach_part(name) of each, then waits until not busy()                 |
+    | vmbus device remove DEVICE         | detach_part(name) of each, then waits for the guest: not busy(),       |
+    |                                    | NoticesRemoval.removal_noticed()                                       |
     | vmbus device resize DEVICE/PART 4G | part_name(PART), resize_part(name, bytes), then parts() for the result |
 """
 
@@ -53,3 +54,11 @@ class HasParts(Protocol):
 
     def busy(self) -> bool:
         """Return whether requests of the guest are outstanding."""
+
+
+@runtime_checkable
+class NoticesRemoval(Protocol):
+    """A device with parts that knows whether the guest has found out about those that were detached."""
+
+    def removal_noticed(self) -> bool:
+        """Return whether the guest has found each detached part gone that it can have known."""

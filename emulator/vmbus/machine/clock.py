@@ -58,6 +58,11 @@ class TcgClock:
         """The guest's TSC when the guest was stopped, if it was known; ``None`` while the guest runs."""
 
     @property
+    def stopped(self) -> bool:
+        """Whether the guest is stopped."""
+        return self._stopped
+
+    @property
     def tsc_frequency(self) -> int:
         """Frequency in Hz, read once: every answer to the guest is the same. 0 where the host has no TSC."""
         if not self._frequency:

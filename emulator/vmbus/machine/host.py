@@ -331,6 +331,11 @@ class Host:
             raise
         return host
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the guest is stopped: by its user, a migration, or a device."""
+        return self.clock.stopped
+
     def channel_end(self, device: ChannelDevice) -> ChannelIo:
         """Return the host's end for a channel of ``device`` that is about to be offered."""
         longest = device.poll_window if self._spare else min(device.poll_window, Device.poll_window)
@@ -345,7 +350,10 @@ class Host:
         return attached
 
     def remove_device(self, attached: AttachedDevice) -> None:
-        """Rescind a device's offer (hot removal) and stop the device. The guest releases the channel later."""
+        """Rescind a device's offer (hot removal) and stop the device. The guest releases the channel later.
+
+        What the guest had asked for, and has not read the answer of, is lost: :mod:`~vmbus.machine.removal` waits.
+        """
         self.devices.remove(attached)
         self.bus.revoke(attached.channel)
         attached.device.stop()

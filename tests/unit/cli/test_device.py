@@ -31,6 +31,7 @@ from vmbus.cli import device as verb
 from vmbus.cli import shutdown
 from vmbus.devices.options import parse_size
 from vmbus.errors import MissingRequirement
+from vmbus.machine import removal
 from vmbus.machine.control import ask
 from vmbus.machine.host import AttachedDevice, Host
 from vmbus.machine.migration.state_machine import Phase
@@ -111,11 +112,13 @@ class FakeHost:
     """What the verbs need of a host."""
 
     devices: list[AttachedDevice] = field(default_factory=list)
+    stopped: bool = False
+    bus: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(channels=[], messages_waiting=0))
     migration: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(phase=Phase.IDLE, command=""))
 
     def add_device(self, device: Device) -> AttachedDevice:
         io = LoopbackGuest(device).io
-        offered = SimpleNamespace(state=SimpleNamespace(name="OFFERED"), offer=device.offer())
+        offered = SimpleNamespace(state=SimpleNamespace(name="OFFERED"), offer=device.offer(), is_open=True)
         attached = AttachedDevice(device, io, cast("Any", offered))
         self.devices.append(attached)
         return attached
@@ -184,23 +187,71 @@ async def test_a_part_is_removed_by_its_name_however_it_is_written(host: FakeHos
 async def test_a_device_loses_its_parts_first_and_goes_when_it_is_not_busy(
     host: FakeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verb, "QUIET_PERIOD", 0.001)
+    monkeypatch.setattr(removal, "QUIET_PERIOD", 0.001)
     await host.ask("add", line="shelf,box=one")
     shelf = cast("Shelf", host.devices[0].device)
     shelf.outstanding = 3
     await host.ask("remove", device="shelf")
-    assert (shelf.boxes, shelf.outstanding, host.devices) == ({}, -1, [])
+    assert (shelf.boxes, host.devices) == ({}, [])
+    assert shelf.outstanding < 0
 
 
-async def test_a_device_that_stays_busy_is_removed_after_the_timeout(
+async def test_a_device_that_stays_busy_stays_unless_it_is_forced(
     host: FakeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verb, "QUIET_PERIOD", 0.001)
-    monkeypatch.setattr(verb, "WITHDRAW_TIMEOUT", 0.01)
+    monkeypatch.setattr(removal, "FINISH_TIMEOUT", 0.01)
     await host.ask("add", line="shelf,box=one")
     cast("Shelf", host.devices[0].device).outstanding = 1 << 30
-    await host.ask("remove", device="shelf")
-    assert host.devices == []
+    with pytest.raises(UserError, match="shelf is without its disks, but it is still offered"):
+        await host.ask("remove", device="shelf")
+    assert await names(host) == ["shelf"]
+    await host.ask("remove", device="shelf", force=True)
+    assert await names(host) == []
+
+
+async def test_a_device_stays_while_a_migration_begins(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(removal, "QUIET_PERIOD", 0.05)
+    await host.ask("add", line="shelf,box=one")
+    removing = asyncio.ensure_future(host.ask("remove", device="shelf"))
+    await asyncio.sleep(0)
+    host.migration.phase = Phase.MIGRATING
+    with pytest.raises(
+        UserError, match="still offered: devices cannot be changed while the guest is migrating"
+    ):
+        await removing
+    assert await names(host) == ["shelf"]
+
+
+async def test_a_device_that_gets_a_part_while_it_is_removed_stays(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(removal, "QUIET_PERIOD", 0.05)
+    await host.ask("add", line="shelf,box=one")
+    removing = asyncio.ensure_future(host.ask("remove", device="shelf"))
+    await asyncio.sleep(0)
+    await host.ask("add", line="shelf,box=two")
+    with pytest.raises(UserError, match="shelf stays: two was added"):
+        await removing
+
+
+async def test_a_channel_that_the_guest_keeps_is_reported(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(removal, "RELEASE_TIMEOUT", 0.01)
+    await host.ask("add", line="plain")
+    host.bus.channels = [host.devices[0].channel]
+    answer = await host.ask("remove", device="plain")
+    assert answer["released"] is False
+    assert "the guest has not released its channel yet" in answer["done"]
+    await host.ask("add", line="plain")
+    host.bus.channels = []
+    assert await host.ask("remove", device="plain") == {
+        "name": "plain",
+        "released": True,
+        "done": "plain is removed",
+    }
 
 
 async def test_a_part_is_resized(host: FakeHost) -> None:
