@@ -6,6 +6,10 @@ checks every word. After each step all three must have gone on, and all of the d
 A snapshot does not hold the disk, which is a raw image: it is saved with ``--without-disks``, and its image is copied
 while the guest is stopped, and put back at the load, as the documentation tells users to do. So the disk goes back
 together with the guest's memory of what it wrote, and the guest's check is as strict after a load as before.
+
+The TSC of a QEMU that runs does not go back, so a guest that is loaded finds that its clock has jumped by the age of
+the snapshot. From 21 s on Linux may take that for a stalled processor, and warn. So no snapshot is loaded that is
+nearly that old: it is replaced by a new one.
 """
 
 from __future__ import annotations
@@ -50,6 +54,11 @@ SLOW, FAST = MIB, 1 << 30
 LONGEST_DELAY = 0.5
 """Seconds until a migration is cancelled that may be anywhere, or done, by then."""
 
+MAX_AGE = 15.0
+"""Seconds after which a snapshot is too old to be loaded: a stall is one of 21 s, and may have begun before it."""
+LOAD_AFTER = 3
+"""Steps after which a snapshot is loaded that was not before: it would soon be too old."""
+
 SCRIPT = (
     "until [ -b /dev/sda ]; do usleep 100000; done; "
     "(checked_disk --device /dev/sda; echo failed: the disk) & "
@@ -65,6 +74,10 @@ class Kept:
 
     tag: str
     disk: bytes
+    saved_at: float
+    """Seconds of the monotonic clock."""
+    steps: int = 0
+    """Steps since then."""
 
 
 @dataclass
@@ -403,20 +416,23 @@ async def paused(journey: MixedJourney) -> None:
 
 
 async def snapshot(journey: MixedJourney) -> None:
-    """Save one; the next such step loads it, wherever the guest is by then, as often as chance wants."""
+    """Save one; the next such step loads it, wherever the guest is by then, as often as chance wants.
+
+    One that is too old is replaced, and the new one loaded when the guest has gone on a little.
+    """
     guest = journey.guest
     qmp, coordinator = guest.host.qmp, guest.host.migration
     kept = journey.kept
     if kept is None:
         journey.kind = "snapshot saved"
-        journey.tags += 1
-        tag = f"snapshot-{journey.tags}"
-        await qmp.execute("stop")
-        await snapshots.save(coordinator, tag, without_disks=True)
-        journey.kept = Kept(tag, journey.image.read_bytes())
-        await qmp.execute("cont")
+        await save_snapshot(journey)
         return
     journey.kind = "snapshot loaded"
+    if time.monotonic() - kept.saved_at > MAX_AGE:
+        journey.kind = "snapshot replaced"
+        await snapshots.delete(coordinator, kept.tag)
+        kept = await save_snapshot(journey)
+        await journey.goes_on(ECHOES)
     await qmp.execute("stop")
     journey.read_reports()
     await snapshots.load(coordinator, kept.tag, without_disks=True)
@@ -424,11 +440,24 @@ async def snapshot(journey: MixedJourney) -> None:
         image.write(kept.disk)
         os.fsync(image.fileno())
     journey.broken = 2
+    kept.steps = 0
     await qmp.execute("cont")
     if journey.rng.random() < 0.5:
         await journey.goes_on(1)
         await snapshots.delete(coordinator, kept.tag)
         journey.kept = None
+
+
+async def save_snapshot(journey: MixedJourney) -> Kept:
+    guest = journey.guest
+    journey.tags += 1
+    tag = f"snapshot-{journey.tags}"
+    await guest.host.qmp.execute("stop")
+    saved_at = time.monotonic()
+    await snapshots.save(guest.host.migration, tag, without_disks=True)
+    journey.kept = Kept(tag, journey.image.read_bytes(), saved_at)
+    await guest.host.qmp.execute("cont")
+    return journey.kept
 
 
 WEIGHTS: dict[Step, int] = {
@@ -482,6 +511,14 @@ def drawn(rng: random.Random) -> Iterator[Step]:
         yield from rng.choices(list(WEIGHTS), list(WEIGHTS.values()))
 
 
+def with_loads(journey: MixedJourney, steps: Iterable[Step]) -> Iterator[Step]:
+    """Yield ``steps``, and between them the load of a snapshot that would soon be too old."""
+    for step in steps:
+        if journey.kept is not None and journey.kept.steps >= LOAD_AFTER:
+            yield snapshot
+        yield step
+
+
 async def run(
     journey: MixedJourney,
     steps: Iterable[Step],
@@ -494,8 +531,10 @@ async def run(
     end = time.monotonic() + seconds
     await journey.check(echoes=True)
     figures = journey.figures
-    for number, step in enumerate(steps, 1):
+    for number, step in enumerate(with_loads(journey, steps), 1):
         journey.kind = step.__name__.replace("_", " ")
+        if journey.kept is not None:
+            journey.kept.steps += 1
         begun = time.monotonic()
         try:
             await step(journey)
