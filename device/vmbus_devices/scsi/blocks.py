@@ -171,12 +171,22 @@ class BlockUnit(LogicalUnit):
     # --- work ---
 
     def _submit(
-        self, work: Callable[[], None], done: Callable[[Exception | None], None], *, changes: bool = False
+        self,
+        request: Request,
+        work: Callable[[], None],
+        done: Callable[[Exception | None], None],
+        *,
+        changes: bool = False,
     ) -> None:
         """Run ``work`` where it may block; ``done`` follows in the event loop's thread.
 
         ``changes``: it changes a range of any length.
         """
+        self._run(work, request.guarded(done), changes=changes)
+
+    def _run(
+        self, work: Callable[[], None], done: Callable[[Exception | None], None], *, changes: bool = False
+    ) -> None:
         immediate = self.backend.immediate and (self.backend.immediate_changes or not changes)
         if immediate or self.environment is None:
             error: Exception | None = None
@@ -194,6 +204,7 @@ class BlockUnit(LogicalUnit):
 
     def _move(
         self,
+        request: Request,
         offset: int,
         views: list[memoryview],
         length: int,
@@ -203,6 +214,7 @@ class BlockUnit(LogicalUnit):
     ) -> None:
         """Move the data of a command, without a thread where that is possible."""
         backend = self.backend
+        done = request.guarded(done)
 
         def work() -> None:
             if write:
@@ -229,7 +241,7 @@ class BlockUnit(LogicalUnit):
         ):
             backend.start(offset, views, length, write, fua, ended)
             return
-        self._submit(work, done)
+        self._run(work, done)
 
     def _delay(self, request: Request, seconds: float, proceed: Callable[[], None]) -> None:
         """Delay a request; it can be cancelled and saved meanwhile."""
@@ -350,7 +362,7 @@ class BlockUnit(LogicalUnit):
             else:
                 self.failed(request, error, write=False)
 
-        self._move(offset, views, length, False, False, done)
+        self._move(request, offset, views, length, False, False, done)
 
     def _read_capacity_10(self, request: Request) -> None:
         request.give(

@@ -130,7 +130,9 @@ class Controller(Device):
         self._stopped = False
         """Whether the units are closed, whose numbers in compiled code may be others' by now."""
         self.enumerations = 0
-        self.resets = Resets(lambda io, packet: self._answer(io, packet, Status.SUCCESS))
+        self.resets = Resets(
+            lambda io, packet: self._outside_turns(io, partial(self._answer, io, packet, Status.SUCCESS))
+        )
         self._requests: dict[ChannelIo, set[Request]] = {}
         self._closing: set[ChannelIo] = set()
         self._primary: ChannelIo | None = None
@@ -553,20 +555,22 @@ class Controller(Device):
         if srb_status != _SUCCESS:
             status = nt_status(srb_status)
         packet = request.packet
-        if io not in self._closing:
-            io.complete(
-                packet.transaction_id,
-                build_answer(
-                    request.srb,
-                    status,
-                    srb_status,
-                    scsi_status,
-                    transferred,
-                    sense,
-                    answer_size(len(packet.payload)),
-                ),
-            )
-        self._ended(io)
+        try:
+            if io not in self._closing:
+                io.complete(
+                    packet.transaction_id,
+                    build_answer(
+                        request.srb,
+                        status,
+                        srb_status,
+                        scsi_status,
+                        transferred,
+                        sense,
+                        answer_size(len(packet.payload)),
+                    ),
+                )
+        finally:
+            self._ended(io)
 
     def _ended(self, io: ChannelIo) -> None:
         """Continue what waits for the commands of a channel to end."""
@@ -670,11 +674,11 @@ class Controller(Device):
         return {io: requests for io, requests in self._requests.items() if io not in self._closing}
 
     def _outside_turns(self, io: ChannelIo, step: Callable[[], None]) -> None:
-        """Call ``step`` for one of several commands: an error of the host's costs its channel, not the others."""
+        """Call ``step`` for one of several packets: an error of the host's costs its channel, not the others."""
         try:
             step()
         except Exception as error:
-            _logger.exception("%s: a command failed", self.name)
+            _logger.exception("%s: a packet failed", self.name)
             io.fail("device-error", repr(error))
 
     def _restart(self, io: ChannelIo, packet: Packet) -> None:

@@ -190,11 +190,10 @@ class Disk(BlockUnit):
                 self.failed(request, error, write=False)
                 return
             extents = lba_status(found or [(lba, length // size, LBA_MAPPED)])
-            # No caller catches what this raises.
-            request.carry_on(lambda: request.give(extents, cdb_allocation(request.cdb)))
+            request.give(extents, cdb_allocation(request.cdb))
 
         request.input_runs(min(request.wanted, 8))
-        self._submit(work, done)
+        self._submit(request, work, done)
 
     def _reserve_in(self, request: Request) -> None:
         request.give(self.reservations.report(request.cdb[1] & 0x1F), cdb_allocation(request.cdb))
@@ -248,7 +247,7 @@ class Disk(BlockUnit):
             else:
                 self.failed(request, error, write=True)
 
-        self._move(offset, views, length, True, fua, done)
+        self._move(request, offset, views, length, True, fua, done)
 
     def _change(self, request: Request, work: Callable[[], None], transferred: int = 0) -> None:
         """Run ``work``, which changes blocks without data of the guest, and end the request."""
@@ -259,7 +258,7 @@ class Disk(BlockUnit):
             else:
                 self.failed(request, error, write=True)
 
-        self._submit(work, done, changes=True)
+        self._submit(request, work, done, changes=True)
 
     def _synchronize(self, request: Request) -> None:
         self._range(request)
@@ -370,7 +369,7 @@ class Disk(BlockUnit):
             else:
                 request.succeed(len(wanted))
 
-        self._submit(work, done)
+        self._submit(request, work, done)
 
 
 def _clip(views: list[memoryview], length: int) -> list[memoryview]:

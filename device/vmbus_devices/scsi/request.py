@@ -9,6 +9,7 @@ through this class only, and only up to the guest's transfer length.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ from vmbus_devices.scsi.statistics import UnitStatistics
 
 if TYPE_CHECKING:
     from vmbus.bus.io.channel_io import ChannelIo
+
+_logger = logging.getLogger(__name__)
 
 Finished = Callable[["Request", int, int, int, bytes], None]
 """Called with SRB status, SCSI status, bytes transferred, sense data."""
@@ -194,6 +197,21 @@ class Request:
         except Exception:
             self.check(CheckCondition(Sense.TARGET_FAILURE))
             raise
+
+    def guarded(self, done: Callable[[Exception | None], None]) -> Callable[[Exception | None], None]:
+        """Return ``done`` for the end of work: called by the machine, which has no channel to charge an error to.
+
+        What it raises ends the command (:meth:`carry_on`), and an error of the host's fails the command's channel.
+        """
+
+        def ended(error: Exception | None) -> None:
+            try:
+                self.carry_on(lambda: done(error))
+            except Exception as problem:
+                _logger.exception("the end of a command failed")
+                self.io.fail("device-error", repr(problem))
+
+        return ended
 
     def refuse(self, error: GuestError) -> None:
         """End a request that is itself wrong (memory that is not RAM); counted under the error's reason."""
