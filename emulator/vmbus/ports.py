@@ -245,6 +245,9 @@ class FastOwner(Protocol):
     def fast_left(self, channel: FastChannel) -> None:
         """Recall a given channel soon: its next packet is one for Python, or the ring is damaged."""
 
+    def fast_failed(self, channel: FastChannel, error: Exception) -> None:
+        """Fail the channel: the host failed at one of its requests, which is still reported as ended."""
+
 
 class FastChannel(Protocol):
     """Compiled code that processes some packets of one open channel.
@@ -345,6 +348,9 @@ class DataPathOwner(Protocol):
 
     def engine_ended(self) -> None:
         """A request has ended that belonged to an earlier opening."""
+
+    def engine_failed(self, error: Exception) -> None:
+        """Fail the channel: the host failed at one of its requests, which is still reported as ended."""
 
 
 class DataPathChannel(Protocol):

@@ -108,6 +108,7 @@ class EngineGuest:
         self.left = self.ended = 0
         self.answers: list[bytes] = []
         self.returned: list[bytes] = []
+        self.failures: list[Exception] = []
         self.signal_owed = False
         self.outstanding = 0
         self.interrupts = 0
@@ -149,6 +150,9 @@ class EngineGuest:
 
     def engine_ended(self) -> None:
         self.ended += 1
+
+    def engine_failed(self, error: Exception) -> None:
+        self.failures.append(error)
 
     def give(self) -> None:
         at = ctypes.addressof(self.words) + 48

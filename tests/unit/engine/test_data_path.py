@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from vmbus.machine.engine.data_path import EngineChannel
 from vmbus.machine.engine.layout import ChannelCounts, Recalled
 from vmbus.machine.engine.thread import Functions
@@ -80,4 +81,21 @@ def test_the_number_is_free_when_nothing_is_outstanding() -> None:
     one.close()
     assert (path.forgotten, path.freed) == ([5], [])
     one.engine_ended()
+    assert path.freed == [5]
+
+
+def test_the_number_is_free_when_the_owner_fails_at_the_last_end() -> None:
+    path = Path()
+    one = channel(path)
+    one.give(CHANNEL)
+    path.recalled = Recalled(outstanding=1)
+    one.recall()
+    one.close()
+
+    def broken() -> None:
+        raise MemoryError
+
+    one._owner.engine_ended = broken  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        one.engine_ended()
     assert path.freed == [5]

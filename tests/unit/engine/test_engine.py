@@ -97,6 +97,27 @@ def test_a_packet_that_is_not_plain_is_left_in_the_ring(guest: EngineGuest) -> N
     assert ids(guest.receive(1)) == [3]
 
 
+def test_an_owner_that_fails_at_an_event_does_not_keep_the_events_behind_it(
+    guest: EngineGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest.give()
+    guest.fill()
+    guest.recall()
+    waiting = guest.outstanding + len(guest.answers)
+    assert waiting > 1
+    again = len(guest.answers)
+    take = guest.engine_answered
+
+    def broken(answer: bytes) -> None:
+        take(answer)
+        raise MemoryError("no memory for the answer")
+
+    monkeypatch.setattr(guest, "engine_answered", broken)
+    guest.give()
+    guest.recall()
+    assert len(guest.answers) - again == len(guest.failures) > 1
+
+
 @pytest.mark.parametrize("index", [0x10004, 0x7FFFFFF8, 12])
 def test_a_damaged_ring_is_left(guest: EngineGuest, index: int) -> None:
     guest.give()

@@ -59,6 +59,9 @@ class Disk:
     def fast_returned(self, channel: FastChannel, packet: bytes) -> None:
         raise AssertionError("returned")
 
+    def fast_failed(self, channel: FastChannel, error: Exception) -> None:
+        raise error
+
 
 @pytest.fixture(scope="session")
 def device(tmp_path_factory: pytest.TempPathFactory) -> Path:

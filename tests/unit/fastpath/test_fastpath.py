@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vmbus.bus.io.state import IoState
 from vmbus.ports import PAGE_SIZE
 from vmbus.wire.scsi import Sense
 from vmbus_devices.scsi.disk import Disk
@@ -140,6 +141,27 @@ def test_pages_that_were_read_into_are_dirty_and_code_in_them_is_written_through
     data = b"".join(struct.pack("<Q", index) * 64 for index in range(8, 16))
     assert guest.through.writes == [(pfns[1] * PAGE_SIZE, data)]
     assert not guest.notes.bytes[pfns[1]]
+
+
+def test_an_error_of_the_host_costs_the_channel_of_the_request_and_loses_no_other_result(
+    guest: FastGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(gpa: int, data: Any) -> None:
+        raise OSError("no QEMU")
+
+    monkeypatch.setattr(guest.through, "write_memory", gone)
+    for number in (1, 2, 3):
+        guest.notes.bytes[BUFFER_PFN + number] = 1
+        payload = guest.srb(rw(0x28, 0, 8), length=4096, direction=IN)
+        ranges = [(4096, 0, [BUFFER_PFN + number])]
+        assert guest.send(payload, transaction_id=number, completion_requested=True, ranges=ranges)
+    guest.settle()
+    assert (guest.io.state, guest.io.failure) == (IoState.FAILED, "device-error")
+    assert (guest.path.in_flight, guest.device.status()["in_flight"]) == (0, 0)
+    guest.close()
+    guest.open()
+    guest.negotiate()
+    assert do(guest, rw(0x28, 0, 8), read=4096, at=6).good
 
 
 def test_pages_that_were_written_from_stay_clean(guest: FastGuest) -> None:

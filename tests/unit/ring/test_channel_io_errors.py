@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 from vmbus.bus.io import channel_io, turns
@@ -10,7 +11,7 @@ from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.bus.io.output import OUTPUT_BYTES
 from vmbus.bus.io.state import IoState
 from vmbus.bus.io.turns import TURN_PACKETS
-from vmbus.errors import DeviceError, MalformedError, ProtocolError, RingError
+from vmbus.errors import DeviceError, InternalError, MalformedError, ProtocolError, RingError
 from vmbus.testing.loopback import (
     COMPLETION,
     LoopbackGuest,
@@ -57,6 +58,62 @@ def test_an_error_of_the_host_in_a_turn_costs_the_channel_only(
     guest.open()
     guest.put(*numbered(1))
     assert ids(guest.receive()) == [0]
+
+
+class Broken:
+    """Compiled code in turns whose kernel refuses it."""
+
+    threaded = False
+    in_flight = outstanding = 0
+
+    def take(self, buffer: bytes, at: int, known: int, limit: int) -> tuple[int, int]:
+        return 0, 0
+
+    def sleeps(self) -> bool:
+        raise InternalError("io_uring_enter: no")
+
+    def wait(self, watched: tuple[int, int]) -> bool:
+        return False
+
+    def close(self) -> None: ...
+
+
+def test_an_error_of_compiled_code_at_the_end_of_a_turn_costs_the_channel_only(device: Recorder) -> None:
+    with LoopbackGuest(device) as guest:
+        guest.io.fast = Broken()  # type: ignore[assignment]
+        guest.put(*numbered(1))
+        assert (guest.io.state, guest.io.failure) == (IoState.FAILED, "device-error")
+        guest.close()
+        guest.open()
+        guest.put(*numbered(1))
+        assert ids(guest.receive()) == [0]
+
+
+class Behind:
+    """Compiled code whose answers come when the test says so."""
+
+    threaded = False
+    in_flight = outstanding = 0
+
+    def close(self) -> None: ...
+
+
+def test_a_signal_that_fails_for_an_answer_of_compiled_code_ends_the_request_and_costs_the_channel(
+    device: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LoopbackGuest(device) as guest:
+        fast: Any = Behind()
+        guest.io._turns.fast = fast
+        ended: list[ChannelIo] = []
+        monkeypatch.setattr(device, "fast_ended", ended.append, raising=False)
+
+        def gone() -> None:
+            raise OSError("no QEMU")
+
+        monkeypatch.setattr(guest.io, "_signal", gone)
+        guest.io.fast_answers(fast, [guest_packet(kind=COMPLETION, transaction_id=1)])
+        assert guest.io.state is IoState.FAILED
+        assert ended == [guest.io]
 
 
 def test_packets_without_the_flag_are_owed_nothing(device: Recorder) -> None:

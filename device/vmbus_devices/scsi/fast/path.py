@@ -20,7 +20,7 @@ import ctypes
 import logging
 import os
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -379,14 +379,11 @@ class FastPath:
                 return
 
     def _hand_over(self, count: int) -> None:
-        shared = self._shared
-        if noted := shared.noted_ranges:
-            ranges = [(each.gpa, each.length) for each in shared.noted[:noted]]
-            if self._reports_ranges:
-                self._memory.filled_by_kernel(ranges)
-            else:
-                for gpa, length in ranges:
-                    self._memory.write_through(gpa, length)
+        problem: Exception | None = None
+        try:
+            self._report_noted()
+        except Exception as error:  # noqa: BLE001 - it fails the channels whose requests it may belong to
+            problem = error
         answers: dict[int, list[bytes]] = {}
         returned: list[tuple[int, bytes]] = []
         output = self._output
@@ -400,11 +397,24 @@ class FastPath:
             else:
                 place = self._library.packet(self._address, offset)
                 returned.append((channel, ctypes.string_at(place, length)))
+        if problem is not None:
+            for number in {*answers, *(number for number, _ in returned)}:
+                self._channels[number].failed(problem)
         for number, packets in answers.items():
             self._channels[number].answered(packets)
         for number, packet in returned:
             self._channels[number].returned(packet)
         self._services.transfers_ended()
+
+    def _report_noted(self) -> None:
+        shared = self._shared
+        if noted := shared.noted_ranges:
+            ranges = [(each.gpa, each.length) for each in shared.noted[:noted]]
+            if self._reports_ranges:
+                self._memory.filled_by_kernel(ranges)
+            else:
+                for gpa, length in ranges:
+                    self._memory.write_through(gpa, length)
 
     def close(self) -> None:
         if not self._address:
@@ -494,14 +504,25 @@ class FastPathChannel:
     def answered(self, packets: list[bytes]) -> None:
         """Pass completion packets on; that many requests have ended."""
         self._in_flight -= len(packets)
-        self._owner.fast_answers(self, packets)
+        self._guarded(lambda: self._owner.fast_answers(self, packets))
         self._forget_if_ended()
 
     def returned(self, packet: bytes) -> None:
         """Pass on a packet that Python has to process after all."""
         self._in_flight -= 1
-        self._owner.fast_returned(self, packet)
+        self._guarded(lambda: self._owner.fast_returned(self, packet))
         self._forget_if_ended()
+
+    def failed(self, error: Exception) -> None:
+        """Fail the channel; its requests are still reported as ended."""
+        self._owner.fast_failed(self, error)
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        """Call ``call``; what it raises fails this channel, not the others that have results behind it."""
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - the owner logs it
+            self.failed(error)
 
     def close(self) -> None:
         self._closed = True
@@ -525,6 +546,10 @@ class FastPathChannel:
 
     def engine_ended(self) -> None:
         self._owner.fast_answers(self, [])
+        self._forget_if_ended()
+
+    def engine_failed(self, error: Exception) -> None:
+        self.failed(error)
         self._forget_if_ended()
 
     def _forget_if_ended(self) -> None:

@@ -418,10 +418,10 @@ class ChannelIo:
             output = self._output
             output.packets += packets
             output.bytes += sum(map(len, packets))
-            self.flush()
+            self._contain(ChannelIo.flush)
         else:
             self.counters.dropped += len(packets)
-        self.device.fast_ended(self)
+        self._contain(self.device.fast_ended)
 
     def fast_left(self, channel: FastChannel) -> None:
         """Take the rings back in a turn; see :class:`~vmbus.ports.FastOwner`."""
@@ -436,7 +436,14 @@ class ChannelIo:
                 self._dispatch(again)
                 if not self._turns.active:
                     self._schedule()
-        self.device.fast_ended(self)
+        self._contain(self.device.fast_ended)
+
+    def fast_failed(self, channel: FastChannel, error: Exception) -> None:
+        """Fail the channel; see :class:`~vmbus.ports.FastOwner`."""
+        if channel is self.fast:
+            self._device_failed(error)
+        else:
+            _logger.error("%s: a request of an earlier opening failed", self.device.name, exc_info=error)
 
     # --- pausing and saving ---
 

@@ -114,18 +114,20 @@ class Turns:
         self._polling.awake()
         self._counters.turns += 1
         try:
-            limit = self._calls.recall()
-            if self.running:
-                self._work(self.incoming, limit)
+            try:
+                limit = self._calls.recall()
+                if self.running:
+                    self._work(self.incoming, limit)
+            finally:
+                fast = self._polled
+                if fast is not None and fast.sleeps():
+                    fast.submit()
+                    self.schedule()
         except GuestError as error:
             self._calls.failed(error)
         except Exception as error:  # noqa: BLE001 - it costs this channel only
             self._calls.broken(error)
         finally:
-            fast = self._polled
-            if fast is not None and fast.sleeps():
-                fast.submit()
-                self.schedule()
             self.active = False
 
     @property

@@ -254,5 +254,10 @@ class EngineChannel:
 
     def engine_ended(self) -> None:
         self._outstanding -= 1
-        self._owner.engine_ended()
-        self._free_if_ended()
+        try:
+            self._owner.engine_ended()
+        finally:
+            self._free_if_ended()
+
+    def engine_failed(self, error: Exception) -> None:
+        self._owner.engine_failed(error)

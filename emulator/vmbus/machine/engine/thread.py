@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, byref, c_int, c_uint8, c_uint32, c_uint64, c_void_p
@@ -33,6 +34,8 @@ from vmbus.machine.engine.layout import (
     Range,
     Recalled,
 )
+
+_logger = logging.getLogger(__name__)
 
 _US = 1000
 
@@ -74,6 +77,9 @@ class EngineOwner(Protocol):
 
     def engine_ended(self) -> None:
         """A request of an earlier opening has ended; nobody waits for its answer."""
+
+    def engine_failed(self, error: Exception) -> None:
+        """Fail the channel: the host failed at one of its requests, which is still reported as ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,16 +281,23 @@ class Engine:
         self._openings[number] = (self._openings[number] + 1) & 0xFFFFFFFF
 
     def dispatch(self) -> None:
-        """Pass on what the engine has reported."""
+        """Pass on what the engine has reported.
+
+        What an owner raises fails its channel: the engine does not repeat an event, and others have theirs behind it.
+        """
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._event_fd)
         event = Event()
         while self._library.event(self._engine, byref(event)):
             if event.kind == EventKind.LINES:
-                self.lines_due()
+                try:
+                    self.lines_due()
+                except Exception:
+                    _logger.exception("QEMU's answers to interrupts could not be read")
             elif event.kind == EventKind.LEFT:
                 if event.index in self._given:
-                    self._owners[event.index][0].engine_left()
+                    owner = self._owners[event.index][0]
+                    _guarded(owner, owner.engine_left)
             else:
                 self._slot(EventKind(event.kind), event.index)
 
@@ -294,7 +307,7 @@ class Engine:
         number = library.channel_of(engine, slot, byref(opening))
         owner, current = self._owners[number]
         if kind is not EventKind.ANSWERED:
-            self._report(slot)
+            _guarded(owner, lambda: self._report(slot))
         if kind is EventKind.NOTED:
             library.release(engine, slot, 1)
             return
@@ -302,11 +315,11 @@ class Engine:
         data = ctypes.string_at(read(engine, slot, byref(size)), size.value)
         library.release(engine, slot, 0)
         if opening.value != current or self._openings[number] != current:
-            owner.engine_ended()
+            _guarded(owner, owner.engine_ended)
         elif kind is EventKind.ANSWERED:
-            owner.engine_answered(data)
+            _guarded(owner, lambda: owner.engine_answered(data))
         else:
-            owner.engine_returned(data)
+            _guarded(owner, lambda: owner.engine_returned(data))
 
     def _report(self, slot: int) -> None:
         size, every = c_uint32(), c_uint32()
@@ -321,3 +334,14 @@ class Engine:
         self._engine = 0
         os.close(self._event_fd)
         return left
+
+
+def _guarded(owner: EngineOwner, call: Callable[[], None]) -> None:
+    """Call ``call``; what it raises fails the channel of ``owner``."""
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001 - the owner logs it
+        try:
+            owner.engine_failed(error)
+        except Exception:
+            _logger.exception("internal error at the end of a request; please report this")
