@@ -144,7 +144,8 @@ class Workers(Protocol):
         """Call ``work`` in another thread, then ``done`` in the event loop's, with the exception of ``work`` or None.
 
         ``work`` stores its result for ``done``. Any number may be submitted: they wait for a free thread in order,
-        and those that end at about the same time are reported together.
+        and those that end at about the same time are reported together. Where the host has no thread at all, ``done``
+        gets an ``OSError``, and ``work`` is not called. What ``done`` raises is logged.
         """
 
     def transfer(

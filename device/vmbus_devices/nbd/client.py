@@ -351,12 +351,15 @@ class Client:
         receivers = []
         for connection in session:
             if self._workers is None or not connection.watch(self._workers, self._lost):
-                receivers.append(
-                    threading.Thread(
-                        target=self._receive, args=(connection,), name="nbd-receiver", daemon=True
-                    )
+                thread = threading.Thread(
+                    target=self._receive, args=(connection,), name="nbd-receiver", daemon=True
                 )
-                receivers[-1].start()
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    self._lost(connection, error)
+                else:
+                    receivers.append(thread)
         self._watch(session)
         with self._changed:
             self._session = []

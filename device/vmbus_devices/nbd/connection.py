@@ -144,8 +144,14 @@ class Connection:
                 return
         self._outgoing.append(parts)
         if self._sender is None:
-            self._sender = threading.Thread(target=self._send_rest, name="nbd-sender", daemon=True)
-            self._sender.start()
+            sender = threading.Thread(target=self._send_rest, name="nbd-sender", daemon=True)
+            try:
+                sender.start()
+            except RuntimeError as error:
+                _logger.warning("a connection ends, since the rest of a request cannot be sent: %s", error)
+                self._shut()
+                return
+            self._sender = sender
         self._changed.notify_all()
 
     def _send_rest(self) -> None:

@@ -14,6 +14,7 @@ import errno
 import logging
 import mmap
 import os
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -198,7 +199,11 @@ class BlockUnit(LogicalUnit):
         elif (threads := self.backend.threads) is not None and (
             ended := self.environment.workers.expect(done)
         ) is not None:
-            threads.submit(_do, work, ended)
+            job = _Job(work, ended)
+            try:
+                threads.submit(job.run)
+            except RuntimeError as problem:  # the host has no thread for it, or the back end is closed
+                job.give_up(OSError(errno.EAGAIN, f"no thread for the command: {problem}"))
         else:
             self.environment.workers.run(work, done)
 
@@ -393,13 +398,32 @@ class BlockUnit(LogicalUnit):
         return report
 
 
-def _do(work: Callable[[], None], ended: Callable[[Exception | None], None]) -> None:
-    error: Exception | None = None
-    try:
-        work()
-    except Exception as found:  # noqa: BLE001 - it is handed on
-        error = found
-    ended(error)
+class _Job:
+    """Work for an executor, whose end is reported once.
+
+    An executor that cannot start a thread raises, but keeps the work, and may do it later all the same.
+    """
+
+    def __init__(self, work: Callable[[], None], ended: Callable[[Exception | None], None]) -> None:
+        self._work = work
+        self._ended = ended
+        self._open = threading.Semaphore(1)
+
+    def run(self) -> None:
+        """Do the work, unless it was given up."""
+        if not self._open.acquire(blocking=False):
+            return
+        error: Exception | None = None
+        try:
+            self._work()
+        except Exception as found:  # noqa: BLE001 - it is handed on
+            error = found
+        self._ended(error)
+
+    def give_up(self, error: Exception) -> None:
+        """Report ``error`` unless the work has begun."""
+        if self._open.acquire(blocking=False):
+            self._ended(error)
 
 
 def _first(runs: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:

@@ -24,7 +24,12 @@ def hand_over(units: Iterable[LogicalUnit]) -> None:
     for unit in units:
         errors: list[Exception] = []
         thread = threading.Thread(target=_write_back, args=(unit, errors), name="write-back", daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise DeviceError(
+                f"disk {unit.identity.serial}: its data cannot be made safe: {error}"
+            ) from error
         under_way.append((unit, thread, errors))
     for unit, thread, errors in under_way:
         thread.join(max(end - time.monotonic(), 0))

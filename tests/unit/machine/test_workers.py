@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 from collections.abc import Callable
 
+import pytest
 from vmbus.machine.io.workers import WorkerThreads
 
 
@@ -126,4 +128,49 @@ async def test_a_task_is_not_told_that_work_is_late_because_another_began_some()
     assert not waiting.done()
     began[0](None)
     assert await waiting
+    workers.close()
+
+
+def no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+
+async def test_work_fails_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = WorkerThreads(asyncio.get_running_loop(), 2)
+    called: list[str] = []
+    errors: list[Exception | None] = []
+    with monkeypatch.context() as limited:
+        no_more_threads(limited)
+        workers.run(lambda: called.append("work"), errors.append)
+        assert await workers.settle(20)
+    [error] = errors
+    assert isinstance(error, OSError)
+    assert error.errno == errno.EAGAIN
+    assert (called, workers.unfinished) == ([], 0)
+    workers.run(lambda: called.append("later"), errors.append)
+    assert await workers.settle(20)
+    assert called == ["later"]  # and what failed was not done after all
+    workers.close()
+
+
+async def test_threads_that_exist_do_the_work_of_those_that_cannot_be_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    workers = WorkerThreads(asyncio.get_running_loop(), 2)
+    gate = threading.Event()
+    errors: list[Exception | None] = []
+    workers.run(lambda: (gate.wait(20), None)[1], errors.append)
+    with monkeypatch.context() as limited:
+        no_more_threads(limited)
+        workers.run(lambda: None, errors.append)
+        workers.run(lambda: None, errors.append)
+        gate.set()
+        assert await workers.settle(20)
+    assert errors == [None, None, None]
+    assert workers.unfinished == 0
+    workers.run(lambda: None, errors.append)
+    assert await workers.settle(20)
     workers.close()

@@ -319,6 +319,42 @@ def test_an_error_of_the_connector_costs_an_attempt_and_not_the_disk(
     assert "too many brackets" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["nbd-receiver", "nbd-sender"])
+def test_a_thread_that_cannot_be_started_costs_the_connection_and_not_the_disk(
+    server: Server, opened: Open, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    backend = opened(server)
+    start, refused = threading.Thread.start, threading.Semaphore(1)
+
+    def limited(thread: threading.Thread) -> None:
+        if thread.name == name and refused.acquire(blocking=False):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    if name == "nbd-receiver":
+        server.hang_up()
+    large = views(SIZE)
+    errors: list[Exception | None] = []
+    ended = threading.Semaphore(0)
+
+    def end(error: Exception | None) -> None:
+        errors.append(error)
+        ended.release()
+
+    gate = threading.Event()
+    server.before = lambda *request: (gate.wait(TIMEOUT), None)[1]
+    for _ in range(40):  # more than the sockets take
+        backend.start(0, large, SIZE, True, False, end)
+    gate.set()
+    for _ in range(40):
+        assert ended.acquire(timeout=TIMEOUT)
+    assert errors == [None] * 40
+    assert not refused.acquire(blocking=False)
+    assert backend.client.sessions > 1
+    assert read(backend, 0, 512) == bytes(512)
+
+
 def test_what_is_under_way_fails_when_the_disk_is_closed(server: Server, opened: Open) -> None:
     backend = opened(server)
     server.before = lambda *request: b""  # no answer

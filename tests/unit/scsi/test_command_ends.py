@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from vmbus.bus.io.state import IoState
-from vmbus.testing.fakes import FakeMemory, FakeViews
+from vmbus.testing.fakes import FakeMemory, FakeViews, FakeWorkers
 from vmbus_devices.scsi.disk import Disk
 
 from tests.unit.scsi.scsi_guest import RESET_BUS, ScsiGuest, controller, memory_disk
@@ -110,3 +112,50 @@ def test_a_reset_whose_answer_fails_does_not_keep_others_from_theirs(monkeypatch
         guest.run()
         assert 72 in answered
         assert guest.io.state is IoState.FAILED
+
+
+class OneThread(Executor):
+    """An executor that cannot start a thread, and does what it was given later all the same, as CPython's does."""
+
+    def __init__(self) -> None:
+        self.queued: list[Callable[[], Any]] = []
+
+    def submit(self, work: Callable[..., Any], /, *arguments: Any, **_: Any) -> Any:
+        self.queued.append(lambda: work(*arguments))
+        raise RuntimeError("can't start new thread")
+
+
+class Expecting(FakeWorkers):
+    """Workers that are told of work in threads of a device's own."""
+
+    expected = 0
+
+    def expect(self, done: Callable[[Exception | None], None], /) -> Callable[[Exception | None], None]:
+        self.expected += 1
+
+        def ended(error: Exception | None) -> None:
+            self.expected -= 1
+            self._timers.call_soon(lambda: done(error))
+
+        return ended
+
+
+def test_a_command_fails_where_its_back_end_has_no_thread_for_it() -> None:
+    disk = slow_disk()
+    executor = disk.backend.threads = OneThread()
+    device = controller(disk)
+    with ScsiGuest(device) as guest:
+        guest.negotiate()
+        workers = Expecting(guest.timers)
+        assert disk.environment is not None
+        disk.environment = replace(disk.environment, workers=workers)
+        guest.start(READ, read=512)
+        guest.run()
+        [answer] = guest.answers()
+        assert answer.condition == (3, 0x11, 0)
+        assert workers.expected == 0
+        for each in executor.queued:  # it is not done behind the guest's back
+            each()
+        assert guest.buffer(512) == b"\xee" * 512
+        assert workers.expected == 0
+        assert guest.io.state is IoState.RUNNING

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import queue
 import threading
@@ -57,13 +58,21 @@ class WorkerThreads:
 
     def run(self, work: Work, done: Done, /) -> None:
         self._unfinished += 1
-        self._queue.put((work, done))
         if self._unfinished > len(self._threads) < self._limit:
             thread = threading.Thread(
                 target=self._serve, name=f"vmbus-worker-{len(self._threads)}", daemon=True
             )
-            self._threads.append(thread)
-            thread.start()
+            try:
+                thread.start()
+            except (
+                RuntimeError
+            ) as error:  # the host has no room for one: the threads that there are do the work
+                if not self._threads:
+                    self._finish(done, OSError(errno.EAGAIN, f"no thread for a device's work: {error}"))
+                    return
+            else:
+                self._threads.append(thread)
+        self._queue.put((work, done))
 
     def transfer(
         self,
