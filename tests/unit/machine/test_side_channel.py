@@ -326,3 +326,36 @@ async def test_a_file_is_read_up_to_the_size_of_a_frame(
         address.path.write_bytes(frame() + b"x")
         with pytest.raises(StateRefused, match="has more than"):
             there.frame()
+
+
+async def test_a_target_that_closes_ends_its_connections(tmp_path: Path) -> None:
+    address = CarrierAddress("unix", tmp_path / "side")
+    before = asyncio.all_tasks()
+    incoming = await IncomingCarrier.listen(address, MACHINE, lambda state: None)
+    outgoing = await OutgoingCarrier.open(address, MACHINE)
+    await incoming.close()
+    assert asyncio.all_tasks() == before
+    with pytest.raises(StateRefused, match="did not confirm"):
+        await outgoing.deliver(frame())
+    await outgoing.close()
+
+
+async def test_a_source_that_is_cancelled_while_it_connects_leaves_no_connection(tmp_path: Path) -> None:
+    path = tmp_path / "side"
+    gone = asyncio.Event()
+    there = asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there.set()
+        await reader.read()
+        writer.close()
+        gone.set()
+
+    async with await asyncio.start_unix_server(silent, str(path)):
+        opening = asyncio.ensure_future(OutgoingCarrier.open(CarrierAddress("unix", path), MACHINE))
+        await there.wait()
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        async with asyncio.timeout(20):
+            await gone.wait()

@@ -140,3 +140,30 @@ async def test_qemu_is_answered_while_the_event_loop_waits_for_its_main_loop(
     qtest.close()
     there.close()
     daemon.stop()
+
+
+async def test_a_helper_that_is_cancelled_while_it_connects_leaves_no_thread(tmp_path: Path) -> None:
+    """A daemon that accepts, and says nothing."""
+    path = tmp_path / "dbus.sock"
+    there = asyncio.Event()
+    closed = asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there.set()
+        while await reader.read(4096):
+            pass
+        writer.close()
+        closed.set()
+
+    before = set(threading.enumerate())
+    async with await asyncio.start_unix_server(silent, str(path)):
+        connecting = asyncio.ensure_future(
+            VmStateHelper.connect(dbus_address(path), Keeper(), MainLoopWaits())
+        )
+        await there.wait()
+        connecting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await connecting
+        assert [each.name for each in set(threading.enumerate()) - before if "dbus" in each.name] == []
+        async with asyncio.timeout(20):
+            await closed.wait()

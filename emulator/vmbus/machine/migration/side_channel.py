@@ -137,6 +137,9 @@ class OutgoingCarrier:
             raise UserError(
                 f"no emulator receives a state at {address} ({error}): start the target with --carrier {address}"
             ) from error
+        except BaseException:  # cancelled
+            await made.close()
+            raise
         if machine == _NO_MACHINE and greeting.flags & GreetingFlags.FRESH:
             made.machine = machine = greeting.machine
         if greeting.format != FORMAT or greeting.machine != machine:
@@ -244,6 +247,7 @@ class IncomingCarrier:
         self._machine = machine
         self._check = check
         self._server: asyncio.Server | None = None
+        self._connections: set[asyncio.Task[None]] = set()
         self._frame: Frame | None = None
 
     @classmethod
@@ -258,18 +262,28 @@ class IncomingCarrier:
         if address.kind == "unix":
             try:
                 _remove_socket(address.path)
-                made._server = await asyncio.start_unix_server(made._connected, str(address.path))
+                made._server = await asyncio.start_unix_server(made._begin, str(address.path))
                 address.path.chmod(0o600)
             except OSError as error:
+                await made.close()
                 raise UserError(f"cannot listen at {address}: {error.strerror or error}") from error
         return made
 
     async def close(self) -> None:
-        """Stop listening."""
+        """Stop listening, and end the connections: a source learns that nobody receives its state."""
         if self._server is not None:
             self._server.close()
             self._server = None
             self.address.path.unlink(missing_ok=True)
+        connections = tuple(self._connections)
+        for each in connections:
+            each.cancel()
+        await asyncio.gather(*connections, return_exceptions=True)
+
+    def _begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.ensure_future(self._connected(reader, writer))
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         machine, flags = self._machine, 0

@@ -186,8 +186,10 @@ class VmStateHelper:
         helper = cls(address, keeper, waits)
         try:
             await helper._in_thread(helper._connect())
-        except (OSError, DBusError, EOFError) as error:
+        except BaseException as error:
             await helper.close()
+            if not isinstance(error, (OSError, DBusError, EOFError)):
+                raise  # cancelled, mostly
             raise QemuUnsuitable(
                 f"no D-Bus daemon answers at {address} ({error}), which QEMU's dbus-vmstate object names: "
                 "without it the guest cannot be migrated. Start it before QEMU; "
@@ -243,8 +245,10 @@ class VmStateHelper:
         with self._waits.watched(begins):
             waiting = asyncio.ensure_future(waits.wait())
             both: set[asyncio.Future[Any]] = {answer, waiting}
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            waiting.cancel()
+            try:
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                waiting.cancel()
         return answer.done()
 
     async def _save(self) -> bytes:
