@@ -130,6 +130,8 @@ class Controller(Device):
         self._stopped = False
         """Whether the units are closed, whose numbers in compiled code may be others' by now."""
         self.enumerations = 0
+        self._enumeration_due = False
+        """Whether the guest does not read, and is to be notified of a change of units when it does."""
         self.resets = Resets(
             lambda io, packet: self._outside_turns(io, partial(self._answer, io, packet, Status.SUCCESS))
         )
@@ -288,8 +290,10 @@ class Controller(Device):
             io.send(build_packet(Operation.ENUMERATE_BUS, Status.SUCCESS, size=size))
         except DeviceError:
             # The guest does not read: the change is made, and the guest is notified when it has read.
+            self._enumeration_due = True
             io.notify_room()
         else:
+            self._enumeration_due = False
             self.enumerations += 1
 
     def writable(self, io: ChannelIo) -> None:
@@ -362,6 +366,7 @@ class Controller(Device):
         self._activate()
         self._primary = io
         self._scans.opened()
+        self._enumeration_due = False  # the guest scans anew
         self._requests[io] = set()
         self.handshake = self.new_handshake()
         for unit in self.units.values():
@@ -622,6 +627,7 @@ class Controller(Device):
                 self.max_transfer,
                 tuple(save_unit(place, unit) for place, unit in sorted(self.units.items())),
                 tuple(self._restored.of_closed(open_here)),
+                self._enumeration_due,
             ),
         )
 
@@ -642,6 +648,7 @@ class Controller(Device):
         self.handshake = self.new_handshake()
         self.handshake.stage, self.handshake.version = saved.stage, saved.version
         self.handshake.subchannels = saved.subchannels
+        self._enumeration_due = saved.enumeration_due
         self._restored.replace(saved.packets)
 
     def save_packets(self, io: ChannelIo) -> list[PacketState]:
@@ -664,6 +671,8 @@ class Controller(Device):
         index = io.subchannel_index
         if not index:
             self._primary = io
+            if self._enumeration_due:
+                self._enumerate()
         elif self.handshake.ready:
             io.resume_input()
         else:

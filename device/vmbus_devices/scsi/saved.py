@@ -9,12 +9,13 @@ part of the state: both sides must have the same ones, and only one side may use
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import construct as c
-from vmbus.devices.saved import skip_optional
-from vmbus.errors import DeviceError, InternalError
+from vmbus.devices.saved import refused, report_ignored, skip_optional
+from vmbus.errors import DeviceError, InternalError, MalformedError
+from vmbus.wire.optional import OptionalField, build_fields, parse_fields
 from vmbus.wire.packet import MAX_PFNS, MAX_RANGES, GpaRange, Packet, PacketType
 from vmbus.wire.scsi import Sense
 from vmbus.wire.storvsp import PACKET_SIZE, ProtocolVersion
@@ -75,7 +76,10 @@ CONTROLLER = c.Struct(
     "packets" / c.PrefixedArray(c.Int32ul, PACKET),
     "optional" / c.GreedyBytes,
 )
-"""``optional``: fields of later releases (:mod:`vmbus.wire.optional`)."""
+"""``optional``: :data:`OPTIONAL`, and fields of later releases (:mod:`vmbus.wire.optional`)."""
+
+OPTIONAL = (OptionalField(1, "enumeration_due", c.Flag),)
+_DEFAULTS = {"enumeration_due": False}
 
 PACKET_VERSION = 1
 
@@ -114,6 +118,8 @@ class SavedController:
     units: tuple[SavedUnit, ...]
     packets: tuple[tuple[int, Packet], ...]
     """Channel and packet of each command without an answer, oldest first; from releases that saved them here."""
+    enumeration_due: bool = False
+    """Whether the guest is still to be notified of units that were added or removed: it does not read its ring."""
 
 
 def save_unit(place: tuple[int, int], unit: LogicalUnit) -> SavedUnit:
@@ -193,7 +199,7 @@ def build_state(name: str, saved: SavedController) -> bytes:
         "max_transfer": saved.max_transfer,
         "units": [_built_unit(each) for each in saved.units],
         "packets": [_built_packet(channel, packet) for channel, packet in saved.packets],
-        "optional": b"",
+        "optional": build_fields(OPTIONAL, saved, _DEFAULTS),
     }
     try:
         _check_packets(saved.packets)
@@ -282,10 +288,13 @@ def parse_state(name: str, state: bytes) -> SavedController:
             tuple(_packet(each) for each in saved.packets),
         )
         _check_packets(found.packets)
+        fields, ignored = parse_fields(OPTIONAL, saved.optional, _DEFAULTS)
+    except MalformedError as error:
+        raise refused(name, error) from error
     except (c.ConstructError, UnicodeError, ValueError, KeyError) as error:
         raise DeviceError(f"{name}: saved state is damaged: {error}") from error
-    skip_optional(saved.optional, name)
-    return found
+    report_ignored(name, ignored)
+    return replace(found, **fields)
 
 
 def _check_packets(packets: Sequence[tuple[int, Packet]]) -> None:

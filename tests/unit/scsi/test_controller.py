@@ -19,6 +19,7 @@ from vmbus.wire.storvsp import SCSI_INTERFACE
 from vmbus_devices.scsi import Scsi
 from vmbus_devices.scsi.disk import Disk
 from vmbus_devices.scsi.faults import FaultPlan, parse_faults
+from vmbus_devices.scsi.saved import parse_state
 
 from tests.unit.scsi.scsi_guest import (
     BEGIN,
@@ -303,11 +304,10 @@ def test_the_new_size_is_not_reported_where_linux_does_not_look(mode_sense: byte
         assert guest.command(TEST_UNIT_READY).condition == (6, 0x2A, 9)
 
 
-def test_a_guest_that_does_not_read_is_notified_of_a_new_disk_when_it_does() -> None:
-    disk = slow_disk()
-    device = controller(disk)
+def unread() -> tuple[ScsiGuest, MemoryBudget]:
+    """A guest that does not read its answers, and whose saved state has no room for more."""
     budget = MemoryBudget()
-    guest = ScsiGuest(device, budget=budget, ring_pages=1)
+    guest = ScsiGuest(controller(slow_disk()), budget=budget, ring_pages=1)
     guest.open()
     guest.negotiate()
     guest.workers.paused = True
@@ -318,15 +318,41 @@ def test_a_guest_that_does_not_read_is_notified_of_a_new_disk_when_it_does() -> 
     guest.run()
     assert guest.io.backlog > OUTPUT_ALWAYS
     budget.count_saved_packets(SAVED_PACKET_BYTES + SAVED_FIRST_BYTES)
-    assert device.attach(memory_disk(serial="new")) == 1
-    budget.count_saved_packets(-SAVED_PACKET_BYTES - SAVED_FIRST_BYTES)
+    return guest, budget
+
+
+def notices(guest: ScsiGuest) -> list[int]:
     received = []
     while packets := guest.receive():
         received += packets
         guest.run()
-    notes = [each for each in received if each.kind == IN_BAND]
-    assert [struct.unpack_from("<I", each.payload)[0] for each in notes] == [ENUMERATE]
+    return [struct.unpack_from("<I", each.payload)[0] for each in received if each.kind == IN_BAND]
+
+
+def test_a_guest_that_does_not_read_is_notified_of_a_new_disk_when_it_does() -> None:
+    guest, budget = unread()
+    assert guest.device.attach(memory_disk(serial="new")) == 1
+    budget.count_saved_packets(-SAVED_PACKET_BYTES - SAVED_FIRST_BYTES)
+    assert notices(guest) == [ENUMERATE]
     assert guest.io.failure == ""
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_a_guest_that_moves_before_it_has_read_is_notified_where_it_continues(added: bool) -> None:
+    guest, _ = unread()
+    if added:
+        guest.device.attach(memory_disk(serial="new"))
+    guest.io.pause()
+    device_state, io_state = guest.device.save(), guest.io.save()
+    units = [slow_disk(), memory_disk(serial="new")] if added else [slow_disk()]
+    there = ScsiGuest(controller(*units), ring_pages=1)
+    there.memory.ram[:] = guest.memory.ram
+    there.io.restore(io_state)
+    there.device.restore(device_state)
+    there.io.restored(there.channel)
+    there.run()
+    assert notices(there) == ([ENUMERATE] if added else [])
+    assert not parse_state("scsi", there.device.save()).enumeration_due
 
 
 def test_a_disk_that_is_removed_is_closed_when_its_commands_have_ended() -> None:
