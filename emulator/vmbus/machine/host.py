@@ -54,6 +54,7 @@ from vmbus.machine.migration.coordinator import Coordinator
 from vmbus.machine.migration.host_state import HostState
 from vmbus.machine.migration.ports import MigrationPorts
 from vmbus.machine.migration.state_machine import Phase, Switchover
+from vmbus.machine.once import Once
 from vmbus.machine.problems import Problems
 from vmbus.machine.qemu import memory_devices
 from vmbus.machine.qemu.discovery import QemuFacts, discover
@@ -144,6 +145,7 @@ class Host:
     class _Events(PartitionEvents):
         def __init__(self, host: Host) -> None:
             self._host = host
+            self._reset = Once(host.background, lambda: host.qmp.execute("system_reset"), again=False)
 
         def crashed(self, report: CrashReport) -> None:
             self._host._crashed(report)
@@ -162,7 +164,7 @@ class Host:
                         channel.signal_guest()
 
         def reset_requested(self) -> None:
-            self._host.background(self._host.qmp.execute("system_reset"))
+            self._reset.request()
 
         def auto_eoi_changed(self, vp: int, vectors: AbstractSet[int]) -> None:
             self._host.auto_eoi.changed(vp, vectors)
@@ -178,6 +180,7 @@ class Host:
         self.problems = Problems()
         self.auto_eoi = AutoEoi(gateway, self.problems)
         self.report_other_ram(facts.memory_devices)
+        self._other_ram = Once(self.background, self._look_for_other_ram, again=True)
         self.started = time.monotonic()
         loop = asyncio.get_running_loop()
         self._loop = loop
@@ -509,7 +512,7 @@ class Host:
             elif name == "GUEST_PANICKED":
                 self.events.guest_panicked += 1
             elif name in memory_devices.EVENTS:
-                self.background(self._look_for_other_ram())
+                self._other_ram.request()
             self.migration.event(name, data)
             if name == "RESUME":
                 self._resumed()

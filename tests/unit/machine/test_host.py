@@ -205,3 +205,28 @@ def test_a_processor_that_can_take_signals_again_is_signalled_for_every_channel_
     host.bus = SimpleNamespace(channels=[channel(1, 1), channel(2, 0), channel(3, None), channel(4, 1)])  # type: ignore[assignment]
     Host._Events(host).synic_changed(1)
     assert signalled == ([1, 4] if able else [])
+
+
+async def test_a_guest_that_asks_for_a_reset_in_a_loop_makes_one_task() -> None:
+    host = Host.__new__(Host)
+    host._loop = asyncio.get_running_loop()
+    host._ended = host._loop.create_future()
+    host._tasks = set()
+    gate, commands = asyncio.Event(), []
+
+    async def execute(command: str, arguments: Any = None) -> None:
+        commands.append(command)
+        await gate.wait()
+
+    host.qmp = SimpleNamespace(execute=execute)  # type: ignore[assignment]
+    events = Host._Events(host)
+    for _ in range(1000):
+        events.reset_requested()
+    await asyncio.sleep(0)
+    assert commands == ["system_reset"]
+    assert len(host._tasks) == 1
+    gate.set()
+    await asyncio.gather(*host._tasks)
+    events.reset_requested()  # of the guest that runs then
+    await asyncio.gather(*host._tasks)
+    assert commands == ["system_reset"] * 2

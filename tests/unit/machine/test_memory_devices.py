@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from vmbus.errors import QemuError
 from vmbus.machine.host import Host
+from vmbus.machine.once import Once
 from vmbus.machine.problems import Problems
 
 DIMM = {"type": "dimm", "data": {"id": "d1", "addr": 1 << 32, "size": 64 << 20, "memdev": "/objects/m"}}
@@ -49,6 +50,7 @@ async def follow(*steps: tuple[str, list[dict[str, Any]] | QemuError]) -> Host:
         return qmp.turn[-1]
 
     host.background = background  # type: ignore[method-assign]
+    host._other_ram = Once(background, host._look_for_other_ram, again=True)
     host._ended_by_itself = lambda error: None  # type: ignore[method-assign]
     await host._follow_life()
     return host
@@ -77,3 +79,34 @@ async def test_a_refused_query_does_not_end_the_host(caplog: pytest.LogCaptureFi
     host = await follow(("ACPI_DEVICE_OST", QemuError("no")))
     assert host.problems.sentences == []
     assert "memory devices" in caplog.text
+
+
+async def test_a_guest_that_reports_in_a_loop_makes_one_task_at_a_time() -> None:
+    """A guest can write the firmware's report of a DIMM as often as it likes."""
+    host = Host.__new__(Host)
+    host._loop = asyncio.get_running_loop()
+    host._ended = host._loop.create_future()
+    host._tasks = set()
+    host.problems = Problems()
+    host.migration = SimpleNamespace(event=lambda *_: None)  # type: ignore[assignment]
+    host._ended_by_itself = lambda error: None  # type: ignore[method-assign]
+    host._other_ram = Once(host.background, host._look_for_other_ram, again=True)
+    answers: list[list[dict[str, Any]]] = [[], [DIMM]]
+    gate = asyncio.Event()
+
+    async def execute(command: str, arguments: Any = None) -> Any:
+        await gate.wait()
+        return answers.pop(0)
+
+    async def events() -> AsyncIterator[tuple[str, dict[str, Any]]]:
+        for _ in range(100):
+            yield "ACPI_DEVICE_OST", {}
+            await asyncio.sleep(0)
+
+    host.qmp = SimpleNamespace(execute=execute, events=events)  # type: ignore[assignment]
+    await host._follow_life()
+    assert len(host._tasks) == 1
+    gate.set()
+    await asyncio.gather(*host._tasks)
+    assert len(host.problems.sentences) == 1, "it is looked once more after the last report"
+    assert answers == []
