@@ -40,7 +40,8 @@ _LAST_RETRY = 1.0
 OPEN_TIMEOUT = 60.0
 """Seconds for the first connection."""
 STALL_TIMEOUT = 120.0
-"""Seconds without any answer after which connections count as broken."""
+"""Seconds without any answer, or without that of a request whose successors are answered, after which connections
+count as broken."""
 INTERLUDE_TIMEOUT = 600.0
 """Seconds for the work of an interlude."""
 
@@ -199,6 +200,12 @@ class Client:
     def connections(self) -> int:
         """Number of connections."""
         return len(self._session)
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the oldest request without an answer has waited for the server; 0 if there is none."""
+        sent = [at for each in tuple(self._session) if (at := each.oldest()) is not None]
+        return time.monotonic() - min(sent) if sent else 0.0
 
     def submit(self, request: Request) -> None:
         """Execute ``request``; does not block. ``request.done`` may be called before this returns."""
@@ -389,6 +396,10 @@ class Client:
                         seen[each] = (each.replies, now)
                 if any(now - since > STALL_TIMEOUT for _, since in seen.values()):
                     self._broken = NbdError(f"the server has not answered for {STALL_TIMEOUT:g} s")
+                elif any(now - (each.overtaken() or now) > STALL_TIMEOUT for each in session):
+                    self._broken = NbdError(
+                        f"the server has not answered a request for {STALL_TIMEOUT:g} s, while it answered others"
+                    )
 
     def _receive(self, connection: Connection) -> None:
         error: Exception = NbdError("the receiver of replies failed")

@@ -17,6 +17,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -76,6 +77,8 @@ class Request:
     done: Callable[[OSError | None], None]
     views: list[memoryview] = field(default_factory=list)
     flags: int = 0
+    sent: float = 0.0
+    """Time of ``time.monotonic`` at which it was sent last."""
     deadline: float | None = None
     """Time of ``time.monotonic`` at which the request fails if there is no connection."""
     extents: list[tuple[int, int, bool]] = field(default_factory=list)
@@ -84,6 +87,7 @@ class Request:
 
     def begin(self) -> None:
         """Clear the results of an earlier attempt."""
+        self.sent = time.monotonic()
         self.extents.clear()
         self.received = 0
         self.error = None
@@ -97,6 +101,8 @@ class Connection:
         self.requests: dict[int, Request] = {}
         self.replies = 0
         """Replies, or chunks of replies, received so far."""
+        self._overtaken = (0, 0.0)
+        """The oldest request, and since when requests behind it are answered."""
         self._stream = stream
         self._next = 1
         self._ended = False
@@ -271,8 +277,25 @@ class Connection:
         return request
 
     def _finish(self, cookie: int, error: OSError | None) -> None:
-        request = self.requests.pop(cookie)
+        with self._changed:
+            request = self.requests.pop(cookie)
+            oldest = next(iter(self.requests), cookie)
+            if oldest < cookie and oldest != self._overtaken[0]:
+                self._overtaken = oldest, time.monotonic()
         request.done(error)
+
+    def overtaken(self) -> float | None:
+        """Return since when (``time.monotonic``) the server answers others in place of one request, if it does.
+
+        A request that waits behind others on a slow connection is not overtaken.
+        """
+        cookie, since = self._overtaken
+        return since if cookie in self.requests else None
+
+    def oldest(self) -> float | None:
+        """Return when (``time.monotonic``) the oldest request was sent that has no answer; ``None`` if all have."""
+        with self._changed:
+            return min((each.sent for each in self.requests.values()), default=None)
 
     def _replies(self) -> Iterator[list[memoryview]]:
         """Parse replies: yield where the next bytes of the stream go, and continue when they have arrived."""
@@ -299,6 +322,8 @@ class Connection:
 
     def _chunk(self, flags: int, kind: int, cookie: int) -> Iterator[list[memoryview]]:
         request = self._request(cookie)
+        if cookie == self._overtaken[0]:
+            self._overtaken = cookie, time.monotonic()
         number = bytearray(_LENGTH.size)
         yield [memoryview(number)]
         (length,) = _LENGTH.unpack(number)

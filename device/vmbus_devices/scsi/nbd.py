@@ -28,6 +28,8 @@ from vmbus_devices.scsi.file import Cache
 
 _THREADS = 4
 """Flushes, discards and the like that are under way at the same time."""
+_SLOW = 5.0
+"""Seconds that a request has waited for the server when a report says so."""
 _STEP = 1 << 30
 """Bytes of one request without data."""
 _ZEROS = memoryview(bytes(1 << 20))
@@ -180,6 +182,8 @@ class NbdBackend(Backend):
             "connections": client.connections,
             "sessions": client.sessions,
         }
+        if (waited := client.waited) >= _SLOW:
+            report["waits"] = round(waited, 1)
         if client.trouble:
             report["trouble"] = client.trouble
         return report

@@ -93,6 +93,8 @@ def disk_table(status: Mapping[str, Any]) -> str:
             )
             if "trouble" in unit:
                 troubles.append(f"{name}: {unit['trouble']}")
+            if "waits" in unit:
+                troubles.append(f"{name}: a request has waited for the server for {unit['waits']:g} s")
             if "kept" in unit:
                 troubles.append(
                     f"{name}: {unit['kept']['because']}; {unit['kept']['requests']} requests wait"

@@ -68,6 +68,7 @@ def test_a_disk_is_a_row() -> None:
         ({"format": "qcow2", "read_only": True}, "disk.img (qcow2, read-only)"),
         ({"errors": {"3/11/00": 2, "7/27/07": 1}}, "3/11/00 (2), 7/27/07 (1)"),
         ({"trouble": "Connection refused"}, "scsi/0:0: Connection refused"),
+        ({"waits": 31.5}, "scsi/0:0: a request has waited for the server for 31.5 s"),
         (
             {"kept": {"requests": 2, "because": "a write failed: full"}},
             "a write failed: full; 2 requests wait",

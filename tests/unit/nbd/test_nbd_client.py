@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -353,6 +354,58 @@ def test_a_thread_that_cannot_be_started_costs_the_connection_and_not_the_disk(
     assert not refused.acquire(blocking=False)
     assert backend.client.sessions > 1
     assert read(backend, 0, 512) == bytes(512)
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_a_request_that_is_never_answered_while_others_are_fails_in_time(
+    server: Server, opened: Open, monkeypatch: pytest.MonkeyPatch, structured: bool
+) -> None:
+    monkeypatch.setattr("vmbus_devices.nbd.client.STALL_TIMEOUT", 0.8)
+    monkeypatch.setattr("vmbus_devices.scsi.nbd._SLOW", 0.0, raising=False)
+    server.structured = structured
+    server.before = lambda command, flags, offset, *rest: b"" if offset == 4096 else None
+    backend = opened(server, reconnect=1.0, connections=1)
+    errors: list[Exception | None] = []
+    done = threading.Event()
+
+    def ended(error: Exception | None) -> None:
+        errors.append(error)
+        done.set()
+
+    backend.start(4096, [memoryview(bytearray(512))], 512, False, False, ended)
+    end = time.monotonic() + TIMEOUT
+    waits = 0.0
+    while not done.is_set():
+        assert time.monotonic() < end, "the request waits without end"
+        assert read(backend, 0, 512) == server.data[:512]
+        waits = max(waits, backend.status().get("waits", 0))
+    assert isinstance(errors[0], OSError)
+    assert "while it answered others" in str(errors[0])
+    assert backend.client.sessions > 1, "it was repeated over a new connection"
+    assert waits > 0.2
+    assert read(backend, 0, 512) == server.data[:512]
+    assert errors[1:] == []
+
+
+def test_a_request_behind_others_on_a_slow_connection_is_waited_for(
+    server: Server, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmbus_devices.nbd.client.STALL_TIMEOUT", 1.2)
+    backend = opened(server, connections=1)
+    server.before = lambda *request: (threading.Event().wait(0.15), None)[1]
+    errors: list[Exception | None] = []
+    ended = threading.Semaphore(0)
+
+    def end(error: Exception | None) -> None:
+        errors.append(error)
+        ended.release()
+
+    for _ in range(12):
+        backend.start(0, [memoryview(bytearray(512))], 512, False, False, end)
+    for _ in range(12):
+        assert ended.acquire(timeout=TIMEOUT)
+    assert errors == [None] * 12
+    assert backend.client.sessions == 1
 
 
 def test_what_is_under_way_fails_when_the_disk_is_closed(server: Server, opened: Open) -> None:

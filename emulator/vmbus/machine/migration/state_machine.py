@@ -318,7 +318,9 @@ class MigrationStateMachine:
             return ()
         if in_time:
             return (Action.END_TRACKING, Action.QUIESCE)
-        error = StateRefused(Reason.WRONG_STATE, "a device's work did not end in time")
+        error = StateRefused(
+            Reason.WRONG_STATE, "a device's work did not end in time; vmbus status shows the disks that wait"
+        )
         return (Action.END_TRACKING, Action.PAUSE, *self.save_refused(report, error))
 
     def quiet(self, report: Report) -> Actions:
