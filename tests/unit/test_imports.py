@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-GROUND = {"errors", "native", "native_layout", "ports", "private", "refusals", "wire"}
+GROUND = {"durable", "errors", "native", "native_layout", "ports", "private", "refusals", "wire"}
 STATE_MACHINES = GROUND | {"hypervisor", "bus", "saving"}
 MAY_IMPORT = {
     "wire": {"errors"},
-    "provision": {"errors", "printable", "private"},
+    "provision": {"durable", "errors", "printable", "private"},
     "hypervisor": GROUND,
     "bus": GROUND,
     "saving": GROUND | {"bus", "version"},

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from vmbus.cli import migrate as verb
 from vmbus.cli import parser
-from vmbus.errors import UserError
+from vmbus.errors import QemuError, UserError
 from vmbus.machine import rundir
 from vmbus.machine.migration.opened import handed_over
 from vmbus.machine.migration.ports import Monitor
@@ -23,6 +23,14 @@ class Qmp:
 
     async def hand_over(self, descriptor: int, name: str) -> None:
         os.write(descriptor, b"all of the guest\n")
+
+    async def lend(self, descriptors: Sequence[int]) -> int:
+        self.lent = os.open(f"/proc/self/fd/{descriptors[0]}", os.O_WRONLY)  # as QEMU opens one of its set
+        return 7
+
+    def write(self) -> None:
+        os.write(self.lent, b"all of the guest\n")
+        os.close(self.lent)
 
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> object:
         return {}
@@ -59,3 +67,63 @@ def test_the_command_line_says_where_it_was_typed(
         verb.main(parser().parse_args(["migrate", "web", uri]))
     assert asked["uri"] == uri
     assert asked.get("directory") == (str(tmp_path) if given else None)
+
+
+async def test_a_guest_replaces_the_file_of_another_when_all_of_it_is_there(tmp_path: Path) -> None:
+    file = tmp_path / "guest"
+    (tmp_path / "link").symlink_to("guest")
+    for path in (file, file, tmp_path / "link"):  # the first is a new one
+        before = file.read_bytes() if file.exists() else None
+        qmp = Qmp()
+        async with handed_over(cast(Monitor, qmp), f"file:{path}", None) as address:
+            assert address == "file:/dev/fdset/7"
+            assert (file.read_bytes() if file.exists() else None) == before
+            qmp.write()
+        assert file.read_bytes() == b"all of the guest\n"
+        assert file.stat().st_mode & 0o777 == 0o600
+        file.write_bytes(b"another guest")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["guest", "link"]
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("refused", [True, False])
+async def test_a_migration_that_fails_costs_no_guest_that_was_written_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    file = tmp_path / "guest"
+    file.write_bytes(b"another guest")
+    qmp = Qmp()
+
+    async def no_descriptor(descriptors: Sequence[int]) -> int:
+        raise QemuError("QEMU refused add-fd")
+
+    if refused:
+        monkeypatch.setattr(qmp, "lend", no_descriptor)
+    with pytest.raises(QemuError):
+        async with handed_over(cast(Monitor, qmp), f"file:{file}", None):
+            qmp.write()
+            raise QemuError("QEMU refused migrate")
+    assert file.read_bytes() == b"another guest"
+    assert [each.name for each in tmp_path.iterdir()] == ["guest"]
+
+
+async def test_a_guest_at_an_offset_is_written_into_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "guest"
+    file.write_bytes(b"another guest, and more")
+    qmp = Qmp()
+    async with handed_over(cast(Monitor, qmp), f"file:{file},offset=0x1000", None) as address:
+        assert address == "file:/dev/fdset/7,offset=0x1000"
+        qmp.write()
+    assert file.read_bytes() == b"all of the guest\nd more"
+
+
+async def test_what_qemu_wrote_is_kept_where_it_cannot_get_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qmp = Qmp()
+    monkeypatch.setattr(Path, "replace", lambda self, target: self.joinpath("no").read_bytes())
+    with pytest.raises(UserError, match=r"QEMU has written all of the guest to .*part.*--take-back"):
+        async with handed_over(cast(Monitor, qmp), f"file:{tmp_path}/guest", None):
+            qmp.write()
+    [part] = tmp_path.iterdir()
+    assert part.read_bytes() == b"all of the guest\n"

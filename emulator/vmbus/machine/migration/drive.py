@@ -149,11 +149,11 @@ async def migrate(
             coordinator.tracker.end()
             raise MigrationFailed(str(error)) from error
         found = await _wait_ended(coordinator, progress, timeout)
-    if found["status"] != "completed":
-        # For a cancelled migration QEMU describes how the end of its connection looked.
-        described = None if found["status"] == "cancelled" else await _reason(found, uri, begun)
-        why = coordinator.report.refusal or described or f"it was {found['status']}"
-        raise MigrationFailed(f"{why}; the guest continues here")
+        if found["status"] != "completed":
+            # For a cancelled migration QEMU describes how the end of its connection looked.
+            described = None if found["status"] == "cancelled" else await _reason(found, uri, begun)
+            why = coordinator.report.refusal or described or f"it was {found['status']}"
+            raise MigrationFailed(f"{why}; the guest continues here")
     ram = found.get("ram", {})
     return Outcome(
         total=found.get("total-time", 0) / 1000,

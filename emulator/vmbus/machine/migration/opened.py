@@ -4,6 +4,10 @@
     exec:COMMAND   a pipe to the command, which is started here: QEMU's sandbox lets it start no programs
     file:PATH      descriptors of the file: QEMU's sandbox lets it open only the files of its command line
 
+A guest is written to a new file beside PATH, which replaces what is there when all of the guest is in it: a
+migration that fails, or never begins, costs no guest that was written before. With an offset, the file itself is
+written to.
+
 All other addresses QEMU opens by itself.
 """
 
@@ -11,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -19,6 +24,7 @@ import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from vmbus import durable
 from vmbus.errors import QemuError, UsageError, UserError
 from vmbus.machine.migration.addresses import descriptor_number
 from vmbus.machine.migration.ports import Monitor
@@ -127,25 +133,77 @@ async def _ended(process: subprocess.Popen[bytes], command: str) -> None:
 @contextlib.asynccontextmanager
 async def _file(qmp: Monitor, text: str, incoming: bool) -> AsyncIterator[str]:
     path, comma, offset = text.partition(",offset=")
-    flags = os.O_RDONLY if incoming else os.O_WRONLY | os.O_CREAT
-    if not incoming and not comma:
-        flags |= os.O_TRUNC
+    access = os.O_RDONLY if incoming else os.O_WRONLY
+    opened, new = path, False
     descriptors: list[int] = []
     try:
         try:
-            descriptors.append(os.open(path, flags | os.O_CLOEXEC, 0o600))
+            if incoming or comma:
+                create = 0 if incoming else os.O_CREAT
+                descriptors.append(os.open(path, access | create | os.O_CLOEXEC, 0o600))
+            else:
+                descriptor, opened, new = _new_file(path)
+                descriptors.append(descriptor)
         except OSError as error:
             raise UserError(f"file:{path}: {error.strerror}") from error
-        access = flags & os.O_ACCMODE
         with contextlib.suppress(OSError):  # for the parameter direct-io, where the file system has that
-            descriptors.append(os.open(path, access | os.O_DIRECT | os.O_CLOEXEC))
+            descriptors.append(os.open(opened, access | os.O_DIRECT | os.O_CLOEXEC))
         number = await qmp.lend(descriptors)
+    except BaseException:
+        if new:
+            Path(opened).unlink(missing_ok=True)
+        raise
     finally:
         for each in descriptors:
             os.close(each)
     try:
         yield f"file:/dev/fdset/{number}{comma}{offset}"
+    except BaseException:
+        if new and qmp.connected:
+            Path(opened).unlink(missing_ok=True)
+        elif new:
+            _logger.warning("QEMU has ended; what it wrote of the guest is in %s", opened)
+        raise
+    else:
+        if new:
+            await asyncio.to_thread(_complete, path, Path(opened))
     finally:
         if qmp.connected:
             with contextlib.suppress(QemuError):  # QEMU closes what it has opened of the set by itself
                 await qmp.execute("remove-fd", {"fdset-id": number})
+
+
+def _new_file(path: str) -> tuple[int, str, bool]:
+    """Open a file for a guest that is to be at ``path``; return its descriptor and path, and if it is a new one.
+
+    What is no regular file, and a file in a folder that this user cannot write to, is written to itself. Raises
+    ``OSError``.
+    """
+    place = Path(path).resolve()
+    flags = os.O_WRONLY | os.O_CLOEXEC
+    if place.exists():
+        if not place.is_file():
+            return os.open(place, flags), path, False
+        if not os.access(place, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    unfinished = place.with_name(f"{place.name}.{secrets.token_hex(8)}.part")
+    try:
+        descriptor = os.open(unfinished, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        if not place.exists() or error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+            raise
+        return os.open(place, flags | os.O_TRUNC), path, False
+    return descriptor, str(unfinished), True
+
+
+def _complete(path: str, unfinished: Path) -> None:
+    """Put a file with all of a guest in its place, safe on the medium. Raises :class:`~vmbus.errors.UserError`."""
+    place = Path(path).resolve()
+    try:
+        durable.synchronize(unfinished)
+        durable.replace(unfinished, place)
+    except OSError as error:
+        raise UserError(
+            f"file:{path}: {error.strerror}; QEMU has written all of the guest to {unfinished}: use that file, or "
+            "resume the guest here with `vmbus migrate --take-back`"
+        ) from error

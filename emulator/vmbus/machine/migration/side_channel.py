@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID, uuid4
 
-from vmbus import __version__
+from vmbus import __version__, durable
 from vmbus.errors import MalformedError, UsageError, UserError, VmbusError
 from vmbus.machine.migration.ports import Monitor
 from vmbus.saving import Reason, StateRefused
@@ -188,12 +188,7 @@ class OutgoingCarrier:
                 file.write(frame)
                 file.flush()
                 os.fsync(file.fileno())
-            unfinished.replace(path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            durable.replace(unfinished, path)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
             raise StateRefused(Reason.NOT_ACCEPTED, f"cannot write {path}: {error.strerror}") from error
