@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from vmbus import durable
 from vmbus.errors import InternalError, MissingRequirement
-from vmbus.private import SHARED_UMASK, umask
+from vmbus.private import SHARED_UMASK, share, umask
 from vmbus.provision.cache import cache_folder, check, make_folder
 
 FLAGS = ("-std=c11", "-Wall", "-Wextra", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
@@ -86,7 +87,9 @@ class NativeLibrary:
                         "the C library's headers are missing: apt-get install libc6-dev (Debian, Ubuntu)"
                     )
                 raise InternalError(f"{command} does not compile {self.what}:\n{result.stderr}")
-            target.replace(library)  # whole or not at all, also when two build at once
+            share(target)
+            durable.synchronize(target)
+            durable.replace(target, library)  # whole or not at all, also when two build at once
         return library
 
     def write_sources(self, folder: Path) -> list[Path]:

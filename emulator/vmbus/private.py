@@ -22,15 +22,39 @@ SHARED_UMASK = 0o022
 """For files that other users may read, but must not change: the cache."""
 
 
+_enclosing: list[int] = []
+"""What the umask was at the beginning of each :func:`umask` block that has not ended."""
+
+
 @contextlib.contextmanager
 def umask(bits: int) -> Iterator[None]:
     """Withhold the permissions ``bits`` from files that this process makes in the block."""
     before = os.umask(bits)
     os.umask(before | bits)
+    _enclosing.append(before)
     try:
         yield
     finally:
+        _enclosing.pop()
         os.umask(before)
+
+
+def share(path: Path) -> None:
+    """Let other users read the file or folder ``path`` as its owner may, as far as the user's own umask lets them.
+
+    For what the cache gets while the files of a guest are made: it has the modes of those. To set the umask for a
+    moment would let other threads make a guest's files with it.
+    """
+    users = _enclosing[0] if _enclosing else _current_umask()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    readable = mode & 0o500
+    path.chmod((mode | readable >> 3 | readable >> 6) & ~(users & 0o077))
+
+
+def _current_umask() -> int:
+    current = os.umask(UMASK)
+    os.umask(current)
+    return current
 
 
 def make_folder(path: Path) -> None:

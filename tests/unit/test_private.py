@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from vmbus import private
+from vmbus import durable, private
 from vmbus.cli import main
 from vmbus.errors import UserError
 from vmbus.native import NativeLibrary
+from vmbus.provision import cache
 
 
 def mode(path: Path) -> int:
@@ -154,3 +158,75 @@ def test_the_commands_make_files_for_this_user_alone(
     finally:
         os.umask(before)
     assert {path.name: mode(path) for path in folder.iterdir()} == {"vmbus.aml": 0o600, "dbus.conf": 0o600}
+
+
+def test_what_the_cache_gets_while_a_guest_runs_can_be_read_by_its_other_users(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tiny.c").write_text("int tiny(void) { return 1; }\n")
+    for users, folder_mode, file_mode, program_mode in (
+        (0o022, 0o755, 0o644, 0o755),
+        (0o077, 0o700, 0o600, 0o700),
+    ):
+        shared = tmp_path / f"cache-{users:o}"
+        before = os.umask(users)
+        try:
+            with private.umask(private.UMASK):  # as in `vmbus run`
+                library = NativeLibrary("tiny", "a tiny library", source).build(shared)
+                with cache.filling(shared / "kernels" / "one", {}) as folder:
+                    (folder / "boot").mkdir()
+                    (folder / "boot" / "vmlinuz").write_bytes(b"kernel")
+                    (folder / "boot" / "link").symlink_to("nothing")
+                (tmp_path / "guest").touch()
+                assert mode(tmp_path / "guest") == 0o600, "a guest's file is made meanwhile"
+                (tmp_path / "guest").unlink()
+        finally:
+            os.umask(before)
+        kernel = shared / "kernels" / "one" / "boot" / "vmlinuz"
+        assert [mode(each) for each in (shared, *kernel.parents[:3])] == [folder_mode] * 4
+        assert (mode(library), mode(kernel)) == (program_mode, file_mode)
+
+
+class Medium:
+    """What is safe on the medium, as the calls that were made say."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.safe: set[str] = set()
+        self.lost: list[str] = []
+        for name in ("rename", "replace"):
+            monkeypatch.setattr(os, name, functools.partial(self.rename, getattr(os, name)))
+        self._fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", self.fsync)
+
+    def fsync(self, descriptor: int) -> None:
+        self._fsync(descriptor)
+        self.safe.add(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+
+    def rename(self, rename: Callable[[Any, Any], None], old: Path, new: Path) -> None:
+        files = [old] if old.is_file() else [each for each in old.rglob("*") if not each.is_symlink()]
+        self.lost += [each.name for each in files if str(each) not in self.safe]
+        rename(old, new)
+
+
+def test_what_the_cache_gets_is_on_the_medium_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a loss of power, an empty file under that name would be used for ever."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tiny.c").write_text("int tiny(void) { return 1; }\n")
+    medium = Medium(monkeypatch)
+    NativeLibrary("tiny", "a tiny library", source).build(tmp_path / "cache")
+    cache.write_atomically(tmp_path / "cache" / "initramfs" / "one.cpio", b"070701")
+    with cache.filling(tmp_path / "cache" / "kernels" / "one", {}) as folder:
+        (folder / "vmlinuz").write_bytes(b"kernel")
+    assert medium.lost == []
+    for name in ("", "initramfs", "kernels"):
+        assert str(tmp_path / "cache" / name) in medium.safe, "and so is the name"
+
+
+def test_a_large_folder_is_written_back_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable, "_MANY", 1)
+    for name in ("a", "b"):
+        (tmp_path / name).touch()
+    durable.synchronize_tree(tmp_path)

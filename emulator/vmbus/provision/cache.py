@@ -27,8 +27,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from vmbus import durable
 from vmbus.errors import UserError
-from vmbus.private import SHARED_UMASK, check_trusted, umask
+from vmbus.private import SHARED_UMASK, check_trusted, share, umask
 
 STAMP = "stamp.json"
 
@@ -48,8 +49,11 @@ def cache_folder() -> Path:
 def make_folder(folder: Path) -> Path:
     """Create ``folder`` unless it exists, and return it. Raises :class:`UserError` if that is not possible."""
     try:
+        missing = [each for each in (folder, *folder.parents) if not each.exists()]
         with umask(SHARED_UMASK):
             folder.mkdir(parents=True, exist_ok=True)
+        for each in missing:
+            share(each)
     except OSError as error:
         raise UserError(
             f"cannot create {folder}: {error.strerror}; set VMBUS_CACHE to a folder that you can write to"
@@ -89,14 +93,18 @@ def filling(folder: Path, stamp: Mapping[str, object]) -> Iterator[Path]:
     """Give a temporary folder that becomes ``folder``, with ``stamp`` in it, if the block ends without an error."""
     make_folder(folder.parent)
     temporary = Path(tempfile.mkdtemp(prefix=".filling-", dir=folder.parent))
-    temporary.chmod(0o755)
     try:
         with umask(SHARED_UMASK):
             yield temporary
             (temporary / STAMP).write_text(json.dumps(dict(stamp), indent=1, sort_keys=True) + "\n")
+        for root, _, names in os.walk(temporary):
+            for each in (Path(root), *(Path(root, name) for name in names)):
+                if not each.is_symlink():
+                    share(each)
+        durable.synchronize_tree(temporary)
         if folder.exists():
             shutil.rmtree(folder)
-        temporary.rename(folder)
+        durable.replace(temporary, folder)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
@@ -134,7 +142,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             os.fchmod(file.fileno(), 0o644)  # by its name, it could be another file's by now
-        Path(name).replace(path)
+            file.flush()
+            os.fsync(file.fileno())
+        durable.replace(Path(name), path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
