@@ -6,11 +6,13 @@ rather than a wheel carrying a binary for every system.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
@@ -20,6 +22,9 @@ from vmbus import durable
 from vmbus.errors import InternalError, MissingRequirement
 from vmbus.private import SHARED_UMASK, share, umask
 from vmbus.provision.cache import cache_folder, check, make_folder
+
+KEPT_DAYS = 30
+"""Days that a library stays in the cache after its last use."""
 
 FLAGS = ("-std=c11", "-Wall", "-Wextra", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
 
@@ -73,6 +78,9 @@ class NativeLibrary:
         library = self.path(cache)
         check(make_folder(library.parent))
         if library.exists():
+            if _used(library) < time.time() - 86400:
+                with contextlib.suppress(OSError):  # another user's cache
+                    os.utime(library)  # for _prune, of another version
             return check(library)
         command = compiler()
         with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as scratch:
@@ -90,7 +98,27 @@ class NativeLibrary:
             share(target)
             durable.synchronize(target)
             durable.replace(target, library)  # whole or not at all, also when two build at once
+        self._prune(library)
         return library
+
+    def _prune(self, library: Path) -> None:
+        """Remove other versions of ``library`` that nobody has used for :data:`KEPT_DAYS` days, nor uses now.
+
+        A running guest needs the file of its gateway again when it moves into a new QEMU.
+        """
+        last = time.time() - KEPT_DAYS * 86400
+        old = [
+            each
+            for each in library.parent.glob(f"{self.name}-*.so")
+            if each != library and _used(each) < last
+        ]
+        if not old:
+            return
+        in_use = _mapped_files()
+        for each in old:
+            if str(each.resolve()) not in in_use:
+                with contextlib.suppress(OSError):  # another user's, or gone already
+                    each.unlink()
 
     def write_sources(self, folder: Path) -> list[Path]:
         """Write all sources and generated headers into ``folder``; return the files to compile, sorted."""
@@ -103,3 +131,23 @@ class NativeLibrary:
     def _sources(self) -> list[Traversable]:
         found = [each for each in self.source.iterdir() if each.name.endswith((".c", ".h"))]
         return sorted(found, key=lambda each: each.name)
+
+
+def _used(library: Path) -> float:
+    """Return when a library was used last, in seconds of ``time.time``; now if that is unknown."""
+    try:
+        return library.stat().st_mtime
+    except OSError:
+        return time.time()
+
+
+def _mapped_files() -> set[str]:
+    """Return the paths of all files that processes have mapped, as far as this user can see them."""
+    found: set[str] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # another user's process, or one that has ended
+            for line in maps.read_text(errors="surrogateescape").splitlines():
+                fields = line.split(maxsplit=5)
+                if len(fields) > 5:
+                    found.add(fields[5])
+    return found
