@@ -195,7 +195,9 @@ async def test_a_guest_is_taken_back_and_then_leaves_beside_qemus_stream(tmp_pat
         source = run("a")
         await source.more_beats("a")
         assert "nothing to take back: it is idle" in await says("migrate", "a", "--take-back", status=1)
-        assert "goes with no URI" in await says("migrate", "a", void, "--take-back", status=2)
+        assert "starts no migration: leave out the URI" in await says(
+            "migrate", "a", void, "--take-back", status=2
+        )
 
         # Another program sends it away, to a target that dies when it has everything.
         target = run("void", "--incoming", void)

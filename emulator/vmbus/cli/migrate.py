@@ -46,6 +46,8 @@ The guest is never lost: if anything fails before the target has all of it, the 
 Exit status: 0 if the guest runs at the target, 1 if it stayed here.
 """
 
+_TIMEOUT = 600.0
+"""Seconds, unless ``--timeout`` is given."""
 _POLL = 0.2
 _LEAVE = 0.2
 """Seconds for the answer to reach the client before the source's emulator ends."""
@@ -97,7 +99,6 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--timeout",
         type=seconds,
-        default=600.0,
         metavar="SECONDS",
         help="give up after this time (default: 600)",
     )
@@ -121,6 +122,20 @@ def main(arguments: argparse.Namespace) -> int:
     name, uri = arguments.name, arguments.uri
     if uri is None and name is not None and ":" in name:  # no guest's name has a colon
         name, uri = None, name
+    if arguments.take_back:
+        _refuse_without_effect(
+            "--take-back resumes the guest that was here and starts no migration",
+            uri,
+            arguments,
+            ("share_memory", "wait_ready", "cpr", "carrier", "save_buffer", "keep", "timeout"),
+        )
+    elif arguments.wait_ready:
+        _refuse_without_effect(
+            "--wait-ready waits for a migration that another program drives, and starts none",
+            uri,
+            arguments,
+            ("share_memory", "cpr", "carrier", "save_buffer", "keep"),
+        )
     if uri is not None and arguments.share_memory:
         raise UsageError(
             "--share-memory is for a guest that moves into a new QEMU on this machine; for a URI, set "
@@ -143,20 +158,16 @@ def main(arguments: argparse.Namespace) -> int:
     uri = None if uri is None else absolute(uri)
     control = rundir.find(name) / "control.sock"
     if arguments.take_back:
-        if uri is not None or arguments.share_memory or arguments.wait_ready:
-            raise UsageError(
-                "--take-back resumes the guest that was here and starts no migration: it goes with no URI, "
-                "no --share-memory, no --wait-ready"
-            )
         found = ask(control, "take-back")
         if arguments.json:
             show_json(found, indent=2)
         else:
             show("the guest was resumed here")
         return 0
+    timeout = _TIMEOUT if arguments.timeout is None else arguments.timeout
     if arguments.wait_ready:
-        return _wait_ready(control, uri, arguments)
-    request: dict[str, object] = {"timeout": arguments.timeout}
+        return _wait_ready(control, timeout, as_json=arguments.json)
+    request: dict[str, object] = {"timeout": timeout}
     if uri is not None:
         request["uri"] = uri
         if uri.startswith("exec:"):
@@ -174,9 +185,7 @@ def main(arguments: argparse.Namespace) -> int:
     descriptors: list[int] = []
     if uri is not None and (number := descriptor_number(uri)) is not None:
         descriptors.append(own_descriptor(number))
-    found = _ask_with_progress(
-        control, "migrate" if uri else "move", request, arguments.timeout + 30, descriptors
-    )
+    found = _ask_with_progress(control, "migrate" if uri else "move", request, timeout + 30, descriptors)
     if arguments.json:
         show_json(found, indent=2)
     else:
@@ -186,12 +195,22 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _wait_ready(control: Path, uri: str | None, arguments: argparse.Namespace) -> int:
-    if uri is not None or arguments.share_memory or arguments.cpr is not None:
-        raise UsageError("--wait-ready starts no migration: leave out the URI, --share-memory and --cpr")
-    timeout = arguments.timeout
+def _refuse_without_effect(
+    what: str, uri: str | None, arguments: argparse.Namespace, options: Sequence[str]
+) -> None:
+    """Raise :class:`~vmbus.errors.UsageError` if a URI or one of ``options`` is given; ``what``: the reason."""
+    given = [
+        f"--{each.replace('_', '-')}" for each in options if getattr(arguments, each) not in (None, False)
+    ]
+    if uri is not None:
+        given.insert(0, f"the URI {uri}")
+    if given:
+        raise UsageError(f"{what}: leave out {', '.join(given)}")
+
+
+def _wait_ready(control: Path, timeout: float, *, as_json: bool) -> int:
     found = ask(control, "wait-ready", answer_timeout=timeout + 30, timeout=timeout)
-    if arguments.json:
+    if as_json:
         show_json(found, indent=2)
     else:
         show(f"ready: {found['state_bytes']} bytes of state; QEMU waits for migrate-continue")

@@ -438,6 +438,46 @@ def test_take_back_answers_in_json_if_that_is_asked_for(
     assert capsys.readouterr().out == "{}\n"
 
 
+@pytest.mark.parametrize(
+    ("mode", "words", "named"),
+    [
+        ("--take-back", ["tcp:host:1"], "the URI tcp:host:1"),
+        ("--take-back", ["--wait-ready"], "--wait-ready"),
+        ("--take-back", ["--save-buffer", "4096"], "--save-buffer"),
+        ("--take-back", ["--timeout", "5"], "--timeout"),
+        ("--take-back", ["--keep", "--cpr", "unix:c"], "--cpr, --keep"),
+        ("--wait-ready", ["--save-buffer", "4096"], "--save-buffer"),
+        ("--wait-ready", ["--carrier", "file:c"], "--carrier"),
+        ("--wait-ready", ["--keep", "--share-memory"], "--share-memory, --keep"),
+    ],
+)
+def test_options_without_effect_on_a_migration_that_does_not_begin_are_refused(
+    mode: str,
+    words: list[str],
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(rundir, "find", lambda name: Path(name))
+    monkeypatch.setattr(migrate, "ask", lambda path, command, **_: {"state_bytes": 1})
+    assert cli.main(["migrate", "web", mode, *words]) == 2
+    assert f"leave out {named}" in capsys.readouterr().err
+
+
+def test_waiting_for_another_program_s_migration_has_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def ask(path: Path, command: str, **words: object) -> object:
+        asked.append(words["timeout"])
+        return {"state_bytes": 1}
+
+    monkeypatch.setattr(rundir, "find", lambda name: Path(name))
+    monkeypatch.setattr(migrate, "ask", ask)
+    assert cli.main(["migrate", "web", "--wait-ready", "--timeout", "5"]) == 0
+    assert cli.main(["migrate", "web", "--wait-ready"]) == 0
+    assert asked == [5, 600]
+
+
 def test_ctrl_c_at_a_migration_says_that_the_migration_goes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
