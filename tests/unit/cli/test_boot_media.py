@@ -101,6 +101,21 @@ def test_an_image_that_names_another_file_is_refused(tmp_path: Path) -> None:
         BootMedia(BootDisk(path, "qcow2")).check()
 
 
+@pytest.mark.parametrize("option", ["cdrom", "disk", "flash", "bios"])
+def test_a_name_that_qemu_s_json_cannot_express_is_said_at_once(option: str, tmp_path: Path) -> None:
+    path = image(tmp_path, os.fsdecode(b"b\xfcroot"), 65536 if option != "flash" else 1000)
+    if option == "bios":  # is no JSON
+        BootMedia(firmware=path).check()
+        return
+    media = {
+        "cdrom": BootMedia(cdrom=path),
+        "disk": BootMedia(BootDisk(path)),
+        "flash": BootMedia(firmware=path),
+    }[option]
+    with pytest.raises(UsageError, match=r"b\?root: the name is not valid UTF-8"):
+        media.check()
+
+
 def test_a_device_file_is_no_image() -> None:
     with pytest.raises(UsageError, match="neither a file nor a block device"):
         BootMedia(cdrom=Path(os.devnull)).check()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vmbus.errors import DeviceError, UsageError
-from vmbus.machine.qemu.image_files import FORMATS, check_names
+from vmbus.machine.qemu.image_files import FORMATS, check_names, name_for_json
 
 FIRMWARE_NODE = "vmbus-firmware"
 DISK_NODE = "vmbus-boot-disk"
@@ -72,6 +72,11 @@ class BootMedia:
         for option, path in named:
             if path is not None:
                 _check_file(option, path)
+                if option != "--firmware" or not _is_bios(path):
+                    try:
+                        name_for_json(path)
+                    except DeviceError as error:
+                        raise UsageError(f"{option} {error}") from error
         if self.disk is not None:
             try:
                 check_names(self.disk.path, self.disk.format)
@@ -113,10 +118,14 @@ def _firmware(path: Path) -> list[str]:
     ``-bios`` is for a whole image, such as OVMF.fd; OVMF's code without its variables has the size of no BIOS, and is
     a flash memory.
     """
-    if path.stat().st_size % _BIOS_UNIT == 0:
+    if _is_bios(path):
         return ["-bios", str(path)]
     node = _node(FIRMWARE_NODE, path, "raw", read_only=True)
     return ["-blockdev", json.dumps(node), "-machine", f"pflash0={FIRMWARE_NODE}"]
+
+
+def _is_bios(path: Path) -> bool:
+    return path.stat().st_size % _BIOS_UNIT == 0
 
 
 def _drive(name: str, path: Path, format: str, device: str, order: int) -> list[str]:
@@ -132,7 +141,7 @@ def _drive(name: str, path: Path, format: str, device: str, order: int) -> list[
 
 def _node(name: str, path: Path, format: str, *, read_only: bool) -> dict[str, Any]:
     kind = "host_device" if stat.S_ISBLK(path.stat().st_mode) else "file"
-    file = {"driver": kind, "filename": str(path), "read-only": read_only}
+    file = {"driver": kind, "filename": name_for_json(path), "read-only": read_only}
     node: dict[str, Any] = {"driver": format, "node-name": name, "read-only": read_only, "file": file}
     if format in ("qcow2", "qcow", "qed", "vmdk"):
         node["backing"] = None

@@ -105,10 +105,29 @@ def shown(name: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
+def name_for_json(path: Path) -> str:
+    """Return the absolute name of a file as QEMU's JSON has it, whose strings are UTF-8.
+
+    Raises :class:`~vmbus.errors.DeviceError` for any other name: QEMU would refuse the text without a word of it.
+    """
+    name = str(path.absolute())
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DeviceError(
+            f"{shown(name)}: the name is not valid UTF-8, and QEMU's JSON can express no other; rename the file, or "
+            "make a link with another name to it, or to its folder"
+        ) from None
+    return name
+
+
 def file_node(path: Path, image: Image, *, read_only: bool) -> dict[str, Any]:
-    """Return the node of a file or a block device that the user named. Raises ``OSError``."""
+    """Return the node of a file or a block device that the user named.
+
+    Raises ``OSError``, and :class:`~vmbus.errors.DeviceError` for a name that QEMU cannot be given.
+    """
     kind = "host_device" if stat.S_ISBLK(path.stat().st_mode) else "file"
-    return {"driver": kind, "filename": str(path.absolute()), **_common(path, image, read_only=read_only)}
+    return {"driver": kind, "filename": name_for_json(path), **_common(path, image, read_only=read_only)}
 
 
 def _common(path: Path, image: Image, *, read_only: bool) -> dict[str, Any]:
