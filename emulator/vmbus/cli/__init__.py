@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from vmbus import __version__
-from vmbus.cli import logs, output
+from vmbus.cli import logs, output, process
 from vmbus.cli.intermixed import VerbParser
 from vmbus.cli.os_errors import os_sentence
 from vmbus.errors import UserError, VmbusError
@@ -136,9 +136,14 @@ def _main(words: list[str]) -> int:
             "vmbus run: nothing follows --: write the command for the guest behind it, or leave -- out"
         )
         return 2
-    logs.set_up(arguments.verbose)
+    with logs.written(arguments.verbose):
+        return _act(arguments)
+
+
+def _act(arguments: argparse.Namespace) -> int:
+    """Execute a verb; return the exit status."""
     try:
-        with umask(SHARED_UMASK if arguments.verb == "setup" else UMASK):
+        with umask(SHARED_UMASK if arguments.verb == "setup" else UMASK), process.restored():
             return int(arguments.action(arguments))
     except output.OutputClosed:
         raise

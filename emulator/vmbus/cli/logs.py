@@ -6,9 +6,10 @@ for both: the handler of all loggers.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from vmbus.cli.output import note
@@ -98,12 +99,26 @@ class StandardError(logging.Handler):
             note(line + "\n")
 
 
-def set_up(verbose: int) -> None:
-    """Send the log to standard error; ``verbose``: how often ``-v`` was given."""
+@contextlib.contextmanager
+def written(verbose: int) -> Iterator[None]:
+    """Write the log to standard error in this block; ``verbose``: how often ``-v`` was given.
+
+    Where the program has handlers of its own for the log, it goes there.
+    """
+    root = logging.getLogger()
+    if root.handlers:
+        yield
+        return
     handler = StandardError()
     handler.setFormatter(
         HarmlessFormatter("vmbus: %(name)s: %(message)s" if verbose else "vmbus: %(message)s")
     )
     handler.addFilter(RateLimit())
-    levels = {0: logging.WARNING, 1: logging.INFO}
-    logging.basicConfig(level=levels.get(verbose, logging.DEBUG), handlers=[handler])
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel({0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG))
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.removeHandler(handler)

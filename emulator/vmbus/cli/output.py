@@ -80,7 +80,8 @@ def serving() -> Iterator[None]:
 
     That wait is short, unless :meth:`Echo.owe` was called. Raises :class:`OutputFailed`.
     """
-    global _writers
+    global _owed, _writers
+    _owed = False  # of a command before this one
     writers = _writers = {}
     try:
         yield

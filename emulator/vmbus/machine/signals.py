@@ -19,24 +19,44 @@ SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 
 _actions: list[Callable[[int], object]] = []
 """The actions of the blocks that are being executed, the innermost last."""
+_before: dict[signal.Signals, Any] = {}
+"""The handlers that the process had for the signals that an event loop handles now."""
 
 
 @contextlib.contextmanager
 def handled(action: Callable[[int], object]) -> Iterator[None]:
-    """Call ``action`` with the number of each signal that comes in the block, in place of an outer block's action."""
+    """Call ``action`` with the number of each signal that comes in the block, in place of an outer block's action.
+
+    After the last block the process has its handlers of before.
+    """
     loop = asyncio.get_running_loop()
-    if not _actions:
-        for number in SIGNALS:
-            if not _ignored(number):
-                loop.add_signal_handler(number, functools.partial(_came, number))
-    _actions.append(action)
     try:
-        yield
-    finally:
-        _actions.remove(action)
         if not _actions:
-            for number in SIGNALS:
-                loop.remove_signal_handler(number)
+            _install(loop)
+        _actions.append(action)
+        try:
+            yield
+        finally:
+            _actions.remove(action)
+    finally:
+        if not _actions:
+            _remove(loop)
+
+
+def _install(loop: asyncio.AbstractEventLoop) -> None:
+    for number in SIGNALS:
+        if not _ignored(number):
+            handler = signal.getsignal(number)
+            loop.add_signal_handler(number, functools.partial(_came, number))
+            _before[number] = handler
+
+
+def _remove(loop: asyncio.AbstractEventLoop) -> None:
+    for number, handler in _before.items():
+        loop.remove_signal_handler(number)
+        if handler is not None:  # one that was not set by Python, which can neither name nor set it
+            signal.signal(number, handler)
+    _before.clear()
 
 
 def _ignored(number: signal.Signals) -> bool:
@@ -45,7 +65,10 @@ def _ignored(number: signal.Signals) -> bool:
 
 
 def _came(number: int) -> None:
-    _actions[-1](number)
+    if _actions:
+        _actions[-1](number)
+    else:  # it came in the block, and is handled after it
+        signal.raise_signal(number)
 
 
 def run(work: Coroutine[Any, Any, int]) -> int:

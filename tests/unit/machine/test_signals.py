@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vmbus.machine import signals
@@ -140,3 +141,35 @@ async def test_work_that_must_be_finished_is_finished_by_a_task_that_is_cancelle
     with pytest.raises(asyncio.CancelledError):
         await task
     assert steps == [0, 1, 2, 3, 4]
+
+
+def test_the_handlers_of_before_are_back_afterwards() -> None:
+    """A program that executes a command has its own, and what it ignores, it ignores."""
+
+    def own(number: int, frame: object) -> None: ...
+
+    numbers = (signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT)
+    handlers: tuple[Any, ...] = (own, own, signal.SIG_IGN)
+    before = [signal.signal(number, handler) for number, handler in zip(numbers, handlers, strict=True)]
+    came: list[int] = []
+
+    async def work() -> int:
+        handled = asyncio.Event()
+
+        def action(number: int) -> None:
+            came.append(number)
+            handled.set()
+
+        with signals.handled(action):
+            os.kill(os.getpid(), signal.SIGTERM)
+            await handled.wait()
+        return 0
+
+    try:
+        assert signals.run(work()) == 0
+        assert came == [signal.SIGTERM]
+        assert [signal.getsignal(number) for number in numbers] == [own, own, signal.SIG_IGN]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
