@@ -238,6 +238,13 @@ async def test_a_guest_is_taken_back_and_then_leaves_beside_qemus_stream(tmp_pat
         status, errors = await source.ended()
         assert status == 0, errors
         await target.more_beats("b")
+        async with own_qemu(tmp_path / "d", travellers(machine(tmp_path, command=count))[1]) as refusing:
+            refusing.attach("--no-default-devices")  # its QEMU, and where it listens, are another program's
+            await refusing.attached()
+            await refusing.receive(f"unix:{tmp_path}/d.sock")
+            said = await says("migrate", "b", f"unix:{tmp_path}/d.sock", status=1)
+            assert "the target refused the guest: " in said and "not-there" in said, said
+            await target.more_beats("b")
         async with own_qemu(tmp_path / "c", travellers(machine(tmp_path, command=count))[1]) as last:
             last.attach("--carrier", carrier)
             await last.attached()

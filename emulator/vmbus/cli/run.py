@@ -440,11 +440,14 @@ async def run_guest(decided: Plan, output: Echo | None) -> int:
         new_devices=decided.new_devices,
     ) as guest:
         if decided.incoming is not None:
+            number = descriptor_number(decided.incoming)
+            addresses = (decided.incoming, *(refused.of_descriptor(number) if number is not None else ()))
             try:
                 await _receive(guest.host, decided.incoming, decided.carrier)
                 await arrived(guest.host.migration, None)
             except VmbusError as error:
-                refused.leave(decided.incoming, str(error))
+                for each in addresses:
+                    refused.leave(each, str(error))
                 raise
         if output is None or guest.command is None:
             if is_terminal(sys.stderr):

@@ -23,6 +23,7 @@ from vmbus.machine.migration.configuration import CAPABILITIES, read_configurati
 from vmbus.machine.migration.dirty_pages import DirtyPageTracker, remember
 from vmbus.machine.migration.fence import SourceFence
 from vmbus.machine.migration.ports import MigrationPorts
+from vmbus.machine.migration.refused import RefusalNotices
 from vmbus.machine.migration.report import Report
 from vmbus.machine.migration.side_channel import CarrierAddress, SideChannel
 from vmbus.machine.migration.state_machine import (
@@ -109,6 +110,7 @@ class Coordinator:
         self.side_channel = SideChannel(ports.qmp)
         self._machine = MigrationStateMachine(switchover)
         self._source_fence = SourceFence(ports.qmp)
+        self._notices = RefusalNotices(ports.qmp)
         self._helper: VmStateHelper | None = None
         self._watchers: set[Callable[[], None]] = set()
         self._steps = steps = SwitchoverSteps(
@@ -157,6 +159,7 @@ class Coordinator:
         status = await qmp.execute("query-status")
         if status["status"] == "inmigrate":
             self.expect()
+            await self._notices.learn()
             await self.ports.qtest.settled()
             if address is None:  # QEMU must not run the guest before the state is restored
                 await qmp.execute("stop")
@@ -255,6 +258,11 @@ class Coordinator:
 
     def _migration(self, status: str) -> None:
         _logger.info("migration: %s", status)
+        if self.phase is Phase.INCOMING and not self._machine.replaces:
+            if status in ("setup", "active"):
+                self.ports.service.background(self._notices.learn())
+            elif status == "failed" and not self.load_refused:
+                self.ports.service.background(self._notices.leave_words_of_qemu())
         self._react(self._machine.migration(status))
 
     def _react(self, actions: Actions) -> None:
@@ -354,6 +362,7 @@ class Coordinator:
             self.state.restore(frame.state, allow_missing=self.allow_missing_devices)
         except VmbusError as error:
             self._machine.state_missing(str(error))
+            self._notices.leave(str(error))
         else:
             actions = self._machine.state_taken(ran=frame.ran)
         self._changed()
@@ -521,6 +530,8 @@ class Coordinator:
                 self.state.restore(state, allow_missing=allowed)
         except VmbusError as error:
             self._machine.load_failed(str(error))
+            if not self._machine.replaces:
+                self._notices.leave(str(error))
             raise
         self._machine.loaded()
 

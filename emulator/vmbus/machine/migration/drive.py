@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,10 +79,13 @@ def described_error(found: Mapping[str, Any]) -> str | None:
     return text
 
 
-async def _reason(found: Mapping[str, Any], uri: str, begun: float) -> str | None:
-    """Return why a migration failed that began at ``begun``: in the target's own words if it left them here."""
+async def _reason(found: Mapping[str, Any], addresses: Sequence[str], begun: float) -> str | None:
+    """Return why a migration failed that began at ``begun``: in the target's own words if it left them here.
+
+    ``addresses``: by which the target may know this migration.
+    """
     end = time.monotonic() + (_REASON_TIMEOUT if _TARGET_FAILED in found.get("error-desc", "") else 0)
-    while (reason := refused.take(uri, begun)) is None and time.monotonic() < end:  # noqa: ASYNC110 - a file
+    while (reason := refused.take_any(addresses, begun)) is None and time.monotonic() < end:  # noqa: ASYNC110 - a file
         await asyncio.sleep(_POLL)
     return f"the target refused the guest: {reason}" if reason is not None else described_error(found)
 
@@ -120,6 +123,9 @@ async def migrate(
     coordinator.report = Report()
     begun = time.time()
     qmp = ports.qmp
+    addresses = [uri, *await refused.of_machine(qmp)]
+    if descriptor is not None:
+        addresses += refused.of_descriptor(descriptor)
     if refusal := (await read_configuration(qmp)).refusal:
         raise MigrationFailed(f"{refusal}; the guest continues here")
     wanted = {**dict.fromkeys(CAPABILITIES, True), "return-path": two_way(uri, descriptor)}
@@ -151,7 +157,7 @@ async def migrate(
         found = await _wait_ended(coordinator, progress, timeout)
         if found["status"] != "completed":
             # For a cancelled migration QEMU describes how the end of its connection looked.
-            described = None if found["status"] == "cancelled" else await _reason(found, uri, begun)
+            described = None if found["status"] == "cancelled" else await _reason(found, addresses, begun)
             why = coordinator.report.refusal or described or f"it was {found['status']}"
             raise MigrationFailed(f"{why}; the guest continues here")
     ram = found.get("ram", {})

@@ -3,8 +3,11 @@
     target    fails ──▶ leaves its reason under the address at which it waited
     source    hears "error 1" ──▶ takes the reason of that address, if it is newer than the migration
 
-The reason is in a file of the user's runtime folder, which nobody else can enter. On another machine, or of another
-user, it stays at the target.
+The two sides may know each other by several addresses: where QEMU listens, the ends of a connection that was made
+before (``fd:``), and the UUID of the machine, the same on both sides. The reason is left under all of them.
+
+It is in files of the user's runtime folder, which nobody else can enter. On another machine, or of another user, it
+stays at the target.
 """
 
 from __future__ import annotations
@@ -12,12 +15,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import socket
+import stat
 import tempfile
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+from uuid import UUID
 
 from vmbus import private
+from vmbus.errors import QemuError
 from vmbus.machine import rundir
+from vmbus.machine.migration.ports import Monitor
 
 _PREFIX = ".refused-"
 _MAX_REASON = 4096
@@ -38,10 +48,77 @@ def _place(uri: str) -> Path | None:
         key = os.path.realpath(rest)
     elif kind == "tcp" and (port := rest.partition(",")[0].rpartition(":")[2]).isdecimal():
         key = str(int(port))
+    elif kind in ("machine", "connection") and rest:
+        key = rest
     else:
         return None
     digest = hashlib.sha256(os.fsencode(f"{kind}:{key}")).hexdigest()[:24]
     return rundir.runtime_root() / f"{_PREFIX}{digest}"
+
+
+def of_descriptor(number: int) -> tuple[str, ...]:
+    """Return the addresses by which both ends of the socket ``number`` know it; nothing for anything else."""
+    if not stat.S_ISSOCK(os.fstat(number).st_mode):
+        return ()
+    with socket.socket(fileno=os.dup(number)) as end:
+        try:
+            ends = end.getsockname(), end.getpeername()
+        except OSError:  # not connected
+            return ()
+        if end.family in (socket.AF_INET, socket.AF_INET6):
+            return ("connection:" + "|".join(sorted(f"{each[0]}:{each[1]}" for each in ends)),)
+        names = [each for each in ends if isinstance(each, str) and each.startswith("/")]  # of who listened
+        return tuple(f"unix:{each}" for each in names) if end.family == socket.AF_UNIX else ()
+
+
+async def of_machine(qmp: Monitor) -> tuple[str, ...]:
+    """Return the address that is the UUID of QEMU's machine; nothing if it has none."""
+    try:
+        uuid = UUID((await qmp.execute("query-uuid"))["UUID"])
+    except (QemuError, KeyError):
+        return ()
+    return (f"machine:{uuid}",) if uuid.int else ()
+
+
+def of_listener(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the addresses at which QEMU listens, of its ``query-migrate``."""
+    addresses = []
+    for each in found.get("socket-address", ()):
+        if each.get("type") == "unix":
+            addresses.append(f"unix:{each['path']}")
+        elif each.get("type") == "inet":
+            addresses.append(f"tcp:{each['host']}:{each['port']}")
+    return tuple(addresses)
+
+
+class RefusalNotices:
+    """The target's end: where the expected guest comes to, and what is left there if it is refused."""
+
+    def __init__(self, qmp: Monitor) -> None:
+        self._qmp = qmp
+        self._addresses: tuple[str, ...] = ()
+
+    async def learn(self) -> None:
+        """Find out where QEMU waits for the guest. QEMU may end as soon as a guest is refused."""
+        try:
+            found = await self._qmp.execute("query-migrate")
+        except QemuError:
+            return
+        self._addresses = (*of_listener(found), *await of_machine(self._qmp))
+
+    async def leave_words_of_qemu(self) -> None:
+        """Leave QEMU's own reason for a migration that failed, if it still answers."""
+        try:
+            found = await self._qmp.execute("query-migrate")
+        except QemuError:
+            return
+        if found.get("error-desc"):
+            self.leave(str(found["error-desc"]))
+
+    def leave(self, reason: str) -> None:
+        """Leave ``reason`` for the source."""
+        for each in self._addresses:
+            leave(each, reason)
 
 
 def leave(uri: str, reason: str) -> None:
@@ -69,6 +146,11 @@ def take(uri: str, since: float) -> str | None:
     except OSError:
         return None
     return reason if written >= since - _CLOCK_STEP and reason else None
+
+
+def take_any(uris: Iterable[str], since: float) -> str | None:
+    """Do the same for several addresses of one target: return the first reason, and remove all."""
+    return next(iter([found for each in uris if (found := take(each, since)) is not None]), None)
 
 
 def _sweep(folder: Path) -> None:
