@@ -148,8 +148,8 @@ def test_the_handlers_of_before_are_back_afterwards() -> None:
 
     def own(number: int, frame: object) -> None: ...
 
-    numbers = (signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT)
-    handlers: tuple[Any, ...] = (own, own, signal.SIG_IGN)
+    numbers = (signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
+    handlers: tuple[Any, ...] = (own, own, signal.SIG_IGN, signal.default_int_handler)
     before = [signal.signal(number, handler) for number, handler in zip(numbers, handlers, strict=True)]
     came: list[int] = []
 
@@ -168,8 +168,7 @@ def test_the_handlers_of_before_are_back_afterwards() -> None:
     try:
         assert signals.run(work()) == 0
         assert came == [signal.SIGTERM]
-        assert [signal.getsignal(number) for number in numbers] == [own, own, signal.SIG_IGN]
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert tuple(signal.getsignal(number) for number in numbers) == handlers
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
