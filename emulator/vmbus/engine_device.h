@@ -15,6 +15,12 @@ struct engine_services {
     /* Let the kernel do the transfer of a request; `iov` stays as it is until then. 0: not possible now. */
     uint32_t (*transfer)(struct engine *engine, uint32_t slot, int fd, const struct iovec *iov, uint32_t count,
                          uint64_t offset, int is_write, int flags);
+    /*
+     * Let the server of a queue do it. `iov` lies in the file of guest RAM, and need not stay. 0: not possible now, or the
+     * server has ended.
+     */
+    uint32_t (*queue_transfer)(struct engine *engine, uint32_t slot, uint32_t queue, const struct iovec *iov,
+                               uint32_t count, uint64_t offset, int is_write);
     /* End a request that needs no transfer; it is completed in the same pass. 0: not possible now. */
     uint32_t (*ended)(struct engine *engine, uint32_t slot, int32_t result);
     /* Record a store into the file of guest RAM, before the guest gets the answer of this request. */
@@ -24,7 +30,7 @@ struct engine_services {
 /* Both functions are called in the engine's thread, one at a time, and do not wait. */
 struct engine_device {
     /*
-     * Start the request of a packet with transfer() or ended(). `packet`: a private copy of `size` bytes, which stays
+     * Start the request of a packet with transfer(), queue_transfer() or ended(). `packet`: a private copy of `size` bytes, which stays
      * until the request is answered. 0: nothing was started, and Python has to process the packet.
      */
     uint32_t (*take)(void *context, const struct engine_services *services, struct engine *engine, uint32_t slot,

@@ -316,6 +316,8 @@ class NativeMemory:
     """Guest pages that have a note."""
     regions: tuple[tuple[int, int, int], ...]
     """``(guest physical address, bytes, offset in the file)`` of each range of RAM."""
+    fd: int = -1
+    """The file; -1 for memory without one."""
 
 
 class NativeGuestMemory(Protocol):
@@ -374,8 +376,60 @@ class DataPathChannel(Protocol):
         """End the opening of a channel that is not given; what is outstanding is reported as ended."""
 
 
+@dataclass(frozen=True, slots=True)
+class SharedFile:
+    """A file that a server maps: ``size`` bytes of descriptor ``fd``, which it sees from ``address`` on."""
+
+    fd: int
+    size: int
+    address: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLayout:
+    """What a server has to know of a queue (VIRTIO 1.2, split virtqueue); addresses are in :class:`SharedFile`."""
+
+    files: tuple[SharedFile, ...]
+    """The file of guest RAM, where the data is, and the queue's own."""
+    entries: int
+    descriptors: int
+    available: int
+    used: int
+    kick_fd: int
+    """Eventfd that the server reads."""
+    call_fd: int
+    """Eventfd that the server writes."""
+
+
+class DataPathQueue(Protocol):
+    """A virtqueue by which compiled code has a server do reads and writes. All methods: in any thread."""
+
+    @property
+    def layout(self) -> QueueLayout:
+        """What the server is told, before :meth:`open`."""
+
+    def open(self, broken: Callable[[str], None]) -> int:
+        """Use the queue, which the server has accepted; return its number for compiled code, 0: there are too many.
+
+        ``broken`` is called in the event loop's thread, with the reason, when the server has broken a rule: end the
+        server, and close the queue.
+        """
+
+    def activity(self) -> tuple[int, int]:
+        """Return how many requests were answered so far, and how many are under way."""
+
+    def close(self) -> None:
+        """Release the queue after its server has ended: requests under way go back to the device's Python."""
+
+
 class DataPath(Protocol):
     """A thread that moves packets between the rings of channels and files, with the compiled code of a device."""
+
+    def make_queue(self) -> DataPathQueue | None:
+        """Return a queue to a server, to be closed in any case; ``None`` for memory without a file. In any thread.
+
+        Raises ``OSError`` where there are no descriptors, or no memory, left.
+        """
 
     def open_channel(self, owner: DataPathOwner, functions: tuple[int, int, int]) -> DataPathChannel | None:
         """Return an opening of a channel; ``None`` if there are too many.

@@ -239,6 +239,8 @@ class MappedMemory:
         self._fence = threading.Lock()
         self._set_bits = set_bits
         self._mapping: mmap.mmap | None = None
+        self._descriptor = -1
+        """Of the file, for processes that share it."""
         self.address = address_of(ram)
         """Address of the first byte of the file in this process."""
         self.file: RamFile | None = None
@@ -275,10 +277,12 @@ class MappedMemory:
             if size < needed:
                 raise QemuUnsuitable(f"{path} has {size} bytes, the guest's RAM layout needs {needed}")
             mapping = mmap.mmap(descriptor, size, mmap.MAP_SHARED)
-        finally:
+        except BaseException:
             os.close(descriptor)
+            raise
         memory = cls(memoryview(mapping), regions, code_pages=code_pages, through=through, set_bits=set_bits)
         memory._mapping = mapping
+        memory._descriptor = descriptor
         memory.file = RamFile(found.st_dev, found.st_ino, size)
         return memory
 
@@ -288,6 +292,9 @@ class MappedMemory:
         self._ram.release()
         if self._mapping is not None:
             self._mapping.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     def is_ram(self, gpa: int, length: int) -> bool:
         if length < 0:
@@ -421,7 +428,15 @@ class MappedMemory:
         """Return where the memory is, for compiled code, which takes care of its stores as this class does."""
         notes, note_pages = (0, 0) if self._code_pages is None else self._code_pages.native()
         regions = tuple((region.gpa, region.size, region.offset) for region in self.regions)
-        return NativeMemory(self.address, len(self._ram), address_of(self.dirty), notes, note_pages, regions)
+        return NativeMemory(
+            self.address,
+            len(self._ram),
+            address_of(self.dirty),
+            notes,
+            note_pages,
+            regions,
+            self._descriptor,
+        )
 
     def filled_by_kernel(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Check the notes of ``(gpa, length)``, each within a page, which were stored and logged; call ``filled``."""

@@ -55,7 +55,9 @@ class EngineGuest:
     def __init__(
         self, device: Path, *, engine: str | None = None, busy_waits: bool = True, start: bool = True
     ) -> None:
-        self.map = mmap.mmap(-1, RAM)
+        self.ram_fd = os.memfd_create("ram")
+        os.ftruncate(self.ram_fd, RAM)
+        self.map = mmap.mmap(self.ram_fd, RAM)
         self.memory = MappedMemory(
             memoryview(self.map), [RamRegion(0, HOLE, 0), RamRegion(HIGH, RAM - HOLE, HOLE)]
         )
@@ -132,7 +134,7 @@ class EngineGuest:
     def __exit__(self, *_: object) -> None:
         if self._started is not None:
             self._started.close()
-        for each in (self.wake_fd, self.file):
+        for each in (self.wake_fd, self.file, self.ram_fd):
             os.close(each)
         self.qtest.close()
         self._theirs.close()

@@ -16,13 +16,22 @@ from collections.abc import Callable, Sequence
 
 from vmbus.errors import GatewayError
 from vmbus.machine.engine.build import LIBRARY
-from vmbus.machine.engine.layout import MAX_CHANNELS, MAX_REGIONS, ChannelCounts, EngineSetup, Mirror, Region
+from vmbus.machine.engine.layout import (
+    MAX_CHANNELS,
+    MAX_REGIONS,
+    QUEUE_RAM,
+    ChannelCounts,
+    EngineSetup,
+    Mirror,
+    Region,
+)
+from vmbus.machine.engine.queue import EngineQueue
 from vmbus.machine.engine.thread import Engine, Functions, Target
 from vmbus.machine.gateway.client import Gateway
 from vmbus.machine.io.addresses import address_of
 from vmbus.machine.memory import MappedMemory
 from vmbus.machine.qemu.qtest import LocalApics, Qtest
-from vmbus.ports import PAGE_SIZE, DataPathOwner, EventLoop, GivenChannel, RecalledChannel
+from vmbus.ports import PAGE_SIZE, DataPathOwner, EventLoop, GivenChannel, RecalledChannel, SharedFile
 
 _logger = logging.getLogger(__name__)
 
@@ -120,6 +129,13 @@ class EngineDataPath:
         """Pass on what the engine has reported."""
         self.engine.dispatch()
         self._ended()
+
+    def make_queue(self) -> EngineQueue | None:
+        """See :class:`~vmbus.ports.DataPath`."""
+        native = self._memory.native()
+        if native.fd < 0:
+            return None
+        return EngineQueue(self.engine, SharedFile(native.fd, native.size, QUEUE_RAM))
 
     def target(self, channel: GivenChannel) -> Target:
         """Return where the engine signals the guest."""

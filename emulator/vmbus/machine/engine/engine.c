@@ -14,8 +14,6 @@
 
 #include "engine.h"
 
-#define EXPORT __attribute__((visibility("default")))
-#define WAKE UINT64_MAX
 #define DOORBELL_RUNG 1
 #define DOORBELL_ENGINE 2
 #define MIN_BACK_OFF_NS UINT64_C(20000000)
@@ -155,7 +153,10 @@ static void run_command(struct engine *engine)
         else if (command->kind == COMMAND_COUNTS) {
             command->counts = engine->counts;
             command->channel_counts = engine->channel[command->channel].counts;
-        }
+        } else if (command->kind == COMMAND_OPEN_QUEUE)
+            command->queue->number = queue_open(engine, command->queue);
+        else if (command->kind == COMMAND_CLOSE_QUEUE)
+            queue_close(engine, command->queue_number, now_ns());
         engine->command = NULL;
         atomic_store(&engine->wanted, 0);
         pthread_cond_broadcast(&engine->done);
@@ -167,17 +168,18 @@ static void run_command(struct engine *engine)
 
 static void submit(struct engine *engine)
 {
+    queues_kick(engine);
     if (engine->uring.unsubmitted) {
         engine->counts.submits++;
         uring_submit(&engine->uring, 0);
-        engine->unsubmitted_ns = 0;
     }
+    engine->unsubmitted_ns = 0;
 }
 
 static void submit_if_due(struct engine *engine, uint64_t now, uint32_t held)
 {
     const struct policy *policy = &engine->setup.policy;
-    uint32_t waiting = engine->uring.unsubmitted;
+    uint32_t waiting = engine->uring.unsubmitted + engine->unkicked;
 
     if (!waiting)
         return;
@@ -220,7 +222,7 @@ static uint32_t pass(struct engine *engine)
 
 static int unfinished(const struct engine *engine)
 {
-    if (engine->uring.unsubmitted || engine->ended_count)
+    if (engine->uring.unsubmitted || engine->unkicked || engine->ended_count)
         return 1;
     for (uint32_t i = 0; i < engine->channels; i++) {
         const struct channel *channel = &engine->channel[i];
@@ -299,7 +301,8 @@ static void rest(struct engine *engine)
     _Atomic uint32_t *waiting = (_Atomic uint32_t *)engine->setup.waiting;
     uint64_t count;
 
-    if (unmask(engine)) {
+    if (unmask(engine) || queues_listen(engine)) {
+        queues_ignore(engine);
         mask(engine);
         return;
     }
@@ -317,6 +320,7 @@ static void rest(struct engine *engine)
     ssize_t got = read(engine->wake_fd, &count, sizeof(count));
     (void)got;
     answer_doorbells(engine);
+    queues_ignore(engine);
     mask(engine);
     engine->last_ns = now_ns();
 }
@@ -367,6 +371,7 @@ static void *run(void *argument)
             rest(engine);
     }
     uring_close(&engine->uring);
+    queues_free(engine);
     return NULL;
 }
 
@@ -393,6 +398,7 @@ EXPORT struct engine *engine_start(const struct engine_setup *setup, int event_f
         .version = MIRROR_VERSION, .channels = MAX_CHANNELS, .slots = MAX_SLOTS, .epoch = mirror->header.epoch + 1,
     };
     __atomic_store_n(&mirror->header.magic, MIRROR_MAGIC, __ATOMIC_RELEASE);
+    pthread_mutex_init(&engine->asking, NULL);
     pthread_mutex_init(&engine->lock, NULL);
     pthread_mutex_init(&engine->line_lock, NULL);
     pthread_cond_init(&engine->done, NULL);
@@ -423,6 +429,7 @@ EXPORT uint32_t engine_stop(struct engine *engine)
     add_one(engine->wake_fd);
     pthread_join(engine->thread, NULL);
     uint32_t left = atomic_load(&engine->in_flight);
+    pthread_mutex_destroy(&engine->asking);
     pthread_mutex_destroy(&engine->lock);
     pthread_mutex_destroy(&engine->line_lock);
     pthread_cond_destroy(&engine->done);
@@ -430,8 +437,10 @@ EXPORT uint32_t engine_stop(struct engine *engine)
     return left;
 }
 
-static void ask(struct engine *engine, struct command *command)
+/* Have the thread execute a command, and wait until it has; in any thread. */
+void engine_ask(struct engine *engine, struct command *command)
 {
+    pthread_mutex_lock(&engine->asking);
     pthread_mutex_lock(&engine->lock);
     engine->command = command;
     atomic_store(&engine->wanted, 1);
@@ -446,6 +455,7 @@ static void ask(struct engine *engine, struct command *command)
     while (engine->command)
         pthread_cond_wait(&engine->done, &engine->lock);
     pthread_mutex_unlock(&engine->lock);
+    pthread_mutex_unlock(&engine->asking);
 }
 
 /* Give a channel whose rings Python does not touch any more. Return 0 for a description that cannot be. */
@@ -462,7 +472,7 @@ EXPORT uint32_t engine_give(struct engine *engine, struct channel_setup *setup)
         setup->out_index >= (setup->out_pages - 1) << PAGE_SHIFT || (setup->in_index | setup->out_index) & 7)
         return 0;
     struct command command = { .kind = COMMAND_GIVE, .setup = setup };
-    ask(engine, &command);
+    engine_ask(engine, &command);
     return 1;
 }
 
@@ -474,7 +484,7 @@ EXPORT void engine_recall(struct engine *engine, uint32_t channel, struct recall
 {
     struct command command = { .kind = COMMAND_RECALL, .channel = channel };
 
-    ask(engine, &command);
+    engine_ask(engine, &command);
     *recalled = command.recalled;
 }
 
@@ -483,7 +493,7 @@ EXPORT void engine_forget(struct engine *engine, uint32_t channel)
 {
     struct command command = { .kind = COMMAND_FORGET, .channel = channel };
 
-    ask(engine, &command);
+    engine_ask(engine, &command);
 }
 
 EXPORT void engine_get_counts(struct engine *engine, uint32_t channel, struct engine_counts *counts,
@@ -491,7 +501,7 @@ EXPORT void engine_get_counts(struct engine *engine, uint32_t channel, struct en
 {
     struct command command = { .kind = COMMAND_COUNTS, .channel = channel };
 
-    ask(engine, &command);
+    engine_ask(engine, &command);
     *counts = command.counts;
     *of_channel = command.channel_counts;
 }
@@ -587,5 +597,6 @@ EXPORT uint64_t engine_lines(struct engine *engine)
 
 EXPORT uint64_t engine_setup_size(void)
 {
-    return sizeof(struct engine_setup) + sizeof(struct channel_setup) + sizeof(struct mirror);
+    return sizeof(struct engine_setup) + sizeof(struct channel_setup) + sizeof(struct mirror) +
+           sizeof(struct queue_setup) + sizeof(struct queue_state);
 }

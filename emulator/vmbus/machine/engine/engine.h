@@ -3,7 +3,8 @@
  * The engine: one thread that moves packets of fast channels between a guest's rings and back ends.
  *
  *      ring --take()--> device: take --transfer--> io_uring --> device: complete --> answer --deliver()--> ring
- *                          |                                       |
+ *                          |              |                        |  |
+ *                          |              +------> queue ----------+  |
  *                          +--not plain: LEFT --> Python <--failed, or code was stored over--+
  *
  * docs/decisions/0006-native-data-path.md is the design. What is here: GIVE and RECALL, the rings, the policy, signals,
@@ -25,6 +26,12 @@
 #include "signals.h"
 
 #define PAGE ((uint64_t)1 << PAGE_SHIFT)
+#define EXPORT __attribute__((visibility("default")))
+/* User data of entries of the io_uring that belong to no request. */
+#define WAKE UINT64_MAX
+#define QUEUE_POLL ((uint64_t)1 << 32)   /* and the index of the queue, as in the next two */
+#define QUEUE_KICK ((uint64_t)2 << 32)
+#define QUEUE_CANCEL ((uint64_t)3 << 32)
 
 extern const struct engine_services engine_services;
 
@@ -40,6 +47,9 @@ struct request {
     uint32_t next; /* in a list: free slots, or answers of a channel */
     uint32_t noted;
     uint32_t all_noted; /* every range that is stored into, because they are to be reported */
+    uint32_t queue;     /* 1 + the index of the queue that it is in; 0: in none */
+    uint32_t length;    /* bytes of data in the queue */
+    uint32_t room;      /* bytes that the server may write */
     uint64_t begun_ns;
     uint8_t answer[MAX_ANSWER];
     uint8_t packet[MAX_PACKET];
@@ -83,8 +93,24 @@ struct uring {
     void *cqes;
 };
 
+/* A virtqueue to the process that serves a disk; a slot is its entry with the same number (queues.c). */
+struct queue {
+    uint32_t number; /* 0: free */
+    uint32_t open;   /* requests are taken, and the used ring is looked at */
+    uint8_t *memory; /* shared with the server: all of it is written, of it only the used ring and the statuses are read */
+    int kick_fd, call_fd;
+    uint16_t available, used;
+    uint32_t unkicked;            /* requests of which the server was not told */
+    uint32_t kicking, kick_again; /* an entry of the io_uring writes to kick_fd */
+    uint32_t armed, cancelled;    /* another one polls call_fd */
+    _Atomic uint32_t in_flight, trouble;
+    _Atomic uint64_t answered;
+};
+
 struct command {
     uint32_t kind;
+    struct queue_setup *queue;   /* OPEN_QUEUE */
+    uint32_t queue_number;       /* CLOSE_QUEUE */
     struct channel_setup *setup; /* GIVE */
     uint32_t channel;
     struct recalled recalled;    /* RECALL */
@@ -96,6 +122,7 @@ struct engine {
     struct engine_setup setup;
     struct engine_counts counts;
     /* of the thread and its callers, under `lock` */
+    pthread_mutex_t asking; /* held from a command to its end */
     pthread_mutex_t lock;
     pthread_cond_t done;
     struct command *command;
@@ -119,7 +146,10 @@ struct engine {
     uint32_t channels; /* the highest number given, plus one */
     uint32_t first_free, ended_count;
     uint32_t ended[MAX_SLOTS]; /* slots whose request ended without a transfer */
+    uint32_t unkicked;          /* requests in queues of which the servers were not told */
+    uint32_t queues, opened;    /* the highest index in use plus one; queues opened so far */
     uint64_t last_ns, unsubmitted_ns, quiet_until_ns, back_off_ns;
+    struct queue queue[MAX_QUEUES];
     struct channel channel[MAX_CHANNELS];
     struct request request[MAX_SLOTS];
     uint64_t pages[MAX_CHANNELS][MAX_RING_PAGES];
@@ -139,6 +169,7 @@ static inline void full_fence(void)
 }
 
 uint64_t now_ns(void);
+void engine_ask(struct engine *engine, struct command *command);
 
 /* rings.c */
 uint32_t rings_take(struct engine *engine, uint32_t number);
@@ -156,7 +187,20 @@ void request_mirror(struct engine *engine, uint32_t slot);
 void channel_mirror(struct engine *engine, uint32_t number);
 uint32_t requests_collect(struct engine *engine, uint64_t now);
 void request_answer(struct engine *engine, uint32_t slot, uint64_t now);
+void request_completed(struct engine *engine, uint32_t slot, int32_t result, uint64_t now);
 void event_put(struct engine *engine, uint32_t kind, uint32_t index);
+
+/* queues.c */
+uint32_t queue_transfer(struct engine *engine, uint32_t slot, uint32_t number, const struct iovec *iov, uint32_t count,
+                        uint64_t offset, int is_write);
+uint32_t queue_open(struct engine *engine, const struct queue_setup *setup);
+void queue_close(struct engine *engine, uint32_t number, uint64_t now);
+void queues_kick(struct engine *engine);
+uint32_t queues_collect(struct engine *engine, uint64_t now);
+int queues_listen(struct engine *engine);
+void queues_ignore(struct engine *engine);
+void queues_free(struct engine *engine);
+void queues_event(struct engine *engine, uint64_t what, int32_t result, uint32_t flags);
 
 /* uring.c */
 int uring_open(struct uring *ring, uint32_t entries);

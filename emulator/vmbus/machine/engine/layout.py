@@ -7,7 +7,7 @@ from enum import IntEnum
 
 from vmbus.native_layout import constants, declarations
 from vmbus.ports import PAGE_SIZE
-from vmbus.wire import packet, ring
+from vmbus.wire import packet, ring, virtqueue
 from vmbus.wire.gateway import offset_of
 
 VERSION = 1
@@ -27,6 +27,23 @@ LINE_SIZE = 48
 LINES_AHEAD = 96
 """Commands to QEMU whose answers are not read, at most. QEMU's main loop waits for ever for room for an answer, and a
 socket of Linux has room for some 270 short ones."""
+MAX_QUEUES = 64
+"""Queues to servers of disks at a time."""
+MAX_QUEUE_PIECES = 513
+"""Pieces of guest memory of one request in a queue: 2 MiB that begin within a page."""
+QUEUE_RAM = 1 << 44
+"""Address of the file of guest RAM, as the server of a queue sees it."""
+QUEUE_MEMORY = 1 << 40
+"""Address of the queue's own memory, likewise. It has the parts that follow, each from this offset on."""
+QUEUE_AVAILABLE = MAX_SLOTS * virtqueue.DESCRIPTOR.sizeof()
+QUEUE_USED = QUEUE_AVAILABLE + PAGE_SIZE
+QUEUE_REQUESTS = QUEUE_USED + 3 * PAGE_SIZE
+"""For each slot a header, and the status behind it."""
+QUEUE_REQUEST_SIZE = 32
+QUEUE_TABLES = QUEUE_REQUESTS + MAX_SLOTS * QUEUE_REQUEST_SIZE
+"""For each slot a table of descriptors."""
+QUEUE_TABLE_SIZE = (MAX_QUEUE_PIECES + 2) * virtqueue.DESCRIPTOR.sizeof()
+QUEUE_SIZE = -(-(QUEUE_TABLES + MAX_SLOTS * QUEUE_TABLE_SIZE) // PAGE_SIZE) * PAGE_SIZE
 RELEASE_ANSWER = 1 << 31
 """Flag of a slot that is released: the guest gets its answer now."""
 
@@ -49,6 +66,9 @@ class CommandKind(IntEnum):
     """The opening of a recalled channel is over: what is under way for it belongs to nobody."""
     COUNTS = 4
     """Copy the counters."""
+    OPEN_QUEUE = 5
+    CLOSE_QUEUE = 6
+    """The server has ended: what is under way in the queue has failed."""
 
 
 class EventKind(IntEnum):
@@ -64,6 +84,22 @@ class EventKind(IntEnum):
     """``index``: a slot. Its ranges have to be written through QEMU before the guest gets the answer."""
     LINES = 5
     """Answers of QEMU to the engine's interrupts are to be read."""
+    QUEUE = 6
+    """``index``: the number of a queue, which the engine uses no more: see :class:`QueueTrouble`."""
+
+
+class QueueTrouble(IntEnum):
+    """Why the engine uses a queue no more."""
+
+    NONE = 0
+    TOO_MANY = 1
+    """The used ring has more entries than there are requests under way."""
+    UNKNOWN = 2
+    """An entry names a request that is not under way."""
+    TOO_LONG = 3
+    """An entry says that more was written than the request has room for."""
+    NO_POLL = 4
+    """This kernel cannot wait for the queue's eventfd."""
 
 
 class Range(Structure):
@@ -176,6 +212,28 @@ class Recalled(Structure):
     ]
 
 
+class QueueSetup(Structure):
+    """A queue, for OPEN_QUEUE."""
+
+    _fields_ = [
+        ("memory", c_void_p),  # QUEUE_SIZE bytes, zeros
+        ("kick_fd", c_int32),  # eventfd that tells the server of requests
+        ("call_fd", c_int32),  # eventfd that tells the engine of answers
+        ("number", c_uint32),  # returned
+        ("reserved", c_uint32),
+    ]
+
+
+class QueueState(Structure):
+    """How a queue is; see :class:`QueueTrouble`."""
+
+    _fields_ = [
+        ("answered", c_uint64),
+        ("under_way", c_uint32),
+        ("trouble", c_uint32),
+    ]
+
+
 class EngineCounts(Structure):
     """Of the thread."""
 
@@ -251,6 +309,8 @@ STRUCTURES: tuple[type[Structure], ...] = (
     ChannelSetup,
     ChannelCounts,
     Recalled,
+    QueueSetup,
+    QueueState,
     EngineCounts,
     MirrorHeader,
     MirrorChannel,
@@ -272,6 +332,25 @@ CONSTANTS = {
     "LINE_SIZE": LINE_SIZE,
     "LINES_AHEAD": LINES_AHEAD,
     "RELEASE_ANSWER": RELEASE_ANSWER,
+    "MAX_QUEUES": MAX_QUEUES,
+    "MAX_QUEUE_PIECES": MAX_QUEUE_PIECES,
+    "QUEUE_AVAILABLE": QUEUE_AVAILABLE,
+    "QUEUE_USED": QUEUE_USED,
+    "QUEUE_REQUESTS": QUEUE_REQUESTS,
+    "QUEUE_REQUEST_SIZE": QUEUE_REQUEST_SIZE,
+    "QUEUE_TABLES": QUEUE_TABLES,
+    "QUEUE_TABLE_SIZE": QUEUE_TABLE_SIZE,
+    "DESCRIPTOR_NEXT": virtqueue.DescriptorFlag.NEXT,
+    "DESCRIPTOR_WRITE": virtqueue.DescriptorFlag.WRITE,
+    "DESCRIPTOR_INDIRECT": virtqueue.DescriptorFlag.INDIRECT,
+    "RING_QUIET": virtqueue.RingFlag.QUIET,
+    "BLOCK_READ": virtqueue.BlockRequest.READ,
+    "BLOCK_WRITE": virtqueue.BlockRequest.WRITE,
+    "BLOCK_OK": virtqueue.BLOCK_OK,
+    "SECTOR_SHIFT": virtqueue.SECTOR_SHIFT,
+    "VIRTQUEUE_DESCRIPTOR_SIZE": virtqueue.DESCRIPTOR.sizeof(),
+    "VIRTQUEUE_USED_SIZE": virtqueue.USED.sizeof(),
+    "BLOCK_HEADER_SIZE": virtqueue.BLOCK_HEADER.sizeof(),
     "PAGE_SHIFT": PAGE_SIZE.bit_length() - 1,
     "DESCRIPTOR_SIZE": packet.DESCRIPTOR_SIZE,
     "TRAILER_SIZE": packet.TRAILER_SIZE,
@@ -286,6 +365,7 @@ CONSTANTS = {
     **{f"OWNER_{each.name}": int(each) for each in Owner},
     **{f"COMMAND_{each.name}": int(each) for each in CommandKind},
     **{f"EVENT_{each.name}": int(each) for each in EventKind},
+    **{f"QUEUE_{each.name}": int(each) for each in QueueTrouble},
 }
 """Name in C → value."""
 
@@ -302,6 +382,8 @@ def header() -> str:
             "#include <stdint.h>",
             "",
             f"#define MIRROR_MAGIC UINT64_C({MAGIC:#x})",
+            f"#define QUEUE_RAM UINT64_C({QUEUE_RAM:#x})",
+            f"#define QUEUE_MEMORY UINT64_C({QUEUE_MEMORY:#x})",
             constants(CONSTANTS),
             "",
             declarations(STRUCTURES),

@@ -11,8 +11,6 @@
 
 #include "engine.h"
 
-#define WAKE UINT64_MAX /* user data of the poll of wake_fd */
-
 static struct mirror *mirror(const struct engine *engine)
 {
     return (struct mirror *)engine->setup.mirror;
@@ -26,6 +24,7 @@ uint32_t request_new(struct engine *engine)
         engine->first_free = engine->request[slot].next;
         engine->request[slot].noted = 0;
         engine->request[slot].answer_size = 0;
+        engine->request[slot].queue = 0;
     }
     return slot;
 }
@@ -177,7 +176,7 @@ static void stored(struct engine *engine, uint32_t slot, uint64_t offset, uint64
     }
 }
 
-const struct engine_services engine_services = { transfer, ended, stored };
+const struct engine_services engine_services = { transfer, queue_transfer, ended, stored };
 
 static void append_answer(struct engine *engine, uint32_t slot, uint64_t now)
 {
@@ -219,7 +218,8 @@ void request_answer(struct engine *engine, uint32_t slot, uint64_t now)
         to_python(engine, slot, EVENT_ANSWERED);
 }
 
-static void completed(struct engine *engine, uint32_t slot, int32_t result, uint64_t now)
+/* Complete a request whose transfer has ended. */
+void request_completed(struct engine *engine, uint32_t slot, int32_t result, uint64_t now)
 {
     struct request *request = &engine->request[slot];
     struct channel *channel = &engine->channel[request->channel];
@@ -250,8 +250,9 @@ uint32_t requests_collect(struct engine *engine, uint64_t now)
     uint32_t count = engine->ended_count;
 
     for (uint32_t i = 0; i < count; i++)
-        completed(engine, engine->ended[i], engine->request[engine->ended[i]].result, now);
+        request_completed(engine, engine->ended[i], engine->request[engine->ended[i]].result, now);
     engine->ended_count = 0;
+    count += queues_collect(engine, now);
     uring_collect(ring);
     uint32_t head = *ring->cq_head, tail = __atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE);
     for (; head != tail; head++) {
@@ -259,7 +260,9 @@ uint32_t requests_collect(struct engine *engine, uint64_t now)
         if (entry->user_data == WAKE)
             engine->armed = 0;
         else if (entry->user_data < MAX_SLOTS)
-            completed(engine, (uint32_t)entry->user_data, entry->res, now), count++;
+            request_completed(engine, (uint32_t)entry->user_data, entry->res, now), count++;
+        else
+            queues_event(engine, entry->user_data, entry->res, entry->flags);
     }
     __atomic_store_n(ring->cq_head, head, __ATOMIC_RELEASE);
     return count;

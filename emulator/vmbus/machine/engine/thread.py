@@ -3,8 +3,9 @@
     give() ──→ the engine owns the rings ──┬── recall() ─────────────────────────→ Python owns them
                                            └── a packet that is not plain: left() ──→ recall() as soon as possible
 
-All methods are called in the event loop's thread. :meth:`Engine.dispatch` passes on what the engine reports; call it
-when :meth:`Engine.fileno` is readable. A command waits for the engine, which is never busy for longer than one pass.
+All methods but those for queues are called in the event loop's thread. :meth:`Engine.dispatch` passes on what the
+engine reports; call it when :meth:`Engine.fileno` is readable. A command waits for the engine, which is never busy
+for longer than one pass.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import threading
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, byref, c_int, c_uint8, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass, fields
@@ -31,6 +33,9 @@ from vmbus.machine.engine.layout import (
     EventKind,
     Mirror,
     Policy,
+    QueueSetup,
+    QueueState,
+    QueueTrouble,
     Range,
     Recalled,
 )
@@ -138,6 +143,9 @@ class _Library:
         self.allow_lines = function("allow_lines", None, c_void_p, c_uint64)
         self.lines = function("lines", c_uint64, c_void_p)
         self.lock_lines = function("lock_lines", None, c_void_p, c_uint32)
+        self.open_queue = function("open_queue", c_uint32, c_void_p, POINTER(QueueSetup))
+        self.close_queue = function("close_queue", None, c_void_p, c_uint32)
+        self.queue_state = function("queue_state", None, c_void_p, c_uint32, POINTER(QueueState))
         self.get_counts = function(
             "get_counts", None, c_void_p, c_uint32, POINTER(EngineCounts), POINTER(ChannelCounts)
         )
@@ -159,6 +167,10 @@ class Engine:
         """Channel → its owner, and its opening."""
         self._openings = [0] * MAX_CHANNELS
         self._given: set[int] = set()
+        self._queues: dict[int, Callable[[QueueTrouble], None]] = {}
+        """Number of a queue → what to call when its server has broken a rule."""
+        self._ending = threading.Lock()
+        """Queues are opened and closed in other threads, too, until the engine has ended."""
         self.noted: Callable[[Sequence[tuple[int, int]]], None] = lambda ranges: None
         """Called with ``(offset in the file of guest RAM, bytes)`` that have to be written through QEMU."""
         self.stored: Callable[[Sequence[tuple[int, int]]], None] = lambda ranges: None
@@ -174,7 +186,9 @@ class Engine:
         library that does not fit this module.
         """
         library = _Library(path)
-        expected = sum(ctypes.sizeof(each) for each in (EngineSetup, ChannelSetup, Mirror))
+        expected = sum(
+            ctypes.sizeof(each) for each in (EngineSetup, ChannelSetup, Mirror, QueueSetup, QueueState)
+        )
         if library.setup_size() != expected:
             raise InternalError(
                 f"the engine's library shares {library.setup_size()} bytes; {expected} were expected"
@@ -280,6 +294,44 @@ class Engine:
         self._library.forget(self._engine, number)
         self._openings[number] = (self._openings[number] + 1) & 0xFFFFFFFF
 
+    # --- queues: in any thread ---
+
+    def open_queue(
+        self, address: int, kick_fd: int, call_fd: int, broken: Callable[[QueueTrouble], None]
+    ) -> int:
+        """Use a queue that its server has accepted, and return its number; 0: there are too many, or no engine.
+
+        ``address``: of :data:`~vmbus.machine.engine.layout.QUEUE_SIZE` bytes of zeros, shared with the server.
+        ``broken`` is called in the event loop's thread, and the queue is to be closed then, after its server.
+        """
+        with self._ending:
+            if not self._engine:
+                return 0
+            setup = QueueSetup(memory=address, kick_fd=kick_fd, call_fd=call_fd)
+            number = self._library.open_queue(self._engine, byref(setup))
+            if number:
+                self._queues[number] = broken
+            return number
+
+    def close_queue(self, number: int) -> None:
+        """Forget a queue whose server has ended: what is under way there is returned to Python."""
+        with self._ending:
+            self._queues.pop(number, None)
+            if self._engine:
+                self._library.close_queue(self._engine, number)
+
+    def queue_activity(self, number: int) -> tuple[int, int]:
+        """Return how many requests a queue's server has answered, and how many are under way."""
+        with self._ending:
+            return self._state(number)[:2] if self._engine else (0, 0)
+
+    def _state(self, number: int) -> tuple[int, int, QueueTrouble]:
+        state = QueueState()
+        self._library.queue_state(self._engine, number, byref(state))
+        return state.answered, state.under_way, QueueTrouble(state.trouble)
+
+    # --- reports ---
+
     def dispatch(self) -> None:
         """Pass on what the engine has reported.
 
@@ -298,6 +350,9 @@ class Engine:
                 if event.index in self._given:
                     owner = self._owners[event.index][0]
                     _guarded(owner, owner.engine_left)
+            elif event.kind == EventKind.QUEUE:
+                if (broken := self._queues.get(event.index)) is not None:
+                    broken(self._state(event.index)[2])
             else:
                 self._slot(EventKind(event.kind), event.index)
 
@@ -330,8 +385,9 @@ class Engine:
 
     def close(self) -> int:
         """End the thread; return how many transfers were under way, whose buffers the kernel may still write."""
-        left = self._library.stop(self._engine)
-        self._engine = 0
+        with self._ending:
+            left = self._library.stop(self._engine)
+            self._engine = 0
         os.close(self._event_fd)
         return left
 
