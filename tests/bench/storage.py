@@ -12,7 +12,9 @@ meanwhile is in both. The second guest has two vCPUs and two queues a device, an
 A cell's ratio is ours over the best of QEMU's in that round: 1 is as fast, more is faster. Beside it stands where the
 time of a request goes: processor time of the guest's vCPUs, of QEMU's main loop and iothreads, and of the emulator.
 
-    python -m tests.bench.storage [--rounds N] [--seconds S] [--cell NAME ...] [--folder DIR] [--json]
+With ``--qcow2`` the disks are ours and virtio-blk, on two copies of one qcow2: two processes cannot write to one.
+
+    python -m tests.bench.storage [--qcow2] [--rounds N] [--seconds S] [--cell NAME ...] [--folder DIR] [--json]
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmbus.provision.qemu import find_qemu
+
 from tests.bench.linux import KERNEL, compile_program
 from tests.bench.report import Result
 from tests.bench.threads import ThreadTimes
@@ -42,6 +46,7 @@ OWN = "ours"
 NULL = "null"
 QEMUS = ("virtio-blk", "virtio-scsi", "ahci")
 DEVICES = (OWN, NULL, *QEMUS)
+QCOW2_DEVICES = (OWN, NULL, QEMUS[0])
 TRANSFER = 1024
 """KiB of one request: as much as QEMU's disks take."""
 
@@ -116,6 +121,15 @@ _VARIABLES = {
 }
 
 
+def qemu_qcow2(image: Path, queues: int) -> list[str]:
+    """QEMU's options for virtio-blk on a qcow2."""
+    cache = {"direct": True}
+    file = {"driver": "file", "filename": str(image), "aio": "io_uring", "cache": cache}
+    node = {"driver": "qcow2", "node-name": QEMUS[0], "file": file, "cache": cache}
+    device = f"virtio-blk-pci,drive={QEMUS[0]},iothread=io-blk,num-queues={queues}"
+    return ["-object", "iothread,id=io-blk", "-blockdev", json.dumps(node), "-device", device]
+
+
 def qemu_disks(image: Path, queues: int) -> list[str]:
     """QEMU's options for its own devices on ``image``."""
     line = ["-object", "iothread,id=io-blk", "-object", "iothread,id=io-scsi"]
@@ -136,20 +150,26 @@ def qemu_disks(image: Path, queues: int) -> list[str]:
     return line
 
 
-def orders(rounds: int) -> Iterator[list[str]]:
+def orders(rounds: int, devices: Sequence[str] = DEVICES) -> Iterator[list[str]]:
     """The order of devices in each round."""
     for turn in range(rounds):
-        first = turn % len(DEVICES)
-        order = [*DEVICES[first:], *DEVICES[:first]]
+        first = turn % len(devices)
+        order = [*devices[first:], *devices[:first]]
         yield order[::-1] if turn % 2 else order
 
 
 async def measure(
-    cells: Sequence[Cell], *, rounds: int = ROUNDS, seconds: float = SECONDS, folder: Path | None = None
+    cells: Sequence[Cell],
+    *,
+    rounds: int = ROUNDS,
+    seconds: float = SECONDS,
+    folder: Path | None = None,
+    qcow2: bool = False,
 ) -> dict[str, list[Round]]:
     """Cell → its rounds, for cells of equal ``vcpus``; ``folder``: of the image, by default of temporary files."""
     [vcpus] = {cell.vcpus for cell in cells}
-    plan = [(cell, order) for cell in cells for order in orders(rounds)]
+    devices = QCOW2_DEVICES if qcow2 else DEVICES
+    plan = [(cell, order) for cell in cells for order in orders(rounds, devices)]
     steps = [(cell, device) for cell, order in plan for device in order]
     script = [_FIND]
     script += [
@@ -159,6 +179,17 @@ async def measure(
         image = Path(scratch) / "disk.img"
         fill(image, IMAGE_SIZE)
         options = f"queues={vcpus},transfer={TRANSFER}"
+        qemus = qemu_disks(image, vcpus)
+        if qcow2:
+            ours, theirs = Path(scratch) / "ours.qcow2", Path(scratch) / "theirs.qcow2"
+            for copy in (ours, theirs):
+                line = [*find_qemu().qemu_img(), "convert", "-t", "none", "-O", "qcow2", image, copy]
+                converter = await asyncio.create_subprocess_exec(*map(str, line))
+                if await converter.wait():
+                    raise AssertionError(f"{line} failed")
+            image.unlink()
+            image, options = ours, options + ",format=qcow2"
+            qemus = qemu_qcow2(theirs, vcpus)
         async with boot(
             Path(scratch),
             kernel=KERNEL,
@@ -166,11 +197,11 @@ async def measure(
             command=["\n".join([*script, "sleep 600"])],
             devices=(
                 f"scsi,image={image},lun=0,{options}",
-                f"scsi,format=null,size={IMAGE_SIZE >> 20}M,lun=1,{options}",
+                f"scsi,format=null,size={IMAGE_SIZE >> 20}M,lun=1",
             ),
             add=[(compile_program("disk_load", Path(scratch)), "/bin/disk_load")],
             load=(*LOADED_MODULES, "hv_storvsc", "sd_mod", "virtio_blk", "virtio_scsi", "ahci"),
-            extra=qemu_disks(image, vcpus),
+            extra=qemus,
         ) as guest:
             await guest.until(lambda: len(reports(guest)) > 0, "the guest's disks", timeout=BOOT_LIMIT)
             taken = []
@@ -214,26 +245,27 @@ def fill(image: Path, size: int) -> None:
 
 
 async def measure_all(
-    cells: Sequence[Cell], rounds: int, seconds: float, folder: Path | None
+    cells: Sequence[Cell], rounds: int, seconds: float, folder: Path | None, *, qcow2: bool = False
 ) -> dict[str, list[Round]]:
     """Each guest in turn."""
     found: dict[str, list[Round]] = {}
     for vcpus in sorted({cell.vcpus for cell in cells}):
         chosen = [cell for cell in cells if cell.vcpus == vcpus]
-        found |= await measure(chosen, rounds=rounds, seconds=seconds, folder=folder)
+        found |= await measure(chosen, rounds=rounds, seconds=seconds, folder=folder, qcow2=qcow2)
     return found
 
 
 def over_the_best(round_: Round) -> float:
     """Ours over the best of QEMU's."""
-    return round_[OWN].requests / max(round_[device].requests for device in QEMUS)
+    return round_[OWN].requests / max(round_[device].requests for device in QEMUS if device in round_)
 
 
 def report(found: dict[str, list[Round]]) -> Result:
     """The tables."""
     result = Result("Storage: ours over QEMU's disks, same guest, same file, by turns (more is faster)")
     aims = {cell.name: cell.aim for cell in CELLS}
-    others = (*QEMUS, NULL)
+    devices = {device for rounds in found.values() for each in rounds for device in each}
+    others = [device for device in (*QEMUS, NULL) if device in devices]
     head = " ".join(f"{device:>11}" for device in others)
     result.notes.append(f"{'':28} {'a second':>8} {'/ best of QEMU':>18} {head}   aim")
     for name, rounds in found.items():
@@ -279,11 +311,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--json", action="store_true", help="all figures as one JSON object, on the last line"
     )
+    parser.add_argument("--qcow2", action="store_true", help="on a qcow2, ours through qemu-storage-daemon")
     options = parser.parse_args(arguments)
     cells = [cell for cell in CELLS if not options.cell or any(map(cell.name.startswith, options.cell))]
     if not cells:
         parser.error(f"no cell is called so; there are {', '.join(cell.name for cell in CELLS)}")
-    found = asyncio.run(measure_all(cells, options.rounds, options.seconds, options.folder))
+    found = asyncio.run(
+        measure_all(cells, options.rounds, options.seconds, options.folder, qcow2=options.qcow2)
+    )
     result = report(found)
     print(result.text(), flush=True)
     if options.json:
