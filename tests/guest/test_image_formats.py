@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from vmbus.provision.qemu import find_qemu
 from tests.guest.harness import LOADED_MODULES, boot
 from tests.guest.matrix import full
 from tests.guest.test_boot import complaints
+from tests.guest.test_power_failure import children_of
 from tests.guest.test_scsi import WAIT, e2fs, units
 from tests.guest.waiting import LIMIT
 
@@ -84,3 +87,50 @@ async def test_a_guest_moves_with_its_overlay_under_load(tmp_path: Path, moves: 
     qemu_img("convert", "-O", "raw", overlay, tmp_path / "all.img")
     # The guest was cut off in the middle of its work: the journal is played back, and all is well.
     assert e2fs("e2fsck", "-fy", tmp_path / "all.img") in (0, 1)
+
+
+def storage_daemon() -> int:
+    """The process id of the only one of this process."""
+    [found] = [
+        each
+        for each in children_of(os.getpid())
+        if b"qemu-storage-daemon" in Path(f"/proc/{each}/cmdline").read_bytes()
+    ]
+    return found
+
+
+async def test_a_storage_daemon_that_is_killed_under_load_loses_nothing(tmp_path: Path) -> None:
+    """What it did not answer, through the queue or over NBD, is sent to its successor.
+
+    All clusters are there from the beginning: which new ones are in use is safe only after a flush.
+    """
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "base").write_text("from-below\n")
+    raw, image = tmp_path / "raw.img", tmp_path / "disk.qcow2"
+    assert e2fs("mke2fs", "-q", "-t", "ext4", "-d", files, raw, "64M") == 0
+    qemu_img("convert", "-O", "qcow2", "-o", "preallocation=falloc", raw, image)
+    async with boot(
+        tmp_path,
+        smp=2,
+        memory=256,
+        devices=(f"scsi,image={image},format=qcow2,discard=off",),
+        load=MODULES,
+        command=[SCRIPT],
+    ) as guest:
+        await guest.says("round-2")
+        for _ in range(3):
+            found = units(guest)["0:0"]
+            assert found["path"] == "vhost-user"
+            assert found["queued"] > 10
+            sessions = found["sessions"]
+            os.kill(storage_daemon(), signal.SIGKILL)
+            await guest.until(lambda: units(guest)["0:0"]["sessions"] > sessions, "another daemon")
+            rounds = guest.output.count(b"round-")
+            await guest.until(lambda: guest.output.count(b"round-") >= rounds + 2, "two more rounds")
+        assert set(units(guest)["0:0"]["errors"]) <= {"5/24/00", "5/20/00"}
+        assert b"bad-" not in guest.output
+        assert guest.lines_of_failure() == [], guest.tail()
+        assert complaints(guest.console()) == []
+    qemu_img("convert", "-O", "raw", image, raw)
+    assert e2fs("e2fsck", "-fy", raw) in (0, 1)

@@ -6,17 +6,24 @@ checks are on another disk.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import re
+import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vmbus.machine.migration import snapshots
+from vmbus.provision.qemu import find_qemu
 
 from tests.guest.debian import system_image
 from tests.guest.matrix import full
 from tests.guest.test_boot import complaints
+from tests.guest.test_image_formats import storage_daemon
 from tests.guest.test_scsi import ASKED_IN_VAIN
 from tests.migration.journey import Journey, journey
 
@@ -195,3 +202,45 @@ async def test_not_one_block_is_wrong_over_migrations_and_snapshots(
 
         await guest.here.until(spoiled, "fio to find a wrong block")
         assert b"failed: round" in output
+
+
+@pytest.mark.full  # the shorter ones are tests/guest/test_image_formats.py
+@pytest.mark.timeout(900)
+async def test_not_one_block_of_a_qcow2_is_wrong_over_migrations_and_dead_daemons(tmp_path: Path) -> None:
+    """Its daemon is another one after each move, and after each death."""
+    image = tmp_path / "data.qcow2"
+    options = ["-f", "qcow2", "-o", "preallocation=falloc", str(image), str(SIZE)]
+    creator = await asyncio.create_subprocess_exec(*find_qemu().qemu_img(), "create", "-q", *options)
+    assert await creator.wait() == 0
+    devices = (
+        "heartbeat,interval=0.1",
+        "shutdown",
+        f"scsi,image={system_image()},readonly=on",
+        f"scsi,image={image},format=qcow2,discard=off",
+    )
+    async with journey(tmp_path, smp=2, devices=devices, root="LABEL=debian", command=[SCRIPT]) as guest:
+
+        def disk() -> dict[str, Any]:
+            found: dict[str, Any] = guest.here.channel("scsi")["details"]["units"]["0:1"]
+            return found
+
+        await more_requests(guest, 1000)
+        for _ in range(3):
+            outcome = await guest.move()
+            assert outcome.report.statuses[-1] == "completed"
+            await more_requests(guest, 1000)
+            sessions = disk()["sessions"]
+            assert disk()["path"] == "vhost-user"
+            assert disk()["queued"] > 100
+            os.kill(storage_daemon(), signal.SIGKILL)
+            await guest.here.until(partial(another, disk, sessions), "another daemon")
+            await more_requests(guest, 1000)
+        await more_rounds(guest, 1)
+        assert set(disk()["errors"]) <= ASKED_IN_VAIN
+        assert complaints(guest.here.console()) == []
+        assert not re.search(r"I/O error|Sense Key|hung_task", guest.here.console())
+
+
+def another(disk: Callable[[], dict[str, Any]], sessions: int) -> bool:
+    """Whether the disk has had more sessions since."""
+    return bool(disk()["sessions"] > sessions)

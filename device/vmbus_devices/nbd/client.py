@@ -59,6 +59,9 @@ class Connector(Protocol):
     def connect(self, number: int) -> socket.socket:
         """Return connection ``number`` (from 0) of a session. Raises ``OSError``, :class:`DeviceError`."""
 
+    def activity(self) -> tuple[int, int]:
+        """Return what the server does beside the connections: requests answered so far, and those under way."""
+
     def ended(self) -> None:
         """Called after a session, when all its connections are closed."""
 
@@ -72,6 +75,9 @@ class AddressConnector:
 
     def connect(self, number: int) -> socket.socket:
         return self.address.connect()
+
+    def activity(self) -> tuple[int, int]:
+        return 0, 0
 
     def ended(self) -> None:
         """Do nothing: connections are all that there is."""
@@ -104,6 +110,8 @@ class Client:
         self._closing = False
         self._session: list[Connection] = []
         self._broken: Exception | None = None
+        self._given_up: Exception | None = None
+        """Why the session that is being made is not to be used."""
         self._lost_since: float | None = None
         self._waiting: deque[Request] = deque()
         self._interlude: Callable[[], None] | None = None
@@ -170,6 +178,14 @@ class Client:
         """Wait for outstanding work after :meth:`close`; return False on timeout (seconds)."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
+
+    def lose(self, error: Exception) -> None:
+        """Give up the present session, or the one that is being made: its server is not to be used. Does not wait."""
+        with self._changed:
+            self._given_up = error
+            if self._session and self._broken is None:
+                self._broken = error
+                self._changed.notify_all()
 
     def interlude(self, work: Callable[[], None]) -> None:
         """Call ``work`` while there is no connection; requests wait meanwhile. Raises what ``work`` raises.
@@ -267,6 +283,7 @@ class Client:
                         continue
             if closing:
                 break
+            self._given_up = None
             try:
                 session = self._connect()
             except Exception as error:
@@ -348,7 +365,7 @@ class Client:
             self.export = session[0].export
             self.sessions += 1
             self.trouble = ""
-            self._broken = None
+            self._broken = self._given_up
             self._lost_since = None
             self._session = session
             for index, request in enumerate(self._waiting):
@@ -387,6 +404,7 @@ class Client:
     def _watch(self, session: list[Connection]) -> None:
         """Wait for the end of a session, or until the server has not answered for :data:`STALL_TIMEOUT`."""
         seen = {each: (each.replies, time.monotonic()) for each in session}
+        answered, answered_at = self._connector.activity()[0], time.monotonic()
         with self._changed:
             while not (self._broken or self._closing or not self._wanted or self._interlude):
                 self._changed.wait(STALL_TIMEOUT / 8)
@@ -394,7 +412,12 @@ class Client:
                 for each, (replies, _) in tuple(seen.items()):
                     if each.replies != replies or not each.requests:
                         seen[each] = (each.replies, now)
-                if any(now - since > STALL_TIMEOUT for _, since in seen.values()):
+                replies, under_way = self._connector.activity()
+                if replies != answered or not under_way:
+                    answered, answered_at = replies, now
+                if any(
+                    now - since > STALL_TIMEOUT for since in (answered_at, *(at for _, at in seen.values()))
+                ):
                     self._broken = NbdError(f"the server has not answered for {STALL_TIMEOUT:g} s")
                 elif any(now - (each.overtaken() or now) > STALL_TIMEOUT for each in session):
                     self._broken = NbdError(

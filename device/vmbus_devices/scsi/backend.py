@@ -24,7 +24,7 @@ from typing import Any
 
 from vmbus.bus.io.snapshots import SnapshotDisk
 from vmbus.errors import DeviceError, UserError
-from vmbus.ports import Workers
+from vmbus.ports import NativeServices, Workers
 
 MAX_VIEWS = os.sysconf("SC_IOV_MAX")
 """Pieces of memory that one system call reads or writes. A guest may scatter its data over more of them."""
@@ -58,6 +58,10 @@ class Backend(ABC):
     """A file whose bytes at an offset are those of the disk, or -1: reads and writes need no thread then."""
     fua_flags: int = 0
     """Flags of pwritev2(2) for a write to ``fd`` with FUA."""
+    queue: int = 0
+    """Number of a queue of the engine to the server that has the disk, or 0. It may change at any time."""
+    leaves_fua: bool = False
+    """Whether writes with FUA go through :meth:`write` or :meth:`start`, and never through :attr:`queue`."""
     starts: bool = False
     """Whether reads and writes go through :meth:`start`, without a thread that waits for each."""
     reconnect: float = 5.0
@@ -79,6 +83,9 @@ class Backend(ABC):
     @abstractmethod
     def write(self, offset: int, views: Sequence[memoryview], *, fua: bool = False) -> None:
         """Store ``views`` at ``offset``. ``fua``: force unit access, the data is safe on the medium afterwards."""
+
+    def use_native(self, native: NativeServices) -> None:
+        """Take what the machine has for compiled code, before :meth:`use`."""
 
     def use(self, workers: Workers) -> None:
         """Take the workers of the machine, before the first request."""

@@ -116,7 +116,8 @@ class Disk(BlockUnit):
 
     def fast_unit(self) -> FastUnit | None:
         backend = self.backend
-        if backend.fd < 0 and not isinstance(backend, NullBackend):
+        queue = backend.queue
+        if backend.fd < 0 and not queue and not isinstance(backend, NullBackend):
             return None
         eligible = self.fast_path_eligible
         return FastUnit(
@@ -128,6 +129,8 @@ class Disk(BlockUnit):
             fua_flags=backend.fua_flags,
             readable=eligible,
             writable=eligible and not self.read_only,
+            queue=queue,
+            leaves_fua=backend.leaves_fua,
         )
 
     # --- identity and capacity ---

@@ -1,7 +1,8 @@
 """A disk in an image file of one of QEMU's formats: qcow2 with its overlays, and the formats of other hypervisors.
 
-QEMU's own code reads and writes the file, in a process (``qemu-storage-daemon``) that serves it over NBD to this disk
-alone. The machine starts such processes (:class:`ImageServers`); this module does not depend on QEMU.
+QEMU's own code reads and writes the file, in a process (``qemu-storage-daemon``) that serves it to this disk alone:
+over NBD, and over a queue what is plain (:mod:`vmbus_devices.scsi.image_queues`). The machine starts such processes
+(:class:`ImageServers`); this module does not depend on QEMU.
 
     created     the image is opened for reading, shared with other users, to find its size
     lock()      a process opens the image for writing and holds QEMU's locks; requests wait until it does
@@ -24,11 +25,13 @@ from typing import Any, Protocol
 
 from vmbus.bus.io.snapshots import DiskSnapshot
 from vmbus.errors import DeviceError, UserError, VmbusError
+from vmbus.ports import NativeServices, Workers
 
 from vmbus_devices.nbd.client import Client
 from vmbus_devices.nbd.handshake import Export, negotiate
 from vmbus_devices.nbd.wire import ExportFlag
 from vmbus_devices.scsi.file import Cache
+from vmbus_devices.scsi.image_queues import ImageQueues
 from vmbus_devices.scsi.nbd import NbdBackend
 
 EXPORT = "disk"
@@ -37,6 +40,7 @@ QCOW2_MAGIC = b"QFI\xfb"
 _NEGOTIATION_TIMEOUT = 20.0
 """Seconds for each step of the negotiation with a server."""
 
+_WRITETHROUGH = (Cache.WRITETHROUGH, Cache.DIRECTSYNC)
 _WRITABLE = ExportFlag.TRIM | ExportFlag.WRITE_ZEROES
 
 
@@ -78,6 +82,14 @@ class ImageServer(Protocol):
     def clean(self) -> bool:
         """Whether the last :meth:`stop` has written all data back."""
 
+    def start_with_queue(
+        self, connections: int, *, writethrough: bool
+    ) -> tuple[list[socket.socket], socket.socket | None]:
+        """As :meth:`start`, and return a vhost-user connection to the same disk, if the server can have one.
+
+        ``writethrough``: every write over it is safe when it is answered.
+        """
+
     def stop(self) -> None:
         """Write all data back and close the image; return when that is done."""
 
@@ -105,26 +117,46 @@ class ImageServers(Protocol):
 
 
 class ServerConnector:
-    """Connections to a server that is started for each session, and stopped after it."""
+    """Connections to a server that is started for each session, and stopped after it.
+
+    ``queues``: how its disk is served to compiled code, too.
+    """
 
     export = EXPORT
 
-    def __init__(self, server: ImageServer, connections: int) -> None:
+    def __init__(self, server: ImageServer, connections: int, queues: ImageQueues | None = None) -> None:
         self._server = server
         self._connections = connections
+        self._queues = queues
         self._waiting: deque[socket.socket] = deque()
 
     def connect(self, number: int) -> socket.socket:
         if not number:
-            self._waiting.extend(self._server.start(self._connections))
+            self._waiting.extend(self._start())
         stream = self._waiting.popleft()
         stream.settimeout(_NEGOTIATION_TIMEOUT)
         return stream
 
+    def _start(self) -> list[socket.socket]:
+        if self._queues is None or not self._queues.wanted:
+            return self._server.start(self._connections)
+        streams, stream = self._server.start_with_queue(
+            self._connections, writethrough=self._queues.writethrough
+        )
+        self._queues.begin(stream)
+        return streams
+
+    def activity(self) -> tuple[int, int]:
+        return (0, 0) if self._queues is None else self._queues.activity()
+
     def ended(self) -> None:
         while self._waiting:
             self._waiting.popleft().close()
+        if self._queues is not None:
+            self._queues.end()
         self._server.stop()
+        if self._queues is not None:
+            self._queues.close(clean=self._server.clean)
 
 
 def inspect(servers: ImageServers, image: ImageFile) -> Export:
@@ -154,14 +186,23 @@ class ImageBackend(NbdBackend):
         self.image = image
         self._servers = servers
         self._server = servers.server(image)
-        connector = ServerConnector(self._server, connections)
+        self._queues = ImageQueues(self, writethrough=image.cache in _WRITETHROUGH)
+        connector = ServerConnector(self._server, connections, self._queues)
         client = Client(connector, str(image.path), connections=connections, reconnect=reconnect)
+        self._queues.lost = client.lose
         super().__init__(
             client, export, read_only=image.read_only, cache=image.cache, can_discard=image.discard
         )
         client.export = export
         if image.format == "qcow2" and not image.read_only and image.data_file is None:
             self.snapshot_disk = ImageSnapshots(self, servers, self._server)
+
+    def use_native(self, native: NativeServices) -> None:
+        self._queues.use_native(native)
+
+    def use(self, workers: Workers) -> None:
+        self._queues.workers = workers
+        super().use(workers)
 
     def lock(self) -> None:
         self.client.activate()
@@ -186,7 +227,12 @@ class ImageBackend(NbdBackend):
         self.client.interlude(work)
 
     def status(self) -> dict[str, Any]:
-        return {**super().status(), "format": self.image.format}
+        return {
+            **super().status(),
+            "format": self.image.format,
+            "path": "vhost-user" if self.queue else "nbd",
+            "queued": self._queues.activity()[0],
+        }
 
 
 class ImageSnapshots:

@@ -119,6 +119,8 @@ class LogicalUnit(ABC):
     def start(self, environment: DeviceEnvironment) -> None:
         """Take the environment; called before the first command."""
         self.environment = environment
+        if environment.native is not None:
+            self.backend.use_native(environment.native)
         self.backend.use(environment.workers)
 
     def claim(self, timeout: float) -> None:

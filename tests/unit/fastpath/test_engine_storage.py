@@ -26,8 +26,8 @@ BLOCK = 512
 class Disk:
     """A disk on a file, LUN 0, and a guest whose channel the engine has."""
 
-    def __init__(self, device: Path) -> None:
-        self.guest = EngineGuest(device, busy_waits=False)
+    def __init__(self, device: Path, *, busy_waits: bool = False) -> None:
+        self.guest = EngineGuest(device, busy_waits=busy_waits)
         services = NativeEngines(Loop(), self.guest.memory, lambda: None)
         path = services.engine(FastPath.open)
         if path is None:

@@ -12,13 +12,14 @@ from vmbus.errors import MissingRequirement
 from vmbus_devices.scsi.fast import shared
 from vmbus_devices.scsi.fast.build import SOURCE, layout
 
-SIZES = {"Region": 24, "Unit": 1112, "Event": 16, "Noted": 16, "Shared": 407_824}
+SIZES = {"Region": 24, "Unit": 1120, "Event": 16, "Noted": 16, "Shared": 409_872}
 OFFSETS = {
     ("Unit", "max_transfer"): 20,
     ("Unit", "fua_flags"): 28,
-    ("Unit", "reads"): 32,
-    ("Unit", "depth"): 64,
-    ("Unit", "buckets"): 88,
+    ("Unit", "queue"): 32,
+    ("Unit", "reads"): 40,
+    ("Unit", "depth"): 72,
+    ("Unit", "buckets"): 96,
     ("Shared", "event_fd"): 20,
     ("Shared", "ram"): 24,
     ("Shared", "notes"): 48,

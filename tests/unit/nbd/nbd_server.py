@@ -47,6 +47,8 @@ class Server:
     contexts: bool = True
     block_sizes: tuple[int, int, int] | None = None
     export: str = "disk"
+    beside: tuple[int, int] = (0, 0)
+    """What it does beside the connections."""
     #: Called with (command, flags, offset, length) before each request; returns an errno, or bytes to send instead.
     before: Callable[[int, int, int, int, int], int | bytes | None] | None = None
     #: In place of the negotiation.
@@ -68,6 +70,9 @@ class Server:
         here.settimeout(5)
         self.serve_in_thread(there)
         return here
+
+    def activity(self) -> tuple[int, int]:
+        return self.beside
 
     def ended(self) -> None:
         self.ended_sessions += 1

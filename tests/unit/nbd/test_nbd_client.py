@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vmbus.errors import DeviceError
 from vmbus.machine.io.workers import WorkerThreads
+from vmbus_devices.nbd import client as client_module
 from vmbus_devices.nbd.client import Client
 from vmbus_devices.nbd.connection import Request
 from vmbus_devices.nbd.handshake import Export
@@ -593,3 +594,52 @@ async def test_replies_are_taken_by_an_event_loop_once_there_is_one(server: Serv
     backend.close()
     assert await asyncio.to_thread(backend.wait_closed, TIMEOUT)
     workers.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.01)
+
+
+def test_a_session_that_is_given_up_while_it_is_made_is_replaced(
+    server: Server, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client: list[Client] = []
+    connect = server.connect
+
+    def give_up(number: int) -> socket.socket:
+        if server.sessions == 1 and number == 0:
+            client[0].lose(DeviceError("no good"))
+        return connect(number)
+
+    monkeypatch.setattr(server, "connect", give_up)
+    backend = opened(server)
+    client.append(backend.client)
+    server.hang_up()
+    until(lambda: server.sessions == 3)
+    assert read(backend, 0, 512) == server.data[:512]
+
+
+def test_a_session_that_is_given_up_is_replaced(server: Server, opened: Open) -> None:
+    backend = opened(server)
+    backend.client.lose(DeviceError("no good"))
+    view = memoryview(bytearray(512))
+    until(lambda: server.sessions == 2)
+    backend.read(0, [view])
+    assert bytes(view) == server.data[:512]
+
+
+@pytest.mark.parametrize(("under_way", "sessions"), [(1, 2), (0, 1)])
+def test_a_server_that_does_nothing_beside_the_connections_is_lost(
+    server: Server, opened: Open, monkeypatch: pytest.MonkeyPatch, under_way: int, sessions: int
+) -> None:
+    monkeypatch.setattr(client_module, "STALL_TIMEOUT", 0.2)
+    server.beside = (7, under_way)
+    backend = opened(server)
+    until(lambda: server.sessions == sessions)
+    server.beside = (7, 0)
+    view = memoryview(bytearray(512))
+    backend.read(0, [view])
+    assert server.sessions >= sessions

@@ -9,6 +9,8 @@ special; what is refused, and why, is found there. The kernel stores into guest 
 pages as dirty, and pages from which code was translated are written once more through QEMU
 (:class:`~vmbus.ports.NativeGuestMemory`).
 
+A disk that a server has (:attr:`FastUnit.queue`) is the engine's alone.
+
 Where there is no compiler or no io_uring, and with ``VMBUS_FASTPATH=off`` in the environment, :meth:`FastPath.open`
 returns ``None``, and Python processes every packet.
 """
@@ -70,6 +72,10 @@ class FastUnit:
     """Of pwritev2(2), for a write with FUA."""
     readable: bool = False
     writable: bool = False
+    queue: int = 0
+    """Number of a queue of the engine to the server that has the disk, in place of the file; 0: none."""
+    leaves_fua: bool = False
+    """Whether writes with FUA are left to Python."""
 
 
 class _Counted(NamedTuple):
@@ -243,8 +249,10 @@ class FastPath:
             flags |= UnitFlag.READS
         if unit.writable:
             flags |= UnitFlag.WRITES
-        if unit.fd < 0:
+        if unit.fd < 0 and not unit.queue:
             flags |= UnitFlag.NULL
+        if unit.leaves_fua:
+            flags |= UnitFlag.LEAVES_FUA
         shared = self._shared.unit[number]
         shared.fd = unit.fd
         shared.flags = flags
@@ -253,6 +261,7 @@ class FastPath:
         shared.max_transfer = unit.max_transfer
         shared.alignment_mask = unit.alignment - 1
         shared.fua_flags = unit.fua_flags
+        shared.queue = unit.queue
 
     def remove_unit(self, number: int) -> None:
         """Free a number. Raises :class:`~vmbus.errors.InternalError` while the unit has requests under way."""

@@ -14,7 +14,7 @@ from ctypes import c_int32, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
 from vmbus.devices.histogram import STEPS_PER_OCTAVE
 from vmbus.ports import PAGE_SIZE
 
-VERSION = 3
+VERSION = 4
 MAX_REGIONS = 8
 """Ranges of guest RAM."""
 MAX_UNITS = 256
@@ -36,6 +36,8 @@ class UnitFlag(enum.IntFlag):
     WRITES = 2
     NULL = 4
     """There is no file: no data moves."""
+    LEAVES_FUA = 8
+    """Writes with FUA are Python's."""
 
 
 class EventKind(enum.IntEnum):
@@ -64,6 +66,8 @@ class Unit(ctypes.Structure):
         ("max_transfer", c_uint32),  # bytes
         ("alignment_mask", c_uint32),  # of addresses and lengths in memory
         ("fua_flags", c_uint32),  # of pwritev2(2)
+        ("queue", c_uint32),  # of the engine, in place of the file; 0: none
+        ("reserved", c_uint32),
         ("reads", c_uint64),
         ("writes", c_uint64),
         ("bytes_read", c_uint64),

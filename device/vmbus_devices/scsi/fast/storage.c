@@ -24,9 +24,14 @@ EXPORT uint32_t storage_take(void *context, const struct engine_services *servic
     struct unit *unit = plan(path, storage->units, packet, size, slot, &command);
     if (!unit)
         return 0;
+    if (command.is_write && command.fua && unit->flags & UNIT_LEAVES_FUA)
+        return 0;
     uint32_t started;
     if (unit->flags & UNIT_NULL)
         started = services->ended(engine, number, (int32_t)slot->length);
+    else if (unit->queue)
+        started = services->queue_transfer(engine, number, unit->queue, slot->iov, slot->pieces,
+                                           command.lba << unit->block_shift, command.is_write);
     else
         started = services->transfer(engine, number, unit->fd, slot->iov, slot->pieces,
                                      command.lba << unit->block_shift, command.is_write,

@@ -197,7 +197,7 @@ static int take_one(struct fastpath *path, uint32_t channel, const int16_t *unit
         return 0;
     struct slot *slot = &path->slot[place];
     struct unit *unit = plan(path, units, packet, size, slot, &command);
-    if (!unit)
+    if (!unit || unit->queue) /* only the engine has queues */
         return 0;
     slot->channel = channel;
     memcpy(slot->packet, packet, size);

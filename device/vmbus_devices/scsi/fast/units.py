@@ -1,6 +1,7 @@
 """Which units of one controller may take the fast path.
 
-    a disk on a file (or on nothing), no fault, no pending unit attention → eligible      anything else → not eligible
+    a disk on a file, in a queue or on nothing, no fault, no pending unit attention → eligible
+    anything else                                                                   → not eligible
 
 The units are compared with what was last set before packets are taken, so a change needs no notification.
 """
@@ -23,7 +24,7 @@ class FastUnits:
         self._fast = fast
         self.table = array("h", [-1] * (MAX_TARGETS * MAX_LUNS))
         """target * MAX_LUNS + LUN → number of the unit there, or -1."""
-        self._known: dict[tuple[int, int], tuple[LogicalUnit, bool, int]] = {}
+        self._known: dict[tuple[int, int], tuple[LogicalUnit, bool, int, int]] = {}
         self._numbers: dict[LogicalUnit, int] = {}
 
     def refresh(
@@ -32,12 +33,11 @@ class FastUnits:
         """Bring ``fast`` and the table up to date with ``units``; ``changing`` is called before a change."""
         known = self._known
         for place, unit in units.items():
-            eligible, blocks = unit.fast_path_eligible, unit.blocks
-            last = known.get(place)
-            if last is None or last[0] is not unit or last[1] != eligible or last[2] != blocks:
+            now = (unit, unit.fast_path_eligible, unit.blocks, unit.backend.queue)
+            if known.get(place) != now:
                 changing()
                 self._update(place, unit)
-                known[place] = (unit, eligible, blocks)
+                known[place] = now
         if len(known) > len(units):
             changing()
             for place in [place for place in known if place not in units]:

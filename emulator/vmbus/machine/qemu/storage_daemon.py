@@ -27,7 +27,7 @@ from vmbus.machine import unix_path
 from vmbus.machine.bounded_log import BoundedText, LogCopy
 from vmbus.machine.qemu import confined, image_snapshots
 from vmbus.machine.qemu.child import in_child
-from vmbus.machine.qemu.image_files import Image, examine
+from vmbus.machine.qemu.image_files import Image, Tree, examine
 from vmbus.provision.qemu import QemuBinary, find_qemu
 
 _logger = logging.getLogger(__name__)
@@ -92,22 +92,94 @@ class StorageDaemon:
             with listener:
                 self._start(listener)
             self._open()
-            self._execute(
-                "block-export-add",
-                **{
-                    "type": "nbd",
-                    "id": "export",
-                    "node-name": "image",
-                    "name": "disk",
-                    "writable": not self._image.read_only,
-                },
-            )
+            self._execute("block-export-add", **self._nbd())
         except BaseException:
             for each in found:
                 each.close()
             self.stop()
             raise
         return found
+
+    def start_with_queue(
+        self, connections: int, *, writethrough: bool
+    ) -> tuple[list[socket.socket], socket.socket | None]:
+        """Open and serve the image, as :meth:`start` does, and over one vhost-user connection, too.
+
+        ``writethrough``: of the latter, every write is safe when it is answered. Without that connection where this
+        qemu-storage-daemon cannot have one.
+
+        An export that is added over QMP has to name its socket by a path, and the daemon would have to bind it. So
+        one daemon examines the image, and the command line of another has the nodes and the exports.
+        """
+        try:
+            tree = self._examined()
+        finally:
+            self.stop()
+        listener, found = private_connections(connections)
+        queue_listener, [queue] = private_connections(1)
+        node = json.dumps(tree.node)
+        words = ["--blockdev", node]
+        for export in (self._nbd(), self._vhost_user(queue_listener, writethrough=writethrough)):
+            words += ["--export", json.dumps(export)]
+        try:
+            with listener, queue_listener:
+                self._start(listener, words, [queue_listener])
+            tree.check(self._execute)
+        except DeviceError as error:
+            for each in (*found, queue):
+                each.close()
+            self._forget_failed()
+            text = str(error)
+            if text.startswith("--export "):
+                _logger.info("the image %s is served over NBD alone: %s", self._image.path, text)
+                return self.start(connections), None
+            raise DeviceError(text.removeprefix(f"--blockdev {node}: ")) from error
+        except BaseException:
+            for each in (*found, queue):
+                each.close()
+            self.stop()
+            raise
+        return found, queue
+
+    def _forget_failed(self) -> None:
+        """End a daemon that did not begin to serve; if it has ended, the error says what it printed."""
+        process = self.process
+        if process is None or process.poll() is None:
+            self.stop()
+            return
+        self.process = None
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):  # data for a daemon that had ended
+                    stream.close()
+        if self._copy is not None:
+            self._copy.wait()
+        self._messages = self._copy = None
+
+    def _examined(self) -> Tree:
+        """Return the nodes of the image, which no daemon has open yet."""
+        self.stop()
+        self._start(None)
+        return self._examine()
+
+    def _nbd(self) -> dict[str, Any]:
+        return {
+            "type": "nbd",
+            "id": "export",
+            "node-name": "image",
+            "name": "disk",
+            "writable": not self._image.read_only,
+        }
+
+    def _vhost_user(self, listener: socket.socket, *, writethrough: bool) -> dict[str, Any]:
+        return {
+            "type": "vhost-user-blk",
+            "id": "queue",
+            "node-name": "image",
+            "writable": not self._image.read_only,
+            "writethrough": writethrough,
+            "addr": {"type": "fd", "str": str(listener.fileno())},
+        }
 
     def resize(self, size: int) -> None:
         """Grow the image, which is not open, to ``size`` bytes. Raises :class:`~vmbus.errors.DeviceError`."""
@@ -145,10 +217,17 @@ class StorageDaemon:
         finally:
             self.stop()
 
-    def _start(self, listener: socket.socket | None) -> None:
+    def _start(
+        self,
+        listener: socket.socket | None,
+        words: Sequence[str] = (),
+        more_listeners: Sequence[socket.socket] = (),
+    ) -> None:
         line = [*self._program, "--chardev", "stdio,id=control", "--monitor", "chardev=control"]
         if listener is not None:
             line += ["--nbd-server", f"addr.type=fd,addr.str={listener.fileno()}"]
+        line += words
+        listeners = [*([] if listener is None else [listener]), *more_listeners]
         self._received = b""
         printed, output = os.pipe()
         try:
@@ -160,7 +239,7 @@ class StorageDaemon:
                     stdout=subprocess.PIPE,
                     stderr=output,
                     bufsize=0,
-                    pass_fds=() if listener is None else (listener.fileno(),),
+                    pass_fds=[each.fileno() for each in listeners],
                     start_new_session=True,
                     preexec_fn=prepare,
                 )
@@ -178,12 +257,15 @@ class StorageDaemon:
 
     def _open(self) -> None:
         """Open the image, with the files that the user allows, and nothing else."""
-        try:
-            tree = examine(self._image, self._execute)
-        except OSError as error:
-            raise DeviceError(f"{error.filename or self._image.path}: {error.strerror}") from error
+        tree = self._examine()
         self._execute("blockdev-add", **tree.node)
         tree.check(self._execute)
+
+    def _examine(self) -> Tree:
+        try:
+            return examine(self._image, self._execute)
+        except OSError as error:
+            raise DeviceError(f"{error.filename or self._image.path}: {error.strerror}") from error
 
     def _execute(self, command: str, **arguments: Any) -> Any:
         """Execute a QMP command and return its result. Raises :class:`~vmbus.errors.DeviceError`."""

@@ -1,0 +1,157 @@
+"""A queue to a real qemu-storage-daemon: confined as always, on one block node with NBD, and killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vmbus.machine.engine.layout import QUEUE_RAM
+from vmbus.machine.engine.queue import EngineQueue
+from vmbus.machine.io.workers import WorkerThreads
+from vmbus.machine.qemu.storage_daemon import QemuImages
+from vmbus.ports import SharedFile
+from vmbus.provision.qemu import find_qemu
+from vmbus_devices.nbd.wire import Command
+from vmbus_devices.scsi.file import Cache
+from vmbus_devices.scsi.image import ImageBackend, ImageFile
+
+from tests.unit.engine.engine_guest import BUFFERS, PAGE, RAM, compile_device
+from tests.unit.fastpath.test_engine_storage import BLOCK, DISK, Disk, request
+
+pytestmark = pytest.mark.qemu
+LIMIT = 60.0
+
+
+class ImageDisk(Disk):
+    """The guest of the engine's tests, with a qcow2."""
+
+    def __init__(self, device: Path, image: Path, cache: Cache) -> None:
+        super().__init__(device)
+        self.backend = ImageBackend(QemuImages(), ImageFile(image, "qcow2", cache=cache))
+        self.workers = WorkerThreads(asyncio.get_running_loop())
+        ram = SharedFile(self.guest.ram_fd, RAM, QUEUE_RAM)
+        path = SimpleNamespace(make_queue=lambda: EngineQueue(self.guest.engine, ram))
+        native: Any = SimpleNamespace(data_path=path)
+        self.backend.use_native(native)
+        self.backend.use(self.workers)
+        self.backend.lock()
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        end = time.monotonic() + LIMIT
+        while not condition():
+            assert time.monotonic() < end, "it does not come"
+            await asyncio.sleep(0.01)
+
+    def use(self) -> None:
+        self.unit.queue = self.backend.queue
+        assert self.unit.queue
+        self.path.change_unit(self.number, self.unit)
+
+    async def end(self) -> None:
+        self.backend.close()
+        assert await asyncio.to_thread(self.backend.wait_closed, LIMIT)
+        self.workers.close()
+        super().close()
+
+
+@pytest.fixture(scope="session")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_device(tmp_path_factory.mktemp("device"))
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    line = [*find_qemu().qemu_img(), "create", "-q", "-f", "qcow2", str(path), str(DISK)]
+    subprocess.run(line, check=True)
+    return path
+
+
+@pytest.fixture(params=[Cache.NONE, Cache.WRITEBACK, Cache.DIRECTSYNC], ids=lambda each: each.value)
+async def disk(
+    device: Path, image: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[ImageDisk]:
+    monkeypatch.delenv("VMBUS_FASTPATH", raising=False)
+    disk = ImageDisk(device, image, request.param)
+    yield disk
+    await disk.end()
+
+
+def packet(number: int, *, write: bool, place: int, inside: int = 0) -> bytes:
+    return request(number, write=write, lba=40, blocks=24, place=place, inside=inside)
+
+
+async def test_both_ways_lead_to_one_disk_and_outlive_its_daemon(disk: ImageDisk) -> None:
+    guest, backend = disk.guest, disk.backend
+    await disk.until(lambda: backend.queue)
+    assert backend.leaves_fua == (backend.cache is not Cache.DIRECTSYNC)
+    disk.use()
+    written = os.urandom(3 * PAGE)
+    guest.memory.write(BUFFERS * PAGE + 1000, written)  # direct I/O could not use it where it is
+    guest.give()
+    guest.send(packet(1, write=True, place=BUFFERS, inside=1000))
+    await asyncio.to_thread(guest.receive, 1)
+    found = memoryview(bytearray(len(written)))
+    await asyncio.to_thread(backend.read, 40 * BLOCK, [found])
+    assert found == written
+    again = os.urandom(3 * PAGE)
+    await asyncio.to_thread(backend.write, 40 * BLOCK, [memoryview(again)])
+    guest.send(packet(2, write=False, place=BUFFERS + 10))
+    await asyncio.to_thread(guest.receive, 1)
+    assert guest.memory.read((BUFFERS + 10) * PAGE, len(again)) == again
+    assert backend.status()["path"] == "vhost-user"
+    assert backend.status()["queued"] == 2
+
+    await asyncio.to_thread(backend.client.call, Command.FLUSH, 0, 0, [], 0)  # also where no guest would
+    before = backend.queue
+    process = backend._server.process  # type: ignore[attr-defined]
+    os.kill(process.pid, signal.SIGSTOP)
+    guest.send(packet(3, write=True, place=BUFFERS, inside=1000))
+    await disk.until(lambda: backend._queues.activity() == (2, 1))
+    os.kill(process.pid, signal.SIGKILL)
+    await disk.until(lambda: backend.queue not in (0, before))
+    guest.dispatch(lambda: bool(guest.returned))
+    assert guest.returned == [packet(3, write=True, place=BUFFERS, inside=1000)]
+    guest.recall()
+    await asyncio.to_thread(backend.read, 40 * BLOCK, [found])
+    assert found == again  # nobody has done it in between
+    disk.use()
+    guest.give()
+    guest.send(packet(4, write=False, place=BUFFERS + 20))
+    await asyncio.to_thread(guest.receive, 1)
+    assert guest.memory.read((BUFFERS + 20) * PAGE, len(again)) == again
+
+
+async def test_a_request_that_is_refused_is_returned_and_the_queue_goes_on(disk: ImageDisk) -> None:
+    guest = disk.guest
+    await disk.until(lambda: disk.backend.queue)
+    disk.unit.blocks *= 2
+    disk.use()
+    guest.give()
+    beyond = request(1, write=False, lba=DISK // BLOCK, blocks=8, place=BUFFERS)
+    guest.send(beyond)
+    guest.dispatch(lambda: bool(guest.returned))
+    assert guest.returned == [beyond]
+    guest.recall()
+    guest.give()
+    guest.send(packet(2, write=False, place=BUFFERS))
+    await asyncio.to_thread(guest.receive, 1)
+
+
+async def test_a_queue_whose_rules_are_broken_is_replaced_by_nbd(disk: ImageDisk) -> None:
+    backend = disk.backend
+    await disk.until(lambda: backend.queue)
+    backend._queues._broken("says the test")
+    await disk.until(lambda: not backend.queue)
+    found = memoryview(bytearray(PAGE))
+    await asyncio.to_thread(backend.read, 0, [found])
+    assert backend.status()["path"] == "nbd"
+    assert backend.client.trouble == ""
