@@ -90,6 +90,14 @@ async def _reason(found: Mapping[str, Any], addresses: Sequence[str], begun: flo
     return f"the target refused the guest: {reason}" if reason is not None else described_error(found)
 
 
+async def _forget_reasons(coordinator: Coordinator, addresses: Sequence[str], begun: float) -> None:
+    """Remove what a target on this machine says about the end of a migration that failed here, or was cancelled."""
+    report, end = coordinator.report, time.monotonic() + _REASON_TIMEOUT
+    while coordinator.report is report and time.monotonic() < end:
+        refused.take_any(addresses, begun)
+        await asyncio.sleep(_POLL)
+
+
 async def migrate(
     coordinator: Coordinator,
     uri: str,
@@ -159,6 +167,7 @@ async def migrate(
             # For a cancelled migration QEMU describes how the end of its connection looked.
             described = None if found["status"] == "cancelled" else await _reason(found, addresses, begun)
             why = coordinator.report.refusal or described or f"it was {found['status']}"
+            ports.service.background(_forget_reasons(coordinator, addresses, begun))
             raise MigrationFailed(f"{why}; the guest continues here")
     ram = found.get("ram", {})
     return Outcome(

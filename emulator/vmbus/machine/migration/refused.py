@@ -2,6 +2,7 @@
 
     target    fails ──▶ leaves its reason under the address at which it waited
     source    hears "error 1" ──▶ takes the reason of that address, if it is newer than the migration
+              fails, or is cancelled ──▶ removes for a moment what the target says about that
 
 The two sides may know each other by several addresses: where QEMU listens, the ends of a connection that was made
 before (``fd:``), and the UUID of the machine, the same on both sides. The reason is left under all of them.
@@ -100,6 +101,7 @@ class RefusalNotices:
 
     async def learn(self) -> None:
         """Find out where QEMU waits for the guest. QEMU may end as soon as a guest is refused."""
+        _sweep(rundir.runtime_root())
         try:
             found = await self._qmp.execute("query-migrate")
         except QemuError:
