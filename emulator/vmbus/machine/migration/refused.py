@@ -98,10 +98,13 @@ class RefusalNotices:
     def __init__(self, qmp: Monitor) -> None:
         self._qmp = qmp
         self._addresses: tuple[str, ...] = ()
+        self._left = False
+        """Whether the reason for the present failure is there: QEMU would only say that it failed."""
 
     async def learn(self) -> None:
         """Find out where QEMU waits for the guest. QEMU may end as soon as a guest is refused."""
         _sweep(rundir.runtime_root())
+        self._left = False
         try:
             found = await self._qmp.execute("query-migrate")
         except QemuError:
@@ -109,16 +112,19 @@ class RefusalNotices:
         self._addresses = (*of_listener(found), *await of_machine(self._qmp))
 
     async def leave_words_of_qemu(self) -> None:
-        """Leave QEMU's own reason for a migration that failed, if it still answers."""
+        """Leave QEMU's own reason for a migration that failed, if it still answers and nothing better is known."""
+        if self._left:
+            return
         try:
             found = await self._qmp.execute("query-migrate")
         except QemuError:
             return
-        if found.get("error-desc"):
+        if found.get("error-desc") and not self._left:
             self.leave(str(found["error-desc"]))
 
     def leave(self, reason: str) -> None:
         """Leave ``reason`` for the source."""
+        self._left = True
         for each in self._addresses:
             leave(each, reason)
 
