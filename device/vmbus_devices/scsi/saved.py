@@ -8,6 +8,7 @@ part of the state: both sides must have the same ones, and only one side may use
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -186,7 +187,7 @@ def restore_unit(saved: SavedUnit, unit: LogicalUnit) -> None:
     if isinstance(unit, CdRom):
         unit.loaded, unit.locked = bool(saved.flags & 1), bool(saved.flags & 2)
     if isinstance(unit, Disk):
-        unit.reservations = saved.reservations
+        unit.reservations = replace(saved.reservations)  # commands of the guest change it
 
 
 def build_state(name: str, saved: SavedController) -> bytes:
@@ -276,25 +277,32 @@ def parse_state(name: str, state: bytes) -> SavedController:
             f"{name}: saved state has version {version}; this emulator reads version {VERSION} only"
         )
     try:
-        saved = CONTROLLER.parse(state)
-        if len(saved.units) > _MAX_UNITS:
-            raise ValueError(f"{len(saved.units)} units, at most {_MAX_UNITS}")
-        found = SavedController(
-            Stage(saved.stage),
-            ProtocolVersion(saved.protocol) if saved.protocol else None,
-            None if saved.subchannels == _NOTHING else saved.subchannels,
-            saved.max_transfer,
-            tuple(_unit(each) for each in saved.units),
-            tuple(_packet(each) for each in saved.packets),
-        )
-        _check_packets(found.packets)
-        fields, ignored = parse_fields(OPTIONAL, saved.optional, _DEFAULTS)
+        found, ignored = _parse(bytes(state))
     except MalformedError as error:
         raise refused(name, error) from error
     except (c.ConstructError, UnicodeError, ValueError, KeyError) as error:
         raise DeviceError(f"{name}: saved state is damaged: {error}") from error
     report_ignored(name, ignored)
-    return replace(found, **fields)
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def _parse(state: bytes) -> tuple[SavedController, Sequence[int]]:
+    """Return the values and the numbers of ignored fields, once: a state is checked twice before it is restored."""
+    saved = CONTROLLER.parse(state)
+    if len(saved.units) > _MAX_UNITS:
+        raise ValueError(f"{len(saved.units)} units, at most {_MAX_UNITS}")
+    found = SavedController(
+        Stage(saved.stage),
+        ProtocolVersion(saved.protocol) if saved.protocol else None,
+        None if saved.subchannels == _NOTHING else saved.subchannels,
+        saved.max_transfer,
+        tuple(_unit(each) for each in saved.units),
+        tuple(_packet(each) for each in saved.packets),
+    )
+    _check_packets(found.packets)
+    fields, ignored = parse_fields(OPTIONAL, saved.optional, _DEFAULTS)
+    return replace(found, **fields), ignored
 
 
 def _check_packets(packets: Sequence[tuple[int, Packet]]) -> None:

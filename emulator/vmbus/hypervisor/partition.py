@@ -266,13 +266,14 @@ class Partition:
         """Raise :class:`~vmbus.errors.MalformedError` if :meth:`restore` would; change nothing."""
         check_state(state, self.vp_count)
 
-    def restore(self, state: PartitionState) -> None:
+    def restore(self, state: PartitionState, *, checked: bool = False) -> None:
         """Put a saved state back; guest memory is not touched. The partition is paused afterwards.
 
-        Raises :class:`~vmbus.errors.MalformedError`, before anything changes, for a state that this partition
-        cannot have.
+        ``checked``: :meth:`check_state` has accepted this very state. Raises
+        :class:`~vmbus.errors.MalformedError`, before anything changes, for a state that this partition cannot have.
         """
-        check_state(state, self.vp_count)
+        if not checked:
+            check_state(state, self.vp_count)
         self.pause()
         self.guest_os_id = state.guest_os_id
         self.hypercall_value = state.hypercall

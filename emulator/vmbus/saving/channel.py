@@ -34,7 +34,7 @@ from vmbus.saving.packets import restore_packet, save_packet
 from vmbus.saving.state import Assembly, ChannelState, OutgoingPacket, Packet, SavableChannel
 from vmbus.saving.status import NtStatus, Reason, StateRefused
 from vmbus.wire.chunk import ChunkKind
-from vmbus.wire.saved import SAVED_PACKET, SavedOutgoing, SavedPacket
+from vmbus.wire.saved import SAVED_PACKET, ChannelIdentity, SavedOutgoing, SavedPacket
 
 _logger = logging.getLogger(__name__)
 
@@ -334,19 +334,33 @@ class ChannelSaver:
                 context.phase, context.assembly = _Restore.BROKEN, Assembly()
             return self._refuse(channel, error.status, error.detail, error.reason, cause=error)
 
-    def check_restore(self, channel: SavableChannel, records: tuple[bytes, ...]) -> None:
-        """Make all checks of a restore of ``records`` and change nothing. Raises :class:`StateRefused`."""
+    def check_restore(self, channel: SavableChannel, state: ChannelState) -> None:
+        """Make all checks of a restore of ``state`` and change nothing. Raises :class:`StateRefused`."""
         context = self._context(channel)
         self._check_ready(context)
         if context.phase is not _Restore.FRESH:
             raise StateRefused(
                 Reason.WRONG_STATE, "another restore is in progress, disable the channel first", _BadState
             )
-        assembly = Assembly()
-        for record in records:
-            assembly = assembly.take(record)
-            self._check_channel(channel, assembly)
-        self._check_state(channel, assembly)
+        self._check_channel(channel, state.channel.identity, has_packets=bool(state.outgoing()))
+        self._check_state(channel, state)
+
+    def restore_checked(self, channel: SavableChannel, state: ChannelState) -> None:
+        """Restore a channel from a whole state that :meth:`check_restore` has just accepted; it is paused then.
+
+        Does what :meth:`restore_from_buffer` does for the state's chunks, without reading and checking them again: a
+        guest stands still meanwhile. Raises :class:`StateRefused`; if its ``changed`` is true, the channel is
+        unusable until it is disabled.
+        """
+        context = self._context(channel)
+        try:
+            self._apply(context, state)
+        except StateRefused as error:
+            if error.changed:
+                context.phase = _Restore.BROKEN
+            self._refuse(channel, error.status, error.detail, error.reason, cause=error)
+            raise
+        context.assembly, context.phase, context.refusal = Assembly(), _Restore.RESTORED, None
 
     def packet_allocate(self, channel: SavableChannel) -> Packet:
         """VmbPacketAllocate: return a new packet object for a RestorePacket callback to fill."""
@@ -380,11 +394,14 @@ class ChannelSaver:
         if not 0 < size <= len(data):
             raise StateRefused(Reason.WRONG_STATE, f"{size} bytes of a {len(data)}-byte buffer", _BadSize)
         assembly = context.assembly.take(data[:size])
-        self._check_channel(channel, assembly)
+        if assembly.header is not None:
+            self._check_channel(channel, assembly.header.identity, has_packets=assembly.has_packets)
         if not assembly.complete:
             context.assembly, context.phase, context.refusal = assembly, _Restore.PARTIAL, None
             return NtStatus.STATUS_MORE_PROCESSING_REQUIRED
-        self._apply(context, self._check_state(channel, assembly))
+        state = assembly.state()
+        self._check_state(channel, state)
+        self._apply(context, state)
         context.assembly, context.phase, context.refusal = Assembly(), _Restore.RESTORED, None
         return NtStatus.STATUS_SUCCESS
 
@@ -411,26 +428,25 @@ class ChannelSaver:
                 _BadState,
             )
 
-    def _check_channel(self, channel: SavableChannel, assembly: Assembly) -> None:
-        header = assembly.header
-        if header is not None and header.identity != channel.identity:
+    def _check_channel(
+        self, channel: SavableChannel, identity: ChannelIdentity, *, has_packets: bool
+    ) -> None:
+        if identity != channel.identity:
             raise StateRefused(
                 Reason.FOREIGN_CHANNEL,
-                f"the state is of channel {header.identity}, this is channel {channel.identity}",
+                f"the state is of channel {identity}, this is channel {channel.identity}",
             )
-        if assembly.has_packets and channel.restore_packet is None:
+        if has_packets and channel.restore_packet is None:
             raise StateRefused(
                 Reason.NO_RESTORE_CALLBACK,
                 "the state has packets, and the device has no RestorePacket callback",
                 NtStatus.STATUS_NOT_SUPPORTED,
             )
 
-    def _check_state(self, channel: SavableChannel, assembly: Assembly) -> ChannelState:
-        state = assembly.state()
+    def _check_state(self, channel: SavableChannel, state: ChannelState) -> None:
         why = channel.check_restore(state)
         if why is not None:
             raise StateRefused(Reason.NOT_ACCEPTED, why)
-        return state
 
     def _apply(self, context: _Context, state: ChannelState) -> None:
         channel = context.channel
@@ -454,7 +470,10 @@ class ChannelSaver:
 
     def _context(self, channel: SavableChannel) -> _Context:
         # The context holds the channel, so that the id cannot become another object's.
-        return self._contexts.setdefault(id(channel), _Context(channel))
+        found = self._contexts.get(id(channel))
+        if found is None:
+            found = self._contexts[id(channel)] = _Context(channel)
+        return found
 
     def _refuse(
         self,

@@ -191,7 +191,7 @@ class Restore:
                     continue
                 raise not_there(saved.identity)
             try:
-                self.saver.check_restore(channel, saved.records)
+                self.saver.check_restore(channel, saved.state)
             except StateRefused as error:
                 raise StateRefused(
                     error.reason, f"channel {saved.identity}: {error.detail}", error.status
@@ -228,16 +228,12 @@ class Restore:
                 self._restore_channel(there[saved.identity], saved)
 
     def _restore_channel(self, channel: SavableChannel, saved: SavedChannelState) -> None:
-        for record in saved.records:
-            status = self.saver.restore_from_buffer(channel, record)
-            if status not in (NtStatus.STATUS_SUCCESS, NtStatus.STATUS_MORE_PROCESSING_REQUIRED):
-                why = self.saver.refusal(channel)
-                raise StateRefused(
-                    why.reason if why else Reason.DEVICE_FAILED,
-                    f"channel {saved.identity}: {why.detail if why else status!s}",
-                    status,
-                    changed=True,
-                )
+        try:
+            self.saver.restore_checked(channel, saved.state)
+        except StateRefused as error:
+            raise StateRefused(
+                error.reason, f"channel {saved.identity}: {error.detail}", error.status, changed=True
+            ) from error
 
     def _by_identity(self) -> dict[ChannelIdentity, SavableChannel]:
         return {channel.identity: channel for channel in self.channels}

@@ -16,9 +16,8 @@ The state contains no bytes or indices of a ring: those are guest memory.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from vmbus.errors import MalformedError
@@ -213,12 +212,6 @@ class Assembly:
 
     def take(self, buffer: bytes | bytearray | memoryview) -> Assembly:
         """Return a new assembly with the whole chunks of ``buffer`` added. Raises :class:`StateRefused`."""
-        if self.position != Position():
-            return self._take(buffer)
-        first = _first(bytes(buffer))
-        return replace(first, _all=first.chunks)  # the parsed one stays as it is
-
-    def _take(self, buffer: bytes | bytearray | memoryview) -> Assembly:
         found, position = read_chunks(buffer, self.position)
         rank, has_packets = self.rank, self.has_packets
         for index, chunk in enumerate(found, self.count):
@@ -277,17 +270,6 @@ class Assembly:
         state = ChannelState(header, tuple(outstanding), tuple(queue), tuple(taken), device)
         _check(state)
         return state
-
-
-@functools.lru_cache(maxsize=2048)
-def _first(buffer: bytes) -> Assembly:
-    """Parse a channel's first buffer, once: a state is read, checked and restored while its guest is paused."""
-    return Assembly()._take(buffer)
-
-
-def forget_parsed() -> None:
-    """Drop the buffers that were parsed, after a restore."""
-    _first.cache_clear()
 
 
 def _outgoing(chunk: Chunk) -> OutgoingPacket:

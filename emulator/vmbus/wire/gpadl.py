@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import construct as c
 
 from vmbus.errors import MalformedError
 from vmbus.wire.codec import Record, derive_struct
 from vmbus.wire.header import MAX_MESSAGE, MessageType, channel_message
+from vmbus.wire.pfn_runs import PageRuns, runs
 
 PAGE_SIZE = 4096
 PFN_LIMIT = 1 << 52
@@ -126,6 +127,21 @@ class GpaRange:
     byte_count: int
     byte_offset: int
     pfns: Sequence[int]
+    _runs: PageRuns | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def of_runs(cls, byte_count: int, byte_offset: int, pairs: Sequence[tuple[int, int]]) -> GpaRange:
+        """Return the range whose pages are the runs ``pairs`` of (first number, count)."""
+        return cls(byte_count, byte_offset, pfns_of_runs(pairs), PageRuns(pairs))
+
+    @property
+    def runs(self) -> PageRuns:
+        """The runs of consecutive page frame numbers; found once, because a list of a guest may be long."""
+        found = self._runs
+        if found is None:
+            found = PageRuns(runs(self.pfns))
+            object.__setattr__(self, "_runs", found)
+        return found
 
 
 def pages_of_range(byte_count: int, byte_offset: int) -> int:

@@ -13,6 +13,7 @@ page.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -46,6 +47,25 @@ def runs(pfns: Iterable[int]) -> Iterator[tuple[int, int]]:
         first, count = pfn, 1
     if count:
         yield first, count
+
+
+class PageRuns:
+    """The runs of a list of page frame numbers, to be kept beside it: 12 bytes for each run."""
+
+    __slots__ = ("_counts", "_firsts")
+
+    def __init__(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Keep ``pairs`` of (first number, count), each count below 2**32."""
+        self._firsts, self._counts = array("Q"), array("I")
+        for first, count in pairs:
+            self._firsts.append(first)
+            self._counts.append(count)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return zip(self._firsts, self._counts, strict=True)
+
+    def __len__(self) -> int:
+        return len(self._firsts)
 
 
 def steps(pfns: Sequence[int]) -> list[Run]:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from unittest.mock import MagicMock
+from uuid import UUID
 
 import pytest
+from vmbus.bus import server
 from vmbus.bus.channel.state import ChannelState
+from vmbus.bus.io.device import Device
+from vmbus.bus.saved_state.restore import BusStateRefused
+from vmbus.bus.saved_state.values import ChannelRecord
 from vmbus.cli.devices import registry
 from vmbus.errors import GatewayError
+from vmbus.hypervisor import partition
 from vmbus.machine.host import Host, HostOptions
 from vmbus.machine.memory import RamRegion
+from vmbus.machine.migration import host_state
 from vmbus.machine.migration.state_machine import Phase
 from vmbus.machine.qemu.discovery import QemuFacts
 from vmbus.saving import StateRefused, read_machine
@@ -110,6 +118,47 @@ async def test_a_guest_that_arrived_and_stays_stopped_is_saved_as_it_came(tmp_pa
         here.workers.close()
         here.memory.close()
     assert channels[0] == channels[1] == channels[2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_a_guest_stands_still_for_one_check_of_its_state(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was checked is applied as it is: page lists are walked once for the check and once for the restore."""
+    checked: list[str] = []
+
+    def count(module: ModuleType, what: str) -> None:
+        check = module.check_state
+
+        def counted(*arguments: object) -> None:
+            checked.append(what)
+            check(*arguments)
+
+        monkeypatch.setattr(module, "check_state", counted)
+
+    count(host_state, "bus")
+    count(server, "bus again")
+    count(partition, "hypervisor")
+    here = host_for(tmp_path, name)
+    for each in here.devices:
+
+        def accept(
+            state: bytes,
+            device: Device = each.device,
+            check: Callable[[bytes], None] = each.device.check_restore,
+        ) -> None:
+            checked.append(device.name)
+            check(state)
+
+        monkeypatch.setattr(each.device, "check_restore", accept)
+    here.migration.load((FOLDER / f"{name}.bin").read_bytes())
+    assert sorted(checked) == sorted(["bus", "hypervisor", *(each.device.name for each in here.devices)])
+    open_without_ring = ChannelRecord(UUID(int=1), UUID(int=2), 0, ChannelState.OPEN)
+    here.bus.reset()
+    with pytest.raises(BusStateRefused, match="inconsistent"):  # for others, a restore checks by itself
+        here.bus.restore(dataclasses.replace(here.bus.save(), channels=(open_without_ring,)))
+    here.workers.close()
+    here.memory.close()
 
 
 async def test_a_state_is_compared_with_what_is_here_while_the_guest_runs(tmp_path: Path) -> None:

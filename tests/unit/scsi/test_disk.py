@@ -696,3 +696,17 @@ def test_the_contents_of_a_disc_too_large_for_their_table_end_at_its_last_addres
     assert answer.good
     assert answer.data[2:4] == b"\x01\x01"
     assert answer.data[16:20] == b"\xff" * 4
+
+
+def test_a_restored_reservation_belongs_to_its_disk_alone() -> None:
+    """The values of a state are kept between its check and its restore; a guest that runs does not change them."""
+    guest = ready(memory_disk())
+    assert reserve(guest, 0, 0, 7).good
+    state = guest.device.save()
+    for key in (9, 11):
+        there = controller(memory_disk())
+        there.restore(state)
+        disk = there.units[0, 0]
+        assert isinstance(disk, Disk)
+        assert disk.reservations.key == 7
+        disk.reservations.key = key

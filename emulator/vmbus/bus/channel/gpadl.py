@@ -17,12 +17,12 @@ The way of a GPADL from the message to the channel that keeps it:
                                         → GpadlAssembler.finish   ranges parsed and checked, the list charged
     Channel.teardown                → GpadlList                the endpoint gives the pages back, GPADL_TORNDOWN
 
-A guest can ask for many and large lists. A page costs the host 8 bytes, a range about as much as ``RANGE_WEIGHT``
-pages, a list some hundred bytes; so the limits below bound what a guest can make the host hold to some 20 MiB,
-which count against the guest's budget of memory (:mod:`vmbus.bus.budget`): the budget never refuses a list. What the
-lists take in a saved state is bounded, too: a list that does not fit any more is refused. Real
-guests fit with room: the largest user known, a uio network device, shares 31 + 16 MiB and 4 MiB of rings
-(13 056 pages) on its first channel, and 4 MiB of rings on each of up to 64 sub-channels.
+A guest can ask for many and large lists. A page costs the host 8 bytes, a run of pages 12, a range about as much as
+``RANGE_WEIGHT`` pages, a list some hundred bytes; so the limits below bound what a guest can make the host hold to
+some 32 MiB, which count against the guest's budget of memory (:mod:`vmbus.bus.budget`): the budget never refuses a
+list. What the lists take in a saved state is bounded, too: a list that does not fit any more is refused. Real guests
+fit with room: the largest user known, a uio network device, shares 31 + 16 MiB and 4 MiB of rings (13 056 pages) on
+its first channel, and 4 MiB of rings on each of up to 64 sub-channels.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from vmbus.bus.budget import SAVED_GPADL_BYTES, MemoryBudget
 from vmbus.errors import GuestAddressError, ProtocolError
 from vmbus.ports import PAGE_SIZE, GuestMemory
 from vmbus.wire.gpadl import GpadlHeader, GpaRange, parse_ranges
-from vmbus.wire.pfn_runs import runs
 
 MAX_CHANNEL_PAGES = 131_072
 """Pages in all GPADLs of one channel: 512 MiB."""
@@ -45,8 +44,8 @@ MAX_CHANNEL_GPADLS = 1024
 MAX_CONNECTION_GPADLS = 8192
 RANGE_WEIGHT = 32
 """What a range counts for besides its pages; no known guest uses lists of many ranges, but they are legal."""
-_WEIGHT_BYTES = 16
-"""Bytes of memory for each page: once in the list, once in a mapping of it (a ring)."""
+_WEIGHT_BYTES = 28
+"""Bytes of memory for each page, at most: in the list, in its runs, and in a mapping of it (a ring)."""
 _LIST_BYTES = 512
 _SAVED_LIST_BYTES = 32
 """Bytes of a list in a saved state, besides its ranges: here 8, in its channel's record 8, numbers of elements."""
@@ -117,7 +116,7 @@ class Gpadl:
         size = _SAVED_LIST_BYTES
         for each in self.ranges:
             size += _SAVED_RANGE_BYTES
-            for first, count in runs(each.pfns):
+            for first, count in each.runs:
                 size += (first.bit_length() + 6) // 7 + (count.bit_length() + 6) // 7 + (not first)
         return size
 
@@ -144,7 +143,7 @@ class Gpadl:
 def check_ram(ranges: Sequence[GpaRange], memory: GuestMemory) -> None:
     """Raise :class:`GuestAddressError` unless every page is RAM."""
     for each in ranges:
-        for first, count in runs(each.pfns):
+        for first, count in each.runs:
             if not memory.is_ram(first * PAGE_SIZE, count * PAGE_SIZE):
                 _find_hole(first, count, memory)
 

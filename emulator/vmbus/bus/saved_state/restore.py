@@ -44,7 +44,7 @@ from vmbus.bus.saved_state.values import (
 )
 from vmbus.errors import DeviceError, GuestAddressError, GuestError, VmbusError
 from vmbus.ports import PAGE_SIZE, GuestMemory
-from vmbus.wire.gpadl import PFN_LIMIT, GpaRange, pages_of_range, pfns_of_runs
+from vmbus.wire.gpadl import PFN_LIMIT, GpaRange, pages_of_range
 from vmbus.wire.header import MAX_MESSAGE
 from vmbus.wire.monitor import MONITOR_COUNT
 from vmbus.wire.version import Feature, Version
@@ -106,9 +106,7 @@ def restored_connection(record: ConnectionRecord) -> Connection:
 
 def restored_gpadl(record: GpadlRecord) -> Gpadl:
     """Return the GPADL of a checked record."""
-    ranges = tuple(
-        GpaRange(each.byte_count, each.byte_offset, pfns_of_runs(each.runs)) for each in record.ranges
-    )
+    ranges = tuple(GpaRange.of_runs(each.byte_count, each.byte_offset, each.runs) for each in record.ranges)
     state = GpadlState.TEARING_DOWN if record.tearing_down else GpadlState.ACCEPTED
     return Gpadl(record.gpadl_id, ranges, state, record.device_notified)
 

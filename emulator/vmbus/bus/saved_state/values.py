@@ -19,7 +19,6 @@ from vmbus.bus.channel.state import ChannelState
 from vmbus.bus.contact import Connection, ContactRequest, MonitorPages, NextAction, Phase
 from vmbus.bus.offers import OfferKey
 from vmbus.bus.outbox import Outgoing, Target
-from vmbus.wire.pfn_runs import runs
 from vmbus.wire.version import Feature, Version
 
 if TYPE_CHECKING:
@@ -142,9 +141,7 @@ def capture_connection(connection: Connection) -> ConnectionRecord:
 
 def capture_gpadl(gpadl: Gpadl) -> GpadlRecord:
     """Return a complete GPADL as a record."""
-    ranges = tuple(
-        RangeRecord(each.byte_count, each.byte_offset, tuple(runs(each.pfns))) for each in gpadl.ranges
-    )
+    ranges = tuple(RangeRecord(each.byte_count, each.byte_offset, tuple(each.runs)) for each in gpadl.ranges)
     return GpadlRecord(gpadl.gpadl_id, ranges, gpadl.state is GpadlState.TEARING_DOWN, gpadl.device_notified)
 
 

@@ -48,7 +48,6 @@ from vmbus.saving import (
 from vmbus.saving.chunks import MAX_IGNORED
 from vmbus.saving.device_channel import DeviceChannel
 from vmbus.saving.loading import not_there
-from vmbus.saving.state import forget_parsed
 from vmbus.saving.stream import BUFFER_SIZE, STREAM_LIMIT
 from vmbus.wire.codec import Record
 from vmbus.wire.saved import RECORDS, ChannelIdentity, SavedSection
@@ -88,6 +87,7 @@ class HypervisorSection:
         self._clock = clock
         self._gateway = gateway
         self._last: tuple[bytes, SavedHypervisor] | None = None
+        self._checked: SavedHypervisor | None = None
         self.same_host = False
         """Whether the state comes from this host: its TSC is this one, whatever its frequency was measured to be."""
 
@@ -114,6 +114,7 @@ class HypervisorSection:
         try:
             saved = self._parsed(section)
             self._partition.check_state(saved.partition)
+            self._checked = saved
         except MalformedError as error:
             return str(error)
         if saved.tsc_frequency and not scale_for(saved.tsc_frequency):
@@ -135,7 +136,7 @@ class HypervisorSection:
             saved.partition.time.time,
             same_host=self.same_host,
         )
-        self._partition.restore(saved.partition)
+        self._partition.restore(saved.partition, checked=self._checked is saved)
         if not same:  # the guest reads the counter MSR until its TSC is known here
             self._partition.publish_reference_tsc()
         self._gateway.carry(
@@ -160,6 +161,7 @@ class BusSection:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._last: tuple[bytes, BusState] | None = None
+        self._checked: BusState | None = None
 
     def _parsed(self, section: SavedSection) -> BusState:
         if self._last is None or self._last[0] != section.state:
@@ -177,6 +179,7 @@ class BusSection:
         try:
             state = self._parsed(section)
             check_state(state, bus.limits, bus.memory, bus.synic.vp_count)
+            self._checked = state
         except (MalformedError, BusStateRefused) as error:
             return str(error)
         is_open = {
@@ -192,7 +195,8 @@ class BusSection:
         return None
 
     def apply_restore(self, section: SavedSection) -> None:
-        self._bus.restore(self._parsed(section))
+        state = self._parsed(section)
+        self._bus.restore(state, checked=self._checked is state)
 
 
 def offered(features: Features) -> tuple[str, ...]:
@@ -390,8 +394,6 @@ class HostState:
             if not error.changed:
                 self._revoke_subchannels(made)
             raise
-        finally:
-            forget_parsed()
         if missing := restore.missing(state):
             self._service.report_missing_devices(missing)
 
@@ -436,7 +438,6 @@ class HostState:
             found.append(self._hypervisor_section.check_restore(state.hypervisor, states))
         if state.bus is not None:
             found.append(self._bus_section.check_restore(state.bus, states))
-        forget_parsed()
         for why in found:
             if why:
                 raise StateRefused(Reason.NOT_ACCEPTED, why)
