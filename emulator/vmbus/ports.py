@@ -235,13 +235,16 @@ class RecalledChannel:
 
 
 class FastOwner(Protocol):
-    """The receiver of what a :class:`FastChannel` produces."""
+    """The receiver of what a :class:`FastChannel` produces. Each but ``fast_left`` says that a request has ended."""
 
-    def fast_answers(self, channel: FastChannel, packets: list[bytes]) -> None:
-        """Send completion packets, complete but for their trailers; that many requests have ended."""
+    def fast_answered(self, channel: FastChannel, answer: bytes) -> None:
+        """Send a completion packet, complete but for its trailer, which the guest has not got."""
 
     def fast_returned(self, channel: FastChannel, packet: bytes) -> None:
         """Process a packet, given without trailer, that was taken but has to be done in Python after all."""
+
+    def fast_ended(self, channel: FastChannel) -> None:
+        """Note that a request of a channel that was closed meanwhile has ended."""
 
     def fast_left(self, channel: FastChannel) -> None:
         """Recall a given channel soon: its next packet is one for Python, or the ring is damaged."""
@@ -251,15 +254,7 @@ class FastOwner(Protocol):
 
 
 class FastChannel(Protocol):
-    """Compiled code that processes some packets of one open channel.
-
-    Either it takes packets in turns of the event loop (:meth:`take`), or, where :attr:`threaded` is true, a thread of
-    its own has the rings from :meth:`give` to :meth:`recall`.
-    """
-
-    @property
-    def threaded(self) -> bool:
-        """Whether :meth:`give` may be called, in place of :meth:`take`."""
+    """Compiled code that processes some packets of one open channel: a thread has the rings from give to recall."""
 
     def give(self, channel: GivenChannel) -> bool:
         """Let the thread have both rings; False, and nothing is done, if it cannot."""
@@ -271,34 +266,11 @@ class FastChannel(Protocol):
         """Pass on what has ended. After :meth:`recall` that includes the answers that the guest has not got."""
 
     @property
-    def in_flight(self) -> int:
-        """Requests that :meth:`take` took and that have not ended."""
-
-    @property
     def outstanding(self) -> int:
-        """All requests taken that have not ended."""
-
-    def take(self, buffer: bytes, at: int, known: int, limit: int) -> tuple[int, int]:
-        """Take up to ``limit`` packets from ``buffer[at:]``, of which ``known`` bytes are committed.
-
-        ``buffer`` is a private copy of a ring's bytes. Returns the number of packets, and their bytes with trailers.
-        Stops at the first packet that is damaged or that compiled code does not process.
-        """
-
-    def submit(self) -> None:
-        """Begin what was taken, and pass on what has ended."""
-
-    def wait(self, watched: tuple[int, int]) -> bool:
-        """Wait a moment for a request to end, where that is likely to help; return whether one did.
-
-        ``watched``: address in this process and value of a 32-bit word; a change of it ends the wait, too. 0: none.
-        """
-
-    def sleeps(self) -> bool:
-        """Have the event loop woken by what ends from now on. Return True if something has ended already."""
+        """Requests taken that have not ended: of a given channel about, of a recalled one exactly."""
 
     def close(self) -> None:
-        """Take nothing more; the results of what is under way are still passed on."""
+        """Take nothing more; the ends of what is under way are still reported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -455,12 +427,6 @@ class NativeEngine(Protocol):
     def in_flight(self) -> int:
         """Transfers of all channels that have not ended."""
 
-    def report_ranges(self, on: bool) -> None:
-        """Switch reports of every range stored, to :meth:`NativeGuestMemory.filled_by_kernel`, on or off.
-
-        A range is reported before the guest gets the completion.
-        """
-
     def close(self) -> None:
         """Release all resources. While transfers are under way nothing is: the kernel still stores into memory."""
 
@@ -472,16 +438,8 @@ class NativeServices(Protocol):
     """What a device with compiled code gets of the machine (``DeviceEnvironment.native``)."""
 
     @property
-    def loop(self) -> EventLoop:
-        """The event loop."""
-
-    @property
     def memory(self) -> NativeGuestMemory:
         """Guest memory."""
-
-    @property
-    def spare_processor(self) -> bool:
-        """Whether the host has a processor to spare for busy waits."""
 
     @property
     def data_path(self) -> DataPath | None:
@@ -492,9 +450,6 @@ class NativeServices(Protocol):
 
         ``None`` where ``open_engine`` returned that. The machine closes engines after all devices were stopped.
         """
-
-    def transfers_ended(self) -> None:
-        """Report that transfers of an engine have ended; called after their results were passed on."""
 
 
 class Synic(Protocol):

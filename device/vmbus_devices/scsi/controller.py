@@ -381,8 +381,7 @@ class Controller(Device):
         if not self._active or self._stopped or not self.handshake.ready or self._fast_units is None:
             return False
         self._fast_units.refresh(self.units, self._recall)
-        # Without the channels of the engine: these wait for the end of requests, of which it does not tell.
-        return not (io.fast is not None and io.fast.threaded and self._waits_for_end)
+        return not self._waits_for_end  # the engine does not tell of the end of requests that it answers
 
     @property
     def _waits_for_end(self) -> bool:
@@ -470,8 +469,6 @@ class Controller(Device):
 
     def batch_ended(self, io: ChannelIo) -> None:
         self.environment.workers.submit()
-        if io.fast is not None:
-            io.fast.submit()
 
     def refused(self, io: ChannelIo, packet: Packet, error: GuestError) -> None:
         """Answer a packet with malformed ranges as an I/O request that is invalid."""

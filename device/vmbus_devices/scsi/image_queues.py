@@ -13,7 +13,6 @@ request that failed there is repeated over NBD, which says why. Where there can 
 from __future__ import annotations
 
 import logging
-import os
 import socket
 from collections.abc import Callable
 from typing import Protocol
@@ -21,6 +20,7 @@ from typing import Protocol
 from vmbus.errors import DeviceError
 from vmbus.ports import DataPath, DataPathQueue, NativeServices, Workers
 
+from vmbus_devices.scsi.fast.path import requested_way
 from vmbus_devices.vhost_user import offer_queue
 
 _logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class ImageQueues:
 
     def use_native(self, native: NativeServices) -> None:
         """Have queues from the next session on, if the machine has an engine."""
-        if os.environ.get("VMBUS_FASTPATH") not in ("off", "turns", "nbd"):
+        if not requested_way():
             self._data_path = native.data_path
 
     @property

@@ -220,13 +220,7 @@ class Host:
         # A long poll window occupies a processor: with none to spare, it would be a vCPU's.
         self._spare = len(os.sched_getaffinity(0)) > facts.vcpus
         self.workers = WorkerThreads(loop)
-        self.workers.engines = NativeEngines(
-            loop,
-            self.memory,
-            self.workers.ended,
-            spare_processor=self._spare,
-            start_data_path=self._start_data_path if library else lambda: None,
-        )
+        self.workers.engines = NativeEngines(self.memory, self._start_data_path if library else lambda: None)
         self.environment = DeviceEnvironment(
             memory=self.memory,
             timers=loop,

@@ -210,6 +210,8 @@ class FakeChannel:
     """The calls that the device has deferred: ``opened``, ``closed``, ``gpadl_torn_down``."""
     memory: GuestMemory | None = None
     """Where the pages of ``gpadls`` are, for devices that use them."""
+    target: SignalTarget | None = None
+    """Where compiled code interrupts the guest; ``None``: it gets no channel."""
 
     @property
     def closing(self) -> bool:
@@ -229,7 +231,7 @@ class FakeChannel:
         self.interrupts += 1
 
     def signal_target(self) -> SignalTarget | None:
-        return None
+        return self.target
 
     def count_signals(self, doorbells: int, interrupts: int) -> None:
         self.interrupts += interrupts

@@ -45,8 +45,6 @@ def guest(tmp_path: Path) -> Iterator[FastGuest]:
 def do(guest: ScsiGuest, cdb: bytes, **more: Any) -> Answer:
     """A command, to its end."""
     number = guest.start(cdb, **more)
-    if isinstance(guest, FastGuest):
-        guest.settle()
     [answer] = guest.answers()
     assert answer.transaction_id == number
     return answer
@@ -72,7 +70,7 @@ def test_a_read_of_each_length_is_done_by_the_fast_path(guest: FastGuest, opcode
     answer = do(guest, rw(opcode, 7, 24), read=24 * 512, offset=512)
     assert answer.good
     assert answer.transferred == 24 * 512
-    assert guest.path.requests == 1
+    assert guest.taken == 1
     assert guest.buffer(24 * 512, 512) == b"".join(struct.pack("<Q", index) * 64 for index in range(7, 31))
 
 
@@ -83,7 +81,7 @@ def test_a_write_of_each_length_is_done_by_the_fast_path(
 ) -> None:
     data = os.urandom(17 * 512)
     assert do(guest, rw(opcode, 100, 17, flags), write=data).good
-    assert guest.path.requests == 1
+    assert guest.taken == 1
     assert (tmp_path / "disk.img").read_bytes()[100 * 512 : 117 * 512] == data
 
 
@@ -94,7 +92,7 @@ def test_many_at_a_time_are_each_answered_once(guest: FastGuest) -> None:
     assert {answer.transaction_id for answer in answers} == numbers
     assert len(answers) == 60
     assert all(answer.good for answer in answers)
-    assert guest.path.requests == 60
+    assert guest.taken == 60
     for index in range(60):
         assert guest.buffer(8, 0, 2 * index) == struct.pack("<Q", index)
 
@@ -105,9 +103,9 @@ def test_direct_io_goes_through_it_where_memory_is_aligned_and_past_it_where_not
         if not guest.device.units[0, 0].backend.direct:  # type: ignore[attr-defined]
             pytest.skip("the file system has no direct I/O")
         assert do(guest, rw(0x28, 16, 8), read=4096).good
-        assert guest.path.requests == 1
+        assert guest.taken == 1
         assert do(guest, rw(0x28, 16, 8), read=4096, offset=4).good
-        assert guest.path.requests == 1
+        assert guest.taken == 1
         assert guest.buffer(8, 4) == struct.pack("<Q", 16)
 
 
@@ -120,7 +118,7 @@ def test_a_buffer_on_both_sides_of_a_hole_is_filled(guest: FastGuest) -> None:
     guest.settle()
     [answer] = guest.answers()
     assert answer.good
-    assert guest.path.requests == 1
+    assert guest.taken == 1
     assert guest.memory.read(HOLE - 8, 8) == struct.pack("<Q", 12)
     assert guest.memory.read(HIGH, 8) == struct.pack("<Q", 13)
 
@@ -157,7 +155,7 @@ def test_an_error_of_the_host_costs_the_channel_of_the_request_and_loses_no_othe
         assert guest.send(payload, transaction_id=number, completion_requested=True, ranges=ranges)
     guest.settle()
     assert (guest.io.state, guest.io.failure) == (IoState.FAILED, "device-error")
-    assert (guest.path.in_flight, guest.device.status()["in_flight"]) == (0, 0)
+    assert (guest.in_flight, guest.device.status()["in_flight"]) == (0, 0)
     guest.close()
     guest.open()
     guest.negotiate()
@@ -175,7 +173,7 @@ def test_pages_that_were_written_from_stay_clean(guest: FastGuest) -> None:
     guest.settle()
     assert BUFFER_PFN not in guest.ram.take_dirty()
     assert guest.notes.bytes[BUFFER_PFN]
-    assert guest.path.requests == 2
+    assert guest.taken == 2
 
 
 # --- what it leaves ---
@@ -184,9 +182,9 @@ def test_pages_that_were_written_from_stay_clean(guest: FastGuest) -> None:
 def test_a_unit_attention_is_told_first(guest: FastGuest) -> None:
     guest.device.units[0, 0].attention(Sense.CAPACITY_CHANGED)
     assert do(guest, rw(0x28, 0, 8), read=4096).condition == (6, 0x2A, 9)
-    assert guest.path.requests == 0
+    assert guest.taken == 0
     assert do(guest, rw(0x28, 0, 8), read=4096).good
-    assert guest.path.requests == 1
+    assert guest.taken == 1
 
 
 def test_a_disk_with_faults_does_not_take_it(tmp_path: Path) -> None:
@@ -194,7 +192,7 @@ def test_a_disk_with_faults_does_not_take_it(tmp_path: Path) -> None:
         guest.command(bytes(6))
         assert do(guest, rw(0x28, 0, 8), read=4096).condition == (3, 0x11, 0)
         assert do(guest, rw(0x28, 8, 8), read=4096).good
-        assert guest.path.requests == 0
+        assert guest.taken == 0
 
 
 def test_a_file_that_ends_early_gives_the_sense_data_of_the_ordinary_way(
@@ -202,7 +200,7 @@ def test_a_file_that_ends_early_gives_the_sense_data_of_the_ordinary_way(
 ) -> None:
     os.truncate(tmp_path / "disk.img", 100 * 512)
     assert do(guest, rw(0x28, 96, 8), read=4096).condition == (3, 0x11, 0)
-    assert guest.path.requests == 1
+    assert guest.taken == 1
     assert do(guest, rw(0x28, 8, 8), read=4096).good
 
 
@@ -213,7 +211,7 @@ def test_a_disk_that_grew_is_read_behind_its_old_end(guest: FastGuest, tmp_path:
     guest.receive()
     assert do(guest, bytes(6)).condition == (6, 0x2A, 9)
     assert do(guest, rw(0x28, BLOCKS, 8), read=4096).good
-    assert guest.path.requests == 1
+    assert guest.taken == 1
 
 
 def test_a_disk_that_is_taken_away_takes_nothing_more(guest: FastGuest, tmp_path: Path) -> None:
@@ -226,13 +224,13 @@ def test_a_disk_that_is_taken_away_takes_nothing_more(guest: FastGuest, tmp_path
     guest.receive()
     assert do(guest, bytes(6)).condition == (6, 0x29, 1)
     assert do(guest, rw(0x28, 3, 8), read=4096).good
-    assert guest.path.requests == 2
+    assert guest.taken == 2
 
 
 def test_requests_of_a_channel_that_closes_end_and_are_not_answered(guest: FastGuest) -> None:
     for index in range(20):
         guest.start(rw(0x28, index, 8), read=4096, at=2 * index)
-    in_flight = guest.path.in_flight
+    in_flight = guest.in_flight
     guest.io.closed(guest.channel)
     assert guest.channel.closing == bool(in_flight)
     guest.settle()
@@ -247,7 +245,7 @@ def test_what_it_did_is_in_the_unit_s_figures(guest: FastGuest) -> None:
         do(guest, rw(0x28, 0, 8), read=4096)
     do(guest, rw(0x2A, 0, 8), write=bytes(4096))
     figures = guest.device.units[0, 0].statistics.status()
-    assert guest.path.requests == 4
+    assert guest.taken == 4
     assert (figures["reads"], figures["writes"], figures["bytes_read"]) == (3, 1, 3 * 4096)
     assert figures["latency"]["count"] >= 4
     assert figures["latency"]["median_us"] > 0
@@ -315,8 +313,6 @@ def send(guest: ScsiGuest, story: Story, number: int) -> list[Any]:
         completion_requested=True,
         ranges=[(story.length, story.offset, story.pfns)],
     )
-    if isinstance(guest, FastGuest):
-        guest.settle()
     return [(each.kind, each.transaction_id, each.payload) for each in guest.receive()]
 
 
@@ -332,9 +328,7 @@ class TwoHosts:
     def __init__(self, folder: Path) -> None:
         self.files = [image(folder / "fast.img"), image(folder / "ordinary.img")]
         self.fast = FastGuest(controller(disk(self.files[0])))
-        other = FastGuest(controller(disk(self.files[1])))
-        other.io.fast = None  # Python only, with the same kind of memory
-        self.ordinary = other
+        self.ordinary = FastGuest(controller(disk(self.files[1])), compiled=False)
         for guest in (self.fast, self.ordinary):
             guest.command(bytes(6))
         self.number = 1000
@@ -355,7 +349,7 @@ def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
     hosts = TwoHosts(tmp_path_factory.mktemp("twins"))
     with hosts.fast, hosts.ordinary:
         yield hosts
-        assert hosts.ordinary.path.requests == 0
+        assert hosts.ordinary.taken == 0
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -380,7 +374,7 @@ def test_eligible_requests_answer_the_same_and_store_the_same(
 ) -> None:
     length = blocks * 512
     count = (offset + length + 4095) >> 12
-    before = two_hosts.fast.path.requests
+    before = two_hosts.fast.taken
     two_hosts.check(
         Story(
             0x2A if write else 0x28,
@@ -396,4 +390,4 @@ def test_eligible_requests_answer_the_same_and_store_the_same(
             tuple(first + step * index for index in range(count)),
         )
     )
-    assert two_hosts.fast.path.requests == before + 1
+    assert two_hosts.fast.taken == before + 1

@@ -46,11 +46,9 @@ def test_packets_that_are_nearly_right_do_no_harm(harness: Path, tmp_path: Path,
     done = subprocess.run(
         [harness, "30000", str(seed)], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200
     )
-    if done.returncode == 77:
-        pytest.skip("no io_uring for us")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["taken"] > 10000
     assert found["answers"] + found["returned"] == found["taken"]
     assert found["answers"] > found["returned"] > 0
-    assert (found["in_flight"], found["depth"]) == (0, 0)
+    assert found["depth"] == 0

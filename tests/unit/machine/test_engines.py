@@ -22,20 +22,24 @@ class Engine:
     def impossible(cls, services: NativeServices) -> Self | None:
         return None
 
-    def report_ranges(self, on: bool) -> None:
-        self.calls.append(on)
-
     def close(self) -> None:
         self.calls.append("close")
+
+
+class Path(Engine):
+    """A data path."""
+
+    def report_ranges(self, on: bool) -> None:
+        self.calls.append(on)
 
 
 class Other(Engine):
     """Another device's."""
 
 
-def engines(ended: Any = None) -> NativeEngines:
+def engines(path: Any = None) -> NativeEngines:
     nothing: Any = SimpleNamespace()
-    return NativeEngines(nothing, nothing, ended or (lambda: None))
+    return NativeEngines(nothing, lambda: path)
 
 
 def test_devices_of_a_kind_share_one_engine() -> None:
@@ -69,22 +73,16 @@ def test_transfers_of_all_engines_count() -> None:
     assert opened.in_flight == 5
 
 
-def test_ranges_are_reported_by_engines_opened_before_and_during_a_migration() -> None:
-    opened = engines()
-    before = opened.engine(Engine.open)
-    opened.report_ranges(True)
-    during = opened.engine(Other.open)
-    opened.report_ranges(False)
-    assert before is not None
-    assert during is not None
-    assert before.calls == [True, False]
-    assert during.calls == [True, False]
-
-
-def test_the_machine_hears_of_transfers_that_ended() -> None:
-    heard: list[bool] = []
-    engines(lambda: heard.append(True)).transfers_ended()
-    assert heard == [True]
+def test_ranges_are_reported_by_a_data_path_that_is_started_before_or_during_a_migration() -> None:
+    for first in (True, False):
+        path = Path()
+        opened = engines(path)
+        if first:
+            assert opened.data_path
+        opened.report_ranges(True)
+        assert opened.data_path
+        opened.report_ranges(False)
+        assert path.calls == ([False] if first else []) + [True, False]
 
 
 def test_all_engines_are_closed() -> None:

@@ -61,24 +61,20 @@ def test_an_error_of_the_host_in_a_turn_costs_the_channel_only(
 
 
 class Broken:
-    """Compiled code in turns whose kernel refuses it."""
+    """Compiled code that fails where it should say what has ended."""
 
-    threaded = False
-    in_flight = outstanding = 0
+    outstanding = 0
 
-    def take(self, buffer: bytes, at: int, known: int, limit: int) -> tuple[int, int]:
-        return 0, 0
-
-    def sleeps(self) -> bool:
+    def look(self) -> None:
         raise InternalError("io_uring_enter: no")
-
-    def wait(self, watched: tuple[int, int]) -> bool:
-        return False
 
     def close(self) -> None: ...
 
 
-def test_an_error_of_compiled_code_at_the_end_of_a_turn_costs_the_channel_only(device: Recorder) -> None:
+def test_an_error_of_compiled_code_at_the_end_of_a_turn_costs_the_channel_only(
+    device: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "fast_ready", lambda io: True, raising=False)
     with LoopbackGuest(device) as guest:
         guest.io.fast = Broken()  # type: ignore[assignment]
         guest.put(*numbered(1))
@@ -92,8 +88,7 @@ def test_an_error_of_compiled_code_at_the_end_of_a_turn_costs_the_channel_only(d
 class Behind:
     """Compiled code whose answers come when the test says so."""
 
-    threaded = False
-    in_flight = outstanding = 0
+    outstanding = 0
 
     def close(self) -> None: ...
 
@@ -103,7 +98,7 @@ def test_a_signal_that_fails_for_an_answer_of_compiled_code_ends_the_request_and
 ) -> None:
     with LoopbackGuest(device) as guest:
         fast: Any = Behind()
-        guest.io._turns.fast = fast
+        guest.io.fast = fast
         ended: list[ChannelIo] = []
         monkeypatch.setattr(device, "fast_ended", ended.append, raising=False)
 
@@ -111,7 +106,7 @@ def test_a_signal_that_fails_for_an_answer_of_compiled_code_ends_the_request_and
             raise OSError("no QEMU")
 
         monkeypatch.setattr(guest.io, "_signal", gone)
-        guest.io.fast_answers(fast, [guest_packet(kind=COMPLETION, transaction_id=1)])
+        guest.io.fast_answered(fast, guest_packet(kind=COMPLETION, transaction_id=1))
         assert guest.io.state is IoState.FAILED
         assert ended == [guest.io]
 

@@ -21,8 +21,6 @@ NOTHING = RecalledChannel(0, 0, False, 0, 0, 0, 0, 0, 0, 0)
 class Thread:
     """Compiled code that only has rings: what it would report is set by the test."""
 
-    threaded = True
-
     def __init__(self, io: ChannelIo) -> None:
         self.io = io
         self.log: list[str] = []
@@ -32,7 +30,7 @@ class Thread:
         """Packets that it says it took."""
         self.looks: list[Callable[[], None]] = []
         """What the next looks pass on, one each."""
-        self.in_flight = self.outstanding = 0
+        self.outstanding = 0
 
     def give(self, channel: GivenChannel) -> bool:
         assert self.given is None
@@ -64,19 +62,7 @@ class Thread:
 
     def answer(self, number: int) -> Callable[[], None]:
         packet = guest_packet(kind=COMPLETION, transaction_id=number)
-        return lambda: self.io.fast_answers(self, [packet])
-
-    def take(self, buffer: bytes, at: int, known: int, limit: int) -> tuple[int, int]:
-        raise AssertionError("it has a thread of its own")
-
-    def submit(self) -> None:
-        raise AssertionError("it has a thread of its own")
-
-    def wait(self, watched: tuple[int, int]) -> bool:
-        raise AssertionError("it has a thread of its own")
-
-    def sleeps(self) -> bool:
-        raise AssertionError("it has a thread of its own")
+        return lambda: self.io.fast_answered(self, packet)
 
     def close(self) -> None:
         assert self.given is None

@@ -2,8 +2,8 @@
 
 shared     the structures and constants that C and Python share, and the C header made from them
 build      the C sources as a library, with a header made from the packets' declarations
-path       the library seen from Python: units, channels, completions
+path       the library seen from Python: units, channels
 units      the units of one controller that may take the fast path
 
-``fastpath.h`` says how the C files (``take.c``, ``uring.c``, ``reap.c``, ``fastpath.c``) divide the work.
+``fastpath.h`` says what the C files (``take.c``, ``complete.c``, ``fastpath.c``) do for the engine.
 """

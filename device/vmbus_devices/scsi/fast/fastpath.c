@@ -30,20 +30,10 @@ EXPORT struct fastpath *fastpath_open(void)
     if (path == MAP_FAILED)
         return NULL;
     path->shared.version = FASTPATH_VERSION;
-    path->shared.event_fd = -1;
-    if (uring_open(&path->uring) < 0) {
-        munmap(path, sizeof(*path));
-        return NULL;
-    }
-    path->shared.event_fd = path->uring.event_fd;
-    for (uint32_t i = 0; i < MAX_SLOTS; i++)
-        path->slot[i].next_free = i + 1;
-    path->first_free = 0;
     return path;
 }
 
 EXPORT void fastpath_close(struct fastpath *path)
 {
-    uring_close(&path->uring);
     munmap(path, sizeof(*path));
 }

@@ -1,45 +1,46 @@
-"""The fast path, seen from Python: ordinary reads and writes of disks in compiled code.
+"""The fast path, seen from Python: ordinary reads and writes of disks in compiled code, in the engine's thread.
 
-    ring --private copy--> take() --> io_uring --> reap() --> completion packets --> ring
-                             |                       |
-                             +--- not eligible --> Python <--- failed, or only partly transferred
+    ring --> storage_take() --> io_uring, or a queue --> storage_complete() --> completion packets --> ring
+                   |                                           |
+                   +--- not eligible --> Python <--- failed, or only partly transferred
 
 The compiled code does what :mod:`vmbus_devices.scsi` does for the same packets, and only where no condition is
-special; what is refused, and why, is found there. The kernel stores into guest memory, so the compiled code marks the
-pages as dirty, and pages from which code was translated are written once more through QEMU
-(:class:`~vmbus.ports.NativeGuestMemory`).
+special; what is refused, and why, is found there. The engine has the rings, calls the two functions, and marks what
+they store into (docs/decisions/0006-native-data-path.md).
 
-A disk that a server has (:attr:`FastUnit.queue`) is the engine's alone.
-
-Where there is no compiler or no io_uring, and with ``VMBUS_FASTPATH=off`` in the environment, :meth:`FastPath.open`
-returns ``None``, and Python processes every packet.
+Where there is no compiler or no engine, beyond as many channels as it has, and with ``VMBUS_FASTPATH=off`` in the
+environment, Python processes every packet.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import os
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from vmbus.errors import InternalError, MissingRequirement
-from vmbus.ports import DataPathChannel, FastOwner, GivenChannel, NativeServices, RecalledChannel
+from vmbus.ports import (
+    DataPath,
+    DataPathChannel,
+    FastOwner,
+    GivenChannel,
+    NativeMemory,
+    NativeServices,
+    RecalledChannel,
+)
 from vmbus.wire.storvsp import MAX_LUNS, MAX_TARGETS
 
 from vmbus_devices.scsi.fast.build import LIBRARY
 from vmbus_devices.scsi.fast.shared import (
     BUCKET_BIAS,
-    EVENT,
     MAX_BUCKETS,
-    MAX_EVENTS,
     MAX_REGIONS,
     MAX_UNITS,
     VERSION,
-    EventKind,
     Region,
     Shared,
     Unit,
@@ -47,13 +48,6 @@ from vmbus_devices.scsi.fast.shared import (
 )
 
 _logger = logging.getLogger(__name__)
-
-SPIN_NS = 150_000
-"""Longest busy wait, in ns, for a transfer that usually ends within that time, before the host sleeps."""
-IDLE_SPIN_NS = 30_000
-"""Longest busy wait, in ns, for a guest's next packet; then the event loop serves its other callers."""
-
-_ANSWER = int(EventKind.ANSWER)
 
 
 @dataclass(slots=True)
@@ -115,38 +109,27 @@ class _Library:
         self.close.restype = None
         self.size = library.fastpath_size
         self.size.restype = ctypes.c_uint64
-        self.take = library.fastpath_take
-        self.take.argtypes = (
-            ctypes.c_void_p,
-            ctypes.c_uint32,
-            ctypes.c_void_p,
-            ctypes.c_char_p,
-            ctypes.c_uint64,
-            ctypes.c_uint64,
-            ctypes.c_uint64,
-            ctypes.c_uint32,
-            ctypes.c_void_p,
-        )
-        self.take.restype = ctypes.c_uint32
-        self.packet = library.fastpath_packet
-        self.packet.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
-        self.packet.restype = ctypes.c_void_p
-        self.submit = library.fastpath_submit
-        self.submit.argtypes = (ctypes.c_void_p,)
-        self.submit.restype = ctypes.c_int
-        self.reap = library.fastpath_reap
-        self.reap.argtypes = (ctypes.c_void_p,)
-        self.reap.restype = ctypes.c_uint32
-        self.wait = library.fastpath_wait
-        self.wait.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32)
-        self.wait.restype = ctypes.c_uint32
         self.engine_take, self.engine_complete = (
             ctypes.cast(function, ctypes.c_void_p).value or 0
             for function in (library.storage_take, library.storage_complete)
         )
-        self.arm = library.fastpath_arm
-        self.arm.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
-        self.arm.restype = ctypes.c_uint32
+
+
+WAYS = {"": "all compiled code", "nbd": "no queues to storage daemons", "off": "Python only"}
+"""Values of VMBUS_FASTPATH in the environment."""
+
+
+def requested_way() -> str:
+    """Return the value of VMBUS_FASTPATH; one that is not known counts as none, with a warning in the log."""
+    way = os.environ.get("VMBUS_FASTPATH", "")
+    if way in WAYS:
+        return way
+    _logger.warning(
+        "VMBUS_FASTPATH=%s has no effect: set %s, or unset it",
+        way,
+        " or ".join(f"{name} ({meaning})" for name, meaning in WAYS.items() if name),
+    )
+    return ""
 
 
 class FastPath:
@@ -155,28 +138,16 @@ class FastPath:
     Made by :meth:`open`. All methods are called in the event loop's thread.
     """
 
-    def __init__(self, services: NativeServices, library: _Library, address: int) -> None:
-        self._loop = services.loop
-        self._memory = services.memory
-        self._services = services
+    def __init__(self, data_path: DataPath, memory: NativeMemory, library: _Library, address: int) -> None:
+        self._data_path = data_path
         self._library = library
         self._address = address
         self._shared = shared = Shared.from_address(address)
-        native = self._memory.native()
-        shared.ram, shared.ram_size = native.address, native.size
-        shared.dirty = native.dirty
-        shared.notes, shared.note_pages = native.notes or None, native.note_pages
-        self._note_pages = native.note_pages
-        self._reports_ranges = False
-        if services.spare_processor:
-            shared.spin_ns, shared.idle_spin_ns = SPIN_NS, IDLE_SPIN_NS
-        shared.region_count = len(native.regions)
-        for index, (gpa, size, offset) in enumerate(native.regions):
+        shared.ram, shared.ram_size = memory.address, memory.size
+        shared.region_count = len(memory.regions)
+        for index, (gpa, size, offset) in enumerate(memory.regions):
             shared.region[index] = Region(gpa, gpa + size, offset - gpa)
-        self._events = memoryview(shared.event).cast("B")
-        self._output = memoryview(shared.output).cast("B")
-        self._channels: dict[int, FastPathChannel] = {}
-        self._next_channel = 0
+        self._channels: set[FastPathChannel] = set()
         self._counted: dict[int, _Counted] = {}
         """Unit → its counters as of the last :meth:`counts`."""
         self._buckets: dict[int, list[int]] = {}
@@ -184,12 +155,6 @@ class FastPath:
         self._contexts: dict[int, ctypes.Array[ctypes.c_uint64]] = {}
         """Contexts of channels that the engine may have, by the address of their units."""
         self._free_units = list(range(MAX_UNITS))[::-1]
-        self._in_turns = os.environ.get("VMBUS_FASTPATH") == "turns"
-        self._armed = True
-        self._retry = False
-        self.requests = 0
-        """Requests taken so far."""
-        self._loop.add_reader(shared.event_fd, self._woken)
 
     @classmethod
     def open(cls, services: NativeServices) -> FastPath | None:
@@ -198,9 +163,10 @@ class FastPath:
         Compiles the library if the cache has none of this version. Raises :class:`~vmbus.errors.InternalError` for a
         library that does not fit this module.
         """
-        if os.environ.get("VMBUS_FASTPATH") == "off":
+        if requested_way() == "off":
             return None
-        if len(services.memory.native().regions) > MAX_REGIONS:
+        memory = services.memory.native()
+        if len(memory.regions) > MAX_REGIONS or (data_path := services.data_path) is None:
             return None
         try:
             library = _Library(str(LIBRARY.build()))
@@ -209,7 +175,7 @@ class FastPath:
             return None
         address = library.open()
         if not address:
-            _logger.info("no fast path: no io_uring (%s)", os.strerror(ctypes.get_errno()))
+            _logger.warning("no fast path, so disks are slower: %s", os.strerror(ctypes.get_errno()))
             return None
         shared = Shared.from_address(address)
         if shared.version != VERSION or library.size() != ctypes.sizeof(Shared):
@@ -218,16 +184,11 @@ class FastPath:
             raise InternalError(
                 f"the library of the fast path is {found}; {VERSION} with {ctypes.sizeof(Shared)} was expected"
             )
-        return cls(services, library, address)
+        return cls(data_path, memory, library, address)
 
     @property
     def in_flight(self) -> int:
-        return sum([each.outstanding for each in self._channels.values()])
-
-    def report_ranges(self, on: bool) -> None:
-        self._reports_ranges = on
-        # With no page known to be free of code, the library notes each one.
-        self._shared.note_pages = 0 if on else self._note_pages
+        return sum([each.outstanding for each in self._channels])
 
     # --- units ---
 
@@ -298,20 +259,19 @@ class FastPath:
 
     # --- channels ---
 
-    def open_channel(self, owner: FastOwner, units: array[int]) -> FastPathChannel:
-        """Return the fast path of a channel that opened.
+    def open_channel(self, owner: FastOwner, units: array[int]) -> FastPathChannel | None:
+        """Return the fast path of a channel that opened; ``None`` if the engine has no room for one more.
 
-        ``units``: target * MAX_LUNS + LUN → number of a unit, or -1; signed 16-bit integers, read at each packet.
+        ``units``: target * MAX_LUNS + LUN → number of a unit, or -1; signed 16-bit integers.
         """
         if len(units) != MAX_TARGETS * MAX_LUNS or units.itemsize != 2:
             raise InternalError(f"a table of {len(units)} units of {units.itemsize} bytes each")
-        number = self._next_channel
-        self._next_channel = (number + 1) & 0xFFFFFFFF
-        channel = FastPathChannel(self, number, owner, units)
-        self._channels[number] = channel
-        data_path = None if self._in_turns else self._services.data_path
-        if data_path is not None:
-            channel.data = data_path.open_channel(channel, self.for_engine(units))
+        channel = FastPathChannel(self, owner)
+        data = self._data_path.open_channel(channel, self.for_engine(units))
+        if data is None:
+            return None
+        channel.data = data
+        self._channels.add(channel)
         return channel
 
     def for_engine(self, units: array[int]) -> tuple[int, int, int]:
@@ -326,218 +286,47 @@ class FastPath:
             context = self._contexts[table] = (ctypes.c_uint64 * 2)(self._address, table)
         return self._library.engine_take, self._library.engine_complete, ctypes.addressof(context)
 
-    def forget(self, number: int) -> None:
+    def forget(self, channel: FastPathChannel) -> None:
         """Drop a channel that is closed and has no request under way."""
-        self._channels.pop(number, None)
-
-    # --- transfers ---
-
-    def submit(self) -> None:
-        """Pass what was taken to the kernel."""
-        left = self._library.submit(self._address)
-        if left < 0:
-            raise InternalError(f"io_uring_enter: {os.strerror(-left)}")
-        if left and not self._retry:
-            self._retry = True
-            self._loop.call_later(0.001, self._submit_again)
-
-    def _submit_again(self) -> None:
-        self._retry = False
-        if self._address:
-            self.submit()
-
-    def poll(self, watched: tuple[int, int] | None = None) -> int:
-        """Pass on the results of requests that have ended, and return their number.
-
-        ``watched``: wait a moment for one to end, or for the 32-bit word at that address to differ from that value.
-        """
-        if self._armed:
-            self._armed = False
-            self._library.arm(self._address, 0)
-        library, address = self._library, self._address
-        count = library.reap(address) if watched is None else library.wait(address, *watched)
-        total = count
-        while count:
-            self._hand_over(count)
-            if count < MAX_EVENTS and not self._shared.noted_ranges:
-                break
-            count = library.reap(address)
-            total += count
-        return int(total)
-
-    def sleeps(self) -> bool:
-        """Have the event loop woken by what ends from now on. Return True if something has ended already."""
-        if self._armed or not self._address:
-            return False
-        self._armed = True
-        return bool(self._library.arm(self._address, 1))
-
-    def wake_later(self) -> None:
-        """Have the event loop pass on results from now on, in place of a channel that did."""
-        if self.sleeps():
-            self._loop.call_soon(self._woken)
-
-    def _woken(self) -> None:
-        if not self._address:
-            return
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._shared.event_fd)
-        while True:
-            self.poll()
-            if not self.sleeps():
-                return
-
-    def _hand_over(self, count: int) -> None:
-        problem: Exception | None = None
-        try:
-            self._report_noted()
-        except Exception as error:  # noqa: BLE001 - it fails the channels whose requests it may belong to
-            problem = error
-        answers: dict[int, list[bytes]] = {}
-        returned: list[tuple[int, bytes]] = []
-        output = self._output
-        for channel, kind, offset, length in EVENT.iter_unpack(self._events[: count * EVENT.size]):
-            if kind == _ANSWER:
-                packet = bytes(output[offset : offset + length])
-                if channel in answers:
-                    answers[channel].append(packet)
-                else:
-                    answers[channel] = [packet]
-            else:
-                place = self._library.packet(self._address, offset)
-                returned.append((channel, ctypes.string_at(place, length)))
-        if problem is not None:
-            for number in {*answers, *(number for number, _ in returned)}:
-                self._channels[number].failed(problem)
-        for number, packets in answers.items():
-            self._channels[number].answered(packets)
-        for number, packet in returned:
-            self._channels[number].returned(packet)
-        self._services.transfers_ended()
-
-    def _report_noted(self) -> None:
-        shared = self._shared
-        if noted := shared.noted_ranges:
-            ranges = [(each.gpa, each.length) for each in shared.noted[:noted]]
-            if self._reports_ranges:
-                self._memory.filled_by_kernel(ranges)
-            else:
-                for gpa, length in ranges:
-                    self._memory.write_through(gpa, length)
+        self._channels.discard(channel)
 
     def close(self) -> None:
-        if not self._address:
-            return
-        self._loop.remove_reader(self._shared.event_fd)
-        if self._shared.in_flight:
-            # The kernel may still store into guest memory, and read what the library keeps of the requests.
-            _logger.warning("the fast path is left open: %d transfers are under way", self._shared.in_flight)
-            return
-        self._events.release()
-        self._output.release()
-        address, self._address = self._address, 0
-        del self._shared
-        self._library.close(address)
+        if self.in_flight:
+            # The kernel may still read what the library keeps of the requests.
+            _logger.warning("the fast path is left open: %d transfers are under way", self.in_flight)
+        elif self._address:
+            address, self._address = self._address, 0
+            del self._shared
+            self._library.close(address)
 
 
 class FastPathChannel:
-    """The fast path of one open channel (:class:`~vmbus.ports.FastChannel`)."""
+    """The fast path of one open channel (:class:`~vmbus.ports.FastChannel`), and its owner for the engine."""
 
-    def __init__(self, path: FastPath, number: int, owner: FastOwner, units: array[int]) -> None:
+    data: DataPathChannel
+    """The channel in the machine's engine."""
+
+    def __init__(self, path: FastPath, owner: FastOwner) -> None:
         self._path = path
-        self._number = number
         self._owner = owner
         self._closed = False
-        self._units = units
-        self._table = units.buffer_info()[0]
-        self._consumed = ctypes.c_uint64()
-        self._consumed_at = ctypes.addressof(self._consumed)
-        self._take = path._library.take
-        self._address = path._address
-        self._in_flight = 0
-        self.data: DataPathChannel | None = None
-        """The channel in the machine's engine, if that has it."""
-
-    @property
-    def in_flight(self) -> int:
-        return self._in_flight
 
     @property
     def outstanding(self) -> int:
-        return self._in_flight + (self.data.outstanding if self.data is not None else 0)
-
-    @property
-    def threaded(self) -> bool:
-        return self.data is not None
+        return self.data.outstanding
 
     def give(self, channel: GivenChannel) -> bool:
-        return self.data is not None and self.data.give(channel)
+        return self.data.give(channel)
 
     def recall(self) -> RecalledChannel:
-        if self.data is None:
-            raise InternalError("a channel that the engine does not have cannot be recalled")
         return self.data.recall()
 
     def look(self) -> None:
-        if self.data is not None:
-            self.data.look()
-
-    def take(self, buffer: bytes, at: int, known: int, limit: int) -> tuple[int, int]:
-        count = self._take(
-            self._address,
-            self._number,
-            self._table,
-            buffer,
-            len(buffer),
-            at,
-            known,
-            limit,
-            self._consumed_at,
-        )
-        if not count:
-            return 0, 0
-        self._in_flight += count
-        self._path.requests += count
-        return count, self._consumed.value
-
-    def submit(self) -> None:
-        self._path.submit()
-        self._path.poll()
-
-    def wait(self, watched: tuple[int, int]) -> bool:
-        return bool(self._path.poll(watched))
-
-    def sleeps(self) -> bool:
-        return self._path.sleeps()
-
-    def answered(self, packets: list[bytes]) -> None:
-        """Pass completion packets on; that many requests have ended."""
-        self._in_flight -= len(packets)
-        self._guarded(lambda: self._owner.fast_answers(self, packets))
-        self._forget_if_ended()
-
-    def returned(self, packet: bytes) -> None:
-        """Pass on a packet that Python has to process after all."""
-        self._in_flight -= 1
-        self._guarded(lambda: self._owner.fast_returned(self, packet))
-        self._forget_if_ended()
-
-    def failed(self, error: Exception) -> None:
-        """Fail the channel; its requests are still reported as ended."""
-        self._owner.fast_failed(self, error)
-
-    def _guarded(self, call: Callable[[], None]) -> None:
-        """Call ``call``; what it raises fails this channel, not the others that have results behind it."""
-        try:
-            call()
-        except Exception as error:  # noqa: BLE001 - the owner logs it
-            self.failed(error)
+        self.data.look()
 
     def close(self) -> None:
         self._closed = True
-        if self.data is not None:
-            self.data.close()
-        self._path.wake_later()
+        self.data.close()
         self._forget_if_ended()
 
     # --- called by the engine: a DataPathOwner ---
@@ -546,7 +335,7 @@ class FastPathChannel:
         self._owner.fast_left(self)
 
     def engine_answered(self, answer: bytes) -> None:
-        self._owner.fast_answers(self, [answer])
+        self._owner.fast_answered(self, answer)
         self._forget_if_ended()
 
     def engine_returned(self, packet: bytes) -> None:
@@ -554,13 +343,13 @@ class FastPathChannel:
         self._forget_if_ended()
 
     def engine_ended(self) -> None:
-        self._owner.fast_answers(self, [])
+        self._owner.fast_ended(self)
         self._forget_if_ended()
 
     def engine_failed(self, error: Exception) -> None:
-        self.failed(error)
+        self._owner.fast_failed(self, error)
         self._forget_if_ended()
 
     def _forget_if_ended(self) -> None:
         if self._closed and not self.outstanding:
-            self._path.forget(self._number)
+            self._path.forget(self)

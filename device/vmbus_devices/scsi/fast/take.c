@@ -126,8 +126,8 @@ static int gather(const struct fastpath *path, struct slot *slot, const uint8_t 
  * Fill ``slot`` and ``command`` with the request in a packet of ``size`` bytes without trailer; return its unit, or NULL
  * if Python has to process the packet. Nothing else is changed.
  */
-struct unit *plan(struct fastpath *path, const int16_t *units, const uint8_t *packet, uint32_t size, struct slot *slot,
-                  struct command *command)
+static struct unit *plan(struct fastpath *path, const int16_t *units, const uint8_t *packet, uint32_t size,
+                         struct slot *slot, struct command *command)
 {
     uint32_t data = get16(packet + DESCRIPTOR_DATA_OFFSET8) * 8u;
     if (get16(packet + DESCRIPTOR_FLAGS) != 1 || data < DESCRIPTOR_SIZE + GPA_DIRECT_HEADER_SIZE || data > size)
@@ -171,7 +171,6 @@ struct unit *plan(struct fastpath *path, const int16_t *units, const uint8_t *pa
         return NULL;
     slot->unit = (uint16_t)number;
     slot->is_write = (uint8_t)command->is_write;
-    slot->packet_size = size;
     slot->answer_size = payload_size < LONGEST_ANSWER ? payload_size : LONGEST_ANSWER;
     slot->begun_ns = now_ns();
     memset(slot->request, 0, sizeof(slot->request));
@@ -180,67 +179,38 @@ struct unit *plan(struct fastpath *path, const int16_t *units, const uint8_t *pa
 }
 
 /* Count a request that was started. */
-void began(struct unit *unit)
+static void began(struct unit *unit)
 {
     if (++unit->depth > unit->max_depth)
         unit->max_depth = unit->depth;
 }
 
-/* Start the request in a packet of ``size`` bytes without trailer; return 0 if Python has to process the packet. */
-static int take_one(struct fastpath *path, uint32_t channel, const int16_t *units, const uint8_t *packet,
-                    uint32_t size)
+EXPORT uint32_t storage_take(void *context, const struct engine_services *services, struct engine *engine,
+                             uint32_t number, const uint8_t *packet, uint32_t size)
 {
-    uint32_t place = path->first_free;
+    const struct storage *storage = context;
+    struct fastpath *path = storage->path;
     struct command command;
 
-    if (place >= MAX_SLOTS)
+    if (get16(packet + DESCRIPTOR_TYPE) != TYPE_GPA_DIRECT || number >= MAX_SLOTS)
         return 0;
-    struct slot *slot = &path->slot[place];
-    struct unit *unit = plan(path, units, packet, size, slot, &command);
-    if (!unit || unit->queue) /* only the engine has queues */
+    struct slot *slot = &path->slot[number];
+    struct unit *unit = plan(path, storage->units, packet, size, slot, &command);
+    if (!unit)
         return 0;
-    slot->channel = channel;
-    memcpy(slot->packet, packet, size);
-    if (unit->flags & UNIT_NULL) {
-        if (path->waiting_count >= MAX_EVENTS)
-            return 0;
-        path->waiting[path->waiting_count++] = place;
-    } else if (!uring_put(&path->uring, slot, place, unit, command.lba << unit->block_shift,
-                          command.is_write && command.fua ? unit->fua_flags : 0)) {
+    if (command.is_write && command.fua && unit->flags & UNIT_LEAVES_FUA)
         return 0;
-    }
-    path->first_free = slot->next_free;
-    slot->in_use = 1;
-    path->shared.in_flight++;
-    began(unit);
-    return 1;
-}
-
-/*
- * Take packets from ``buffer + at``, a private copy of ``length`` bytes of which the guest has committed ``known`` from
- * there on: ``limit`` at most, and only until the first that Python has to process. ``units``: target * MAX_LUNS + LUN
- * to the number of a unit, or -1. Return the number of packets, and in ``consumed`` their bytes with trailers.
- */
-EXPORT uint32_t fastpath_take(struct fastpath *path, uint32_t channel, const int16_t *units, const uint8_t *buffer,
-                              uint64_t length, uint64_t at, uint64_t known, uint32_t limit, uint64_t *consumed)
-{
-    uint32_t count = 0;
-    uint64_t begun = at;
-
-    if (at > length)
-        return 0;
-    while (count < limit && known >= DESCRIPTOR_SIZE && length - at >= DESCRIPTOR_SIZE) {
-        const uint8_t *packet = buffer + at;
-        uint32_t size = get16(packet + DESCRIPTOR_LENGTH8) * 8u;
-        uint64_t total = (uint64_t)size + TRAILER_SIZE;
-        if (get16(packet + DESCRIPTOR_TYPE) != TYPE_GPA_DIRECT || total > known || total > length - at ||
-            size < DESCRIPTOR_SIZE || size > sizeof(path->slot[0].packet) ||
-            !take_one(path, channel, units, packet, size))
-            break;
-        at += total;
-        known -= total;
-        count++;
-    }
-    *consumed = at - begun;
-    return count;
+    uint32_t started;
+    if (unit->flags & UNIT_NULL)
+        started = services->ended(engine, number, (int32_t)slot->length);
+    else if (unit->queue)
+        started = services->queue_transfer(engine, number, unit->queue, slot->iov, slot->pieces,
+                                           command.lba << unit->block_shift, command.is_write);
+    else
+        started = services->transfer(engine, number, unit->fd, slot->iov, slot->pieces,
+                                     command.lba << unit->block_shift, command.is_write,
+                                     command.is_write && command.fua ? (int)unit->fua_flags : 0);
+    if (started)
+        began(unit);
+    return started;
 }

@@ -90,6 +90,8 @@ class ChannelIo:
         self.counters = IoCounters()
         self.refusals = Refusals(device.name, _logger)
         self.subchannels: list[ChannelIo] = []
+        self.fast: FastChannel | None = None
+        """The compiled fast path, if the device has one; the requests that it took are not counted as owed."""
         self._fast_before: FastChannel | None = None
         self._clock = clock
         self._polling = AdaptivePolling(device.poll_window if poll_window is None else poll_window, clock)
@@ -117,7 +119,6 @@ class ChannelIo:
                 signal=self._signal,
                 failed=lambda error: self._fail(error.reason, error.detail),
                 broken=lambda error: self._device_failed(error),
-                fast_ready=lambda: self.device.fast_ready(self),
                 recall=self._recall_for_turn,
                 give=self._give,
             ),
@@ -183,15 +184,6 @@ class ChannelIo:
     def owes(self, transaction_id: int) -> bool:
         """Return whether the guest waits for a completion with this id."""
         return transaction_id in self._owed
-
-    @property
-    def fast(self) -> FastChannel | None:
-        """The compiled fast path, if the device has one; the requests that it took are not counted as owed."""
-        return self._turns.fast
-
-    @fast.setter
-    def fast(self, fast: FastChannel | None) -> None:
-        self._turns.fast = fast
 
     @property
     def fast_in_flight(self) -> int:
@@ -391,7 +383,7 @@ class ChannelIo:
     def _give(self) -> bool:
         """Give the rings to compiled code, at the end of a turn; return whether it has them."""
         fast, incoming, outgoing = self.fast, self._turns.incoming, self._outgoing
-        if fast is None or not fast.threaded or incoming is None or outgoing is None:
+        if fast is None or incoming is None or outgoing is None:
             return False
         if self.transaction_quota or self._turns.room_wanted or not self.device.fast_ready(self):
             return False
@@ -412,15 +404,17 @@ class ChannelIo:
 
     # --- called by it: a FastOwner ---
 
-    def fast_answers(self, channel: FastChannel, packets: list[bytes]) -> None:
-        """Send completions that the fast path has built; see :class:`~vmbus.ports.FastOwner`."""
+    def fast_answered(self, channel: FastChannel, answer: bytes) -> None:
+        """Send a completion that the fast path has built; see :class:`~vmbus.ports.FastOwner`."""
         if channel is self.fast and (self.state is _RUNNING or self.state is IoState.PAUSED):
-            output = self._output
-            output.packets += packets
-            output.bytes += sum(map(len, packets))
+            self._output.put(answer)
             self._contain(ChannelIo.flush)
         else:
-            self.counters.dropped += len(packets)
+            self.counters.dropped += 1
+        self._contain(self.device.fast_ended)
+
+    def fast_ended(self, channel: FastChannel) -> None:
+        """Tell the device; see :class:`~vmbus.ports.FastOwner`."""
         self._contain(self.device.fast_ended)
 
     def fast_left(self, channel: FastChannel) -> None:

@@ -34,11 +34,6 @@ class AdaptivePolling:
         self._last_packet = 0.0
         self._polls = 0
 
-    @property
-    def active(self) -> bool:
-        """Whether the next packet usually comes before the window is over."""
-        return self.window > 0
-
     def doorbell(self) -> None:
         """Adapt the window to the time slept: the guest signalled."""
         if self._slept_at is None:

@@ -28,7 +28,7 @@ Every violation by the guest raises :class:`~vmbus.errors.RingError`; see also t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from vmbus.errors import InternalError, RingError
 from vmbus.ports import GuestMemory, GuestPages
@@ -182,30 +182,6 @@ class IncomingRing(_Ring):
                 raise
         self._buffer, self._at, self._known, self._taken = buffer, at, known, taken % self.size
         return packets
-
-    def take_with(
-        self, take: Callable[[bytes, int, int, int], tuple[int, int]], limit: int
-    ) -> tuple[int, int]:
-        """Let ``take(private copy, offset, committed bytes, limit)`` take packets.
-
-        Returns what ``take`` returns: the number of packets, and of their bytes with trailers. The packets that it
-        leaves are for :meth:`read_batch`. Raises ``RingError``.
-        """
-        if not self._known and not self._fetch(BULK):
-            return 0, 0
-        count, size = take(self._buffer, self._at, self._known, limit)
-        if count:
-            self._at += size
-            self._known -= size
-            self._taken = (self._taken + size) % self.size
-        return count, size
-
-    def watched(self) -> tuple[int, int]:
-        """Return, for an empty ring, the address of its write index in this process, and the index's value.
-
-        The value changes when the guest commits a packet.
-        """
-        return self._pages.address_u32(WRITE_INDEX), self._taken
 
     def _read_long(self) -> Packet:
         """Return the next packet, of which the private copy holds only a part; the copy is made anew.

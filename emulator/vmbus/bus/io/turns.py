@@ -27,7 +27,7 @@ from vmbus.bus.io.polling import AdaptivePolling
 from vmbus.bus.io.ring import IncomingRing
 from vmbus.bus.io.state import IoCounters
 from vmbus.errors import GuestError
-from vmbus.ports import FastChannel, Timers
+from vmbus.ports import Timers
 from vmbus.wire.packet import Packet
 
 TURN_PACKETS = 64
@@ -58,8 +58,6 @@ class TurnCalls:
     """Fail the channel, because of what the guest did."""
     broken: Callable[[Exception], None]
     """Fail the channel, because of an error of the host's: the event loop would only log it, and no turn follow."""
-    fast_ready: Callable[[], bool]
-    """Return whether the compiled fast path may take packets now."""
     recall: Callable[[], int]
     """Take the rings back from a thread of compiled code; return how many packets this turn may take at most."""
     give: Callable[[], bool]
@@ -80,8 +78,6 @@ class Turns:
         """Whether a turn is being performed: what is sent meanwhile goes out with it."""
         self.room_wanted = False
         """Whether the device waits until all that it sent is in the ring."""
-        self.fast: FastChannel | None = None
-        """The compiled fast path, if the device has one."""
         self._timers = timers
         self._polling = polling
         self._counters = counters
@@ -114,15 +110,9 @@ class Turns:
         self._polling.awake()
         self._counters.turns += 1
         try:
-            try:
-                limit = self._calls.recall()
-                if self.running:
-                    self._work(self.incoming, limit)
-            finally:
-                fast = self._polled
-                if fast is not None and fast.sleeps():
-                    fast.submit()
-                    self.schedule()
+            limit = self._calls.recall()
+            if self.running:
+                self._work(self.incoming, limit)
         except GuestError as error:
             self._calls.failed(error)
         except Exception as error:  # noqa: BLE001 - it costs this channel only
@@ -130,34 +120,24 @@ class Turns:
         finally:
             self.active = False
 
-    @property
-    def _polled(self) -> FastChannel | None:
-        """The fast path, if it takes packets in turns."""
-        return self.fast if self.fast is not None and not self.fast.threaded else None
-
     def _work(self, incoming: IncomingRing, limit: int) -> None:
         calls = self._calls
         incoming.mask()
         signal = False
         empty = False
         left = limit
-        polled = False
         try:
             signal = calls.write_out()
             while left and (room := calls.room()):
                 taken, still_open = self._take(incoming, min(left, BATCH_PACKETS, room))
                 if not still_open:
                     return
-                if taken:
-                    left -= taken
-                    calls.batch_ended()
-                    signal = incoming.commit() or signal
-                elif self._poll_fast(incoming, polled):
-                    left -= 1
-                    polled = True
-                else:
+                if not taken:
                     empty = True
                     break
+                left -= taken
+                calls.batch_ended()
+                signal = incoming.commit() or signal
                 signal = calls.write_out() or signal
                 if signal:
                     signal = False
@@ -184,14 +164,6 @@ class Turns:
 
         Return how many packets were taken, and False if the device caused the channel to be closed meanwhile.
         """
-        fast = self._polled
-        if fast is not None and self._calls.fast_ready():
-            taken, size = incoming.take_with(fast.take, limit)
-            if taken:
-                self._counters.packets_in += taken
-                self._counters.bytes_in += size
-                return taken, True
-            limit = 1  # the fast path does not take the next packet, but perhaps the packets behind it
         batch = incoming.read_batch(limit)
         if not batch:
             return 0, True
@@ -201,13 +173,3 @@ class Turns:
         if done < len(batch):
             incoming.untake(batch[done:])
         return len(batch), True
-
-    def _poll_fast(self, incoming: IncomingRing, polled: bool) -> bool:
-        """Poll an empty ring and the requests of the fast path; with none in flight, once a turn.
-
-        Return whether a request has ended or packets have arrived.
-        """
-        fast = self._polled
-        if fast is None or not (fast.in_flight or (self._polling.active and not polled)):
-            return False
-        return fast.wait(incoming.watched()) or incoming.available > 0

@@ -157,7 +157,7 @@ class EngineDataPath:
         return self._gateway.doorbell_address(relid)
 
     def report_ranges(self, on: bool) -> None:
-        """See :class:`~vmbus.ports.NativeEngine`."""
+        """See :class:`~vmbus.machine.io.engines.MachineDataPath`."""
         self.engine.report_ranges(on)
 
     def _pieces(self, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -5,36 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
-from vmbus.ports import DataPath, EngineT, EventLoop, NativeEngine, NativeGuestMemory, NativeServices
+from vmbus.ports import DataPath, EngineT, NativeEngine, NativeGuestMemory, NativeServices
 
 
 class MachineDataPath(DataPath, Protocol):
     """A data path, as the machine sees it."""
 
     def report_ranges(self, on: bool) -> None:
-        """As :meth:`vmbus.ports.NativeEngine.report_ranges`."""
+        """Switch reports of every range stored, to :meth:`~vmbus.ports.NativeGuestMemory.filled_by_kernel`.
+
+        A range is reported before the guest gets the completion.
+        """
 
     def close(self) -> None:
         """End its thread."""
 
 
 class NativeEngines:
-    """:class:`~vmbus.ports.NativeServices` of one machine. ``ended`` is called when transfers have ended."""
+    """:class:`~vmbus.ports.NativeServices` of one machine."""
 
     def __init__(
-        self,
-        loop: EventLoop,
-        memory: NativeGuestMemory,
-        ended: Callable[[], None],
-        *,
-        spare_processor: bool = True,
-        start_data_path: Callable[[], MachineDataPath | None] = lambda: None,
+        self, memory: NativeGuestMemory, start_data_path: Callable[[], MachineDataPath | None] = lambda: None
     ) -> None:
         """``start_data_path`` is called when a device first wants :attr:`data_path`."""
-        self.loop = loop
         self.memory = memory
-        self.spare_processor = spare_processor
-        self._ended = ended
         self._engines: dict[Callable[[NativeServices], Any], NativeEngine | None] = {}
         self._reports_ranges = False
         self._start_data_path: Callable[[], MachineDataPath | None] | None = start_data_path
@@ -51,13 +45,8 @@ class NativeEngines:
 
     def engine(self, open_engine: Callable[[NativeServices], EngineT | None], /) -> EngineT | None:
         if open_engine not in self._engines:
-            opened = self._engines[open_engine] = open_engine(self)
-            if opened is not None and self._reports_ranges:
-                opened.report_ranges(True)
+            self._engines[open_engine] = open_engine(self)
         return cast("EngineT | None", self._engines[open_engine])
-
-    def transfers_ended(self) -> None:
-        self._ended()
 
     @property
     def in_flight(self) -> int:
@@ -65,12 +54,10 @@ class NativeEngines:
         return sum([each.in_flight for each in self._opened()])
 
     def report_ranges(self, on: bool) -> None:
-        """As :meth:`vmbus.ports.NativeEngine.report_ranges`, for engines opened now or later."""
+        """As :meth:`MachineDataPath.report_ranges`, also for a data path that is started later."""
         self._reports_ranges = on
         if self._data_path is not None:
             self._data_path.report_ranges(on)
-        for each in self._opened():
-            each.report_ranges(on)
 
     def close(self) -> None:
         """Close all engines; no more can be opened usefully. No channel is given."""
