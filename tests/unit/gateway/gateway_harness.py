@@ -97,9 +97,9 @@ class Harness:
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
-    def expect(self, word: str) -> list[str]:
-        """The next line of output, which begins with ``word``."""
-        line = self._lines.get(timeout=LIMIT)
+    def expect(self, word: str, limit: float = LIMIT) -> list[str]:
+        """The next line of output, which begins with ``word`` and comes within ``limit`` seconds."""
+        line = self._lines.get(timeout=limit)
         words = line.split()
         assert words and words[0] == word, f"expected {word!r}, the harness said {line!r}"
         return words[1:]

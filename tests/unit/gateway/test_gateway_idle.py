@@ -14,6 +14,7 @@ from vmbus.machine.qemu.qtest import LocalApics
 from vmbus.wire import gateway as wire
 from vmbus.wire.gateway import IdleState
 
+from tests.guest.matrix import full
 from tests.unit.gateway.gateway_harness import Harness
 
 Launch = Callable[..., Harness]
@@ -354,12 +355,15 @@ def test_an_interrupt_for_another_vcpu_does_not(launch: Launch) -> None:
 # --- many ---
 
 
+@pytest.mark.timeout(4 * 3600)
+@pytest.mark.parametrize("count", [20_000, full(50_000_000)])
 @pytest.mark.parametrize("vcpus", [1, 2, 4])
-def test_no_signal_is_lost(launch: Launch, vcpus: int) -> None:
+def test_no_signal_is_lost(launch: Launch, vcpus: int, count: int) -> None:
+    """Of two threads; ``count`` signals of each."""
     idle = Idle(launch(vcpus=vcpus), vcpus=vcpus, poll_ns=300_000)
-    idle.harness.send("stress 2 6 20000")
-    signals, raised, _sent, lost = map(int, idle.harness.expect("stressed"))
-    assert (signals, lost) == (40000, 0)
+    idle.harness.send(f"stress 2 6 {count}")
+    signals, raised, _sent, lost = map(int, idle.harness.expect("stressed", 60 + count / 5_000))
+    assert (signals, lost) == (2 * count, 0)
     assert raised > 0, "the vCPUs never polled: nothing was tested"
     assert idle.gateway.pending.waiting() == []
 
