@@ -42,6 +42,7 @@ from vmbus.provision.kernel import find_kernel
 from vmbus.provision.qemu import find_qemu
 from vmbus_devices.heartbeat import Heartbeat
 
+from tests.bench.fresh_moves import add_fresh
 from tests.bench.linux import KERNEL
 from tests.bench.reading import add_reading
 from tests.bench.report import Result
@@ -81,15 +82,17 @@ def run() -> Result:
     result = Result(f"Migration: {MEMORY >> 20} MiB, one vCPU, 6.12, {CHANNELS} open channels; in turn")
     for name, (command, interval) in LOADS.items():
         asyncio.run(_compare(result, name, command, interval))
+    add_fresh(result)
     add_reading(result)
     add_saving(result)
     add_log(result)
     return result
 
 
-async def _compare(result: Result, name: str, command: str, interval: float) -> None:
+def guest_options(command: str) -> GuestOptions:
+    """A guest that says ``up``, and then runs ``command``."""
     kernel = find_kernel(KERNEL)
-    options = GuestOptions(
+    return GuestOptions(
         kernel=kernel.vmlinuz,
         initrd=build_initramfs(
             kernel,
@@ -100,10 +103,14 @@ async def _compare(result: Result, name: str, command: str, interval: float) -> 
         append=" ".join(KERNEL_ARGUMENTS),
         command_port=True,
     )
+
+
+async def _compare(result: Result, name: str, command: str, interval: float) -> None:
+    options = guest_options(command)
     limit: dict[str, object] = {"downtime-limit": DOWNTIME_LIMIT[name]}
     own, alone, helped, prepared, size = [], [], [], [], 0
     async with (
-        _with_emulator(options, interval) as guest,
+        with_emulator(options, interval) as guest,
         _alone(options) as bare,
         _alone(options, helper=True) as side_channel,
     ):
@@ -147,7 +154,9 @@ async def _compare(result: Result, name: str, command: str, interval: float) -> 
 
 
 @contextlib.asynccontextmanager
-async def _with_emulator(options: GuestOptions, interval: float) -> AsyncIterator[Guest]:
+async def with_emulator(options: GuestOptions, interval: float) -> AsyncIterator[Guest]:
+    """A guest with 16 open channels, one of which has heartbeats every ``interval`` seconds."""
+
     def devices(_: Sequence[str] = ()) -> Sequence[Device]:
         plain = [Registry().create(line) for line in ("shutdown", "timesync")]
         first: list[Device] = [OneOfMany(interval, 0)]
