@@ -108,7 +108,7 @@ DOCS_VENV := build/docs-venv
 docs:
 	@[ -x $(DOCS_VENV)/bin/mkdocs ] && [ $(DOCS_VENV)/bin/mkdocs -nt pyproject.toml ] || { \
 		python3 -m venv $(DOCS_VENV) && \
-		$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		$(DOCS_VENV)/bin/python -m pip install -qq --disable-pip-version-check \
 			$$(python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])') && \
 		touch $(DOCS_VENV)/bin/mkdocs; }
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
