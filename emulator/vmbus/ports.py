@@ -390,6 +390,12 @@ class DataPathQueue(Protocol):
     def activity(self) -> tuple[int, int]:
         """Return how many requests were answered so far, and how many are under way."""
 
+    def oldest(self) -> float | None:
+        """Return when (``time.monotonic``) the oldest request without an answer was taken; ``None`` if all have."""
+
+    def overtaken(self) -> float | None:
+        """Return since when (``time.monotonic``) the server answers others in place of one request, if it does."""
+
     def close(self) -> None:
         """Release the queue after its server has ended: requests under way go back to the device's Python."""
 

@@ -6,60 +6,21 @@ import asyncio
 import os
 import signal
 import subprocess
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from vmbus.machine.engine.layout import QUEUE_RAM
-from vmbus.machine.engine.queue import EngineQueue
-from vmbus.machine.io.workers import WorkerThreads
 from vmbus.machine.qemu.storage_daemon import QemuImages
-from vmbus.ports import SharedFile
 from vmbus.provision.qemu import find_qemu
 from vmbus_devices.nbd.wire import Command
 from vmbus_devices.scsi.file import Cache
-from vmbus_devices.scsi.image import ImageBackend, ImageFile
+from vmbus_devices.scsi.image import ImageFile
 
-from tests.unit.engine.engine_guest import BUFFERS, PAGE, RAM, compile_device
-from tests.unit.fastpath.test_engine_storage import BLOCK, DISK, Disk, request
+from tests.unit.engine.engine_guest import BUFFERS, PAGE, compile_device
+from tests.unit.fastpath.image_disk import ImageDisk
+from tests.unit.fastpath.test_engine_storage import BLOCK, DISK, request
 
 pytestmark = pytest.mark.qemu
-LIMIT = 60.0
-
-
-class ImageDisk(Disk):
-    """The guest of the engine's tests, with a qcow2."""
-
-    def __init__(self, device: Path, image: Path, cache: Cache) -> None:
-        super().__init__(device)
-        self.backend = ImageBackend(QemuImages(), ImageFile(image, "qcow2", cache=cache))
-        self.workers = WorkerThreads(asyncio.get_running_loop())
-        ram = SharedFile(self.guest.ram_fd, RAM, QUEUE_RAM)
-        path = SimpleNamespace(make_queue=lambda: EngineQueue(self.guest.engine, ram))
-        native: Any = SimpleNamespace(data_path=path)
-        self.backend.use_native(native)
-        self.backend.use(self.workers)
-        self.backend.lock()
-
-    async def until(self, condition: Callable[[], object]) -> None:
-        end = time.monotonic() + LIMIT
-        while not condition():
-            assert time.monotonic() < end, "it does not come"
-            await asyncio.sleep(0.01)
-
-    def use(self) -> None:
-        self.unit.queue = self.backend.queue
-        assert self.unit.queue
-        self.path.change_unit(self.number, self.unit)
-
-    async def end(self) -> None:
-        self.backend.close()
-        assert await asyncio.to_thread(self.backend.wait_closed, LIMIT)
-        self.workers.close()
-        super().close()
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +41,7 @@ async def disk(
     device: Path, image: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[ImageDisk]:
     monkeypatch.delenv("VMBUS_FASTPATH", raising=False)
-    disk = ImageDisk(device, image, request.param)
+    disk = ImageDisk(device, QemuImages(), ImageFile(image, "qcow2", cache=request.param))
     yield disk
     await disk.end()
 

@@ -62,6 +62,15 @@ class Connector(Protocol):
     def activity(self) -> tuple[int, int]:
         """Return what the server does beside the connections: requests answered so far, and those under way."""
 
+    def oldest(self) -> float | None:
+        """As :meth:`Connection.oldest`, of what the server does beside the connections."""
+
+    def overtaken(self) -> float | None:
+        """As :meth:`Connection.overtaken`, of what the server does beside the connections."""
+
+    def give_up(self, why: str) -> None:
+        """Have later sessions use the connections alone."""
+
     def ended(self) -> None:
         """Called after a session, when all its connections are closed."""
 
@@ -78,6 +87,15 @@ class AddressConnector:
 
     def activity(self) -> tuple[int, int]:
         return 0, 0
+
+    def oldest(self) -> float | None:
+        return None
+
+    def overtaken(self) -> float | None:
+        return None
+
+    def give_up(self, why: str) -> None:
+        """Do nothing: connections are all that there is."""
 
     def ended(self) -> None:
         """Do nothing: connections are all that there is."""
@@ -220,7 +238,8 @@ class Client:
     @property
     def waited(self) -> float:
         """Seconds that the oldest request without an answer has waited for the server; 0 if there is none."""
-        sent = [at for each in tuple(self._session) if (at := each.oldest()) is not None]
+        ways: tuple[Connection | Connector, ...] = (*self._session, self._connector)
+        sent = [at for each in ways if (at := each.oldest()) is not None]
         return time.monotonic() - min(sent) if sent else 0.0
 
     def submit(self, request: Request) -> None:
@@ -405,6 +424,7 @@ class Client:
         """Wait for the end of a session, or until the server has not answered for :data:`STALL_TIMEOUT`."""
         seen = {each: (each.replies, time.monotonic()) for each in session}
         answered, answered_at = self._connector.activity()[0], time.monotonic()
+        ways: tuple[Connection | Connector, ...] = (*session, self._connector)
         with self._changed:
             while not (self._broken or self._closing or not self._wanted or self._interlude):
                 self._changed.wait(STALL_TIMEOUT / 8)
@@ -419,10 +439,12 @@ class Client:
                     now - since > STALL_TIMEOUT for since in (answered_at, *(at for _, at in seen.values()))
                 ):
                     self._broken = NbdError(f"the server has not answered for {STALL_TIMEOUT:g} s")
-                elif any(now - (each.overtaken() or now) > STALL_TIMEOUT for each in session):
+                elif any(_overtaken_for_long(each, now) for each in ways):
                     self._broken = NbdError(
                         f"the server has not answered a request for {STALL_TIMEOUT:g} s, while it answered others"
                     )
+                    if _overtaken_for_long(self._connector, now):
+                        self._connector.give_up(str(self._broken))
 
     def _receive(self, connection: Connection) -> None:
         error: Exception = NbdError("the receiver of replies failed")
@@ -451,3 +473,9 @@ class Client:
             if everything:
                 request.views.clear()  # views keep guest memory mapped
             request.done(OSError(errno.EIO, self.trouble or f"{self.name} is closed"))
+
+
+def _overtaken_for_long(way: Connection | Connector, now: float) -> bool:
+    """Return whether a request has waited for :data:`STALL_TIMEOUT` while others were answered."""
+    since = way.overtaken()
+    return since is not None and now - since > STALL_TIMEOUT

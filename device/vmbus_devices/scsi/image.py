@@ -149,6 +149,16 @@ class ServerConnector:
     def activity(self) -> tuple[int, int]:
         return (0, 0) if self._queues is None else self._queues.activity()
 
+    def oldest(self) -> float | None:
+        return None if self._queues is None else self._queues.oldest()
+
+    def overtaken(self) -> float | None:
+        return None if self._queues is None else self._queues.overtaken()
+
+    def give_up(self, why: str) -> None:
+        if self._queues is not None:
+            self._queues.give_up(why)
+
     def ended(self) -> None:
         while self._waiting:
             self._waiting.popleft().close()

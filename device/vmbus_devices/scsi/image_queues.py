@@ -40,8 +40,8 @@ class QueueUser(Protocol):
 class ImageQueues:
     """The queues of one back end, one after the other; ``writethrough``: each write is safe when it is answered.
 
-    :meth:`use_native` is called in the event loop's thread, :meth:`activity` in any, the other methods in that of the
-    client, which makes the sessions.
+    :meth:`use_native` is called in the event loop's thread, :meth:`activity`, :meth:`oldest` and :meth:`overtaken` in
+    any, the other methods in that of the client, which makes the sessions.
     """
 
     def __init__(self, user: QueueUser, *, writethrough: bool) -> None:
@@ -77,7 +77,7 @@ class ImageQueues:
         try:
             self._offer(stream)
         except (DeviceError, OSError) as error:
-            self._refuse(str(error))
+            self.give_up(str(error))
 
     def _offer(self, stream: socket.socket) -> None:
         queue = None if self._data_path is None else self._data_path.make_queue()
@@ -93,7 +93,8 @@ class ImageQueues:
         self._user.leaves_fua = self._user.flush_needed and not self.writethrough
         self._user.queue = number
 
-    def _refuse(self, why: str) -> None:
+    def give_up(self, why: str) -> None:
+        """Have no queue from the next session on."""
         self._refused = True
         _logger.warning("an image is served over NBD alone, which is slower: no queue: %s", why)
 
@@ -102,9 +103,19 @@ class ImageQueues:
         queue = self._queue
         return (0, 0) if queue is None else queue.activity()
 
+    def oldest(self) -> float | None:
+        """Return when (``time.monotonic``) the oldest request there was taken; ``None`` if there is none."""
+        queue = self._queue
+        return None if queue is None else queue.oldest()
+
+    def overtaken(self) -> float | None:
+        """Return since when (``time.monotonic``) the server answers others in place of one request, if it does."""
+        queue = self._queue
+        return None if queue is None else queue.overtaken()
+
     def _broken(self, why: str) -> None:
         """Give up a server that breaks the rules of the queue."""
-        self._refuse(f"the server breaks its rules: {why}")
+        self.give_up(f"the server breaks its rules: {why}")
         self.lost(DeviceError(f"the storage daemon breaks the rules of its queue: {why}"))
 
     def _ended(self) -> None:
@@ -124,7 +135,7 @@ class ImageQueues:
     def close(self, *, clean: bool) -> None:
         """Take back what a server that has ended did not answer; ``clean``: it ended because it was told to."""
         if self._hung_up and clean:
-            self._refuse("the server had closed it, and went on")
+            self.give_up("the server had closed it, and went on")
         self._hung_up = False
         if self._queue is not None:
             self._queue.close()

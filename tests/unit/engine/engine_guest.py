@@ -224,15 +224,21 @@ class EngineGuest:
         if self.words[7] & 0xFFFFFFFF:
             os.eventfd_write(self.wake_fd, 1)
 
+    def interrupted(self) -> bool:
+        """Take an interrupt of the vCPU, if there is one: by QEMU, or, if it polls, by itself."""
+        if select.select([self.qtest], [], [], 0)[0]:
+            self.interrupts += self.qtest.recv(4096).count(b"\n")
+            return True
+        if self.idle is not IdleState.RUNNING and self.words[1 + VECTOR // 64]:
+            self.words[1 + VECTOR // 64] = 0  # nobody else takes it in these tests: see the model
+            return True
+        return False
+
     def take_interrupt(self) -> None:
-        """Wait until the vCPU is interrupted: by QEMU, or, if it polls, by itself."""
+        """Wait until the vCPU is interrupted."""
         end = time.monotonic() + LIMIT
         while time.monotonic() < end:
-            if select.select([self.qtest], [], [], 0)[0]:
-                self.interrupts += self.qtest.recv(4096).count(b"\n")
-                return
-            if self.idle is not IdleState.RUNNING and self.words[1 + VECTOR // 64]:
-                self.words[1 + VECTOR // 64] = 0  # nobody else takes it in these tests: see the model
+            if self.interrupted():
                 return
         raise AssertionError(f"no interrupt: {self.engine.counts()}")
 

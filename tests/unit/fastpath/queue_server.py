@@ -74,11 +74,16 @@ class QueueServer:
 
     def take(self, count: int = 1) -> list[BlockRequest]:
         """Wait for ``count`` requests."""
-        found: list[BlockRequest] = []
+        found = self.come(count)
         while len(found) < count:
-            if self._u16(self.layout.available + 2) == self.seen:
-                self.wait()
-                continue
+            self.wait()
+            found += self.come(count - len(found))
+        return found
+
+    def come(self, limit: int) -> list[BlockRequest]:
+        """Return requests that are there already."""
+        found: list[BlockRequest] = []
+        while len(found) < limit and self._u16(self.layout.available + 2) != self.seen:
             at = self.layout.available + 4 + 2 * (self.seen % self.layout.entries)
             self.seen = (self.seen + 1) & 0xFFFF
             found.append(self._request(self._u16(at)))
@@ -119,7 +124,8 @@ class QueueServer:
         self.index = index & 0xFFFF
         self.write(self.layout.used + 2, self.index.to_bytes(2, "little"))
         if not self._u16(self.layout.available) & RingFlag.QUIET:
-            os.eventfd_write(self.layout.call_fd, 1)
+            with contextlib.suppress(BlockingIOError):  # it is as full as it can be
+                os.eventfd_write(self.layout.call_fd, 1)
 
     def answer(self, request: BlockRequest, status: int = BLOCK_OK, length: int | None = None) -> None:
         self.write(request.status, bytes((status,)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from vmbus.machine.engine.queue import EngineQueue
 from vmbus.ports import SharedFile
 
 from tests.unit.engine.engine_guest import BUFFERS, PAGE, RAM, compile_device
-from tests.unit.fastpath.queue_server import QueueServer
+from tests.unit.fastpath.queue_server import BlockRequest, QueueServer
 from tests.unit.fastpath.test_engine_storage import BLOCK, Disk, request
 
 IO_ERROR = 1
@@ -211,6 +212,80 @@ def test_what_a_dead_server_did_not_answer_is_returned_and_what_it_did_is_answer
     }
     assert seen == set(range(1, 8))
     assert disk.path.depth(disk.number) == 0
+
+
+def test_a_dead_server_s_requests_come_back_in_their_order(disk: QueuedDisk) -> None:
+    guest, server = disk.guest, disk.server
+    guest.give()
+    guest.send(read(1, 0, 8, BUFFERS), read(2, 8, 8, BUFFERS), read(3, 16, 8, BUFFERS))
+    requests = server.take(3)
+    for one in requests[1::-1]:
+        server.answer(one)
+    guest.receive(2)
+    packets = [read(4 + number, 0, 8, BUFFERS) for number in range(3)]  # their slots are not in this order
+    guest.send(*packets)
+    server.take(3)
+    disk.queue.close()
+    guest.dispatch(lambda: len(guest.returned) == 4)
+    assert guest.returned == [read(3, 16, 8, BUFFERS), *packets]
+
+
+def test_the_oldest_request_and_since_when_it_is_overtaken(disk: QueuedDisk) -> None:
+    guest, server, queue = disk.guest, disk.server, disk.queue
+
+    def answer(one: BlockRequest) -> None:
+        server.answer(one)
+        guest.receive(1)
+
+    def taken(number: int) -> tuple[BlockRequest, float]:
+        before = time.monotonic()
+        guest.send(read(number, 8 * number, 8, BUFFERS))
+        (one,) = server.take()
+        return one, before
+
+    assert (queue.oldest(), queue.overtaken()) == (None, None)
+    guest.give()
+    first, before_first = taken(1)
+    second, _ = taken(2)
+    third, _ = taken(3)
+    fourth, before_fourth = taken(4)
+    oldest = queue.oldest()
+    assert oldest is not None
+    assert before_first <= oldest <= time.monotonic()
+    assert queue.overtaken() is None  # it waits behind nobody
+    answer(second)
+    since = queue.overtaken()
+    assert since is not None
+    assert oldest < since <= time.monotonic()
+    answer(third)
+    assert (queue.oldest(), queue.overtaken()) == (oldest, since)
+    fifth, _ = taken(5)
+    answer(first)
+    assert queue.overtaken() is None  # the fourth has waited long, but behind others
+    oldest = queue.oldest()
+    assert oldest is not None
+    assert before_fourth <= oldest <= time.monotonic()
+    answer(fifth)
+    since = queue.overtaken()
+    assert since is not None
+    assert since > oldest
+    answer(fourth)
+    assert (queue.oldest(), queue.overtaken()) == (None, None)
+
+
+def test_a_closed_queue_is_not_taken_for_its_successor(disk: QueuedDisk) -> None:
+    """It has the same place in the engine."""
+    guest = disk.guest
+    number = disk.unit.queue
+    disk.queue.close()
+    second = disk.new_queue()
+    disk.use(second)
+    guest.give()
+    guest.send(read(1, 0, 8, BUFFERS))
+    guest.dispatch(lambda: second.activity() == (0, 1))
+    assert guest.engine.queue_activity(number) == (0, 0)
+    assert guest.engine.queue_times(number) == (0, 0)
+    second.close()
 
 
 def test_a_request_for_a_queue_that_is_gone_is_left_to_python(disk: QueuedDisk) -> None:

@@ -49,6 +49,9 @@ class Server:
     export: str = "disk"
     beside: tuple[int, int] = (0, 0)
     """What it does beside the connections."""
+    beside_overtaken: float | None = None
+    """Since when it leaves a request out there."""
+    given_up: list[str] = field(default_factory=list)
     #: Called with (command, flags, offset, length) before each request; returns an errno, or bytes to send instead.
     before: Callable[[int, int, int, int, int], int | bytes | None] | None = None
     #: In place of the negotiation.
@@ -73,6 +76,15 @@ class Server:
 
     def activity(self) -> tuple[int, int]:
         return self.beside
+
+    def oldest(self) -> float | None:
+        return self.beside_overtaken
+
+    def overtaken(self) -> float | None:
+        return self.beside_overtaken
+
+    def give_up(self, why: str) -> None:
+        self.given_up.append(why)
 
     def ended(self) -> None:
         self.ended_sessions += 1

@@ -643,3 +643,22 @@ def test_a_server_that_does_nothing_beside_the_connections_is_lost(
     view = memoryview(bytearray(512))
     backend.read(0, [view])
     assert server.sessions >= sessions
+
+
+def test_a_server_that_leaves_out_a_request_beside_the_connections_is_lost_once(
+    server: Server, opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(client_module, "STALL_TIMEOUT", 0.2)
+    server.beside = (7, 1)
+    server.beside_overtaken = time.monotonic()
+    backend = opened(server)
+    while not server.given_up:
+        assert time.monotonic() < server.beside_overtaken + TIMEOUT, "it does not come"
+        server.beside = (server.beside[0] + 1, 1)  # it does something
+        time.sleep(0.01)
+    server.beside_overtaken = None
+    server.beside = (0, 0)
+    until(lambda: server.sessions == 2)
+    assert server.given_up == ["the server has not answered a request for 0.2 s, while it answered others"]
+    assert server.given_up[0] in caplog.text
+    assert read(backend, 0, 512) == server.data[:512]

@@ -30,6 +30,12 @@ class Queue:
     def activity(self) -> tuple[int, int]:
         return 5, 2
 
+    def oldest(self) -> float | None:
+        return 10.0
+
+    def overtaken(self) -> float | None:
+        return 20.0
+
     def close(self) -> None:
         self.closed = True
 
@@ -89,9 +95,11 @@ def test_each_session_has_a_queue_of_its_own(bench: Bench) -> None:
         with bench.session():
             assert (bench.user.queue, bench.user.leaves_fua) == (number, True)
             assert bench.queues.activity() == (5, 2)
+            assert (bench.queues.oldest(), bench.queues.overtaken()) == (10.0, 20.0)
             bench.end()
     assert [each.closed for each in bench.queues_made] == [True, True]
     assert bench.queues.activity() == (0, 0)
+    assert (bench.queues.oldest(), bench.queues.overtaken()) == (None, None)
 
 
 def test_the_queue_is_not_used_before_its_server_has_ended_and_not_closed_before(bench: Bench) -> None:
@@ -172,6 +180,13 @@ def test_a_server_that_breaks_the_rules_is_given_up_and_its_successor_has_no_que
             "the storage daemon breaks the rules of its queue: it lies"
         ]
         bench.end(clean=False)
+    assert not bench.queues.wanted
+
+
+def test_a_queue_that_is_given_up_has_no_successor(bench: Bench) -> None:
+    with bench.session():
+        bench.queues.give_up("it leaves out a request")
+        bench.end()
     assert not bench.queues.wanted
 
 

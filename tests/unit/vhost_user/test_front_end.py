@@ -2,68 +2,19 @@
 
 from __future__ import annotations
 
-import array
-import contextlib
 import os
 import socket
 import struct
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from vmbus.ports import QueueLayout, SharedFile
 from vmbus_devices.vhost_user import VhostUserError, offer_queue
 from vmbus_devices.vhost_user.wire import Feature, Message, ProtocolFeature
 
+from tests.unit.vhost_user.back_end import FEATURES, REPLY, Answer, Server, reply
+
 TIMEOUT = 5.0
-FEATURES = int(Feature.VERSION_1 | Feature.PROTOCOL_FEATURES | Feature.INDIRECT | Feature.FLUSH) | 1 << 24
-REPLY, NEED_REPLY = 4, 8
-PROTOCOL = int(ProtocolFeature.REPLY_ACK) | 1
-
-Answer = Callable[[int, int], bytes | None]
-
-
-def reply(message: int, value: int, *, flags: int = 1 | REPLY, size: int = 8) -> bytes:
-    return struct.pack("<IIIQ", message, flags, size, value)
-
-
-class Server(threading.Thread):
-    """``answer(message, flags)`` returns its reply; ``None``: the ordinary one; empty: none, and the end."""
-
-    def __init__(self, stream: socket.socket, answer: Answer) -> None:
-        super().__init__(daemon=True)
-        self.stream = stream
-        self.answer = answer
-        self.heard: list[tuple[int, int, bytes, int]] = []
-        """Message, flags, payload, and the number of descriptors that came with it."""
-        self.start()
-
-    def run(self) -> None:
-        with self.stream, contextlib.suppress(OSError):  # the front end has ended
-            while True:
-                data, ancillary, _, _ = self.stream.recvmsg(12, socket.CMSG_SPACE(8 * 4))
-                if len(data) < 12:
-                    return
-                message, flags, size = struct.unpack("<III", data)
-                payload = self.stream.recv(size, socket.MSG_WAITALL) if size else b""
-                descriptors = array.array("i")
-                for _, _, found in ancillary:
-                    descriptors.frombytes(found)
-                for each in descriptors:
-                    os.close(each)
-                self.heard.append((message, flags, payload, len(descriptors)))
-                answer = self.answer(message, flags)
-                if answer is None:
-                    answer = self.ordinary(message, flags)
-                elif not answer:
-                    return
-                self.stream.sendall(answer)
-
-    def ordinary(self, message: int, flags: int) -> bytes:
-        values = {Message.GET_FEATURES: FEATURES, Message.GET_PROTOCOL_FEATURES: PROTOCOL}
-        if message in values:
-            return reply(message, values[Message(message)])
-        return reply(message, 0) if flags & NEED_REPLY else b""
 
 
 @pytest.fixture

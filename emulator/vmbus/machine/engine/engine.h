@@ -50,6 +50,7 @@ struct request {
     uint32_t queue;     /* 1 + the index of the queue that it is in; 0: in none */
     uint32_t length;    /* bytes of data in the queue */
     uint32_t room;      /* bytes that the server may write */
+    uint32_t older, newer; /* its neighbours there; MAX_SLOTS: none */
     uint64_t begun_ns;
     uint8_t answer[MAX_ANSWER];
     uint8_t packet[MAX_PACKET];
@@ -100,11 +101,13 @@ struct queue {
     uint8_t *memory; /* shared with the server: all of it is written, of it only the used ring and the statuses are read */
     int kick_fd, call_fd;
     uint16_t available, used;
+    uint32_t oldest, newest;      /* slots of requests without an answer; MAX_SLOTS: none */
     uint32_t unkicked;            /* requests of which the server was not told */
     uint32_t kicking, kick_again; /* an entry of the io_uring writes to kick_fd */
     uint32_t armed, cancelled;    /* another one polls call_fd */
     _Atomic uint32_t in_flight, trouble;
     _Atomic uint64_t answered;
+    _Atomic uint64_t oldest_ns, overtaken_ns; /* as in struct queue_state */
 };
 
 struct command {

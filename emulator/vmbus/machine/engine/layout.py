@@ -225,10 +225,12 @@ class QueueSetup(Structure):
 
 
 class QueueState(Structure):
-    """How a queue is; see :class:`QueueTrouble`."""
+    """How a queue is; times are of CLOCK_MONOTONIC. See :class:`QueueTrouble`."""
 
     _fields_ = [
         ("answered", c_uint64),
+        ("oldest_ns", c_uint64),  # when the oldest request without an answer was taken; 0: there is none
+        ("overtaken_ns", c_uint64),  # since when others are answered in place of that one; 0: none was
         ("under_way", c_uint32),
         ("trouble", c_uint32),
     ]

@@ -23,6 +23,7 @@ from vmbus.machine.engine.thread import Engine
 from vmbus.machine.io.addresses import address_of
 from vmbus.ports import QueueLayout, SharedFile
 
+_NANOSECOND = 1e-9
 _REASONS = {
     QueueTrouble.TOO_MANY: "it has answered more requests than there are",
     QueueTrouble.UNKNOWN: "it has answered a request that it does not have",
@@ -76,7 +77,13 @@ class EngineQueue:
         return self._number
 
     def activity(self) -> tuple[int, int]:
-        return self._engine.queue_activity(self._number) if self._number else (0, 0)
+        return self._engine.queue_activity(self._number)
+
+    def oldest(self) -> float | None:
+        return self._engine.queue_times(self._number)[0] * _NANOSECOND or None
+
+    def overtaken(self) -> float | None:
+        return self._engine.queue_times(self._number)[1] * _NANOSECOND or None
 
     def close(self) -> None:
         number, self._number = self._number, 0

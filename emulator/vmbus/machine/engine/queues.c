@@ -71,6 +71,49 @@ static int has_answers(const struct queue *queue)
     return __atomic_load_n(&used_head(queue)[1], __ATOMIC_ACQUIRE) != queue->used;
 }
 
+static void set_oldest(const struct engine *engine, struct queue *queue, uint32_t slot)
+{
+    queue->oldest = slot;
+    atomic_store_explicit(&queue->oldest_ns, slot < MAX_SLOTS ? engine->request[slot].begun_ns : 0,
+                          memory_order_relaxed);
+    atomic_store_explicit(&queue->overtaken_ns, 0, memory_order_relaxed);
+}
+
+static void add(struct engine *engine, struct queue *queue, uint32_t slot)
+{
+    struct request *request = &engine->request[slot];
+
+    request->queue = (uint32_t)(queue - engine->queue) + 1;
+    request->older = queue->newest;
+    request->newer = MAX_SLOTS;
+    if (request->older < MAX_SLOTS)
+        engine->request[request->older].newer = slot;
+    else
+        set_oldest(engine, queue, slot);
+    queue->newest = slot;
+    atomic_fetch_add_explicit(&queue->in_flight, 1, memory_order_relaxed);
+}
+
+/* The request is answered, at `now`, or comes back. */
+static void take_out(struct engine *engine, struct queue *queue, uint32_t slot, uint64_t now)
+{
+    struct request *request = &engine->request[slot];
+
+    request->queue = 0;
+    if (request->newer < MAX_SLOTS)
+        engine->request[request->newer].older = request->older;
+    else
+        queue->newest = request->older;
+    if (request->older >= MAX_SLOTS)
+        set_oldest(engine, queue, request->newer);
+    else {
+        engine->request[request->older].newer = request->newer;
+        if (!atomic_load_explicit(&queue->overtaken_ns, memory_order_relaxed))
+            atomic_store_explicit(&queue->overtaken_ns, now, memory_order_relaxed);
+    }
+    atomic_fetch_sub_explicit(&queue->in_flight, 1, memory_order_relaxed);
+}
+
 /* Have the server do the transfer of a request. Return 0 if that is not possible now. */
 uint32_t queue_transfer(struct engine *engine, uint32_t slot, uint32_t number, const struct iovec *iov, uint32_t count,
                         uint64_t offset, int is_write)
@@ -100,13 +143,12 @@ uint32_t queue_transfer(struct engine *engine, uint32_t slot, uint32_t number, c
                                       DESCRIPTOR_WRITE, 0 };
     struct descriptor *entry = (struct descriptor *)queue->memory + slot;
     *entry = (struct descriptor){ QUEUE_MEMORY + table_place, n * (uint32_t)sizeof(*table), DESCRIPTOR_INDIRECT, 0 };
-    engine->request[slot].queue = (uint32_t)(queue - engine->queue) + 1;
     engine->request[slot].length = (uint32_t)length;
     engine->request[slot].room = is_write ? 1 : (uint32_t)length + 1;
     uint16_t *ring = available(queue);
     ring[2 + queue->available % MAX_SLOTS] = (uint16_t)slot;
     __atomic_store_n(&ring[1], ++queue->available, __ATOMIC_RELEASE);
-    atomic_fetch_add_explicit(&queue->in_flight, 1, memory_order_relaxed);
+    add(engine, queue, slot);
     queue->unkicked++;
     engine->unkicked++;
     return 1;
@@ -202,8 +244,7 @@ static uint32_t collect(struct engine *engine, struct queue *queue, uint64_t now
             (const struct block_request *)(queue->memory + QUEUE_REQUESTS + (uint64_t)slot * QUEUE_REQUEST_SIZE);
         uint8_t status = __atomic_load_n(&shared->status, __ATOMIC_RELAXED);
         int done = status == BLOCK_OK && (written == request->room || request->room == 1);
-        request->queue = 0;
-        atomic_fetch_sub_explicit(&queue->in_flight, 1, memory_order_relaxed);
+        take_out(engine, queue, slot, now);
         request_completed(engine, slot, done ? (int32_t)request->length : -EIO, now);
     }
     atomic_fetch_add_explicit(&queue->answered, count, memory_order_relaxed);
@@ -304,6 +345,7 @@ uint32_t queue_open(struct engine *engine, const struct queue_setup *setup)
     /* Descriptors of its own: entries of the io_uring may name them after Python has closed its own. */
     queue->number = engine->opened * MAX_QUEUES + index;
     queue->memory = setup->memory;
+    queue->oldest = queue->newest = MAX_SLOTS;
     queue->kick_fd = fcntl(setup->kick_fd, F_DUPFD_CLOEXEC, 0);
     queue->call_fd = fcntl(setup->call_fd, F_DUPFD_CLOEXEC, 0);
     __atomic_store_n(&available(queue)[0], RING_QUIET, __ATOMIC_RELAXED);
@@ -325,14 +367,11 @@ void queue_close(struct engine *engine, uint32_t number, uint64_t now)
     queue->open = 0;
     engine->unkicked -= queue->unkicked;
     queue->unkicked = queue->kick_again = 0;
-    for (uint32_t slot = 0; slot < MAX_SLOTS; slot++) {
-        struct request *request = &engine->request[slot];
-        if (request->state == UNDER_WAY && request->queue == queue - engine->queue + 1u) {
-            request->queue = 0;
-            request_completed(engine, slot, -EIO, now);
-        }
+    while (queue->oldest < MAX_SLOTS) {
+        uint32_t slot = queue->oldest;
+        take_out(engine, queue, slot, now);
+        request_completed(engine, slot, -EIO, now);
     }
-    atomic_store(&queue->in_flight, 0);
     queue->memory = NULL;
     cancel(engine, queue);
     free_if_unused(queue);
@@ -376,6 +415,8 @@ EXPORT void engine_queue_state(struct engine *engine, uint32_t number, struct qu
     struct queue *queue = &engine->queue[number % MAX_QUEUES];
 
     *state = (struct queue_state){ .answered = atomic_load(&queue->answered),
+                                   .oldest_ns = atomic_load(&queue->oldest_ns),
+                                   .overtaken_ns = atomic_load(&queue->overtaken_ns),
                                    .under_way = atomic_load(&queue->in_flight),
                                    .trouble = atomic_load(&queue->trouble) };
 }

@@ -299,7 +299,7 @@ class Engine:
     def open_queue(
         self, address: int, kick_fd: int, call_fd: int, broken: Callable[[QueueTrouble], None]
     ) -> int:
-        """Use a queue that its server has accepted, and return its number; 0: there are too many, or no engine.
+        """Use a queue that its server has accepted, and return its number; 0: too many, no descriptors, no engine.
 
         ``address``: of :data:`~vmbus.machine.engine.layout.QUEUE_SIZE` bytes of zeros, shared with the server.
         ``broken`` is called in the event loop's thread, and the queue is to be closed then, after its server.
@@ -322,13 +322,27 @@ class Engine:
 
     def queue_activity(self, number: int) -> tuple[int, int]:
         """Return how many requests a queue's server has answered, and how many are under way."""
-        with self._ending:
-            return self._state(number)[:2] if self._engine else (0, 0)
+        state = self._state(number)
+        return state.answered, state.under_way
 
-    def _state(self, number: int) -> tuple[int, int, QueueTrouble]:
+    def queue_times(self, number: int) -> tuple[int, int]:
+        """Return when the oldest request of a queue was taken, and since when others are answered in place of it.
+
+        In nanoseconds of ``time.monotonic_ns``; 0: there is none, or none was.
+        """
+        state = self._state(number)
+        return state.oldest_ns, state.overtaken_ns
+
+    def _state(self, number: int) -> QueueState:
+        """Return the state of a queue; zeros if it is closed, and its place perhaps another's."""
+        with self._ending:
+            return self._look(number)
+
+    def _look(self, number: int) -> QueueState:
         state = QueueState()
-        self._library.queue_state(self._engine, number, byref(state))
-        return state.answered, state.under_way, QueueTrouble(state.trouble)
+        if self._engine and number in self._queues:
+            self._library.queue_state(self._engine, number, byref(state))
+        return state
 
     # --- reports ---
 
@@ -351,8 +365,10 @@ class Engine:
                     owner = self._owners[event.index][0]
                     _guarded(owner, owner.engine_left)
             elif event.kind == EventKind.QUEUE:
-                if (broken := self._queues.get(event.index)) is not None:
-                    broken(self._state(event.index)[2])
+                with self._ending:
+                    broken, state = self._queues.get(event.index), self._look(event.index)
+                if broken is not None:
+                    broken(QueueTrouble(state.trouble))
             else:
                 self._slot(EventKind(event.kind), event.index)
 
