@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What a device brings to the engine, and what it may use there: all that the compiled code of a device needs to know.
- * It is a library of its own; Python passes the addresses of its two functions.
+ * What a device brings to the engine, and what it may use there: all that the compiled code of a device needs to
+ * know. It is a library of its own; Python passes the addresses of its two functions.
  */
 #ifndef ENGINE_DEVICE_H
 #define ENGINE_DEVICE_H
@@ -16,8 +16,8 @@ struct engine_services {
     uint32_t (*transfer)(struct engine *engine, uint32_t slot, int fd, const struct iovec *iov, uint32_t count,
                          uint64_t offset, int is_write, int flags);
     /*
-     * Let the server of a queue do it. `iov` lies in the file of guest RAM, and need not stay. 0: not possible now, or the
-     * server has ended.
+     * Let the server of a queue do it. `iov` lies in the file of guest RAM, and need not stay. 0: not possible now,
+     * or the server has ended.
      */
     uint32_t (*queue_transfer)(struct engine *engine, uint32_t slot, uint32_t queue, const struct iovec *iov,
                                uint32_t count, uint64_t offset, int is_write);
@@ -30,14 +30,14 @@ struct engine_services {
 /* Both functions are called in the engine's thread, one at a time, and do not wait. */
 struct engine_device {
     /*
-     * Start the request of a packet with transfer(), queue_transfer() or ended(). `packet`: a private copy of `size` bytes, which stays
-     * until the request is answered. 0: nothing was started, and Python has to process the packet.
+     * Start the request of a packet with transfer(), queue_transfer() or ended(). `packet`: a private copy of `size`
+     * bytes, which stays until the request is answered. 0: nothing was started, and Python has to process the packet.
      */
     uint32_t (*take)(void *context, const struct engine_services *services, struct engine *engine, uint32_t slot,
                      const uint8_t *packet, uint32_t size);
     /*
-     * Write the answer of a request that has ended, a packet without trailer of at most 128 bytes, and return its size;
-     * `result`: bytes transferred, or minus an errno. 0: Python has to process the packet.
+     * Write the answer of a request that has ended, a packet without trailer of at most 128 bytes, and return its
+     * size; `result`: bytes transferred, or minus an errno. 0: Python has to process the packet.
      */
     uint32_t (*complete)(void *context, const struct engine_services *services, struct engine *engine, uint32_t slot,
                          const uint8_t *packet, int32_t result, uint8_t *answer);

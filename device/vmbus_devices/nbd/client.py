@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from vmbus.errors import DeviceError
+from vmbus.errors import DeviceError, UserError
 from vmbus.ports import Workers
 
 from vmbus_devices.nbd.connection import Connection, Request
@@ -105,7 +105,7 @@ class Client:
     """A client of one export.
 
     ``name``: for messages; ``connections``: at most, where the server allows several; ``reconnect``: seconds for
-    which requests wait for a lost server.
+    which requests wait for a lost server. Raises :class:`~vmbus.errors.UserError` where no thread can be started.
     """
 
     def __init__(
@@ -135,7 +135,13 @@ class Client:
         self._interlude: Callable[[], None] | None = None
         self._workers: Workers | None = None
         self._thread = threading.Thread(target=self._run, name=f"nbd {name}", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise UserError(
+                f"{name} cannot be connected: {error}; raise the limit of processes and threads (ulimit -u, or "
+                "that of the container), or end other programs"
+            ) from error
 
     # --- in any thread ---
 

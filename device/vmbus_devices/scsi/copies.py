@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+from vmbus import durable
 from vmbus.bus.io.snapshots import DiskSnapshot
 from vmbus.errors import DeviceError, UserError
 from vmbus.private import check_trusted
@@ -85,9 +86,8 @@ class FileCopies:
             try:
                 with self._source() as source, _opened(part, os.O_RDWR | os.O_CREAT | os.O_EXCL) as copy:
                     _copy(source, copy)
-                    os.fsync(copy)
-                part.rename(path)
-                self._sync()
+                durable.synchronize(part)
+                durable.replace(part, path)
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise
@@ -116,7 +116,7 @@ class FileCopies:
         path = self._path(name)
         try:
             path.unlink()
-            self._sync()
+            durable.synchronize(self._folder)
         except OSError as error:
             raise self._failed(f"the copy {path.name} cannot be deleted", error) from error
 
@@ -146,10 +146,6 @@ class FileCopies:
         if len(os.fsencode(_PART + found)) > _MAX_FILE_NAME:
             raise DeviceError(f"the name of the copy, {found}, is too long for a file; choose a shorter name")
         return self._folder / found
-
-    def _sync(self) -> None:
-        with _opened(self._folder, os.O_RDONLY | os.O_DIRECTORY) as folder:
-            os.fsync(folder)
 
     def _failed(self, what: str, error: OSError) -> DeviceError:
         return DeviceError(f"{what} in {self._folder}: {error.strerror}")

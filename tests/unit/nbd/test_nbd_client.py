@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vmbus.errors import DeviceError
+from vmbus.errors import DeviceError, UserError
 from vmbus.machine.io.workers import WorkerThreads
 from vmbus_devices.nbd import client as client_module
 from vmbus_devices.nbd.client import Client
@@ -355,6 +355,17 @@ def test_a_thread_that_cannot_be_started_costs_the_connection_and_not_the_disk(
     assert not refused.acquire(blocking=False)
     assert backend.client.sessions > 1
     assert read(backend, 0, 512) == bytes(512)
+
+
+def test_a_client_without_a_thread_says_what_to_do(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(
+        UserError, match="nbd://test cannot be connected: can't start new thread; raise the limit"
+    ):
+        Client(server, "nbd://test")
 
 
 @pytest.mark.parametrize("structured", [False, True])

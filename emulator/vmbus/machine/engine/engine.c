@@ -477,8 +477,8 @@ EXPORT uint32_t engine_give(struct engine *engine, struct channel_setup *setup)
 }
 
 /*
- * Take a channel back. When this returns, the engine does not touch the rings, and answers that the guest does not have
- * are events. Transfers under way end later, as events too.
+ * Take a channel back. When this returns, the engine does not touch the rings, and answers that the guest does not
+ * have are events. Transfers under way end later, as events too.
  */
 EXPORT void engine_recall(struct engine *engine, uint32_t channel, struct recalled *recalled)
 {
@@ -545,7 +545,10 @@ EXPORT const uint8_t *engine_answer(struct engine *engine, uint32_t slot, uint32
     return engine->request[slot].answer;
 }
 
-/* `all`: these are all ranges that were stored into, and their notes are as they were; else those whose note was cleared. */
+/*
+ * `all`: these are all ranges that were stored into, and their notes are as they were; else those whose note was
+ * cleared.
+ */
 EXPORT const struct range *engine_ranges(struct engine *engine, uint32_t slot, uint32_t *count, uint32_t *all)
 {
     *count = engine->request[slot].noted;

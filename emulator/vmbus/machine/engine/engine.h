@@ -7,12 +7,13 @@
  *                          |              +------> queue ----------+  |
  *                          +--not plain: LEFT --> Python <--failed, or code was stored over--+
  *
- * docs/decisions/0006-native-data-path.md is the design. What is here: GIVE and RECALL, the rings, the policy, signals,
- * and the mirror of requests for a successor. A channel with a packet that the device leaves to Python is LEFT: the
- * engine does not touch its rings any more, Python recalls it, handles the packet, and gives the channel again.
+ * docs/decisions/0006-native-data-path.md is the design. What is here: GIVE and RECALL, the rings, the policy,
+ * signals, and the mirror of requests for a successor. A channel with a packet that the device leaves to Python is
+ * LEFT: the engine does not touch its rings any more, Python recalls it, handles the packet, and gives the channel
+ * again.
  *
- * The thread owns everything in `struct engine` that is not said to be somebody else's. Guest memory is read once, into
- * private memory, and checked there. The mirror is written, and never read: another process maps it.
+ * The thread owns everything in `struct engine` that is not said to be somebody else's. Guest memory is read once,
+ * into private memory, and checked there. The mirror is written, and never read: another process maps it.
  */
 #ifndef ENGINE_H
 #define ENGINE_H
@@ -98,7 +99,7 @@ struct uring {
 struct queue {
     uint32_t number; /* 0: free */
     uint32_t open;   /* requests are taken, and the used ring is looked at */
-    uint8_t *memory; /* shared with the server: all of it is written, of it only the used ring and the statuses are read */
+    uint8_t *memory; /* shared with the server; of it only the used ring and the statuses are read */
     int kick_fd, call_fd;
     uint16_t available, used;
     uint32_t oldest, newest;      /* slots of requests without an answer; MAX_SLOTS: none */

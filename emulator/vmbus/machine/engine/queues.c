@@ -5,12 +5,12 @@
  *      queue_transfer(): table of a slot, available ring --queues_kick()--> server
  *      queues_collect(): used ring --checks--> request_completed()
  *
- * Data moves between the server and guest RAM, of which the server has the file: the descriptors point there. The slot
- * of a request is also its entry, so there is always room. The server has read an image, and is not trusted: nothing that
- * it can write is believed but the used ring and the statuses, each number of them once and after a check. Where it breaks
- * a rule the queue is not looked at any more, and Python ends the server; only then are its requests given to Python, so
- * that none is done twice at the same time. Its eventfds are written and waited for by the io_uring alone: whoever shares
- * an eventfd can make its readers and writers block.
+ * Data moves between the server and guest RAM, of which the server has the file: the descriptors point there. The
+ * slot of a request is also its entry, so there is always room. The server has read an image, and is not trusted:
+ * nothing that it can write is believed but the used ring and the statuses, each number of them once and after a
+ * check. Where it breaks a rule the queue is not looked at any more, and Python ends the server; only then are its
+ * requests given to Python, so that none is done twice at the same time. Its eventfds are written and waited for by
+ * the io_uring alone: whoever shares an eventfd can make its readers and writers block.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -399,8 +399,8 @@ EXPORT uint32_t engine_open_queue(struct engine *engine, struct queue_setup *set
 }
 
 /*
- * Forget a queue whose server has ended, in any thread. What is under way there has failed; when this returns, its memory
- * and descriptors are not used any more.
+ * Forget a queue whose server has ended, in any thread. What is under way there has failed; when this returns, its
+ * memory and descriptors are not used any more.
  */
 EXPORT void engine_close_queue(struct engine *engine, uint32_t number)
 {

@@ -44,8 +44,8 @@ void request_free(struct engine *engine, uint32_t slot)
 }
 
 /*
- * Copy what a successor needs; the state is stored last. A request that is done stays one that is taken until its answer
- * is complete: at every moment the mirror has it as one or the other.
+ * Copy what a successor needs; the state is stored last. A request that is done stays one that is taken until its
+ * answer is complete: at every moment the mirror has it as one or the other.
  */
 void request_mirror(struct engine *engine, uint32_t slot)
 {

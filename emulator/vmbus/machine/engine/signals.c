@@ -4,8 +4,8 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /*
- * Set bits of a word in guest memory, whose other bits the guest clears at the same time; return the word from before.
- * A full fence: stores before it are visible to whoever sees the bits, and loads after it are made later.
+ * Set bits of a word in guest memory, whose other bits the guest clears at the same time; return the word from
+ * before. A full fence: stores before it are visible to whoever sees the bits, and loads after it are made later.
  */
 EXPORT uint32_t signals_set_bits(uint32_t *word, uint32_t bits)
 {

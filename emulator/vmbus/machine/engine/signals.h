@@ -2,8 +2,8 @@
 /*
  * Signals to the guest: event flags in its memory, and interrupts that a vCPU raises by itself.
  *
- * docs/gateway.md#interrupts-before-hlt has the protocol, the gateway's idle.c the other side of it. All functions may
- * be called from any thread; none of them waits.
+ * docs/gateway.md#interrupts-before-hlt has the protocol, the gateway's idle.c the other side of it. All functions
+ * may be called from any thread; none of them waits.
  */
 #ifndef SIGNALS_H
 #define SIGNALS_H
