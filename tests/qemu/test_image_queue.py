@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import hashlib
 import os
 import signal
 import subprocess
@@ -116,3 +118,43 @@ async def test_a_queue_whose_rules_are_broken_is_replaced_by_nbd(disk: ImageDisk
     await asyncio.to_thread(backend.read, 0, [found])
     assert backend.status()["path"] == "nbd"
     assert backend.client.trouble == ""
+
+
+async def test_what_cannot_be_read_is_known_at_once_and_costs_no_daemon(
+    device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compressed clusters, whose bytes are others for a while."""
+    monkeypatch.delenv("VMBUS_FASTPATH", raising=False)
+    raw, image = tmp_path / "raw", tmp_path / "disk.qcow2"
+    content = b"".join(hashlib.sha256(b"%d" % each).hexdigest().encode() for each in range(DISK // 64))
+    raw.write_bytes(content)
+    line = [*find_qemu().qemu_img(), "convert", "-c", "-f", "raw", "-O", "qcow2", str(raw), str(image)]
+    await asyncio.to_thread(subprocess.run, line, check=True)
+    right = image.read_bytes()
+    with image.open("r+b") as file:
+        file.seek(len(right) * 3 // 4)
+        file.write(bytes([0xFF]) * (len(right) // 4))
+    disk = ImageDisk(device, QemuImages(), ImageFile(image, "qcow2", cache=Cache.WRITEBACK))
+    guest, backend = disk.guest, disk.backend
+    await disk.until(lambda: backend.queue)
+    disk.use()
+    guest.give()
+    last = request(1, write=False, lba=DISK // BLOCK - 8, blocks=8, place=BUFFERS)
+    guest.send(last)
+    guest.dispatch(lambda: bool(guest.returned))
+    assert guest.returned == [last]
+    errors: list[Exception | None] = []
+    found = memoryview(bytearray(PAGE))
+    backend.start(DISK - PAGE, [found], PAGE, False, False, errors.append)
+    await disk.until(lambda: errors)
+    assert isinstance(errors[0], OSError)
+    assert errors[0].errno == errno.EIO
+    assert backend.client.sessions == 1, errors
+    with image.open("r+b") as file:
+        file.write(right)
+    backend.start(DISK - PAGE, [found], PAGE, False, False, errors.append)
+    await disk.until(lambda: errors[1:])
+    assert errors[1:] == [None]
+    assert found == content[-PAGE:]
+    assert backend.client.sessions == 1
+    await disk.end()

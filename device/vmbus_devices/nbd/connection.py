@@ -41,6 +41,8 @@ from vmbus_devices.nbd.wire import (
     SIMPLE_REPLY_STRUCT,
     ChunkType,
     Command,
+    CommandFlag,
+    ExportFlag,
 )
 
 _logger = logging.getLogger(__name__)
@@ -77,6 +79,11 @@ class Request:
     done: Callable[[OSError | None], None]
     views: list[memoryview] = field(default_factory=list)
     flags: int = 0
+    whole: bool = False
+    """A read whose data may not come in parts; one that is sent again is such a read in any case.
+
+    Where QEMU's server cannot read a part it ends the connection, and says nothing of an error (nbd/server.c).
+    """
     sent: float = 0.0
     """Time of ``time.monotonic`` at which it was sent last."""
     deadline: float | None = None
@@ -101,6 +108,7 @@ class Connection:
         self.requests: dict[int, Request] = {}
         self.replies = 0
         """Replies, or chunks of replies, received so far."""
+        self._whole = int(CommandFlag.DONT_FRAGMENT) if export.flags & ExportFlag.DONT_FRAGMENT else 0
         self._overtaken = (0, 0.0)
         """The oldest request, and since when requests behind it are answered."""
         self._stream = stream
@@ -126,12 +134,15 @@ class Connection:
         with self._changed:
             if self._ended:
                 return False
+            flags = request.flags
+            if request.command is Command.READ and (request.whole or request.sent):
+                flags |= self._whole
             request.begin()
             cookie = self._next
             self._next = cookie + 1
             self.requests[cookie] = request
             header = REQUEST_STRUCT.pack(
-                REQUEST_MAGIC, request.flags, request.command, cookie, request.offset, request.length
+                REQUEST_MAGIC, flags, request.command, cookie, request.offset, request.length
             )
             self._put([header, *request.views] if request.command is Command.WRITE else [header])
         return True

@@ -111,6 +111,7 @@ class CommandFlag(enum.IntFlag):
 
     FUA = 1
     NO_HOLE = 2
+    DONT_FRAGMENT = 4
 
 
 class ChunkType(enum.IntEnum):

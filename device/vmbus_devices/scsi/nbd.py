@@ -86,7 +86,8 @@ class NbdBackend(Backend):
     ) -> None:
         submit = self.client.submit
         if not write:
-            submit(Request(Command.READ, offset, length, ended, views))
+            # What is plain fails in the queue before it comes here: the error is to be known at once.
+            submit(Request(Command.READ, offset, length, ended, views, whole=bool(self.queue)))
             return
         fua = self._needs_fua(fua)
         flags = int(CommandFlag.FUA) if fua and self._fua else 0

@@ -8,7 +8,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-FLUSH, FUA, TRIM, ZEROES, MULTI = 4, 8, 32, 64, 256
+FLUSH, FUA, TRIM, ZEROES, DF, MULTI = 4, 8, 32, 64, 128, 256
+DF_FLAG = 4
+"""Of a request."""
 ALL = 1 | FLUSH | FUA | TRIM | ZEROES | MULTI
 READ, WRITE, DISC, FLUSH_COMMAND, TRIM_COMMAND, ZEROES_COMMAND, STATUS = 0, 1, 2, 3, 4, 6, 7
 

@@ -26,6 +26,8 @@ from vmbus_devices.scsi.nbd import NbdBackend
 
 from tests.unit.nbd.nbd_server import (
     ALL,
+    DF,
+    DF_FLAG,
     FLUSH,
     FLUSH_COMMAND,
     FUA,
@@ -355,6 +357,43 @@ def test_a_thread_that_cannot_be_started_costs_the_connection_and_not_the_disk(
     assert not refused.acquire(blocking=False)
     assert backend.client.sessions > 1
     assert read(backend, 0, 512) == bytes(512)
+
+
+@pytest.mark.parametrize(("queue", "sessions"), [(0, 2), (7, 1)])
+def test_a_server_that_hangs_up_where_it_cannot_read_is_asked_for_the_whole(
+    server: Server, opened: Open, queue: int, sessions: int
+) -> None:
+    """As QEMU's does for reads whose answer may be in parts: the error is known at the second attempt.
+
+    Where a read comes from a queue it is known at the first.
+    """
+    server.flags |= DF
+
+    def before(command: int, flags: int, offset: int, length: int, cookie: int) -> int | bytes:
+        if command != READ or offset != 4096:
+            return 0
+        if flags & DF_FLAG:
+            return errno.EIO
+        server.hang_up()
+        return b""
+
+    server.before = before
+    backend = opened(server, reconnect=TIMEOUT, connections=1)
+    backend.queue = queue
+    errors: list[Exception | None] = []
+    done = threading.Event()
+
+    def ended(error: Exception | None) -> None:
+        errors.append(error)
+        done.set()
+
+    backend.start(4096, [memoryview(bytearray(512))], 512, False, False, ended)
+    assert done.wait(TIMEOUT / 2)
+    [error] = errors
+    assert isinstance(error, OSError)
+    assert error.errno == errno.EIO
+    assert backend.client.sessions == sessions
+    assert backend.client.trouble == ""
 
 
 def test_a_client_without_a_thread_says_what_to_do(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
