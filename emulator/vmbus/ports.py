@@ -381,7 +381,9 @@ class DataPathQueue(Protocol):
         """What the server is told, before :meth:`open`."""
 
     def open(self, broken: Callable[[str], None]) -> int:
-        """Use the queue, which the server has accepted; return its number for compiled code, 0: there are too many.
+        """Use the queue, which the server has accepted; return its number for compiled code.
+
+        The number is 0 where there are too many queues, or no descriptors left.
 
         ``broken`` is called in the event loop's thread, with the reason, when the server has broken a rule: end the
         server, and close the queue.

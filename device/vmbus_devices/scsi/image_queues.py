@@ -88,7 +88,7 @@ class ImageQueues:
         offer_queue(stream, queue.layout, _TIMEOUT)
         number = queue.open(self._broken)
         if not number:
-            raise DeviceError("the machine has too many of them")
+            raise DeviceError("there are too many queues, or descriptors (ulimit -n)")
         self._stop_watching = self.workers.watch(stream.fileno(), self._ended)
         self._user.leaves_fua = self._user.flush_needed and not self.writethrough
         self._user.queue = number

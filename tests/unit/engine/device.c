@@ -4,6 +4,8 @@
  *
  *      1        complete it at once
  *      2        read `length` bytes at `offset` of the file, into guest RAM at `place`
+ *      3        the same through the queue, in two pieces; without a queue as 2
+ *      4        as 3, but write
  *      other    leave it to Python
  */
 #include <errno.h>
@@ -20,9 +22,10 @@ struct order {
 
 struct test_device {
     int fd;
+    uint32_t queue; /* 0: none */
     uint8_t *ram;
     struct order order[MOST];
-    struct iovec iov[MOST];
+    struct iovec iov[MOST][2];
 };
 
 static uint32_t payload_at(const uint8_t *packet)
@@ -45,10 +48,17 @@ uint32_t test_take(void *context, const struct engine_services *services, struct
     memcpy(order, packet + at, sizeof(*order));
     if (order->what == 1)
         return services->ended(engine, slot, 0);
-    if (order->what != 2)
+    if (order->what < 2 || order->what > 4)
         return 0;
-    device->iov[slot] = (struct iovec){ device->ram + order->place, order->length };
-    return services->transfer(engine, slot, device->fd, &device->iov[slot], 1, order->offset, 0, 0);
+    struct iovec *iov = device->iov[slot];
+    uint8_t *place = device->ram + order->place;
+    if (order->what == 2 || !device->queue) {
+        iov[0] = (struct iovec){ place, order->length };
+        return services->transfer(engine, slot, device->fd, iov, 1, order->offset, order->what == 4, 0);
+    }
+    iov[0] = (struct iovec){ place, order->length / 2 };
+    iov[1] = (struct iovec){ place + order->length / 2, order->length - order->length / 2 };
+    return services->queue_transfer(engine, slot, device->queue, iov, 2, order->offset, order->what == 4);
 }
 
 uint32_t test_complete(void *context, const struct engine_services *services, struct engine *engine, uint32_t slot,
@@ -57,8 +67,9 @@ uint32_t test_complete(void *context, const struct engine_services *services, st
     const struct order *order = &((struct test_device *)context)->order[slot];
     uint16_t head[4] = { 11, 2, 4, 0 }; /* a completion of 32 bytes */
 
-    if (order->what == 2) {
-        services->stored(engine, slot, order->place, order->length);
+    if (order->what >= 2) {
+        if (order->what != 4)
+            services->stored(engine, slot, order->place, order->length);
         if (result != (int32_t)order->length)
             return 0;
     }

@@ -168,6 +168,10 @@ class EngineGuest:
             doorbell=at,
         )
 
+    def use_queue(self, number: int) -> None:
+        """Have the device use a queue from now on, 0: none. The channel is not given."""
+        struct.pack_into("=I", self._context, 4, number)
+
     def recall(self) -> None:
         recalled = self.engine.recall(0)
         self.indices[:] = recalled.read_index, recalled.write_index

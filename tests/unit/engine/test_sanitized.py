@@ -1,4 +1,7 @@
-"""The engine under sanitizers: its thread and Python's calls race for nothing, and nothing is out of bounds."""
+"""The engine under sanitizers: its thread and Python's calls race for nothing, and nothing is out of bounds.
+
+The second load has a queue, whose server does its worst.
+"""
 
 from __future__ import annotations
 
@@ -35,17 +38,24 @@ def test_the_engine_under_load(tmp_path: Path, sanitizer: str, runtime: str, opt
         line = [command, *flags, f"-I{tmp_path}", "-o", str(tmp_path / name), *sources]
         line += ["-fvisibility=default"] if name == "device.so" else []
         subprocess.run(line, check=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.unit.engine.load", tmp_path / "engine.so", tmp_path / "device.so"],
-        cwd=ROOT,
-        env={**os.environ, **options, "LD_PRELOAD": library, "PYTHONMALLOC": "malloc"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    for line_ in done.stdout.splitlines():
-        sent, answered = map(int, line_.split())
-        assert sent == answered > 0
-    assert len(done.stdout.splitlines()) == 2
+    for load in ("load", "queue_load"):
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                f"tests.unit.engine.{load}",
+                tmp_path / "engine.so",
+                tmp_path / "device.so",
+            ],
+            cwd=ROOT,
+            env={**os.environ, **options, "LD_PRELOAD": library, "PYTHONMALLOC": "malloc"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr[-5000:]
+        for line_ in done.stdout.splitlines():
+            sent, ended = map(int, line_.split())
+            assert sent == ended > 0
+        assert len(done.stdout.splitlines()) == 2

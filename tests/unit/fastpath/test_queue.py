@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -179,6 +180,28 @@ def test_a_server_that_breaks_the_rules_loses_the_queue(
     assert disk.path.depth(disk.number) == 0
 
 
+def test_a_server_cannot_answer_for_another_one(disk: QueuedDisk) -> None:
+    guest = disk.guest
+    guest.give()
+    guest.send(read(1, 4, 8, BUFFERS))
+    (one,) = disk.server.take()
+    guest.recall()
+    second = disk.new_queue()
+    liar = QueueServer(second.layout)
+    disk.use(second)
+    guest.give()
+    guest.send(read(2, 4, 8, BUFFERS))
+    liar.take()
+    liar.used(one.slot, one.room)
+    guest.dispatch(lambda: bool(disk.broken))
+    assert (disk.queue.activity(), second.activity()) == ((0, 1), (0, 1))
+    disk.server.answer(one)
+    guest.dispatch(lambda: disk.queue.activity() == (1, 0))
+    second.close()
+    guest.dispatch(lambda: guest.returned == [read(2, 4, 8, BUFFERS)])
+    liar.close()
+
+
 def test_an_answer_counts_once(disk: QueuedDisk) -> None:
     guest = disk.guest
     guest.give()
@@ -310,6 +333,28 @@ def test_there_are_so_many_queues_and_no_more(disk: QueuedDisk) -> None:
     again = disk.new_queue()
     assert again.open(disk.broken.append) not in numbers
     again.close()
+
+
+def test_there_is_no_queue_without_descriptors(disk: QueuedDisk) -> None:
+    """One whose eventfds the engine has not would never tell its server of a request."""
+    queue = disk.new_queue()
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for free in (0, 1):
+        spare = [os.dup(disk.file) for _ in range(3)]
+        for each in spare[:free]:
+            os.close(each)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(spare) + 1, before[1]))
+        try:
+            found = queue.open(disk.broken.append)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+            for each in spare[free:]:
+                os.close(each)
+        assert found == 0
+        lowest = os.dup(disk.file)
+        os.close(lowest)
+        assert lowest == spare[0]  # none is left open
+    queue.close()
 
 
 def test_the_server_cannot_make_the_memory_of_the_queue_smaller(disk: QueuedDisk) -> None:

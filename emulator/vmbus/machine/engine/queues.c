@@ -339,15 +339,21 @@ uint32_t queue_open(struct engine *engine, const struct queue_setup *setup)
         index++;
     if (index == MAX_QUEUES)
         return 0;
+    /* Descriptors of its own: entries of the io_uring may name them after Python has closed its own. */
+    int kick_fd = fcntl(setup->kick_fd, F_DUPFD_CLOEXEC, 0), call_fd = fcntl(setup->call_fd, F_DUPFD_CLOEXEC, 0);
+    if (kick_fd < 0 || call_fd < 0) {
+        if (kick_fd >= 0)
+            close(kick_fd);
+        return 0;
+    }
     struct queue *queue = &engine->queue[index];
     engine->opened = engine->opened < UINT32_MAX / MAX_QUEUES - 1 ? engine->opened + 1 : 1;
     memset(queue, 0, sizeof(*queue));
-    /* Descriptors of its own: entries of the io_uring may name them after Python has closed its own. */
     queue->number = engine->opened * MAX_QUEUES + index;
     queue->memory = setup->memory;
     queue->oldest = queue->newest = MAX_SLOTS;
-    queue->kick_fd = fcntl(setup->kick_fd, F_DUPFD_CLOEXEC, 0);
-    queue->call_fd = fcntl(setup->call_fd, F_DUPFD_CLOEXEC, 0);
+    queue->kick_fd = kick_fd;
+    queue->call_fd = call_fd;
     __atomic_store_n(&available(queue)[0], RING_QUIET, __ATOMIC_RELAXED);
     queue->open = 1;
     if (engine->queues <= index)
@@ -389,7 +395,7 @@ void queues_free(struct engine *engine)
 
 /* ---- for Python ---- */
 
-/* Use a queue whose server has accepted it, in any thread; return its number, or 0 if there are too many. */
+/* Use a queue whose server has accepted it, in any thread; return its number; 0: too many queues, or descriptors. */
 EXPORT uint32_t engine_open_queue(struct engine *engine, struct queue_setup *setup)
 {
     struct command command = { .kind = COMMAND_OPEN_QUEUE, .queue = setup };
