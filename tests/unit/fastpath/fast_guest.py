@@ -174,6 +174,7 @@ class FastGuest(ScsiGuest):
         self.engines = NativeEngines(self.ram, self._start if compiled else lambda: None)
         self.path: FastPath | None = self.engines.engine(FastPath.open)
         if compiled and self.path is None:
+            self.machine.close()
             pytest.skip("no compiler, or no io_uring for us")
         super().__init__(device, memory=self.ram, native=self.engines if compiled else None, **options)
         flags = self.ram.address + FLAGS_PAGE * PAGE_SIZE
