@@ -188,6 +188,7 @@ PARTS = {
         *("vmbus_devices/scsi/controller.py", "vmbus_devices/scsi/unit.py", "vmbus_devices/scsi/blocks.py"),
         *("vmbus_devices/scsi/disk.py", "vmbus_devices/scsi/request.py", "vmbus/bus/io/ring.py"),
         *("vmbus_devices/scsi/cdrom.py", "vmbus_devices/scsi/reservations.py"),
+        *("vmbus_devices/scsi/outstanding.py", "vmbus_devices/scsi/unit_table.py"),
     ),
     "channel_messages": ("vmbus/bus/messages.py", "vmbus/bus/contact.py", "vmbus/bus/channel/gpadl.py"),
     "gateway_socket": ("vmbus/machine/gateway/client.py",),

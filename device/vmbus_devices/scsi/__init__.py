@@ -1,6 +1,8 @@
 """Storage: a StorVSP controller with disks and CD-ROMs (docs/storage.md).
 
-controller   the channel's protocol, units and their places, resets, hot plugging
+controller   the channel's protocol, resets, hot plugging, saving
+unit_table   the units, their places and images, and their removal
+outstanding  the requests under way, and the channels that wait for them
 handshake    the negotiation between the guest's driver and the host
 request      one command on its way, and the errors with which it can end
 unit, blocks, disk, cdrom    SCSI

@@ -18,7 +18,6 @@ released when the last of them has ended.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -27,19 +26,17 @@ from typing import Any
 
 from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.bus.io.device import Device, DeviceEnvironment
-from vmbus.bus.io.output import memory_of
 from vmbus.bus.io.snapshots import SnapshotDisk
 from vmbus.bus.io.state import IoState, PacketState
 from vmbus.bus.offers import Offer
 from vmbus.devices.parts import Part
-from vmbus.errors import DeviceError, GuestError, ProtocolError, UsageError, UserError
+from vmbus.errors import DeviceError, GuestError, ProtocolError
 from vmbus.wire.offer import OfferFlags
 from vmbus.wire.packet import Packet
 from vmbus.wire.scsi import Opcode, ScsiStatus, Sense
 from vmbus.wire.storvsp import (
     CDB_SIZE,
     HEADER_SIZE,
-    MAX_LUNS,
     PACKET_SIZE,
     SCSI_INTERFACE,
     SHORT_PACKET_SIZE,
@@ -56,10 +53,9 @@ from vmbus.wire.storvsp import (
 )
 
 from vmbus_devices.scsi.fast.build import LIBRARY
-from vmbus_devices.scsi.fast.path import FastPath
-from vmbus_devices.scsi.fast.units import FastUnits
 from vmbus_devices.scsi.handover import hand_over
 from vmbus_devices.scsi.handshake import OPERATIONS, Handshake
+from vmbus_devices.scsi.outstanding import OutstandingRequests
 from vmbus_devices.scsi.places import execute_without_unit, part_name, place_of
 from vmbus_devices.scsi.request import CheckCondition, Request, shorten
 from vmbus_devices.scsi.resets import Resets
@@ -74,8 +70,9 @@ from vmbus_devices.scsi.saved import (
     restore_unit,
     save_unit,
 )
-from vmbus_devices.scsi.scan import ScanWatch
+from vmbus_devices.scsi.scan import ScanRequests, ScanWatch
 from vmbus_devices.scsi.unit import LogicalUnit
+from vmbus_devices.scsi.unit_table import Place, UnitTable
 
 _logger = logging.getLogger(__name__)
 
@@ -88,8 +85,6 @@ MAX_DEPTH = 512
 reset behind them is seen."""
 BUFFER_HEADROOM = 1 << 20
 """Bytes of a packet's buffer that are kept beyond ``max_transfer``: the longest list of parameters is shorter."""
-_CLAIM_TIMEOUT = 2.0
-"""Seconds in which an emulator that ended, or qemu-img, has to give up an image."""
 
 _EXECUTE = int(Operation.EXECUTE_SRB)
 _RESETS = (Operation.RESET_LUN, Operation.RESET_ADAPTER, Operation.RESET_BUS)
@@ -123,59 +118,34 @@ class Controller(Device):
         self.max_version = max_version
         self.max_transfer = max_transfer
         self.queues = queues
-        self.units: dict[tuple[int, int], LogicalUnit] = {}
+        self._outstanding = OutstandingRequests()
+        self._table = UnitTable(controller, line_of=self.line_of, changing=self._outstanding.recall)
+        self.units = self._table.units
+        """Target and LUN → unit."""
+        self._unit_at = self.units.get
         self.clock = clock
         self.handshake = self.new_handshake()
-        self._active = False
-        self._stopped = False
-        """Whether the units are closed, whose numbers in compiled code may be others' by now."""
-        self.enumerations = 0
-        self._enumeration_due = False
-        """Whether the guest does not read, and is to be notified of a change of units when it does."""
         self.resets = Resets(
             lambda io, packet: self._outside_turns(io, partial(self._answer, io, packet, Status.SUCCESS))
         )
-        self._requests: dict[ChannelIo, set[Request]] = {}
-        self._closing: set[ChannelIo] = set()
         self._primary: ChannelIo | None = None
         self._waiting_subchannels: list[ChannelIo] = []
-        self._removed: list[LogicalUnit] = []
         self._scans = ScanWatch()
-        self._restored = RestoredCommands(self._open_channels, self._restart, self._abort)
-        self._fast_path: FastPath | None = None
-        self._fast_units: FastUnits | None = None
+        self._scan_requests = ScanRequests()
+        self._restored = RestoredCommands(self._outstanding.open_channels, self._restart, self._abort)
 
     def new_handshake(self) -> Handshake:
         """Return the negotiation as it begins when a guest opens the primary channel."""
         possible = self._environment is not None and self._environment.offers is not None
         return Handshake(self.max_version, self.queues - 1 if possible else 0, self.max_transfer)
 
-    def _activate(self) -> None:
-        """Lock the images: before the first command, and before the first one after :meth:`guest_saved`.
-
-        A unit whose image somebody else has by then lets the guest's commands wait, and fail.
-        """
-        for unit in self.units.values():
-            unit.take_image()
-        self._active = True
-
-    def _deactivate(self) -> None:
-        self._active = False
-        for unit in self.units.values():
-            unit.release_image()
-
     # --- units ---
 
     def free_lun(self, target: int) -> int:
         """Return the first LUN without a unit. Raises :class:`~vmbus.errors.UsageError` if there is none."""
-        free = next((lun for lun in range(MAX_LUNS) if (target, lun) not in self.units), None)
-        if free is None:
-            raise UsageError(
-                f"controller {self.controller}: all {MAX_LUNS} LUNs of target {target} are taken"
-            )
-        return free
+        return self._table.free_lun(target)
 
-    def line_of(self, place: tuple[int, int]) -> str:
+    def line_of(self, place: Place) -> str:
         """Return the text after ``--device`` for the unit at ``place``; empty for a unit made by code."""
         return ""
 
@@ -185,14 +155,7 @@ class Controller(Device):
         Raises :class:`~vmbus.errors.UsageError` if the place is taken, and does not close the unit then.
         """
         place = (target, self.free_lun(target) if lun is None else lun)
-        if place in self.units:
-            raise UsageError(f"controller {self.controller}: target {place[0]} LUN {place[1]} is taken")
-        if self._environment is not None:
-            unit.start(self._environment)
-        if self._active and not unit.take_image():
-            raise UserError(unit.trouble)
-        unit.changing = self._recall
-        self.units[place] = unit
+        self._table.add(unit, place)
         self._scans.added(place)
         if self._primary is not None:
             unit.attention(Sense.POWER_ON)
@@ -201,55 +164,35 @@ class Controller(Device):
 
     def detach(self, target: int, lun: int) -> None:
         """Remove a unit and notify the guest. Its image is closed when its commands have ended."""
-        unit = self.units.pop((target, lun), None)
-        if unit is None:
-            raise UsageError(f"controller {self.controller}: it has no target {target} LUN {lun}")
-        self._recall()
-        self._removed.append(unit)
+        self._table.remove((target, lun))
         self._scans.removed((target, lun), known=self.handshake.ready)
-        if self._fast_units is not None:
-            self._fast_units.remove((target, lun))
-        for request in unit.take_kept():
-            request.finish(SrbStatus.ABORTED)
-        self._close_removed()
         self._enumerate()
 
     def resize(self, target: int, lun: int) -> bool:
         """Read the size of a unit's image again and notify the guest of a change; return whether it changed."""
-        unit = self.units.get((target, lun))
-        if unit is None:
-            raise UsageError(f"controller {self.controller}: it has no target {target} LUN {lun}")
-        changed = unit.resized()
+        changed = self._table.at((target, lun)).resized()
         if changed:
             self._enumerate()
         return changed
 
     def outside_snapshots(self) -> Sequence[str]:
-        return [
-            f"{self.name}/{part_name(place)} ({self.line_of(place) or unit.identity.serial})"
-            for place, unit in sorted(self.units.items())
-            if not unit.backend.read_only and unit.backend.snapshot_disk is None
-        ]
+        return self._table.outside_snapshots(self.name)
 
     def snapshot_disks(self) -> Mapping[str, SnapshotDisk]:
-        return {
-            f"{self.name}/{part_name(place)}": unit.backend.snapshot_disk
-            for place, unit in sorted(self.units.items())
-            if unit.backend.snapshot_disk is not None
-        }
+        return self._table.snapshot_disks(self.name)
+
+    def _enumerate(self) -> None:
+        """Have the guest scan for units that were added or removed."""
+        if self._primary is not None and self.handshake.ready:
+            self._scan_requests.send(self._primary, self.handshake.version)
+
+    def writable(self, io: ChannelIo) -> None:
+        self._enumerate()
 
     # --- vmbus.devices.parts.HasParts: what `vmbus device` calls ---
 
     def parts(self) -> Mapping[str, Part]:
-        return {
-            part_name(place): Part(
-                type=unit.device_type.name.lower(),
-                line=self.line_of(place),
-                size=unit.blocks * unit.block_size,
-                status=unit.status(),
-            )
-            for place, unit in sorted(self.units.items())
-        }
+        return self._table.parts()
 
     def part_name(self, text: str) -> str | None:
         place = place_of(text)
@@ -260,52 +203,14 @@ class Controller(Device):
 
     async def resize_part(self, name: str, size: int | None) -> None:
         place = place_of(name)
-        unit = self.units[place]
-        before = unit.blocks * unit.block_size
-        if size is None:
-            await asyncio.to_thread(unit.backend.reread_size)
-        elif size < before:
-            raise UserError(f"{self.name}/{name} has {before} bytes; a disk cannot be made smaller")
-        elif size % unit.block_size:
-            raise UserError(f"{size} bytes are not a multiple of the block size, {unit.block_size} bytes")
-        else:
-            await asyncio.to_thread(unit.backend.grow, size)
-        if self.units.get(place) is not unit:  # perhaps another one is there by now
-            raise UserError(f"{self.name}/{name} was removed while it was resized")
+        await self._table.set_size(place, size, f"{self.name}/{name}")
         self.resize(*place)
 
     def busy(self) -> bool:
-        return self._any_busy()
+        return self._outstanding.any_busy
 
     def removal_noticed(self) -> bool:
         return self._scans.over
-
-    def _enumerate(self) -> None:
-        """Have the guest scan for units that were added or removed."""
-        io = self._primary
-        if io is None or not self.handshake.ready:
-            return
-        size = PACKET_SIZE if (self.handshake.version or 0) >= ProtocolVersion.WIN8 else SHORT_PACKET_SIZE
-        try:
-            io.send(build_packet(Operation.ENUMERATE_BUS, Status.SUCCESS, size=size))
-        except DeviceError:
-            # The guest does not read: the change is made, and the guest is notified when it has read.
-            self._enumeration_due = True
-            io.notify_room()
-        else:
-            self._enumeration_due = False
-            self.enumerations += 1
-
-    def writable(self, io: ChannelIo) -> None:
-        self._enumerate()
-
-    def _close_removed(self) -> None:
-        for unit in tuple(self._removed):
-            if not unit.statistics.depth:
-                self._removed.remove(unit)
-                if self._fast_units is not None:
-                    self._fast_units.forget(unit)
-                unit.close()
 
     # --- calls from the bus ---
 
@@ -316,41 +221,25 @@ class Controller(Device):
 
     def start(self, environment: DeviceEnvironment) -> None:
         super().start(environment)
-        self._stopped = False
-        if environment.native is not None:
-            self._fast_path = environment.native.engine(FastPath.open)
-        if self._fast_path is not None:
-            self._fast_units = FastUnits(self._fast_path)
-        for unit in self.units.values():
-            unit.start(environment)
+        self._table.start(environment)
 
     def stop(self) -> None:
-        self._recall()
-        self._stopped = True
-        for io in tuple(self._requests):
-            self._cancel(io)
+        self._outstanding.recall()
+        self._outstanding.cancel_all()
         self.resets.stop()
-        # Closing a file while a transfer uses it would let the transfer reach the next file with that number.
-        self._removed += self.units.values()
-        self._close_removed()
-        for unit in self._removed:  # a server may answer late, or never
-            unit.backend.abandon()
+        self._table.close()
 
     def wait_closed(self, timeout: float) -> bool:
-        return not [unit for unit in tuple(self.units.values()) if not unit.backend.wait_closed(timeout)]
+        return self._table.wait_closed(timeout)
 
     def claim(self) -> None:
-        for place, unit in sorted(self.units.items()):
-            try:
-                unit.claim(_CLAIM_TIMEOUT)
-            except DeviceError as error:
-                raise UserError(f"{self.name}/{part_name(place)}: {error}") from error
+        self._table.claim(self.name)
 
     def guest_resumed(self) -> None:
-        kept = [(unit, request) for unit in self.units.values() for request in unit.take_kept()]
+        kept = self._table.take_kept()
         here = self._primary is not None and self._primary.state is IoState.RUNNING
-        if not self._active and (kept or here):  # it released the images, and the guest stayed
-            self._activate()
+        if not self._table.active and (kept or here):  # it released the images, and the guest stayed
+            self._table.take_images()
         for unit, request in kept:
             self._outside_turns(request.io, partial(self._do, request, unit))
 
@@ -360,51 +249,40 @@ class Controller(Device):
             if not self.handshake.ready:
                 io.pause_input()
                 self._waiting_subchannels.append(io)
-            self._requests[io] = set()
+            self._outstanding.open(io)
             self._open_fast(io)
             return
-        self._activate()
+        self._table.take_images()
         self._primary = io
         self._scans.opened()
-        self._enumeration_due = False  # the guest scans anew
-        self._requests[io] = set()
+        self._scan_requests.due = False  # the guest scans anew
+        self._outstanding.open(io)
         self.handshake = self.new_handshake()
         for unit in self.units.values():
             unit.reset()
         self._open_fast(io)
 
     def _open_fast(self, io: ChannelIo) -> None:
-        if self._fast_path is not None and self._fast_units is not None:
-            io.fast = self._fast_path.open_channel(io, self._fast_units.table)
+        if self._table.fast is not None:
+            io.fast = self._table.fast.open_channel(io)
 
     def fast_ready(self, io: ChannelIo) -> bool:
-        if not self._active or self._stopped or not self.handshake.ready or self._fast_units is None:
+        if not self.handshake.ready or not self._table.refresh_fast():
             return False
-        self._fast_units.refresh(self.units, self._recall)
         return not self._waits_for_end  # the engine does not tell of the end of requests that it answers
 
     @property
     def _waits_for_end(self) -> bool:
         """Whether something waits until requests have ended."""
-        return bool(self._removed or self._closing or self.resets.waiting or self._restored.waiting)
-
-    def _recall(self) -> None:
-        """Take the rings of all channels back from compiled code: what it uses is about to change."""
-        for io in tuple(self._requests):
-            io.recall()
+        return bool(
+            self._table.removed or self._outstanding.closing or self.resets.waiting or self._restored.waiting
+        )
 
     def fast_ended(self, io: ChannelIo) -> None:
         self._ended(io)
 
-    def _busy(self, io: ChannelIo) -> bool:
-        """Return whether a channel has commands that have not ended."""
-        return bool(self._requests.get(io)) or io.fast_in_flight > 0
-
     def settled(self, io: ChannelIo) -> bool:
-        return not io.fast_in_flight and all(each.cancel is not None for each in self._requests.get(io, ()))
-
-    def _any_busy(self) -> bool:
-        return any(map(self._busy, self._requests))
+        return self._outstanding.settled(io)
 
     def closed(self, io: ChannelIo) -> None:
         if io is self._primary:
@@ -414,23 +292,9 @@ class Controller(Device):
         if io in self._waiting_subchannels:
             self._waiting_subchannels.remove(io)
         self.resets.forget(io)
-        self._cancel(io)
-        self._restored.forget(io, opened=io in self._requests)
-        if self._busy(io):
-            self._closing.add(io)
-            io.channel.defer_close()
-            for request in self._requests[io]:  # which the channel does not count any more
-                request.hold(request.held + memory_of(request.packet))
-        else:
-            self._requests.pop(io, None)
-
-    def _cancel(self, io: ChannelIo) -> None:
-        """Abort the commands that only wait (for the delay of a fault, or for the guest to be resumed)."""
-        for request in tuple(self._requests.get(io, ())):
-            if request.cancel is not None:
-                cancel, request.cancel = request.cancel, None
-                cancel()
-                request.finish(SrbStatus.ABORTED)
+        self._outstanding.cancel(io)
+        self._restored.forget(io, opened=io in self._outstanding)
+        self._outstanding.close(io)
 
     # --- packets ---
 
@@ -513,12 +377,12 @@ class Controller(Device):
     # --- commands ---
 
     def _execute(self, io: ChannelIo, packet: Packet) -> None:
-        if not self._active:
-            self._activate()
+        if not self._table.active:
+            self._table.take_images()
         srb = parse_request(packet.payload)
         request = Request(io, packet, srb, self.clock(), self._finished)
-        self._requests[io].add(request)
-        unit = None if srb.path else self.units.get((srb.target, srb.lun))
+        self._outstanding.add(request)
+        unit = None if srb.path else self._unit_at((srb.target, srb.lun))
         if unit is not None and srb.cdb[0] != Opcode.REPORT_LUNS:
             request.statistics = unit.statistics
             unit.statistics.began()
@@ -542,11 +406,8 @@ class Controller(Device):
     def _finished(
         self, request: Request, srb_status: int, scsi_status: int, transferred: int, sense: bytes
     ) -> None:
-        io = request.io
-        requests = self._requests.get(io)
-        if requests is None or request not in requests:
+        if not self._outstanding.remove(request):
             return  # an error of the host's has ended it before
-        requests.discard(request)
         request.release()
         statistics = request.statistics
         if statistics is not None:
@@ -556,9 +417,10 @@ class Controller(Device):
         status = Status.SUCCESS
         if srb_status != _SUCCESS:
             status = nt_status(srb_status)
+        io = request.io
         packet = request.packet
         try:
-            if io not in self._closing:
+            if io not in self._outstanding.closing:
                 io.complete(
                     packet.transaction_id,
                     build_answer(
@@ -576,25 +438,23 @@ class Controller(Device):
 
     def _ended(self, io: ChannelIo) -> None:
         """Continue what waits for the commands of a channel to end."""
-        if io in self._closing and not self._busy(io):
-            self._closing.discard(io)
-            self._requests.pop(io, None)
-            io.channel.finish_close()
-        if self._removed:
-            self._close_removed()
+        outstanding = self._outstanding
+        if outstanding.closing:
+            outstanding.finish_close(io)
+        if self._table.removed:
+            self._table.close_removed()
         self._restored.continue_soon(self.environment.timers)
-        if self.resets.waiting and not self._any_busy():
+        if self.resets.waiting and not outstanding.any_busy:
             self.resets.settled()
 
     def _reset(self, io: ChannelIo, packet: Packet) -> None:
-        self._recall()
+        self._outstanding.recall()
         self._restored.run(aborted=True)
         for unit in self.units.values():
             unit.reset()
         self.resets.ask(io, packet, self.environment.timers)
-        for each in tuple(self._requests):
-            self._cancel(each)
-        if not self._any_busy():
+        self._outstanding.cancel_all()
+        if not self._outstanding.any_busy:
             self.resets.settled()
 
     # --- reports and saving ---
@@ -605,16 +465,16 @@ class Controller(Device):
             "stage": handshake.stage.name.lower(),
             "version": str(handshake.version) if handshake.version else None,
             "subchannels": handshake.subchannels or 0,
-            "in_flight": sum(len(each) + io.fast_in_flight for io, each in self._requests.items()),
+            "in_flight": self._outstanding.total,
             "resets": self.resets.count,
-            "enumerations": self.enumerations,
+            "enumerations": self._scan_requests.count,
             "units": {f"{target}:{lun}": unit.status() for (target, lun), unit in sorted(self.units.items())},
         }
 
     def save(self) -> bytes:
         hand_over([unit for unit in self.units.values() if unit.has_image and not unit.backend.read_only])
         handshake = self.handshake
-        open_here = {io.subchannel_index for io in self._requests}
+        open_here = self._outstanding.indexes
         return build_state(
             self.name,
             SavedController(
@@ -624,12 +484,12 @@ class Controller(Device):
                 self.max_transfer,
                 tuple(save_unit(place, unit) for place, unit in sorted(self.units.items())),
                 tuple(self._restored.of_closed(open_here)),
-                self._enumeration_due,
+                self._scan_requests.due,
             ),
         )
 
     def guest_saved(self) -> None:
-        self._deactivate()  # the emulator that continues the guest locks the images
+        self._table.release_images()  # the emulator that continues the guest locks the images
 
     def check_restore(self, state: bytes) -> None:
         self._check_saved(parse_state(self.name, state))
@@ -645,14 +505,12 @@ class Controller(Device):
         self.handshake = self.new_handshake()
         self.handshake.stage, self.handshake.version = saved.stage, saved.version
         self.handshake.subchannels = saved.subchannels
-        self._enumeration_due = saved.enumeration_due
+        self._scan_requests.due = saved.enumeration_due
         self._restored.replace(saved.packets)
 
     def save_packets(self, io: ChannelIo) -> list[PacketState]:
-        found = self._restored.of(io, opened=io in self._requests)
-        if io in self._requests:
-            requests = sorted(self._requests[io], key=lambda request: request.begun)
-            found += [request.packet for request in requests]
+        found = self._restored.of(io, opened=io in self._outstanding)
+        found += self._outstanding.packets(io)
         found += [packet for at, packet in self.resets.waiting if at is io]
         return [PacketState(each.transaction_id, build_packet_state(self.name, each)) for each in found]
 
@@ -663,21 +521,19 @@ class Controller(Device):
         self._restored.add(io, command)
 
     def restored(self, io: ChannelIo) -> None:
-        self._requests.setdefault(io, set())
+        if io not in self._outstanding:
+            self._outstanding.open(io)
         self._open_fast(io)
         index = io.subchannel_index
         if not index:
             self._primary = io
-            if self._enumeration_due:
+            if self._scan_requests.due:
                 self._enumerate()
         elif self.handshake.ready:
             io.resume_input()
         else:
             self._waiting_subchannels.append(io)
         self._restored.open(io)
-
-    def _open_channels(self) -> dict[ChannelIo, set[Request]]:
-        return {io: requests for io, requests in self._requests.items() if io not in self._closing}
 
     def _outside_turns(self, io: ChannelIo, step: Callable[[], None]) -> None:
         """Call ``step`` for one of several packets: an error of the host's costs its channel, not the others."""
@@ -707,5 +563,5 @@ class Controller(Device):
             self._restart(io, packet)
             return
         request = Request(io, packet, parse_request(payload), self.clock(), self._finished)
-        self._requests[io].add(request)
+        self._outstanding.add(request)
         request.finish(SrbStatus.ABORTED)

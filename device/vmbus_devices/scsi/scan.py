@@ -1,4 +1,4 @@
-"""What a controller knows of its guest's scans: whether the guest has found out which units are gone.
+"""A guest's scans for units: the requests for them, and whether it has found out which units are gone.
 
 Source: docs/protocol/devices.md#storage-changes. Linux scans when its driver binds, and after each ENUMERATE_BUS. A
 scan ends with an INQUIRY at the last place, and takes seconds on a busy machine, with a pause at each empty place:
@@ -12,14 +12,50 @@ Path 0 does not tell the beginning of a scan: Linux sends no INQUIRY to units th
 from __future__ import annotations
 
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
+from vmbus.errors import DeviceError
 from vmbus.wire.scsi import Opcode
-from vmbus.wire.storvsp import ScsiRequest
+from vmbus.wire.storvsp import (
+    PACKET_SIZE,
+    SHORT_PACKET_SIZE,
+    Operation,
+    ProtocolVersion,
+    ScsiRequest,
+    Status,
+    build_packet,
+)
+
+if TYPE_CHECKING:
+    from vmbus.bus.io.channel_io import ChannelIo
 
 FIRST_PLACE = (1, 0)
 """Path and target of the first place that never has a unit, in Linux's order."""
 LAST_PLACE = (7, 1)
 """Path and target of the last place that Linux asks."""
+
+
+class ScanRequests:
+    """The packets ENUMERATE_BUS of one controller: each has the guest scan for units that were added or removed."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        """Sent so far."""
+        self.due = False
+        """Whether the guest does not read, and is to be asked when it does."""
+
+    def send(self, io: ChannelIo, version: int | None) -> None:
+        """Ask the guest, over its primary channel, which it negotiated as ``version``."""
+        size = PACKET_SIZE if (version or 0) >= ProtocolVersion.WIN8 else SHORT_PACKET_SIZE
+        try:
+            io.send(build_packet(Operation.ENUMERATE_BUS, Status.SUCCESS, size=size))
+        except DeviceError:
+            # The guest does not read: the change is made, and the guest is notified when it has read.
+            self.due = True
+            io.notify_room()
+        else:
+            self.due = False
+            self.count += 1
 
 
 class Scan(Enum):

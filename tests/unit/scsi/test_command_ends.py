@@ -51,7 +51,7 @@ def test_a_read_whose_end_fails_ends_and_costs_its_channel(caplog: pytest.LogCap
         assert guest.io.state is IoState.FAILED
         assert device.status()["in_flight"] == 0
         guest.close()
-        assert not device._closing
+        assert not device._outstanding.closing
         memory.bad = False
         guest.open()
         guest.negotiate()
@@ -77,11 +77,11 @@ def test_an_answer_that_fails_does_not_keep_a_closed_channel_or_a_removed_unit_w
 
         monkeypatch.setattr(guest.io, "complete", broken)
         device.detach(0, 0)
-        assert device._removed
+        assert device._table.removed
         guest.workers.release()
         guest.run()
         assert guest.io.state is IoState.FAILED
-        assert not device._removed
+        assert not device._table.removed
         assert device.status()["in_flight"] == 0
 
 

@@ -196,7 +196,7 @@ def test_the_images_are_free_once_a_controller_was_saved(image: Path) -> None:
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vmbus_devices.scsi.controller._CLAIM_TIMEOUT", 0.0)
+    monkeypatch.setattr("vmbus_devices.scsi.unit_table._CLAIM_TIMEOUT", 0.0)
 
 
 @pytest.mark.usefixtures("no_waiting")

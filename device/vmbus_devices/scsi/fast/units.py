@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping
 
+from vmbus.ports import FastChannel, FastOwner
 from vmbus.wire.storvsp import MAX_LUNS, MAX_TARGETS
 
 from vmbus_devices.scsi.fast.path import FastPath, FastUnit
@@ -26,6 +27,10 @@ class FastUnits:
         """target * MAX_LUNS + LUN → number of the unit there, or -1."""
         self._known: dict[tuple[int, int], tuple[LogicalUnit, bool, int, int]] = {}
         self._numbers: dict[LogicalUnit, int] = {}
+
+    def open_channel(self, owner: FastOwner) -> FastChannel | None:
+        """Return the fast path of a channel of the controller that opened; ``None`` if there is no room for it."""
+        return self._fast.open_channel(owner, self.table)
 
     def refresh(
         self, units: Mapping[tuple[int, int], LogicalUnit], changing: Callable[[], None] = lambda: None
