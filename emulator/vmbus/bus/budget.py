@@ -118,21 +118,17 @@ class MemoryBudget:
 class BudgetAccount:
     """What one channel holds of its guest's budget, in bytes: what its device owes, and its output queue."""
 
-    __slots__ = ("_queued", "budget", "held", "saved")
+    __slots__ = ("budget", "held", "queued", "saved")
 
     def __init__(self) -> None:
         self.budget = MemoryBudget()
         """Whose budget; one of its own until :meth:`move`."""
         self.held = 0
         """Bytes that are counted for the channel, those of the queue included."""
-        self._queued = 0
+        self.queued = 0
+        """Those of them that are of the queue."""
         self.saved = 0
         """Bytes that the channel's packets would have in a saved state, at most."""
-
-    @property
-    def owed(self) -> int:
-        """Bytes that are held, without those of the queue."""
-        return self.held - self._queued
 
     def set_saved(self, size: int) -> None:
         """Count ``size`` bytes of saved state, in place of what was counted before."""
@@ -156,11 +152,11 @@ class BudgetAccount:
 
     def set_queued(self, size: int) -> None:
         """Count ``size`` bytes for the output queue, in place of what was counted for it before."""
-        if size > self._queued:
-            self.charge(size - self._queued)
-        elif size < self._queued:
-            self.refund(self._queued - size)
-        self._queued = size
+        if size > self.queued:
+            self.charge(size - self.queued)
+        elif size < self.queued:
+            self.refund(self.queued - size)
+        self.queued = size
 
     def move(self, budget: MemoryBudget) -> None:
         """Count what is held in ``budget`` from now on."""
@@ -173,5 +169,5 @@ class BudgetAccount:
     def clear(self) -> None:
         """Hold nothing any more."""
         self.refund(self.held)
-        self._queued = 0
+        self.queued = 0
         self.set_saved(0)

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import pytest
-from vmbus.bus.io import channel_io, turns
+from vmbus.bus.io import held, turns
 from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.bus.io.output import OUTPUT_BYTES
 from vmbus.bus.io.state import IoState
@@ -220,7 +220,7 @@ def test_a_device_that_floods_is_stopped(guest: LoopbackGuest) -> None:
 def test_a_device_cannot_wait_for_any_number_of_completions(
     guest: LoopbackGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(channel_io, "AWAITED_LIMIT", 3)
+    monkeypatch.setattr(held, "AWAITED_LIMIT", 3)
     for _ in range(3):
         guest.io.send(b"", completion_requested=True)
     with pytest.raises(DeviceError, match="waits for"):

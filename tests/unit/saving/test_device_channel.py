@@ -337,7 +337,7 @@ class TestView:
 
 
 def fill_one(source: Process) -> None:
-    source.io._owed.add(5)
+    source.io._held._owed.add(5)
     source.io.complete(5, b"done")
     source.io.send(b"second")
 

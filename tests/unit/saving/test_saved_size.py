@@ -18,7 +18,7 @@ from vmbus.bus.budget import (
 from vmbus.bus.channel.gpadl import MAX_CHANNEL_GPADLS, Gpadl, GpadlAssembler
 from vmbus.bus.channel.state import ChannelState
 from vmbus.bus.contact import Connection
-from vmbus.bus.io.channel_io import READ_TIMEOUT
+from vmbus.bus.io.held import READ_TIMEOUT
 from vmbus.bus.io.state import IoState
 from vmbus.bus.saved_state.layout import SAVED_BUS
 from vmbus.bus.saved_state.values import (

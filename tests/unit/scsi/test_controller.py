@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vmbus.bus.budget import SAVED_FIRST_BYTES, SAVED_PACKET_BYTES, MemoryBudget
-from vmbus.bus.io.channel_io import OUTPUT_ALWAYS
+from vmbus.bus.io.held import OUTPUT_ALWAYS
 from vmbus.bus.io.state import IoState
 from vmbus.devices.registry import Registry
 from vmbus.errors import DeviceError, RingError, UsageError

@@ -13,7 +13,7 @@ Work is done in turns (:mod:`vmbus.bus.io.turns`), which say when packets are ta
 
 What a guest can make the host hold is bounded: by ``device.max_owed`` completions and by the bytes of the guest's
 :class:`~vmbus.bus.budget.MemoryBudget`, since no packet is taken beyond them; and what devices send on their own by
-:attr:`Output.full <vmbus.bus.io.output.Output.full>`. The packets behind a limit stay in the ring.
+:meth:`HeldPackets.send <vmbus.bus.io.held.HeldPackets.send>`. The packets behind a limit stay in the ring.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from vmbus.bus.budget import SAVED_LIMIT_BYTES, BudgetAccount, MemoryBudget
+from vmbus.bus.budget import MemoryBudget
 from vmbus.bus.channel.endpoint import EndpointChannel
 from vmbus.bus.channel.gpadl import Gpadl
 from vmbus.bus.io.handover import Handover
+from vmbus.bus.io.held import AWAITED_LIMIT, HeldPackets
 from vmbus.bus.io.hooks import DeviceHooks
-from vmbus.bus.io.output import PACKET_BYTES, Output, Transactions, memory_of, saved_size
 from vmbus.bus.io.polling import AdaptivePolling
 from vmbus.bus.io.ring import IncomingRing, OutgoingRing, ring_status
 from vmbus.bus.io.state import ChannelIoState, IoCounters, IoState
@@ -55,12 +55,6 @@ _logger = logging.getLogger(__name__)
 
 LARGE_PACKET = 4096
 """Bytes in the ring above which a device is asked what it needs of a packet (``Device.needed``)."""
-OUTPUT_ALWAYS = 4096
-"""Bytes that every channel may queue, also if the guest's saved state has no room for more."""
-READ_TIMEOUT = 30.0
-"""Seconds in which the guest has to read answers that would make its saved state too large."""
-AWAITED_LIMIT = 8192
-"""Packets of the host whose completion the guest may owe."""
 
 _COMPLETION = PacketType.COMPLETION
 _RUNNING = IoState.RUNNING  # class attributes of an Enum are slow to look up
@@ -90,20 +84,22 @@ class ChannelIo:
         self.counters = IoCounters()
         self.refusals = Refusals(device.name, _logger)
         self.subchannels: list[ChannelIo] = []
-        self.fast: FastChannel | None = None
-        """The compiled fast path, if the device has one; the requests that it took are not counted as owed."""
-        self._fast_before: FastChannel | None = None
         self._clock = clock
         self._polling = AdaptivePolling(device.poll_window if poll_window is None else poll_window, clock)
         self._channel: EndpointChannel | None = None
         self._outgoing: OutgoingRing | None = None
         self.transaction_quota = 0
         """See :meth:`set_transaction_quota`; 0 if it was not called."""
-        self._unread: TimerHandle | None = None
-        """Ends the channel unless the guest reads the answers that wait for it."""
-        self._account = BudgetAccount()
         self._io_timers = ChannelTimers(
             timers, lambda: self.state, lambda callback: self._contain(lambda _: callback())
+        )
+        self._held = HeldPackets(schedule=self._schedule, call_later=self._io_timers.call_later)
+        self._handover = Handover(
+            self._held,
+            self.counters,
+            ready=self._may_be_given,
+            room=self._room,
+            schedule=self._schedule,
         )
         self._turns = Turns(
             timers,
@@ -111,7 +107,7 @@ class ChannelIo:
             self.counters,
             TurnCalls(
                 room=self._room,
-                wait_for_budget=self._wait_for_budget,
+                wait_for_budget=self._held.wait_for_budget,
                 deliver=self._deliver,
                 batch_ended=lambda: self.device.batch_ended(self),
                 write_out=self._write_out,
@@ -120,10 +116,9 @@ class ChannelIo:
                 failed=lambda error: self._fail(error.reason, error.detail),
                 broken=lambda error: self._device_failed(error),
                 recall=self._recall_for_turn,
-                give=self._give,
+                give=self._handover.give,
             ),
         )
-        self._handover = Handover()
         self._started = False
         """Whether the device was told that packets follow, and not since that none do."""
         self._post_start_due = False
@@ -131,19 +126,10 @@ class ChannelIo:
 
     def _forget(self) -> None:
         """Reset what belongs to one opening of the channel."""
-        if self.fast is not None:
-            self.fast.close()
-            self._fast_before = self.fast
-            self.fast = None
-        self._handover = Handover()
-        self._account.budget.forget(self._schedule)
-        self._account.clear()
+        self._handover.end()
+        self._held.clear()
         self._io_timers.forget()
-        self._unread = None
         self._turns.end()
-        self._output = Output()
-        self._owed = Transactions()
-        self._awaited = Transactions()
         self._input_paused = False
 
     # --- what a device may read ---
@@ -173,22 +159,30 @@ class ChannelIo:
     @property
     def backlog(self) -> int:
         """Bytes that were sent, and wait for room in the ring or for the end of the turn."""
-        return self._output.bytes
+        return self._held.output.bytes
 
     @property
     def congested(self) -> bool:
         """Whether a device with unlimited data should stop sending, and call :meth:`notify_room`."""
-        output = self._output
-        return output.congested or (output.bytes >= OUTPUT_ALWAYS and self._account.budget.full)
+        return self._held.congested
 
     def owes(self, transaction_id: int) -> bool:
         """Return whether the guest waits for a completion with this id."""
-        return transaction_id in self._owed
+        return self._held.owes(transaction_id)
+
+    @property
+    def fast(self) -> FastChannel | None:
+        """The compiled fast path, if the device has one; the requests that it took are not counted as owed."""
+        return self._handover.fast
+
+    @fast.setter
+    def fast(self, fast: FastChannel | None) -> None:
+        self._handover.fast = fast
 
     @property
     def fast_in_flight(self) -> int:
         """Requests in flight in the compiled fast path, those of an earlier opening included."""
-        return sum([each.outstanding for each in (self.fast, self._fast_before) if each is not None])
+        return self._handover.in_flight
 
     # --- what a device may do ---
 
@@ -212,25 +206,20 @@ class ChannelIo:
             kind, extension = PacketType.TRANSFER_PAGES, build_transfer_pages(transfer_set, transfer_ranges)
         if not self._accepts(len(extension) + len(payload)):
             return
-        output = self._output
-        if output.full or (output.bytes >= OUTPUT_ALWAYS and self._account.budget.full_for_first):
-            raise DeviceError(
-                f"{self.device.name} sends faster than the guest reads: {output.bytes} bytes are queued"
-            )
-        if completion_requested:
-            if self._awaited.total >= AWAITED_LIMIT:
-                raise DeviceError(f"{self.device.name} already waits for {AWAITED_LIMIT} completions")
-            self._awaited.add(transaction_id)
-        output.put(
-            build_packet(
-                kind,
-                payload,
-                transaction_id=transaction_id,
-                completion_requested=completion_requested,
-                extension=extension,
-            )
+        held = self._held
+        if completion_requested and held.awaits_too_many:
+            raise DeviceError(f"{self.device.name} already waits for {AWAITED_LIMIT} completions")
+        packet = build_packet(
+            kind,
+            payload,
+            transaction_id=transaction_id,
+            completion_requested=completion_requested,
+            extension=extension,
         )
-        self._count_saved()
+        if not held.send(packet, transaction_id if completion_requested else None):
+            raise DeviceError(
+                f"{self.device.name} sends faster than the guest reads: {held.output.bytes} bytes are queued"
+            )
         if not self._turns.active:
             self._schedule()
 
@@ -242,14 +231,11 @@ class ChannelIo:
         """
         if not self._accepts(len(payload)):
             return
-        cost = self._owed.remove(transaction_id)
-        if cost is None:
+        completion = build_packet(_COMPLETION, payload, transaction_id=transaction_id)
+        if not self._held.complete(transaction_id, completion):
             raise DeviceError(
                 f"{self.device.name}: no completion is owed for transaction {transaction_id:#x}"
             )
-        self._account.refund(cost)
-        self._output.put(build_packet(_COMPLETION, payload, transaction_id=transaction_id))
-        self._count_saved()
         if not self._turns.active:
             self._schedule()
 
@@ -279,7 +265,7 @@ class ChannelIo:
 
         For devices that complete several requests outside :meth:`Device.packet`; inside it there is no effect.
         """
-        if self.state is not _RUNNING or self._turns.active or not self._output.packets:
+        if self.state is not _RUNNING or self._turns.active or not self._held.output.packets:
             return
         if self._handover.given:
             self._schedule()
@@ -316,11 +302,6 @@ class ChannelIo:
             raise DeviceError(f"{self.device.name}: a transaction quota of {quota}, at least 1 is needed")
         self.transaction_quota = quota
         self._schedule()
-
-    @property
-    def _owed_limit(self) -> int:
-        limit = self.device.max_owed
-        return min(self.transaction_quota or limit, limit)
 
     def call_later(self, delay: float, callback: Callable[[], None]) -> TimerHandle:
         """Call ``callback`` after ``delay`` seconds, if the channel is still open then and has not failed.
@@ -361,53 +342,23 @@ class ChannelIo:
         For a device that is about to change what compiled code uses.
         """
         if self._handover.given:
-            self._recall()
+            self._handover.recall()
             self._schedule()
-
-    def _recall(self) -> bool:
-        """Take the rings back; return whether the next packet is one for Python."""
-        fast, incoming, outgoing = self.fast, self._turns.incoming, self._outgoing
-        if fast is None or incoming is None or outgoing is None:
-            raise InternalError(f"{self.device.name}: rings were given that do not exist")
-        recalled = self._handover.recall(fast, incoming, outgoing, self.counters)
-        if self._channel is not None:
-            self._channel.count_signals(recalled.doorbells, recalled.signals)
-        fast.look()
-        return recalled.was_left
 
     def _recall_for_turn(self) -> int:
         if self._handover.given:
-            return 1 if self._recall() else 0
+            return 1 if self._handover.recall() else 0
         return TURN_PACKETS
 
-    def _give(self) -> bool:
-        """Give the rings to compiled code, at the end of a turn; return whether it has them."""
-        fast, incoming, outgoing = self.fast, self._turns.incoming, self._outgoing
-        if fast is None or incoming is None or outgoing is None:
-            return False
-        if self.transaction_quota or self._turns.room_wanted or not self.device.fast_ready(self):
-            return False
-        if not self._handover.wanted:
-            return False
-        fast.look()
-        if self._output.packets:
-            self._schedule()
-            return False
-        channel = self._channel
-        target = None if channel is None else channel.signal_target()
-        if target is None or channel is None or channel.relid is None or not self._room():
-            return False
-        given = self._handover.give(fast, incoming, outgoing, target, channel.relid)
-        if given and self._output.packets:  # something has ended in between
-            self._schedule()
-        return given
+    def _may_be_given(self) -> bool:
+        return not (self.transaction_quota or self._turns.room_wanted) and self.device.fast_ready(self)
 
     # --- called by it: a FastOwner ---
 
     def fast_answered(self, channel: FastChannel, answer: bytes) -> None:
         """Send a completion that the fast path has built; see :class:`~vmbus.ports.FastOwner`."""
         if channel is self.fast and (self.state is _RUNNING or self.state is IoState.PAUSED):
-            self._output.put(answer)
+            self._held.output.put(answer)
             self._contain(ChannelIo.flush)
         else:
             self.counters.dropped += 1
@@ -457,7 +408,7 @@ class ChannelIo:
         self.paused = False
         if self.state is IoState.PAUSED:
             self._enter(IoState.RUNNING)
-            self._forget_deadline()  # the guest may have been stopped: it gets the whole time again
+            self._held.forget_deadline()  # the guest may have been stopped: it gets the whole time again
             self._start()
             self._io_timers.resume()
 
@@ -465,10 +416,7 @@ class ChannelIo:
         """Return the state of a paused (or failed, or closed) channel."""
         if self.state is IoState.RUNNING or self._turns.active:
             raise InternalError(f"{self.device.name}: pause a channel before saving it")
-        return ChannelIoState(
-            owed=self._owed.items(),
-            awaited=self._awaited.items(),
-            output=tuple(self._output.packets),
+        return self._held.save(
             input_paused=self._input_paused,
             failure=self.failure,
             transaction_quota=self.transaction_quota,
@@ -488,10 +436,7 @@ class ChannelIo:
                 f"{self.device.name}: a channel that is {self.state.value} cannot take over a saved state"
             )
         self._forget()
-        self._owed = Transactions(state.owed, PACKET_BYTES)
-        self._awaited = Transactions(state.awaited)
-        self._output = Output(state.output)
-        self._account.charge(PACKET_BYTES * self._owed.total)
+        self._held.restore(state)
         self._input_paused = state.input_paused
         self.failure = state.failure
         self.transaction_quota = state.transaction_quota or self.transaction_quota
@@ -534,9 +479,8 @@ class ChannelIo:
         outgoing = OutgoingRing(outgoing_pages, memory)
         self._channel, self._outgoing = channel, outgoing
         self._turns.begin(incoming)
-        self._account.move(self.device.environment.budget)
-        self._account.set_queued(self._output.memory)
-        self._count_saved()
+        self._handover.begin(channel, incoming, outgoing)
+        self._held.begin(self.device.environment.budget)
         return incoming, outgoing
 
     def _begin(self, hook: Callable[[ChannelIo], None]) -> None:
@@ -616,31 +560,25 @@ class ChannelIo:
         self._turns.schedule()
 
     def _room(self) -> int:
-        if self.state is _RUNNING and not self._input_paused and not self._output.blocked:
-            budget = self._account.budget
-            if not (budget.full if self._owed.total else budget.full_for_first):
-                return max(self._owed_limit - self._owed.total, 0)
+        if self.state is _RUNNING and not self._input_paused:
+            limit, quota = self.device.max_owed, self.transaction_quota
+            return self._held.room(quota if quota and quota < limit else limit)
         return 0
-
-    def _wait_for_budget(self) -> None:
-        budget = self._account.budget
-        if budget.full:
-            budget.when_free(self._schedule)
 
     def _tell_room(self) -> bool:
         signal = False
-        if not self._output.packets and self.state is _RUNNING:
+        if not self._held.output.packets and self.state is _RUNNING:
             self._turns.room_wanted = False
             self._contain(self.device.writable)
             signal = self._write_out()
-        if self._turns.room_wanted and not self._output.blocked:
+        if self._turns.room_wanted and not self._held.output.blocked:
             self._schedule()
         return signal
 
     def _deliver(self, batch: list[Packet]) -> int:
         """Pass packets to the device; return how many: fewer if it paused or failed in between."""
         counters = self.counters
-        budget = self._account.budget
+        budget = self._held.budget
         done = 0
         for packet in batch:
             done += 1
@@ -661,10 +599,7 @@ class ChannelIo:
                     if packet.flags:
                         if packet.size > LARGE_PACKET:
                             packet = device.needed(packet)
-                        cost = memory_of(packet)
-                        self._owed.add(packet.transaction_id, cost)
-                        self._account.charge(cost)
-                        self._count_saved()
+                        self._held.owe(packet)
                     if packet.error is not None:
                         raise packet.error
                     device.packet(self, packet)
@@ -679,49 +614,17 @@ class ChannelIo:
             self._device_failed(error)
 
     def _completed(self, packet: Packet) -> None:
-        if self._awaited.remove(packet.transaction_id) is not None:
+        if self._held.completed(packet.transaction_id):
             self.device.completed(self, packet)
         else:
             self.refusals.refuse("unexpected-completion", f"transaction {packet.transaction_id:#x}")
 
     def _write_out(self) -> bool:
         """Move the queue to the ring, as far as it fits; return whether the guest wants a signal."""
-        output = self._output
-        if not output.packets or self.state is not _RUNNING or self._outgoing is None:
+        held = self._held
+        if not held.output.packets or self.state is not _RUNNING or self._outgoing is None:
             return False
-        signal = output.write(self._outgoing, self.counters)
-        self._account.set_queued(output.memory)
-        self._count_saved()
-        if not self._unread_too_much:
-            self._forget_deadline()
-        elif self._unread is None:
-            self._unread = self.call_later(READ_TIMEOUT, self._deadline)
-        if output.packets and not output.blocked:
-            self._schedule()
-        return signal
-
-    @property
-    def _unread_too_much(self) -> bool:
-        """Whether answers of this channel wait for the guest, and the guest's state has no room for them."""
-        return self._output.blocked and self._account.budget.saved_packets > SAVED_LIMIT_BYTES
-
-    def _deadline(self) -> None:
-        self._unread = None
-        if self._unread_too_much:
-            size = self._output.bytes
-            raise GuestError(
-                "answers-not-read", f"{size} bytes have waited for {READ_TIMEOUT:g} s in the host"
-            )
-
-    def _forget_deadline(self) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
-            self._unread = None
-
-    def _count_saved(self) -> None:
-        """Count the bytes that the packets of this channel would have in a saved state, at most."""
-        transactions = self._owed.total + self._awaited.total
-        self._account.set_saved(saved_size(transactions, self._account.owed, self._output))
+        return held.write(self._outgoing, self.counters)
 
     def _signal(self) -> None:
         if self._channel is not None:
@@ -750,9 +653,7 @@ class ChannelIo:
             self.recall()
             self.failure = reason
             self._post_start_due = False
-            self._output, self._owed, self._awaited = Output(), Transactions(), Transactions()
-            self._account.set_queued(0)  # the device may still hold its requests
-            self._count_saved()
+            self._held.fail()
 
     def status(self) -> dict[str, Any]:
         """Return the channel's part of ``vmbus status``: names and plain values."""
@@ -762,10 +663,7 @@ class ChannelIo:
             report["failure"] = self.failure
         report |= {field.name: getattr(self.counters, field.name) for field in fields(self.counters)}
         report["looks_hit"] = self._polling.hits
-        report["owed"] = self._owed.total
-        report["awaited"] = self._awaited.total
-        report["held"] = self._account.held
-        report["backlog"] = self._output.bytes
+        report |= self._held.status()
         report["refusals"] = dict(self.refusals.counts)
         if self._turns.incoming is not None and self._outgoing is not None:
             report["rings"] = ring_status(self._turns.incoming, self._outgoing)

@@ -9,76 +9,142 @@ as for a disk that it cannot serve, the channel is given less often.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
+from vmbus.bus.channel.endpoint import EndpointChannel
+from vmbus.bus.io.held import HeldPackets
 from vmbus.bus.io.ring import IncomingRing, OutgoingRing
 from vmbus.bus.io.state import IoCounters
+from vmbus.errors import InternalError
 from vmbus.ports import (
     PAGE_SIZE,
     FastChannel,
     GivenChannel,
     GivenRing,
     GuestPages,
-    RecalledChannel,
-    SignalTarget,
 )
 
 MAX_KEPT = 256
 """Turns at most for which a channel is kept after the thread could do nothing for it."""
 
 
-class Handover:
-    """The rings of one opening of a channel."""
+class _Opening(NamedTuple):
+    """What is handed over: the rings of one opening of a channel."""
 
-    def __init__(self) -> None:
+    channel: EndpointChannel
+    incoming: IncomingRing
+    outgoing: OutgoingRing
+
+
+class Handover:
+    """The compiled path of one channel, and who has the rings of its present opening.
+
+    ``ready`` returns whether the device lets compiled code have packets, ``room`` how many packets may be taken;
+    ``schedule`` schedules a turn, which goes on with what is in ``held``.
+    """
+
+    def __init__(
+        self,
+        held: HeldPackets,
+        counters: IoCounters,
+        *,
+        ready: Callable[[], bool],
+        room: Callable[[], int],
+        schedule: Callable[[], None],
+    ) -> None:
+        self.fast: FastChannel | None = None
+        """The compiled path of this opening, if the device has one."""
         self.given = False
-        """Whether the thread has them: nobody else touches them."""
+        """Whether its thread has the rings: nobody else touches them."""
+        self._before: FastChannel | None = None
+        """That of the opening before; its requests may be under way."""
+        self._held = held
+        self._counters = counters
+        self._ready = ready
+        self._room = room
+        self._schedule = schedule
+        self._opening: _Opening | None = None
         self._keep = 0
         """Turns for which the channel is kept."""
         self._kept = 0
         """For how many it was kept last."""
 
+    def begin(self, channel: EndpointChannel, incoming: IncomingRing, outgoing: OutgoingRing) -> None:
+        """Begin an opening of the channel."""
+        self._opening = _Opening(channel, incoming, outgoing)
+
+    def end(self) -> None:
+        """End the opening, after a recall."""
+        if self.fast is not None:
+            self.fast.close()
+            self._before, self.fast = self.fast, None
+        self._opening = None
+        self.given = False
+        self._keep = self._kept = 0
+
     @property
-    def wanted(self) -> bool:
-        """Whether this turn may end with :meth:`give`; each call counts as a turn."""
+    def in_flight(self) -> int:
+        """Requests in flight in compiled code, those of an earlier opening included."""
+        return sum([each.outstanding for each in (self.fast, self._before) if each is not None])
+
+    @property
+    def _wanted(self) -> bool:
+        """Whether this turn may end with a give; each call counts as a turn."""
         if self._keep:
             self._keep -= 1
             return False
         return True
 
-    def give(
-        self,
-        fast: FastChannel,
-        incoming: IncomingRing,
-        outgoing: OutgoingRing,
-        target: SignalTarget,
-        relid: int,
-    ) -> bool:
-        """Give the rings; return whether they are given."""
+    def give(self) -> bool:
+        """Give the rings to compiled code, at the end of a turn; return whether it has them."""
+        fast, opening = self.fast, self._opening
+        if fast is None or opening is None or not self._ready() or not self._wanted:
+            return False
+        fast.look()
+        if self._held.output.packets:
+            self._schedule()
+            return False
+        channel, incoming, outgoing = opening
+        target, relid = channel.signal_target(), channel.relid
+        if target is None or relid is None or not self._room():
+            return False
         pages_in, pages_out = _addresses(incoming.pages), _addresses(outgoing.pages)
         if not pages_in or not pages_out:
             return False
-        channel = GivenChannel(
-            GivenRing(pages_in, incoming.index), GivenRing(pages_out, outgoing.index), relid, target
+        self.given = fast.give(
+            GivenChannel(
+                GivenRing(pages_in, incoming.index), GivenRing(pages_out, outgoing.index), relid, target
+            )
         )
-        self.given = fast.give(channel)
+        if self.given and self._held.output.packets:  # something has ended in between
+            self._schedule()
         return self.given
 
-    def recall(
-        self, fast: FastChannel, incoming: IncomingRing, outgoing: OutgoingRing, counters: IoCounters
-    ) -> RecalledChannel:
-        """Take the rings back, and count what was done meanwhile."""
+    def recall(self) -> bool:
+        """Take the given rings back; return whether the next packet is one for Python.
+
+        Counts what was done meanwhile, and passes on what has ended. Raises :class:`~vmbus.errors.InternalError` if
+        there is nothing to take back.
+        """
+        fast, opening, counters = self.fast, self._opening, self._counters
+        if fast is None or opening is None or not self.given:
+            raise InternalError("rings are recalled that were not given")
         recalled = fast.recall()
         self.given = False
-        incoming.go_on(recalled.read_index)
-        outgoing.go_on(recalled.write_index)
+        opening.incoming.go_on(recalled.read_index)
+        opening.outgoing.go_on(recalled.write_index)
         for name in ("packets_in", "bytes_in", "packets_out", "bytes_out", "doorbells", "ring_full"):
             setattr(counters, name, getattr(counters, name) + getattr(recalled, name))
         counters.interrupts += recalled.signals
+        opening.channel.count_signals(recalled.doorbells, recalled.signals)
         if recalled.was_left and not recalled.packets_in:
             self._kept = min(2 * self._kept + 1, MAX_KEPT)
         else:
             self._kept //= 2
         self._keep = self._kept if recalled.was_left else 0
-        return recalled
+        fast.look()
+        return recalled.was_left
 
 
 def _addresses(pages: GuestPages) -> tuple[int, ...]:

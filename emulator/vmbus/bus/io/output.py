@@ -38,26 +38,6 @@ def memory_of(packet: Packet) -> int:
     return size
 
 
-_SAVED_BYTES = 160
-"""Bytes of a packet in a saved state: 32 of its chunk, the library's record, a device's record of a short request."""
-_SAVED_SHARE = 24
-"""Of the memory of an owed packet, one byte in this many is saved: of ``PAGE_BYTES`` 20, a page and a range."""
-
-
-_SAVED_QUEUED_BYTES = 96
-"""Bytes of a packet of the output queue in a saved state, besides its own."""
-
-
-def saved_size(transactions: int, owed: int, output: Output) -> int:
-    """Return the bytes that a channel's packets have in a saved state, at most.
-
-    ``transactions``: those that are open, in both directions. ``owed``: bytes of memory of owed packets
-    (:func:`memory_of`); devices save of a request its header and pages.
-    """
-    queued = output.bytes + _SAVED_QUEUED_BYTES * len(output.packets)
-    return _SAVED_BYTES * transactions + owed // _SAVED_SHARE + queued
-
-
 class Transactions:
     """The open transactions by id, each with what it costs in bytes of memory.
 
