@@ -27,6 +27,7 @@ from typing import Any
 from vmbus.bus.budget import MemoryBudget
 from vmbus.bus.channel.endpoint import EndpointChannel
 from vmbus.bus.channel.gpadl import Gpadl
+from vmbus.bus.io.calls import DeviceCalls
 from vmbus.bus.io.handover import Handover
 from vmbus.bus.io.held import AWAITED_LIMIT, HeldPackets
 from vmbus.bus.io.hooks import DeviceHooks
@@ -90,8 +91,9 @@ class ChannelIo:
         self._outgoing: OutgoingRing | None = None
         self.transaction_quota = 0
         """See :meth:`set_transaction_quota`; 0 if it was not called."""
+        self._calls = DeviceCalls(device, self, timers, self._fail)
         self._io_timers = ChannelTimers(
-            timers, lambda: self.state, lambda callback: self._contain(lambda _: callback())
+            timers, lambda: self.state, lambda callback: self._calls.contain(lambda _: callback())
         )
         self._held = HeldPackets(schedule=self._schedule, call_later=self._io_timers.call_later)
         self._handover = Handover(
@@ -114,14 +116,11 @@ class ChannelIo:
                 tell_room=self._tell_room,
                 signal=self._signal,
                 failed=lambda error: self._fail(error.reason, error.detail),
-                broken=lambda error: self._device_failed(error),
+                broken=self._calls.broken,
                 recall=self._recall_for_turn,
                 give=self._handover.give,
             ),
         )
-        self._started = False
-        """Whether the device was told that packets follow, and not since that none do."""
-        self._post_start_due = False
         self._forget()
 
     def _forget(self) -> None:
@@ -359,14 +358,14 @@ class ChannelIo:
         """Send a completion that the fast path has built; see :class:`~vmbus.ports.FastOwner`."""
         if channel is self.fast and (self.state is _RUNNING or self.state is IoState.PAUSED):
             self._held.output.put(answer)
-            self._contain(ChannelIo.flush)
+            self._calls.contain(ChannelIo.flush)
         else:
             self.counters.dropped += 1
-        self._contain(self.device.fast_ended)
+        self._calls.contain(self.device.fast_ended)
 
     def fast_ended(self, channel: FastChannel) -> None:
         """Tell the device; see :class:`~vmbus.ports.FastOwner`."""
-        self._contain(self.device.fast_ended)
+        self._calls.contain(self.device.fast_ended)
 
     def fast_left(self, channel: FastChannel) -> None:
         """Take the rings back in a turn; see :class:`~vmbus.ports.FastOwner`."""
@@ -381,12 +380,12 @@ class ChannelIo:
                 self._dispatch(again)
                 if not self._turns.active:
                     self._schedule()
-        self._contain(self.device.fast_ended)
+        self._calls.contain(self.device.fast_ended)
 
     def fast_failed(self, channel: FastChannel, error: Exception) -> None:
         """Fail the channel; see :class:`~vmbus.ports.FastOwner`."""
         if channel is self.fast:
-            self._device_failed(error)
+            self._calls.broken(error)
         else:
             _logger.error("%s: a request of an earlier opening failed", self.device.name, exc_info=error)
 
@@ -401,7 +400,7 @@ class ChannelIo:
         self.paused = True
         if self.state is IoState.RUNNING:
             self._enter(IoState.PAUSED)
-        self._suspend()
+        self._calls.suspend()
 
     def resume(self) -> None:
         """Undo :meth:`pause`; nothing was lost, nothing is repeated."""
@@ -427,7 +426,7 @@ class ChannelIo:
         if self.state is IoState.CLOSED:
             self._end()
             self.failure = ""
-            self._contain(self.device.closed)
+            self._calls.contain(self.device.closed)
 
     def restore(self, state: ChannelIoState) -> None:
         """Take over a saved state; the channel stays closed until the bus calls :meth:`restored`."""
@@ -451,7 +450,7 @@ class ChannelIo:
             raise InternalError(f"{self.device.name}: pause a channel before detaching it")
         if self.state is not IoState.CLOSED:
             self._end()
-            self._contain(self.device.closed)
+            self._calls.contain(self.device.closed)
 
     # --- called by the bus: an Endpoint ---
 
@@ -498,24 +497,11 @@ class ChannelIo:
             self._start()
 
     def _start(self) -> None:
-        """Have the device send (Started), take packets, and then tell it so (PostStarted)."""
-        self._started = True
-        self._contain(self.device.started)
+        """Have the device send, take packets, and then tell it so."""
+        self._calls.start()
         if self.state is _RUNNING:
             self._schedule()
-            self._post_start_due = True
-            self.timers.call_soon(self._post_start)
-
-    def _post_start(self) -> None:
-        if self._post_start_due:
-            self._post_start_due = False
-            self._contain(self.device.post_started)
-
-    def _suspend(self) -> None:
-        """Tell the device, once for each start, that no packet follows."""
-        if self._started:
-            self._started = self._post_start_due = False
-            self._contain(self.device.suspended)
+            self._calls.post_start_soon()
 
     def _enter(self, state: IoState) -> None:
         self.state = state
@@ -529,10 +515,10 @@ class ChannelIo:
 
     def closed(self, channel: EndpointChannel) -> None:
         """Forget the rings: they belong to the guest again."""
-        self._suspend()
+        self._calls.suspend()
         self._end()
         self.subchannels = []
-        self._contain(self.device.closed)
+        self._calls.contain(self.device.closed)
 
     def signalled(self, channel: EndpointChannel) -> None:
         """Schedule a turn: the guest rang the doorbell."""
@@ -569,7 +555,7 @@ class ChannelIo:
         signal = False
         if not self._held.output.packets and self.state is _RUNNING:
             self._turns.room_wanted = False
-            self._contain(self.device.writable)
+            self._calls.contain(self.device.writable)
             signal = self._write_out()
         if self._turns.room_wanted and not self._held.output.blocked:
             self._schedule()
@@ -611,7 +597,7 @@ class ChannelIo:
         except GuestError as error:
             self._fail(error.reason, error.detail)
         except Exception as error:  # noqa: BLE001 - a bug of a device must not end the process
-            self._device_failed(error)
+            self._calls.broken(error)
 
     def _completed(self, packet: Packet) -> None:
         if self._held.completed(packet.transaction_id):
@@ -633,26 +619,13 @@ class ChannelIo:
 
     # --- failures ---
 
-    def _contain(self, hook: Callable[[ChannelIo], None]) -> None:
-        """Call a hook of the device outside :meth:`_deliver`; an exception fails the channel."""
-        try:
-            hook(self)
-        except GuestError as error:
-            self._fail(error.reason, error.detail)
-        except Exception as error:  # noqa: BLE001 - a bug of a device must not end the process
-            self._device_failed(error)
-
-    def _device_failed(self, error: Exception) -> None:
-        _logger.error("%s: the device failed", self.device.name, exc_info=error)
-        self._fail("device-error", repr(error))
-
     def _fail(self, reason: str, detail: str) -> None:
         self.refusals.refuse(reason, detail)
         if self.state is _RUNNING or self.state is IoState.PAUSED:
             self._enter(IoState.FAILED)
             self.recall()
             self.failure = reason
-            self._post_start_due = False
+            self._calls.drop_post_start()
             self._held.fail()
 
     def status(self) -> dict[str, Any]:
