@@ -9,12 +9,16 @@ All five are in the guest at the same time and lead to the same file. A round me
 one after another, in an order that turns; a ratio is that of two devices of one round, so that what the machine does
 meanwhile is in both. The second guest has two vCPUs and two queues a device, and a job on each vCPU.
 
+Rounds in which other work had the processors (:mod:`tests.bench.others`) are counted and left out, as long as others
+are left. A few cells are measured again beside busy processes, of which the bench knows.
+
 A cell's ratio is ours over the best of QEMU's in that round: 1 is as fast, more is faster. Beside it stands where the
 time of a request goes: processor time of the guest's vCPUs, of QEMU's main loop and iothreads, and of the emulator.
 
 With ``--qcow2`` the disks are ours and virtio-blk, on two copies of one qcow2: two processes cannot write to one.
 
-    python -m tests.bench.storage [--qcow2] [--rounds N] [--seconds S] [--cell NAME ...] [--folder DIR] [--json]
+    python -m tests.bench.storage [--qcow2] [--busy N] [--rounds N] [--seconds S] [--cell NAME ...] [--folder DIR]
+                                  [--json]
 """
 
 from __future__ import annotations
@@ -27,15 +31,17 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vmbus.provision.qemu import find_qemu
 
 from tests.bench.linux import KERNEL, compile_program
+from tests.bench.others import LIMIT, ProcessorTimes
 from tests.bench.report import Result
 from tests.bench.threads import ThreadTimes
 from tests.guest.harness import LOADED_MODULES, Booted, boot
+from tests.tools.flaky import busy
 
 ROUNDS = 5
 SECONDS = 0.8
@@ -85,6 +91,17 @@ CELLS = (
 )
 
 
+BUSY = 2
+"""Busy processes beside which some cells are measured again."""
+BUSY_CELLS = ("read 4k depth 1", "read 4k depth 32", "write 128k depth 4")
+BUSY_AIM = 0.9
+
+
+def beside_busy(cell: Cell, count: int) -> Cell:
+    """Return ``cell`` beside that many busy processes."""
+    return replace(cell, name=f"{cell.name}, {count} busy", aim=BUSY_AIM)
+
+
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """One device in one cell, once. Times are processor time, in microseconds a request."""
@@ -95,6 +112,8 @@ class Measurement:
     qemu: float
     """Its main loop and iothreads."""
     emulator: float
+    others: float = 0.0
+    """Share of all processors' time that other work had."""
 
 
 Round = dict[str, Measurement]
@@ -206,7 +225,7 @@ async def measure(
             await guest.until(lambda: len(reports(guest)) > 0, "the guest's disks", timeout=BOOT_LIMIT)
             taken = []
             for number in range(1, len(steps) + 1):
-                before = ThreadTimes.now(guest.guest.process.pid)
+                before, all_before = ThreadTimes.now(guest.guest.process.pid), ProcessorTimes.now()
                 await guest.until(
                     lambda: len(reports(guest)) > number, f"{steps[number - 1]}", timeout=60 + 5 * seconds
                 )
@@ -217,7 +236,11 @@ async def measure(
                 share = 1e6 / report["requests"]
                 taken.append(
                     Measurement(
-                        report["iops"], spent.vcpus * share, spent.qemu * share, spent.emulator * share
+                        report["iops"],
+                        spent.vcpus * share,
+                        spent.qemu * share,
+                        spent.emulator * share,
+                        ProcessorTimes.now().others_since(all_before),
                     )
                 )
     found: dict[str, list[Round]] = {cell.name: [] for cell in cells}
@@ -245,14 +268,27 @@ def fill(image: Path, size: int) -> None:
 
 
 async def measure_all(
-    cells: Sequence[Cell], rounds: int, seconds: float, folder: Path | None, *, qcow2: bool = False
+    cells: Sequence[Cell],
+    rounds: int,
+    seconds: float,
+    folder: Path | None,
+    *,
+    qcow2: bool = False,
+    busy_processes: int = 0,
 ) -> dict[str, list[Round]]:
     """Each guest in turn."""
     found: dict[str, list[Round]] = {}
     for vcpus in sorted({cell.vcpus for cell in cells}):
         chosen = [cell for cell in cells if cell.vcpus == vcpus]
-        found |= await measure(chosen, rounds=rounds, seconds=seconds, folder=folder, qcow2=qcow2)
+        with busy(busy_processes, apart=True):
+            found |= await measure(chosen, rounds=rounds, seconds=seconds, folder=folder, qcow2=qcow2)
     return found
+
+
+def undisturbed(rounds: Sequence[Round]) -> list[Round]:
+    """Return the rounds in which nobody else had the processors; all of them, if there is none."""
+    kept = [each for each in rounds if max(device.others for device in each.values()) <= LIMIT]
+    return kept or list(rounds)
 
 
 def over_the_best(round_: Round) -> float:
@@ -264,6 +300,12 @@ def report(found: dict[str, list[Round]]) -> Result:
     """The tables."""
     result = Result("Storage: ours over QEMU's disks, same guest, same file, by turns (more is faster)")
     aims = {cell.name: cell.aim for cell in CELLS}
+    left_out = {name: len(rounds) - len(undisturbed(rounds)) for name, rounds in found.items()}
+    most = {
+        name: max(device.others for each in undisturbed(rounds) for device in each.values())
+        for name, rounds in found.items()
+    }
+    found = {name: undisturbed(rounds) for name, rounds in found.items()}
     devices = {device for rounds in found.values() for each in rounds for device in each}
     others = [device for device in (*QEMUS, NULL) if device in devices]
     head = " ".join(f"{device:>11}" for device in others)
@@ -277,7 +319,13 @@ def report(found: dict[str, list[Round]]) -> Result:
             for device in others
         )
         own = statistics.median(each[OWN].requests for each in rounds)
-        result.notes.append(f"{name:28} {own:8.0f} {spread:>18} {ratios}   {aims[name]:.2f}")
+        result.notes.append(f"{name:28} {own:8.0f} {spread:>18} {ratios}   {aims.get(name, BUSY_AIM):.2f}")
+    if out := sum(left_out.values()):
+        result.notes.append(
+            f"{out} rounds left out: others had more than {LIMIT:.0%} of the processors in them"
+        )
+    if disturbed := [name for name, share in most.items() if share > LIMIT]:
+        result.notes.append(f"others had more in every round of: {'; '.join(disturbed)}")
     result.notes.append("")
     result.notes.append(f"{'processor time, us a request':28} {'guest':>8} {'QEMU':>8} {'emulator':>9}")
     for name, rounds in found.items():
@@ -292,7 +340,10 @@ def report(found: dict[str, list[Round]]) -> Result:
 
 def run() -> Result:
     """All cells, for ``make bench``."""
-    return report(asyncio.run(measure_all(CELLS, ROUNDS, SECONDS, None)))
+    found = asyncio.run(measure_all(CELLS, ROUNDS, SECONDS, None))
+    again = [beside_busy(cell, BUSY) for cell in CELLS if cell.name in BUSY_CELLS]
+    found |= asyncio.run(measure_all(again, ROUNDS, SECONDS, None, busy_processes=BUSY))
+    return report(found)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -312,12 +363,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--json", action="store_true", help="all figures as one JSON object, on the last line"
     )
     parser.add_argument("--qcow2", action="store_true", help="on a qcow2, ours through qemu-storage-daemon")
+    parser.add_argument(
+        "--busy", type=int, default=0, metavar="N", help="beside N busy processes (default: none)"
+    )
     options = parser.parse_args(arguments)
     cells = [cell for cell in CELLS if not options.cell or any(map(cell.name.startswith, options.cell))]
     if not cells:
         parser.error(f"no cell is called so; there are {', '.join(cell.name for cell in CELLS)}")
+    if options.busy:
+        cells = [beside_busy(cell, options.busy) for cell in cells]
     found = asyncio.run(
-        measure_all(cells, options.rounds, options.seconds, options.folder, qcow2=options.qcow2)
+        measure_all(
+            cells,
+            options.rounds,
+            options.seconds,
+            options.folder,
+            qcow2=options.qcow2,
+            busy_processes=options.busy,
+        )
     )
     result = report(found)
     print(result.text(), flush=True)

@@ -68,9 +68,14 @@ def table(rows: Sequence[Row]) -> str:
 
 
 @contextlib.contextmanager
-def busy(count: int) -> Iterator[None]:
-    """Keep ``count`` processors busy, with processes that are ended on the way out."""
-    processes = [subprocess.Popen([sys.executable, "-S", "-c", _BUSY]) for _ in range(count)]
+def busy(count: int, *, apart: bool = False) -> Iterator[None]:
+    """Keep ``count`` processors busy, with processes that are ended on the way out.
+
+    ``apart``: each in a session of its own. Linux divides processor time between sessions first (autogroups,
+    sched(7)), so that they take nothing from this process alone.
+    """
+    line = [sys.executable, "-S", "-c", _BUSY]
+    processes = [subprocess.Popen(line, start_new_session=apart) for _ in range(count)]
     try:
         yield
     finally:
