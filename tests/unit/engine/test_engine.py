@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from vmbus.machine.engine.layout import LINES_AHEAD, Owner
+from vmbus.machine.engine.thread import BUSY_WAITS
 from vmbus.wire.gateway import IdleState
 
 from tests.unit.engine.engine_guest import (
@@ -277,6 +278,20 @@ def test_a_vcpu_that_halts_is_woken_by_qemu(guest: EngineGuest) -> None:
     assert guest.interrupts == guest.engine.lines == 1
     assert list(guest.words[1:5]) == [0, 0, 0, 0]
     assert guest.words[5] == 1
+
+
+def test_where_others_need_the_processor_nothing_waits_for_a_vcpu_to_halt(
+    device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A yield there takes milliseconds, and the vCPU that is waited for gets no processor either."""
+    monkeypatch.setitem(BUSY_WAITS, "gap", 0)  # each look of the thread at the clock finds one
+    monkeypatch.setitem(BUSY_WAITS, "wait_for_halt", 10**12)
+    with EngineGuest(device) as guest:
+        guest.give()
+        guest.send(guest.order(1))
+        assert ids(guest.receive(1)) == [1]
+        assert guest.engine.counts()[0]["gaps"]
+        assert guest.interrupts == 1
 
 
 def test_no_vector_is_left_behind(guest: EngineGuest) -> None:

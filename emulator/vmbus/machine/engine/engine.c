@@ -186,7 +186,7 @@ static void submit_if_due(struct engine *engine, uint64_t now, uint32_t held)
     if (!engine->unsubmitted_ns)
         engine->unsubmitted_ns = now;
     if (waiting >= policy->batch || (waiting >= atomic_load(&engine->in_flight) && !held) ||
-        now - engine->unsubmitted_ns >= policy->submit_after)
+        now - engine->unsubmitted_ns >= policy->submit_after || now < engine->quiet_until_ns)
         submit(engine);
 }
 

@@ -96,7 +96,7 @@ void signal_guest(struct engine *engine, struct channel *channel, int may_wait)
     engine->setup.dirty[channel->flag_page] = 1;
     if (before & channel->flag_bit)
         return;
-    if (!may_wait || !engine->setup.policy.wait_for_halt) {
+    if (!may_wait || !engine->setup.policy.wait_for_halt || now_ns() < engine->quiet_until_ns) {
         if (signals_post(&channel->vcpu, channel->vector))
             engine->counts.left_to_vcpu++;
         else
@@ -136,7 +136,8 @@ void signal_look(struct engine *engine, struct channel *channel, uint64_t now)
     uint64_t left = __atomic_load_n(&channel->vcpu.pending[channel->vector / 64 % 4], __ATOMIC_ACQUIRE);
     if (!(left >> channel->vector % 64 & 1) ||
         __atomic_load_n(channel->vcpu.idle, __ATOMIC_ACQUIRE) == VCPU_HALTED ||
-        (int64_t)(now - channel->waits_since) > (int64_t)engine->setup.policy.wait_for_halt)
+        (int64_t)(now - channel->waits_since) > (int64_t)engine->setup.policy.wait_for_halt ||
+        now < engine->quiet_until_ns)
         stop_waiting(engine, channel);
 }
 
