@@ -23,6 +23,7 @@ from vmbus_devices.scsi.fast.build import SOURCE, layout
 
 HERE = Path(__file__).parent
 GATEWAY_TESTS = HERE.parent / "unit" / "gateway"
+FASTPATH_TESTS = HERE.parent / "unit" / "fastpath"
 _FLAGS = ("-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-pthread", "-fno-sanitize-recover=all")
 
 
@@ -55,7 +56,7 @@ def _compile(name: str, folder: Path, command: str, instrumented: str, *, driver
     if name == "take":
         (folder / "layout.h").write_text(layout())
         (folder / "engine_device.h").write_text(DEVICE_HEADER)
-        includes, stubs = [folder, SOURCE], []
+        includes, stubs = [folder, SOURCE, FASTPATH_TESTS], []
     else:
         includes, stubs = [gateway_build.SOURCE, GATEWAY_TESTS], [GATEWAY_TESTS / "stub.c"]
     files = [

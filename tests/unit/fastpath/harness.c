@@ -1,27 +1,10 @@
 /* SPDX-License-Identifier: MIT */
-/*
- * Packets that are nearly right, in exactly as much memory as they take, under the sanitizers: the two functions as the
- * engine calls them, which here keeps the requests for a while and ends them out of order, with any result.
- */
+/* Packets that are nearly right, under the sanitizers; requests end out of order, and with any result. */
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
-#include "fastpath.h"
-
-enum { RAM = 1 << 20, HOLE = 192 * 4096, HIGH = 1 << 24, BLOCKS = 512, ANSWER = 128 };
-
-/* A request under way. */
-struct engine {
-    uint8_t *packet;
-    uint64_t length;
-    int is_write, in_use;
-    int64_t stored;
-};
+#include "engine_stub.h"
 
 static uint64_t state;
-static uint8_t *ram;
-static struct engine request[MAX_SLOTS];
 
 static uint64_t next(void)
 {
@@ -68,149 +51,37 @@ static uint32_t build(uint8_t *at, uint64_t transaction)
     return size;
 }
 
-/* --- the engine's services: every byte of a transfer is touched, every address checked --- */
-
-static void begin(uint32_t slot, uint64_t length, int is_write)
+static void end(uint32_t slot, uint64_t *answers, uint64_t *returned)
 {
-    if (slot >= MAX_SLOTS || request[slot].in_use)
-        abort();
-    request[slot].in_use = 1;
-    request[slot].length = length;
-    request[slot].is_write = is_write;
-    request[slot].stored = 0;
-}
+    int32_t length = (int32_t)request[slot].length, bad[] = {-5, 0, 511, 1 << 30};
 
-static uint32_t transfer(struct engine *engine, uint32_t slot, int fd, const struct iovec *iov, uint32_t count,
-                         uint64_t offset, int is_write, int flags)
-{
-    uint64_t length = 0;
-
-    (void)engine, (void)fd, (void)flags;
-    if (!count || count > MAX_PAGES)
-        abort();
-    for (uint32_t i = 0; i < count; i++) {
-        uint8_t *at = iov[i].iov_base;
-        if (at < ram || iov[i].iov_len > RAM || at + iov[i].iov_len > ram + RAM)
-            abort();
-        if (is_write)
-            for (size_t j = 0; j < iov[i].iov_len; j++)
-                state += at[j];
-        else
-            memset(at, 0x5a, iov[i].iov_len);
-        length += iov[i].iov_len;
-    }
-    if (offset + length > BLOCKS * 512)
-        abort();
-    if (next() % 16 == 0)
-        return 0; /* not now */
-    begin(slot, length, is_write);
-    return 1;
-}
-
-static uint32_t queue_transfer(struct engine *engine, uint32_t slot, uint32_t queue, const struct iovec *iov,
-                               uint32_t count, uint64_t offset, int is_write)
-{
-    if (queue != 7)
-        abort();
-    return transfer(engine, slot, -1, iov, count, offset, is_write, 0);
-}
-
-static uint32_t ended(struct engine *engine, uint32_t slot, int32_t result)
-{
-    (void)engine;
-    if (result <= 0)
-        abort();
-    begin(slot, (uint64_t)result, 1); /* nothing is stored for a unit without a file */
-    return 1;
-}
-
-static void stored(struct engine *engine, uint32_t slot, uint64_t offset, uint64_t length)
-{
-    (void)engine;
-    if (offset > RAM || length > RAM - offset || request[slot].is_write)
-        abort();
-    request[slot].stored += (int64_t)length;
-}
-
-static const struct engine_services services = {
-    .transfer = transfer, .queue_transfer = queue_transfer, .ended = ended, .stored = stored};
-
-static void end(struct storage *storage, uint32_t slot, uint64_t *answers, uint64_t *returned)
-{
-    struct engine *each = &request[slot];
-    int32_t bad[] = {-5, 0, 511, 1 << 30}, result = next() % 4 ? (int32_t)each->length : bad[next() % 4];
-    uint8_t *answer = malloc(ANSWER);
-
-    uint32_t size = storage_complete(storage, &services, NULL, slot, each->packet, result, answer);
-    if (size > ANSWER || size % 8 || (size != 0) != (result == (int32_t)each->length))
-        abort();
-    if (!each->is_write && each->stored != (int64_t)each->length)
-        abort();
-    ++*(size ? answers : returned);
-    free(answer);
-    free(each->packet);
-    each->packet = NULL;
-    each->in_use = 0;
+    ++*(complete(slot, next() % 4 ? length : bad[next() % 4]) ? answers : returned);
 }
 
 int main(int argc, char **argv)
 {
-    uint64_t rounds = argc > 1 ? strtoull(argv[1], NULL, 0) : 10000, answers = 0, returned = 0, taken = 0, depth = 0;
-    int16_t units[MAX_TARGETS * MAX_LUNS];
+    uint64_t rounds = argc > 1 ? strtoull(argv[1], NULL, 0) : 10000, answers = 0, returned = 0, taken = 0;
 
     state = argc > 2 ? strtoull(argv[2], NULL, 0) : 88172645463325252u;
-    struct fastpath *path = fastpath_open();
-    if (!path)
-        return 1;
-    ram = calloc(1, RAM);
-    path->shared.ram = ram;
-    path->shared.ram_size = RAM;
-    path->shared.region_count = 2;
-    path->shared.region[0] = (struct region){0, HOLE, 0};
-    path->shared.region[1] = (struct region){HIGH, HIGH + RAM - HOLE, (int64_t)HOLE - HIGH};
-    for (uint32_t i = 0; i < 3; i++) /* without a file, with one, in a queue */
-        path->shared.unit[i] = (struct unit){.fd = i ? 3 : -1,
-                                      .flags = UNIT_READS | UNIT_WRITES | (i ? 0 : UNIT_NULL),
-                                      .queue = i == 2 ? 7 : 0,
-                                      .blocks = BLOCKS,
-                                      .block_shift = 9,
-                                      .max_transfer = 1 << 18};
-    memset(units, 0xff, sizeof(units));
-    for (int16_t i = 0; i < 3; i++)
-        units[i] = i;
-    struct storage storage = {path, units};
-
+    open_storage();
     for (uint64_t round = 0; round < rounds; round++) {
-        uint8_t scratch[8192];
-        uint32_t slot = next() % MAX_SLOTS, size = build(scratch, round);
-        if (request[slot].in_use)
-            end(&storage, slot, &answers, &returned);
+        uint8_t packet[8192];
+        uint32_t slot = next() % MAX_SLOTS, size = build(packet, round);
+        if (request[slot].length)
+            end(slot, &answers, &returned);
         if (next() % 2)
             for (uint32_t flips = 1 + next() % 4; flips; flips--)
-                scratch[next() % size] ^= (uint8_t)(1u << next() % 8);
-        if (next() % 4 == 0)
-            size = DESCRIPTOR_SIZE + next() % (size - DESCRIPTOR_SIZE + 1) / 8 * 8; /* the engine's least */
-        uint8_t *packet = malloc(size); /* one byte too far is seen */
-        memcpy(packet, scratch, size);
-        if (storage_take(&storage, &services, NULL, slot, packet, size)) {
-            if (!request[slot].in_use)
-                abort();
-            request[slot].packet = packet;
-            taken++;
-        } else {
-            if (request[slot].in_use)
-                abort();
-            free(packet);
-        }
+                packet[next() % size] ^= (uint8_t)(1u << next() % 8);
+        if (next() % 4 == 0) /* the engine passes no packet that is shorter than its descriptor */
+            size = DESCRIPTOR_SIZE + (uint32_t)(next() % (size - DESCRIPTOR_SIZE + 1)) / 8 * 8;
+        busy = next() % 16 == 0;
+        taken += (uint64_t)take(slot, packet, size);
     }
     for (uint32_t slot = 0; slot < MAX_SLOTS; slot++)
-        if (request[slot].in_use)
-            end(&storage, slot, &answers, &returned);
-    for (int i = 0; i < 3; i++)
-        depth += path->shared.unit[i].depth;
-    printf("{\"taken\": %llu, \"answers\": %llu, \"returned\": %llu, \"depth\": %llu}\n", (unsigned long long)taken,
-           (unsigned long long)answers, (unsigned long long)returned, (unsigned long long)depth);
-    free(ram);
+        if (request[slot].length)
+            end(slot, &answers, &returned);
+    printf("{\"taken\": %llu, \"answers\": %llu, \"returned\": %llu, \"depth\": %u}\n", (unsigned long long)taken,
+           (unsigned long long)answers, (unsigned long long)returned, depth());
     fastpath_close(path);
     return 0;
 }
