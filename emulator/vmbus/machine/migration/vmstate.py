@@ -90,7 +90,6 @@ class DbusDaemon:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
                 preexec_fn=prepare,
             )
         daemon = cls(process, socket, configuration)

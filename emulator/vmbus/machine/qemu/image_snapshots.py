@@ -61,7 +61,6 @@ def put_back(program: Sequence[str], environment: Mapping[str, str], image: Imag
                 errors="replace",
                 check=False,
                 timeout=TIMEOUT,
-                start_new_session=True,
                 preexec_fn=prepare,
             )
         except subprocess.TimeoutExpired:

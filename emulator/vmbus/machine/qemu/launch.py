@@ -149,7 +149,6 @@ class QemuProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,  # the emulator handles Ctrl-C
                     preexec_fn=prepare,
                 )
         except BaseException:

@@ -240,7 +240,6 @@ class StorageDaemon:
                     stderr=output,
                     bufsize=0,
                     pass_fds=[each.fileno() for each in listeners],
-                    start_new_session=True,
                     preexec_fn=prepare,
                 )
         except BaseException:
