@@ -91,7 +91,9 @@ class Scsi(Controller):
         rerror: Annotated[
             ReadErrors, Help("on a failed read: report it, or stop the guest")
         ] = ReadErrors.REPORT,
-        fault: Annotated[str, Help("faults to inject: error@8-15;delay:0.5@*;short:0.5@100-; see docs")] = "",
+        fault: Annotated[
+            str, Help("faults to inject: error@8-15;delay:0.5@*;short:0.5@100-; docs/storage.md has all")
+        ] = "",
         queues: Annotated[
             int,
             Help(

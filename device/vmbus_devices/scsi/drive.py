@@ -23,6 +23,7 @@ from vmbus_devices.scsi.file import Cache, FileBackend
 from vmbus_devices.scsi.image import DetectZeroes, ImageBackend, ImageFile, ImageServers, probe
 from vmbus_devices.scsi.nbd import MIN_MAXIMUM, NbdBackend
 
+_OTHER_URI = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _SERIAL = re.compile(r"[!-~]{1,64}")
 BLOCK_SIZES = (512, 4096)
 _MAX_IMAGE_CONNECTIONS = 2
@@ -86,6 +87,14 @@ def open_drive(options: DriveOptions, default_serial: str, images: ImageServers 
     Raises :class:`~vmbus.errors.UsageError` for wrong options, :class:`~vmbus.errors.UserError` for an image that
     cannot be opened.
     """
+    if options.image == "":
+        raise UsageError(
+            "image= names nothing; write a file, a block device or an NBD URI behind it, or leave it out"
+        )
+    if options.image is not None and _OTHER_URI.match(options.image) and not is_uri(options.image):
+        raise UsageError(
+            f"image={options.image}: NBD is the only protocol; write nbd://HOST/EXPORT, or a file's name"
+        )
     if options.block not in BLOCK_SIZES:
         raise UsageError(f"block={options.block}: the block size must be 512 or 4096")
     serial = options.serial or default_serial

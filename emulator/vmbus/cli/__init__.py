@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -126,8 +127,11 @@ def _main(words: list[str]) -> int:
     if separated:
         at = words.index("--")
         words, command = words[:at], words[at + 1 :]
-    arguments = parser(words).parse_args(with_values(words))
+    arguments, unknown = parser(words).parse_known_args(with_values(words))
     arguments.command = command
+    if unknown:
+        output.tell(f"vmbus {arguments.verb}: {_not_understood(arguments.verb, unknown)}")
+        return 2
     if separated and arguments.verb != "run":
         output.tell(f"vmbus {arguments.verb} takes no command after --; only `vmbus run` does")
         return 2
@@ -138,6 +142,16 @@ def _main(words: list[str]) -> int:
         return 2
     with logs.written(arguments.verbose):
         return _act(arguments)
+
+
+def _not_understood(verb: str, words: Sequence[str]) -> str:
+    """Return a sentence about words that belong to no option of ``verb``, and that are more than it takes."""
+    said = f"unrecognized arguments: {shlex.join(words)}"
+    if verb == "run" and not words[0].startswith("-"):
+        return (
+            f"{said}; a command for the guest is written behind --, as in `vmbus run -- {shlex.join(words)}`"
+        )
+    return f"{said}; `vmbus {verb} --help` shows what it takes"
 
 
 def _act(arguments: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from vmbus.errors import UsageError, UserError
 from vmbus.machine import rundir
 from vmbus.machine.control import ask
 from vmbus.machine.host import ExitReason, Host
-from vmbus.machine.migration.addresses import descriptor_number
+from vmbus.machine.migration.addresses import check_port, descriptor_number
 from vmbus.machine.migration.alone import alone
 from vmbus.machine.migration.drive import MigrationFailed, migrate
 from vmbus.machine.migration.side_channel import CarrierAddress
@@ -155,7 +155,9 @@ def main(arguments: argparse.Namespace) -> int:
                 "--carrier goes with a URI; without one, the way of the emulator's state is chosen for you"
             )
         arguments.carrier = str(CarrierAddress.parse(arguments.carrier))
-    uri = None if uri is None else absolute(uri)
+    if uri is not None:
+        check_port(uri)
+        uri = absolute(uri)
     control = rundir.find(name) / "control.sock"
     if arguments.take_back:
         found = ask(control, "take-back")

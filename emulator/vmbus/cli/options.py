@@ -112,6 +112,15 @@ def version(text: str) -> Version:
     )
 
 
+def switchover(text: str) -> Switchover:
+    """Return the :class:`Switchover` that ``own`` or ``observe`` stands for."""
+    try:
+        return Switchover(text)
+    except ValueError:
+        known = " or ".join(each.value for each in Switchover)
+        raise argparse.ArgumentTypeError(f"{text!r} is neither of the two ways; write {known}") from None
+
+
 class DeviceOption(argparse.Action):
     """Collects ``--device`` texts; ``help`` and ``NAME,help`` print devices or options and exit."""
 
@@ -189,8 +198,7 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--switchover",
-        type=Switchover,
-        choices=list(Switchover),
+        type=switchover,
         default=Switchover.OWN,
         metavar="{own,observe}",
         help="who sends migrate-continue in migrations that pause before the switch-over: own: the "

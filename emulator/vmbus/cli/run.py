@@ -38,13 +38,14 @@ from vmbus.machine.gateway import build as gateway_build
 from vmbus.machine.guest import Guest, emulator_options
 from vmbus.machine.host import ExitReason, Host, HostOptions
 from vmbus.machine.migration import refused
-from vmbus.machine.migration.addresses import descriptor_number
+from vmbus.machine.migration.addresses import check_port, descriptor_number
 from vmbus.machine.migration.drive import arrived, receive
 from vmbus.machine.migration.side_channel import CarrierAddress
 from vmbus.machine.qemu.boot_media import BootDisk, BootMedia
 from vmbus.machine.qemu.confined import qemu_filter
 from vmbus.machine.qemu.image_files import check_names
 from vmbus.machine.qemu.launch import GuestOptions, command_line
+from vmbus.machine.qemu.qcow2 import MAGIC
 from vmbus.provision.command_output import CommandOutput
 from vmbus.provision.drivers import modules_for, present
 from vmbus.provision.firmware import NAME as OVMF
@@ -297,6 +298,8 @@ def _linux(arguments: argparse.Namespace, devices: Sequence[Device]) -> _Linux:
     if arguments.initrd is not None:
         if arguments.command or arguments.add:
             raise UsageError("--add and a command after -- need the embedded initramfs: leave out --initrd")
+        if not arguments.initrd.is_file():
+            raise UsageError(f"--initrd {arguments.initrd}: there is no such file")
         initrd = arguments.initrd
     else:
         more = [*(present(kernel, ROOT_MODULES) if arguments.root else ()), *arguments.load]
@@ -351,8 +354,10 @@ def _carrier(arguments: argparse.Namespace) -> CarrierAddress | None:
 
 
 def _incoming(uri: str | None) -> str | None:
-    if uri is not None and (number := descriptor_number(uri)) is not None:
-        own_descriptor(number)
+    if uri is not None:
+        check_port(uri)
+        if (number := descriptor_number(uri)) is not None:
+            own_descriptor(number)
     return uri
 
 
@@ -361,8 +366,14 @@ def make_image(qemu: QemuBinary, path: Path) -> None:
     if path.exists():
         try:
             check_names(path, "qcow2")
+            with path.open("rb") as file:
+                is_qcow2 = file.read(len(MAGIC)) == MAGIC
         except (DeviceError, OSError) as error:
             raise UserError(f"cannot use {path} for snapshots: {error}") from error
+        if not is_qcow2:
+            raise UserError(
+                f"cannot use {path} for snapshots: it is not a qcow2 image; name one, or a new file"
+            )
         return
     command = [*qemu.qemu_img(), "create", "-q", "-f", "qcow2", str(path.absolute()), "64K"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

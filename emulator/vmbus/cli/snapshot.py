@@ -45,6 +45,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument(
         "what",
+        metavar="{save,load,list,delete}",
         choices=("save", "load", "list", "delete"),
         help="save or load the guest, list or delete snapshots",
     )
@@ -79,7 +80,9 @@ def main(arguments: argparse.Namespace) -> int:
     words = list(arguments.words)
     tag = words.pop() if arguments.what != "list" and words else ""
     if len(words) > 1 or (arguments.what != "list" and not tag):
-        raise UsageError(f"{arguments.what} takes {'[NAME]' if arguments.what == 'list' else '[NAME] TAG'}")
+        takes = "[NAME]" if arguments.what == "list" else "[NAME] TAG"
+        why = "" if tag or arguments.what == "list" else ": the name of the snapshot is missing"
+        raise UsageError(f"{arguments.what} takes {takes}{why}")
     if arguments.allow_missing_devices and arguments.what != "load":
         raise UsageError("--allow-missing-devices goes with load: only a load restores devices")
     control = rundir.find(words[0] if words else None) / "control.sock"

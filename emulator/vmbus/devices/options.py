@@ -81,7 +81,9 @@ class Option:
             default = "on" if self.default else "off"
         else:
             default = str(self.default.value if isinstance(self.default, enum.Enum) else self.default)
-        shown = " (required)" if self.required else "" if self.default is None else f" (default {default})"
+        shown = (
+            " (required)" if self.required else "" if self.default in (None, "") else f" (default {default})"
+        )
         return f"{self.key}=<{self.kind}>  {self.help.text}{shown}"
 
     def _bounds(self) -> str:

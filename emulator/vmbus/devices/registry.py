@@ -83,7 +83,11 @@ class Registry:
         arguments: dict[str, Any] = {}
         for key, value in values.items():
             if key not in options:
-                raise UsageError(f"--device {text}: {name} has no option {key!r}.\n{_listing(name, options)}")
+                close = difflib.get_close_matches(key, ("id", *options), 1)
+                guess = f" Did you mean {close[0]}=?" if close else ""
+                raise UsageError(
+                    f"--device {text}: {name} has no option {key!r}.{guess}\n{_listing(name, options)}"
+                )
             try:
                 arguments[key] = options[key].read(value)
             except UsageError as error:

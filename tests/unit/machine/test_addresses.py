@@ -7,7 +7,7 @@ import socket
 
 import pytest
 from vmbus.errors import UsageError
-from vmbus.machine.migration.addresses import descriptor_number, structured, two_way
+from vmbus.machine.migration.addresses import check_port, descriptor_number, structured, two_way
 
 
 def test_addresses_as_qemu_takes_them_in_channels() -> None:
@@ -46,3 +46,17 @@ def test_only_over_a_socket_can_a_target_answer() -> None:
     with one, other, os.fdopen(reading), os.fdopen(writing, "wb"):
         assert two_way("fd:7", one.fileno())
         assert not two_way("fd:7", writing)
+
+
+@pytest.mark.parametrize("uri", ["tcp:0:65536", "tcp:[::1]:99999", "tcp:host:100000,ipv4=on"])
+def test_a_port_that_does_not_exist(uri: str) -> None:
+    with pytest.raises(UsageError, match="there is no port"):
+        check_port(uri)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["tcp:0:65535", "tcp:host:http", "tcp:host", "unix:/a:99999", "exec:nc tcp:h:99999", "vsock:3:99999"],
+)
+def test_what_has_no_wrong_port(uri: str) -> None:
+    check_port(uri)

@@ -8,12 +8,16 @@ fd:N                                           descriptor N of the calling proce
 from __future__ import annotations
 
 import os
+import re
 import stat
 from typing import Any
 
 from vmbus.errors import UsageError
 
+MAX_PORT = 65535
+
 _SOCKETS = ("tcp:", "unix:", "vsock:")
+_TCP_PORT = re.compile(r"tcp:(?:\[[^\]]*\]|[^:,]*):([0-9]{1,19})(?:,|$)")
 
 
 def descriptor_number(uri: str) -> int | None:
@@ -28,6 +32,16 @@ def descriptor_number(uri: str) -> int | None:
     if not name.isdecimal():
         raise UsageError(f"{uri}: give the number of a descriptor of your own process, as in fd:3")
     return int(name)
+
+
+def check_port(uri: str) -> None:
+    """Refuse ``tcp:HOST:PORT`` with a port that does not exist: QEMU takes the lowest 16 bits of any number.
+
+    Raises :class:`~vmbus.errors.UsageError`.
+    """
+    found = _TCP_PORT.match(uri)
+    if found is not None and int(found[1]) > MAX_PORT:
+        raise UsageError(f"{uri}: there is no port {found[1]}; write a number up to {MAX_PORT}")
 
 
 def two_way(uri: str, descriptor: int | None = None) -> bool:

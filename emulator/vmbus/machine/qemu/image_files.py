@@ -290,8 +290,10 @@ def check_names(path: Path, format: str, *, data_file: bool = False, extents: bo
             raise DeviceError("it has no external data file; remove data_file=")
     elif format == "vmdk" and not extents:
         names = extent_names(path)
+        if names == []:
+            raise DeviceError("it is not a VMDK of one file; write the format that it has (format=)")
         if names is not None:
-            what = ", ".join(shown(each) for each in names[:4]) or "other files"
+            what = ", ".join(shown(each) for each in names[:4])
             raise DeviceError(
                 f"it is a descriptor, and its data are in {what}; add extents=on if you trust it, or convert "
                 "it to one file with `qemu-img convert`"

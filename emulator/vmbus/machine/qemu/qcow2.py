@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from vmbus.errors import UserError
 
-_MAGIC = b"QFI\xfb"
+MAGIC = b"QFI\xfb"
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 _V2_LENGTH = 72
 _ENTRY = struct.Struct(">QIHHIIQII")
@@ -59,7 +59,7 @@ def read_header(file: BinaryIO) -> Header:
     magic, version, _, _, bits, size, crypt, _, _, _, _, count, table, features, *_, length = _HEADER.unpack(
         file.read(_HEADER.size)
     )
-    if magic != _MAGIC or version not in (2, 3) or not 9 <= bits <= 21:
+    if magic != MAGIC or version not in (2, 3) or not 9 <= bits <= 21:
         raise CannotLook("it is not a qcow2 image that can be read here (encrypted, or another format)")
     if version == 2:  # the fields behind are not there: the bytes belong to something else
         features, length = 0, _V2_LENGTH
