@@ -8,8 +8,9 @@ import pytest
 from vmbus.cli import main
 from vmbus.cli.run import make_image
 from vmbus.devices.registry import Registry
-from vmbus.errors import DeviceError, UserError
+from vmbus.errors import DeviceError, QemuUnsuitable, UserError
 from vmbus.machine.qemu.image_files import check_names
+from vmbus.machine.qemu.qmp import Qmp
 
 
 @pytest.mark.parametrize(
@@ -73,3 +74,10 @@ def test_an_image_of_another_format_is_not_called_a_descriptor(tmp_path: Path) -
 
 def test_an_empty_default_is_not_shown() -> None:
     assert "(default )" not in Registry().help("scsi")
+
+
+async def test_no_qemu_at_a_socket(tmp_path: Path) -> None:
+    with pytest.raises(
+        QemuUnsuitable, match="No such file or directory; start QEMU with the options that `vmbus qemu-args`"
+    ):
+        await Qmp.connect(str(tmp_path / "qmp.sock"))

@@ -62,7 +62,7 @@ class Qmp:
             raw.close()
             raise QemuUnsuitable(
                 f"cannot connect to the QMP socket {path}: {error.strerror}; "
-                f"start QEMU with -qmp unix:{path},server=on,wait=off"
+                "start QEMU with the options that `vmbus qemu-args` prints, and name the socket that is in them"
             ) from error
         credentials = raw.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         pid = struct.unpack("3i", credentials)[0]
