@@ -63,7 +63,7 @@ soak: $(STAMP)
 
 ## Only what needs no QEMU.
 unit: $(STAMP)
-	$(PYTEST) tests/unit tests/tools $(TESTFLAGS)
+	$(PYTEST) tests/unit tests/tools -m "not full" $(TESTFLAGS)
 
 ## Style, types, and the static analyser on all C.
 check: $(STAMP)
@@ -75,7 +75,7 @@ check: $(STAMP)
 ## How much of the code the unit tests run: measured, no gate. The lines are in build/coverage.
 coverage: $(STAMP)
 	@mkdir -p build
-	@$(PYTEST) tests/unit -q -n $(WORKERS) -p no:cacheprovider --cov=vmbus --cov=vmbus_devices \
+	@$(PYTEST) tests/unit -m "not full" -q -n $(WORKERS) -p no:cacheprovider --cov=vmbus --cov=vmbus_devices \
 		--cov-report=html:build/coverage --cov-report=term >build/coverage.log || { cat build/coverage.log; exit 1; }
 	@awk '$$1 == "TOTAL" {print "unit tests run " $$NF " of the statements; see build/coverage/index.html"}' \
 		build/coverage.log
