@@ -410,10 +410,11 @@ class Connection:
 
 
 def _failure(number: int, message: str = "") -> OSError:
-    """Return the error for an error number of the server."""
+    """Return the error for an error number of the server; its ``message`` says what failed, not why."""
     if number not in _KNOWN_ERRORS:
         number = errno.EIO
-    return OSError(number, message or os.strerror(number))
+    reason = os.strerror(number)
+    return OSError(number, f"{reason} ({message})" if message else reason)
 
 
 def _rest(parts: list[memoryview | bytes], done: int) -> list[memoryview | bytes]:
