@@ -1,33 +1,41 @@
 """fio writes, reads and verifies while the guest moves and goes back to snapshots: not one block is wrong.
 
 fio is Debian's own, in the root file system of the system disk, which source and target share; the blocks that it
-checks are on another disk.
+checks are on another disk: a raw file, a qcow2 or an NBD server.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import logging
 import os
 import random
 import re
+import shutil
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from vmbus.machine.host import Host
 from vmbus.machine.migration import snapshots
 from vmbus.provision.qemu import find_qemu
 
 from tests.guest.debian import system_image
 from tests.guest.matrix import full
 from tests.guest.test_boot import complaints
-from tests.guest.test_image_formats import storage_daemon
+from tests.guest.test_image_formats import qemu_img, storage_daemon
+from tests.guest.test_network_disks import served
 from tests.guest.test_scsi import ASKED_IN_VAIN
 from tests.migration.journey import Journey, journey
 
 pytestmark = pytest.mark.guest
+_logger = logging.getLogger(__name__)
 
 MIB = 1 << 20
 SIZE = 112 * MIB
@@ -132,76 +140,154 @@ async def more_requests(guest: Journey, count: int = 200) -> None:
     await guest.here.until(lambda: done() >= wanted or b"failed" in output, f"{count} more requests")
 
 
-async def back_and_forth(guest: Journey, image: Path, tag: str) -> None:
+class CheckedDisk:
+    """The disk that fio writes to, and what a snapshot of its guest does with it. ``image``: the file below."""
+
+    def __init__(self, image: Path) -> None:
+        self.image = image
+
+    @contextlib.contextmanager
+    def made(self) -> Iterator[str]:
+        """Make it; return the device's words."""
+        self.image.touch()
+        os.truncate(self.image, SIZE)
+        yield f"scsi,image={self.image}"
+
+    async def save(self, host: Host, tag: str) -> None:
+        """Save a guest that stands still."""
+        await snapshots.save(host.migration, tag, without_disks=True)
+        shutil.copyfile(self.image, self.image.with_suffix(f".{tag}"))
+
+    async def load(self, host: Host, tag: str) -> None:
+        await snapshots.load(host.migration, tag, without_disks=True)
+        with self.image.with_suffix(f".{tag}").open("rb") as kept, self.image.open("r+b") as file:
+            shutil.copyfileobj(kept, file, MIB)
+            os.fsync(file.fileno())
+
+    def places(self) -> Iterable[int]:
+        """Where in the file blocks of 4 KiB are that fio has written."""
+        return range(0, SIZE, 4096)
+
+    def check(self, unit: dict[str, Any]) -> None:
+        """``unit``: its report; that the way is the one to be shown."""
+        assert unit["backend"] == "file"
+
+
+class Qcow2Disk(CheckedDisk):
+    """A qcow2: in the queue of its storage daemon, and in the snapshots of its guest."""
+
+    @contextlib.contextmanager
+    def made(self) -> Iterator[str]:
+        qemu_img("create", "-q", "-f", "qcow2", self.image, SIZE)
+        yield f"scsi,image={self.image},format=qcow2"
+
+    async def save(self, host: Host, tag: str) -> None:
+        await snapshots.save(host.migration, tag)
+
+    async def load(self, host: Host, tag: str) -> None:
+        await snapshots.load(host.migration, tag)
+
+    def places(self) -> Iterable[int]:
+        found = json.loads(qemu_img("map", "-U", "-f", "qcow2", "--output=json", self.image))
+        return [
+            at
+            for each in found
+            if "offset" in each
+            for at in range(each["offset"], each["offset"] + each["length"], 4096)
+        ]
+
+    def check(self, unit: dict[str, Any]) -> None:
+        assert unit["path"] == "vhost-user"
+        assert unit["queued"] > 50
+
+
+class NbdDisk(CheckedDisk):
+    """The raw file behind a ``qemu-nbd``."""
+
+    @contextlib.contextmanager
+    def made(self) -> Iterator[str]:
+        with super().made(), served(self.image, self.image.with_name("n")) as server:
+            yield f"scsi,image={server.uri}"
+
+    def check(self, unit: dict[str, Any]) -> None:
+        assert unit["backend"] == "nbd"
+        assert unit["sessions"] > 0
+
+
+async def back_and_forth(guest: Journey, disk: CheckedDisk, tag: str) -> None:
     """Save the guest and its disk, let it go on, and put both back."""
     host = guest.host
     await host.qmp.execute("stop")
-    await snapshots.save(host.migration, tag, without_disks=True)
-    kept = image.read_bytes()
+    await disk.save(host, tag)
     await host.qmp.execute("cont")
     await more_requests(guest, 500)
     await host.qmp.execute("stop")
-    await snapshots.load(host.migration, tag, without_disks=True)
-    with image.open("r+b") as file:
-        file.write(kept)
-        os.fsync(file.fileno())
+    await disk.load(host, tag)
     await host.qmp.execute("cont")
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(("moves", "loads"), [(1, 1), full(3, 1), full(6, 1), full(20, 3)])
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("kind", "moves", "loads"),
+    [
+        pytest.param(CheckedDisk, 1, 1, id="raw-1-1"),
+        full(CheckedDisk, 3, 1, id="raw-3-1"),
+        full(CheckedDisk, 6, 1, id="raw-6-1"),
+        full(CheckedDisk, 20, 3, id="raw-20-3"),
+        full(Qcow2Disk, 20, 3, id="qcow2-20-3"),
+        full(NbdDisk, 20, 3, id="nbd-20-3"),
+    ],
+)
 async def test_not_one_block_is_wrong_over_migrations_and_snapshots(
-    tmp_path: Path, moves: int, loads: int
+    tmp_path: Path,
+    kind: type[CheckedDisk],
+    moves: int,
+    loads: int,
 ) -> None:
-    system = system_image()
-    image = tmp_path / "data.img"
-    image.touch()
-    os.truncate(image, SIZE)
+    checked = kind(tmp_path / "data.img")
+    with checked.made() as words:
+        devices = ("heartbeat,interval=0.1", "shutdown", f"scsi,image={system_image()},readonly=on", words)
+        async with journey(
+            tmp_path, smp=2, devices=devices, root="LABEL=debian", command=[SCRIPT], snapshots=True
+        ) as guest:
+            begun = time.monotonic()
+            await more_requests(guest, 1000)
+            for number in range(loads):
+                await back_and_forth(guest, checked, f"snapshot-{number}")
+                await more_requests(guest)
+                checked.check(guest.here.channel("scsi")["details"]["units"]["0:1"])
+            for _ in range(moves):
+                outcome = await guest.move()
+                assert outcome.report.statuses[-1] == "completed"
+                await more_requests(guest)
+                checked.check(guest.here.channel("scsi")["details"]["units"]["0:1"])
+            await more_rounds(guest, min(moves, 2))
+            _logger.info("%s: %d rounds in %d s", kind.__name__, rounds(guest), time.monotonic() - begun)
+            assert guest.moves == moves
+            found = guest.here.status()
+            disks = [channel for channel in found["channels"] if channel["device"] == "scsi"]
+            assert [channel["subchannel"] for channel in disks] == [0, 1]
+            assert all(channel["refusals"] == {} for channel in found["channels"])
+            for unit in disks[0]["details"]["units"].values():
+                assert set(unit["errors"]) <= ASKED_IN_VAIN
+            assert complaints(guest.here.console()) == []
+            assert not re.search(r"I/O error|Sense Key|hung_task", guest.here.console())
 
-    async with journey(
-        tmp_path,
-        smp=2,
-        devices=(
-            "heartbeat,interval=0.1",
-            "shutdown",
-            f"scsi,image={system},readonly=on",
-            f"scsi,image={image}",
-        ),
-        root="LABEL=debian",
-        command=[SCRIPT],
-        snapshots=True,
-    ) as guest:
-        await more_requests(guest, 1000)
-        for number in range(loads):
-            await back_and_forth(guest, image, f"snapshot-{number}")
-            await more_requests(guest)
-        for _ in range(moves):
-            outcome = await guest.move()
-            assert outcome.report.statuses[-1] == "completed"
-            await more_requests(guest)
-        await more_rounds(guest, min(moves, 2))
-        assert guest.moves == moves
-        found = guest.here.status()
-        disks = [channel for channel in found["channels"] if channel["device"] == "scsi"]
-        assert [channel["subchannel"] for channel in disks] == [0, 1]
-        assert all(channel["refusals"] == {} for channel in found["channels"])
-        for unit in disks[0]["details"]["units"].values():
-            assert set(unit["errors"]) <= ASKED_IN_VAIN
-        assert complaints(guest.here.console()) == []
-        assert not re.search(r"I/O error|Sense Key|hung_task", guest.here.console())
+            output = guest.here.output
+            rng = random.Random(1)
+            places = list(checked.places())
 
-        output = guest.here.output
-        rng = random.Random(1)
+            def spoiled() -> bool:
+                """Another block is not what was written: fio finds that."""
+                with checked.image.open("r+b") as file:
+                    file.seek(rng.choice(places))
+                    file.write(rng.randbytes(4096))
+                return (
+                    b"verify: bad" in output or b"verify failed" in output
+                )  # a header, or what is behind it
 
-        def spoiled() -> bool:
-            """Another block is not what was written: fio finds that."""
-            with image.open("r+b") as file:
-                file.seek(rng.randrange(SIZE // 4096) * 4096)
-                file.write(rng.randbytes(4096))
-            return b"verify: bad" in output or b"verify failed" in output  # a header, or what is behind it
-
-        await guest.here.until(spoiled, "fio to find a wrong block")
-        assert b"failed: round" in output
+            await guest.here.until(spoiled, "fio to find a wrong block")
+            assert b"failed: round" in output
 
 
 @pytest.mark.full  # the shorter ones are tests/guest/test_image_formats.py
