@@ -71,7 +71,7 @@ async def test_run_gives_the_commands_output_and_its_status(tmp_path: Path, user
         (["run", "--kernel", "/nowhere"], "/nowhere", 2),
         (["run", "--timeout", "1", "--", "sleep", "1000"], "did not end within 1 s", 1),
         (["run", "--qemu", "-device nonsense", "--", "true"], "nonsense", 1),
-        (["attach", "--qmp", "/nowhere.sock"], "-qmp unix:/nowhere.sock", 1),
+        (["attach", "--qmp", "/nowhere.sock"], "the QMP socket /nowhere.sock: No such file", 1),
         (["status"], "no emulator runs", 1),
         (["status", "x/y"], "is not a guest name", 2),
     ],
