@@ -120,9 +120,9 @@ async def test_a_storage_daemon_that_is_killed_under_load_loses_nothing(tmp_path
     ) as guest:
         await guest.says("round-2")
         for _ in range(3):
+            await guest.until(lambda: units(guest)["0:0"]["queued"] > 10, "requests in the queue")
             found = units(guest)["0:0"]
             assert found["path"] == "vhost-user"
-            assert found["queued"] > 10
             sessions = found["sessions"]
             os.kill(storage_daemon(), signal.SIGKILL)
             await guest.until(lambda: units(guest)["0:0"]["sessions"] > sessions, "another daemon")
