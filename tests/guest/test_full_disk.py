@@ -5,6 +5,7 @@ On a raw file, and on a qcow2 in the queue of its storage daemon, which cannot b
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import os
@@ -57,8 +58,14 @@ def compressed(image: bytes, cluster: int) -> int:
 
 
 async def stopped(guest: Booted) -> str:
-    """Wait until the guest is stopped for its disk; return why."""
+    """Wait until the guest is stopped for its disk; return why.
+
+    The reason is there before QEMU was told to stop the guest: a `cont` that comes between the two is lost.
+    """
     await guest.until(lambda: guest.status()["stopped_because"], "the guest to be stopped")
+    async with asyncio.timeout(LIMIT):
+        while (await guest.host.qmp.execute("query-status"))["running"]:
+            await asyncio.sleep(0.01)
     [because] = guest.status()["stopped_because"]
     return str(because)
 
@@ -136,7 +143,7 @@ async def test_a_guest_waits_for_an_image_behind_a_queue(tmp_path: Path) -> None
                 file.write(right)
             await guest.host.qmp.execute("cont")
             await guest.says(hashlib.md5(content).hexdigest())
-            await guest.until(lambda: guest.status()["stopped_because"], "the guest to be stopped")
+            await stopped(guest)
             assert units(guest)["0:0"]["queued"] > queued + 20
             await is_full_moves_and_gets_room(guest, folder)
             assert guest.output.split()[2:] == [b"written", b"0", b"the-same"]
