@@ -64,7 +64,7 @@ async def stopped(guest: Booted) -> str:
     """
     await guest.until(lambda: guest.status()["stopped_because"], "the guest to be stopped")
     async with asyncio.timeout(LIMIT):
-        while (await guest.host.qmp.execute("query-status"))["running"]:
+        while (await guest.host.qmp.execute("query-status"))["running"]:  # noqa: ASYNC110 - it sends an event only once
             await asyncio.sleep(0.01)
     [because] = guest.status()["stopped_because"]
     return str(because)
