@@ -2,7 +2,7 @@
 
 Work in threads has ended before a device is saved, so the commands that are left only wait: for the delay of a fault,
 or for the end of a reset. Each is saved with its channel, as the packet in which it came, and executed again where
-the guest continues; releases before that saved them in ``CONTROLLER.packets``, which is still read. Images are not
+the guest continues; releases before that saved them with the controller, which is still read. Images are not
 part of the state: both sides must have the same ones, and only one side may use them at a time.
 """
 
@@ -17,22 +17,20 @@ import construct as c
 from vmbus.devices.saved import refused, report_ignored, skip_optional
 from vmbus.errors import DeviceError, InternalError, MalformedError
 from vmbus.wire.optional import OptionalField, build_fields, parse_fields
-from vmbus.wire.packet import MAX_PFNS, MAX_RANGES, GpaRange, Packet, PacketType
+from vmbus.wire.packet import Packet
 from vmbus.wire.scsi import Sense
-from vmbus.wire.storvsp import PACKET_SIZE, ProtocolVersion
+from vmbus.wire.storvsp import ProtocolVersion
 
 from vmbus_devices.scsi.cdrom import CdRom
 from vmbus_devices.scsi.disk import Disk
 from vmbus_devices.scsi.handshake import Stage
 from vmbus_devices.scsi.reservations import TYPES, Reservations
+from vmbus_devices.scsi.saved_commands import build_command, build_commands, parse_command, parse_commands
 from vmbus_devices.scsi.unit import LogicalUnit
 
 VERSION = 1
 _NOTHING = 0xFFFF
 _MAX_UNITS = 256
-_MAX_PACKETS = 65536
-MAX_PAYLOAD = 4 * PACKET_SIZE
-"""Bytes of a saved packet's payload: the controller keeps ``PACKET_SIZE``."""
 
 UNIT = c.Struct(
     "target" / c.Int8ul,
@@ -50,23 +48,6 @@ UNIT = c.Struct(
 """``flags``: of a CD-ROM drive, 1: a disc is loaded, 2: it is locked; of a disk, 4: APTPL.
 ``attentions``: key, code, qualifier each."""
 
-PACKET = c.Struct(
-    "channel" / c.Int16ul,
-    "kind" / c.Int16ul,
-    "flags" / c.Int16ul,
-    "transaction_id" / c.Int64ul,
-    "payload" / c.Prefixed(c.Int16ul, c.GreedyBytes),
-    "ranges"
-    / c.PrefixedArray(
-        c.Int16ul,
-        c.Struct(
-            "byte_count" / c.Int32ul,
-            "byte_offset" / c.Int32ul,
-            "pfns" / c.PrefixedArray(c.Int32ul, c.Int64ul),
-        ),
-    ),
-)
-
 CONTROLLER = c.Struct(
     "version" / c.Int16ul,
     "stage" / c.Int8ul,
@@ -74,20 +55,18 @@ CONTROLLER = c.Struct(
     "subchannels" / c.Int16ul,
     "max_transfer" / c.Int32ul,
     "units" / c.PrefixedArray(c.Int16ul, UNIT),
-    "packets" / c.PrefixedArray(c.Int32ul, PACKET),
-    "optional" / c.GreedyBytes,
+    "rest" / c.GreedyBytes,
 )
-"""``optional``: :data:`OPTIONAL`, and fields of later releases (:mod:`vmbus.wire.optional`)."""
+"""``rest``: commands (:mod:`vmbus_devices.scsi.saved_commands`), then :data:`OPTIONAL`, and fields of later releases
+(:mod:`vmbus.wire.optional`)."""
 
 OPTIONAL = (OptionalField(1, "enumeration_due", c.Flag),)
 _DEFAULTS = {"enumeration_due": False}
 
 PACKET_VERSION = 1
 
-ONE_PACKET = c.Struct(
-    "version" / c.Const(PACKET_VERSION, c.Int16ul), "packet" / PACKET, "optional" / c.GreedyBytes
-)
-"""The state of one command, as ``Device.save_packets`` returns it."""
+_PACKET_VERSION = PACKET_VERSION.to_bytes(2, "little")
+"""Begins the state of one command, as ``Device.save_packets`` returns it; the command, and optional fields follow."""
 
 _SENSES = {bytes(sense.value): sense for sense in Sense}
 
@@ -199,12 +178,10 @@ def build_state(name: str, saved: SavedController) -> bytes:
         "subchannels": _NOTHING if saved.subchannels is None else saved.subchannels,
         "max_transfer": saved.max_transfer,
         "units": [_built_unit(each) for each in saved.units],
-        "packets": [_built_packet(channel, packet) for channel, packet in saved.packets],
-        "optional": build_fields(OPTIONAL, saved, _DEFAULTS),
     }
     try:
-        _check_packets(saved.packets)
-        return bytes(CONTROLLER.build(state))
+        rest = build_commands(saved.packets) + build_fields(OPTIONAL, saved, _DEFAULTS)
+        return bytes(CONTROLLER.build({**state, "rest": rest}))
     except (c.ConstructError, ValueError) as error:
         raise InternalError(f"{name} cannot be saved: {error}") from error
 
@@ -225,25 +202,11 @@ def _built_unit(saved: SavedUnit) -> dict[str, Any]:
     }
 
 
-def _built_packet(channel: int, packet: Packet) -> dict[str, Any]:
-    return {
-        "channel": channel,
-        "kind": packet.kind,
-        "flags": packet.flags,
-        "transaction_id": packet.transaction_id,
-        "payload": packet.payload,
-        "ranges": [each._asdict() for each in packet.ranges],
-    }
-
-
 def build_packet_state(name: str, packet: Packet) -> bytes:
     """Return the saved state of a command of controller ``name``. Raises :class:`~vmbus.errors.InternalError`."""
     try:
-        _check_packets([(0, packet)])
-        return bytes(
-            ONE_PACKET.build({"version": PACKET_VERSION, "packet": _built_packet(0, packet), "optional": b""})
-        )
-    except (c.ConstructError, ValueError) as error:
+        return _PACKET_VERSION + build_command(0, packet)
+    except ValueError as error:
         raise InternalError(f"{name} cannot be saved: {error}") from error
 
 
@@ -255,13 +218,14 @@ def parse_packet_state(name: str, state: bytes) -> Packet:
             f"{name}: a saved command has version {version}; this emulator reads version {PACKET_VERSION} only"
         )
     try:
-        saved = ONE_PACKET.parse(state)
-        found = _packet(saved.packet)
-        _check_packets([found])
-    except (c.ConstructError, ValueError) as error:
+        if not state.startswith(_PACKET_VERSION):
+            raise ValueError(f"version {version}")
+        (_, packet), end = parse_command(state, len(_PACKET_VERSION))
+    except ValueError as error:
         raise DeviceError(f"{name}: a saved command is damaged: {error}") from error
-    skip_optional(saved.optional, name)
-    return found[1]
+    if end < len(state):
+        skip_optional(state[end:], name)
+    return packet
 
 
 def parse_state(name: str, state: bytes) -> SavedController:
@@ -292,32 +256,17 @@ def _parse(state: bytes) -> tuple[SavedController, Sequence[int]]:
     saved = CONTROLLER.parse(state)
     if len(saved.units) > _MAX_UNITS:
         raise ValueError(f"{len(saved.units)} units, at most {_MAX_UNITS}")
+    packets, end = parse_commands(saved.rest)
     found = SavedController(
         Stage(saved.stage),
         ProtocolVersion(saved.protocol) if saved.protocol else None,
         None if saved.subchannels == _NOTHING else saved.subchannels,
         saved.max_transfer,
         tuple(_unit(each) for each in saved.units),
-        tuple(_packet(each) for each in saved.packets),
+        tuple(packets),
     )
-    _check_packets(found.packets)
-    fields, ignored = parse_fields(OPTIONAL, saved.optional, _DEFAULTS)
+    fields, ignored = parse_fields(OPTIONAL, saved.rest[end:], _DEFAULTS)
     return replace(found, **fields), ignored
-
-
-def _check_packets(packets: Sequence[tuple[int, Packet]]) -> None:
-    """Raise ``ValueError`` for packets that cannot be restored: before they are saved, and when they are read."""
-    if len(packets) > _MAX_PACKETS:
-        raise ValueError(f"{len(packets)} packets, at most {_MAX_PACKETS}")
-    for _, packet in packets:
-        pages = 0
-        for byte_count, byte_offset, pfns in packet.ranges:
-            pages += len(pfns)
-            need = (byte_offset + byte_count + 4095) >> 12
-            if byte_offset >= 4096 or not byte_count or need != len(pfns):
-                raise ValueError("a packet with an impossible range")
-        if len(packet.ranges) > MAX_RANGES or pages > MAX_PFNS or len(packet.payload) > MAX_PAYLOAD:
-            raise ValueError("a packet that is too large")
 
 
 def _unit(saved: Any) -> SavedUnit:
@@ -344,11 +293,3 @@ def _reservations(saved: Any) -> Reservations:
         saved.reservation_generation,
         through_power_loss=bool(saved.reservation_key and saved.flags & 4),
     )
-
-
-def _packet(saved: Any) -> tuple[int, Packet]:
-    ranges = [GpaRange(each.byte_count, each.byte_offset, tuple(each.pfns)) for each in saved.ranges]
-    packet = Packet(
-        PacketType(saved.kind), saved.flags, saved.transaction_id, bytes(saved.payload), tuple(ranges)
-    )
-    return saved.channel, packet

@@ -5,7 +5,7 @@ Source: docs/protocol/saving.md#silent-cases, docs/saved-state.md. Functions wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from vmbus.errors import MalformedError, TooNewError
@@ -30,6 +30,11 @@ MAX_IGNORED = 16
 """Descriptions of parts that are ignored: enough to see what a release adds."""
 
 _KINDS = {int(kind): kind for kind in ChunkKind}
+
+# Plain numbers: an operation on a flag of an enumeration takes a microsecond, and states have thousands of chunks.
+_LAST = int(ChunkFlags.LAST)
+_IGNORABLE = int(ChunkFlags.IGNORABLE)
+_LATER_FLAGS = ~(_LAST | _IGNORABLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,7 @@ def encode(kind: ChunkKind, record: Any, *, save_id: int, index: int, last: bool
         RECORDS[kind][version].build(record),
         save_id=save_id,
         index=index,
-        flags=ChunkFlags.LAST if last else 0,
+        flags=_LAST if last else 0,
         version=version,
     )
 
@@ -85,50 +90,48 @@ def read_chunks(
     data = bytes(buffer)
     chunks: list[Chunk] = []
     at = 0
+    save_id, index, last, pages = position.save_id, position.index, position.complete, position.pages
+    skipped = list(position.ignored)
     while at < len(data):
-        if position.complete:
+        if last:
             raise StateRefused(Reason.TRAILING_BYTES, f"{len(data) - at} bytes follow the last chunk")
         header, end = _header(data, at)
-        if position.save_id is not None and header.save_id != position.save_id:
+        if save_id is not None and header.save_id != save_id:
             raise StateRefused(
-                Reason.FOREIGN_SAVE, f"chunk of save {header.save_id:#x}, expected {position.save_id:#x}"
+                Reason.FOREIGN_SAVE, f"chunk of save {header.save_id:#x}, expected {save_id:#x}"
             )
-        if header.index != position.index:
-            reason = Reason.REPEATED if header.index < position.index else Reason.OUT_OF_ORDER
-            raise StateRefused(reason, f"chunk {header.index}, expected {position.index}")
-        last = bool(header.flags & ChunkFlags.LAST)
-        position = Position(header.save_id, header.index + 1, last, position.pages, position.ignored)
+        if header.index != index:
+            reason = Reason.REPEATED if header.index < index else Reason.OUT_OF_ORDER
+            raise StateRefused(reason, f"chunk {header.index}, expected {index}")
+        save_id, index, last = header.save_id, index + 1, bool(header.flags & _LAST)
         kind = _KINDS.get(header.kind)
         if kind is not None:
             if kind in once and any(each.kind == kind for each in chunks):
                 raise StateRefused(Reason.INCONSISTENT, f"chunk {header.index}: a second {kind.name} record")
             record, ignored = _record(kind, header.version, data[at + HEADER_SIZE : end], header.index)
-            for number in ignored[:MAX_IGNORED]:
-                position = _ignore(position, f"field {number} of chunk {header.index} ({kind.name})")
+            skipped += [
+                f"field {number} of chunk {header.index} ({kind.name})" for number in ignored[:MAX_IGNORED]
+            ]
             packet = record.packet if isinstance(record, SavedTaken) else record
             if isinstance(packet, SavedPacket):
-                position = replace(position, pages=count_pages(packet, position.pages))
+                pages = count_pages(packet, pages)
             chunks.append(Chunk(kind, record, header.save_id, header.index, last, ignored))
-        elif not header.flags & ChunkFlags.IGNORABLE:
+        elif not header.flags & _IGNORABLE:
             raise StateRefused(
                 Reason.UNKNOWN_KIND,
                 f"chunk {header.index} is of kind {header.kind:#x}, which this release does not know",
             )
         else:
-            position = _ignore(position, f"chunk {header.index} of kind {header.kind:#x}")
+            skipped.append(f"chunk {header.index} of kind {header.kind:#x}")
+        del skipped[MAX_IGNORED:]
         at = end
-    return chunks, position
-
-
-def _ignore(position: Position, what: str) -> Position:
-    if len(position.ignored) == MAX_IGNORED:
-        return position
-    return replace(position, ignored=(*position.ignored, what))
+    return chunks, Position(save_id, index, last, pages, tuple(skipped))
 
 
 def count_pages(packet: SavedPacket, pages: int) -> int:
     """Return ``pages`` plus the pages that ``packet`` names. Raises :class:`StateRefused` above the maximum."""
-    pages += sum(len(each.pfns) for each in packet.ranges)
+    for each in packet.ranges:
+        pages += len(each.pfns)
     if pages > MAX_PACKET_PAGES:
         raise StateRefused(
             Reason.INCONSISTENT, f"packets that name more than {MAX_PACKET_PAGES} pages of guest memory"
@@ -157,7 +160,7 @@ def _header(data: bytes, at: int) -> tuple[ChunkHeader, int]:
         )
     if chunk_crc(memoryview(data)[at:end]) != header.crc:
         raise StateRefused(Reason.DAMAGED, f"the checksum of the chunk at byte {at} is wrong")
-    if header.flags & ~int(ChunkFlags.LAST | ChunkFlags.IGNORABLE):
+    if header.flags & _LATER_FLAGS:
         raise StateRefused(
             Reason.TOO_NEW,
             f"chunk {header.index} has flags {header.flags:#x}, which this release does not know",

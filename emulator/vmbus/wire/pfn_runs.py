@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import construct as c
 
@@ -28,11 +28,8 @@ MAX_PAGES = 131_072
 """Pages that one list, or all lists of a packet together, may have: 512 MiB."""
 
 
-class Run(NamedTuple):
-    """A run as it is stored: ``step``: zigzag(first - end of the previous run), ``more``: pages - 1."""
-
-    step: int
-    more: int
+Run = tuple[int, int]
+"""A run as it is stored: zigzag(first - end of the previous run), pages - 1."""
 
 
 def runs(pfns: Iterable[int]) -> Iterator[tuple[int, int]]:
@@ -70,12 +67,26 @@ class PageRuns:
 
 def steps(pfns: Sequence[int]) -> list[Run]:
     """Return ``pfns`` as stored runs: the inverse of :func:`expand`."""
-    found, end = [], 0
-    for first, count in runs(pfns):
-        step = first - end
-        found.append(Run(step << 1 if step >= 0 else (-step << 1) - 1, count - 1))
-        end = first + count
+    if not pfns:
+        return []
+    found: list[Run] = []
+    before = 0  # the end of the previous run
+    first = end = pfns[0]
+    for pfn in pfns:
+        if pfn == end:
+            end += 1
+            continue
+        step = first - before
+        found.append((step << 1 if step >= 0 else (-step << 1) - 1, end - first - 1))
+        before, first, end = end, pfn, pfn + 1
+    step = first - before
+    found.append((step << 1 if step >= 0 else (-step << 1) - 1, end - first - 1))
     return found
+
+
+def fit_in_space(pfns: Sequence[int]) -> bool:
+    """Return whether every number is one of a page of the address space."""
+    return not pfns or (min(pfns) >= 0 and max(pfns) < PFN_LIMIT)
 
 
 class _RawRuns(CustomField):
@@ -91,7 +102,7 @@ class _RawRuns(CustomField):
         count, at = decode_varint(data, at)
         if count > MAX_PAGES:  # a run takes two bytes here, and a hundred in memory
             raise c.ValidationError(f"{count} runs, at most {MAX_PAGES}")
-        found = []
+        found: list[Run] = []
         for _ in range(count):
             step = data[at]
             at += 1
@@ -101,15 +112,22 @@ class _RawRuns(CustomField):
             at += 1
             if more >= 0x80:
                 more, at = decode_varint(data, at - 1)
-            found.append(Run(step, more))
+            found.append((step, more))
         return found, at
 
     def encode(self, value: Sequence[Run]) -> bytes:
         encoded = bytearray()
         append_varint(encoded, len(value))
+        append = encoded.append
         for step, more in value:
-            append_varint(encoded, step)
-            append_varint(encoded, more)
+            if step < 0x80:
+                append(step)
+            else:
+                append_varint(encoded, step)
+            if more < 0x80:
+                append(more)
+            else:
+                append_varint(encoded, more)
         return bytes(encoded)
 
 
@@ -119,17 +137,20 @@ RawRuns = _RawRuns()
 
 def expand(raw: Sequence[Run], path: str, room: int = MAX_PAGES) -> tuple[int, ...]:
     """Return the page frame numbers of ``RawRuns``. Raises ``construct.ValidationError`` for more than ``room``."""
-    pages = sum(run.more for run in raw) + len(raw)
+    pages = sum([more for _, more in raw]) + len(raw)
     if pages > room:
         raise c.ValidationError(f"{pages} pages, at most {room}", path)
     pfns: list[int] = []
     end = 0
-    for run in raw:
-        first = end + ((run.step + 1) // -2 if run.step & 1 else run.step // 2)
-        end = first + run.more + 1
+    for step, more in raw:
+        first = end + ((step + 1) // -2 if step & 1 else step // 2)
+        end = first + more + 1
         if first < 0 or end > PFN_LIMIT:
             raise c.ValidationError(f"pages {first:#x} to {end:#x} are outside the address space", path)
-        pfns.extend(range(first, end))
+        if more:
+            pfns.extend(range(first, end))
+        else:
+            pfns.append(first)
     return tuple(pfns)
 
 
@@ -144,7 +165,7 @@ class PfnList(PlainAdapter):
         return expand(obj, path, self._limit)
 
     def _encode(self, obj: Sequence[int], context: Any, path: str) -> list[Run]:
-        if len(obj) > self._limit or not all(0 <= pfn < PFN_LIMIT for pfn in obj):
+        if len(obj) > self._limit or not fit_in_space(obj):
             raise c.ValidationError(
                 f"{len(obj)} pages (at most {self._limit}), or page frame numbers of more than 52 bits", path
             )

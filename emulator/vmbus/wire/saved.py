@@ -21,7 +21,7 @@ import construct as c
 from vmbus.wire.chunk import ChunkKind
 from vmbus.wire.codec import Record
 from vmbus.wire.packet import MAX_RANGES, GpaRange, TransferPages, TransferRange
-from vmbus.wire.pfn_runs import MAX_PAGES, PFN_LIMIT, PfnList, PfnRuns, RawRuns, expand, steps
+from vmbus.wire.pfn_runs import MAX_PAGES, PfnList, PfnRuns, RawRuns, expand, fit_in_space, steps
 from vmbus.wire.plain import Blob, Counted, Guid, Nested, Nullable, PlainAdapter, Text, VarTuple, VarUint
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ class _Ranges(PlainAdapter):
 
     def _encode(self, obj: Sequence[GpaRange], context: Any, path: str) -> list[dict[str, Any]]:
         for byte_count, byte_offset, pfns in obj:
-            if not all(0 <= pfn < PFN_LIMIT for pfn in pfns) or byte_offset >= 4096:
+            if not fit_in_space(pfns) or byte_offset >= 4096:
                 raise c.ValidationError(
                     "a page frame number of more than 52 bits, or an offset outside the first page", path
                 )
@@ -444,6 +444,13 @@ RECORDS: dict[ChunkKind, dict[int, Record[Any]]] = {
 """Every version of every record that can be read; the highest version of a record's class is written."""
 
 
+_VERSIONS = {
+    (kind, known.cls): version
+    for kind, versions in RECORDS.items()
+    for version, known in sorted(versions.items())
+}
+
+
 def version_of(kind: ChunkKind, record: object) -> int:
     """Return the version in which ``record`` is written. One that needs no new field is written as before."""
-    return max(version for version, known in RECORDS[kind].items() if known.cls is type(record))
+    return _VERSIONS[kind, type(record)]
