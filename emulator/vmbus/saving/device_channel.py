@@ -189,6 +189,16 @@ class DeviceChannel:
     def drop_view(self) -> None:
         self._view = None
 
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of all that the device gave for the view, of itself and of packets; 0 without a view."""
+        view = self._view
+        if view is None:
+            return 0
+        packets = [each.device for each in view.taken if isinstance(each, SavedTaken)]
+        packets += [state for states in self._sent.values() for state in states]
+        return len(view.device) + sum(map(len, packets))
+
     def check_restore(self, state: ChannelState) -> str | None:
         offer, saved = self.channel.offer, state.channel
         if (saved.offer_flags, saved.mmio_megabytes) != (int(offer.flags), offer.mmio_megabytes):

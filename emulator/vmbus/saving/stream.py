@@ -73,10 +73,35 @@ class SavedState:
     """Page frame numbers of the pages of guest memory that it has."""
 
 
+def begin_channels(saver: ChannelSaver, channels: Iterable[SavableChannel]) -> list[SavableChannel]:
+    """Begin the save of all ``channels``, which must be paused or not open; return them for :func:`save_machine`.
+
+    Every device is asked here. Raises :class:`StateRefused` if one cannot be saved; then every channel is as before.
+    """
+    begun: list[SavableChannel] = []
+    try:
+        for channel in channels:
+            status = saver.save_begin(channel)
+            if status != NtStatus.STATUS_SUCCESS:
+                raise _failed(saver, channel, status, "SaveBegin")
+            begun.append(channel)
+    except BaseException:
+        cancel_channels(saver, begun)
+        raise
+    return begun
+
+
+def cancel_channels(saver: ChannelSaver, begun: Iterable[SavableChannel]) -> None:
+    """Undo :func:`begin_channels`."""
+    for channel in begun:
+        saver.save_cancel(channel)
+
+
 def save_machine(
     saver: ChannelSaver,
     channels: Iterable[SavableChannel],
     *,
+    begun: bool = False,
     hypervisor: SavedSection | None = None,
     bus: SavedSection | None = None,
     memory: SavedMemory | None = None,
@@ -88,19 +113,13 @@ def save_machine(
     """Save all ``channels``, which must be paused or not open, and the sections that are given.
 
     The buffer that channels are saved into has ``buffer_size`` bytes and grows to the size that a chunk needs. The
-    save of every channel begins before the first one continues, and every channel keeps its view until
-    ``saver.start``. As many of ``pages`` (in ascending order, see :mod:`vmbus.saving.pages`) are added as fit into
-    ``limit`` bytes. Raises :class:`StateRefused` if a channel cannot be saved, or if the state without pages has more
-    than ``limit`` bytes; then every channel is as before.
+    save of every channel begins before the first one continues (``begun``: it has, by :func:`begin_channels`), and
+    every channel keeps its view until ``saver.start``. As many of ``pages`` (in ascending order, see
+    :mod:`vmbus.saving.pages`) are added as fit into ``limit`` bytes. Raises :class:`StateRefused` if a channel cannot
+    be saved, or if the state without pages has more than ``limit`` bytes; then every channel is as before.
     """
-    saved_from = list(channels)
-    begun: list[SavableChannel] = []
+    saved_from = list(channels) if begun else begin_channels(saver, channels)
     try:
-        for channel in saved_from:
-            status = saver.save_begin(channel)
-            if status != NtStatus.STATUS_SUCCESS:
-                raise _failed(saver, channel, status, "SaveBegin")
-            begun.append(channel)
         records, statistics = [], []
         for channel in saved_from:
             found, facts = _save_channel(saver, channel, buffer_size)
@@ -124,8 +143,7 @@ def save_machine(
                 NtStatus.STATUS_BUFFER_OVERFLOW,
             )
     except BaseException:
-        for channel in begun:
-            saver.save_cancel(channel)
+        cancel_channels(saver, saved_from)
         raise
     for channel in saved_from:
         saver.save_end(channel)

@@ -66,6 +66,8 @@ class Qemu:
         self.marks = 0
         self.lost = 0
         self.saved = b""
+        self.order: list[str] = []
+        """Commands for a migration in the pause, and when the state was written."""
         self.work_done = asyncio.Event()
         self.work_done.set()
         self.guest = GuestState.ENGAGED
@@ -166,6 +168,7 @@ class Qemu:
         elif command == "migrate-continue":
             if self.status != "pre-switchover":
                 raise QemuError("not in the right state")
+            self.order.append(command)
             self._become("device")
             self._pass()
             self.saved = await self.coordinator.save()
@@ -265,6 +268,9 @@ class State:
     def __init__(self, qemu: Qemu) -> None:
         self.qemu = qemu
         self.refuses = ""
+        self.small = True
+        self.begun = False
+        self.refused_late = ""
 
     def pause_channels(self) -> None:
         self.qemu.moment()
@@ -280,9 +286,22 @@ class State:
     def owned_bytes(self) -> Mapping[int, int]:
         return SHARED
 
-    def save(self, buffer_size: int, *, memory_stays: bool, pages: Sequence[int], limit: int) -> SavedState:
+    def begin_save(self) -> bool:
         if self.refuses:
             raise StateRefused(Reason.DEVICE_FAILED, self.refuses)
+        self.qemu.moment()
+        self.begun = True
+        return self.small
+
+    def abandon_save(self) -> None:
+        self.begun = False
+
+    def save(self, buffer_size: int, *, memory_stays: bool, pages: Sequence[int], limit: int) -> SavedState:
+        assert self.begun
+        self.begun = False
+        self.qemu.order.append("written")
+        if self.refused_late:
+            raise StateRefused(Reason.DEVICE_FAILED, self.refused_late)
         self.qemu.moment()
         found = read(self.qemu.memory, pages)
         self.qemu.moment()
@@ -341,6 +360,39 @@ async def test_the_target_has_every_byte_and_nothing_of_the_guests_own_was_writt
     assert qemu.coordinator.report.pages_carried == len(THEIRS)
 
 
+async def test_a_small_state_is_written_while_qemu_sends_the_rest_of_memory() -> None:
+    qemu = Qemu()
+    await until_the_pause(qemu)
+    await qemu.quiet()
+    assert qemu.order == ["migrate-continue", "written"]
+    assert arrives(qemu) == bytes(qemu.ram)
+
+
+@pytest.mark.parametrize("why", ["large", "many pages", "another program continues"])
+async def test_a_state_that_is_needed_or_may_not_fit_is_written_before(why: str) -> None:
+    qemu = Qemu()
+    qemu.state.small = why != "large"
+    if why == "another program continues":
+        qemu.coordinator.switchover = Switchover.OBSERVE
+    await until_the_pause(qemu, MANY if why == "many pages" else THEIRS)
+    await qemu.quiet()
+    assert qemu.order[:1] == ["written"]
+    assert qemu.coordinator.phase is (Phase.READY if why == "another program continues" else Phase.LEFT)
+
+
+async def test_a_state_that_is_refused_when_it_is_written_is_refused_to_qemu_in_the_same_words() -> None:
+    """The target cannot load it, so that QEMU goes on with the guest here."""
+    qemu = Qemu()
+    qemu.state.refused_late = "a disk in the middle of something"
+    await until_the_pause(qemu)
+    await qemu.quiet()
+    assert qemu.order == ["migrate-continue", "written"]
+    with pytest.raises(StateRefused, match="a disk in the middle of something"):
+        read_machine(qemu.saved)
+    assert "a disk in the middle of something" in qemu.coordinator.report.refusal
+    assert not qemu.coordinator.handed_over
+
+
 async def test_pages_beyond_what_a_state_carries_are_marked() -> None:
     qemu = Qemu()
     await until_the_pause(qemu, MANY)
@@ -350,9 +402,13 @@ async def test_pages_beyond_what_a_state_carries_are_marked() -> None:
     assert qemu.coordinator.report.pages_carried == MAX_CARRIED
 
 
-async def cancelled_at(moment: int) -> Qemu:
-    """Cancelled then, if QEMU still lets itself be cancelled; the next migration loses nothing either way."""
+async def cancelled_at(moment: int, *, small: bool) -> Qemu:
+    """Cancelled then, if QEMU still lets itself be cancelled; the next migration loses nothing either way.
+
+    ``small``: whether the state is, so that it is written when QEMU was told to continue.
+    """
     qemu = Qemu()
+    qemu.state.small = small
     await until_the_pause(qemu)
     qemu.cancel_at = qemu.moments + moment
     await qemu.quiet()
@@ -366,13 +422,15 @@ async def cancelled_at(moment: int) -> Qemu:
     return qemu
 
 
-async def test_whoever_cancels_at_any_moment_loses_no_byte_of_the_guests() -> None:
+@pytest.mark.parametrize("small", [False, True])
+async def test_whoever_cancels_at_any_moment_loses_no_byte_of_the_guests(small: bool) -> None:
     moment, last = 0, "cancelled"
     while last == "cancelled":
         moment += 1
-        qemu = await cancelled_at(moment)
+        qemu = await cancelled_at(moment, small=small)
         last = qemu.status
         assert qemu.lost == 0, moment
+        assert not qemu.state.begun, "no view is left"
         assert qemu.coordinator.report.pages_carried == len(THEIRS)
     assert moment > 2 * len(SHARED)
 
@@ -380,7 +438,7 @@ async def test_whoever_cancels_at_any_moment_loses_no_byte_of_the_guests() -> No
 async def test_bytes_would_be_lost_if_these_pages_were_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the model above is good for."""
     monkeypatch.setitem(globals(), "read", lambda memory, pages: [])
-    assert sum([(await cancelled_at(moment)).lost for moment in range(1, 40)])
+    assert sum([(await cancelled_at(moment, small=False)).lost for moment in range(1, 40)])
 
 
 async def test_a_guest_that_cannot_be_saved_loses_nothing_when_it_can() -> None:

@@ -18,7 +18,7 @@ from vmbus.bus.io.device import Device
 from vmbus.bus.saved_state.restore import BusStateRefused
 from vmbus.bus.saved_state.values import ChannelRecord
 from vmbus.cli.devices import registry
-from vmbus.errors import GatewayError
+from vmbus.errors import DeviceError, GatewayError
 from vmbus.hypervisor import partition
 from vmbus.machine.host import Host, HostOptions
 from vmbus.machine.memory import RamRegion
@@ -83,6 +83,35 @@ async def test_a_guest_that_stays_stopped_is_saved_as_it_is_each_time(tmp_path: 
         assert saved.channels[0].state.device == b"another disk"
         assert len(saved.channels) == 2
         assert all(attached.channel.paused for attached in here.devices)
+
+
+async def test_a_save_that_was_only_begun_leaves_nothing_behind(tmp_path: Path) -> None:
+    with host(tmp_path, "echo", "shutdown") as here:
+        state = here.migration.state
+        for end in (state.resume, state.abandon_save, state.reset):
+            state.pause()
+            assert state.begin_save(), "the state is small"
+            end()
+            state.pause()
+            assert len(state.save(1 << 16, memory_stays=False, pages=(), limit=1 << 20).channels) == 2
+            state.resume()
+            assert not any(attached.io.paused for attached in here.devices)
+
+
+async def test_a_device_that_cannot_be_saved_is_heard_when_the_save_begins(tmp_path: Path) -> None:
+    with host(tmp_path, "shutdown", "echo") as here:
+        state = here.migration.state
+        echo = here.devices[1].device
+        saved = echo.save
+        echo.save = MagicMock(side_effect=DeviceError("a disk in the middle of something"))  # type: ignore[method-assign]
+        state.pause()
+        with pytest.raises(StateRefused, match="a disk in the middle of something"):
+            state.begin_save()
+        echo.save = lambda: bytes(300 << 10)  # type: ignore[method-assign]
+        assert not state.begin_save(), "nobody knows whether pages fit beside it"
+        echo.save = saved  # type: ignore[method-assign]
+        state.resume()
+        assert not any(attached.io.paused for attached in here.devices)
 
 
 async def test_a_state_that_is_only_checked_leaves_no_sub_channel_behind(tmp_path: Path) -> None:

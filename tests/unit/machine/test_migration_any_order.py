@@ -49,6 +49,8 @@ class AnyOrder(RuleBasedStateMachine):
         self.host_paused = False
         self.target_has_it = False
         self.saved: bytes | None = None
+        self.unwritten: Report | None = None
+        """The migration whose state was not written when its view was taken."""
         self.fenced = False
         self.waiting: set[tuple[int, Action]] = set()
         """Migrations, by the identity of their reports, for which the coordinator waits for devices or for QEMU."""
@@ -66,10 +68,18 @@ class AnyOrder(RuleBasedStateMachine):
         configuration=st.sampled_from([SENT, ONE_WAY, SHARED, POSTCOPY]),
         carrier=st.sampled_from([Carrier.STREAM, Carrier.SIDE_CHANNEL]),
         fine=st.booleans(),
+        later=st.sampled_from(["", "written", "refused"]),
     )
     def begin(
-        self, ran: bool, switchover: Switchover, configuration: Configuration, carrier: Carrier, fine: bool
+        self,
+        ran: bool,
+        switchover: Switchover,
+        configuration: Configuration,
+        carrier: Carrier,
+        fine: bool,
+        later: str,
     ) -> None:
+        self.later = later  # what becomes of a state that may be written later
         self.runs = self.ran = ran
         self.fine = fine  # whether what is under way at the end succeeds
         self.machine.switchover = switchover
@@ -155,9 +165,19 @@ class AnyOrder(RuleBasedStateMachine):
         if self.status != "pre-switchover":
             return
         self.become("device")
+        self.write_state()
         while any(name == "ANSWER" for name, _ in self.events):
             self.read_event()  # Save() waits for the answer of a query-migrate that was sent before
         self.saved = self.machine.save_requested()
+
+    def write_state(self) -> None:
+        report, self.unwritten = self.unwritten, None
+        if report is None or not self.machine.awaits_state(report):
+            return
+        if self.later == "refused":
+            self.machine.save_refused(report, NOT_SAVED)
+        else:
+            self.machine.state_written(b"state")
 
     @precondition(lambda self: self.status == "device")
     @rule(target_fails=st.booleans())
@@ -259,13 +279,21 @@ class AnyOrder(RuleBasedStateMachine):
             self.waiting.discard((id(report), action))
             following = machine.quiet(report)
         elif action is Action.SAVE:
-            following = machine.saved(report, b"state") if fine else machine.save_refused(report, NOT_SAVED)
+            if not fine:
+                following = machine.save_refused(report, NOT_SAVED)
+            elif self.later and machine.may_save_later:
+                self.unwritten = report
+                following = machine.to_be_saved(report)
+            else:
+                following = machine.saved(report, b"state")
         elif action is Action.MARK_PAGES:
             following = machine.pages_marked(report)
         elif action is Action.DELIVER:
             following = machine.delivered(report, "" if fine else "another machine")
         elif action in (Action.CHECK, Action.CHECK_AND_CONTINUE):
             actions.popleft()
+            if action is Action.CHECK:
+                self.write_state()
             self.events.append(("ANSWER", self.status))
             self.asked.append((report, actions))
             if action is Action.CHECK_AND_CONTINUE:
@@ -292,6 +320,8 @@ class AnyOrder(RuleBasedStateMachine):
     def end(self) -> None:
         """Let everything end that is under way."""
         for _ in range(200):
+            if not self.events and not self.chains:
+                self.write_state()
             if self.events:
                 self.read_event()
             elif self.chains and self.progress():

@@ -292,6 +292,7 @@ class Coordinator:
 
     def _end_tracking(self) -> None:
         self.tracker.end()
+        self._steps.drop_view()
 
     def _forget_guest(self) -> None:
         self.state.reset()
@@ -476,6 +477,7 @@ class Coordinator:
 
     async def save(self) -> bytes:
         """Answer ``Save()``: the state that was prepared, a reference to it, or a refusal."""
+        self._steps.write_state()
         check = self._steps.check
         if check is not None and not check.done():
             await self._await_check(check)

@@ -48,11 +48,17 @@ from vmbus.saving import (
 from vmbus.saving.chunks import MAX_IGNORED
 from vmbus.saving.device_channel import DeviceChannel
 from vmbus.saving.loading import not_there
-from vmbus.saving.stream import BUFFER_SIZE, STREAM_LIMIT
+from vmbus.saving.state import SavableChannel
+from vmbus.saving.stream import BUFFER_SIZE, STREAM_LIMIT, begin_channels, cancel_channels
 from vmbus.wire.codec import Record
 from vmbus.wire.saved import RECORDS, ChannelIdentity, SavedSection
 
 _logger = logging.getLogger(__name__)
+
+_CHANNEL_BYTES = 1024
+"""Bytes that a channel has in a state, of itself and of the bus's record of it, without what is counted for it."""
+_SMALL_BYTES = 256 << 10
+"""Bytes of a state that fits whatever carries it, with pages and what is not counted (messages, processors)."""
 
 _T = TypeVar("_T")
 
@@ -241,6 +247,8 @@ class HostState:
         self._saver = ChannelSaver()
         self._channels: dict[Channel, DeviceChannel] = {}
         self._held: set[DeviceChannel] = set()
+        self._begun: list[SavableChannel] | None = None
+        """The channels that :meth:`begin_save` began to save."""
         self._hypervisor_section = HypervisorSection(partition, clock, gateway)
         self._bus_section = BusSection(bus)
         self.paused = False
@@ -321,6 +329,7 @@ class HostState:
         if not self.paused:
             return
         self.paused = False
+        self.abandon_save()
         self._partition.resume()
         self._bus.resume()
         for end in self._known():
@@ -331,6 +340,26 @@ class HostState:
         for channel in tuple(self._channels):
             channel.resume()
 
+    def begin_save(self) -> bool:
+        """Have every channel of the paused host take its view, which :meth:`save` writes; all devices are asked here.
+
+        Return whether it is certain that the state is small. Raises :class:`~vmbus.saving.StateRefused`.
+        """
+        self.abandon_save()
+        known = self._known()
+        for end in known:  # a guest that stays stopped keeps what was seen of it at the save before
+            self._saver.save_cancel(end)
+        self._begun = begin_channels(self._saver, known)
+        budget = self._bus.budget
+        counted = budget.saved_packets + budget.saved_gpadls + _CHANNEL_BYTES * len(known)
+        return counted + sum(end.device_bytes for end in known) <= _SMALL_BYTES
+
+    def abandon_save(self) -> None:
+        """Undo :meth:`begin_save`, if nothing was saved since."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            cancel_channels(self._saver, begun)
+
     def save(
         self,
         buffer_size: int = BUFFER_SIZE,
@@ -339,19 +368,21 @@ class HostState:
         pages: Sequence[int] = (),
         limit: int = STREAM_LIMIT,
     ) -> SavedState:
-        """Return the state of the paused host, at most ``limit`` bytes.
+        """Return the state of the paused host, at most ``limit`` bytes; the rest of what :meth:`begin_save` began.
 
         ``buffer_size``: bytes of the buffer that channels are saved into at first. ``memory_stays``: the target maps
         the same memory. ``pages``: addresses of pages of guest memory that the state carries, as many as fit.
 
         Raises :class:`~vmbus.saving.StateRefused`.
         """
+        if self._begun is None:
+            self.begin_save()
+        begun, self._begun = self._begun, None
         memory = shared_memory.describe(self._memory, self._bus.channels) if memory_stays else None
-        for end in self._known():  # a guest that stays stopped keeps what was seen of it at the save before
-            self._saver.save_cancel(end)
         return save_machine(
             self._saver,
-            self._known(),
+            begun or (),
+            begun=True,
             hypervisor=self._hypervisor_section.save(),
             bus=self._bus_section.save(),
             memory=memory,
@@ -489,6 +520,7 @@ class HostState:
 
     def reset(self) -> None:
         """Drop all that belongs to the guest, without a write of its memory: another state follows."""
+        self.abandon_save()
         self._service.reset()
         self._held.clear()
         for channel in self._known():

@@ -18,10 +18,10 @@ one ``pre-switchover``, each step after the answer to the one before:
 An answer names the migration that it belongs to by its :class:`Report`. An answer that comes when QEMU has left
 ``pre-switchover``, or when another migration has begun, has no effect.
 
-``good`` is true only from the answer of ``query-migrate`` that QEMU still waits, when everything was prepared:
-then QEMU was not continued before that. A ``Save()`` at any other time (``savevm`` without the emulator, a migration
-without the pause, a ``migrate-continue`` that came too early) gets a refusal in place of a state: QEMU cannot fail a
-save for that, but a target that loads it fails, with the reason.
+``good`` is true only from the answer of ``query-migrate`` that QEMU still waits, when everything was prepared (of the
+state, the view at least, see ``may_save_later``): then QEMU was not continued before that. A ``Save()`` at any other
+time (``savevm`` without the emulator, a migration without the pause, a ``migrate-continue`` that came too early) gets
+a refusal in place of a state: QEMU cannot fail a save for that, but a target that loads it fails, with the reason.
 
 Whether the guest runs after a migration (here if it fails, there otherwise) depends on who stopped it: QEMU for the
 switch-over, or its user at any time before. STOP is the same in both cases; QEMU's run state after it is not, and is
@@ -165,6 +165,8 @@ class MigrationStateMachine:
         """The state, or the refusal, that was made last; kept while the guest has left."""
         self._holds_state = False
         """Whether :attr:`prepared` is the state, and no refusal."""
+        self._to_be_saved = False
+        """Whether the state that follows is still to be written: its view was taken."""
         self.good = False
         """Whether :meth:`save_requested` may return it."""
         self.fenced = False
@@ -197,7 +199,7 @@ class MigrationStateMachine:
             self.report = Report()
             self.phase = Phase.MIGRATING
             self.configuration = None
-            self.good = self.guest_ran = self._handed_over = False
+            self.good = self.guest_ran = self._handed_over = self._to_be_saved = False
             actions += (Action.BEGIN_TRACKING, Action.EXAMINE)
         self.report.statuses.append(status)
         if self.report.ended:
@@ -212,7 +214,7 @@ class MigrationStateMachine:
         elif status in ("failed", "cancelled"):
             # If the guest ran before, RESUME follows and resumes the host. Otherwise both stay paused.
             self.prepared = None
-            self.good = False
+            self.good = self._to_be_saved = False
             if self._may_be_shared():
                 actions.append(Action.LIFT_FENCE)
             if self.phase is Phase.READY and self.guest_ran:
@@ -257,7 +259,7 @@ class MigrationStateMachine:
             )
         lift = (Action.LIFT_FENCE,) if self.phase is Phase.LEFT and self._may_be_shared() else ()
         self.prepared = None
-        self.good = False
+        self.good = self._to_be_saved = False
         if self.phase is Phase.MIGRATING and not self.report.ended:
             self.guest_ran = False  # its user stopped it, and resumes it now: the migration goes on
         else:
@@ -269,7 +271,8 @@ class MigrationStateMachine:
         if self.phase is Phase.LOST:
             self.phase = Phase.IDLE  # it begins anew, and lacks nothing
         waits = self.may_mark(self.report)
-        if self.prepared is None or not (waits or self.phase is Phase.SNAPSHOT):
+        prepares = self.prepared is not None or self._to_be_saved
+        if not prepares or not (waits or self.phase is Phase.SNAPSHOT):
             return ()
         self.report.refusal = self.report.refusal or "the machine was reset after its state was saved"
         _logger.error("the guest is not sent: %s", self.report.refusal)
@@ -329,7 +332,7 @@ class MigrationStateMachine:
 
     def saved(self, report: Report, data: bytes) -> Actions:
         """Take the state ``data`` that was saved."""
-        self.prepared, self._holds_state = data, True
+        self.state_written(data)
         if self._saves_snapshot(report):
             self.good = True  # the guest is stopped, and only the caller asks QEMU to save it
             return ()
@@ -337,11 +340,38 @@ class MigrationStateMachine:
             return self.pages_marked(report)
         return (Action.MARK_PAGES,)
 
+    @property
+    def may_save_later(self) -> bool:
+        """Whether the state may be written when QEMU was told to continue: it is not needed before.
+
+        A program that sends ``migrate-continue`` itself does so when it knows that the state is prepared, and a side
+        channel carries it before that.
+        """
+        return (
+            self.phase is Phase.READY
+            and self.carrier is Carrier.STREAM
+            and self.switchover is Switchover.OWN
+            and not self._may_be_shared()
+        )
+
+    def to_be_saved(self, report: Report) -> Actions:
+        """Continue when the view of the host was taken: its state is written later (:meth:`state_written`)."""
+        self.prepared, self._to_be_saved = None, True
+        return (Action.MARK_PAGES,)
+
+    def awaits_state(self, report: Report) -> bool:
+        """Return whether the state of the migration ``report`` is still to be written."""
+        return self._to_be_saved and self.report is report and self.phase is Phase.READY
+
+    def state_written(self, data: bytes) -> None:
+        """Take the state ``data`` after :meth:`to_be_saved`."""
+        self.prepared, self._holds_state, self._to_be_saved = data, True, False
+
     def save_refused(self, report: Report, error: StateRefused) -> Actions:
         """Prepare a refusal: the guest cannot be saved."""
         _logger.error("the guest cannot be saved: %s", error)
         report.refusal = str(error)
-        self.prepared, self._holds_state = refusal_stream(error), False
+        self.prepared, self._holds_state, self._to_be_saved = refusal_stream(error), False, False
         return () if self._saves_snapshot(report) else self.pages_marked(report)
 
     def pages_marked(self, report: Report) -> Actions:
@@ -475,7 +505,7 @@ class MigrationStateMachine:
         """Prepare the state for a snapshot. The guest is stopped; the caller asks QEMU for the save."""
         self.report = Report()
         self.phase = Phase.SNAPSHOT
-        self.good = self._handed_over = False
+        self.good = self._handed_over = self._to_be_saved = False
         self.prepared = None
         return (Action.SETTLE,)
 

@@ -1,7 +1,11 @@
 """The steps between QEMU's ``pre-switchover`` and its next state, each performed for one action.
 
     begin ─▶ settle ─▶ quiesce ─▶ save ─▶ mark_pages ─▶ deliver ─▶ check, or check_and_continue
+                               (view)                                 continue, then (write)
 
+A small state that travels in QEMU's stream is written (``write_state``) when QEMU has been told to continue: it sends
+the rest of memory meanwhile, and asks for the state after that. What could refuse the save was asked before, when the
+view was taken: devices. Should the state be refused when it is written, ``Save()`` answers with the refusal.
 :mod:`vmbus.machine.migration.state_machine` decides which step follows, and has the same picture with the reasons.
 """
 
@@ -20,12 +24,17 @@ from vmbus.machine.migration.ports import MigrationPorts
 from vmbus.machine.migration.report import Report
 from vmbus.machine.migration.side_channel import CARRIED_LIMIT, SideChannel
 from vmbus.machine.migration.state_machine import Actions, Carrier, MigrationStateMachine, Phase
-from vmbus.saving import SavedState, StateRefused
+from vmbus.saving import Reason, SavedState, StateRefused
+from vmbus.saving.pages import MAX_CARRIED
 from vmbus.saving.stream import BUFFER_SIZE, STREAM_LIMIT
 from vmbus.wire.saved import ChannelIdentity
 
 SETTLE_TIMEOUT = 10.0
 """Seconds that devices have to end their work (reads of files, mostly) once the guest is stopped."""
+
+TURNS_OF_CLIENT = 8
+"""Turns of the event loop in which the client of the monitor has written the commands it was given. If it needs more,
+they are written a little later, and that is all."""
 
 
 class SavableState(Protocol):
@@ -36,6 +45,15 @@ class SavableState(Protocol):
 
     def pause(self) -> None:
         """Pause all; no work is under way."""
+
+    def begin_save(self) -> bool:
+        """Take the view of the paused host that :meth:`save` writes; return whether its state is certainly small.
+
+        Raises :class:`~vmbus.saving.StateRefused`.
+        """
+
+    def abandon_save(self) -> None:
+        """Undo :meth:`begin_save`, if nothing was saved since."""
 
     def save(self, buffer_size: int, *, memory_stays: bool, pages: Sequence[int], limit: int) -> SavedState:
         """Return the state of the paused host. Raises :class:`~vmbus.saving.StateRefused`."""
@@ -79,11 +97,14 @@ class SwitchoverSteps:
         """Not 0: QEMU may still have to write bytes back: the host must not store into them before it has."""
         self._written: WrittenPages | None = None
         """Pages to mark in the pause."""
+        self._unwritten: tuple[Report, Sequence[int]] | None = None
+        """Whose state is still to be written, and the addresses of the pages that it carries."""
         self._paused_at = 0.0
 
     async def begin(self, report: Report) -> Actions:
         """Find out what the migration needs, and what carries the state."""
         self._paused_at = time.monotonic()
+        self._unwritten = None
         configuration = self._machine.configuration or await read_configuration(self._ports.qmp)
         if self._side_channel.used:
             carrier = Carrier.SIDE_CHANNEL
@@ -104,8 +125,8 @@ class SwitchoverSteps:
         return self._machine.quiet(report)
 
     async def save(self, report: Report) -> Actions:
-        """Save the host, with pages that QEMU does not know to be written."""
-        self._side_channel.reference = self._written = None
+        """Save the host, with pages that QEMU does not know to be written; or take its view, if that is enough."""
+        self._side_channel.reference = self._written = self._unwritten = None
         machine = self._machine
         snapshot = machine.phase is Phase.SNAPSHOT  # contains all of memory, as it is then
         memory_stays = (
@@ -115,11 +136,17 @@ class SwitchoverSteps:
             report.pages_marked_early = self._tracker.pages
             self._written = WrittenPages.of(self._ports.memory, self._state.owned_bytes())
         in_frame = machine.carrier is Carrier.SIDE_CHANNEL and not snapshot
+        pages = self._written.theirs if self._written is not None else ()
         try:
+            small = self._state.begin_save()
+            if small and self._written is not None and len(pages) <= MAX_CARRIED and machine.may_save_later:
+                self._unwritten = report, pages
+                self._written = WrittenPages(self._written.ours, ())
+                return machine.to_be_saved(report)
             saved = self._state.save(
                 self.buffer_size,
                 memory_stays=memory_stays,
-                pages=self._written.theirs if self._written is not None else (),
+                pages=pages,
                 limit=CARRIED_LIMIT if in_frame else STREAM_LIMIT,
             )
         except StateRefused as error:
@@ -129,12 +156,38 @@ class SwitchoverSteps:
             self._state.release_devices()
         if self._written is not None:
             self._written = self._written.without(saved.pages)
+        self._describe(report, saved)
+        return machine.saved(report, saved.data)
+
+    def write_state(self) -> None:
+        """Write the state whose view was taken by :meth:`save`, unless that was done, or its migration has ended."""
+        unwritten, self._unwritten = self._unwritten, None
+        if unwritten is None or not self._machine.awaits_state(unwritten[0]):
+            return
+        report, pages = unwritten
+        try:
+            saved = self._state.save(self.buffer_size, memory_stays=False, pages=pages, limit=STREAM_LIMIT)
+            if len(saved.pages) != len(pages):
+                raise StateRefused(Reason.TOO_LARGE, f"{len(saved.data)} bytes, and not all pages")
+        except StateRefused as error:
+            self._machine.save_refused(report, error)
+            return
+        self._state.release_devices()
+        self._describe(report, saved)
+        self._machine.state_written(saved.data)
+
+    def drop_view(self) -> None:
+        """Forget a view whose state is not written any more: its migration has ended."""
+        if self._unwritten is not None:
+            self._unwritten = None
+            self._state.abandon_save()
+
+    def _describe(self, report: Report, saved: SavedState) -> None:
         report.pages_carried = len(saved.pages)
         report.state_bytes = len(saved.data)
         report.channels = saved.channels
         report.names = self._state.names()
         report.answers_carried = self._state.unclaimed_answers()
-        return machine.saved(report, saved.data)
 
     async def mark_pages(self, report: Report) -> Actions:
         """Mark the pages that the state does not carry."""
@@ -161,6 +214,7 @@ class SwitchoverSteps:
 
     async def check_only(self, report: Report) -> Actions:
         """Ask QEMU whether it still waits."""
+        self.write_state()
         return await self._ask(report)
 
     async def check_and_continue(self, report: Report) -> Actions:
@@ -168,7 +222,12 @@ class SwitchoverSteps:
         # QEMU executes one command after the other, so its answer to the first is on its way before it continues. The
         # answer to the second may come after its Save(), for which it keeps everything else waiting.
         asking = self._ask(report)
-        actions, _ = await asyncio.gather(asking, self._continue())
+        continuing = asyncio.ensure_future(self._continue())
+        if self._unwritten is not None:
+            for _ in range(TURNS_OF_CLIENT):
+                await asyncio.sleep(0)
+            self.write_state()
+        actions, _ = await asyncio.gather(asking, continuing)
         return actions
 
     def _ask(self, report: Report) -> asyncio.Task[Actions]:
