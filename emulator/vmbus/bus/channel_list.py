@@ -175,9 +175,12 @@ class ChannelList:
     def restore(self, records: Iterable[ChannelRecord]) -> None:
         """Put the channels into the state of checked records."""
         self.restoring = True
+        # The guest stands still: a search for each record would take 18 ms for 300 channels.
+        offered = {channel.offer.key: channel for channel in reversed(self.channels) if channel.relid is None}
         for record in records:
             if record.relid is not None:
-                self._restore_one(record, record.relid)
+                there = None if record.revoking else offered.pop(record.key, None)
+                self._restore_one(record, record.relid, there)
             elif not record.waiting:
                 self._released_by_guest.add(record.key)
 
@@ -209,12 +212,9 @@ class ChannelList:
         self.restoring = False
         self._released_by_guest.clear()
 
-    def _restore_one(self, record: ChannelRecord, relid: int) -> None:
+    def _restore_one(self, record: ChannelRecord, relid: int, channel: Channel | None) -> None:
         """Restore into the channel of the device if it is offered already, else into one that waits for it."""
-        for channel in self.channels:
-            if channel.offer.key == record.key and channel.relid is None and not record.revoking:
-                break
-        else:
+        if channel is None:
             offer = Offer(*record.key[:2], subchannel_index=record.subchannel_index, name="absent")
             channel = Channel(self._host, self, offer, ABSENT_DEVICE)
             self.channels.append(channel)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from vmbus.bus.channel.state import ChannelState
+from vmbus.bus.offers import Offer, OfferKey
 from vmbus.errors import DeviceError
 from vmbus.testing.scripted import ForgetfulEndpoint, RecordingEndpoint, ScriptedGuest, an_offer
 from vmbus.wire.gpadl import GpadlTorndown
@@ -27,6 +28,34 @@ def test_device_added_while_restoring_gets_exactly_one_offer(
     (answer,) = guest.take()
     assert (answer.number, answer.message.relid) == (MessageType.OFFERCHANNEL, 2)
     guest.open_channel(2)
+
+
+def test_restoring_asks_for_each_channel_once_however_many_there_are(
+    guest: ScriptedGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"device {number}" for number in range(100)]
+    for name in names:
+        guest.bus.offer(an_offer(name, instance=1 + names.index(name)), RecordingEndpoint())
+    guest.connect()
+    state = guest.save()
+    bus = guest.another_bus()
+    channels = [
+        bus.offer(an_offer(name, instance=1 + names.index(name)), RecordingEndpoint()) for name in names
+    ]
+    asked = 0
+    key = Offer.key
+
+    def counted(offer: Offer) -> OfferKey:
+        nonlocal asked
+        asked += 1
+        return key.fget(offer)  # type: ignore[attr-defined, no-any-return]
+
+    monkeypatch.setattr(Offer, "key", property(counted))
+    bus.restore(state)
+    assert {channel.offer.name: channel.relid for channel in channels} == {
+        channel.offer.name: channel.relid for channel in guest.bus.channels
+    }
+    assert asked <= 2 * len(names)
 
 
 def test_device_that_is_gone_is_rescinded(guest: ScriptedGuest, move: Move) -> None:
