@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from vmbus.errors import UserError
+from vmbus.machine.migration.configuration import Configuration
 from vmbus.machine.migration.report import Report
 from vmbus.machine.migration.state_machine import (
     Action,
@@ -107,6 +108,52 @@ def test_a_guest_that_cannot_be_saved_continues_at_once() -> None:
     assert sent is not None
     with pytest.raises(StateRefused, match="in the middle"):
         read_machine(sent)
+
+
+def test_a_guest_that_is_reset_before_its_state_is_written_continues_at_once() -> None:
+    machine = in_the_pause()
+    report = machine.report
+    machine.switch_over(report, SENT, Carrier.STREAM)
+    machine.settled(report, in_time=True)
+    assert machine.may_save_later
+    assert machine.to_be_saved(report) == (Action.MARK_PAGES,)
+    assert machine.awaits_state(report)
+    assert machine.was_reset() == (Action.CANCEL,)
+    assert machine.pages_marked(report) == (Action.CHECK,), "migrate-continue is not sent"
+    machine.state_written(b"state")
+    assert machine.status_read(report, "pre-switchover") == (Action.CANCEL,)
+    sent = machine.save_requested()
+    assert sent is not None
+    with pytest.raises(StateRefused, match="was reset"):
+        read_machine(sent)
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled", "setup"])
+def test_no_state_is_written_for_a_migration_that_has_ended(status: str) -> None:
+    machine = in_the_pause()
+    report = machine.report
+    machine.switch_over(report, SENT, Carrier.STREAM)
+    machine.settled(report, in_time=True)
+    machine.to_be_saved(report)
+    machine.migration(status)
+    assert not machine.awaits_state(report)
+    assert machine.save_requested() is None
+
+
+@pytest.mark.parametrize(
+    ("configuration", "switchover", "carrier"),
+    [
+        (SHARED, Switchover.OWN, Carrier.STREAM),
+        (SENT, Switchover.OBSERVE, Carrier.STREAM),
+        (SENT, Switchover.OWN, Carrier.SIDE_CHANNEL),
+    ],
+)
+def test_a_state_that_is_needed_before_is_not_written_later(
+    configuration: Configuration, switchover: Switchover, carrier: Carrier
+) -> None:
+    machine = in_the_pause(configuration, switchover)
+    machine.switch_over(machine.report, configuration, carrier)
+    assert not machine.may_save_later
 
 
 def test_work_that_does_not_end_is_a_refusal_and_the_host_is_paused() -> None:

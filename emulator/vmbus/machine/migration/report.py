@@ -27,7 +27,7 @@ class Report:
     """Pages that the state carries; they are not marked."""
     answers_carried: int = 0
     prepared_in: float = 0.0
-    """Seconds that the emulator needed while the guest was stopped."""
+    """Seconds from the pause until QEMU was asked whether it still waits, and told to continue."""
     refusal: str = ""
     statuses: list[str] = field(default_factory=list)
     """QEMU's migration statuses, in order."""
