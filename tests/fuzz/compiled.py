@@ -169,10 +169,19 @@ def seeds() -> dict[str, dict[str, bytes]]:
         codes = [bytes.fromhex(each) for each in instructions]
         return b"\0\1\0\0" + b"".join(bytes([len(each) - 1]) + each for each in codes)
 
-    def executed(emulator: int, answers: int, event: int, rcx: int, *instructions: str) -> bytes:
+    def executed(
+        emulator: int,
+        answers: int,
+        event: int,
+        rcx: int,
+        *instructions: str,
+        posts: int = 0,
+        rdx: int = 0x101,
+    ) -> bytes:
         scene = struct.pack(
-            "<5B5I", emulator, answers, event, 0x51, 0x51, 0x40000000, 0x101, rcx, 0x101, 1 << 10
+            "<5B5I", emulator, answers, event, 0x51, 0x51, 0x40000000, 0x101, rcx, rdx, 1 << 10
         )
+        scene += struct.pack("<B5I", posts, 1, 0, 1, 16, 8)
         return b"\2" + block(*instructions)[1:4] + scene + block(*instructions)[4:]
 
     def says(*kinds: int) -> bytes:
@@ -192,6 +201,9 @@ def seeds() -> dict[str, dict[str, bytes]]:
             "doorbell": executed(6, 4, 0, 0x5D, "0f01c1"),
             "gone": executed(4, 8, 0, 0x5C, "0f01c1"),
             "tables-being-written": executed(14, 4, 0, 0x5D, "0f01c1", "0fa2"),
+            "posted": executed(6, 4, 0, 0x5C, "0f01c1", "0f01d9", posts=7, rdx=0x100000),
+            "posted-eom": executed(6, 4, 0, 0x40000084, "0f30", posts=4),
+            "ring-full": executed(6, 4, 0, 0x5C, "0f01c1", posts=15, rdx=0x100000),
             "halts": executed(6, 4, 0xE1, 0x838, "0f30", "f4", "f4"),
             "constant": executed(6, 4, 0x10, 0x40000002, "0f32"),
             "sampled": executed(6, 4, 8, 0, "0f31", "90", "0f01f9", "90"),

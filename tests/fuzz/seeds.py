@@ -111,11 +111,12 @@ def messages() -> dict[str, bytes]:
 
 def gateways() -> dict[str, bytes]:
     """Return an answer and a region of one vCPU."""
-    size = 1 << 15
+    size = 1 << 16
     region = bytearray(size)
     fields = {
         "magic": wire.MAGIC, "version": wire.VERSION, "vcpus_max": 1, "region_size": size, "vcpu_offset": 4096,
-        "request_offset": 8192, "doorbell_offset": 12288, "code_offset": 24576, "code_pages": 16, "vcpus": 1,
+        "request_offset": 8192, "doorbell_offset": 12288, "post_offset": 20480, "code_offset": 40960,
+        "code_pages": 16, "vcpus": 1,
     }  # fmt: skip
     at = 0
     for part in wire.CONTROL.subcons:
@@ -135,14 +136,29 @@ def _region_with_a_trap() -> bytes:
     vcpu = wire.CONTROL.sizeof()
     request = vcpu + wire.VCPU.sizeof()
     doorbell = request + wire.SLOTS * 8
-    code = doorbell + wire.DOORBELLS
-    region = bytearray(doorbell + 8)
+    posts = doorbell + wire.DOORBELLS
+    code = posts + wire.POST_RING_SIZE
+    region = bytearray(posts + wire.POST_RING_SIZE)
     header = struct.pack(
-        "<QII6QIIII", wire.MAGIC, wire.VERSION, 1, 1 << 15, vcpu, request, doorbell, code, 64, 1, 0, 0, 0
+        "<QII6Q6IQ",
+        wire.MAGIC,
+        wire.VERSION,
+        1,
+        1 << 16,
+        vcpu,
+        request,
+        doorbell,
+        code,
+        64,
+        1,
+        *[0] * 5,
+        posts,
     )
     region[: len(header)] = header
     region[request] = 1
     region[doorbell + 1] = 1
+    region[posts] = 1
+    region[posts + wire.offset_of(wire.POST_RING, "entries")] = wire.TrapKind.VMCALL
     slot = vcpu + wire.offset_of(wire.VCPU, "slots")
     region[slot] = wire.TrapKind.RDMSR
     return bytes(region)

@@ -93,6 +93,7 @@ class Nobody:
     code_pages = None
     clock = SimpleNamespace(tsc_frequency=None, guest_tsc_now=lambda: None)
     pending = SimpleNamespace(addresses=tuple, failed=lambda: False)
+    posts = SimpleNamespace(take=tuple, withdraw=tuple)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):
@@ -391,7 +392,7 @@ class ChannelMessages:
 class GatewaySocket:
     """A gateway that sends the bytes of an input as its answer, and the rest of them as shared memory."""
 
-    PADDED = 1 << 15
+    PADDED = 1 << 16
     """Bytes of shared memory of an input that says only how it begins."""
 
     def __init__(self) -> None:
@@ -425,6 +426,8 @@ class GatewaySocket:
         try:
             for trap in gateway.traps():
                 gateway.answer(trap, 1)
+            assert all(len(post.payload) <= gateway_wire.POST_PAYLOAD for post in gateway.posts.take())
+            gateway.posts.promise(1)
             list(gateway.doorbells())
             gateway.clock.fields()
             gateway.counters()

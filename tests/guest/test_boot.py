@@ -105,6 +105,7 @@ async def test_a_kernel_boots_connects_and_keeps_its_heartbeat(
         assert len(found["partition"]["vps"]) == smp
         assert all(vp["synic_enabled"] for vp in found["partition"]["vps"])
         assert found["bus"]["gpadls"] == 3
+        assert found["posts"] >= 2 * 3, "the messages that share and open rings are posted"
         assert found["partition"]["refusals"] == {}
         assert found["bus"]["refusals"] == {}
         assert all(channel["refusals"] == {} for channel in found["channels"])

@@ -16,7 +16,7 @@ from vmbus.errors import GatewayError
 from vmbus.machine.gateway.client import Gateway
 from vmbus.machine.gateway.traps import Fault, Trap
 from vmbus.wire.cpuid import CpuidLeaf
-from vmbus.wire.gateway import DoorbellRule, TrapKind
+from vmbus.wire.gateway import DoorbellRule, PostRule, RamRange, TrapKind
 
 from tests.qemu.bare_guest import long_mode_guest, protected_mode_guest
 from tests.qemu.machine_under_test import LIMIT, Machine, next_trap, serve
@@ -329,6 +329,82 @@ def test_two_vcpus_one_of_them_in_real_mode(start: Start, threads: str) -> None:
         serve(gateway, lambda trap: gateway.answer(trap, (trap.msr - 0x40000020) * 1000 + trap.vcpu * 10))
         assert machine.output() == [0, 101_000]
         assert gateway.vcpus == 2
+
+
+# --- posts ---
+
+
+@pytest.mark.parametrize("bits", [64, 32])
+def test_messages_are_posted_in_order_until_the_ring_is_full(start: Start, bits: int) -> None:
+    """The guest posts 100 messages numbered in their second word, and an EOM after each; then one from no RAM."""
+    registers = (
+        "mov $0x5c, %ecx\nmov $message, %edx\nxor %r8d, %r8d"
+        if bits == 64
+        else "mov $0x5c, %eax\nxor %edx, %edx\nxor %ebx, %ebx\nmov $message, %ecx"
+    )
+    program = f"""
+    main:
+        xor %ebp, %ebp
+    1:  mov %ebp, message + 20
+        mov %ebp, %esi
+        {registers}
+        vmcall
+        or %eax, result
+        mov $0x40000084, %ecx
+        wrmsr
+        inc %ebp
+        cmp $100, %ebp
+        jb 1b
+        mov result, %eax
+        call hex
+        {registers.replace("$message", "$0xfee00300")}
+        vmcall
+        call hex
+        jmp done
+        .balign 256
+    message: .long 1, 0, 1, 16, 8, 0, 0x11, 0x22
+        .skip 224
+    result: .long 0
+    """
+    with start(program, bits=bits) as machine:
+        gateway = machine.attach()
+        gateway.set_posts(PostRule(0x5C, 1 << 8, 1 << 1, 0x40000084), [RamRange(1 << 20, 63 << 20)])
+        gateway.posts.promise(200)
+        gateway.activate()
+        numbers: list[int] = []
+        eoms = 0
+
+        def handle() -> None:
+            nonlocal eoms
+            for post in gateway.posts.take():
+                if post.kind is TrapKind.VMCALL:
+                    assert (post.vcpu, post.connection_id, len(post.payload)) == (0, 1, 16)
+                    assert post.payload[8:] == bytes.fromhex("1100000022000000")
+                    numbers.append(int.from_bytes(post.payload[4:8], "little"))
+                else:
+                    eoms += 1
+
+        def answer(trap: Trap) -> None:
+            nonlocal eoms
+            handle()
+            if trap.kind is TrapKind.WRMSR:
+                eoms += 1
+            elif trap.rdx == 0xFEE00300 or trap.rcx == 0xFEE00300:
+                gateway.answer(trap, 3)
+                return
+            else:
+                numbers.append(trap.rsi)
+            gateway.answer(trap, 0)
+            gateway.posts.promise(200)
+
+        serve(gateway, answer)
+        handle()
+        assert machine.output() == [0, 3]
+        assert numbers == list(range(100))
+        assert eoms == 100
+        counters = gateway.counters()[0]
+        assert counters["posts"] + counters["requests"] == 201
+        assert counters["posts"] >= 64 and counters["posts_held"] >= 1
 
 
 # --- doorbells ---

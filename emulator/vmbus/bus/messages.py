@@ -70,6 +70,9 @@ EARLY_ACKNOWLEDGED = frozenset(
 )
 """Messages whose answers, if any, go where all answers of the connection go: they can be acknowledged early."""
 
+POSTED = EARLY_ACKNOWLEDGED - {int(MessageType.REQUESTOFFERS)}
+"""Those of them with at most one answer, so their number bounds that of the answers. REQUESTOFFERS has any number."""
+
 
 class PostResult(enum.Enum):
     """The result of HvPostMessage. ``RETRY``: nothing happened, the guest must post it again (status 0x13)."""

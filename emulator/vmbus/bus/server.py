@@ -142,15 +142,22 @@ class Bus:
         to be retried: when the guest does not take its answers, or when the answers go elsewhere than those of the
         connection.
         """
-        return (
-            not self.paused
-            and int.from_bytes(payload[:4], "little") in EARLY_ACKNOWLEDGED
-            and self.outbox.undelivered(self.connection.target) < MAX_UNDELIVERED
-        )
+        return int.from_bytes(payload[:4], "little") in EARLY_ACKNOWLEDGED and self.acknowledgeable > 0
+
+    @property
+    def acknowledgeable(self) -> int:
+        """How many messages may be acknowledged early before the guest takes an answer; 0 while paused."""
+        if self.paused:
+            return 0
+        return max(0, MAX_UNDELIVERED - self.outbox.undelivered(self.connection.target))
 
     def handle_acknowledged(self, connection_id: int, payload: bytes) -> None:
-        """Handle a message after it was acknowledged early; no other message may be handled in between."""
-        self._dispatcher.dispatch(PostedMessage(connection_id, payload, acknowledged=True))
+        """Handle a message after it was acknowledged early, before any later one; a paused bus keeps it."""
+        message = PostedMessage(connection_id, payload, acknowledged=True)
+        if self.paused:
+            self._inbox.append(message)
+        else:
+            self._dispatcher.dispatch(message)
 
     def reset(self) -> None:
         """Forget the guest, after a reset of the machine; all offers stay."""

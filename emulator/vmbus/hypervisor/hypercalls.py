@@ -27,7 +27,7 @@ ignored: fast calls of more than 16 bytes of input are not offered.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ from vmbus.errors import GuestAddressError, GuestError
 from vmbus.hypervisor.features import Features
 from vmbus.ports import PAGE_SIZE, GuestMemory
 from vmbus.refusals import Refusals
-from vmbus.wire.gateway import DoorbellRule
+from vmbus.wire.gateway import DoorbellRule, PostRule
 from vmbus.wire.hypercall import (
     CONNECTION_ID_MASK,
     CONTROL,
@@ -79,6 +79,7 @@ _CODE = CONTROL.build(Control(code=0xFFFF))
 _FAST = CONTROL.build(Control(code=0, fast=True))
 _NOT_IN_A_SIMPLE_CALL = (1 << CONTROL.width) - 1 - _CODE - _FAST
 _INPUT_ALIGNMENT = 8
+_CONNECTIONS_IN_A_RULE = 32
 _LOW32 = 0xFFFFFFFF
 
 
@@ -158,6 +159,20 @@ class Hypercalls:
             return ()
         control = _FAST | CallCode.SIGNAL_EVENT
         return (DoorbellRule(control, first_connection, count, first=0, result=HvStatus.SUCCESS),)
+
+    def post_rule(self, messages: Iterable[int], msr: int) -> PostRule:
+        """Return the rule that lets HvPostMessage to all ports succeed for ``messages`` (their first words).
+
+        It has the checks of :meth:`call`: what it lets pass ends with HV_STATUS_SUCCESS there, if the port accepts
+        the message. ``msr``: an MSR whose writes are to be posted, too.
+        """
+        offered = self._features.post_messages
+        return PostRule(
+            control=int(CallCode.POST_MESSAGE),
+            messages=sum(1 << number for number in set(messages)) if offered else 0,
+            connections=sum(1 << port for port in self.message_ports if port < _CONNECTIONS_IN_A_RULE),
+            msr=msr,
+        )
 
     def call(self, vp: int, registers: HypercallRegisters) -> HypercallResult:
         """Answer one hypercall; the caller calls ``act_afterwards`` once the processor has the result."""

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterable
 
 from vmbus.errors import InternalError
 from vmbus.hypervisor.crash import CONTROL_CAPABILITIES, CrashRegisters, CrashReport
@@ -51,7 +52,7 @@ from vmbus.hypervisor.stimer import SyntheticTimers
 from vmbus.hypervisor.synic import Synic, SynicEvents
 from vmbus.ports import PAGE_SIZE, GuestMemory, Interrupts, Timers
 from vmbus.refusals import Refusals
-from vmbus.wire.gateway import MSR_ADD_VCPU, ConstantMsr, DoorbellRule
+from vmbus.wire.gateway import MSR_ADD_VCPU, ConstantMsr, DoorbellRule, PostRule
 from vmbus.wire.hypercall import HYPERCALL_PAGE_CODE, HYPERCALL_PAGE_FILLER
 from vmbus.wire.msr import (
     CRASH_PARAMETER_COUNT,
@@ -161,7 +162,7 @@ class Partition:
         The caller calls the result's ``act_afterwards`` once the processor has the result.
         """
         self._check_vp(vp)
-        if not self.hypercall_value & _ENABLE:
+        if not self.hypercalls_enabled:
             self.refusals.refuse("hypercall-page-not-enabled", f"VP {vp}")
             raise UndefinedOpcode("hypercall-page-not-enabled", f"VP {vp}")
         return self.hypercalls.call(vp, registers)
@@ -185,6 +186,22 @@ class Partition:
     def doorbell_rules(self, first_connection: int, count: int) -> tuple[DoorbellRule, ...]:
         """Return which hypercalls the gateway answers by itself; their doorbells go to ``synic.ring_event_port``."""
         return self.hypercalls.doorbell_rules(first_connection, count)
+
+    def post_rule(self, messages: Iterable[int]) -> PostRule:
+        """Return what the gateway may post while :attr:`hypercalls_enabled`: ``messages``, and EOM in any case.
+
+        What was posted goes to :meth:`posted_message` and to ``synic.end_of_message``.
+        """
+        return self.hypercalls.post_rule(messages, Msr.EOM)
+
+    @property
+    def hypercalls_enabled(self) -> bool:
+        """Whether the guest has enabled the hypercall page: otherwise a hypercall raises #UD."""
+        return bool(self.hypercall_value & _ENABLE)
+
+    def posted_message(self) -> None:
+        """Count an HvPostMessage that has succeeded already."""
+        self.hypercalls.counters.messages += 1
 
     @property
     def reference_tsc_waits(self) -> bool:

@@ -30,7 +30,7 @@ from vmbus.bus.channel.channel import Channel
 from vmbus.bus.contact import MESSAGE_SINT
 from vmbus.bus.io.channel_io import ChannelDevice, ChannelIo
 from vmbus.bus.io.device import Device, DeviceEnvironment
-from vmbus.bus.messages import PostResult
+from vmbus.bus.messages import POSTED, PostResult
 from vmbus.bus.server import Bus
 from vmbus.errors import GatewayError, InternalError, QemuError, QemuGone
 from vmbus.hypervisor.cpuid import cpuid_table
@@ -45,6 +45,7 @@ from vmbus.machine.clock import TcgClock
 from vmbus.machine.engine.data_path import EngineDataPath
 from vmbus.machine.engine.library import EngineLibrary, VcpuSignals
 from vmbus.machine.gateway.client import Gateway
+from vmbus.machine.gateway.posts import Post, ram_ranges
 from vmbus.machine.gateway.traps import Fault, Trap
 from vmbus.machine.io.engines import NativeEngines
 from vmbus.machine.io.workers import WorkerThreads
@@ -137,6 +138,9 @@ POLL_NS = 300_000
 
 GATEWAY_ROUNDS = 64
 """Times that a busy guest is served before the event loop runs anything else."""
+
+GATEWAY_POSTS = 64
+"""Posts after which the event loop runs something else."""
 
 
 class Host:
@@ -238,6 +242,7 @@ class Host:
         self._gateway_again: asyncio.Handle | None = None
         self.gateway_traps = 0
         self.gateway_doorbells = 0
+        self.gateway_posts = 0
 
     def _start_data_path(self) -> EngineDataPath | None:
         return EngineDataPath.start(
@@ -359,6 +364,7 @@ class Host:
         self.gateway.set_cpuid(cpuid_table(options.features, len(self.facts.apic_ids)))
         self.gateway.set_doorbells(self.partition.doorbell_rules(EVENT_CONNECTIONS, RELIDS))
         self.gateway.set_constant_msrs(self.partition.constant_msrs())
+        self.gateway.set_posts(self.partition.post_rule(POSTED), ram_ranges(self.memory.regions))
         self.gateway.pending.forget()  # of an emulator that ended in the middle of a signal
         self.gateway.pending.set_apic_ids(self.facts.apic_ids)
         self.gateway.set_poll(POLL_NS if self._spare else 0)
@@ -387,11 +393,12 @@ class Host:
             if self.migration.fenced:
                 return
             sleeps = False
+            last_post = self.gateway_posts + GATEWAY_POSTS
             for _ in range(GATEWAY_ROUNDS):
                 self.serve_gateway()
                 if self.partition.reference_tsc_waits and self.clock.tsc_known:
                     self.partition.publish_reference_tsc()
-                if sleeps := not gateway.sleep_prepare():
+                if (sleeps := not gateway.sleep_prepare()) or self.gateway_posts >= last_post:
                     break
             if self.gateway.pending.failed():
                 self._raise_failed()
@@ -436,12 +443,43 @@ class Host:
             self._gateway_again.cancel()
 
     def serve_gateway(self) -> None:
-        """Answer the traps that wait, and handle the doorbells that were rung."""
-        for trap in self.gateway.traps():
+        """Answer the traps that wait, and handle what was posted and the doorbells that were rung.
+
+        What a processor posted before a trap, or before it rang, is in the ring when either is seen.
+        """
+        before = self.gateway_posts
+        traps = self.gateway.traps()
+        self._handle_posts()
+        writes = False  # which may change what can be promised
+        for trap in traps:
             self._serve(trap)
-        for index in self.gateway.doorbells():
+            writes = writes or trap.kind is not TrapKind.RDMSR
+        if doorbells := self.gateway.doorbells():
+            self._handle_posts()
+        for index in doorbells:
             self.gateway_doorbells += 1
             self.partition.synic.ring_event_port(EVENT_CONNECTIONS + index)
+        if writes or self.gateway_posts != before or self.state.paused:
+            self._promise()
+
+    def _handle_posts(self) -> None:
+        for post in self.gateway.posts.take():
+            self.gateway_posts += 1
+            self._handle_post(post)
+
+    def _handle_post(self, post: Post) -> None:
+        if post.kind is TrapKind.VMCALL:
+            self.partition.posted_message()
+            self._handle_acknowledged(post.connection_id, post.payload)
+        else:
+            self.partition.synic.end_of_message(post.vcpu)
+
+    def _promise(self) -> None:
+        """Let the gateway post what is certain to succeed from now on."""
+        if self.state.paused or self.gateway.carries:
+            self.gateway.posts.withdraw()
+        else:
+            self.gateway.posts.promise(self.bus.acknowledgeable if self.partition.hypercalls_enabled else 0)
 
     def _serve(self, trap: Trap) -> None:
         self.gateway_traps += 1
@@ -450,6 +488,8 @@ class Host:
             if trap.kind is TrapKind.WRMSR:
                 self.partition.write_msr(trap.vcpu, trap.msr, trap.msr_value)
                 value = 0
+                if not self.partition.hypercalls_enabled:  # the next one raises #UD
+                    self._promise()
             elif trap.kind is TrapKind.RDMSR:
                 value = self.partition.read_msr(trap.vcpu, trap.msr)
             else:

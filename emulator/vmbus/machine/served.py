@@ -125,6 +125,7 @@ def status(host: Host, name: str) -> dict[str, Any]:
         "vcpus": max(host.facts.vcpus, host.gateway.vcpus),
         "traps": host.gateway_traps,
         "doorbells": host.gateway_doorbells,
+        "posts": host.gateway_posts,
         "interrupts": host.interrupts.requests,
         "stopped_because": list(host.stopped_because),
         "problems": host.problems.sentences,

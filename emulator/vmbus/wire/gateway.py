@@ -6,7 +6,7 @@ little-endian and naturally aligned, without implicit padding.
 
 The shared region, in this order, each part aligned to a page::
 
-    CONTROL | VCPU * vcpus_max | request sequences * vcpus_max | doorbell bytes | code page bytes
+    CONTROL | VCPU * vcpus_max | request sequences * vcpus_max | doorbell bytes | POST_RING | code page bytes
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import construct as c
 from vmbus.wire.codec import Record, derive_struct
 
 MAGIC = int.from_bytes(b"VMBusGW1", "little")
-VERSION = 2
+VERSION = 3
 SLOTS = 8
 """Request slots of a vCPU."""
 DOORBELLS = 8192
@@ -32,6 +32,12 @@ MSRS = 16
 """Synthetic MSRs that the gateway reads by itself."""
 VECTORS = 256
 """Interrupt vectors of a local APIC."""
+POSTS = 64
+"""Posts that the ring holds."""
+POST_RULES = 1
+POST_PAYLOAD = 240
+"""Bytes of a message at most."""
+RAM_RANGES = 8
 
 
 class TrapKind(IntEnum):
@@ -125,9 +131,10 @@ VCPU = c.Struct(
     "polls" / c.Int64ul,
     "polled_ns" / c.Int64ul,
     "raised" / c.Int64ul,
+    "posts" / c.Int64ul,
+    "posts_held" / c.Int64ul,
     "idle" / c.Int32ul,
     "poll_window_ns" / c.Int32ul,
-    "reserved0" / c.Padding(16),
     "retired" / c.Array(SLOTS, c.Int64ul),
     "auto_eoi" / c.Array(VECTORS // 64, c.Int64ul),
     "pending" / c.Array(VECTORS // 64, c.Int64ul),
@@ -153,6 +160,8 @@ COUNTERS = (
     "polls",
     "polled_ns",
     "raised",
+    "posts",
+    "posts_held",
 )
 """The counters of ``VCPU``, in the order in which they are stored, beginning at ``requests``."""
 
@@ -209,6 +218,60 @@ class ConstantMsr:
 
 MSR_ENTRY = Record(ConstantMsr, "msr" / c.Int32ul, "flags" / c.Int32ul, "value" / c.Int64ul)
 
+
+@dataclass(frozen=True, slots=True)
+class PostRule:
+    """What the gateway may post, 24 bytes.
+
+    WRMSR of ``msr`` (0: none); and HvPostMessage with the control word ``control``, to a connection in the bitmap
+    ``connections``, of a message whose first word is in the bitmap ``messages``.
+    """
+
+    control: int
+    messages: int
+    connections: int
+    msr: int
+
+
+POST_RULE = Record(
+    PostRule,
+    "control" / c.Int64ul,
+    "messages" / c.Int64ul,
+    "connections" / c.Int32ul,
+    "msr" / c.Int32ul,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RamRange:
+    """Guest physical addresses that are RAM, 16 bytes."""
+
+    start: int
+    size: int
+
+
+RAM_RANGE = Record(RamRange, "start" / c.Int64ul, "size" / c.Int64ul)
+
+POST = c.Struct(
+    "kind" / c.Int32ul,
+    "vcpu" / c.Int32ul,
+    "connection" / c.Int32ul,
+    "size" / c.Int32ul,
+    "payload" / c.Bytes(POST_PAYLOAD),
+)
+"""A trap that was answered when it was posted, 256 bytes."""
+
+POST_RING = c.Struct(
+    "head" / c.Int64ul,
+    "first" / c.Int64ul,
+    "reserved0" / c.Padding(48),
+    "tail" / c.Int64ul,
+    "promise" / c.Int64ul,
+    "reserved1" / c.Padding(48),
+    "entries" / c.Array(POSTS, POST),
+)
+"""The ring of posts. ``promise``: ``owner``, and in the high half from which post on no message is promised."""
+
 CONTROL = c.Struct(
     "magic" / c.Int64ul,
     "version" / c.Int32ul,
@@ -225,7 +288,8 @@ CONTROL = c.Struct(
     "was_active" / c.Int32ul,
     "raise_failures" / c.Int32ul,
     "reserved5" / c.Padding(4),
-    "reserved0" / c.Padding(40),
+    "post_offset" / c.Int64ul,
+    "reserved0" / c.Padding(32),
     "clock_sequence" / c.Int32ul,
     "tsc_known" / c.Int32ul,
     "arm_seen" / c.Int32ul,
@@ -249,15 +313,21 @@ CONTROL = c.Struct(
     "rule_count" / c.Int32ul,
     "gone_count" / c.Int32ul,
     "msr_count" / c.Int32ul,
-    "reserved4" / c.Padding(44),
+    "post_count" / c.Int32ul,
+    "ram_count" / c.Int32ul,
+    "reserved4" / c.Padding(36),
     "cpuid" / c.Array(CPUID_LEAVES, CPUID_ENTRY),
     "rules" / c.Array(RULES, DOORBELL_RULE.struct),
     "gone" / c.Array(GONE, GONE_ENTRY),
     "msrs" / c.Array(MSRS, MSR_ENTRY.struct),
+    "posts" / c.Array(POST_RULES, POST_RULE.struct),
+    "ram" / c.Array(RAM_RANGES, RAM_RANGE.struct),
 )
-"""The start of the shared region, 2560 bytes: geometry, states, clock, settings and tables."""
+"""The start of the shared region, 2712 bytes: geometry, states, clock, settings and tables."""
 
-CONTROL_HEADER = c.Struct(*CONTROL.subcons[: [each.name for each in CONTROL.subcons].index("was_active") + 1])
+CONTROL_HEADER = c.Struct(
+    *CONTROL.subcons[: [each.name for each in CONTROL.subcons].index("post_offset") + 1]
+)
 """The part of it that is read at the attachment; the tables are written, and never read."""
 
 CLOCK = c.Struct(
@@ -273,9 +343,11 @@ CLOCK = c.Struct(
 
 SLOT_STRUCT = derive_struct(SLOT)
 CLOCK_STRUCT = derive_struct(CLOCK)
+POST_STRUCT = derive_struct(POST)
 
 CONTROL_SIZE, CONTROL_HEADER_SIZE = CONTROL.sizeof(), CONTROL_HEADER.sizeof()
 VCPU_SIZE, SLOT_SIZE, ANSWER_SIZE = VCPU.sizeof(), SLOT.sizeof(), ANSWER.sizeof()
+POST_SIZE, POST_RING_SIZE = POST.sizeof(), POST_RING.sizeof()
 
 
 @functools.cache

@@ -70,6 +70,9 @@ struct __attribute__((packed)) scene {
                               bit 7: `ended` is pending */
     uint8_t vector, ended; /* in service, and to be ended by the gateway */
     uint32_t rax, rbx, rcx, rdx, r8;
+    uint8_t posts;     /* bits 0-1: messages that are promised; bit 2: EOM is; bit 3: the ring is full; bit 4: what the
+                          emulator says of the ring cannot be; bit 5: RAM ends in the middle of an input */
+    uint8_t input[20]; /* of HvPostMessage, at the start of RAM: before its payload, and the payload's first word */
 };
 
 enum { UNANSWERED = 2 }; /* traps of a block that wait for an answer in vain, a millisecond each */
@@ -103,6 +106,22 @@ static void arrange(const struct scene *scene)
         state->shared->pending[word] = (scene->event >> 7 & 1 && word == scene->ended >> 6)
                                            ? UINT64_C(1) << (scene->ended & 63)
                                            : 0;
+    control->owner = 1;
+    control->post_count = control->ram_count = 1;
+    control->posts[0] = (struct gateway_post_rule){
+        .control = 0x5c,
+        .messages = 0x300,
+        .connections = 0x12,
+        .msr = 0x40000084,
+    };
+    control->ram[0] = (struct gateway_ram){ .start = STUB_RAM_START,
+                                            .size = scene->posts >> 5 & 1 ? 128 : STUB_RAM_SIZE };
+    memset(stub_ram, 0xa5, sizeof(stub_ram));
+    memcpy(stub_ram, scene->input, sizeof(scene->input));
+    gateway.posts->tail = gateway.post_head - (scene->posts >> 3 & 1 ? GATEWAY_POSTS : 0);
+    gateway.posts->tail += scene->posts >> 4 & 1 ? UINT64_C(1) << 40 : 0;
+    gateway.posts->promise =
+        (uint64_t)(uint32_t)(gateway.post_head + (scene->posts & 3)) << 32 | ((scene->posts & 7) != 0);
     for (int slot = 0; slot < GATEWAY_SLOTS; slot++) {
         struct gateway_answer *answer = &state->shared->answers[slot];
         state->slots[slot].busy = false;
@@ -126,6 +145,8 @@ static void execute(struct qemu_plugin_tb *tb, const struct scene *scene)
 {
     struct gateway_control before = *gateway.control;
     struct stub_vcpu *vcpu = stub_current;
+    const uint64_t head = gateway.posts->head;
+    unsigned int messages = 0;
     const uint64_t untouched = UINT64_C(1) << STUB_CS | UINT64_C(1) << STUB_CR0 | UINT64_C(1) << STUB_R15;
     uint64_t registers[STUB_REGISTERS];
     volatile int waits = 0;
@@ -147,6 +168,16 @@ static void execute(struct qemu_plugin_tb *tb, const struct scene *scene)
         stub_on_discontinuity(0, QEMU_PLUGIN_DISCON_EXCEPTION, vcpu->registers[STUB_RIP], 0, NULL);
     if (scene->event & 1)
         stub_on_discontinuity(0, QEMU_PLUGIN_DISCON_INTERRUPT, vcpu->registers[STUB_RIP], 0, NULL);
+    /* What is posted was promised, and fits. */
+    check(gateway.posts->head == gateway.post_head && gateway.post_head - head <= GATEWAY_POSTS);
+    check(!(scene->posts & 0x18) || gateway.post_head == head);
+    for (uint64_t each = head; each != gateway.post_head; each++) {
+        const struct gateway_post *post = &gateway.posts->entries[each % GATEWAY_POSTS];
+        check(post->vcpu == 0 && post->size <= GATEWAY_POST_PAYLOAD);
+        messages += post->kind == KIND_VMCALL;
+        check(post->kind == KIND_WRMSR ? post->connection == 0 : post->kind == KIND_VMCALL && 0x12 >> post->connection & 1);
+    }
+    check(messages <= (scene->posts & 3u));
     /* What is constant, and what the emulator writes, is as before. */
     check(memcmp(&before, gateway.control, offsetof(struct gateway_control, vcpus)) == 0);
     check(memcmp(before.cpuid, gateway.control->cpuid, sizeof(before) - offsetof(struct gateway_control, cpuid)) == 0);

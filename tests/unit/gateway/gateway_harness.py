@@ -20,6 +20,8 @@ LIMIT = 30.0
 CPUID, RDMSR, WRMSR, VMCALL, VMMCALL = "0fa2", "0f32", "0f30", "0f01c1", "0f01d9"
 MSR = 0x40000020
 PC = 0xFFFFFFFF81000100
+RAM = range(0x100000, 0x104000)
+"""The guest's memory: STUB_RAM_START in ``stub.h``."""
 
 
 class Done(NamedTuple):
@@ -135,6 +137,11 @@ class Harness:
         values = " ".join(f"{registers.pop(name, 0):x}" for name in names)
         assert not registers
         self.send(f"run {vcpu} {instruction} {int(bits == 64)} {cpl} {pc:x} {values}")
+
+    def store(self, address: int, data: bytes, vcpu: int = 0) -> None:
+        """Store into the guest's RAM, which is :data:`RAM`, by way of a vCPU that runs nothing."""
+        self.send(f"store {vcpu} {address:x} {data.hex()}")
+        self.expect("stored")
 
     def done(self) -> Done:
         _, how, pc, rax, rbx, rcx, rdx, times = self.expect("done")

@@ -17,6 +17,9 @@
  *   interrupt V VECTOR    -> (nothing)            the local APIC gets an interrupt, also while the vCPU halts
  *   halt V                -> woke V VECTOR RAISED US     HLT until an interrupt is delivered; how many interrupts the
  *                            gateway has raised so far, and the microseconds until the HLT itself
+ *   store V ADDRESS BYTES -> stored V             into RAM, at most 256 bytes
+ *   burst V COUNT MEMORY  -> burst V STATUSES     COUNT HvPostMessages one after the other, whose last payload word, and
+ *                            RSI, count from 0; 256 bytes of RAM at MEMORY hold the first; the sum of the results
  *   wrmsr V MSR VALUE     -> wrote V              a WRMSR that is executed natively
  *   stress SIGNALLERS KINDS COUNT -> stressed SIGNALS RAISED SENT LOST    see stress.c; needs the vCPUs idle
  *   quit
@@ -307,6 +310,45 @@ static void wrmsr(int index, uint32_t msr, uint64_t value)
     free(tb);
 }
 
+static void store(char *line)
+{
+    uint64_t address;
+    unsigned int byte;
+    int used = 0, index;
+
+    if (sscanf(line, "store %d %" SCNx64 " %n", &index, &address, &used) != 2 || address < STUB_RAM_START) {
+        abort();
+    }
+    for (uint64_t at = address - STUB_RAM_START; sscanf(line + used, "%2x", &byte) == 1; at++, used += 2) {
+        if (at >= STUB_RAM_SIZE) {
+            abort();
+        }
+        stub_ram[at] = (uint8_t)byte;
+    }
+    printf("stored %d\n", index);
+}
+
+static void burst(int index, unsigned int count, uint64_t address)
+{
+    struct stub_vcpu *vcpu = &stub_vcpus[index];
+    struct qemu_plugin_tb *tb = calloc(1, sizeof(*tb));
+    uint64_t sum = 0;
+
+    set_mode(vcpu, true, 0);
+    for (unsigned int i = 0; i < count; i++) {
+        memcpy(stub_ram + (address - STUB_RAM_START) + 252, &i, sizeof(i));
+        translate_two(vcpu, tb, 0x1000, "0f01c1");
+        vcpu->registers[STUB_RCX] = 0x5c;
+        vcpu->registers[STUB_RDX] = address;
+        vcpu->registers[STUB_RSI] = i;
+        while (execute(vcpu, tb) == AGAIN) {
+        }
+        sum += vcpu->registers[STUB_RAX];
+    }
+    printf("burst %d %" PRIx64 "\n", index, sum);
+    free(tb);
+}
+
 static void rdtsc(int index, uint64_t offset, unsigned int count)
 {
     struct stub_vcpu *vcpu = &stub_vcpus[index];
@@ -353,6 +395,10 @@ static void handle(int index, char *line)
         halt(index);
     } else if (sscanf(line, "wrmsr %*d %x %" SCNx64, &number, &offset) == 2) {
         wrmsr(index, number, offset);
+    } else if (strncmp(line, "store ", 6) == 0) {
+        store(line);
+    } else if (sscanf(line, "burst %*d %u %" SCNx64, &number, &offset) == 2) {
+        burst(index, number, offset);
     } else if (strncmp(line, "resume ", 7) == 0) {
         stub_on_resume((unsigned int)index, NULL);
         printf("resumed %d\n", index);

@@ -6,6 +6,7 @@
 #include <string.h>
 
 struct stub_vcpu stub_vcpus[STUB_VCPUS];
+uint8_t stub_ram[STUB_RAM_SIZE];
 _Thread_local struct stub_vcpu *stub_current;
 
 qemu_plugin_vcpu_udata_cb_t stub_on_vcpu, stub_on_resume;
@@ -117,7 +118,7 @@ void qemu_plugin_set_pc(uint64_t pc)
     longjmp(stub_current->way_out, 1);
 }
 
-/* ---- memory: identity mapping, and a local APIC ---- */
+/* ---- memory: identity mapping, a little RAM, and a local APIC ---- */
 
 bool qemu_plugin_translate_vaddr(uint64_t vaddr, uint64_t *hwaddr)
 {
@@ -131,6 +132,11 @@ enum qemu_plugin_hwaddr_operation_result qemu_plugin_read_memory_hwaddr(uint64_t
     uint64_t word = (address - 0xfee00100) / 0x10;
     uint32_t value;
 
+    if (address >= STUB_RAM_START && length <= STUB_RAM_SIZE && address - STUB_RAM_START <= STUB_RAM_SIZE - length) {
+        g_byte_array_set_size(data, (unsigned int)length);
+        memcpy(data->data, stub_ram + (address - STUB_RAM_START), length);
+        return QEMU_PLUGIN_HWADDR_OPERATION_OK;
+    }
     if (length != 4 || word >= 24 || (word >= 8 && word < 16)) {
         return QEMU_PLUGIN_HWADDR_OPERATION_INVALID_ADDRESS;
     }

@@ -17,6 +17,8 @@ enum {
 
 #define STUB_VCPUS 64
 #define STUB_INSNS 64
+#define STUB_RAM_START UINT64_C(0x100000)
+#define STUB_RAM_SIZE UINT64_C(0x4000)
 
 struct stub_vcpu {
     uint64_t registers[STUB_REGISTERS];
@@ -48,6 +50,7 @@ struct qemu_plugin_tb {
 };
 
 extern struct stub_vcpu stub_vcpus[STUB_VCPUS];
+extern uint8_t stub_ram[STUB_RAM_SIZE];
 extern _Thread_local struct stub_vcpu *stub_current;
 
 extern qemu_plugin_vcpu_udata_cb_t stub_on_vcpu, stub_on_resume;

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from vmbus.errors import GatewayError, InternalError
 from vmbus.machine.gateway.client import Gateway
+from vmbus.machine.gateway.tables import Tables
 from vmbus.machine.gateway.traps import Fault, Trap
 from vmbus.wire import gateway as wire
 from vmbus.wire.cpuid import CpuidLeaf
@@ -251,6 +252,7 @@ def test_a_trap_of_unknown_kind_is_the_gateway_s_fault(harness: Harness) -> None
 
 def test_tables_have_limits() -> None:
     gateway = Gateway.__new__(Gateway)
+    gateway._tables = Tables.__new__(Tables)
     with pytest.raises(InternalError, match="33 entries"):
         gateway.set_cpuid([CpuidLeaf(0x40000000 + leaf) for leaf in range(33)])
     with pytest.raises(InternalError, match="doorbell numbers"):

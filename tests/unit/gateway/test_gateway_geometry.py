@@ -49,10 +49,13 @@ def test_a_region_as_it_should_be_is_taken() -> None:
         ("vcpus_max", 0),
         ("vcpus_max", 0xFFFFFFFF),
         ("vcpus", 2),
-        ("vcpu_offset", 1 << 15),
+        ("vcpu_offset", 1 << 16),
         ("vcpu_offset", 4097),
         ("request_offset", (1 << 64) - 8),
-        ("doorbell_offset", (1 << 15) - 1),
+        ("doorbell_offset", (1 << 16) - 1),
+        ("post_offset", 1 << 16),
+        ("post_offset", 20484),
+        ("post_offset", 0),
         ("code_offset", 1 << 40),
         ("code_offset", (1 << 64) - 4096),
         ("code_offset", 0),
@@ -90,7 +93,7 @@ def test_places_that_qemu_changes_after_the_check_are_not_used(
     server.close()
 
 
-@pytest.mark.parametrize("size", [0, 16, (1 << 15) - 4, (1 << 15) + 4096, 1 << 40, 1 << 63])
+@pytest.mark.parametrize("size", [0, 16, (1 << 16) - 4, (1 << 16) + 4096, 1 << 40, 1 << 63])
 def test_a_size_that_its_file_cannot_have_is_refused(size: int) -> None:
     data = bytearray(ATTACHED)
     data[REGION - 8 : REGION] = size.to_bytes(8, "little")

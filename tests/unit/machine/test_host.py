@@ -45,7 +45,7 @@ def serve(kind: TrapKind, outcome: int | Exception) -> list[object]:
     host.gateway_traps = 0
     host.gateway = recorder  # type: ignore[assignment]
     host.partition = SimpleNamespace(  # type: ignore[assignment]
-        read_msr=act, write_msr=act, hypercall=lambda *_: HypercallResult(act())
+        read_msr=act, write_msr=act, hypercall=lambda *_: HypercallResult(act()), hypercalls_enabled=True
     )
     host._serve(Trap(0, 0, 1, kind, True, *[0] * 10))
     return recorder.answers

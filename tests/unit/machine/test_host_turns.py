@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 from vmbus.errors import InternalError, MalformedError
-from vmbus.machine.host import GATEWAY_ROUNDS, ExitReason, Host
+from vmbus.machine.gateway.posts import Post
+from vmbus.machine.host import GATEWAY_POSTS, GATEWAY_ROUNDS, ExitReason, Host
+from vmbus.wire.gateway import TrapKind
 from vmbus.wire.msr import Msr
 from vmbus.wire.synic import REFERENCE_TSC_PAGE
 
@@ -19,9 +21,11 @@ class BusyGateway:
     """Always has a doorbell more."""
 
     pending = SimpleNamespace(failed=lambda: False)
+    carries = False
 
     def __init__(self) -> None:
         self.rounds = 0
+        self.posts = SimpleNamespace(take=list, promise=lambda messages: None)
 
     def awake(self) -> None: ...
 
@@ -45,11 +49,16 @@ def busy_host(gateway: BusyGateway) -> Host:
     host._ended = host._loop.create_future()
     host._gateway_again = None
     host.gateway_doorbells = 0
+    host.gateway_posts = 0
+    host.state = SimpleNamespace(paused=False)  # type: ignore[assignment]
+    host.bus = SimpleNamespace(acknowledgeable=1)  # type: ignore[assignment]
     host.auto_eoi = SimpleNamespace(watched={})  # type: ignore[assignment]
     host.migration = SimpleNamespace(fenced=False)  # type: ignore[assignment]
     host.gateway = gateway  # type: ignore[assignment]
     host.partition = SimpleNamespace(  # type: ignore[assignment]
-        synic=SimpleNamespace(ring_event_port=lambda connection: None), reference_tsc_waits=False
+        synic=SimpleNamespace(ring_event_port=lambda connection: None, end_of_message=lambda vp: None),
+        reference_tsc_waits=False,
+        hypercalls_enabled=False,
     )
     return host
 
@@ -62,6 +71,16 @@ async def test_others_have_their_turn_between_rounds() -> None:
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert gateway.rounds > GATEWAY_ROUNDS
+    assert host._gateway_again is not None
+    host._gateway_again.cancel()
+
+
+async def test_others_have_their_turn_after_as_many_posts_as_a_ring_holds() -> None:
+    gateway = BusyGateway()
+    gateway.posts.take = lambda: [Post(0, TrapKind.WRMSR, 0, b"")] * (GATEWAY_POSTS // 4)
+    host = busy_host(gateway)
+    host._gateway_ready()
+    assert gateway.rounds == 2
     assert host._gateway_again is not None
     host._gateway_again.cancel()
 

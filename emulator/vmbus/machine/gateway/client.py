@@ -13,7 +13,10 @@ means that the other side has ended::
     def ready():
         gateway.awake()
         while True:
-            for trap in gateway.traps():
+            traps = gateway.traps()
+            for post in gateway.posts.take():   # they came before the traps of the same vCPU
+                ...
+            for trap in traps:
                 gateway.answer(trap, value)
             for index in gateway.doorbells():
                 ...
@@ -39,11 +42,22 @@ from typing import Any
 
 from vmbus.errors import GatewayError, InternalError, MalformedError
 from vmbus.machine.gateway.pending import PendingInterrupts
+from vmbus.machine.gateway.posts import PostRing
 from vmbus.machine.gateway.shared import CodePages, GatewayClock, reclaim_doorbells
+from vmbus.machine.gateway.tables import Tables
 from vmbus.machine.gateway.traps import Fault, Trap, Unclaimed
 from vmbus.wire import gateway as wire
 from vmbus.wire.cpuid import CpuidLeaf
-from vmbus.wire.gateway import ConstantMsr, DoorbellRule, GuestState, TrapKind, Verdict, offset_of
+from vmbus.wire.gateway import (
+    ConstantMsr,
+    DoorbellRule,
+    GuestState,
+    PostRule,
+    RamRange,
+    TrapKind,
+    Verdict,
+    offset_of,
+)
 
 _SYS_FUTEX = 202
 _FUTEX_WAKE = 1
@@ -61,11 +75,6 @@ _CONTROL = {
         "hold_timeout_ms",
         "spin_ns",
         "poll_ns",
-        "table_sequence",
-        "cpuid_count",
-        "rule_count",
-        "gone_count",
-        "msr_count",
     )
 }
 _MASK64 = (1 << 64) - 1
@@ -110,6 +119,9 @@ class Gateway:
         self._sleeping_at = [(base + at["sleeping"]) // 4 for base in vcpus]
         self.pending = PendingInterrupts(region, self._quads, vcpus)
         """Interrupts that vCPUs raise by themselves."""
+        self.posts = PostRing(region, self._quads, header.post_offset, header.vcpus_max, header.owner)
+        """Traps that have their answer."""
+        self._tables = Tables(region, self._words, self._fence)
         self._auto_eoi_at = [(base + at["auto_eoi"]) // 8 for base in vcpus]
         self._auto_eoi_failures_at = [(base + at["auto_eoi_failures"]) // 8 for base in vcpus]
         every = [(base, slot) for base in vcpus for slot in range(wire.SLOTS)]
@@ -122,6 +134,7 @@ class Gateway:
         self._syscall = ctypes.PyDLL(None).syscall
         self._words[_CONTROL["waiting"]] = 0
         reclaim_doorbells(region, self._doorbell_offset)
+        self.posts.begin()
 
     # --- attaching ---
 
@@ -266,20 +279,25 @@ class Gateway:
             )
             for leaf in leaves
         )
-        self._set_table("cpuid", entries, wire.CPUID_ENTRY.sizeof(), wire.CPUID_LEAVES)
+        self._tables.write("cpuid", entries)
 
     def set_doorbells(self, rules: Sequence[DoorbellRule]) -> None:
         """Set the VMCALLs that complete without an answer; the first rule that matches applies."""
         if any(rule.first + rule.count > wire.DOORBELLS for rule in rules):
             raise InternalError(f"doorbell numbers end at {wire.DOORBELLS}")
         entries = b"".join(wire.DOORBELL_RULE.build(rule) for rule in rules)
-        self._set_table("rules", entries, wire.DOORBELL_RULE.size, wire.RULES)
+        self._tables.write("rules", entries)
         self._doorbell_limit = max((rule.first + rule.count for rule in rules), default=0)
 
     def set_constant_msrs(self, msrs: Iterable[ConstantMsr]) -> None:
         """Set the MSRs that the gateway reads by itself."""
         entries = b"".join(wire.MSR_ENTRY.build(each) for each in msrs)
-        self._set_table("msrs", entries, wire.MSR_ENTRY.size, wire.MSRS)
+        self._tables.write("msrs", entries)
+
+    def set_posts(self, rule: PostRule, ram: Sequence[RamRange]) -> None:
+        """Set what the gateway may post once it has a promise, and where guest RAM is: it reads messages there."""
+        self._tables.write("ram", b"".join(wire.RAM_RANGE.build(each) for each in ram[: wire.RAM_RANGES]))
+        self._tables.write("posts", wire.POST_RULE.build(rule))
 
     def set_hold_timeout(self, seconds: float, statuses: Mapping[int, int]) -> None:
         """Set how long the guest waits for a next emulator, and the results after that time.
@@ -289,7 +307,7 @@ class Gateway:
         entries = b"".join(
             wire.GONE_ENTRY.build({"code": code, "status": status}) for code, status in statuses.items()
         )
-        self._set_table("gone", entries, wire.GONE_ENTRY.sizeof(), wire.GONE)
+        self._tables.write("gone", entries)
         self._words[_CONTROL["hold_timeout_ms"]] = min(round(seconds * 1000), 0xFFFFFFFF)
 
     def set_spin(self, nanoseconds: int) -> None:
@@ -320,26 +338,6 @@ class Gateway:
     def auto_eoi_failures(self, vcpu: int) -> int:
         """Return how many interrupts of ``vcpu`` the gateway could not look at: its local APIC does not respond."""
         return int(self._quads[self._auto_eoi_failures_at[vcpu]])
-
-    def _set_table(self, name: str, entries: bytes, size: int, limit: int) -> None:
-        count = len(entries) // size
-        if count > limit:
-            raise InternalError(f"{count} entries in the gateway's table {name}, which holds {limit}")
-        counts = {
-            "cpuid": "cpuid_count",
-            "rules": "rule_count",
-            "gone": "gone_count",
-            "msrs": "msr_count",
-        }
-        words = self._words
-        sequence = (words[_CONTROL["table_sequence"]] | 1) & 0xFFFFFFFF  # stays odd if an emulator ended here
-        words[_CONTROL["table_sequence"]] = sequence
-        self._full_fence()
-        words[_CONTROL[counts[name]]] = count
-        at = offset_of(wire.CONTROL, name)
-        self._region[at : at + len(entries)] = entries
-        self._full_fence()
-        words[_CONTROL["table_sequence"]] = (sequence + 1) & 0xFFFFFFFF
 
     def _full_fence(self) -> None:
         """Order stores before loads: to take an uncontended lock is a locked instruction."""
@@ -423,7 +421,7 @@ class Gateway:
             self._syscall(_SYS_FUTEX, ctypes.c_void_p(self._address + 8 * at), _FUTEX_WAKE, 1, None, None, 0)
 
     def forget_requests(self) -> None:
-        """Drop requests, doorbells and pending interrupts after a reset of the machine, and sample the TSC anew."""
+        """Drop requests, posts, doorbells and pending interrupts after a reset, and sample the TSC anew."""
         quads = self._quads
         for index, sequence in enumerate(self._requests.tolist()):
             if sequence and quads[self._retired_at[index]] != sequence:
@@ -433,6 +431,7 @@ class Gateway:
                 )
         self._carried.clear()
         self.pending.forget()
+        self.posts.take()
         self.doorbells()
         self.clock.arm()
 
@@ -448,6 +447,11 @@ class Gateway:
                     kind, _, _, *registers = wire.SLOT_STRUCT.unpack_from(self._region, self._slot_at[index])
                     found.append(Unclaimed((index // wire.SLOTS, kind, *registers), verdict, quads[at + 1]))
         return found + list(self._carried.values())
+
+    @property
+    def carries(self) -> bool:
+        """Whether answers from before a migration wait: their traps must come here, and must not be posted."""
+        return bool(self._carried)
 
     def carry(self, unclaimed: Iterable[Unclaimed]) -> None:
         """Take over answers from before a migration: a trap that repeats one of theirs gets that answer."""
@@ -485,6 +489,7 @@ class Gateway:
         if (
             self._requests.tobytes() != self._snapshot
             or self._region[start : start + self._doorbell_limit].find(1) >= 0
+            or self._quads[self.posts.head_at] != self.posts.tail
         ):
             self._words[_CONTROL["waiting"]] = 0
             return True
@@ -568,6 +573,7 @@ def _misplaced(header: Any, size: int) -> str:
         ("vCPUs", header.vcpu_offset, header.vcpus_max * wire.VCPU_SIZE, 8),
         ("requests", header.request_offset, header.vcpus_max * wire.SLOTS * 8, 8),
         ("doorbells", header.doorbell_offset, wire.DOORBELLS, 1),
+        ("posts", header.post_offset, wire.POST_RING_SIZE, 8),
         ("code pages", header.code_offset, header.code_pages, 1),
     )
     for name, offset, length, alignment in parts:

@@ -13,6 +13,7 @@
  *      apic.c         the local APIC of a vCPU
  *      interrupts.c   actions when the guest is interrupted or faults
  *      slots.c        requests and their answers
+ *      posts.c        traps that are answered at once and handled later
  *      tables.c       look-ups in the tables that the emulator writes
  *      clock.c        guest TSC against host TSC
  *      registers.c    guest registers
@@ -34,6 +35,7 @@ struct gateway gateway = {
     .engine_fd = -1,
     .lock = PTHREAD_MUTEX_INITIALIZER,
     .clock_lock = PTHREAD_MUTEX_INITIALIZER,
+    .post_lock = PTHREAD_MUTEX_INITIALIZER,
 };
 
 static void on_resume(unsigned int index, void *userdata)

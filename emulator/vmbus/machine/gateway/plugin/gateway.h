@@ -73,6 +73,7 @@ struct gateway {
     struct gateway_control *control;
     uint8_t *region;
     uint8_t *doorbells;
+    struct gateway_posts *posts;
     uint8_t *code;
     uint64_t code_pages;
     uint64_t region_size;
@@ -93,6 +94,8 @@ struct gateway {
     uint64_t first_tsc;
     uint64_t first_ns;
     pthread_mutex_t clock_lock;
+    pthread_mutex_t post_lock; /* protects what the gateway writes of the ring of posts, and the next */
+    uint64_t post_head;
 };
 
 extern struct gateway gateway;
@@ -165,11 +168,21 @@ bool tables_cpuid(uint32_t leaf, struct gateway_cpuid *found);
 bool tables_doorbell(uint64_t control, uint64_t input, uint32_t *doorbell, uint64_t *result);
 bool tables_gone(uint32_t code, uint32_t *status);
 bool tables_msr(uint32_t msr, unsigned int vcpu, uint64_t *value);
+bool tables_post(struct gateway_post_rule *rule);
+bool tables_ram(uint64_t address, uint64_t size);
+
+/* posts.c */
+bool posts_message(struct vcpu_state *vcpu, uint64_t control, uint64_t address);
+bool posts_msr(struct vcpu_state *vcpu, uint32_t msr);
+void posts_new_owner(void);
+void posts_withdraw(void);
 
 /* slots.c */
 enum slot_outcome { OUTCOME_VALUE, OUTCOME_FAULT, OUTCOME_RETRY };
 enum slot_outcome slots_ask(struct vcpu_state *vcpu, const struct trap_key *key, bool long_mode,
                             uint64_t *value);
+bool slots_in_use(const struct vcpu_state *vcpu);
+bool slots_repeated(struct vcpu_state *vcpu, const struct trap_key *key);
 void emulator_wake(void);
 void engine_wake(void);
 void emulator_rest(void);

@@ -58,6 +58,7 @@ static void connection_end(struct connection *connection)
 {
     if (connection->attached) {
         emulator_set(EMULATOR_NONE);
+        posts_withdraw();
     }
     close(connection->fd);
     *connection = (struct connection){ .fd = -1 };
@@ -155,7 +156,7 @@ static bool hello(struct connection *connection)
         return false;
     }
     atomic_store(&gateway.control->engine_waiting, 0);
-    atomic_fetch_add(&gateway.control->owner, 1);
+    posts_new_owner();
     connection->attached = true;
     emulator_set(EMULATOR_ATTACHED);
     clock_refresh(true);

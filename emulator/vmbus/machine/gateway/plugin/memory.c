@@ -24,7 +24,8 @@ bool memory_create(unsigned int vcpus_max, uint64_t code_pages)
     uint64_t vcpu_offset = whole_pages(sizeof(struct gateway_control));
     uint64_t request_offset = vcpu_offset + whole_pages(vcpus_max * sizeof(struct gateway_vcpu));
     uint64_t doorbell_offset = request_offset + whole_pages(vcpus_max * UINT64_C(8) * GATEWAY_SLOTS);
-    uint64_t code_offset = doorbell_offset + whole_pages(GATEWAY_DOORBELLS);
+    uint64_t post_offset = doorbell_offset + whole_pages(GATEWAY_DOORBELLS);
+    uint64_t code_offset = post_offset + whole_pages(sizeof(struct gateway_posts));
     uint64_t region_size = code_offset + whole_pages(code_pages);
 
     int memory_fd = memfd_create("vmbus-gateway", MFD_CLOEXEC | MFD_ALLOW_SEALING);
@@ -58,6 +59,7 @@ bool memory_create(unsigned int vcpus_max, uint64_t code_pages)
     control->vcpu_offset = vcpu_offset;
     control->request_offset = request_offset;
     control->doorbell_offset = doorbell_offset;
+    control->post_offset = post_offset;
     control->code_offset = code_offset;
     control->code_pages = code_pages;
     /* With one processor, a vCPU that spins would keep the emulator from running. */
@@ -68,6 +70,7 @@ bool memory_create(unsigned int vcpus_max, uint64_t code_pages)
     gateway.region = region;
     gateway.region_size = region_size;
     gateway.doorbells = gateway.region + doorbell_offset;
+    gateway.posts = (struct gateway_posts *)(gateway.region + post_offset);
     gateway.code = gateway.region + code_offset;
     gateway.code_pages = code_pages;
     gateway.memory_fd = memory_fd;

@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 #define GATEWAY_MAGIC UINT64_C(0x3157477375424d56) /* "VMBusGW1" */
-#define GATEWAY_VERSION 2
+#define GATEWAY_VERSION 3
 #define GATEWAY_SLOTS 8
 #define GATEWAY_DOORBELLS 8192
 #define GATEWAY_CPUID_LEAVES 32
@@ -21,6 +21,10 @@
 #define GATEWAY_GONE 16
 #define GATEWAY_MSRS 16
 #define GATEWAY_VECTORS 256
+#define GATEWAY_POSTS 64
+#define GATEWAY_POST_RULES 1
+#define GATEWAY_POST_PAYLOAD 240
+#define GATEWAY_RAM 8
 
 enum gateway_kind { KIND_CPUID = 1, KIND_RDMSR = 2, KIND_WRMSR = 3, KIND_VMCALL = 4 };
 
@@ -84,10 +88,12 @@ struct gateway_vcpu {
     uint64_t halts;             /* HLT instructions */
     uint64_t polls;             /* of these, the ones before which the vCPU polled */
     uint64_t polled_ns;
-    uint64_t raised;         /* interrupts that it raised by itself; last of the counters */
+    uint64_t raised;         /* interrupts that it raised by itself */
+    uint64_t posts;          /* traps that it posted */
+    uint64_t posts_held;     /* traps that became requests, because the ring or the promise had no room; last of the
+                                counters */
     _Atomic uint32_t idle;   /* enum gateway_idle */
     uint32_t poll_window_ns; /* how long it polls at present */
-    uint64_t reserved0[2];
     _Atomic uint64_t retired[GATEWAY_SLOTS];  /* G: sequence number of the last finished request */
     _Atomic uint64_t auto_eoi[GATEWAY_VECTORS / 64]; /* E: bitmap of vectors that the gateway ends */
     _Atomic uint64_t pending[GATEWAY_VECTORS / 64];  /* E sets, G and E take, atomically: vectors to raise */
@@ -136,6 +142,47 @@ struct gateway_msr {
 
 #define MSR_ADD_VCPU 1u
 
+/*
+ * What may be posted: WRMSR of `msr`, and HvPostMessage, whose control word is `control`, to a connection and with a
+ * first payload word that are in the bitmaps.
+ */
+struct gateway_post_rule {
+    uint64_t control;
+    uint64_t messages;
+    uint32_t connections;
+    uint32_t msr; /* 0: none */
+};
+
+/* Guest RAM: the input of a hypercall that is posted lies in it. */
+struct gateway_ram {
+    uint64_t start;
+    uint64_t size;
+};
+
+/* A trap that was answered when it was posted. */
+struct gateway_post {
+    uint32_t kind; /* KIND_WRMSR, KIND_VMCALL */
+    uint32_t vcpu;
+    uint32_t connection;
+    uint32_t size;
+    uint8_t payload[GATEWAY_POST_PAYLOAD];
+};
+
+/* `head` and `tail` count posts. */
+struct gateway_posts {
+    _Atomic uint64_t head;  /* G; stored after the entry */
+    _Atomic uint64_t first; /* G: `head` when the present emulator attached */
+    uint64_t reserved0[6];
+    _Atomic uint64_t tail; /* E; stored after the entries were copied */
+    /*
+     * E. Low half: the `owner` that promises, 0: nobody; high half: the count of posts, modulo 2^32, from which on no
+     * message is promised.
+     */
+    _Atomic uint64_t promise;
+    uint64_t reserved1[6];
+    struct gateway_post entries[GATEWAY_POSTS];
+};
+
 struct gateway_control {
     /* G, constant */
     uint64_t magic;
@@ -154,7 +201,8 @@ struct gateway_control {
     _Atomic uint32_t was_active;
     _Atomic uint32_t raise_failures; /* interrupts that a vCPU could not raise: they are pending again */
     uint32_t reserved5;
-    uint64_t reserved0[5];
+    uint64_t post_offset;            /* constant */
+    uint64_t reserved0[4];
     /* G, under clock_sequence */
     _Atomic uint32_t clock_sequence;
     uint32_t tsc_known; /* 1: the host has a TSC; 0: the fields below are 0, too */
@@ -181,11 +229,15 @@ struct gateway_control {
     uint32_t rule_count;
     uint32_t gone_count;
     uint32_t msr_count;
-    uint32_t reserved4[11];
+    uint32_t post_count;
+    uint32_t ram_count;
+    uint32_t reserved4[9];
     struct gateway_cpuid cpuid[GATEWAY_CPUID_LEAVES];
     struct gateway_rule rules[GATEWAY_RULES];
     struct gateway_gone gone[GATEWAY_GONE];
     struct gateway_msr msrs[GATEWAY_MSRS];
+    struct gateway_post_rule posts[GATEWAY_POST_RULES];
+    struct gateway_ram ram[GATEWAY_RAM];
 };
 
 /* Socket messages. */

@@ -93,6 +93,22 @@ static int find(struct vcpu_state *vcpu, const struct trap_key *key)
     return -1;
 }
 
+/* Return whether the vCPU has made a request whose answer it has not fetched: its next trap may repeat it. */
+bool slots_in_use(const struct vcpu_state *vcpu)
+{
+    for (int slot = 0; slot < GATEWAY_SLOTS; slot++) {
+        if (vcpu->slots[slot].busy) {
+            return true;
+        }
+    }
+    return false;
+}
+
+bool slots_repeated(struct vcpu_state *vcpu, const struct trap_key *key)
+{
+    return find(vcpu, key) >= 0;
+}
+
 /* Return a free slot, or the oldest slot with an unfetched answer; -1 if all are pending. */
 static int claim(struct vcpu_state *vcpu)
 {

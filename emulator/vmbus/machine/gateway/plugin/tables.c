@@ -99,3 +99,34 @@ bool tables_msr(uint32_t msr, unsigned int vcpu, uint64_t *value)
     }
     return false;
 }
+
+bool tables_post(struct gateway_post_rule *rule)
+{
+    const struct gateway_control *control = gateway.control;
+    uint32_t sequence;
+
+    if (!tables_begin(&sequence) || !control->post_count) {
+        return false;
+    }
+    *rule = control->posts[0];
+    return tables_unchanged(sequence);
+}
+
+/* Return whether all of `size` bytes at a guest physical address are RAM. */
+bool tables_ram(uint64_t address, uint64_t size)
+{
+    const struct gateway_control *control = gateway.control;
+    uint32_t sequence;
+
+    if (!tables_begin(&sequence)) {
+        return false;
+    }
+    uint32_t count = bounded(control->ram_count, GATEWAY_RAM);
+    for (uint32_t i = 0; i < count; i++) {
+        struct gateway_ram ram = control->ram[i];
+        if (address >= ram.start && ram.size >= size && address - ram.start <= ram.size - size) {
+            return tables_unchanged(sequence);
+        }
+    }
+    return false;
+}

@@ -88,18 +88,46 @@ static void trap_cpuid(struct vcpu_state *vcpu, struct insn_info info)
     step_over(vcpu, info);
 }
 
-static bool ring_doorbell(struct vcpu_state *vcpu, struct insn_info info)
+static struct trap_key key_of(struct vcpu_state *vcpu, struct insn_info info)
 {
-    uint64_t control, input, result;
+    return (struct trap_key){
+        .kind = info.kind,
+        .pc = insn_pc(vcpu, info),
+        .rax = register_read(vcpu, GUEST_RAX),
+        .rbx = register_read(vcpu, GUEST_RBX),
+        .rcx = register_read(vcpu, GUEST_RCX),
+        .rdx = register_read(vcpu, GUEST_RDX),
+        .rsi = register_read(vcpu, GUEST_RSI),
+        .rdi = register_read(vcpu, GUEST_RDI),
+        .r8 = register_read(vcpu, GUEST_R8),
+        .rsp = register_read(vcpu, GUEST_RSP),
+    };
+}
+
+/* Post a trap whose result is certain, unless it is a request already: that would do it twice. */
+static bool post(struct vcpu_state *vcpu, struct insn_info info, uint64_t control, uint64_t input)
+{
+    if (slots_in_use(vcpu)) {
+        struct trap_key key = key_of(vcpu, info);
+        if (slots_repeated(vcpu, &key)) {
+            return false;
+        }
+    }
+    if (info.kind == KIND_WRMSR) {
+        return posts_msr(vcpu, (uint32_t)register_read(vcpu, GUEST_RCX));
+    }
+    if (!posts_message(vcpu, control, input)) {
+        return false;
+    }
+    give_result(vcpu, info, 0);
+    return true;
+}
+
+static bool ring_doorbell(struct vcpu_state *vcpu, struct insn_info info, uint64_t control, uint64_t input)
+{
+    uint64_t result;
     uint32_t doorbell;
 
-    if (info.long_mode) {
-        control = register_read(vcpu, GUEST_RCX);
-        input = register_read(vcpu, GUEST_RDX);
-    } else {
-        control = register_read(vcpu, GUEST_RDX) << 32 | (uint32_t)register_read(vcpu, GUEST_RAX);
-        input = register_read(vcpu, GUEST_RBX) << 32 | (uint32_t)register_read(vcpu, GUEST_RCX);
-    }
     if (!tables_doorbell(control, input, &doorbell, &result)) {
         return false;
     }
@@ -111,6 +139,21 @@ static bool ring_doorbell(struct vcpu_state *vcpu, struct insn_info info)
     }
     give_result(vcpu, info, result);
     return true;
+}
+
+/* Complete a VMCALL that the emulator handles later. */
+static bool complete_vmcall(struct vcpu_state *vcpu, struct insn_info info)
+{
+    uint64_t control, input;
+
+    if (info.long_mode) {
+        control = register_read(vcpu, GUEST_RCX);
+        input = register_read(vcpu, GUEST_RDX);
+    } else {
+        control = register_read(vcpu, GUEST_RDX) << 32 | (uint32_t)register_read(vcpu, GUEST_RAX);
+        input = register_read(vcpu, GUEST_RBX) << 32 | (uint32_t)register_read(vcpu, GUEST_RCX);
+    }
+    return ring_doorbell(vcpu, info, control, input) || post(vcpu, info, control, input);
 }
 
 static void trap_request(struct vcpu_state *vcpu, struct insn_info info)
@@ -142,22 +185,14 @@ static void trap_request(struct vcpu_state *vcpu, struct insn_info info)
         give_result(vcpu, info, value);
         step_over(vcpu, info);
     }
-    if (info.kind == KIND_VMCALL && ring_doorbell(vcpu, info)) {
+    if (info.kind == KIND_VMCALL && complete_vmcall(vcpu, info)) {
+        step_over(vcpu, info);
+    }
+    if (info.kind == KIND_WRMSR && post(vcpu, info, 0, 0)) {
         step_over(vcpu, info);
     }
     clock_refresh(false);
-    struct trap_key key = {
-        .kind = info.kind,
-        .pc = insn_pc(vcpu, info),
-        .rax = register_read(vcpu, GUEST_RAX),
-        .rbx = register_read(vcpu, GUEST_RBX),
-        .rcx = register_read(vcpu, GUEST_RCX),
-        .rdx = register_read(vcpu, GUEST_RDX),
-        .rsi = register_read(vcpu, GUEST_RSI),
-        .rdi = register_read(vcpu, GUEST_RDI),
-        .r8 = register_read(vcpu, GUEST_R8),
-        .rsp = register_read(vcpu, GUEST_RSP),
-    };
+    struct trap_key key = key_of(vcpu, info);
     switch (slots_ask(vcpu, &key, info.long_mode, &value)) {
     case OUTCOME_VALUE:
         give_result(vcpu, info, value);
