@@ -15,7 +15,18 @@ from vmbus.errors import VmbusError
 
 from tests.bench.report import Result
 
-NAMES = ("traps", "interrupts", "doorbell", "heartbeat", "echo", "idle", "boot", "migration", "storage")
+NAMES = (
+    "traps",
+    "interrupts",
+    "doorbell",
+    "heartbeat",
+    "echo",
+    "idle",
+    "boot",
+    "migration",
+    "reload",
+    "storage",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -58,6 +58,8 @@ class Backend(ABC):
     """A file whose bytes at an offset are those of the disk, or -1: reads and writes need no thread then."""
     fua_flags: int = 0
     """Flags of pwritev2(2) for a write to ``fd`` with FUA."""
+    bound_to_process: bool = False
+    """Whether it has something of the guest's that ends with this process."""
     queue: int = 0
     """Number of a queue of the engine to the server that has the disk, or 0. It may change at any time."""
     leaves_fua: bool = False
@@ -242,6 +244,7 @@ class MemoryBackend(Backend):
             offset += length
 
     def write(self, offset: int, views: Sequence[memoryview], *, fua: bool = False) -> None:
+        self.bound_to_process = True
         for view in views:
             length = len(view)
             self.data[offset : offset + length] = view

@@ -471,6 +471,24 @@ class Controller(Device):
             "units": {f"{target}:{lun}": unit.status() for (target, lun), unit in sorted(self.units.items())},
         }
 
+    def figures(self) -> dict[str, Any]:
+        return {
+            "resets": self.resets.count,
+            "units": {part_name(place): unit.statistics.figures() for place, unit in self.units.items()},
+        }
+
+    def add_figures(self, figures: Mapping[str, Any]) -> None:
+        self.resets.count += int(figures.get("resets", 0))
+        for place, unit in self.units.items():
+            unit.statistics.add_figures(figures.get("units", {}).get(part_name(place), {}))
+
+    def bound_to_process(self) -> list[str]:
+        return [
+            f"{self.name}/{part_name(place)} ({self.line_of(place)})"
+            for place, unit in sorted(self.units.items())
+            if unit.backend.bound_to_process
+        ]
+
     def save(self) -> bytes:
         hand_over([unit for unit in self.units.values() if unit.has_image and not unit.backend.read_only])
         handshake = self.handshake

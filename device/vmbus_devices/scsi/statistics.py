@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from vmbus.devices.histogram import Histogram
 
 from vmbus_devices.scsi.fast.path import FastPath
+
+_COUNTS = ("requests", "reads", "writes", "flushes", "bytes_read", "bytes_written")
 
 
 class UnitStatistics:
@@ -81,6 +84,24 @@ class UnitStatistics:
         """Count a failed request by sense key, code and qualifier, or by SRB status if there is no sense data."""
         name = f"{sense[2] & 0xF:x}/{sense[12]:02x}/{sense[13]:02x}" if sense else f"srb-{srb_status:02x}"
         self.errors[name] += 1
+
+    def figures(self) -> dict[str, Any]:
+        """Return all that was counted, for :meth:`add_figures`: plain values."""
+        self.absorb()
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        return counts | {
+            "max_depth": self.max_depth,
+            "errors": dict(self.errors),
+            "latency": self.latency.figures(),
+        }
+
+    def add_figures(self, figures: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`figures` returned."""
+        for name in _COUNTS:
+            setattr(self, name, getattr(self, name) + int(figures.get(name, 0)))
+        self.max_depth = max(self.max_depth, int(figures.get("max_depth", 0)))
+        self.errors.update({str(name): int(count) for name, count in figures.get("errors", {}).items()})
+        self.latency.add_figures(figures.get("latency", {}))
 
     def status(self) -> dict[str, Any]:
         """Return what ``vmbus status`` shows; latencies in microseconds."""

@@ -51,12 +51,16 @@ _VERBS = {
         "device",
         "channel",
         "cont",
+        "reload",
         "shutdown",
         "guest-info",
         "demo",
     )
 }
 """The module of each verb, in the order of the help."""
+
+_INTERNAL_VERBS = {"successor": "vmbus.cli.successor"}
+"""Verbs that the program itself uses, and no help shows."""
 
 _TAKES_DASHES = ("--qemu", "--append")
 """Options whose values usually begin with a dash themselves."""
@@ -84,8 +88,9 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     )
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=VerbParser)
     first = next((word for word in words if not word.startswith("-")), "")
-    for name in (first,) if first in _VERBS else _VERBS:
-        importlib.import_module(_VERBS[name]).add_parser(verbs)
+    known = _VERBS | _INTERNAL_VERBS
+    for name in (first,) if first in known else _VERBS:
+        importlib.import_module(known[name]).add_parser(verbs)
     return top
 
 

@@ -498,7 +498,7 @@ async def _command(guest: Guest, output: Echo, *, under_way: bool) -> int:
 
     def stop_unread(reading: asyncio.Future[None]) -> None:
         if not reading.cancelled() and reading.exception() is not None:
-            guest.host.stop()
+            guest.served.stop()
 
     reading = asyncio.ensure_future(read())
     reading.add_done_callback(stop_unread)

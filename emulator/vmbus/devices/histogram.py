@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 STEPS_PER_OCTAVE = 4
 """Buckets between a duration and its double: the median is off by at most a tenth."""
@@ -34,6 +35,16 @@ class Histogram:
         for bucket, count in buckets.items():
             self._buckets[bucket] = self._buckets.get(bucket, 0) + count
             self.count += count
+
+    def figures(self) -> dict[str, Any]:
+        """Return all that was counted, for :meth:`add_figures`: plain values."""
+        return {"least": self.least, "greatest": self.greatest, "buckets": list(self._buckets.items())}
+
+    def add_figures(self, figures: Mapping[str, Any]) -> None:
+        """Add what :meth:`figures` returned of another histogram."""
+        if figures and figures["buckets"]:
+            buckets = {int(bucket): int(count) for bucket, count in figures["buckets"]}
+            self.merge(buckets, float(figures["least"]), float(figures["greatest"]))
 
     @property
     def median(self) -> float:

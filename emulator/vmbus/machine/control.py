@@ -23,7 +23,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vmbus.errors import UserError, VmbusError
+from vmbus.errors import InternalError, UserError, VmbusError
 from vmbus.machine import unix_path
 
 _logger = logging.getLogger(__name__)
@@ -41,34 +41,70 @@ Handler = Callable[[Mapping[str, Any]], Awaitable[object]]
 class ControlServer:
     """Serves the control socket; ``handlers`` maps a command to the coroutine function that answers it."""
 
-    def __init__(self, path: Path, handlers: Mapping[str, Handler]) -> None:
+    def __init__(
+        self, path: Path, handlers: Mapping[str, Handler], listener: socket.socket | None = None
+    ) -> None:
+        """``listener``: a socket that listens at ``path`` already, which another process has left (:meth:`leave`)."""
         self._path = path
         self._handlers = handlers
+        self._given = listener
         self._listener: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Listen; a socket left by a killed emulator is replaced."""
+        listener, self._given = self._given or self._bound(), None
+        listener.setblocking(False)
+        self._listener = listener
+        asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+
+    def _bound(self) -> socket.socket:
         self._path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.setblocking(False)
         with unix_path.short(self._path) as address:
             listener.bind(address)
         self._path.chmod(0o600)
         listener.listen(_BACKLOG)
-        self._listener = listener
-        asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+        return listener
+
+    def fileno(self) -> int:
+        """Return the descriptor of the socket that listens."""
+        listener = self._listener or self._given
+        if listener is None:
+            raise InternalError("a control server that does not listen")
+        return listener.fileno()
+
+    def hold(self) -> None:
+        """Accept no connection until :meth:`start`: those that come meanwhile wait."""
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._given, self._listener = self._listener, None
+
+    def leave(self) -> None:
+        """Stop listening, after :meth:`hold`: another process does, with the same socket.
+
+        Connections end, but that of the command which calls this: it still gets its answer.
+        """
+        if self._given is not None:
+            self._given.close()
+            self._given = None
+        for task in self._tasks - {asyncio.current_task()}:
+            task.cancel()
+
+    async def answered(self) -> None:
+        """Wait until every connection has ended."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def stop(self) -> None:
         """Stop listening, end every connection, remove the socket."""
-        if self._listener is not None:
-            asyncio.get_running_loop().remove_reader(self._listener)
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-            self._listener.close()
-            self._listener = None
+        self.hold()
+        if self._given is not None:
             self._path.unlink(missing_ok=True)
+            self._given.close()
+            self._given = None
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)

@@ -21,12 +21,9 @@ import os
 import time
 from collections.abc import Coroutine, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from vmbus.bus.channel.channel import Channel
 from vmbus.bus.contact import MESSAGE_SINT
 from vmbus.bus.io.channel_io import ChannelDevice, ChannelIo
 from vmbus.bus.io.device import Device, DeviceEnvironment
@@ -35,7 +32,6 @@ from vmbus.bus.server import Bus
 from vmbus.errors import GatewayError, InternalError, QemuError, QemuGone
 from vmbus.hypervisor.cpuid import cpuid_table
 from vmbus.hypervisor.crash import CrashReport
-from vmbus.hypervisor.features import Features
 from vmbus.hypervisor.hypercalls import AcknowledgedEarly, HypercallRegisters, UndefinedOpcode
 from vmbus.hypervisor.msrs import GeneralProtection
 from vmbus.hypervisor.partition import Partition, PartitionEvents
@@ -47,6 +43,10 @@ from vmbus.machine.engine.library import EngineLibrary, VcpuSignals
 from vmbus.machine.gateway.client import Gateway
 from vmbus.machine.gateway.posts import Post, ram_ranges
 from vmbus.machine.gateway.traps import Fault, Trap
+from vmbus.machine.host_parts import AttachedDevice as AttachedDevice
+from vmbus.machine.host_parts import ExitReason as ExitReason
+from vmbus.machine.host_parts import HostEvents as HostEvents
+from vmbus.machine.host_parts import HostOptions as HostOptions
 from vmbus.machine.io.engines import NativeEngines
 from vmbus.machine.io.workers import WorkerThreads
 from vmbus.machine.memory import MappedMemory
@@ -54,7 +54,7 @@ from vmbus.machine.migration import missing_devices
 from vmbus.machine.migration.coordinator import Coordinator
 from vmbus.machine.migration.host_state import HostState
 from vmbus.machine.migration.ports import MigrationPorts
-from vmbus.machine.migration.state_machine import Phase, Switchover
+from vmbus.machine.migration.state_machine import Phase
 from vmbus.machine.once import Once
 from vmbus.machine.problems import Problems
 from vmbus.machine.qemu import memory_devices
@@ -64,55 +64,8 @@ from vmbus.machine.qemu.qtest import LocalApics, Qtest
 from vmbus.wire.gateway import GuestState, TrapKind
 from vmbus.wire.hypercall import CallCode, HvStatus
 from vmbus.wire.saved import ChannelIdentity
-from vmbus.wire.version import Version
 
 _logger = logging.getLogger(__name__)
-
-
-class ExitReason(Enum):
-    """The reason why :meth:`Host.serve` returned."""
-
-    POWERED_OFF = "powered off"
-    QEMU_GONE = "QEMU ended"
-    STOPPED = "stopped"
-    MIGRATED = "migrated"
-
-
-@dataclass(frozen=True, slots=True)
-class HostOptions:
-    """Choices of the user."""
-
-    features: Features = field(default_factory=Features)
-    max_version: Version = Version.COPPER
-    takeover: bool = False
-    """Detach an emulator that is attached to QEMU."""
-    reset: bool = False
-    """Reset a guest whose emulator has ended: only that emulator had its state (:mod:`~vmbus.machine.takeover`)."""
-    hold_timeout: float = 0.0
-    """Seconds that a guest waits for a next emulator before its messages are refused with the status on which guests
-    try again; 0: without limit."""
-    switchover: Switchover = Switchover.OWN
-    """Which program sends ``migrate-continue`` in a migration that another program began."""
-    allow_missing_devices: bool = False
-    """Take a guest that arrives although some of its devices are not offered here: their channels are revoked."""
-
-
-@dataclass(frozen=True, slots=True)
-class AttachedDevice:
-    """A device, its primary channel, and the host's end of that channel."""
-
-    device: Device
-    io: ChannelIo
-    channel: Channel
-
-
-@dataclass(slots=True)
-class HostEvents:
-    """What happened to the guest so far; no list has more than :data:`_KEEP` entries."""
-
-    crashes: list[CrashReport] = field(default_factory=list)
-    resets: int = 0
-    guest_panicked: int = 0
 
 
 _KEEP = 16
@@ -177,6 +130,7 @@ class Host:
         self, facts: QemuFacts, qmp: Qmp, qtest: Qtest, gateway: Gateway, options: HostOptions
     ) -> None:
         self.facts = facts
+        self.options = options
         self.qmp = qmp
         self.qtest = qtest
         self.gateway = gateway
@@ -189,6 +143,8 @@ class Host:
         loop = asyncio.get_running_loop()
         self._loop = loop
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._following: asyncio.Task[Any] | None = None
+        self._closing: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[ExitReason] = loop.create_future()
         self._shutdown_reason: str | None = None
         self._lost_because: QemuError | None = None
@@ -224,14 +180,15 @@ class Host:
         # A long poll window occupies a processor: with none to spare, it would be a vCPU's.
         self._spare = len(os.sched_getaffinity(0)) > facts.vcpus
         self.workers = WorkerThreads(loop)
-        self.workers.engines = NativeEngines(self.memory, self._start_data_path if library else lambda: None)
+        self._engines = NativeEngines(self.memory, self._start_data_path if library else lambda: None)
+        self.workers.engines = self._engines
         self.environment = DeviceEnvironment(
             memory=self.memory,
             timers=loop,
             reference_time=self.partition.reference_time.now,
             offers=self.bus,
             workers=self.workers,
-            native=self.workers.engines,
+            native=self._engines,
             stop_guest=self.stop_guest,
             budget=self.bus.budget,
         )
@@ -325,13 +282,45 @@ class Host:
             if not facts.running:
                 host.clock.stop()
             await host.migration.start()
-            host._activate(options)
+            host._activate()
             if resume:
                 await qmp.cont()
         except BaseException:
             await host.close()
             raise
         return host
+
+    @classmethod
+    def adopt(
+        cls,
+        facts: QemuFacts,
+        qmp: Qmp,
+        qtest: Qtest,
+        gateway: Gateway,
+        devices: Sequence[Device],
+        options: HostOptions,
+    ) -> Host:
+        """Return a paused host of a QEMU that another process serves; :meth:`begin` takes its place."""
+        host = cls(facts, qmp, qtest, gateway, options)
+        for device in devices:
+            host.add_device(device)
+        host.state.begin_paused()
+        return host
+
+    async def begin(self) -> None:
+        """Serve the guest, whose state was restored, from now on; the process of before has ended its service.
+
+        Raises :class:`~vmbus.errors.QemuGone`.
+        """
+        await self.qmp.begin()
+        self.gateway.take()
+        self._engines.use_gateway()
+        self._set_tables()
+        if self.facts.running:
+            self.clock.resume()
+        self.state.resume()
+        self.begin_service()
+        await self.migration.join()
 
     @property
     def stopped(self) -> bool:
@@ -360,12 +349,18 @@ class Host:
         self.bus.revoke(attached.channel)
         attached.device.stop()
 
-    def _activate(self, options: HostOptions) -> None:
+    def _activate(self) -> None:
+        self.gateway.pending.forget()  # of an emulator that ended in the middle of a signal
+        self._set_tables()
+        self.gateway.activate()
+        self.begin_service()
+
+    def _set_tables(self) -> None:
+        options = self.options
         self.gateway.set_cpuid(cpuid_table(options.features, len(self.facts.apic_ids)))
         self.gateway.set_doorbells(self.partition.doorbell_rules(EVENT_CONNECTIONS, RELIDS))
         self.gateway.set_constant_msrs(self.partition.constant_msrs())
         self.gateway.set_posts(self.partition.post_rule(POSTED), ram_ranges(self.memory.regions))
-        self.gateway.pending.forget()  # of an emulator that ended in the middle of a signal
         self.gateway.pending.set_apic_ids(self.facts.apic_ids)
         self.gateway.set_poll(POLL_NS if self._spare else 0)
         self.gateway.set_hold_timeout(
@@ -373,10 +368,13 @@ class Host:
         )
         if len(os.sched_getaffinity(0)) > 1:  # with one processor, a vCPU that polls delays the answer
             self.gateway.set_spin(SPIN_NS)
-        self.gateway.activate()
+
+    def begin_service(self) -> None:
+        """Serve the gateway and follow the guest's life, from now on or again."""
         self._loop.add_reader(self.gateway.fileno(), self._gateway_ready)
         self.look_at_gateway()
-        self.background(self._follow_life())
+        if self._following is None:
+            self._following = self.background(self._follow_life())
 
     def _message(self, vp: int, connection_id: int, payload: bytes) -> int | AcknowledgedEarly:
         if self.bus.can_acknowledge_early(payload):
@@ -420,7 +418,7 @@ class Host:
 
     def _fail(self, error: Exception) -> None:
         """End the attachment after a bug, which :meth:`serve` raises; the guest waits for the next emulator."""
-        self._leave_gateway()
+        self.leave_gateway()
         if self._ended.done():
             _logger.error(
                 "internal error after the end of the attachment; please report this", exc_info=error
@@ -437,10 +435,23 @@ class Host:
         """Serve the gateway in the next turn of the event loop: it may have traps and doorbells without a wake-up."""
         self._gateway_again = self._loop.call_soon(self._gateway_ready)
 
-    def _leave_gateway(self) -> None:
+    def end_data_path(self) -> None:
+        """End the compiled code that looks at the gateway, for good. It has no channel."""
+        self._engines.end_data_path()
+
+    async def tasks_done(self, timeout: float) -> bool:
+        """Wait until no task is under way but that which follows the guest's life; return False on timeout."""
+        if others := self._tasks - {self._following}:
+            _, pending = await asyncio.wait(others, timeout=timeout)
+            return not pending
+        return True
+
+    def leave_gateway(self) -> None:
+        """Serve the gateway no more: what is in it waits for :meth:`begin_service`, or for the next emulator."""
         self._loop.remove_reader(self.gateway.fileno())
         if self._gateway_again is not None:
             self._gateway_again.cancel()
+            self._gateway_again = None
 
     def serve_gateway(self) -> None:
         """Answer the traps that wait, and handle what was posted and the doorbells that were rung.
@@ -584,6 +595,10 @@ class Host:
 
     def _resumed(self) -> None:
         self.stopped_because.clear()
+        self.devices_resumed()
+
+    def devices_resumed(self) -> None:
+        """Tell the devices that their guest goes on here."""
         for attached in tuple(self.devices):
             try:
                 attached.device.guest_resumed()
@@ -630,7 +645,7 @@ class Host:
 
     def _lost(self, error: QemuError) -> None:
         """Handle a broken socket of QEMU. QMP events that are still to come say whether it was a power-off."""
-        self._leave_gateway()
+        self.leave_gateway()
         if self._shutdown_reason:
             self._ended_by_itself(error)
         elif self._lost_because is None:
@@ -647,7 +662,7 @@ class Host:
     def _end(self, exit_reason: ExitReason, error: Exception | None) -> None:
         if error is not None:
             _logger.info("%s: %s", exit_reason.value, error)
-        self._leave_gateway()
+        self.leave_gateway()
         if not self._ended.done():
             self._ended.set_result(exit_reason)
 
@@ -660,8 +675,16 @@ class Host:
         self._end(exit_reason, None)
 
     async def close(self) -> None:
-        """Close the connections to QEMU, and unmap guest memory when devices do not use it any more."""
-        self._leave_gateway()
+        """Close the connections to QEMU, and unmap guest memory when devices do not use it any more.
+
+        A second call waits for the first.
+        """
+        if self._closing is None:
+            self._closing = asyncio.ensure_future(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        self.leave_gateway()
         self.partition.pause()  # none of its timers fires any more
         self.bus.close()
         for channel in self.bus.channels:  # and no channel uses guest memory after it is unmapped

@@ -26,6 +26,10 @@ class Problems:
         """Forget the problem ``key``; no effect if there is none."""
         self._sentences.pop(key, None)
 
+    def keyed(self) -> dict[str, str]:
+        """Return the sentences by their keys, for :meth:`report` in another process."""
+        return dict(self._sentences)
+
     @property
     def sentences(self) -> list[str]:
         """The sentences, in the order in which the problems appeared."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
+import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
@@ -14,6 +16,8 @@ from vmbus import __version__
 from vmbus.machine import signals
 from vmbus.machine.control import ControlServer, Handler
 from vmbus.machine.host import ExitReason, Host
+from vmbus.machine.reload.keeper import Keeper, Kept
+from vmbus.machine.reload.link import Link
 
 HostCommand = Callable[[Host, Mapping[str, Any]], Awaitable[object]]
 """A command of the control socket, called with the host and the request."""
@@ -23,15 +27,28 @@ class Served:
     """Serves ``host`` until its QEMU ends; answers on ``directory/control.sock`` meanwhile."""
 
     def __init__(
-        self, host: Host, directory: Path, commands: Mapping[str, HostCommand] | None = None
+        self,
+        host: Host,
+        directory: Path,
+        commands: Mapping[str, HostCommand] | None = None,
+        *,
+        kept: Link | None = None,
+        listener: socket.socket | None = None,
     ) -> None:
-        """``commands``: further commands of the control socket."""
+        """``commands``: further commands of the control socket.
+
+        ``kept``, ``listener``: of a worker: the link to its keeper, and the control socket that it takes over.
+        """
         self.host = host
         self.directory = directory
         self.handlers: dict[str, Handler] = {"status": self._status, "stop": self._stop}
         for name, command in (commands or {}).items():
             self.add_command(name, command)
-        self._control = ControlServer(directory / "control.sock", _Commands(self))
+        self._control = ControlServer(directory / "control.sock", _Commands(self), listener)
+        self._kept = None if kept is None else Kept(self, kept)
+        self._keeper = Keeper(self)
+        self.handlers["reload"] = (self._kept or self._keeper).reload
+        self._left: asyncio.Task[None] | None = None
 
     def add_command(self, name: str, command: HostCommand) -> None:
         """Add a command to the control socket."""
@@ -51,28 +68,67 @@ class Served:
         await self._control.start()
 
     async def stop_listening(self) -> None:
-        """Close the control socket."""
+        """Close the control socket, and end the worker that serves the guest, if one does."""
         await self._control.stop()
+        await self._keeper.close()
 
     async def close(self) -> None:
-        """Close the control socket and the host."""
+        """Do that, and close the host."""
         await self.stop_listening()
         await self.host.close()
 
     async def serve(self) -> ExitReason:
-        """Serve until QEMU ends, the control socket asks to stop, or one of :data:`signals.SIGNALS` comes."""
-        with signals.handled(lambda number: self.host.stop()):
+        """Serve until QEMU ends, the control socket asks to stop, or one of :data:`signals.SIGNALS` comes.
+
+        In the process that the user started that includes the service of workers; a worker returns when the next one
+        has the guest.
+        """
+        with signals.handled(lambda number: self.stop()):
             while True:
                 host = self.host
                 exit_reason = await host.serve()
-                if host is self.host:
+                if self._left is not None:
+                    await self._control.answered()
+                    if self._kept is None:
+                        return await self._keeper.exit_reason()
                     return exit_reason
+                if host is self.host:
+                    if self._kept is not None:
+                        await self._kept.tell_end(exit_reason)
+                    return exit_reason
+
+    def stop(self) -> None:
+        """Make :meth:`serve` return, whoever serves the guest."""
+        if self._keeper.follows:
+            self._keeper.tell_to_end()
+        else:
+            self.host.stop()
+
+    # --- reloads ---
+
+    def hold(self) -> None:
+        """Accept no more commands until :meth:`accept` or :meth:`leave`."""
+        self._control.hold()
+
+    async def accept(self) -> None:
+        """Accept commands again."""
+        await self._control.start()
+
+    def listener(self) -> int:
+        """Return the descriptor of the control socket."""
+        return self._control.fileno()
+
+    def leave(self) -> None:
+        """End the service: another process has taken the guest over."""
+        self._control.leave()
+        self._left = asyncio.ensure_future(self.host.close())
+        self.host.stop()
 
     async def _status(self, request: Mapping[str, Any]) -> object:
         return status(self.host, self.directory.name)
 
     async def _stop(self, request: Mapping[str, Any]) -> object:
-        self.host.stop()
+        self.stop()
         return {}
 
 

@@ -349,7 +349,7 @@ async def test_the_control_socket_answers_the_commands_of_devices(host: FakeHost
     try:
         for command, found in (("count", {"boxes": 1}), ("shutdown", {"result": "done", "agreed": True})):
             assert await asyncio.to_thread(ask, tmp_path / "control.sock", command) == found
-        with pytest.raises(UserError, match="known: count, shutdown, status, stop"):
+        with pytest.raises(UserError, match="known: count, reload, shutdown, status, stop"):
             await asyncio.to_thread(ask, tmp_path / "control.sock", "other")
     finally:
         await served.stop_listening()

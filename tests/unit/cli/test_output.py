@@ -202,8 +202,10 @@ class Guest:
     def __init__(self) -> None:
         self.command = object()
         self.ended: asyncio.Future[ExitReason] = asyncio.get_running_loop().create_future()
-        self.served = SimpleNamespace(serve=self._serve)
-        self.host = SimpleNamespace(stop=lambda: self.ended.set_result(ExitReason.STOPPED))
+        self.served = SimpleNamespace(
+            serve=self._serve, stop=lambda: self.ended.set_result(ExitReason.STOPPED)
+        )
+        self.host = SimpleNamespace()
 
     async def _serve(self) -> ExitReason:
         return await self.ended

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import struct
@@ -395,3 +396,23 @@ def test_no_more_is_sent_than_qemu_has_room_for_answers(guest: EngineGuest) -> N
     guest.engine.allow_lines(unanswered=0)
     assert len(guest.receive(1)) == 1
     assert guest.engine.lines == LINES_AHEAD + 1
+
+
+def test_an_engine_that_got_other_doorbells_is_woken_by_them_and_not_by_those_of_before(
+    guest: EngineGuest,
+) -> None:
+    """As of an emulator that has taken the gateway over from another process."""
+    at = ctypes.addressof(guest.words)
+    other = os.eventfd(0, os.EFD_NONBLOCK)
+    guest.words[7] = 0
+    guest.engine.use_doorbells(other, at + 60)
+    guest.give()
+    deadline = time.monotonic() + 30
+    while not guest.words[7] >> 32:  # it sleeps, and says so at the new address
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert not guest.words[7] & 0xFFFFFFFF
+    guest.send(guest.order(1))  # which looks at the word of before, and so wakes nobody
+    os.eventfd_write(other, 1)
+    assert ids(guest.receive(1)) == [1]
+    os.close(other)

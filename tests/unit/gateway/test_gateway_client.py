@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import stat
@@ -344,3 +345,63 @@ def test_many_vcpus_at_once_get_their_own_answers(launch: Launch, spin: int) -> 
     assert finished == {str(vcpu): (msrs << 8) + count * vcpu for vcpu in range(vcpus)}
     assert [counters["requests"] for counters in gateway.counters()] == [count] * vcpus
     assert gateway.vcpus == vcpus
+
+
+# --- in another process ---------------------------------------------------------------------------------------
+
+
+def adopted(gateway: Gateway, harness: Harness) -> Gateway:
+    """The same attachment, as another process gets it."""
+    return Gateway.adopt([os.dup(each) for each in gateway.descriptors()], gateway.size, harness.socket)
+
+
+def test_an_attachment_goes_on_elsewhere_with_what_is_not_answered(harness: Harness) -> None:
+    first = harness.active()
+    harness.start(RDMSR, rcx=MSR)
+    (seen,) = traps(first)
+    second = adopted(first, harness)
+    assert not second.closed
+    second.take()
+    first.close()
+    assert not second.closed
+    (trap,) = second.traps()
+    assert trap == seen
+    second.answer(trap, 4)
+    assert harness.done().rax == 4
+    # The gateway has noticed nothing: nobody has to activate it, and a wake-up comes.
+    assert not second.sleep_prepare()
+    harness.start(RDMSR, rcx=MSR)
+    assert select.select([second.fileno()], [], [], 30)[0]
+    second.awake()
+    (trap,) = traps(second)
+    second.answer(trap, 5)
+    assert harness.done().rax == 5
+    second.close()
+
+
+def test_until_it_is_taken_an_adopted_attachment_changes_nothing(harness: Harness) -> None:
+    first = harness.active()
+    assert first.traps() == []
+    assert not first.sleep_prepare()
+    second = adopted(first, harness)
+    event = second.engine_event()
+    os.eventfd_write(event, 1)  # a descriptor of its own, which the gateway does not know
+    os.close(event)
+    assert second.engine_waiting_address() != first.engine_waiting_address()
+    second.close()
+    harness.start(RDMSR, rcx=MSR)
+    assert select.select([first.fileno()], [], [], 30)[0], "the first one is still to be woken"
+    (trap,) = traps(first)
+    first.answer(trap, 7)
+    assert harness.done().rax == 7
+
+
+def test_a_region_of_another_size_is_refused_and_the_descriptors_are_closed(harness: Harness) -> None:
+    first = harness.active()
+    descriptors = [os.dup(each) for each in first.descriptors()]
+    with pytest.raises(GatewayError, match="bytes of shared memory"):
+        Gateway.adopt(descriptors, first.size + 8, harness.socket)
+    for each in descriptors:
+        with pytest.raises(OSError, match="Bad file"):
+            os.fstat(each)
+    assert not first.closed

@@ -126,3 +126,61 @@ async def test_a_listener_is_not_blocked_by_who_says_nothing(tmp_path: Path) -> 
             assert await asyncio.to_thread(ask, path, "echo", n=2) == {"command": "echo", "n": 2}
 
     await serve(tmp_path, {"echo": echo}, story)
+
+
+async def test_another_server_goes_on_with_the_same_socket_and_nobody_is_turned_away(tmp_path: Path) -> None:
+    """Who connects while neither listens waits; the command that hands over is answered by the first one."""
+    path = tmp_path / "control.sock"
+    waiting: list[asyncio.Task[Any]] = []
+
+    async def who(name: str) -> object:
+        return name
+
+    async def hand_over(request: Mapping[str, Any]) -> object:
+        first.hold()
+        listener = socket.socket(fileno=os.dup(first.fileno()))
+        waiting.append(asyncio.ensure_future(asyncio.to_thread(ask, path, "who")))
+        await asyncio.sleep(0)
+        second = ControlServer(path, {"who": lambda request: who("second")}, listener)
+        await second.start()
+        first.leave()
+        servers.append(second)
+        return "done"
+
+    first = ControlServer(path, {"who": lambda request: who("first"), "hand over": hand_over})
+    servers = [first]
+    await first.start()
+    try:
+        assert await asyncio.to_thread(ask, path, "who") == "first"
+        idle = socket.socket(socket.AF_UNIX)
+        idle.connect(str(path))
+        assert await asyncio.to_thread(ask, path, "hand over") == "done"
+        await first.answered()
+        assert await waiting[0] == "second"
+        assert await asyncio.to_thread(ask, path, "who") == "second"
+        assert idle.recv(1) == b""  # it asked nothing, and nobody is left to answer
+        idle.close()
+        await first.stop()
+        assert path.exists()
+    finally:
+        for server in servers[::-1]:
+            await server.stop()
+    assert not path.exists()
+
+
+async def test_a_server_that_has_held_goes_on(tmp_path: Path) -> None:
+    async def story(path: Path) -> None:
+        server.hold()
+        asking = asyncio.ensure_future(asyncio.to_thread(ask, path, "echo"))
+        await asyncio.sleep(0)
+        await server.start()
+        assert await asking == {"command": "echo"}
+
+    path = tmp_path / "control.sock"
+    server = ControlServer(path, {"echo": echo})
+    await server.start()
+    try:
+        await story(path)
+    finally:
+        await server.stop()
+    assert not path.exists()

@@ -218,6 +218,9 @@ class Qemu:
     def unclaimed(self) -> list[Unclaimed]:
         return []
 
+    def carried(self) -> list[Unclaimed]:
+        return []
+
     def carry(self, unclaimed: Iterable[Unclaimed]) -> None: ...
 
     def background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -271,6 +274,7 @@ class State:
         self.small = True
         self.begun = False
         self.refused_late = ""
+        self.bound: list[str] = []
 
     def pause_channels(self) -> None:
         self.qemu.moment()
@@ -312,6 +316,9 @@ class State:
 
     def release_devices(self) -> None:
         self.qemu.moment()
+
+    def bound_to_process(self) -> list[str]:
+        return self.bound
 
     def outside_snapshots(self) -> list[str]:
         return []
@@ -391,6 +398,26 @@ async def test_a_state_that_is_refused_when_it_is_written_is_refused_to_qemu_in_
         read_machine(qemu.saved)
     assert "a disk in the middle of something" in qemu.coordinator.report.refusal
     assert not qemu.coordinator.handed_over
+
+
+@pytest.mark.parametrize("when", ["before it begins", "while memory is sent"])
+async def test_a_guest_that_has_written_to_a_disk_in_memory_stays(when: str) -> None:
+    """Where it goes there would be an empty one."""
+    qemu = Qemu()
+    if when == "before it begins":
+        qemu.state.bound = ["scsi/0:0"]
+    qemu.begin()
+    qemu.copy()
+    await qemu.quiet()
+    qemu.state.bound = ["scsi/0:0"]
+    if when == "before it begins":
+        assert qemu.status == "cancelled"  # and no memory was copied in vain
+    else:
+        qemu.pause()
+        await qemu.quiet()
+    assert "would be lost with this emulator: scsi/0:0" in qemu.coordinator.report.refusal
+    assert qemu.coordinator.phase is Phase.IDLE
+    assert qemu.runs
 
 
 async def test_pages_beyond_what_a_state_carries_are_marked() -> None:

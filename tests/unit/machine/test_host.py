@@ -121,7 +121,7 @@ async def test_how_a_guest_ended_is_told_by_qmp_and_not_by_the_socket_that_broke
         host._ended = loop.create_future()
         host.migration = SimpleNamespace(phase=Phase.IDLE)  # type: ignore[assignment]
         host.gateway = SimpleNamespace(fileno=lambda: 0)  # type: ignore[assignment]
-        host._leave_gateway = lambda: None  # type: ignore[method-assign]
+        host.leave_gateway = lambda: None  # type: ignore[method-assign]
         host._lost(QemuGone("broken pipe"))
         host._lost(QemuGone("another"))
         if not shut_down:
@@ -140,7 +140,7 @@ async def test_a_command_that_qemu_refuses_in_the_background_costs_no_guest(
     host._loop = asyncio.get_running_loop()
     host._ended = host._loop.create_future()
     host._tasks = set()
-    host._leave_gateway = lambda: None  # type: ignore[method-assign]
+    host.leave_gateway = lambda: None  # type: ignore[method-assign]
 
     async def refused() -> None:
         raise QemuError("QEMU refused system_reset: no")

@@ -11,6 +11,7 @@ from vmbus.machine.migration import snapshots
 from vmbus.machine.migration.coordinator import Coordinator
 from vmbus.machine.migration.snapshots import SnapshotFailed
 from vmbus.machine.migration.state_machine import Phase
+from vmbus_devices.scsi.controller import Controller
 
 SNAPSHOT_IMAGE = {
     "drv": "qcow2",
@@ -64,6 +65,15 @@ async def test_the_rest_goes_on_to_the_next_check() -> None:
             KeyError
         ):  # the fake QEMU knows no migration capabilities, which are asked for next
             await snapshots.save(found, "one", **words)
+
+
+def test_a_controller_names_the_disks_in_memory_that_were_written_to() -> None:
+    controller = Registry().create("scsi,format=memory,size=1M")
+    assert isinstance(controller, Controller)
+    assert controller.bound_to_process() == []
+    controller.units[0, 0].backend.write(0, [memoryview(bytes(512))])
+    [found] = controller.bound_to_process()
+    assert found.startswith("scsi/0:0 (scsi,format=memory,size=1M,")
 
 
 def test_a_controller_names_its_writable_disks() -> None:

@@ -218,6 +218,23 @@ class Device(ABC):
         """Return what ``vmbus status`` shows: names and plain values."""
         return {}
 
+    def figures(self) -> dict[str, Any]:
+        """Return the counters of :meth:`status` that no saved state has, for :meth:`add_figures`: plain values."""
+        return {}
+
+    def add_figures(self, figures: Mapping[str, Any]) -> None:
+        """Go on counting from what :meth:`figures` returned in the process that served the guest before.
+
+        It may have been of another release: what is missing counts as 0. Called after :meth:`restore`.
+        """
+
+    def bound_to_process(self) -> Sequence[str]:
+        """Return names of what ends with this process and that the guest would miss, such as disks in memory.
+
+        A guest that has any can neither be migrated nor be passed to another emulator.
+        """
+        return ()
+
     def outside_snapshots(self) -> Sequence[str]:
         """Return names of what the guest can write to and no snapshot holds, such as disks.
 

@@ -156,6 +156,14 @@ class EngineDataPath:
         """Return the address of the doorbell of a channel."""
         return self._gateway.doorbell_address(relid)
 
+    def use_gateway(self) -> None:
+        """Be woken by the gateway, which this process has just taken (``Gateway.take``)."""
+        event = self._gateway.engine_event()
+        try:
+            self.engine.use_doorbells(event, self._gateway.engine_waiting_address())
+        finally:
+            os.close(event)
+
     def report_ranges(self, on: bool) -> None:
         """See :class:`~vmbus.machine.io.engines.MachineDataPath`."""
         self.engine.report_ranges(on)

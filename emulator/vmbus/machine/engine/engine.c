@@ -298,7 +298,7 @@ static void arm(struct engine *engine)
 /* Sleep in io_uring_enter until a transfer ends, the gateway rings, or Python wants something. */
 static void rest(struct engine *engine)
 {
-    _Atomic uint32_t *waiting = (_Atomic uint32_t *)engine->setup.waiting;
+    _Atomic uint32_t *waiting = (_Atomic uint32_t *)__atomic_load_n(&engine->setup.waiting, __ATOMIC_ACQUIRE);
     uint64_t count;
 
     if (unmask(engine) || queues_listen(engine)) {
@@ -560,6 +560,12 @@ EXPORT uint32_t engine_channel_of(struct engine *engine, uint32_t slot, uint32_t
 {
     *opening = engine->request[slot].opening;
     return engine->request[slot].channel;
+}
+
+/* Say at another address that the engine sleeps, from the next sleep on. No channel is given. */
+EXPORT void engine_use_waiting(struct engine *engine, uint64_t waiting)
+{
+    __atomic_store_n(&engine->setup.waiting, waiting, __ATOMIC_RELEASE);
 }
 
 /* Report every range that is stored into, from the next request that ends on; or only those with code. */

@@ -140,6 +140,7 @@ class _Library:
         self.channel_of = function("channel_of", c_uint32, c_void_p, c_uint32, POINTER(c_uint32))
         self.in_flight = function("in_flight", c_uint32, c_void_p)
         self.report_ranges = function("report_ranges", None, c_void_p, c_uint32)
+        self.use_waiting = function("use_waiting", None, c_void_p, c_uint64)
         self.allow_lines = function("allow_lines", None, c_void_p, c_uint64)
         self.lines = function("lines", c_uint64, c_void_p)
         self.lock_lines = function("lock_lines", None, c_void_p, c_uint32)
@@ -231,6 +232,19 @@ class Engine:
             {name: getattr(found, name) for name, *_ in EngineCounts._fields_},
             {name: getattr(of_channel, name) for name, *_ in ChannelCounts._fields_},
         )
+
+    def use_doorbells(self, wake_fd: int, waiting: int) -> None:
+        """Be woken by other doorbells: ``wake_fd`` and the address ``waiting`` as in the setup. No channel is given.
+
+        The number of the descriptor stays that of the setup.
+        """
+        of_before = os.dup(self._setup.wake_fd)
+        try:
+            os.dup2(wake_fd, self._setup.wake_fd, inheritable=False)
+            self._library.use_waiting(self._engine, waiting)
+            os.eventfd_write(of_before, 1)  # it sleeps on the file of before
+        finally:
+            os.close(of_before)
 
     def report_ranges(self, on: bool) -> None:
         """Pass every range that is stored into to :attr:`stored`, before the guest gets the answer, or only code."""

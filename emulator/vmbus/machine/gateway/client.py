@@ -89,9 +89,12 @@ _TIMEOUT = 10.0
 class Gateway:
     """An attachment to the gateway of one QEMU. Made by :meth:`attach`; one thread uses it."""
 
-    def __init__(self, connection: socket.socket, region: mmap.mmap, event: int, header: Any) -> None:
+    def __init__(
+        self, connection: socket.socket, region: mmap.mmap, memory: int, event: int, header: Any
+    ) -> None:
         self._connection = connection
         self._region = region
+        self._memory = memory
         self._event = event
         self._fence = threading.Lock()
         self._view = memoryview(region)
@@ -132,9 +135,8 @@ class Gateway:
         self._origin = ctypes.c_char.from_buffer(region)
         self._address = ctypes.addressof(self._origin)
         self._syscall = ctypes.PyDLL(None).syscall
-        self._words[_CONTROL["waiting"]] = 0
-        reclaim_doorbells(region, self._doorbell_offset)
-        self.posts.begin()
+        self._scratch = ctypes.c_uint32()
+        self._took = False
 
     # --- attaching ---
 
@@ -170,26 +172,65 @@ class Gateway:
                     f"{path} sent {len(descriptors)} descriptors, expected 2: "
                     "restart QEMU with this emulator's own gateway"
                 )
-            memory, event = descriptors
-            region = _map(path, memory, reply.argument)
-            header = wire.CONTROL_HEADER.parse(region[: wire.CONTROL_HEADER_SIZE])  # QEMU may change it later
-            if header.magic != wire.MAGIC or header.version != wire.VERSION:
-                region.close()
-                raise GatewayError(
-                    f"{path}: shared memory of version {header.version}, expected {wire.VERSION}: "
-                    "restart QEMU with this emulator's own gateway"
-                )
-            if wrong := _misplaced(header, len(region)):
-                region.close()
-                raise GatewayError(f"{path}: the shared memory is damaged ({wrong}): restart QEMU")
-            os.close(memory)
-            descriptors = []
-            return cls(connection, region, event, header)
+            gateway = cls._over(connection, path, reply.argument, *descriptors)
         except BaseException:
             connection.close()
             for descriptor in descriptors:
                 os.close(descriptor)
             raise
+        gateway.take()
+        return gateway
+
+    @classmethod
+    def adopt(cls, descriptors: Sequence[int], size: int, path: Path | str) -> Gateway:
+        """Continue an attachment of another process with what its :meth:`descriptors` and :attr:`size` were.
+
+        Until :meth:`take`, that process may use it. The gateway does not notice the change. Requests that are not
+        answered are returned by :meth:`traps`. The descriptors belong to the result, or are closed. Raises
+        :class:`~vmbus.errors.GatewayError`.
+        """
+        number, memory, event = descriptors
+        connection = socket.socket(fileno=number)
+        connection.setblocking(False)
+        try:
+            return cls._over(connection, path, size, memory, event)
+        except BaseException:
+            connection.close()
+            _close_all([memory, event])
+            raise
+
+    @classmethod
+    def _over(
+        cls, connection: socket.socket, path: Path | str, size: int, memory: int, event: int
+    ) -> Gateway:
+        region = _map(path, memory, size)
+        header = wire.CONTROL_HEADER.parse(region[: wire.CONTROL_HEADER_SIZE])  # QEMU may change it later
+        if header.magic != wire.MAGIC or header.version != wire.VERSION:
+            region.close()
+            raise GatewayError(
+                f"{path}: shared memory of version {header.version}, expected {wire.VERSION}: "
+                "restart QEMU with this emulator's own gateway"
+            )
+        if wrong := _misplaced(header, len(region)):
+            region.close()
+            raise GatewayError(f"{path}: the shared memory is damaged ({wrong}): restart QEMU")
+        return cls(connection, region, memory, event, header)
+
+    def take(self) -> None:
+        """Begin to use the shared memory: no other process does, not even the one that it was adopted from."""
+        self._took = True
+        self._words[_CONTROL["waiting"]] = 0
+        reclaim_doorbells(self._region, self._doorbell_offset)
+        self.posts.begin()
+
+    def descriptors(self) -> tuple[int, int, int]:
+        """Return the connection, the shared memory and the eventfd, for :meth:`adopt` in another process."""
+        return self._connection.fileno(), self._memory, self._event
+
+    @property
+    def size(self) -> int:
+        """Bytes of the shared memory."""
+        return len(self._region)
 
     def activate(self) -> None:
         """Make requests of the guest's traps, from now on. The tables are in place.
@@ -211,7 +252,12 @@ class Gateway:
         self._request(wire.MessageType.ACTIVATE)
 
     def engine_event(self) -> int:
-        """Return a new eventfd, which the gateway writes for doorbells of the engine. The caller closes it."""
+        """Return a new eventfd, which the gateway writes for doorbells of the engine. The caller closes it.
+
+        Before :meth:`take` the gateway does not know it, nor :meth:`engine_waiting_address`: ask again afterwards.
+        """
+        if not self._took:
+            return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         reply, descriptors = _converse(self._connection, wire.Message(wire.MessageType.ENGINE))
         if reply.status != wire.Status.OK or len(descriptors) != 1:
             _close_all(descriptors)
@@ -220,6 +266,8 @@ class Gateway:
 
     def engine_waiting_address(self) -> int:
         """Return the address of the word that says that the engine sleeps on that eventfd."""
+        if not self._took:
+            return ctypes.addressof(self._scratch)
         return int(self._address) + 4 * _CONTROL["engine_waiting"]
 
     def doorbell_address(self, number: int) -> int:
@@ -264,6 +312,7 @@ class Gateway:
             return
         self._connection.close()
         os.close(self._event)
+        os.close(self._memory)
         for view in (self._requests, self._quads, self._words, self._view):
             view.release()
         del self._origin
@@ -446,7 +495,11 @@ class Gateway:
                 if verdict != Verdict.AGAIN:
                     kind, _, _, *registers = wire.SLOT_STRUCT.unpack_from(self._region, self._slot_at[index])
                     found.append(Unclaimed((index // wire.SLOTS, kind, *registers), verdict, quads[at + 1]))
-        return found + list(self._carried.values())
+        return found + self.carried()
+
+    def carried(self) -> list[Unclaimed]:
+        """Return the answers from before a migration that no trap has repeated; they are not in shared memory."""
+        return list(self._carried.values())
 
     @property
     def carries(self) -> bool:

@@ -17,6 +17,9 @@ class MachineDataPath(DataPath, Protocol):
         A range is reported before the guest gets the completion.
         """
 
+    def use_gateway(self) -> None:
+        """Be woken by the gateway, which this process has just taken from another one. No channel is given."""
+
     def close(self) -> None:
         """End its thread."""
 
@@ -59,12 +62,21 @@ class NativeEngines:
         if self._data_path is not None:
             self._data_path.report_ranges(on)
 
-    def close(self) -> None:
-        """Close all engines; no more can be opened usefully. No channel is given."""
+    def use_gateway(self) -> None:
+        """As :meth:`MachineDataPath.use_gateway`, if there is a data path."""
+        if self._data_path is not None:
+            self._data_path.use_gateway()
+
+    def end_data_path(self) -> None:
+        """End the thread that looks at the gateway; none is started any more. No channel is given."""
         self._start_data_path = None
-        if self._data_path is not None:  # it uses what the others have
+        if self._data_path is not None:
             data_path, self._data_path = self._data_path, None
             data_path.close()
+
+    def close(self) -> None:
+        """Close all engines; no more can be opened usefully. No channel is given."""
+        self.end_data_path()  # first: it uses what the others have
         for each in self._opened():
             each.close()
         self._engines.clear()

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from vmbus.bus.io.snapshots import SnapshotDisk
@@ -33,7 +34,7 @@ from vmbus.machine.migration.state_machine import (
     Phase,
     Switchover,
 )
-from vmbus.machine.migration.switchover import SavableState, SwitchoverSteps
+from vmbus.machine.migration.switchover import SavableState, SwitchoverSteps, check_all_can_leave
 from vmbus.machine.migration.vmstate import VmStateHelper
 from vmbus.saving import Reason, StateRefused, refusal_stream
 from vmbus.saving.stream import BUFFER_SIZE
@@ -164,6 +165,11 @@ class Coordinator:
             if address is None:  # QEMU must not run the guest before the state is restored
                 await qmp.execute("stop")
         await self._set_capabilities()
+        await self.join()
+
+    async def join(self) -> None:
+        """Join the D-Bus daemon of QEMU's ``dbus-vmstate``, if it has one. Raises as :meth:`start` does."""
+        address = self.ports.dbus_address
         if address is not None:
             self._helper = await VmStateHelper.connect(address, self, self.ports.qtest.waits)
 
@@ -329,7 +335,12 @@ class Coordinator:
         return ()
 
     async def _examine(self, report: Report) -> Actions:
-        return self._machine.configuration_read(report, await read_configuration(self.ports.qmp))
+        configuration = await read_configuration(self.ports.qmp)
+        try:
+            check_all_can_leave(self.state)
+        except StateRefused as error:  # now, and not when all of memory has been sent
+            configuration = replace(configuration, refusal=configuration.refusal or str(error))
+        return self._machine.configuration_read(report, configuration)
 
     async def _forget_written(self, report: Report) -> Actions:
         """QEMU reads all of memory after ``setup``: what was written until then need not be marked."""

@@ -103,13 +103,14 @@ class HypervisorSection:
             self._last = (section.state, _parse_section(SAVED_HYPERVISOR, section))
         return self._last[1]
 
-    def save(self) -> SavedSection:
-        """Return the section of the paused host."""
+    def save(self, *, machine_stays: bool = False) -> SavedSection:
+        """Return the section of the paused host; ``machine_stays``: for another process that serves the same QEMU."""
+        answers = self._gateway.carried() if machine_stays else self._gateway.unclaimed()
         saved = SavedHypervisor(
             offered=offered(self._partition.features),
             tsc=self._clock.stopped_at or 0,
             tsc_frequency=self._clock.tsc_frequency,
-            answers=tuple(SavedAnswer(*answer) for answer in self._gateway.unclaimed()),
+            answers=tuple(SavedAnswer(*answer) for answer in answers),
             partition=self._partition.save(),
         )
         return SavedSection(self.name, self.version, SAVED_HYPERVISOR.build(saved))
@@ -277,6 +278,11 @@ class HostState:
             self._held.discard(channel)
         return status
 
+    def held_by_hand(self) -> list[str]:
+        """Return the names of the channels that :meth:`hold_channel` has paused."""
+        self._known()
+        return [channel.io.device.name for channel in self._held]
+
     def _known(self) -> list[DeviceChannel]:
         """Return the channels that a device serves, in the order of their offers."""
         there = [each for each in self._bus.channels if isinstance(each.endpoint, ChannelIo)]
@@ -303,6 +309,11 @@ class HostState:
             self._partition.synic.vps,
             self._partition.reference_tsc,
         )
+
+    def begin_paused(self) -> None:
+        """Pause a host that serves nothing yet: another process does, and its gateway is not to be touched."""
+        self.paused = True
+        self.pause()
 
     def pause_channels(self) -> None:
         """Take no more packets; work under way may end. The guest is stopped, or has not run yet."""
@@ -365,13 +376,15 @@ class HostState:
         buffer_size: int = BUFFER_SIZE,
         *,
         memory_stays: bool = False,
+        machine_stays: bool = False,
         pages: Sequence[int] = (),
         limit: int = STREAM_LIMIT,
     ) -> SavedState:
         """Return the state of the paused host, at most ``limit`` bytes; the rest of what :meth:`begin_save` began.
 
         ``buffer_size``: bytes of the buffer that channels are saved into at first. ``memory_stays``: the target maps
-        the same memory. ``pages``: addresses of pages of guest memory that the state carries, as many as fit.
+        the same memory. ``machine_stays``: another process will serve the same QEMU, which may run meanwhile.
+        ``pages``: addresses of pages of guest memory that the state carries, as many as fit.
 
         Raises :class:`~vmbus.saving.StateRefused`.
         """
@@ -383,7 +396,7 @@ class HostState:
             self._saver,
             begun or (),
             begun=True,
-            hypervisor=self._hypervisor_section.save(),
+            hypervisor=self._hypervisor_section.save(machine_stays=machine_stays),
             bus=self._bus_section.save(),
             memory=memory,
             pages=carried_pages.read(self._memory, pages),
@@ -399,10 +412,11 @@ class HostState:
             except Exception:
                 _logger.exception("internal error: %s cannot be released; please report this", device.name)
 
-    def restore(self, data: bytes, *, allow_missing: bool = False) -> None:
+    def restore(self, data: bytes, *, allow_missing: bool = False, machine_stays: bool = False) -> None:
         """Restore a saved state; the host stays paused.
 
         ``allow_missing``: channels whose device is not offered here are revoked when the host is resumed.
+        ``machine_stays``: as in :meth:`save`.
 
         Raises :class:`~vmbus.saving.StateRefused`, before anything has changed unless a device refused.
         """
@@ -416,7 +430,7 @@ class HostState:
         if state.memory is not None:
             shared_memory.check(state.memory, self._memory)
         from_here = state.memory is not None and state.memory.boot == shared_memory.boot_id()
-        self._hypervisor_section.same_host = from_here
+        self._hypervisor_section.same_host = from_here or machine_stays
         made = self._make_subchannels(state)
         restore = self._restore(allow_missing=allow_missing)
         try:
@@ -436,6 +450,10 @@ class HostState:
             self._restore(allow_missing=allow_missing).check(state)
         finally:
             self._revoke_subchannels(made)
+
+    def bound_to_process(self) -> list[str]:
+        """Return what the guest has written and what ends with this process, of all devices."""
+        return [name for device in self._devices() for name in device.bound_to_process()]
 
     def outside_snapshots(self) -> list[str]:
         """Return what the guest can write to and a snapshot does not hold, of all devices."""

@@ -74,6 +74,9 @@ class TrapAnswers(Protocol):
     def unclaimed(self) -> list[Unclaimed]:
         """Return the answers that no vCPU has fetched; the machine is stopped."""
 
+    def carried(self) -> list[Unclaimed]:
+        """Return those of before a migration that no vCPU has repeated."""
+
     def carry(self, unclaimed: Iterable[Unclaimed]) -> None:
         """Take over answers that were given before a migration."""
 

@@ -46,6 +46,9 @@ class SavableState(Protocol):
     def pause(self) -> None:
         """Pause all; no work is under way."""
 
+    def bound_to_process(self) -> Sequence[str]:
+        """Return names of what the guest has written and what ends with this process."""
+
     def begin_save(self) -> bool:
         """Take the view of the paused host that :meth:`save` writes; return whether its state is certainly small.
 
@@ -69,6 +72,16 @@ class SavableState(Protocol):
 
     def owned_bytes(self) -> Mapping[int, int]:
         """Return, by page frame number, the offset of a byte that only the host writes now."""
+
+
+def check_all_can_leave(state: SavableState) -> None:
+    """Raise :class:`~vmbus.saving.StateRefused` if something of the guest would be lost where it goes."""
+    if bound := state.bound_to_process():
+        raise StateRefused(
+            Reason.WRONG_STATE,
+            f"what the guest has written there would be lost with this emulator: {', '.join(bound)}; give it an "
+            "image in place of that, in /dev/shm for example",
+        )
 
 
 class SwitchoverSteps:
@@ -138,6 +151,8 @@ class SwitchoverSteps:
         in_frame = machine.carrier is Carrier.SIDE_CHANNEL and not snapshot
         pages = self._written.theirs if self._written is not None else ()
         try:
+            if not snapshot:
+                check_all_can_leave(self._state)
             small = self._state.begin_save()
             if small and self._written is not None and len(pages) <= MAX_CARRIED and machine.may_save_later:
                 self._unwritten = report, pages

@@ -167,6 +167,7 @@ class VmStateHelper:
     def __init__(self, address: str, keeper: StateKeeper, waits: MainLoopWaits) -> None:
         self._address = address
         self._bus: MessageBus | None = None
+        self._joined = False
         self._keeper = keeper
         self._waits = waits
         self._tasks: set[asyncio.Task[None]] = set()
@@ -216,13 +217,16 @@ class VmStateHelper:
         bus.add_message_handler(self._message)
         # Queued behind other helpers: QEMU calls all owners. An emulator that was detached owns it no more.
         await bus.request_name(_INTERFACE, NameFlag.ALLOW_REPLACEMENT)
+        self._joined = True
 
     async def _disconnect(self) -> None:
         bus = self._bus
         if bus is not None:
             connected = bus.connected
             bus.disconnect()
-            if connected:
+            if (
+                connected and self._joined
+            ):  # the end of a connection that was given up half made is never reported
                 with contextlib.suppress(OSError, EOFError):
                     await bus.wait_for_disconnect()  # type: ignore[no-untyped-call]
         for task in tuple(self._tasks):

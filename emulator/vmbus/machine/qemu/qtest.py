@@ -130,6 +130,11 @@ class Qtest:
             ) from error
         return cls(connection, timeout=timeout)
 
+    @classmethod
+    def adopt(cls, descriptor: int) -> Qtest:
+        """Continue a connection of another process, all of whose commands were answered; takes the descriptor."""
+        return cls(socket.socket(fileno=descriptor))
+
     def close(self) -> None:
         """Close the connection; the guest does not notice."""
         self._end_settling(QemuGone("the qtest socket was closed"))
