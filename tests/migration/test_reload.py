@@ -213,8 +213,16 @@ async def test_a_device_is_edited_under_its_guest_and_what_cannot_take_over_chan
         )
         assert await edition(guest) == 3
         await guest.more_beats("a")
-        said = await asked(tmp_path, "migrate", "a", status=1)
-        assert "vmbus migrate NAME URI" in said, said
+        # It can still move into a new QEMU, and be reloaded there.
+        qemu = (await guest.status("a"))["qemu"]["pid"]
+        for words in ((), ("--share-memory",)):
+            assert "the guest stood still for" in await asked(tmp_path, "migrate", "a", *words)
+            await guest.more_beats("a")
+        assert (await guest.status("a"))["qemu"]["pid"] != qemu
+        write_device(source, "5")
+        await until(lambda: watch.output.count("is served by") == 3, "a reload", watch, guest, timeout=LIMIT)
+        assert await edition(guest) == 5
+        await guest.more_beats("a")
         await asked(tmp_path, "shutdown", "a")
         assert (await guest.ended())[0] == 0
         assert (await watch.ended())[0] == 0
@@ -237,6 +245,8 @@ async def test_a_guest_of_attach_is_reloaded(tmp_path: Path) -> None:
         await qemu.qmp.execute("cont")
         await first.more_beats("q", qemu)
         assert await first.beats("q") > before
+        said = await asked(tmp_path, "migrate", "q", status=1)
+        assert "did not start this guest's QEMU" in said, said
         # The process that was started ends the service, whoever serves, and however new that one is.
         await reload(tmp_path, "q")
         first.process.terminate()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import socket
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ from vmbus.cli.options import confine
 from vmbus.cli.output import serving
 from vmbus.cli.serving import CONTROL_COMMANDS
 from vmbus.machine import signals
-from vmbus.machine.host import Host
-from vmbus.machine.migration.drive import MigrationFailed
 from vmbus.machine.reload.link import Link, ReloadFailed
+from vmbus.machine.reload.moves import Mover
 from vmbus.machine.reload.successor import take_over
 from vmbus.machine.served import Served
 
@@ -34,13 +32,6 @@ def main(arguments: argparse.Namespace) -> int:
         return signals.run(
             _serve(socket.socket(fileno=arguments.link), socket.socket(fileno=arguments.keeper))
         )
-
-
-async def _cannot_move(host: Host, request: Mapping[str, Any]) -> object:
-    raise MigrationFailed(
-        "the emulator of this guest was reloaded, and does not start a second QEMU for it: start one with "
-        "`vmbus run --incoming URI` or `vmbus attach`, and say where it listens (vmbus migrate NAME URI)"
-    )
 
 
 async def _serve(predecessor: socket.socket, keeper: socket.socket) -> int:
@@ -62,7 +53,9 @@ async def _serve(predecessor: socket.socket, keeper: socket.socket) -> int:
             served = Served(
                 taken.host, Path(taken.values["directory"]), CONTROL_COMMANDS, kept=kept, listener=listener
             )
-            served.add_command("move", _cannot_move)
+            if served.kept is not None:
+                mover = Mover(served.kept, registry().create_all, served.replace)
+                served.add_command("move", mover.asked)
             try:
                 await served.start()
                 if asked_to_end:

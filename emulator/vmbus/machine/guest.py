@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,21 +23,18 @@ from vmbus.machine import rundir
 from vmbus.machine.bounded_log import BoundedLog, LogCopy, copy_socket
 from vmbus.machine.host import Host, HostOptions
 from vmbus.machine.migration.alone import alone
-from vmbus.machine.migration.configuration import leave_memory
-from vmbus.machine.migration.drive import MigrationFailed, Outcome, Progress, arrived, migrate, receive
-from vmbus.machine.migration.side_channel import CarrierAddress
-from vmbus.machine.migration.state_machine import Phase
+from vmbus.machine.migration.drive import MigrationFailed, Outcome, Progress
 from vmbus.machine.migration.vmstate import DbusDaemon
+from vmbus.machine.moving import copy_memory_again, stay, transfer
 from vmbus.machine.qemu import confined
 from vmbus.machine.qemu.acpi import vmbus_table
 from vmbus.machine.qemu.arguments import EmulatorOptions
 from vmbus.machine.qemu.launch import GuestOptions, QemuProcess, command_line
+from vmbus.machine.qemu.qmp import Qmp
 from vmbus.machine.rundir import RunDirectory
 from vmbus.machine.served import HostCommand, Served
 from vmbus.machine.signals import finished
 from vmbus.provision.qemu import QemuBinary
-
-_logger = logging.getLogger(__name__)
 
 _KEPT_CONSOLE = 1 << 20
 """Bytes of the beginning, and of the end, of the console: the run directory is in memory."""
@@ -47,14 +43,6 @@ _KEPT_SERIAL = 64 << 20
 
 _QUIT_TIMEOUT = 5.0
 """Seconds that QEMU may take to answer ``quit``."""
-
-
-async def _copy_memory_again(host: Host) -> None:
-    """Have later migrations of this QEMU copy memory; where that fails, the guest does not depend on it."""
-    try:
-        await leave_memory(host.qmp, False)
-    except QemuError as error:
-        _logger.warning("QEMU would leave guest memory out of a migration or snapshot: %s", error)
 
 
 def emulator_options(
@@ -133,9 +121,28 @@ class Station:
             raise
         return station
 
+    @classmethod
+    async def start(
+        cls, directory: RunDirectory, name: str, setup: Setup, console: BoundedLog | None
+    ) -> Station:
+        """Start QEMU, as :meth:`open` does; another process attaches to it."""
+        station = cls(directory)
+        try:
+            qmp = await station._start(name, setup, console)
+            await qmp.close()
+        except BaseException:
+            await finished(station.close())
+            raise
+        return station
+
     async def _open(
         self, name: str, setup: Setup, devices: Sequence[Device], console: BoundedLog | None
     ) -> None:
+        qmp = await self._start(name, setup, console)
+        self.host = await Host.attach(qmp, devices, setup.host_options)
+
+    async def _start(self, name: str, setup: Setup, console: BoundedLog | None) -> Qmp:
+        """Start QEMU and connect to all that is not the host's; return its monitor."""
         directory, qemu = self.directory, setup.qemu
         if qemu.dbus_vmstate:  # QEMU connects to the daemon when it starts
             self.daemon = await DbusDaemon.start(qemu.dbus_daemon(), directory.path)
@@ -154,7 +161,7 @@ class Station:
             self.console = copy_socket(directory.console_socket, console)
         if setup.options.command_port:
             self.command = await asyncio.open_unix_connection(str(directory.command))
-        self.host = await Host.attach(qmp, devices, setup.host_options)
+        return qmp
 
     @property
     def serving(self) -> Host:
@@ -207,6 +214,8 @@ class Guest:
         self._new_devices = new_devices
         self._console = console
         self._moving = False
+        self._next: Station | None = None
+        """A machine without a host of this process: a worker's guest moves there."""
 
     @property
     def host(self) -> Host:
@@ -270,6 +279,7 @@ class Guest:
             served = Served(station.serving, directory.path, commands)
             guest = cls(directory, setup, station, served, new_devices, console)
             served.add_command("move", guest._asked_to_move)
+            served.machines = guest
             await served.start()
             yield guest
         finally:
@@ -282,10 +292,10 @@ class Guest:
                 directory.remove()
 
     async def _end(self) -> None:
-        try:
-            await self.served.stop_listening()
-        finally:
-            await self._station.close()
+        async with contextlib.AsyncExitStack() as steps:  # the last one first, and each also if another fails
+            steps.push_async_callback(self._station.close)
+            steps.push_async_callback(self.discard_machine)
+            steps.push_async_callback(self.served.stop_listening)
 
     async def move(
         self, *, share_memory: bool = False, progress: Progress | None = None, timeout: float = 600.0
@@ -311,48 +321,43 @@ class Guest:
         lines = [line for attached in self.host.devices for line in attached.device.lines()]
         devices = await asyncio.to_thread(self._new_devices, lines)  # opens images, which may take long
         old = self._station
-        source = self.host.migration
-        buffer_size = source.buffer_size
         try:
-            new = await self._open_next(devices, old.directory.memory if share_memory else None)
+            new = await self._open_next(devices, share_memory)
         except BaseException:
             for device in devices:
                 if not device.was_started:  # its images are open, and no host closes them
                     device.stop()
             raise
-        directory, target = new.directory, new.serving.migration
+        source, target = self.host, new.serving
         try:
-            uri = f"unix:{directory.path}/migration.sock"
-            if share_memory:
-                await leave_memory(self.host.qmp, True)
-                await leave_memory(new.serving.qmp, True)
-            carrier = None
-            if self.host.facts.dbus_address is None:
-                carrier = CarrierAddress("unix", directory.path / "carrier.sock")
-            await receive(target, uri, carrier=carrier)
-            outcome = await migrate(source, uri, carrier=carrier, progress=progress, timeout=timeout)
-            await arrived(target, timeout)
+            outcome = await transfer(
+                source,
+                target,
+                new.directory.path,
+                share_memory=share_memory,
+                progress=progress,
+                timeout=timeout,
+            )
         except BaseException as error:
             await finished(new.close())
-            if share_memory:
-                await _copy_memory_again(self.host)
-            if source.phase is Phase.LEFT:  # the target is ended, and the source still has all of the guest
-                await source.take_back()
-            if (why := target.load_refused) and isinstance(error, MigrationFailed):
-                raise MigrationFailed(f"{why}; the guest continues here") from error
+            await stay(source, target, error, share_memory=share_memory)
             raise
-        target.buffer_size = buffer_size
         self._station = new  # at once: the guest runs there, and what ends this guest has to end it
-        self.served.replace(new.serving)
+        self.served.replace(target)
         if share_memory:
-            await _copy_memory_again(new.serving)
+            await copy_memory_again(target)
         await finished(old.close())
-        self.directory.point_to(directory)
+        self.directory.point_to(new.directory)
         return outcome
 
-    async def _open_next(self, devices: Sequence[Device], memory_of: Path | None) -> Station:
-        """Start the QEMU that the guest moves to. ``memory_of``: the guest's memory file, if it is not copied."""
+    async def _open_next(self, devices: Sequence[Device], share_memory: bool) -> Station:
+        """Start the QEMU that the guest moves to, with its host."""
+        directory, setup = await self._prepare_next(share_memory)
+        return await Station.open(directory, self.directory.name, setup, devices, self._console)
+
+    async def _prepare_next(self, share_memory: bool) -> tuple[RunDirectory, Setup]:
         directory = rundir.within(self.directory)
+        memory_of = self._station.directory.memory if share_memory else None
         try:
             await directory.make_memory(
                 self._setup.memory_size, memory_of, reserve=self._setup.options.reserve_memory
@@ -360,8 +365,32 @@ class Guest:
         except BaseException:
             directory.remove()
             raise
-        setup = replace(self._setup, options=replace(self._setup.options, incoming=True))
-        return await Station.open(directory, self.directory.name, setup, devices, self._console)
+        return directory, replace(self._setup, options=replace(self._setup.options, incoming=True))
+
+    # --- the machines of a guest that a worker serves ---
+
+    async def open_machine(self, *, share_memory: bool) -> RunDirectory:
+        """Start a QEMU that waits for the guest, and has no host yet; return its folder.
+
+        ``share_memory``: it maps the guest's memory file.
+        """
+        directory, setup = await self._prepare_next(share_memory)
+        self._next = await Station.start(directory, self.directory.name, setup, self._console)
+        return directory
+
+    async def take_machine(self) -> None:
+        """End the guest's QEMU: it has moved to the one of :meth:`open_machine`."""
+        if self._next is None:
+            raise InternalError("there is no machine to take")
+        old, self._station, self._next = self._station, self._next, None
+        await finished(old.close())
+        self.directory.point_to(self._station.directory)
+
+    async def discard_machine(self) -> None:
+        """End the QEMU of :meth:`open_machine`, if there is one."""
+        discarded, self._next = self._next, None
+        if discarded is not None:
+            await finished(discarded.close())
 
     async def _asked_to_move(self, host: Host, request: Mapping[str, Any]) -> object:
         if "save_buffer" in request:

@@ -16,7 +16,7 @@ from vmbus import __version__
 from vmbus.machine import signals
 from vmbus.machine.control import ControlServer, Handler
 from vmbus.machine.host import ExitReason, Host
-from vmbus.machine.reload.keeper import Keeper, Kept
+from vmbus.machine.reload.keeper import Keeper, Kept, Machines
 from vmbus.machine.reload.link import Link
 
 HostCommand = Callable[[Host, Mapping[str, Any]], Awaitable[object]]
@@ -41,13 +41,15 @@ class Served:
         """
         self.host = host
         self.directory = directory
+        self.machines: Machines | None = None
+        """Who starts and ends QEMUs for this guest, for workers; ``None``: not this process."""
         self.handlers: dict[str, Handler] = {"status": self._status, "stop": self._stop}
         for name, command in (commands or {}).items():
             self.add_command(name, command)
         self._control = ControlServer(directory / "control.sock", _Commands(self), listener)
-        self._kept = None if kept is None else Kept(self, kept)
+        self.kept = None if kept is None else Kept(self, kept)
         self._keeper = Keeper(self)
-        self.handlers["reload"] = (self._kept or self._keeper).reload
+        self.handlers["reload"] = (self.kept or self._keeper).reload
         self._left: asyncio.Task[None] | None = None
 
     def add_command(self, name: str, command: HostCommand) -> None:
@@ -89,12 +91,12 @@ class Served:
                 exit_reason = await host.serve()
                 if self._left is not None:
                     await self._control.answered()
-                    if self._kept is None:
+                    if self.kept is None:
                         return await self._keeper.exit_reason()
                     return exit_reason
                 if host is self.host:
-                    if self._kept is not None:
-                        await self._kept.tell_end(exit_reason)
+                    if self.kept is not None:
+                        await self.kept.tell_end(exit_reason)
                     return exit_reason
 
     def stop(self) -> None:

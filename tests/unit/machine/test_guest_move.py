@@ -11,7 +11,7 @@ import pytest
 from vmbus.devices.registry import Registry
 from vmbus.errors import MissingRequirement, QemuError
 from vmbus.machine import guest as module
-from vmbus.machine import rundir
+from vmbus.machine import moving, rundir
 from vmbus.machine.guest import Guest, Station
 from vmbus.machine.host import Host
 from vmbus.machine.migration.drive import MigrationFailed
@@ -81,7 +81,7 @@ class Move:
         monkeypatch.setattr(module, "replace", lambda what, **more: what)
         monkeypatch.setattr(Station, "open", self._open)
         for name in ("receive", "migrate", "arrived"):
-            monkeypatch.setattr(module, name, self._step(name))
+            monkeypatch.setattr(moving, name, self._step(name))
 
     def _replace(self, host: Place) -> None:
         self.guest.served.host = cast("Any", host)
@@ -130,7 +130,7 @@ async def test_a_guest_that_has_arrived_is_served_there_whatever_follows(
         if not stays:
             raise QemuError("not now")
 
-    monkeypatch.setattr(module, "leave_memory", leave_memory)
+    monkeypatch.setattr(moving, "leave_memory", leave_memory)
     await move.guest.move(share_memory=True)
     assert move.guest._station is cast("Station", move.new)
     assert move.guest.host is cast("Host", move.new)
@@ -145,7 +145,7 @@ async def test_a_guest_is_taken_back_although_qemu_refuses_a_setting(monkeypatch
         if not stays:
             raise QemuError("not now")
 
-    monkeypatch.setattr(module, "leave_memory", leave_memory)
+    monkeypatch.setattr(moving, "leave_memory", leave_memory)
     with pytest.raises(MigrationFailed, match="it failed"):
         await move.guest.move(share_memory=True)
     assert (move.new.closed, move.old.taken_back) == (True, True)

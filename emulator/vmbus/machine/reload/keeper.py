@@ -13,10 +13,18 @@ A worker cannot start the next one itself: it would be the child of a process th
     handed ────────────────────────────────→ follows the next worker
     or failed ─────────────────────────────→ waits until the next worker has ended
             ←──────────────────────────────  gone
+
+Nor does it start or end QEMUs, which are to outlive it; for a move (:mod:`vmbus.machine.reload.moves`)::
+
+    open ──────────────────────────────────→ starts a QEMU that waits for the guest
+            ←──────────────────────────────  done, with its folder and QMP socket
+    take, or discard ──────────────────────→ ends the other one, or that one
+            ←──────────────────────────────  done
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -24,11 +32,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from vmbus.errors import UserError
+from vmbus.errors import UserError, VmbusError
 from vmbus.machine.host import ExitReason, Host
-from vmbus.machine.reload.link import Link, ReloadEnded, ReloadFailed
+from vmbus.machine.migration.drive import MigrationFailed
+from vmbus.machine.reload.link import Link, Received, ReloadEnded, ReloadFailed
 from vmbus.machine.reload.predecessor import hand_over
 from vmbus.machine.reload.worker import Worker, named_program, own_program
+from vmbus.machine.rundir import RunDirectory
 
 
 class Serving(Protocol):
@@ -36,6 +46,8 @@ class Serving(Protocol):
 
     directory: Path
     host: Host
+    machines: Machines | None
+    """Who starts and ends QEMUs for this guest; ``None``: not this process."""
 
     def hold(self) -> None:
         """Accept no more commands until :meth:`accept` or :meth:`leave`."""
@@ -48,6 +60,19 @@ class Serving(Protocol):
 
     def leave(self) -> None:
         """End the service: another process has taken the guest over."""
+
+
+class Machines(Protocol):
+    """The QEMUs of a guest; :class:`~vmbus.machine.guest.Guest`."""
+
+    async def open_machine(self, *, share_memory: bool) -> RunDirectory:
+        """Start a QEMU that waits for the guest, and has no host yet; return its folder."""
+
+    async def take_machine(self) -> None:
+        """End the guest's QEMU: it has moved to that one."""
+
+    async def discard_machine(self) -> None:
+        """End that one."""
 
 
 async def _hand_over(
@@ -68,6 +93,13 @@ async def _hand_over(
 def _program(request: Mapping[str, Any]) -> list[str]:
     path = request.get("emulator")
     return named_program(Path(str(path))) if path is not None else own_program()
+
+
+_OF_MACHINES = ("open", "take", "discard")
+_NO_MACHINES = (
+    "the emulator did not start this guest's QEMU, so it cannot start a second one like it: start one with -incoming "
+    "defer, attach an emulator to it, and say where it listens (vmbus migrate NAME URI)"
+)
 
 
 class Keeper:
@@ -106,7 +138,9 @@ class Keeper:
             if worker is None:
                 raise UserError("no emulator serves the guest")
             try:
-                message = await worker.keeper.hear("start", "handed", "failed", "ended", timeout=None)
+                message = await worker.keeper.hear(
+                    "start", "handed", "failed", "ended", *_OF_MACHINES, timeout=None
+                )
             except ReloadEnded:
                 how = await worker.ended()
                 if reason is not None:
@@ -114,6 +148,8 @@ class Keeper:
                 raise UserError(f"the emulator of the guest ended unexpectedly: {how}") from None
             if message.kind == "start":
                 await self._start_next(worker, message.values)
+            elif message.kind in _OF_MACHINES:
+                await self._do(worker, message)
             elif message.kind == "failed":
                 await worker.keeper.tell("gone", {"how": await self._end_next()})
             elif message.kind == "ended":  # a reload under way is given up, which it may still report
@@ -121,6 +157,24 @@ class Keeper:
             elif self._next is not None:
                 self._worker, self._next = self._next, None
                 await worker.close()
+
+    async def _do(self, worker: Worker, message: Received) -> None:
+        """Start or end a QEMU for a worker."""
+        machines, found = self._served.machines, {}
+        try:
+            if machines is None:
+                raise MigrationFailed(_NO_MACHINES)
+            if message.kind == "open":
+                directory = await machines.open_machine(share_memory=message.values["share_memory"] is True)
+                found = {"folder": str(directory.path), "monitor": str(directory.qmp)}
+            elif message.kind == "take":
+                await machines.take_machine()
+            else:
+                await machines.discard_machine()
+        except VmbusError as error:
+            await worker.keeper.refuse(str(error))
+        else:
+            await worker.keeper.tell("done", found)
 
     async def _end_next(self) -> str:
         following, self._next = self._next, None
@@ -155,13 +209,14 @@ class Kept:
     def __init__(self, served: Serving, keeper: Link) -> None:
         self._served = served
         self._keeper = keeper
+        self._conversation = asyncio.Lock()
+        """One question at a time."""
         self.handed = False
         """Whether another worker has the guest."""
 
     async def reload(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Answer ``reload`` while this worker serves the guest."""
-        await self._keeper.tell("start", {"emulator": request.get("emulator")})
-        started = await self._keeper.hear("started")
+        started = await self._ask("start", {"emulator": request.get("emulator")}, "started")
         link = Link(_received(started.descriptors), f"the new emulator (process {started.values['pid']})")
         program = _program(request)[0]
 
@@ -170,8 +225,7 @@ class Kept:
         async def gone() -> str:
             nonlocal how
             if how is None:
-                await self._keeper.tell("failed")
-                how = str((await self._keeper.hear("gone", timeout=None)).values["how"])
+                how = str((await self._ask("failed", {}, "gone")).values["how"])
             return how
 
         try:
@@ -183,6 +237,30 @@ class Kept:
         self.handed = True
         await self._keeper.tell("handed")
         return {**found, "pid": started.values["pid"]}
+
+    async def _ask(self, kind: str, values: Mapping[str, Any], answer: str) -> Received:
+        async with self._conversation:
+            await self._keeper.tell(kind, values)
+            return await self._keeper.hear(answer, timeout=None)
+
+    async def open_machine(self, *, share_memory: bool) -> tuple[Path, Path]:
+        """Have the keeper start a QEMU that waits for the guest; return its folder and its QMP socket."""
+        found = await self._ask_for_machine("open", {"share_memory": share_memory})
+        return Path(found["folder"]), Path(found["monitor"])
+
+    async def take_machine(self) -> None:
+        """Have it end the guest's QEMU: it has moved to that one."""
+        await self._ask_for_machine("take", {})
+
+    async def discard_machine(self) -> None:
+        """Have it end that one."""
+        await self._ask_for_machine("discard", {})
+
+    async def _ask_for_machine(self, kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return (await self._ask(kind, values, "done")).values
+        except ReloadFailed as error:
+            raise MigrationFailed(str(error)) from error
 
     async def tell_end(self, reason: ExitReason) -> None:
         """Tell the keeper why the service ended, unless another worker goes on."""
