@@ -224,9 +224,7 @@ class VmStateHelper:
         if bus is not None:
             connected = bus.connected
             bus.disconnect()
-            if (
-                connected and self._joined
-            ):  # the end of a connection that was given up half made is never reported
+            if connected and self._joined:  # of a connection given up half made, the end is never reported
                 with contextlib.suppress(OSError, EOFError):
                     await bus.wait_for_disconnect()  # type: ignore[no-untyped-call]
         for task in tuple(self._tasks):
