@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import asyncio
 
-from vmbus.machine.host import EVENT_CONNECTIONS, Host
+from vmbus.machine.gateway_service import EVENT_CONNECTIONS
+from vmbus.machine.host import Host
 
 from tests.bench.bare import DONE, STAMP, bare_guest, finished
 from tests.bench.report import Result

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.bus.io.device import Device
 from vmbus.bus.offers import Offer
-from vmbus.machine.host import EVENT_CONNECTIONS, Host
+from vmbus.machine.gateway_service import EVENT_CONNECTIONS
+from vmbus.machine.host import Host
 from vmbus.wire.gpadl import GPADL_TEARDOWN, GpadlTeardown, GpaRange, split_gpadl
 from vmbus.wire.messages import INITIATE_CONTACT, REQUESTOFFERS, HeaderOnly, InitiateContact
 from vmbus.wire.packet import Packet

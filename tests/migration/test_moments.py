@@ -90,7 +90,7 @@ async def test_while_the_guest_boots(tmp_path: Path, guest_program: Program, smp
             await guest.host.qmp.execute("cont")
         while b"started" not in guest.here.output:
             await guest.here.until(
-                lambda: guest.host.gateway_traps or b"started" in guest.here.output,
+                lambda: guest.host.service.traps or b"started" in guest.here.output,
                 "the boot to go on",
             )
             await guest.move()

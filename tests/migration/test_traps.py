@@ -24,16 +24,16 @@ async def hold_traps(guest: Journey, monkeypatch: pytest.MonkeyPatch) -> list[Tr
     """Leave traps unanswered until the host is paused for a migration; return when there is one."""
     host = guest.host
     held: list[Trap] = []
-    serve, hold = host._serve, host.migration.state.pause_channels
+    serve, hold = host.service.answer, host.migration.state.pause_channels
 
     def answer_late() -> None:
-        if host._serve != serve:
-            monkeypatch.setattr(host, "_serve", serve)
+        if host.service.answer != serve:
+            monkeypatch.setattr(host.service, "answer", serve)
             for trap in held:
                 serve(trap)
         hold()
 
-    monkeypatch.setattr(host, "_serve", held.append)
+    monkeypatch.setattr(host.service, "answer", held.append)
     monkeypatch.setattr(host.migration.state, "pause_channels", answer_late)
     await guest.here.until(lambda: held, "unanswered trap")
     return held
@@ -79,13 +79,13 @@ async def test_an_answer_that_no_processor_fetched_goes_along(
         held = await hold_traps(guest, monkeypatch)
         there = await guest.target()
         asked: list[tuple[int, ...]] = []
-        serve = there.host._serve
+        serve = there.host.service.answer
 
         def note(trap: Trap) -> None:
             asked.append(trap.identity)
             serve(trap)
 
-        monkeypatch.setattr(there.host, "_serve", note)
+        monkeypatch.setattr(there.host.service, "answer", note)
         outcome = await guest.move(there)
         assert outcome.report.answers_carried == len(held) == 1
         found = await more()

@@ -15,7 +15,6 @@ writes through qtest block it, until QEMU's main loop has answered. The life of 
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import os
 import time
@@ -27,13 +26,11 @@ from typing import Any
 from vmbus.bus.contact import MESSAGE_SINT
 from vmbus.bus.io.channel_io import ChannelDevice, ChannelIo
 from vmbus.bus.io.device import Device, DeviceEnvironment
-from vmbus.bus.messages import POSTED, PostResult
+from vmbus.bus.messages import POSTED
 from vmbus.bus.server import Bus
 from vmbus.errors import GatewayError, InternalError, QemuError, QemuGone
 from vmbus.hypervisor.cpuid import cpuid_table
 from vmbus.hypervisor.crash import CrashReport
-from vmbus.hypervisor.hypercalls import AcknowledgedEarly, HypercallRegisters, UndefinedOpcode
-from vmbus.hypervisor.msrs import GeneralProtection
 from vmbus.hypervisor.partition import Partition, PartitionEvents
 from vmbus.machine import takeover
 from vmbus.machine.auto_eoi import AutoEoi
@@ -41,8 +38,8 @@ from vmbus.machine.clock import TcgClock
 from vmbus.machine.engine.data_path import EngineDataPath
 from vmbus.machine.engine.library import EngineLibrary, VcpuSignals
 from vmbus.machine.gateway.client import Gateway
-from vmbus.machine.gateway.posts import Post, ram_ranges
-from vmbus.machine.gateway.traps import Fault, Trap
+from vmbus.machine.gateway.posts import ram_ranges
+from vmbus.machine.gateway_service import EVENT_CONNECTIONS, GatewayService, ServedParts
 from vmbus.machine.host_parts import AttachedDevice as AttachedDevice
 from vmbus.machine.host_parts import ExitReason as ExitReason
 from vmbus.machine.host_parts import HostEvents as HostEvents
@@ -61,7 +58,7 @@ from vmbus.machine.qemu import memory_devices
 from vmbus.machine.qemu.discovery import QemuFacts, discover
 from vmbus.machine.qemu.qmp import Qmp
 from vmbus.machine.qemu.qtest import LocalApics, Qtest
-from vmbus.wire.gateway import GuestState, TrapKind
+from vmbus.wire.gateway import GuestState
 from vmbus.wire.hypercall import CallCode, HvStatus
 from vmbus.wire.saved import ChannelIdentity
 
@@ -76,9 +73,6 @@ _QMP_TIMEOUT = 5.0
 SETTLE_TIMEOUT = 10.0
 """Seconds that devices' work in threads may take to end before the host unmaps guest memory."""
 
-EVENT_CONNECTIONS = 0x2000
-"""Connection ids of channels (``Channel.connection_id``) are 0x2000 + relid."""
-
 RELIDS = 2048
 """Number of relids; 0 is not used."""
 
@@ -88,12 +82,6 @@ costs as much again (docs/performance.md)."""
 
 POLL_NS = 300_000
 """Nanoseconds that a vCPU polls for an interrupt before it halts, at most."""
-
-GATEWAY_ROUNDS = 64
-"""Times that a busy guest is served before the event loop runs anything else."""
-
-GATEWAY_POSTS = 64
-"""Posts after which the event loop runs something else."""
 
 
 class Host:
@@ -125,6 +113,30 @@ class Host:
 
         def auto_eoi_changed(self, vp: int, vectors: AbstractSet[int]) -> None:
             self._host.auto_eoi.changed(vp, vectors)
+
+    class _Owner:
+        """:class:`~vmbus.machine.gateway_service.ServiceOwner`."""
+
+        def __init__(self, host: Host) -> None:
+            self._host = host
+
+        @property
+        def fenced(self) -> bool:
+            return self._host.migration.fenced
+
+        @property
+        def paused(self) -> bool:
+            return self._host.state.paused
+
+        @property
+        def ended(self) -> bool:
+            return self._host._ended.done()
+
+        def lost(self, error: GatewayError | QemuGone) -> None:
+            self._host._lost(error)
+
+        def broken(self, error: Exception) -> None:
+            self._host._fail(error)
 
     def __init__(
         self, facts: QemuFacts, qmp: Qmp, qtest: Qtest, gateway: Gateway, options: HostOptions
@@ -175,8 +187,14 @@ class Host:
             timers=loop,
             max_version=options.max_version,
         )
+        self.service = GatewayService(
+            loop,
+            gateway,
+            ServedParts(self.partition, self.bus, self.clock, self.interrupts, self.auto_eoi),
+            Host._Owner(self),
+        )
         for connection in (1, 4):
-            self.partition.connect_message_port(connection, self._message)
+            self.partition.connect_message_port(connection, self.service.message)
         # A long poll window occupies a processor: with none to spare, it would be a vCPU's.
         self._spare = len(os.sched_getaffinity(0)) > facts.vcpus
         self.workers = WorkerThreads(loop)
@@ -196,10 +214,6 @@ class Host:
         """Why devices stopped the guest, until it is resumed."""
         self.devices: list[AttachedDevice] = []
         self.migration = self._coordinator(options)
-        self._gateway_again: asyncio.Handle | None = None
-        self.gateway_traps = 0
-        self.gateway_doorbells = 0
-        self.gateway_posts = 0
 
     def _start_data_path(self) -> EngineDataPath | None:
         return EngineDataPath.start(
@@ -371,50 +385,23 @@ class Host:
 
     def begin_service(self) -> None:
         """Serve the gateway and follow the guest's life, from now on or again."""
-        self._loop.add_reader(self.gateway.fileno(), self._gateway_ready)
-        self.look_at_gateway()
+        self.service.begin()
         if self._following is None:
             self._following = self.background(self._follow_life())
 
-    def _message(self, vp: int, connection_id: int, payload: bytes) -> int | AcknowledgedEarly:
-        if self.bus.can_acknowledge_early(payload):
-            return AcknowledgedEarly(functools.partial(self._handle_acknowledged, connection_id, payload))
-        result = self.bus.handle_message(vp, connection_id, payload)
-        return HvStatus.SUCCESS if result is PostResult.OK else HvStatus.INSUFFICIENT_BUFFERS
-
     # --- the gateway ---
 
-    def _gateway_ready(self) -> None:
-        gateway = self.gateway
-        try:
-            gateway.awake()
-            if self.migration.fenced:
-                return
-            sleeps = False
-            last_post = self.gateway_posts + GATEWAY_POSTS
-            for _ in range(GATEWAY_ROUNDS):
-                self.serve_gateway()
-                if self.partition.reference_tsc_waits and self.clock.tsc_known:
-                    self.partition.publish_reference_tsc()
-                if (sleeps := not gateway.sleep_prepare()) or self.gateway_posts >= last_post:
-                    break
-            if self.gateway.pending.failed():
-                self._raise_failed()
-            if self.auto_eoi.watched:  # after the request for a wake-up: later failures wake this emulator
-                self.auto_eoi.look()
-            if not sleeps and not self._ended.done():
-                self.look_at_gateway()
-        except (GatewayError, QemuGone) as error:
-            self._lost(error)
-        except Exception as error:  # noqa: BLE001 - the event loop would only log it, and all traps hang
-            self._fail(error)
+    def serve_gateway(self) -> None:
+        """Serve the gateway once."""
+        self.service.serve()
 
-    def _raise_failed(self) -> None:
-        self.gateway.set_poll(0)
-        self.interrupts.retry(self.gateway.pending.waiting())
-        _logger.warning(
-            "a vCPU cannot raise interrupts by itself in this machine: all go through QEMU's main loop from now on"
-        )
+    def look_at_gateway(self) -> None:
+        """Serve the gateway in the next turn of the event loop: it may have traps and doorbells without a wake-up."""
+        self.service.look()
+
+    def leave_gateway(self) -> None:
+        """Serve the gateway no more: what is in it waits for :meth:`begin_service`, or for the next emulator."""
+        self.service.leave()
 
     def _fail(self, error: Exception) -> None:
         """End the attachment after a bug, which :meth:`serve` raises; the guest waits for the next emulator."""
@@ -431,10 +418,6 @@ class Host:
         reason.__cause__ = error
         self._ended.set_exception(reason)
 
-    def look_at_gateway(self) -> None:
-        """Serve the gateway in the next turn of the event loop: it may have traps and doorbells without a wake-up."""
-        self._gateway_again = self._loop.call_soon(self._gateway_ready)
-
     def end_data_path(self) -> None:
         """End the compiled code that looks at the gateway, for good. It has no channel."""
         self._engines.end_data_path()
@@ -445,99 +428,6 @@ class Host:
             _, pending = await asyncio.wait(others, timeout=timeout)
             return not pending
         return True
-
-    def leave_gateway(self) -> None:
-        """Serve the gateway no more: what is in it waits for :meth:`begin_service`, or for the next emulator."""
-        self._loop.remove_reader(self.gateway.fileno())
-        if self._gateway_again is not None:
-            self._gateway_again.cancel()
-            self._gateway_again = None
-
-    def serve_gateway(self) -> None:
-        """Answer the traps that wait, and handle what was posted and the doorbells that were rung.
-
-        What a processor posted before a trap, or before it rang, is in the ring when either is seen.
-        """
-        before = self.gateway_posts
-        traps = self.gateway.traps()
-        self._handle_posts()
-        writes = False  # which may change what can be promised
-        for trap in traps:
-            self._serve(trap)
-            writes = writes or trap.kind is not TrapKind.RDMSR
-        if doorbells := self.gateway.doorbells():
-            self._handle_posts()
-        for index in doorbells:
-            self.gateway_doorbells += 1
-            self.partition.synic.ring_event_port(EVENT_CONNECTIONS + index)
-        if writes or self.gateway_posts != before or self.state.paused:
-            self._promise()
-
-    def _handle_posts(self) -> None:
-        for post in self.gateway.posts.take():
-            self.gateway_posts += 1
-            self._handle_post(post)
-
-    def _handle_post(self, post: Post) -> None:
-        if post.kind is TrapKind.VMCALL:
-            self.partition.posted_message()
-            self._handle_acknowledged(post.connection_id, post.payload)
-        else:
-            self.partition.synic.end_of_message(post.vcpu)
-
-    def _promise(self) -> None:
-        """Let the gateway post what is certain to succeed from now on."""
-        if self.state.paused or self.gateway.carries:
-            self.gateway.posts.withdraw()
-        else:
-            self.gateway.posts.promise(self.bus.acknowledgeable if self.partition.hypercalls_enabled else 0)
-
-    def _serve(self, trap: Trap) -> None:
-        self.gateway_traps += 1
-        act_afterwards = None
-        try:
-            if trap.kind is TrapKind.WRMSR:
-                self.partition.write_msr(trap.vcpu, trap.msr, trap.msr_value)
-                value = 0
-                if not self.partition.hypercalls_enabled:  # the next one raises #UD
-                    self._promise()
-            elif trap.kind is TrapKind.RDMSR:
-                value = self.partition.read_msr(trap.vcpu, trap.msr)
-            else:
-                value, act_afterwards = self.partition.hypercall(
-                    trap.vcpu,
-                    HypercallRegisters(
-                        trap.long_mode, trap.rax, trap.rbx, trap.rcx, trap.rdx, trap.rsi, trap.rdi, trap.r8
-                    ),
-                )
-        except GeneralProtection:
-            self.gateway.answer_fault(trap, Fault.GP)
-        except UndefinedOpcode:
-            self.gateway.answer_fault(trap, Fault.UD)
-        except (GatewayError, QemuGone):
-            raise
-        except Exception:
-            _logger.exception(
-                "internal error in the answer to a %s of vCPU %d; please report this",
-                trap.kind.name,
-                trap.vcpu,
-            )
-            if trap.kind is TrapKind.VMCALL:
-                self.gateway.answer(trap, HvStatus.OPERATION_FAILED)
-            else:
-                self.gateway.answer_fault(trap, Fault.GP)
-        else:
-            self.gateway.answer(trap, value)
-            if act_afterwards is not None:
-                act_afterwards()
-
-    def _handle_acknowledged(self, connection_id: int, payload: bytes) -> None:
-        try:
-            self.bus.handle_acknowledged(connection_id, payload)
-        except (GatewayError, QemuGone):
-            raise
-        except Exception:
-            _logger.exception("internal error in the handling of a guest's message; please report this")
 
     # --- the guest's life ---
 

@@ -12,7 +12,7 @@ from vmbus.cli.status import render
 from vmbus.machine.auto_eoi import AutoEoi
 from vmbus.machine.problems import Problems
 
-from tests.unit.machine.test_host_turns import BusyGateway, busy_host
+from tests.unit.machine.test_host_turns import BusyGateway, busy_host, parts_of
 
 
 class ApicGateway:
@@ -58,8 +58,8 @@ async def test_the_host_looks_when_it_is_woken_and_after_it_asked_to_be_woken() 
             return False
 
     host = busy_host(SleepyGateway())
-    host.auto_eoi = SimpleNamespace(watched={0: 0}, look=lambda: order.append("looked"))  # type: ignore[assignment]
-    host._gateway_ready()
+    parts_of(host).auto_eoi = SimpleNamespace(watched={0: 0}, look=lambda: order.append("looked"))
+    host.service.ready()
     assert order == ["asked", "looked"]
 
 

@@ -12,6 +12,7 @@ from vmbus.errors import GatewayError, InternalError, QemuError, QemuGone
 from vmbus.hypervisor import GeneralProtection, UndefinedOpcode
 from vmbus.hypervisor.hypercalls import AcknowledgedEarly, HypercallResult
 from vmbus.machine.gateway.traps import Fault, Trap
+from vmbus.machine.gateway_service import GatewayService
 from vmbus.machine.host import ExitReason, Host
 from vmbus.machine.migration.state_machine import Phase
 from vmbus.machine.qemu.qtest import LocalApics
@@ -32,6 +33,11 @@ class Recorder:
         self.answers.append(fault)
 
 
+def service_of(gateway: Recorder, partition: SimpleNamespace, bus: object = None) -> GatewayService:
+    parts = SimpleNamespace(partition=partition, bus=bus)
+    return GatewayService(SimpleNamespace(), gateway, parts, SimpleNamespace())  # type: ignore[arg-type]
+
+
 def serve(kind: TrapKind, outcome: int | Exception) -> list[object]:
     """What the guest gets when the partition returns or raises ``outcome``."""
 
@@ -40,14 +46,11 @@ def serve(kind: TrapKind, outcome: int | Exception) -> list[object]:
             raise outcome
         return outcome
 
-    host = Host.__new__(Host)
     recorder = Recorder()
-    host.gateway_traps = 0
-    host.gateway = recorder  # type: ignore[assignment]
-    host.partition = SimpleNamespace(  # type: ignore[assignment]
+    partition = SimpleNamespace(
         read_msr=act, write_msr=act, hypercall=lambda *_: HypercallResult(act()), hypercalls_enabled=True
     )
-    host._serve(Trap(0, 0, 1, kind, True, *[0] * 10))
+    service_of(recorder, partition).answer(Trap(0, 0, 1, kind, True, *[0] * 10))
     return recorder.answers
 
 
@@ -175,20 +178,16 @@ class SlowBus:
 
 @pytest.mark.parametrize("bug", [None, KeyError("x")])
 def test_an_acknowledged_message_is_answered_first_and_acted_on_next(bug: Exception | None) -> None:
-    host = Host.__new__(Host)
     recorder = Recorder()
-    host.gateway_traps = 0
-    host.gateway = recorder  # type: ignore[assignment]
-    host.bus = SlowBus(recorder.answers, bug)  # type: ignore[assignment]
 
     def hypercall(*_: object) -> HypercallResult:
-        accepted = host._message(0, 1, b"message")
+        accepted = service.message(0, 1, b"message")
         assert isinstance(accepted, AcknowledgedEarly)
         return HypercallResult(HvStatus.SUCCESS, accepted.act)
 
-    host.partition = SimpleNamespace(hypercall=hypercall)  # type: ignore[assignment]
+    service = service_of(recorder, SimpleNamespace(hypercall=hypercall), SlowBus(recorder.answers, bug))
     for _ in range(2):
-        host._serve(Trap(0, 0, 1, TrapKind.VMCALL, True, *[0] * 10))
+        service.answer(Trap(0, 0, 1, TrapKind.VMCALL, True, *[0] * 10))
     assert recorder.answers == [HvStatus.SUCCESS, (1, b"message")] * 2
 
 

@@ -66,7 +66,7 @@ def wrmsr(msr: int, value: int) -> Trap:
 
 
 def serve(made: Host, gateway: Scripted) -> None:
-    made.gateway = gateway  # type: ignore[assignment]
+    made.gateway = made.service._gateway = gateway  # type: ignore[assignment]
     made.bus.handle_acknowledged = lambda connection_id, payload: gateway.log.append(payload)  # type: ignore[method-assign]
     made.partition.synic.end_of_message = lambda vp: gateway.log.append("EOM")  # type: ignore[method-assign]
     made.partition.synic.ring_event_port = lambda connection_id: gateway.log.append("bell")  # type: ignore[method-assign]
@@ -84,7 +84,7 @@ async def test_a_trap_and_a_doorbell_come_after_what_was_posted_before_them(tmp_
         serve(made, gateway)
         kinds = [entry[1] if isinstance(entry, tuple) else entry for entry in gateway.log]
         assert kinds == [TEARDOWN.payload, "EOM", TrapKind.WRMSR, TEARDOWN.payload, "bell"]
-        assert made.gateway_posts == 3
+        assert made.service.posts == 3
         assert made.partition.hypercalls.counters.messages == 2
 
 

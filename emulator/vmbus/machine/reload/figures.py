@@ -17,8 +17,8 @@ def figures(host: Host) -> dict[str, Any]:
     """Return the counters of ``host`` and its devices, as plain values."""
     return {
         "started": host.started,
-        "traps": host.gateway_traps,
-        "doorbells": host.gateway_doorbells,
+        "traps": host.service.traps,
+        "doorbells": host.service.doorbells,
         "interrupts": host.interrupts.requests,
         "resets": host.events.resets,
         "guest_panicked": host.events.guest_panicked,
@@ -40,8 +40,8 @@ def add_figures(host: Host, values: Mapping[str, Any]) -> None:
     """
     try:
         host.started = float(values["started"])
-        host.gateway_traps += int(values["traps"])
-        host.gateway_doorbells += int(values["doorbells"])
+        host.service.traps += int(values["traps"])
+        host.service.doorbells += int(values["doorbells"])
         host.interrupts.requests += int(values["interrupts"])
         host.events.resets += int(values["resets"])
         host.events.guest_panicked += int(values["guest_panicked"])

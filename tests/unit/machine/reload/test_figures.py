@@ -21,7 +21,7 @@ DEVICES = ("echo", "heartbeat", "scsi,format=memory,size=8M")
 
 def work(here: Host) -> None:
     """As if a guest had been served."""
-    here.gateway_traps, here.gateway_doorbells, here.interrupts.requests = 5, 6, 7
+    here.service.traps, here.service.doorbells, here.interrupts.requests = 5, 6, 7
     here.events.resets = 1
     here.events.crashes.append(CrashReport((1, 2, 3, 4, 5), CrashControl(notify=True), "oops"))
     here.stopped_because.append("no room")
