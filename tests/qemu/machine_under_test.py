@@ -22,14 +22,14 @@ class Machine:
     """One QEMU process. A context manager: it ends with the block."""
 
     def __init__(
-        self, qemu: list[str], plugin: Path, image: Path, directory: Path, *, options: tuple[str, ...] = (),
+        self, qemu: list[str], plugin: Path, image: Path | None, directory: Path, *, options: tuple[str, ...] = (),
         wait: str = "on"
     ) -> None:  # fmt: skip
         self.socket = directory / "gateway.sock"
         self._console = directory / "console"
         command = [
             *qemu, "-machine", "q35", "-accel", "tcg", "-cpu", "max", "-m", "64", "-nodefaults",
-            "-display", "none", "-kernel", str(image), "-debugcon", f"file:{self._console}",
+            "-display", "none", *(("-kernel", str(image)) if image else ()), "-debugcon", f"file:{self._console}",
             "-device", "isa-debug-exit,iobase=0xf4,iosize=1", "-qmp", f"unix:{directory}/qmp,server=on,wait=off",
             "-plugin", f"{plugin},socket={self.socket},wait={wait}", *options,
         ]  # fmt: skip
@@ -37,6 +37,8 @@ class Machine:
         self._qmp_path = directory / "qmp"
         self._qmp: Any = None
         self._gateways: list[Gateway] = []
+        self.events: list[str] = []
+        """Names of the events that QMP reported until the answer to the last command."""
 
     def __enter__(self) -> Machine:
         return self
@@ -68,6 +70,24 @@ class Machine:
 
     def qmp(self, command: str) -> float:
         """Run a QMP command; how long its answer took, in seconds."""
+        self._connect()
+        start = time.monotonic()
+        self.ask(command)
+        return time.monotonic() - start
+
+    def ask(self, command: str, **arguments: object) -> Any:
+        """Run a QMP command; its answer."""
+        self._connect()
+        self._qmp.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+        self._qmp.flush()
+        while True:
+            answer = json.loads(self._qmp.readline())
+            assert "error" not in answer, answer
+            if "return" in answer:
+                return answer["return"]
+            self.events.append(answer["event"])
+
+    def _connect(self) -> None:
         if self._qmp is None:
             connection = socket.socket(socket.AF_UNIX)
             connection.settimeout(LIMIT)
@@ -75,15 +95,7 @@ class Machine:
             self._qmp = connection.makefile("rw")
             connection.close()
             self._qmp.readline()
-            self.qmp("qmp_capabilities")
-        start = time.monotonic()
-        self._qmp.write(json.dumps({"execute": command}) + "\n")
-        self._qmp.flush()
-        while True:
-            answer = json.loads(self._qmp.readline())
-            assert "error" not in answer, answer
-            if "return" in answer:
-                return time.monotonic() - start
+            self.ask("qmp_capabilities")
 
     def console(self) -> list[int]:
         """What the guest has printed."""

@@ -38,6 +38,8 @@ POST_RULES = 1
 POST_PAYLOAD = 240
 """Bytes of a message at most."""
 RAM_RANGES = 8
+JOURNAL_SIZE = 32 << 20
+"""Bytes of the memory that outlives emulators; only what was written takes room."""
 
 
 class TrapKind(IntEnum):
@@ -287,9 +289,10 @@ CONTROL = c.Struct(
     "owner" / c.Int32ul,
     "was_active" / c.Int32ul,
     "raise_failures" / c.Int32ul,
-    "reserved5" / c.Padding(4),
+    "resets" / c.Int32ul,
     "post_offset" / c.Int64ul,
-    "reserved0" / c.Padding(32),
+    "journal_size" / c.Int64ul,
+    "reserved0" / c.Padding(24),
     "clock_sequence" / c.Int32ul,
     "tsc_known" / c.Int32ul,
     "arm_seen" / c.Int32ul,
@@ -326,7 +329,7 @@ CONTROL = c.Struct(
 """The start of the shared region, 2712 bytes: geometry, states, clock, settings and tables."""
 
 CONTROL_HEADER = c.Struct(
-    *CONTROL.subcons[: [each.name for each in CONTROL.subcons].index("post_offset") + 1]
+    *CONTROL.subcons[: [each.name for each in CONTROL.subcons].index("journal_size") + 1]
 )
 """The part of it that is read at the attachment; the tables are written, and never read."""
 
@@ -374,6 +377,8 @@ class MessageType(IntEnum):
     CLOCK = 3
     ENGINE = 4
     """The reply carries the eventfd for doorbells of the engine."""
+    JOURNAL = 5
+    """The reply carries the journal's memory, the same at every request."""
 
 
 DOORBELL_RUNG = 1
@@ -389,6 +394,8 @@ class Status(IntEnum):
     VERSION = 1
     BUSY = 2
     REFUSED = 3
+    UNKNOWN = 4
+    """The gateway does not know the request."""
 
 
 HELLO_TAKEOVER = 1
@@ -412,7 +419,8 @@ MESSAGE = Record(Message, "magic" / c.Int32ul, "type" / c.Int32ul, "version" / c
 class Reply:
     """A reply of the gateway, 24 bytes.
 
-    ``argument``: size of the region in bytes; if the status is BUSY, the process id of the connected emulator.
+    ``argument``: size of the region, or of the journal, in bytes; if the status is BUSY, the process id of the
+    connected emulator; if there is no memory for a journal, the error number.
     """
 
     magic: int

@@ -12,6 +12,7 @@
  *   deliver V VECTOR      -> delivered V N        an interrupt; N are in service afterwards
  *   deaf V                -> deaf V               no MSI reaches its local APIC any more, but for `interrupt`
  *   x2apic V              -> x2apic V             the memory page of its local APIC does not respond any more
+ *   begin V PE CS IP ADDRESS -> begun V N        a block of one NOP at ADDRESS is executed; N: callbacks before the block
  *   rdtsc V OFFSET COUNT  -> read V CALLS         RDTSCs of a guest whose TSC is that far behind
  *   resume V              -> resumed V
  *   interrupt V VECTOR    -> (nothing)            the local APIC gets an interrupt, also while the vCPU halts
@@ -349,6 +350,26 @@ static void burst(int index, unsigned int count, uint64_t address)
     free(tb);
 }
 
+static void begin(int index, unsigned int protected_mode, unsigned int cs, uint64_t ip, uint64_t address)
+{
+    struct stub_vcpu *vcpu = &stub_vcpus[index];
+    struct qemu_plugin_tb *tb = calloc(1, sizeof(*tb));
+    uint8_t nop = 0x90;
+
+    set_mode(vcpu, false, 0);
+    vcpu->registers[STUB_CR0] = 0x60000010 | protected_mode;
+    vcpu->registers[STUB_CS] = cs;
+    vcpu->registers[STUB_RIP] = ip;
+    tb->vaddr = address;
+    stub_add_insn(tb, &nop, 1);
+    stub_on_translation(tb, NULL);
+    if (tb->callback) {
+        tb->callback((unsigned int)index, NULL);
+    }
+    printf("begun %d %d\n", index, tb->callback != NULL);
+    free(tb);
+}
+
 static void rdtsc(int index, uint64_t offset, unsigned int count)
 {
     struct stub_vcpu *vcpu = &stub_vcpus[index];
@@ -372,8 +393,8 @@ static void rdtsc(int index, uint64_t offset, unsigned int count)
 
 static void handle(int index, char *line)
 {
-    unsigned int number;
-    uint64_t offset;
+    unsigned int number, cs;
+    uint64_t offset, address;
 
     if (strncmp(line, "run ", 4) == 0) {
         run(index, line);
@@ -389,6 +410,8 @@ static void handle(int index, char *line)
     } else if (strncmp(line, "x2apic ", 7) == 0) {
         stub_vcpus[index].x2apic = true;
         printf("x2apic %d\n", index);
+    } else if (sscanf(line, "begin %*d %u %x %" SCNx64 " %" SCNx64, &number, &cs, &offset, &address) == 4) {
+        begin(index, number, cs, offset, address);
     } else if (sscanf(line, "rdtsc %*d %" SCNx64 " %u", &offset, &number) == 2) {
         rdtsc(index, offset, number);
     } else if (strncmp(line, "halt ", 5) == 0) {

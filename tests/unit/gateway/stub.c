@@ -234,6 +234,15 @@ void qemu_plugin_register_vcpu_insn_exec_cb(struct qemu_plugin_insn *insn, qemu_
     insn->userdata = userdata;
 }
 
+void qemu_plugin_register_vcpu_tb_exec_cb(struct qemu_plugin_tb *tb, qemu_plugin_vcpu_udata_cb_t cb,
+                                          enum qemu_plugin_cb_flags flags, void *userdata)
+{
+    (void)userdata;
+    require(!tb->callback, "two callbacks on one block");
+    require(flags == QEMU_PLUGIN_CB_NO_REGS, "registers that are not needed");
+    tb->callback = cb;
+}
+
 void qemu_plugin_register_vcpu_insn_exec_cond_cb(struct qemu_plugin_insn *insn, qemu_plugin_vcpu_udata_cb_t cb,
                                                  enum qemu_plugin_cb_flags flags, enum qemu_plugin_cond cond,
                                                  qemu_plugin_u64 entry, uint64_t imm, void *userdata)

@@ -46,6 +46,7 @@ struct qemu_plugin_insn {
 struct qemu_plugin_tb {
     uint64_t vaddr;
     size_t count;
+    qemu_plugin_vcpu_udata_cb_t callback; /* before the block */
     struct qemu_plugin_insn insns[STUB_INSNS];
 };
 

@@ -106,6 +106,7 @@ def test_closed_is_seen_when_the_other_side_ends(harness: Harness) -> None:
         b"\0" * 16,
         b"GET / HTTP/1.1\r\n\r\n",
         wire.MESSAGE.build(wire.Message(wire.MessageType.ACTIVATE)),  # before HELLO
+        wire.MESSAGE.build(wire.Message(wire.MessageType.JOURNAL)),
         wire.MESSAGE.build(wire.Message(99)),
     ],
 )

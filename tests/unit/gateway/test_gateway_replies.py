@@ -48,7 +48,7 @@ def test_descriptors_that_nobody_asked_for_are_closed(attached: tuple[Gateway, s
 def test_a_frequency_that_is_never_measured_ends_the_attempt(
     attached: tuple[Gateway, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "_TIMEOUT", 0.1)
+    monkeypatch.setattr(client, "TIMEOUT", 0.1)
     gateway, there = attached
     struct.pack_into("<I", gateway._region, wire.offset_of(wire.CONTROL, "tsc_known"), 1)
     there.sendall(OK * 1000)

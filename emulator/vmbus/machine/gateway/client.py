@@ -40,7 +40,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vmbus.errors import GatewayError, InternalError, MalformedError
+from vmbus.errors import GatewayError, InternalError
+from vmbus.machine.gateway.conversation import TIMEOUT, check_reply, close_all, converse
+from vmbus.machine.gateway.journal import map_journal
 from vmbus.machine.gateway.pending import PendingInterrupts
 from vmbus.machine.gateway.posts import PostRing
 from vmbus.machine.gateway.shared import CodePages, GatewayClock, reclaim_doorbells
@@ -69,6 +71,7 @@ _CONTROL = {
         "vcpus",
         "emulator",
         "owner",
+        "resets",
         "waiting",
         "engine_waiting",
         "guest",
@@ -81,9 +84,6 @@ _MASK64 = (1 << 64) - 1
 
 MAX_VCPUS = 4096
 """vCPUs of one QEMU, more than any machine type has."""
-
-_TIMEOUT = 10.0
-"""Seconds in which the gateway answers; it has a thread of its own for that."""
 
 
 class Gateway:
@@ -102,6 +102,7 @@ class Gateway:
         self._words = self._view.cast("I")
         self._vcpus_max = header.vcpus_max
         self._owner = header.owner
+        self._journal_size = header.journal_size
         self._vcpu_offset = header.vcpu_offset
         self._doorbell_offset = header.doorbell_offset
         self._doorbell_limit = wire.DOORBELLS
@@ -149,7 +150,7 @@ class Gateway:
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            connection.settimeout(_TIMEOUT)
+            connection.settimeout(TIMEOUT)
             connection.connect(str(path))
         except OSError as error:
             connection.close()
@@ -165,8 +166,8 @@ class Gateway:
         descriptors: list[int] = []
         try:
             flags = wire.HELLO_TAKEOVER if takeover else 0
-            reply, descriptors = _converse(connection, wire.Message(wire.MessageType.HELLO, flags=flags))
-            _check_reply(path, reply)
+            reply, descriptors = converse(connection, wire.Message(wire.MessageType.HELLO, flags=flags))
+            check_reply(path, reply)
             if len(descriptors) != 2:
                 raise GatewayError(
                     f"{path} sent {len(descriptors)} descriptors, expected 2: "
@@ -196,7 +197,7 @@ class Gateway:
             return cls._over(connection, path, size, memory, event)
         except BaseException:
             connection.close()
-            _close_all([memory, event])
+            close_all([memory, event])
             raise
 
     @classmethod
@@ -239,12 +240,12 @@ class Gateway:
         :class:`~vmbus.errors.GatewayError` if that does not happen.
         """
         self.clock.arm()
-        deadline = time.monotonic() + _TIMEOUT
+        deadline = time.monotonic() + TIMEOUT
         known, *_, frequency = self.clock.fields()
         while known and not frequency:
             if time.monotonic() > deadline:
                 raise GatewayError(
-                    f"the trap gateway did not measure the frequency of the TSC in {_TIMEOUT:g} s: restart QEMU"
+                    f"the trap gateway did not measure the frequency of the TSC in {TIMEOUT:g} s: restart QEMU"
                 )
             time.sleep(0.01)
             self.refresh_clock()
@@ -258,11 +259,39 @@ class Gateway:
         """
         if not self._took:
             return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        reply, descriptors = _converse(self._connection, wire.Message(wire.MessageType.ENGINE))
+        reply, descriptors = converse(self._connection, wire.Message(wire.MessageType.ENGINE))
         if reply.status != wire.Status.OK or len(descriptors) != 1:
-            _close_all(descriptors)
+            close_all(descriptors)
             raise GatewayError(f"the trap gateway has no eventfd for the engine (status {reply.status})")
         return descriptors[0]
+
+    def journal_memory(self) -> mmap.mmap:
+        """Map the memory that QEMU keeps for the emulators that serve this guest, one after the other.
+
+        It has :data:`~vmbus.wire.gateway.JOURNAL_SIZE` bytes, all 0 at first. Every call, of any process, maps the
+        same ones; the caller closes the mapping. What is in it may be of any emulator, and QEMU can change it. Raises
+        :class:`~vmbus.errors.GatewayError`, and :class:`~vmbus.errors.InternalError` before :meth:`take`: until then
+        the connection belongs to another process.
+        """
+        if not self._took:
+            raise InternalError("the journal is of the process that serves the guest: call take() first")
+        if not self._journal_size:
+            raise GatewayError(
+                "the trap gateway has no journal: restart QEMU with this emulator's own gateway"
+            )
+        reply, descriptors = converse(self._connection, wire.Message(wire.MessageType.JOURNAL))
+        try:
+            return map_journal(reply, descriptors)
+        finally:
+            close_all(descriptors)
+
+    @property
+    def resets(self) -> int:
+        """How often the reset vector was executed since QEMU started, modulo 2^32: once, and at each reset.
+
+        See docs/gateway.md#resets for what else counts. Stays 0 in a QEMU whose gateway has no journal.
+        """
+        return int(self._words[_CONTROL["resets"]])
 
     def engine_waiting_address(self) -> int:
         """Return the address of the word that says that the engine sleeps on that eventfd."""
@@ -281,8 +310,8 @@ class Gateway:
         self._request(wire.MessageType.CLOCK)
 
     def _request(self, kind: wire.MessageType) -> None:
-        reply, descriptors = _converse(self._connection, wire.Message(kind))
-        _close_all(descriptors)  # of which it has to send none
+        reply, descriptors = converse(self._connection, wire.Message(kind))
+        close_all(descriptors)  # of which it has to send none
         if reply.status != wire.Status.OK:
             raise GatewayError(f"the trap gateway refused {kind.name} with status {reply.status}")
 
@@ -573,37 +602,6 @@ class Gateway:
         return found
 
 
-def _converse(connection: socket.socket, message: wire.Message) -> tuple[wire.Reply, list[int]]:
-    """Send a request; return its reply and the descriptors that come with the reply."""
-    descriptors: list[int] = []
-    connection.settimeout(_TIMEOUT)
-    try:
-        connection.sendall(wire.MESSAGE.build(message))
-        data = b""
-        while len(data) < wire.REPLY.size:
-            part, received, _, _ = socket.recv_fds(
-                connection, wire.REPLY.size - len(data), 2, socket.MSG_CMSG_CLOEXEC
-            )
-            descriptors += received
-            if not part:
-                raise GatewayError(
-                    "the trap gateway closed the connection: QEMU has ended, or another emulator took over"
-                )
-            data += part
-        reply = wire.REPLY.parse(data)
-        if reply.magic != wire.MESSAGE_MAGIC:
-            raise GatewayError("the server at that socket is not a trap gateway")
-    except OSError as error:
-        _close_all(descriptors)
-        raise GatewayError(f"the trap gateway does not answer: {error}") from error
-    except (GatewayError, MalformedError):
-        _close_all(descriptors)
-        raise
-    finally:
-        connection.setblocking(False)  # with a timeout, Gateway.closed would wait
-    return reply, descriptors
-
-
 def _map(path: Path | str, memory: int, size: int) -> mmap.mmap:
     """Map the region of ``size`` bytes that a gateway announces. Raises :class:`~vmbus.errors.GatewayError`."""
     there = os.fstat(memory).st_size
@@ -633,27 +631,3 @@ def _misplaced(header: Any, size: int) -> str:
         if offset % alignment or not wire.CONTROL_SIZE <= offset <= offset + length <= size:
             return f"{name} at {offset:#x}, {length:#x} bytes of {size:#x}"
     return ""
-
-
-def _close_all(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
-
-
-def _check_reply(path: Path | str, reply: wire.Reply) -> None:
-    """Raise :class:`~vmbus.errors.GatewayError` if the gateway on ``path`` refused."""
-    if reply.status == wire.Status.OK:
-        return
-    if reply.status == wire.Status.BUSY:
-        raise GatewayError(
-            f"an emulator (process {reply.argument}) is attached to {path}: end it, or detach it with "
-            "vmbus attach --take-over"
-        )
-    if reply.status == wire.Status.VERSION:
-        raise GatewayError(
-            f"the gateway on {path} has protocol version {reply.version}, this emulator {wire.VERSION}: "
-            "restart QEMU with this emulator's own gateway"
-        )
-    if reply.status == wire.Status.REFUSED:
-        raise GatewayError(f"the gateway on {path} belongs to another user: run the emulator as QEMU's user")
-    raise GatewayError(f"the gateway on {path} refused with status {reply.status}")

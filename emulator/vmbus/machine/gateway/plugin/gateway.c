@@ -12,6 +12,7 @@
  *      idle.c         interrupts that a vCPU raises by itself before it halts
  *      apic.c         the local APIC of a vCPU
  *      interrupts.c   actions when the guest is interrupted or faults
+ *      resets.c       counts resets of the machine
  *      slots.c        requests and their answers
  *      posts.c        traps that are answered at once and handled later
  *      tables.c       look-ups in the tables that the emulator writes
@@ -19,6 +20,7 @@
  *      registers.c    guest registers
  *      listener.c     the socket that an emulator attaches to
  *      memory.c       the shared region
+ *      journal.c      memory that outlives emulators
  */
 #include "gateway.h"
 

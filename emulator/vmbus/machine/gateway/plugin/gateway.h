@@ -135,6 +135,10 @@ void on_translation(struct qemu_plugin_tb *tb, void *userdata);
 /* traps.c */
 void on_trap(unsigned int index, void *userdata);
 
+/* resets.c */
+void resets_translation(struct vcpu_state *vcpu, struct qemu_plugin_tb *tb, uint64_t start);
+void on_reset(unsigned int index, void *userdata);
+
 /* interrupts.c */
 void on_discontinuity(unsigned int index, enum qemu_plugin_discon_type type, uint64_t from_pc, uint64_t to_pc,
                       void *userdata);
@@ -153,6 +157,9 @@ void apic_wrmsr(struct vcpu_state *vcpu, uint32_t msr, uint64_t value);
 uint64_t apic_timer_due(struct vcpu_state *vcpu, uint64_t now);
 void apic_timer_fired(struct vcpu_state *vcpu, uint64_t now);
 
+/* journal.c */
+int journal_memory(void);
+
 /* memory.c */
 bool memory_create(unsigned int vcpus_max, uint64_t code_pages);
 
@@ -161,6 +168,7 @@ bool registers_find(struct vcpu_state *vcpu);
 uint64_t register_read(struct vcpu_state *vcpu, enum gateway_register which);
 void register_write(struct vcpu_state *vcpu, enum gateway_register which, uint64_t value);
 bool registers_long_mode(struct vcpu_state *vcpu);
+bool registers_real_mode(struct vcpu_state *vcpu);
 bool registers_privileged(struct vcpu_state *vcpu);
 
 /* tables.c: copy entries of the emulator's tables; false while the emulator writes them */

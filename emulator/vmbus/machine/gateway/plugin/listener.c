@@ -128,6 +128,16 @@ static bool engine(struct connection *connection)
     return reply(connection, MESSAGE_ENGINE, STATUS_OK, 0, &gateway.engine_fd, 1);
 }
 
+static bool journal(struct connection *connection)
+{
+    int memory = journal_memory();
+
+    if (memory < 0) {
+        return reply(connection, MESSAGE_JOURNAL, STATUS_REFUSED, (uint64_t)errno, NULL, 0);
+    }
+    return reply(connection, MESSAGE_JOURNAL, STATUS_OK, GATEWAY_JOURNAL_SIZE, &memory, 1);
+}
+
 static bool hello(struct connection *connection)
 {
     const struct gateway_message *message = &connection->message;
@@ -187,8 +197,10 @@ static bool handle(struct connection *connection)
         break;
     case MESSAGE_ENGINE:
         return engine(connection);
-    default:
-        return false;
+    case MESSAGE_JOURNAL:
+        return journal(connection);
+    default: /* of a newer emulator, which can do without it */
+        return reply(connection, message->type, STATUS_UNKNOWN, 0, NULL, 0);
     }
     return reply(connection, message->type, STATUS_OK, 0, NULL, 0);
 }

@@ -62,6 +62,7 @@ bool memory_create(unsigned int vcpus_max, uint64_t code_pages)
     control->post_offset = post_offset;
     control->code_offset = code_offset;
     control->code_pages = code_pages;
+    control->journal_size = GATEWAY_JOURNAL_SIZE;
     /* With one processor, a vCPU that spins would keep the emulator from running. */
     atomic_store(&control->spin_ns, sysconf(_SC_NPROCESSORS_ONLN) > 1 ? DEFAULT_SPIN_NS : 0);
     control->magic = GATEWAY_MAGIC;

@@ -75,11 +75,16 @@ bool registers_long_mode(struct vcpu_state *vcpu)
     return long_mode;
 }
 
+bool registers_real_mode(struct vcpu_state *vcpu)
+{
+    return !(register_read(vcpu, GUEST_CR0) & CR0_PE);
+}
+
 /* Return whether the current privilege level is 0. */
 bool registers_privileged(struct vcpu_state *vcpu)
 {
-    if (!(register_read(vcpu, GUEST_CR0) & CR0_PE)) {
-        return true; /* real mode: the selector does not contain a privilege level */
+    if (registers_real_mode(vcpu)) {
+        return true; /* the selector does not contain a privilege level */
     }
     if (register_read(vcpu, GUEST_EFLAGS) & EFLAGS_VM) {
         return false;

@@ -25,6 +25,7 @@
 #define GATEWAY_POST_RULES 1
 #define GATEWAY_POST_PAYLOAD 240
 #define GATEWAY_RAM 8
+#define GATEWAY_JOURNAL_SIZE UINT64_C(0x2000000)
 
 enum gateway_kind { KIND_CPUID = 1, KIND_RDMSR = 2, KIND_WRMSR = 3, KIND_VMCALL = 4 };
 
@@ -200,9 +201,10 @@ struct gateway_control {
     _Atomic uint32_t owner; /* incremented at every attach */
     _Atomic uint32_t was_active;
     _Atomic uint32_t raise_failures; /* interrupts that a vCPU could not raise: they are pending again */
-    uint32_t reserved5;
+    _Atomic uint32_t resets;         /* how often the reset vector was executed, modulo 2^32 */
     uint64_t post_offset;            /* constant */
-    uint64_t reserved0[4];
+    uint64_t journal_size;           /* constant; 0: this gateway does not know JOURNAL, nor does it count resets */
+    uint64_t reserved0[3];
     /* G, under clock_sequence */
     _Atomic uint32_t clock_sequence;
     uint32_t tsc_known; /* 1: the host has a TSC; 0: the fields below are 0, too */
@@ -243,8 +245,15 @@ struct gateway_control {
 /* Socket messages. */
 #define GATEWAY_MESSAGE_MAGIC UINT32_C(0x57476256) /* "VbGW" */
 
-enum gateway_message_type { MESSAGE_HELLO = 1, MESSAGE_ACTIVATE = 2, MESSAGE_CLOCK = 3, MESSAGE_ENGINE = 4 };
-enum gateway_status { STATUS_OK = 0, STATUS_VERSION = 1, STATUS_BUSY = 2, STATUS_REFUSED = 3 };
+enum gateway_message_type {
+    MESSAGE_HELLO = 1,
+    MESSAGE_ACTIVATE = 2,
+    MESSAGE_CLOCK = 3,
+    MESSAGE_ENGINE = 4,
+    MESSAGE_JOURNAL = 5,
+};
+
+enum gateway_status { STATUS_OK = 0, STATUS_VERSION = 1, STATUS_BUSY = 2, STATUS_REFUSED = 3, STATUS_UNKNOWN = 4 };
 
 #define HELLO_TAKEOVER 1u
 
@@ -257,14 +266,15 @@ struct gateway_message {
 
 /*
  * The reply to a successful HELLO carries two descriptors: the memory and an eventfd; that to ENGINE a second eventfd,
- * for the doorbells of the emulator's engine.
+ * for the doorbells of the emulator's engine; that to JOURNAL the journal's memory, the same at every request.
  */
 struct gateway_reply {
     uint32_t magic;
     uint32_t type;
     uint32_t status;
     uint32_t version;
-    uint64_t argument; /* HELLO: size of the region, or process id of the attached emulator */
+    /* HELLO: size of the region, or process id of the attached emulator. JOURNAL: its size, or why there is none (errno) */
+    uint64_t argument;
 };
 
 #endif

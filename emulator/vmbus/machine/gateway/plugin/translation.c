@@ -125,6 +125,9 @@ void on_translation(struct qemu_plugin_tb *tb, void *userdata)
     uint64_t base = 0, last = start;
     (void)userdata;
 
+    if (vcpu_of_thread) {
+        resets_translation(vcpu_of_thread, tb, start);
+    }
     for (size_t i = 0; i < count; i++) {
         struct qemu_plugin_insn *insn = qemu_plugin_tb_get_insn(tb, i);
         size_t size = qemu_plugin_insn_size(insn);
