@@ -195,6 +195,10 @@ def seeds() -> dict[str, dict[str, bytes]]:
         "plugin": {
             "traps": block("90", "0fa2", "0f32", "0f30", "0f01c1", "0f01d9", "0f31", "0f01f9", "660f32"),
             "hello": says(1, 2, 3),
+            "journal": says(1, 5, 5),
+            "journal-first": says(5),
+            "reset": b"\x0e\0" + executed(6, 4, 0, 0, "90")[2:],
+            "at-the-vector-in-protected-mode": b"\x06\0" + executed(6, 4, 0, 0, "90")[2:],
             "answered": executed(6, 4, 1, 0x40000073, "0fa2", "0f32", "0f30", "0f01c1"),
             "faults": executed(6, 5, 2, 0x40000073, "0f32"),
             "again": executed(6, 6, 5, 0x40000073, "0f32", "0f01d9"),

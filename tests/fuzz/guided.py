@@ -191,7 +191,10 @@ PARTS = {
         *("vmbus_devices/scsi/outstanding.py", "vmbus_devices/scsi/unit_table.py"),
     ),
     "channel_messages": ("vmbus/bus/messages.py", "vmbus/bus/contact.py", "vmbus/bus/channel/gpadl.py"),
-    "gateway_socket": ("vmbus/machine/gateway/client.py",),
+    "gateway_socket": (
+        *("vmbus/machine/gateway/client.py", "vmbus/machine/gateway/conversation.py"),
+        "vmbus/machine/gateway/journal.py",
+    ),
 }
 """The files that a target is about: guidance is by their edges, and coverage that of their lines."""
 

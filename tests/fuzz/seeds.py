@@ -5,6 +5,7 @@ python -m tests.fuzz.seeds
 
 from __future__ import annotations
 
+import errno
 import struct
 import uuid
 from typing import Any
@@ -116,7 +117,7 @@ def gateways() -> dict[str, bytes]:
     fields = {
         "magic": wire.MAGIC, "version": wire.VERSION, "vcpus_max": 1, "region_size": size, "vcpu_offset": 4096,
         "request_offset": 8192, "doorbell_offset": 12288, "post_offset": 20480, "code_offset": 40960,
-        "code_pages": 16, "vcpus": 1,
+        "code_pages": 16, "vcpus": 1, "journal_size": wire.JOURNAL_SIZE,
     }  # fmt: skip
     at = 0
     for part in wire.CONTROL.subcons:
@@ -124,10 +125,19 @@ def gateways() -> dict[str, bytes]:
             region[at : at + part.sizeof()] = fields[part.name].to_bytes(part.sizeof(), "little")
         at += part.sizeof()
 
-    def answer(status: wire.Status, argument: int) -> bytes:
-        return b"\2" + wire.REPLY.build(wire.Reply(wire.MESSAGE_MAGIC, 1, status, wire.VERSION, argument))
+    def answer(status: wire.Status, argument: int, kind: int = wire.MessageType.HELLO) -> bytes:
+        return b"\2" + wire.REPLY.build(wire.Reply(wire.MESSAGE_MAGIC, kind, status, wire.VERSION, argument))
+
+    def journal(file: int, status: wire.Status, argument: int) -> bytes:
+        attached = answer(wire.Status.OK, size)[1:]
+        asked = answer(status, argument, wire.MessageType.JOURNAL)[1:]
+        return b"\x0e" + attached + bytes([file]) + asked + bytes(region[:4096])
 
     whole = {"attached": answer(wire.Status.OK, size) + bytes(region), "refused": answer(wire.Status.BUSY, 7)}
+    whole["journal"] = journal(0x0D, wire.Status.OK, wire.JOURNAL_SIZE)
+    whole["journal-unsealed"] = journal(0x09, wire.Status.OK, wire.JOURNAL_SIZE)
+    whole["journal-short"] = journal(0x05, wire.Status.OK, wire.JOURNAL_SIZE)
+    whole["journal-refused"] = journal(0, wire.Status.REFUSED, errno.ENOMEM)
     return whole | {"trap": b"\6" + answer(wire.Status.OK, size)[1:] + _region_with_a_trap()}
 
 

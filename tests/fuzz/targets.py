@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import os
 import socket
@@ -389,8 +390,23 @@ class ChannelMessages:
         guest.answers.clear()
 
 
+JOURNAL = gateway_wire.JOURNAL_SIZE
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def _journal(size: int, seals: int) -> int:
+    memory = os.memfd_create("journal", os.MFD_ALLOW_SEALING)
+    os.ftruncate(memory, size)
+    fcntl.fcntl(memory, fcntl.F_ADD_SEALS, seals)
+    return memory
+
+
 class GatewaySocket:
-    """A gateway that sends the bytes of an input as its answer, and the rest of them as shared memory."""
+    """A gateway that sends the bytes of an input as its answer, and the rest of them as shared memory.
+
+    Bit 3 of the first byte: behind the answer are a byte and the answer to JOURNAL. The byte: bits 0 and 1, how many
+    descriptors come along; bit 2, their file is sealed; bit 3, it has the right size; bit 4, it is an eventfd.
+    """
 
     PADDED = 1 << 16
     """Bytes of shared memory of an input that says only how it begins."""
@@ -398,25 +414,40 @@ class GatewaySocket:
     def __init__(self) -> None:
         self.memory = os.memfd_create("fuzz")
         self.events = os.eventfd(0), os.eventfd(0)
+        self.journals = [_journal(size, seals) for size in (4096, JOURNAL) for seals in (0, _SEALS)]
+        self.peer: socket.socket | None = None
+        """The other end of an attachment that asks for its journal."""
 
     def close(self) -> None:
         """Close what is sent."""
-        for each in (self.memory, *self.events):
+        for each in (self.memory, *self.events, *self.journals):
             os.close(each)
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        if self.peer is not None:
+            self.peer.close()
+            self.peer = None
 
     def attach(self, data: bytes) -> Gateway:
         """Attach to the gateway that ``data`` describes. Raises what :meth:`Gateway.attach` raises."""
         take = Take(data)
         flags = take.number(1)
         reply = take.bytes(gateway_wire.REPLY.size)
+        kind, journal = (take.number(1), take.bytes(gateway_wire.REPLY.size)) if flags & 8 else (0, b"")
         region = data[take.at :]
         os.ftruncate(self.memory, 0)
         os.ftruncate(self.memory, self.PADDED if flags & 4 else max(4096, len(region)))
         os.pwrite(self.memory, region[: self.PADDED], 0)
-        ours, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(theirs, [reply], [self.memory, *self.events][: flags & 3 or 2])
-            return Gateway.attach_over(ours, "the gateway")
+        self._hang_up()
+        ours, self.peer = socket.socketpair()
+        socket.send_fds(self.peer, [reply], [self.memory, *self.events][: flags & 3 or 2])
+        if len(journal) == gateway_wire.REPLY.size:
+            file = self.events[0] if kind & 16 else self.journals[kind >> 2 & 3]
+            socket.send_fds(self.peer, [journal], [file] * (kind & 3))
+        else:
+            self.peer.shutdown(socket.SHUT_WR)
+        return Gateway.attach_over(ours, "the gateway")
 
     def __call__(self, data: bytes) -> None:
         try:
@@ -434,6 +465,10 @@ class GatewaySocket:
             gateway.unclaimed()
             gateway.code_pages.test_and_clear(0, 64)
             gateway.forget_requests()
+            assert 0 <= gateway.resets < 1 << 32
+            with gateway.journal_memory() as memory:
+                memory[-1] ^= 1
+                assert os.pread(self.journals[3], 1, JOURNAL - 1)[0] == memory[-1], "QEMU could truncate it"
         except (GatewayError, MalformedError):
             pass
         finally:

@@ -249,6 +249,32 @@ def test_resets_by_the_guest_count(start: Start, reboot: str) -> None:
         assert machine.output() == [1, 2]
 
 
+def test_an_init_of_the_first_processor_counts_though_it_is_no_reset(start: Start) -> None:
+    """The firmware answers it with a reset, which counts as well."""
+    program = """
+    main:
+        mov $0x40000020, %ecx
+        rdmsr
+        call hex
+        cmp $2, %eax
+        je done
+        mov $0xfee00000, %ebx
+        movl $0, 0x310(%rbx)
+        movl $0xc500, 0x300(%rbx)        /* INIT to itself */
+    1:  jmp 1b
+    """
+    with start(program) as machine:
+        gateway = machine.attach()
+        gateway.activate()
+        trap = next_trap(gateway)
+        assert reported(machine) == 0
+        gateway.answer(trap, 1)
+        trap = next_trap(gateway)
+        assert gateway.resets == 2 + reported(machine)
+        gateway.answer(trap, 2)
+        assert machine.output() == [1, 2]
+
+
 def test_halts_and_processors_that_come_and_go_do_not_count(start: Start) -> None:
     """The second processor is started, halts, and is started again; the first one halts for its interrupts."""
     program = """

@@ -5,6 +5,7 @@
  *      odd          what a peer sends to the listener
  *      0 modulo 4   a translation block: flags, page offset, and instructions as a length and their bytes
  *      2 modulo 4   the same with a `struct scene` in between: the block is executed, too
+ *                   bit 2 of the byte: the block is at the reset vector; bit 3: in real mode
  */
 #define _GNU_SOURCE
 #include <stddef.h>
@@ -152,6 +153,9 @@ static void execute(struct qemu_plugin_tb *tb, const struct scene *scene)
     volatile int waits = 0;
 
     memcpy(registers, vcpu->registers, sizeof(registers));
+    if (tb->callback)
+        tb->callback(0, NULL);
+    check(gateway.control->resets == before.resets + (tb->callback != NULL));
     for (volatile size_t i = 0; i < tb->count; i++) {
         struct qemu_plugin_insn *insn = &tb->insns[i];
         for (int each = 0; each < insn->conditionals && scene->event & 8; each++)
@@ -190,13 +194,14 @@ static void translation(const uint8_t *data, size_t size)
     struct qemu_plugin_tb *tb = calloc(1, sizeof(*tb));
     struct scene scene = { 0 };
     size_t at = 4;
+    const bool vector = data[0] & 4, real = data[0] & 8;
 
     if (data[0] & 2 && size >= at + sizeof(scene)) {
         memcpy(&scene, data + at, sizeof(scene));
         at += sizeof(scene);
     }
 
-    tb->vaddr = 0x7000 + (data[2] | (uint64_t)data[3] << 8);
+    tb->vaddr = vector ? 0xfffffff0 : 0x7000 + (data[2] | (uint64_t)data[3] << 8);
     while (at < size && tb->count < STUB_INSNS) {
         size_t length = 1 + data[at] % 15;
         uint8_t bytes[16] = { 0 };
@@ -206,12 +211,13 @@ static void translation(const uint8_t *data, size_t size)
         at += length;
     }
     vcpu->long_mode = data[1] & 1;
-    vcpu->registers[STUB_CR0] = 1;
+    vcpu->registers[STUB_CR0] = !real;
     vcpu->registers[STUB_CS] = 8 | (data[1] >> 1 & 3);
-    vcpu->registers[STUB_RIP] = tb->vaddr + (data[1] >> 3);
+    vcpu->registers[STUB_RIP] = (vector ? 0xfff0 : tb->vaddr) + (data[1] >> 3);
     if (data[0] & 2)
         arrange(&scene);
     stub_on_translation(tb, NULL);
+    check((tb->callback != NULL) == (vector && real && !(data[1] >> 3)));
     if (data[0] & 2)
         execute(tb, &scene);
     free(tb);

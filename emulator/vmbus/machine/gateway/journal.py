@@ -23,7 +23,9 @@ def map_journal(reply: wire.Reply, descriptors: Sequence[int]) -> mmap.mmap:
     """
     if reply.status == wire.Status.REFUSED:
         why = os.strerror(reply.argument) if reply.argument in errno.errorcode else f"error {reply.argument}"
-        raise GatewayError(f"QEMU cannot make the journal ({why}): free memory or raise its limits, and attach again")
+        raise GatewayError(
+            f"QEMU cannot make the journal ({why}): free memory or raise its limits, and attach again"
+        )
     if reply.status != wire.Status.OK:
         raise GatewayError(f"the trap gateway refused the journal with status {reply.status}: {_RESTART}")
     if len(descriptors) != 1:
