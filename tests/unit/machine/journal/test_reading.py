@@ -153,7 +153,7 @@ def _marks(memory: bytearray, start: int, end: int) -> list[int]:
 def test_a_lying_memory_costs_no_more_than_its_size() -> None:
     size = 4 * MIB
     half = wire.half_size(size)
-    full = [entry(b"%d" % each, bytes(MIB // 2)) for each in range(3)]
+    full = [entry(b"%d" % each, bytes(MIB // 2 - wire.PAGE)) for each in range(4)]
     many = [entry(each.to_bytes(3, "little"), b"") for each in range(wire.MAX_KEYS + 1)]
     again = [entry(each.to_bytes(4, "little"), b"") for each in range(wire.MAX_KEYS)]
     for memory, most, accepted in [

@@ -105,6 +105,38 @@ def test_every_store_of_the_creation(monkeypatch: pytest.MonkeyPatch, used: bool
     assert image == memory
 
 
+def test_a_successor_goes_on_after_a_death_at_every_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that the predecessor left unfinished, or in an earlier round, is ever taken for a record."""
+    stores = recorded(monkeypatch)
+    memory = bytearray(SMALL)
+    journal = Journal.create(memoryview(memory))
+    image = bytearray(memory)
+    for number, step in enumerate(steps_of(journal, stores, some_session(50, 3))):
+        data = step.store.data
+        for part in {0, 1, len(data) // 2, len(data) - 1, len(data)}:
+            left = bytearray(image)
+            left[step.store.offset : step.store.offset + part] = data[:part]
+            found = read(memoryview(left))
+            values = dict(found.values)
+            second = bytearray(left)
+            stores.clear()
+            resumed = Journal.resume(memoryview(left), found)
+            assert state(left) == (values, found.sequence)
+            for count, changes in enumerate(some_session(12, number), 1):
+                resumed.commit(changes)
+                if count == 1:  # this one may die in it, too
+                    for done in stores:
+                        assert state(second) == (values, found.sequence)
+                        middle = len(done.data) // 2
+                        second[done.offset : done.offset + middle] = done.data[:middle]
+                        assert state(second) == (values, found.sequence)
+                        second[done.offset : done.offset + len(done.data)] = done.data
+                    assert second == left
+                values = applied(values, changes)
+                assert state(left) == (values, found.sequence + count)
+        image[step.store.offset : step.store.offset + len(data)] = data
+
+
 @st.composite
 def lives(draw: st.DrawFn) -> list[tuple[list[Changes], int, int]]:
     """Return writers that follow each other: transactions, and the store and the part of it at which one dies."""
