@@ -34,12 +34,13 @@ LONGEST = {"frames": 4096, "saved_states": 4096, "nbd_negotiation": 512, "nbd_re
     "storvsp": 512,
     "channel_messages": 512,
     "gateway_socket": 12400,
+    "journal": 4200,
 }
 LEDGER = BUILD / "executions.json"
 """What was executed so far, in all runs: target → executions and seconds of processor time."""
 NAMES = (
     *("frames", "saved_states", "nbd_negotiation", "nbd_replies", "storvsp", "channel_messages"),
-    "gateway_socket",
+    *("gateway_socket", "journal"),
 )
 
 
@@ -191,6 +192,7 @@ PARTS = {
         *("vmbus_devices/scsi/outstanding.py", "vmbus_devices/scsi/unit_table.py"),
     ),
     "channel_messages": ("vmbus/bus/messages.py", "vmbus/bus/contact.py", "vmbus/bus/channel/gpadl.py"),
+    "journal": ("vmbus/machine/journal/reading.py", "vmbus/machine/journal/store.py"),
     "gateway_socket": (
         *("vmbus/machine/gateway/client.py", "vmbus/machine/gateway/conversation.py"),
         "vmbus/machine/gateway/journal.py",

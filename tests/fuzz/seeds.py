@@ -14,9 +14,12 @@ from vmbus.bus.messages import PostResult
 from vmbus.testing.scripted import ForgetfulEndpoint, ScriptedGuest, an_offer
 from vmbus.wire import gateway as wire
 from vmbus.wire.frame import build_frame
+from vmbus.wire.journal import ENTRY_SIZE, MARK_SIZE, MIN_SIZE, RECORD_SIZE, half_size
 
 from tests.fuzz import compiled
+from tests.fuzz.journal import input_of
 from tests.fuzz.targets import CORPUS, STATES
+from tests.unit.machine.journal.forged import entry, memory_with, record
 from tests.unit.nbd.nbd_server import (
     block_size_info,
     chunk,
@@ -174,6 +177,28 @@ def _region_with_a_trap() -> bytes:
     return bytes(region)
 
 
+def journals() -> dict[str, bytes]:
+    """Return journals with both halves in use, with a torn mark, full, and as they are in memory."""
+    small = [entry(b"a", b"1" * 40), entry(b"b", b""), entry(b"gone", b"2")]
+    log = [
+        record(5, *small),
+        record(6, entry(b"a", b"3"), entry(b"gone", None)),
+        record(7, entry(b"c", b"4")),
+    ]
+    room = half_size(MIN_SIZE) - MARK_SIZE - 2 * RECORD_SIZE - 3 * ENTRY_SIZE
+    full = [record(1, entry(b"a", b"1"), entry(b"b", bytes(room - 28))), record(2, entry(b"a", b"2" * 18))]
+    two = memory_with([record(1), record(2, small[0])], log)
+    torn = memory_with([*log[:2], log[2][:7] + b"\0" + log[2][8:]])
+    return {
+        "two-halves": input_of(two),
+        "torn": input_of(torn),
+        "full": input_of(memory_with(full)),
+        "as-it-is": input_of(two, as_it_is=True),
+        "no-half": input_of(memory_with(), as_it_is=True),
+        "last-number": input_of(memory_with([record((1 << 64) - 2), record((1 << 64) - 1, *small)])),
+    }
+
+
 def main() -> None:
     ids = {"machine": uuid.UUID(int=1), "migration": uuid.UUID(int=2)}
     frames = {
@@ -187,6 +212,7 @@ def main() -> None:
         "storvsp": requests(),
         "channel_messages": messages(),
         "gateway_socket": gateways(),
+        "journal": journals(),
         **compiled.seeds(),
     }.items():
         folder = CORPUS / target

@@ -7,6 +7,7 @@
     storvsp           packets in the ring of a storage controller: StorVSP, SCSI commands, ranges
     channel_messages  messages that a guest posts
     gateway_socket    the gateway's answer, and the memory that QEMU shares
+    journal           the memory that a killed emulator leaves to the next one
 
 An exception that the declared ones do not cover is a finding. :mod:`tests.fuzz.guided` runs them;
 ``tests/fuzz/corpus`` has their seeds, and every input that was once a finding.
@@ -50,6 +51,7 @@ from vmbus_devices.scsi.cdrom import CdRom
 from vmbus_devices.scsi.disk import Disk
 
 from tests.fuzz.flat import FlatMemory
+from tests.fuzz.journal import JournalMemory
 
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"
@@ -483,4 +485,5 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "storvsp": StorVsp,
     "channel_messages": ChannelMessages,
     "gateway_socket": GatewaySocket,
+    "journal": JournalMemory,
 }

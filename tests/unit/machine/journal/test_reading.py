@@ -8,7 +8,7 @@ import tracemalloc
 from collections.abc import Sequence
 
 import pytest
-from vmbus.machine.journal.store import Journal, JournalRefused, read
+from vmbus.machine.journal.store import Journal, JournalFull, JournalRefused, read
 from vmbus.wire import journal as wire
 
 from tests.unit.machine.journal.forged import entry, memory_with, record
@@ -107,6 +107,17 @@ def test_a_mark_at_the_very_end_of_a_half_has_no_record() -> None:
     assert (found.sequence, found.end) == (2, 2 * wire.PAGE - wire.MARK_SIZE)
     memory[found.end : found.end + 4] = wire.TAG.to_bytes(4, "little")
     assert "impossible length" in refusal(memory).detail
+
+
+def test_there_is_no_transaction_after_the_last_number() -> None:
+    last = (1 << 64) - 1
+    memory = memory_with([record(last - 1), record(last, entry(b"k", b"v"))])
+    before = bytes(memory)
+    journal = Journal.resume(memoryview(memory), read(memoryview(memory)))
+    with pytest.raises(JournalFull, match="no transaction after number 18446744073709551615"):
+        journal.commit({b"k": None})
+    assert memory == before
+    assert state(memory) == (journal.values, last)
 
 
 def test_any_byte_that_is_changed_is_noticed_or_has_no_effect() -> None:
