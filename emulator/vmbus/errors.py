@@ -99,3 +99,9 @@ class DeviceError(VmbusError):
 
 class InternalError(VmbusError):
     """A bug in the emulator."""
+
+
+def system_reason(error: OSError) -> str:
+    """Return what the system says: the reason of a failed call, after the file that it was about."""
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename else reason

@@ -418,9 +418,13 @@ class Host:
         reason.__cause__ = error
         self._ended.set_exception(reason)
 
-    def end_data_path(self) -> None:
-        """End the compiled code that looks at the gateway, for good. It has no channel."""
-        self._engines.end_data_path()
+    def give_gateway(self) -> None:
+        """Touch nothing of the gateway any more, after :meth:`leave_gateway`: another process may take it."""
+        self._engines.leave_gateway()
+
+    def take_gateway_back(self) -> None:
+        """Undo :meth:`give_gateway`, if it was called: no other process has taken the gateway."""
+        self._engines.return_to_gateway()
 
     async def tasks_done(self, timeout: float) -> bool:
         """Wait until no task is under way but that which follows the guest's life; return False on timeout."""

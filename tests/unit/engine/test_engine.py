@@ -416,3 +416,34 @@ def test_an_engine_that_got_other_doorbells_is_woken_by_them_and_not_by_those_of
     os.eventfd_write(other, 1)
     assert ids(guest.receive(1)) == [1]
     os.close(other)
+
+
+def _sleeps(guest: EngineGuest, *, elsewhere: bool) -> None:
+    """Wait until the engine says, at one of two addresses, that it sleeps; nothing is at the other one."""
+    deadline = time.monotonic() + 30
+    shift = 32 if elsewhere else 0
+    while not guest.words[7] >> shift & 0xFFFFFFFF:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert not guest.words[7] >> (32 - shift) & 0xFFFFFFFF
+
+
+def test_an_engine_that_has_left_its_word_stores_nothing_there_and_can_return(guest: EngineGuest) -> None:
+    """As of an emulator whose guest goes to another process, and stays after all."""
+    at = ctypes.addressof(guest.words)
+    _sleeps(guest, elsewhere=False)
+    guest.engine.use_waiting(at + 60)
+    guest.words[7] = guest.words[7] & ~0xFFFFFFFF | 0x5A5A  # the next process's, from now on
+    for _ in range(20):
+        guest.engine.counts()  # it wakes, and sleeps again
+    deadline = time.monotonic() + 30
+    while not guest.words[7] >> 32:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert guest.words[7] & 0xFFFFFFFF == 0x5A5A
+    guest.words[7] &= ~0xFFFFFFFF
+    guest.engine.use_waiting(at + 56)
+    guest.give()
+    _sleeps(guest, elsewhere=False)
+    guest.send(guest.order(1))
+    assert ids(guest.receive(1)) == [1]

@@ -32,6 +32,12 @@ class Path(Engine):
     def report_ranges(self, on: bool) -> None:
         self.calls.append(on)
 
+    def leave_gateway(self) -> None:
+        self.calls.append("leave")
+
+    def return_to_gateway(self) -> None:
+        self.calls.append("return")
+
 
 class Other(Engine):
     """Another device's."""
@@ -91,3 +97,18 @@ def test_all_engines_are_closed() -> None:
     opened.close()
     assert [each.calls for each in both if each is not None] == [["close"], ["close"]]
     assert opened.in_flight == 0
+
+
+def test_a_data_path_leaves_the_gateway_and_returns_and_none_is_started_meanwhile() -> None:
+    path = Path()
+    opened = engines(path)
+    opened.return_to_gateway()  # it was not left
+    opened.leave_gateway()
+    assert opened.data_path is None
+    opened.return_to_gateway()
+    assert opened.data_path is path
+    opened.leave_gateway()
+    assert opened.data_path is path
+    opened.return_to_gateway()
+    opened.return_to_gateway()
+    assert path.calls == [False, "leave", "return"]

@@ -61,6 +61,8 @@ class EngineDataPath:
         self._ended = ended
         self.interrupts = interrupts
         self._words = gateway.pending.addresses()
+        self._unused = ctypes.c_uint32()
+        """Where the engine says that it sleeps while the gateway is another process's."""
         self._free = list(range(MAX_CHANNELS))[::-1]
         engine.noted = self._noted
         engine.stored = self._stored
@@ -163,6 +165,17 @@ class EngineDataPath:
             self.engine.use_doorbells(event, self._gateway.engine_waiting_address())
         finally:
             os.close(event)
+
+    def leave_gateway(self) -> None:
+        """See :class:`~vmbus.machine.io.engines.MachineDataPath`.
+
+        The next process asks the gateway for an eventfd of its own, so that the word is all that both would have.
+        """
+        self.engine.use_waiting(ctypes.addressof(self._unused))
+
+    def return_to_gateway(self) -> None:
+        """See :class:`~vmbus.machine.io.engines.MachineDataPath`."""
+        self.engine.use_waiting(self._gateway.engine_waiting_address())
 
     def report_ranges(self, on: bool) -> None:
         """See :class:`~vmbus.machine.io.engines.MachineDataPath`."""

@@ -246,6 +246,14 @@ class Engine:
         finally:
             os.close(of_before)
 
+    def use_waiting(self, waiting: int) -> None:
+        """Say at the address ``waiting`` that it sleeps, and store nothing at the one of before when this returns.
+
+        No channel is given: a doorbell that looks at the other word does not wake it.
+        """
+        self._library.use_waiting(self._engine, waiting)
+        self.counts()  # the thread answers between two sleeps, and takes the address anew for each
+
     def report_ranges(self, on: bool) -> None:
         """Pass every range that is stored into to :attr:`stored`, before the guest gets the answer, or only code."""
         self._library.report_ranges(self._engine, int(on))

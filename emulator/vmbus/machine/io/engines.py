@@ -20,6 +20,15 @@ class MachineDataPath(DataPath, Protocol):
     def use_gateway(self) -> None:
         """Be woken by the gateway, which this process has just taken from another one. No channel is given."""
 
+    def leave_gateway(self) -> None:
+        """Touch nothing of the gateway any more when this returns: another process may take it. No channel is given.
+
+        It cannot fail, nor can :meth:`return_to_gateway`.
+        """
+
+    def return_to_gateway(self) -> None:
+        """Use the gateway as before: no other process has taken it. No channel is given."""
+
     def close(self) -> None:
         """End its thread."""
 
@@ -36,10 +45,12 @@ class NativeEngines:
         self._reports_ranges = False
         self._start_data_path: Callable[[], MachineDataPath | None] | None = start_data_path
         self._data_path: MachineDataPath | None = None
+        self._has_gateway = True
+        """Whether the gateway is this process's, and no other one's."""
 
     @property
     def data_path(self) -> DataPath | None:
-        if self._start_data_path is not None:
+        if self._start_data_path is not None and self._has_gateway:
             start, self._start_data_path = self._start_data_path, None
             self._data_path = start()
             if self._data_path is not None:
@@ -67,16 +78,24 @@ class NativeEngines:
         if self._data_path is not None:
             self._data_path.use_gateway()
 
-    def end_data_path(self) -> None:
-        """End the thread that looks at the gateway; none is started any more. No channel is given."""
-        self._start_data_path = None
+    def leave_gateway(self) -> None:
+        """As :meth:`MachineDataPath.leave_gateway`; none is started until :meth:`return_to_gateway`."""
+        self._has_gateway = False
         if self._data_path is not None:
-            data_path, self._data_path = self._data_path, None
-            data_path.close()
+            self._data_path.leave_gateway()
+
+    def return_to_gateway(self) -> None:
+        """As :meth:`MachineDataPath.return_to_gateway`, after :meth:`leave_gateway` or not."""
+        if not self._has_gateway and self._data_path is not None:
+            self._data_path.return_to_gateway()
+        self._has_gateway = True
 
     def close(self) -> None:
         """Close all engines; no more can be opened usefully. No channel is given."""
-        self.end_data_path()  # first: it uses what the others have
+        self._start_data_path = None
+        if self._data_path is not None:  # first: it uses what the others have
+            data_path, self._data_path = self._data_path, None
+            data_path.close()
         for each in self._opened():
             each.close()
         self._engines.clear()

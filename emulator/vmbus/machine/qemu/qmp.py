@@ -183,8 +183,9 @@ class Qmp:
         return self._client.unread
 
     def resume(self) -> None:
-        """Read on after :meth:`pause`: the connection was not handed over."""
-        self._client.resume()
+        """Read on after :meth:`pause`, also one that raised: the connection was not handed over."""
+        if self.connected:
+            self._client.resume()
 
     def fileno(self) -> int:
         """Return the descriptor of the connection."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vmbus.errors import MalformedError, UserError
+from vmbus.errors import MalformedError, UserError, system_reason
 from vmbus.wire.reload import FORMAT, MAX_DATA, MAX_DESCRIPTORS, MAX_FIELDS, RELOAD_HEADER, ReloadHeader
 
 REFUSED = "refused"
@@ -31,6 +31,10 @@ class ReloadFailed(UserError):
 
 class ReloadEnded(ReloadFailed):
     """The end of the process at the other end."""
+
+
+class ReloadLeft(ReloadEnded):
+    """The peer has closed its end, after it had read all that it was told."""
 
 
 @dataclass(slots=True)
@@ -51,6 +55,8 @@ class Link:
         connection.setblocking(False)
         self._connection = connection
         self._peer = peer
+        self._lost_descriptors = False
+        """Whether the kernel could not pass on some of the message that is being read."""
 
     async def tell(
         self,
@@ -75,8 +81,10 @@ class Link:
                 await asyncio.get_running_loop().sock_sendall(self._connection, whole)
         except TimeoutError as error:
             raise ReloadFailed(f"{self._peer} does not take what it is sent") from error
-        except OSError as error:
+        except ConnectionError as error:
             raise ReloadEnded(f"{self._peer} ended: {error.strerror}") from error
+        except OSError as error:
+            raise ReloadFailed(f"{self._peer} cannot be told anything: {system_reason(error)}") from error
 
     async def _send_descriptors(self, whole: memoryview, descriptors: Sequence[int]) -> int:
         while True:
@@ -93,20 +101,25 @@ class Link:
         Raises :class:`ReloadFailed` for a refusal, at the end of the peer, and after ``timeout`` seconds.
         """
         descriptors: list[int] = []
+        self._lost_descriptors = False
         try:
             async with asyncio.timeout(timeout):
                 message = await self._receive(descriptors)
+            if self._lost_descriptors:
+                raise ReloadFailed(f"this process has no room for the descriptors that {self._peer} sent")
             if message.kind == REFUSED:
                 raise ReloadFailed(str(message.values.get("reason")))
             if message.kind not in kinds:
                 raise ReloadFailed(
-                    f"{self._peer} said {message.kind!r} where {' or '.join(kinds)} was expected"
+                    f"{self._peer} said {message.kind!r} where {' or '.join(kinds) or 'nothing'} was expected"
                 )
         except BaseException as error:
             for number in descriptors:
                 os.close(number)
             if isinstance(error, TimeoutError):
                 raise ReloadFailed(f"{self._peer} does not answer") from error
+            if isinstance(error, OSError):
+                raise ReloadFailed(f"{self._peer} cannot be heard: {system_reason(error)}") from error
             raise
         return message
 
@@ -135,22 +148,23 @@ class Link:
         found = bytearray()
         while len(found) < size:
             try:
-                part, numbers, _, _ = socket.recv_fds(
+                part, numbers, flags, _ = socket.recv_fds(
                     self._connection, min(size - len(found), _READ_SIZE), MAX_DESCRIPTORS
                 )
             except BlockingIOError:
                 loop = asyncio.get_running_loop()
                 await self._ready(loop.add_reader, loop.remove_reader)
                 continue
-            except OSError as error:  # it ended without reading all that it was sent
+            except ConnectionError as error:  # it ended without reading all that it was sent
                 raise ReloadEnded(f"{self._peer} ended: {error.strerror}") from error
             for number in numbers:
                 os.set_inheritable(number, False)  # recv_fds of Python 3.11 loses MSG_CMSG_CLOEXEC
             descriptors += numbers
+            self._lost_descriptors |= bool(flags & socket.MSG_CTRUNC)
             if len(descriptors) > MAX_DESCRIPTORS:
                 raise ReloadFailed(f"{self._peer} sends too many descriptors")
             if not part:
-                raise ReloadEnded(f"{self._peer} ended")
+                raise ReloadLeft(f"{self._peer} ended")
             found += part
         return bytes(found)
 
@@ -166,6 +180,20 @@ class Link:
         """Send a refusal, as far as the peer takes it."""
         with contextlib.suppress(ReloadFailed):
             await self.tell(REFUSED, {"reason": reason})
+
+    async def taken(self) -> None:
+        """Wait until the peer has read all that it was told, and has closed its end.
+
+        Raises :class:`ReloadFailed` if it ended before it had read that.
+        """
+        with contextlib.suppress(ReloadLeft):
+            await self.hear(timeout=None)
+
+    def leave(self) -> None:
+        """Close this end, of which another process may have a copy, after all that was told was read."""
+        with contextlib.suppress(OSError):  # the peer has ended
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self.close()
 
     def fileno(self) -> int:
         """Return the descriptor of this end."""

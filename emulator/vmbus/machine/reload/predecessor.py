@@ -9,20 +9,22 @@
     release images
     go ──────────────────────────────────────────────────→ claims images
                                                ←────────── claimed
-    end the engine
-    yours ───────────────────────────────────────────────→ serves
+    give the gateway
+    yours ───────────────────────────────────────────────→ closes the connection, and serves
 
-Until ``yours`` is sent the guest belongs to this process, which serves it again after any failure. QEMU is asked for
-nothing; its guest runs on until it needs the host.
+Until ``yours`` is read there the guest belongs to this process, which serves it again after any failure: a process
+that ends without having read it resets the connection, and one that has read it closes it. QEMU is asked for nothing;
+its guest runs on until it needs the host.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from vmbus.errors import VmbusError
+from vmbus.errors import VmbusError, system_reason
 from vmbus.machine.host import Host
 from vmbus.machine.migration.alone import alone
 from vmbus.machine.migration.state_machine import Phase
@@ -32,6 +34,8 @@ from vmbus.machine.reload.figures import figures
 from vmbus.machine.reload.link import ANSWER_TIMEOUT, Link, ReloadEnded, ReloadFailed
 from vmbus.machine.signals import finished
 from vmbus.wire.reload import MAX_DATA
+
+_logger = logging.getLogger(__name__)
 
 PREPARE_TIMEOUT = 60.0
 """Seconds that the other process may take to make its devices."""
@@ -79,6 +83,8 @@ async def hand_over(
             raise
         except VmbusError as error:
             raise ReloadFailed(str(error)) from error
+        except OSError as error:
+            raise ReloadFailed(f"this emulator cannot hand the guest over: {system_reason(error)}") from error
         finally:
             link.close()
 
@@ -106,27 +112,34 @@ class _Handover:
         self._link = link
         self._ended = ended
         self._more = more
+        self._stopped_here = False
+        """Whether the guest runs, and only its devices stand still."""
 
     async def run(self) -> float:
         """Hand the guest over; return the seconds until it was."""
         host, link = self._host, self._link
         begun = time.monotonic()
         host.leave_gateway()
-        unread = await host.qmp.pause()
-        running = not host.stopped  # after all events that were read; what follows is read there
         try:
+            unread = await host.qmp.pause()
+            running = self._stopped_here = not host.stopped  # after all events that were read
             await self._stand_still()
             await self._pass_on(unread, running=running)
             host.state.release_devices()
             await link.tell("go")
             await link.hear("claimed", timeout=CLAIM_TIMEOUT)
+            host.give_gateway()
+            await link.tell("yours")
         except BaseException:
-            link.close()
-            await finished(self._serve_again(running=running))
+            await finished(self._serve_again())
             raise
-        host.end_data_path()  # so that it does not look at the gateway's words any more
-        await link.tell("yours")
-        return time.monotonic() - begun
+        still = time.monotonic() - begun
+        try:  # who cancels this ends the service, and the guest may be there by now
+            await link.taken()
+        except Exception:
+            await finished(self._serve_again())
+            raise
+        return still
 
     async def _stand_still(self) -> None:
         host = self._host
@@ -156,14 +169,21 @@ class _Handover:
         )
         await link.hear("accepted")
 
-    async def _serve_again(self, *, running: bool) -> None:
+    async def _serve_again(self) -> None:
         """Go on as if nothing had been asked, when the other process has ended: it may have claimed images."""
         host = self._host
-        await self._ended()
-        if running:
+        self._link.close()
+        try:
+            await self._ended()
+        except Exception:
+            _logger.exception(
+                "it is not certain that the new emulator has ended; the guest is served all the same"
+            )
+        host.take_gateway_back()
+        if self._stopped_here:
             host.clock.resume()
         host.state.resume()
-        if running:
+        if self._stopped_here:
             host.devices_resumed()
         host.begin_service()
         host.qmp.resume()

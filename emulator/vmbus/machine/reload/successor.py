@@ -62,6 +62,7 @@ async def take_over(link: Link, make_devices: Callable[[Sequence[str]], Sequence
             await asyncio.to_thread(device.claim)
         await link.tell("claimed")
         await link.hear("yours", timeout=_STATE_TIMEOUT)
+        link.leave()  # which tells the other process that the guest is here
     except ReloadFailed:
         await _give_up(host, devices)
         raise

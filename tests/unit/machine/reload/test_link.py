@@ -11,6 +11,8 @@ import pytest
 from vmbus.machine.reload.link import Link, ReloadEnded, ReloadFailed
 from vmbus.wire.reload import FORMAT, MAX_DATA, MAX_DESCRIPTORS, RELOAD_HEADER, ReloadHeader
 
+from tests.unit.machine.reload.no_descriptors import no_descriptors
+
 
 @pytest.fixture
 def pair() -> Iterator[tuple[Link, socket.socket]]:
@@ -125,3 +127,59 @@ async def test_what_is_too_large_is_not_sent(pair: tuple[Link, socket.socket]) -
     pair[1].setblocking(False)
     with pytest.raises(BlockingIOError):
         pair[1].recv(1)
+
+
+async def test_a_peer_has_taken_what_it_was_told_when_it_has_read_it_and_left(
+    pair: tuple[Link, socket.socket],
+) -> None:
+    there = Link(pair[1], "this one")
+    await pair[0].tell("yours")
+    taken = asyncio.ensure_future(pair[0].taken())
+    await there.hear("yours")
+    assert not taken.done()
+    there.leave()
+    there.leave()
+    async with asyncio.timeout(30):
+        await taken
+
+
+async def test_a_peer_that_ends_with_a_message_half_read_has_not_taken_it(
+    pair: tuple[Link, socket.socket],
+) -> None:
+    await pair[0].tell("yours")
+    assert pair[1].recv(RELOAD_HEADER.size)
+    pair[1].close()
+    with pytest.raises(ReloadEnded):
+        await pair[0].taken()
+
+
+async def test_a_peer_that_says_something_instead_has_not_taken_it(pair: tuple[Link, socket.socket]) -> None:
+    await Link(pair[1], "this one").tell("wait")
+    with pytest.raises(ReloadFailed, match="said 'wait' where nothing was expected"):
+        await pair[0].taken()
+
+
+async def test_descriptors_that_this_process_has_no_room_for_are_missed_and_the_next_message_is_read(
+    pair: tuple[Link, socket.socket],
+) -> None:
+    here, there = pair[0], Link(pair[1], "this one")
+    reading, writing = os.pipe()
+    await there.tell("state", {"a": 1}, descriptors=[writing, writing])
+    await there.tell("go")
+    os.close(writing)
+    with (
+        no_descriptors(1),
+        pytest.raises(ReloadFailed, match="no room for the descriptors that the other one"),
+    ):
+        await here.hear("state")
+    assert os.read(reading, 1) == b""
+    os.close(reading)
+    assert (await here.hear("go")).kind == "go"
+
+
+async def test_a_message_that_the_system_does_not_send_is_a_failure_and_no_end_of_the_peer(
+    pair: tuple[Link, socket.socket],
+) -> None:
+    with pytest.raises(ReloadFailed, match="the other one cannot be told anything: Bad file descr") as found:
+        await pair[0].tell("state", descriptors=[1 << 20])
+    assert not isinstance(found.value, ReloadEnded)
