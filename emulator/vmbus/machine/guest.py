@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from vmbus.bus.io.device import Device
-from vmbus.errors import InternalError, QemuError, UserError
+from vmbus.errors import InternalError, QemuError, UserError, system_reason
 from vmbus.machine import rundir
 from vmbus.machine.bounded_log import BoundedLog, LogCopy, copy_socket
 from vmbus.machine.host import Host, HostOptions
 from vmbus.machine.migration.alone import alone
 from vmbus.machine.migration.drive import MigrationFailed, Outcome, Progress
 from vmbus.machine.migration.vmstate import DbusDaemon
-from vmbus.machine.moving import copy_memory_again, stay, transfer
+from vmbus.machine.moving import copy_memory_again, ended, stay, transfer
 from vmbus.machine.qemu import confined
 from vmbus.machine.qemu.acpi import vmbus_table
 from vmbus.machine.qemu.arguments import EmulatorOptions
@@ -339,16 +339,22 @@ class Guest:
                 timeout=timeout,
             )
         except BaseException as error:
-            await finished(new.close())
+            await finished(ended(new.close()))
             await stay(source, target, error, share_memory=share_memory)
             raise
         self._station = new  # at once: the guest runs there, and what ends this guest has to end it
         self.served.replace(target)
         if share_memory:
             await copy_memory_again(target)
-        await finished(old.close())
-        self.directory.point_to(new.directory)
+        await finished(ended(self._leave(old)))
         return outcome
+
+    async def _leave(self, old: Station) -> None:
+        """End the station of before a move."""
+        try:
+            await old.close()
+        finally:
+            self.directory.point_to(self._station.directory)
 
     async def _open_next(self, devices: Sequence[Device], share_memory: bool) -> Station:
         """Start the QEMU that the guest moves to, with its host."""
@@ -383,8 +389,7 @@ class Guest:
         if self._next is None:
             raise InternalError("there is no machine to take")
         old, self._station, self._next = self._station, self._next, None
-        await finished(old.close())
-        self.directory.point_to(self._station.directory)
+        await finished(self._leave(old))
 
     async def discard_machine(self) -> None:
         """End the QEMU of :meth:`open_machine`, if there is one."""
@@ -397,5 +402,8 @@ class Guest:
             host.migration.buffer_size = int(request["save_buffer"])
         share = request.get("share_memory") is True
         with host.migration.driven_here():
-            outcome = await self.move(share_memory=share, timeout=float(request.get("timeout", 600)))
+            try:
+                outcome = await self.move(share_memory=share, timeout=float(request.get("timeout", 600)))
+            except OSError as error:
+                raise MigrationFailed(f"the move failed: {system_reason(error)}") from error
         return outcome.as_dict()

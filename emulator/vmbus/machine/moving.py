@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable
 from pathlib import Path
 
-from vmbus.errors import QemuError
+from vmbus.errors import QemuError, VmbusError, system_reason
 from vmbus.machine.host import Host
 from vmbus.machine.migration.configuration import leave_memory
 from vmbus.machine.migration.drive import MigrationFailed, Outcome, Progress, arrived, migrate, receive
@@ -55,6 +56,16 @@ async def stay(source: Host, target: Host, error: BaseException, *, share_memory
         await source.migration.take_back()
     if (why := target.migration.load_refused) and isinstance(error, MigrationFailed):
         raise MigrationFailed(f"{why}; the guest continues here") from error
+
+
+async def ended(work: Awaitable[None]) -> None:
+    """Await ``work``, which ends what a move leaves behind, and log its failure: the guest is served all the same."""
+    try:
+        await work
+    except Exception as error:
+        reason = system_reason(error) if isinstance(error, OSError) else error
+        unexpected = not isinstance(error, OSError | VmbusError)
+        _logger.warning("not all that a move leaves behind was removed: %s", reason, exc_info=unexpected)
 
 
 async def copy_memory_again(host: Host) -> None:

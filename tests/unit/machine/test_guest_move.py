@@ -156,3 +156,34 @@ def test_a_device_knows_whether_a_host_got_it() -> None:
     assert not device.was_started
     device.start(cast("Any", SimpleNamespace()))
     assert device.was_started
+
+
+async def test_a_guest_stays_though_the_new_station_cannot_be_closed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    move = Move(monkeypatch, "migrate")
+
+    async def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(move.new, "close", full)
+    with pytest.raises(MigrationFailed, match="it failed"):
+        await move.guest.move()
+    assert move.old.taken_back
+    assert "No space left on device" in caplog.text
+
+
+async def test_a_guest_that_has_moved_stays_there_though_the_old_station_cannot_be_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    move = Move(monkeypatch)
+    pointed: list[object] = []
+
+    async def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(move.old, "close", full)
+    monkeypatch.setattr(move.guest.directory, "point_to", pointed.append)
+    assert cast("Any", await move.guest.move()) == "outcome"
+    assert move.guest.served.host is cast("Any", move.new)
+    assert pointed == [move.new.directory]

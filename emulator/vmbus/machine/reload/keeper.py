@@ -26,19 +26,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from vmbus.errors import UserError, VmbusError
+from vmbus.errors import UserError, VmbusError, system_reason
 from vmbus.machine.host import ExitReason, Host
 from vmbus.machine.migration.drive import MigrationFailed
 from vmbus.machine.reload.link import Link, Received, ReloadEnded, ReloadFailed
 from vmbus.machine.reload.predecessor import hand_over
 from vmbus.machine.reload.worker import Worker, named_program, own_program
 from vmbus.machine.rundir import RunDirectory
+
+_logger = logging.getLogger(__name__)
 
 
 class Serving(Protocol):
@@ -151,15 +154,23 @@ class Keeper:
             elif message.kind in _OF_MACHINES:
                 await self._do(worker, message)
             elif message.kind == "failed":
-                await worker.keeper.tell("gone", {"how": await self._end_next()})
+                await self._answer(worker, "gone", {"how": await self._end_next()})
             elif message.kind == "ended":  # a reload under way is given up, which it may still report
                 reason = ExitReason(message.values["reason"])
             elif self._next is not None:
                 self._worker, self._next = self._next, None
                 await worker.close()
 
+    @staticmethod
+    async def _answer(
+        worker: Worker, kind: str, values: Mapping[str, Any], descriptors: Sequence[int] = ()
+    ) -> None:
+        """Answer a worker; the end of one that has ended meanwhile is heard after what it said before."""
+        with contextlib.suppress(ReloadEnded):
+            await worker.keeper.tell(kind, values, descriptors=descriptors)
+
     async def _do(self, worker: Worker, message: Received) -> None:
-        """Start or end a QEMU for a worker."""
+        """Start or end a QEMU for a worker; whatever fails is refused: the guest is served on."""
         machines, found = self._served.machines, {}
         try:
             if machines is None:
@@ -173,8 +184,13 @@ class Keeper:
                 await machines.discard_machine()
         except VmbusError as error:
             await worker.keeper.refuse(str(error))
+        except OSError as error:
+            await worker.keeper.refuse(system_reason(error))
+        except Exception as error:
+            _logger.exception("internal error during a move of the guest; please report this")
+            await worker.keeper.refuse(f"internal error in the process that keeps the guest ({error!r})")
         else:
-            await worker.keeper.tell("done", found)
+            await self._answer(worker, "done", found)
 
     async def _end_next(self) -> str:
         following, self._next = self._next, None
@@ -183,13 +199,12 @@ class Keeper:
     async def _start_next(self, worker: Worker, request: Mapping[str, Any]) -> None:
         try:
             self._next = following = Worker.start(_program(request))
+            await self._answer(worker, "started", {"pid": following.process.pid}, [following.link.fileno()])
         except ReloadFailed as error:
+            await self._end_next()
             await worker.keeper.refuse(str(error))
-            return
-        await worker.keeper.tell(
-            "started", {"pid": following.process.pid}, descriptors=[following.link.fileno()]
-        )
-        following.link.close()
+        else:
+            following.link.close()
 
     def tell_to_end(self) -> None:
         """Have the worker end its service."""
@@ -216,10 +231,7 @@ class Kept:
 
     async def reload(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Answer ``reload`` while this worker serves the guest."""
-        started = await self._ask("start", {"emulator": request.get("emulator")}, "started")
-        link = Link(_received(started.descriptors), f"the new emulator (process {started.values['pid']})")
         program = _program(request)[0]
-
         how: str | None = None
 
         async def gone() -> str:
@@ -228,15 +240,20 @@ class Kept:
                 how = str((await self._ask("failed", {}, "gone")).values["how"])
             return how
 
+        link: Link | None = None
         try:
+            started = await self._ask("start", {"emulator": request.get("emulator")}, "started")
+            pid = int(started.values["pid"])
+            link = Link(_received(started.descriptors), f"the new emulator (process {pid})")
             found = await _hand_over(self._served, link, gone, program)
         except BaseException:
-            link.close()
+            if link is not None:
+                link.close()
             await gone()
             raise
         self.handed = True
         await self._keeper.tell("handed")
-        return {**found, "pid": started.values["pid"]}
+        return {**found, "pid": pid}
 
     async def _ask(self, kind: str, values: Mapping[str, Any], answer: str) -> Received:
         async with self._conversation:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from vmbus.bus.io.device import Device
+from vmbus.errors import system_reason
 from vmbus.machine.host import Host
 from vmbus.machine.migration.alone import alone
 from vmbus.machine.migration.drive import MigrationFailed, Outcome
-from vmbus.machine.moving import copy_memory_again, stay, transfer
+from vmbus.machine.moving import copy_memory_again, ended, stay, transfer
 from vmbus.machine.signals import finished
 
 _TIMEOUT = 600.0
@@ -50,7 +52,10 @@ class Mover:
         with host.migration.driven_here(), alone(host.migration, "vmbus migrate", MigrationFailed):
             if "save_buffer" in request:
                 host.migration.buffer_size = int(request["save_buffer"])
-            outcome = await self._move(host, share, timeout)
+            try:
+                outcome = await self._move(host, share, timeout)
+            except OSError as error:
+                raise MigrationFailed(f"the move failed: {system_reason(error)}") from error
         return outcome.as_dict()
 
     async def _move(self, source: Host, share: bool, timeout: float) -> Outcome:
@@ -62,24 +67,26 @@ class Mover:
             target = await Host.attach(monitor, devices, source.options)
             outcome = await transfer(source, target, folder, share_memory=share, timeout=timeout)
         except BaseException as error:
-            await finished(self._give_up(target, devices))
+            await finished(ended(self._give_up(target, devices)))
             if target is not None:
                 await stay(source, target, error, share_memory=share)
             raise
         self._served(target)
         if share:
             await copy_memory_again(target)
-        await finished(self._leave(source))
+        await finished(ended(self._leave(source)))
         return outcome
 
     async def _give_up(self, target: Host | None, devices: Sequence[Device]) -> None:
-        await self._machines.discard_machine()
-        if target is not None:
-            await target.close()
-        for device in devices:
-            if not device.was_started:  # its images are open, and no host closes them
-                device.stop()
+        async with contextlib.AsyncExitStack() as steps:  # the last one first, and each also if another fails
+            for device in devices:
+                if not device.was_started:  # its images are open, and no host closes them
+                    steps.callback(device.stop)
+            if target is not None:
+                steps.push_async_callback(target.close)
+            steps.push_async_callback(self._machines.discard_machine)
 
     async def _leave(self, source: Host) -> None:
-        await self._machines.take_machine()
-        await source.close()
+        async with contextlib.AsyncExitStack() as steps:
+            steps.push_async_callback(source.close)
+            steps.push_async_callback(self._machines.take_machine)

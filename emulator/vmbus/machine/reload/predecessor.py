@@ -72,7 +72,7 @@ async def hand_over(
             if not await host.tasks_done(ANSWER_TIMEOUT):
                 raise ReloadFailed("QEMU does not answer a command in time; try again")
             check(host)
-            return await _Handover(host, link, ended, descriptors).run()
+            return await Handover(host, link, ended, descriptors).run()
         except ReloadEnded:
             link.close()
             raise ReloadFailed(
@@ -102,7 +102,7 @@ def check(host: Host) -> None:
         raise ReloadFailed(f"devices that were made by code cannot be made again: {', '.join(without)}")
 
 
-class _Handover:
+class Handover:
     """The part of a hand-over in which nobody serves the guest."""
 
     def __init__(

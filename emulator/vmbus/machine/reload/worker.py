@@ -41,45 +41,54 @@ def named_program(path: Path) -> list[str]:
 
     Raises :class:`~vmbus.machine.reload.link.ReloadFailed` if ``path`` cannot be executed.
     """
-    if not path.is_file() or not os.access(path, os.X_OK):
-        raise ReloadFailed(f"{path} is not a program: name the `vmbus` of the other release")
-    return [str(path.absolute())]
+    try:
+        if path.is_file() and os.access(path, os.X_OK):
+            return [str(path.absolute())]
+    except OSError as error:  # a folder that this user may not enter, a name that is too long
+        raise ReloadFailed(f"{path} cannot be started: {error.strerror}") from error
+    raise ReloadFailed(f"{path} is not a program: name the `vmbus` of the other release")
 
 
 class Worker:
     """A started process. Made by :meth:`start`."""
 
-    def __init__(self, process: subprocess.Popen[bytes], link: Link, keeper: Link) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], link: Link, keeper: Link, ended: asyncio.Future[None]
+    ) -> None:
         self.process = process
         self.link = link
         """The end of the process that serves the guest now."""
         self.keeper = keeper
         """The end of this process."""
-        self._ended = asyncio.ensure_future(_readable(os.pidfd_open(process.pid)))
+        self._ended = ended
 
     @classmethod
     def start(cls, program: Sequence[str]) -> Worker:
         """Start ``program``. Raises :class:`~vmbus.machine.reload.link.ReloadFailed`."""
-        here, there = socket.socketpair()
-        keeper_here, keeper_there = socket.socketpair()
         level = logging.getLogger().level
         words = ["-v"] * (2 if level <= logging.DEBUG else level <= logging.INFO)
-        words += ["successor", "--link", str(there.fileno()), "--keeper", str(keeper_there.fileno())]
-        words += ["--sandbox", "on" if confinement.enabled() else "off"]
-        try:
-            with there, keeper_there:
+        with contextlib.ExitStack() as failed:
+            try:
+                here, there = (failed.enter_context(each) for each in socket.socketpair())
+                keeper_here, keeper_there = (failed.enter_context(each) for each in socket.socketpair())
+                words += ["successor", "--link", str(there.fileno()), "--keeper", str(keeper_there.fileno())]
+                words += ["--sandbox", "on" if confinement.enabled() else "off"]
                 process = subprocess.Popen(
                     [*program, *words],
                     stdin=subprocess.DEVNULL,
                     pass_fds=(there.fileno(), keeper_there.fileno()),
                     preexec_fn=_ends_with_parent(),
                 )
-        except OSError as error:
-            here.close()
-            keeper_here.close()
-            raise ReloadFailed(f"{program[0]} cannot be started: {error.strerror}") from error
+                failed.callback(_kill, process)
+                ended = _end(process)
+            except (OSError, subprocess.SubprocessError) as error:
+                reason = error.strerror if isinstance(error, OSError) else error
+                raise ReloadFailed(f"{program[0]} cannot be started: {reason}") from error
+            failed.pop_all()
+        there.close()
+        keeper_there.close()
         name = f"the new emulator (process {process.pid})"
-        return cls(process, Link(here, name), Link(keeper_here, name))
+        return cls(process, Link(here, name), Link(keeper_here, name), ended)
 
     async def ended(self) -> str:
         """Wait until the process has ended; return how, in words."""
@@ -108,16 +117,28 @@ class Worker:
         return await self.ended()
 
 
-async def _readable(descriptor: int) -> None:
-    """Wait until ``descriptor`` is readable, and close it."""
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+
+
+def _end(process: subprocess.Popen[bytes]) -> asyncio.Future[None]:
+    """Return what is done when ``process`` has ended. Raises ``OSError``."""
     loop = asyncio.get_running_loop()
-    done = asyncio.Event()
-    loop.add_reader(descriptor, done.set)
-    try:
-        await done.wait()
-    finally:
+    done: asyncio.Future[None] = loop.create_future()
+    descriptor = os.pidfd_open(process.pid)
+
+    def ended() -> None:
         loop.remove_reader(descriptor)
         os.close(descriptor)
+        done.set_result(None)
+
+    try:
+        loop.add_reader(descriptor, ended)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return done
 
 
 def _ends_with_parent() -> Callable[[], None]:

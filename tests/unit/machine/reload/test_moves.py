@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,6 +12,7 @@ import pytest
 from vmbus.errors import QemuError
 from vmbus.machine.host import Host
 from vmbus.machine.migration.drive import MigrationFailed
+from vmbus.machine.migration.state_machine import Phase
 from vmbus.machine.reload import moves
 from vmbus.machine.reload.moves import Mover
 
@@ -21,6 +24,8 @@ class Keeper:
 
     def __init__(self, *, refuses: bool) -> None:
         self.refuses = refuses
+        self.fails: Exception | None = None
+        """What an end of a machine raises."""
         self.did: list[str] = []
 
     async def open_machine(self, *, share_memory: bool) -> tuple[Path, Path]:
@@ -31,9 +36,13 @@ class Keeper:
 
     async def take_machine(self) -> None:
         self.did.append("take")
+        if self.fails is not None:
+            raise self.fails
 
     async def discard_machine(self) -> None:
         self.did.append("discard")
+        if self.fails is not None:
+            raise self.fails
 
 
 class Move:
@@ -92,3 +101,44 @@ async def test_what_a_failed_move_has_begun_is_ended(
     assert not move.here.closed
     assert move.there.closed is (fails == "transfer")
     assert [device.stopped for device in move.devices] == [stopped, stopped]
+
+
+@pytest.mark.parametrize(
+    "error", [MigrationFailed("no room"), OSError(errno.ENOSPC, "No space left on device")]
+)
+async def test_a_guest_stays_where_it_is_though_the_other_machine_cannot_be_ended(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    move = Move(monkeypatch, "transfer")
+    move.here.phase = Phase.LEFT
+    move.keeper.fails = error
+    with pytest.raises(MigrationFailed, match="it failed"):
+        await move.run()
+    assert move.here.taken_back
+    assert move.there.closed
+    assert "not all that a move leaves behind was removed: No" in caplog.text or "no room" in caplog.text
+
+
+async def test_a_guest_that_has_moved_stays_there_though_the_old_machine_cannot_be_ended(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    move = Move(monkeypatch)
+    move.keeper.fails = MigrationFailed("no room")
+    await move.run()
+    assert move.served == [cast("Host", move.there)]
+    assert move.here.closed
+    assert "no room" in caplog.text
+
+
+async def test_what_the_system_has_no_room_for_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    move = Move(monkeypatch)
+
+    async def full(*arguments: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Host, "attach", full)
+    host = cast("Host", move.here)
+    move.here.driven_here = contextlib.nullcontext  # type: ignore[attr-defined]
+    with pytest.raises(MigrationFailed, match=r"^the move failed: Too many open files$"):
+        await move.mover.asked(host, {})
+    assert move.keeper.did == ["open", "discard"]

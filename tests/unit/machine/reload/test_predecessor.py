@@ -17,7 +17,7 @@ from vmbus.errors import InternalError, QemuGone
 from vmbus.machine.host import Host
 from vmbus.machine.reload import predecessor
 from vmbus.machine.reload.link import Link, ReloadFailed
-from vmbus.machine.reload.predecessor import _Handover
+from vmbus.machine.reload.predecessor import Handover
 
 SERVED_AGAIN = ["gateway back", "clock", "state", "devices", "serve", "qmp"]
 
@@ -89,7 +89,7 @@ class Handing:
         return "process 7 ended"
 
     def begin(self) -> asyncio.Task[float]:
-        return asyncio.ensure_future(_Handover(cast("Host", self.host), self.link, self._ended, ()).run())
+        return asyncio.ensure_future(Handover(cast("Host", self.host), self.link, self._ended, ()).run())
 
     async def take(self) -> None:
         """The new process's part, until it has locked the images."""
