@@ -228,16 +228,16 @@ def test_a_disk_that_is_taken_away_takes_nothing_more(guest: FastGuest, tmp_path
 
 
 def test_requests_of_a_channel_that_closes_end_and_are_not_answered(guest: FastGuest) -> None:
-    for index in range(20):
-        guest.start(rw(0x28, index, 8), read=4096, at=2 * index)
-    in_flight = guest.in_flight
-    guest.io.closed(guest.channel)
-    assert guest.channel.closing == bool(in_flight)
-    guest.settle()
-    assert not guest.channel.closing
-    guest.open()
-    guest.negotiate()
-    assert do(guest, rw(0x28, 0, 8), read=4096).good
+    for _ in range(8):
+        for index in range(20):
+            guest.start(rw(0x28, index, 8), read=4096, at=2 * index)
+        guest.io.closed(guest.channel)
+        assert guest.channel.closing or not guest.in_flight  # they end at any moment, also before the close
+        guest.settle()
+        assert not guest.channel.closing
+        guest.open()
+        guest.negotiate()
+        assert do(guest, rw(0x28, 0, 8), read=4096).good
 
 
 def test_what_it_did_is_in_the_unit_s_figures(guest: FastGuest) -> None:
