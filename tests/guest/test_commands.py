@@ -93,11 +93,12 @@ class ByHand:
     folder: Path
 
     @contextlib.asynccontextmanager
-    async def attached(self, dies: str = "") -> AsyncIterator[Emulator]:
-        """``vmbus attach`` in the background."""
+    async def attached(self, *words: str, dies: str = "") -> AsyncIterator[Emulator]:
+        """``vmbus attach`` in the background, with more ``words``."""
         emulator = self.user.starts(
             *("attach", "--qmp", str(self.folder / "emulator-qmp.sock"), "--name", "hand"),
             *("--device", "heartbeat,interval=0.2"),
+            *words,
             dies=dies,
         )
         try:

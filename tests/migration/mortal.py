@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vmbus.cli import main
-from vmbus.machine.host import Host
+from vmbus.machine.gateway_service import GatewayService
 from vmbus.machine.migration.coordinator import Coordinator
 from vmbus.machine.qemu.qmp import Qmp
 
@@ -69,7 +69,7 @@ def prepare(moment: str) -> None:
     elif moment == "running":
         _before(Coordinator, "_resumed")
     elif moment == "trap":
-        _before(Host, "_serve")
+        _before(GatewayService, "answer")
     else:
         _before(Coordinator, "_migration", lambda status: status == moment)
 

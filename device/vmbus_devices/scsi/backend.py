@@ -60,6 +60,9 @@ class Backend(ABC):
     """Flags of pwritev2(2) for a write to ``fd`` with FUA."""
     bound_to_process: bool = False
     """Whether it has something of the guest's that ends with this process."""
+    outlives_process: bool = False
+    """Whether all that was acknowledged is there after this process was killed, and nothing of the rest is under way
+    once another process has the lock (:meth:`claim`)."""
     queue: int = 0
     """Number of a queue of the engine to the server that has the disk, or 0. It may change at any time."""
     leaves_fua: bool = False
@@ -195,6 +198,7 @@ class NullBackend(Backend):
     immediate = True
     flush_needed = False
     can_discard = True
+    outlives_process = True
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -489,8 +489,18 @@ class Controller(Device):
             if unit.backend.bound_to_process
         ]
 
+    def lost_with_process(self) -> list[str]:
+        return [
+            f"{self.name}/{part_name(place)} ({self.line_of(place)})"
+            for place, unit in sorted(self.units.items())
+            if not unit.backend.outlives_process
+        ]
+
     def save(self) -> bytes:
         hand_over([unit for unit in self.units.values() if unit.has_image and not unit.backend.read_only])
+        return self.captured()
+
+    def captured(self) -> bytes:
         handshake = self.handshake
         open_here = self._outstanding.indexes
         return build_state(

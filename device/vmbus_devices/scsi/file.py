@@ -65,6 +65,8 @@ class FileBackend(Backend):
     ) -> None:
         self.path = path
         self.read_only = read_only
+        # A lock of another process is gone when its last request has ended; a shared one says nothing of others.
+        self.outlives_process = not read_only
         self.cache = cache
         self.direct = cache in (Cache.NONE, Cache.DIRECTSYNC)
         self.write_cache = cache in (Cache.NONE, Cache.WRITEBACK, Cache.UNSAFE)

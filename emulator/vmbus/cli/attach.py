@@ -27,13 +27,15 @@ _EPILOG = """\
 examples:
   vmbus attach --qmp /tmp/vm/emulator-qmp.sock
   vmbus attach --qmp qmp.sock --device echo --name build-vm
+  vmbus attach --qmp qmp.sock --journal --device scsi,image=disk.img
 
 The QEMU must have been started with the options that `vmbus qemu-args` prints. Everything else (guest memory and its
 layout, gateway, qtest, vCPUs) is found through QMP and the QEMU process.
 
 Ctrl-C detaches. QEMU continues to run, and its guest waits as soon as it needs its Hyper-V host. A new emulator can
-serve a guest that has not used that host yet. Any other guest has to be reset (--reset), because the state of its
-host is lost with the emulator. To keep such a guest, migrate it or save a snapshot before you detach.
+serve a guest that has not used that host yet, or whose emulator kept a journal (--journal): give it the same devices.
+Any other guest has to be reset (--reset), because the state of its host is lost with the emulator. To keep such a
+guest, migrate it or save a snapshot before you detach.
 """
 
 
@@ -59,6 +61,12 @@ def add_parser(verbs: Any) -> None:
         action="store_true",
         help="reset the guest if it has already used its Hyper-V host, because the state of that host was lost with "
         "the emulator that served it",
+    )
+    parser.add_argument(
+        "--journal",
+        action="store_true",
+        help="keep a journal, from which the next `vmbus attach` continues the guest if this one is killed; disks "
+        "must be raw images, and compiled code does not serve them",
     )
     parser.add_argument(
         "--carrier",

@@ -165,6 +165,7 @@ async def _add(host: Host, line: str) -> dict[str, Any]:
     device = await asyncio.to_thread(_create, line)
     try:
         check_idle(host.migration, "devices")  # its images may have taken long
+        host.check_device(device)
         if found := _join(host, device):
             return {"name": found, "done": f"{found} is there"}
         if any(each.device.name == device.name for each in host.devices):

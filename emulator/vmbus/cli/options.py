@@ -235,6 +235,7 @@ def host_options(arguments: argparse.Namespace) -> HostOptions:
         reset=getattr(arguments, "reset", False),
         hold_timeout=arguments.hold_limit,
         switchover=arguments.switchover,
+        journal=getattr(arguments, "journal", False),
         allow_missing_devices=getattr(arguments, "allow_missing_devices", False),
     )
 

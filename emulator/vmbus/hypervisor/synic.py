@@ -27,16 +27,16 @@ Nothing is written to the guest while ``paused``: messages are queued, events ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 
 from vmbus.errors import InternalError
-from vmbus.hypervisor.messages import Message, claim_slot, fill_slot, slot_is_free
+from vmbus.hypervisor.messages import MAX_MARK, Message, claim_slot, fill_slot, mark_of, slot_is_free
 from vmbus.hypervisor.msrs import GeneralProtection
 from vmbus.hypervisor.overlay import PageOverlay
 from vmbus.hypervisor.reference_time import ReferenceTime
 from vmbus.hypervisor.vp_synic import SynicCounters, VpSynic
-from vmbus.ports import GuestMemory, Interrupts, SignalTarget, TimerHandle, Timers
+from vmbus.ports import GuestMemory, GuestPages, Interrupts, SignalTarget, TimerHandle, Timers
 from vmbus.refusals import Refusals
 from vmbus.wire.msr import SINT, SINT_COUNT, SINT_RESET
 from vmbus.wire.synic import (
@@ -106,6 +106,8 @@ class Synic:
         self.counters = SynicCounters()
         self.event_ports: dict[int, Callable[[], None]] = {}
         self.paused = False
+        self.gate: Callable[[], None] | None = None
+        """Called in place of a delivery: messages are queued until :meth:`deliver`. For a host with a journal."""
         self._occupied: set[tuple[int, int]] = set()
         """(VP, SINT) whose queue is not empty."""
         self._busy: set[tuple[int, int]] = set()
@@ -218,7 +220,7 @@ class Synic:
             return
         synic.timers_waiting.add(timer)
         self._queue(synic, sint, Message(MessageType.TIMER_EXPIRED, b"", timer, expiration))
-        if droppable:
+        if droppable and not (self.gate is not None and self._has_room(synic, sint)):
             self.withdraw_timer(vp, timer)
 
     def withdraw_timer(self, vp: int, timer: int) -> None:
@@ -273,6 +275,54 @@ class Synic:
         """Write EOM on ``vp``: try delivery to the slots of all processors."""
         self.counters.end_of_message += 1
         self._deliver_all()
+
+    # --- with a gate ---
+
+    def ready(self) -> dict[tuple[int, int], int]:
+        """Return each (VP, SINT) whose slot has room for the first message of its queue, with that message's mark."""
+        found = {}
+        for key in sorted(self._occupied):
+            vp, sint = key
+            synic = self.vps[vp]
+            page = synic.simp.pages
+            if self.paused or page is None or not synic.can_message(sint):
+                continue
+            if claim_slot(page, sint, self._memory):
+                found[key] = mark_of(page, sint) % MAX_MARK + 1
+            else:
+                self._busy.add(key)
+                self._start_poll()
+        return found
+
+    def deliver(self, ready: Mapping[tuple[int, int], int]) -> None:
+        """Deliver the first message of each queue that :meth:`ready` has named, with its mark."""
+        for (vp, sint), mark in ready.items():
+            synic = self.vps[vp]
+            page, queue = synic.simp.pages, synic.queues[sint]
+            if page is None or not queue:
+                raise InternalError(f"VP {vp}, SINT {sint}: nothing to deliver")
+            self._deliver_first(synic, sint, page, mark)
+            self._note_queue(synic, sint)
+            if not queue:
+                continue
+            if claim_slot(page, sint, self._memory):  # the guest has taken it already
+                self._deliver(synic, sint)
+            else:  # with the pending flag: it writes EOM
+                self._busy.add((vp, sint))
+                self._start_poll()
+        if not self._busy:
+            self._stop_poll()
+
+    def take_delivered(self, marks: Mapping[tuple[int, int], int]) -> None:
+        """Drop from restored queues the messages that the process before has delivered with these marks."""
+        for (vp, sint), mark in marks.items():
+            if not (0 <= vp < len(self.vps) and 0 <= sint < SINT_COUNT):
+                continue
+            synic = self.vps[vp]
+            page, queue = synic.simp.pages, synic.queues[sint]
+            if page is not None and queue and mark_of(page, sint) == mark:
+                self._payload(synic, queue.popleft())
+                self._note_queue(synic, sint)
 
     # --- pause, reset, restore ---
 
@@ -346,26 +396,32 @@ class Synic:
         page = synic.simp.pages
         if self.paused or page is None or not synic.can_message(sint):
             return
+        if self.gate is not None:
+            if queue:
+                self.gate()
+            return
         while queue:
             if not claim_slot(page, sint, self._memory):
                 self._busy.add(key)
                 self._start_poll()
                 return
-            message = queue.popleft()
-            fill_slot(
-                page,
-                sint,
-                message.message_type,
-                self._payload(synic, message),
-                self._memory,
-                more=bool(queue),
-            )
-            self.counters.messages_delivered += 1
-            self._poll_delay = MIN_POLL_INTERVAL
-            self._interrupt(synic, sint)
+            self._deliver_first(synic, sint, page)
         self._occupied.discard(key)
         if not self._busy:
             self._stop_poll()
+
+    def _deliver_first(self, synic: VpSynic, sint: int, page: GuestPages, mark: int = 0) -> None:
+        queue = synic.queues[sint]
+        message = queue.popleft()
+        payload = self._payload(synic, message)
+        fill_slot(page, sint, message.message_type, payload, self._memory, more=bool(queue), mark=mark)
+        self.counters.messages_delivered += 1
+        self._poll_delay = MIN_POLL_INTERVAL
+        self._interrupt(synic, sint)
+
+    def _has_room(self, synic: VpSynic, sint: int) -> bool:
+        page = synic.simp.pages
+        return page is not None and synic.can_message(sint) and slot_is_free(page, sint)
 
     def _payload(self, synic: VpSynic, message: Message) -> bytes:
         if message.timer is None:

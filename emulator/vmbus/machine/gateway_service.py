@@ -26,9 +26,11 @@ from vmbus.machine.clock import TcgClock
 from vmbus.machine.gateway.client import Gateway
 from vmbus.machine.gateway.posts import Post
 from vmbus.machine.gateway.traps import Fault, Trap
+from vmbus.machine.journal.recorder import Recorder, Round
 from vmbus.machine.qemu.qtest import LocalApics
 from vmbus.wire.gateway import TrapKind
 from vmbus.wire.hypercall import HvStatus
+from vmbus.wire.msr import STIMER_COUNT, Msr
 
 _logger = logging.getLogger(__name__)
 
@@ -86,12 +88,18 @@ class GatewayService:
         self._parts = parts
         self._owner = owner
         self._again: asyncio.Handle | None = None
+        self.recorder: Recorder | None = None
+        """Keeps the guest's journal: what a round has done is answered once it is there."""
+        self._late: list[tuple[Trap, int, Fault | None]] = []
+        """Answers of this round, which wait for the journal."""
         self.traps = 0
         """Traps that were answered."""
         self.doorbells = 0
         """Doorbells that were rung."""
         self.posts = 0
         """Posts that were handled."""
+        self._messages = False
+        """Whether a message was among the posts of this round."""
 
     def begin(self) -> None:
         """Serve the gateway from now on, or again."""
@@ -127,6 +135,8 @@ class GatewayService:
                 self.serve()
                 if partition.reference_tsc_waits and self._parts.clock.tsc_known:
                     partition.publish_reference_tsc()
+                    if self.recorder is not None:
+                        self.recorder.want()
                 if (sleeps := not gateway.sleep_prepare()) or self.posts >= last_post:
                     break
             if gateway.pending.failed():
@@ -166,8 +176,33 @@ class GatewayService:
         for index in doorbells:
             self.doorbells += 1
             self._parts.partition.synic.ring_event_port(EVENT_CONNECTIONS + index)
+        if self.recorder is not None:
+            self._record(self.recorder, traps)
         if writes or self.posts != before or self._owner.paused:
             self._promise()
+        if self.recorder is not None:
+            self._give_late(self.recorder)
+
+    def _record(self, recorder: Recorder, traps: list[Trap]) -> None:
+        """Put into the journal what this round has changed."""
+        done = Round([self._gateway.given(*each) for each in self._late], guest=self._messages)
+        self._messages = False
+        for trap in traps:
+            if trap.kind is TrapKind.VMCALL:
+                done.guest = True
+            elif trap.kind is TrapKind.WRMSR:
+                if Msr.STIMER0_CONFIG <= trap.msr < Msr.STIMER0_CONFIG + 2 * STIMER_COUNT:
+                    done.timers = max(done.timers, trap.vcpu + 1)
+                elif trap.msr != Msr.EOM:  # which has an effect on what the recorder knows of
+                    done.guest = True
+        recorder.round_ended(done)
+
+    def _give_late(self, recorder: Recorder) -> None:
+        late, self._late = self._late, []
+        for trap, value, fault in late:
+            self._give(trap, value, fault)
+        self._gateway.posts.release()
+        recorder.deliver()
 
     def _handle_posts(self) -> None:
         for post in self._gateway.posts.take():
@@ -177,6 +212,7 @@ class GatewayService:
     def _handle_post(self, post: Post) -> None:
         partition = self._parts.partition
         if post.kind is TrapKind.VMCALL:
+            self._messages = True
             partition.posted_message()
             self._handle_acknowledged(post.connection_id, post.payload)
         else:
@@ -193,13 +229,13 @@ class GatewayService:
     def answer(self, trap: Trap) -> None:
         """Answer one trap, whatever happens."""
         self.traps += 1
-        gateway, partition = self._gateway, self._parts.partition
+        partition = self._parts.partition
         act_afterwards = None
         try:
             if trap.kind is TrapKind.WRMSR:
                 partition.write_msr(trap.vcpu, trap.msr, trap.msr_value)
                 value = 0
-                if not partition.hypercalls_enabled:  # the next one raises #UD
+                if not partition.hypercalls_enabled and self.recorder is None:  # the next one raises #UD
                     self._promise()
             elif trap.kind is TrapKind.RDMSR:
                 value = partition.read_msr(trap.vcpu, trap.msr)
@@ -211,9 +247,9 @@ class GatewayService:
                     ),
                 )
         except GeneralProtection:
-            gateway.answer_fault(trap, Fault.GP)
+            self._answer(trap, 0, Fault.GP)
         except UndefinedOpcode:
-            gateway.answer_fault(trap, Fault.UD)
+            self._answer(trap, 0, Fault.UD)
         except (GatewayError, QemuGone):
             raise
         except Exception:
@@ -223,13 +259,25 @@ class GatewayService:
                 trap.vcpu,
             )
             if trap.kind is TrapKind.VMCALL:
-                gateway.answer(trap, HvStatus.OPERATION_FAILED)
+                self._answer(trap, HvStatus.OPERATION_FAILED)
             else:
-                gateway.answer_fault(trap, Fault.GP)
+                self._answer(trap, 0, Fault.GP)
         else:
-            gateway.answer(trap, value)
+            self._answer(trap, value)
             if act_afterwards is not None:
                 act_afterwards()
+
+    def _answer(self, trap: Trap, value: int, fault: Fault | None = None) -> None:
+        if self.recorder is None:
+            self._give(trap, value, fault)
+        else:
+            self._late.append((trap, value, fault))
+
+    def _give(self, trap: Trap, value: int, fault: Fault | None) -> None:
+        if fault is None:
+            self._gateway.answer(trap, value)
+        else:
+            self._gateway.answer_fault(trap, fault)
 
     def message(self, vp: int, connection_id: int, payload: bytes) -> int | AcknowledgedEarly:
         """Handle HvPostMessage: a handler for :meth:`Partition.connect_message_port`."""

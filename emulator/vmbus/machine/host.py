@@ -15,6 +15,7 @@ writes through qtest block it, until QEMU's main loop has answered. The life of 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import time
@@ -28,7 +29,7 @@ from vmbus.bus.io.channel_io import ChannelDevice, ChannelIo
 from vmbus.bus.io.device import Device, DeviceEnvironment
 from vmbus.bus.messages import POSTED
 from vmbus.bus.server import Bus
-from vmbus.errors import GatewayError, InternalError, QemuError, QemuGone
+from vmbus.errors import GatewayError, InternalError, QemuError, QemuGone, UserError
 from vmbus.hypervisor.cpuid import cpuid_table
 from vmbus.hypervisor.crash import CrashReport
 from vmbus.hypervisor.partition import Partition, PartitionEvents
@@ -46,6 +47,9 @@ from vmbus.machine.host_parts import HostEvents as HostEvents
 from vmbus.machine.host_parts import HostOptions as HostOptions
 from vmbus.machine.io.engines import NativeEngines
 from vmbus.machine.io.workers import WorkerThreads
+from vmbus.machine.journal.recorder import RecordedParts, Recorder
+from vmbus.machine.journal.recovery import RecoveredGuest
+from vmbus.machine.journal.store import Journal
 from vmbus.machine.memory import MappedMemory
 from vmbus.machine.migration import missing_devices
 from vmbus.machine.migration.coordinator import Coordinator
@@ -58,6 +62,7 @@ from vmbus.machine.qemu import memory_devices
 from vmbus.machine.qemu.discovery import QemuFacts, discover
 from vmbus.machine.qemu.qmp import Qmp
 from vmbus.machine.qemu.qtest import LocalApics, Qtest
+from vmbus.saving import StateRefused
 from vmbus.wire.gateway import GuestState
 from vmbus.wire.hypercall import CallCode, HvStatus
 from vmbus.wire.saved import ChannelIdentity
@@ -198,7 +203,9 @@ class Host:
         # A long poll window occupies a processor: with none to spare, it would be a vCPU's.
         self._spare = len(os.sched_getaffinity(0)) > facts.vcpus
         self.workers = WorkerThreads(loop)
-        self._engines = NativeEngines(self.memory, self._start_data_path if library else lambda: None)
+        # The engine has what it does in its own memory: a guest with a journal is served in Python.
+        native = library is not None and not options.journal
+        self._engines = NativeEngines(self.memory, self._start_data_path if native else lambda: None)
         self.workers.engines = self._engines
         self.environment = DeviceEnvironment(
             memory=self.memory,
@@ -210,6 +217,8 @@ class Host:
             stop_guest=self.stop_guest,
             budget=self.bus.budget,
         )
+        self.recorder: Recorder | None = None
+        """Keeps the journal of the guest, if it has one."""
         self.stopped_because: list[str] = []
         """Why devices stopped the guest, until it is resumed."""
         self.devices: list[AttachedDevice] = []
@@ -271,7 +280,12 @@ class Host:
             gateway = Gateway.attach(facts.gateway_socket, takeover=options.takeover)
             if await takeover.end_migration(qmp):
                 facts = await discover(qmp)
-            await takeover.check_guest(qmp, gateway, reset=options.reset)
+            found = None if options.reset else takeover.find_guest(gateway, takeover=options.takeover)
+            await takeover.check_guest(qmp, gateway, reset=options.reset, found=found)
+            if found is not None:
+                options = dataclasses.replace(options, journal=True)
+            elif not options.journal:
+                takeover.retire_journal(gateway)
             resume = options.reset and await takeover.reset_guest(qmp, gateway)
             host = cls(facts, qmp, qtest, gateway, options)
             if not facts.atomic:
@@ -290,13 +304,19 @@ class Host:
         try:
             for device in devices:
                 host.add_device(device)
+            if isinstance(found, RecoveredGuest):
+                host._open_journal(found)
+                host._recover(found)
             if await takeover.guest_is_here(qmp):
                 for device in devices:
                     await asyncio.to_thread(device.claim)
             if not facts.running:
                 host.clock.stop()
             await host.migration.start()
-            host._activate()
+            if isinstance(found, RecoveredGuest):
+                host._resume_recovered(found)
+            else:
+                host._activate()
             if resume:
                 await qmp.cont()
         except BaseException:
@@ -330,6 +350,9 @@ class Host:
         self.gateway.take()
         self._engines.use_gateway()
         self._set_tables()
+        if self.options.journal:
+            self._open_journal()
+            self.state.journal = self.recorder
         if self.facts.running:
             self.clock.resume()
         self.state.resume()
@@ -344,15 +367,77 @@ class Host:
     def channel_end(self, device: ChannelDevice) -> ChannelIo:
         """Return the host's end for a channel of ``device`` that is about to be offered."""
         longest = device.poll_window if self._spare else min(device.poll_window, Device.poll_window)
-        return ChannelIo(device, self._loop, poll_window=longest)
+        record = self._record_channel if self.options.journal else None
+        return ChannelIo(device, self._loop, poll_window=longest, record=record)
+
+    def _record_channel(self, io: ChannelIo) -> None:
+        if self.recorder is not None:
+            self.recorder.channel(io)
+
+    def _open_journal(self, found: RecoveredGuest | None = None) -> None:
+        """Make the journal, or go on with the one of the emulator of before; it is not valid until it is begun."""
+        memory = self.gateway.journal_memory()
+        journal = Journal.create(memory) if found is None else Journal.resume(memory, found.contents)
+        self.recorder = self.service.recorder = Recorder(
+            self._loop,
+            journal,
+            RecordedParts(self.partition, self.bus, self.clock, self.gateway, self.state),
+            broken=self._fail,
+            full=lambda why: self.problems.report(
+                "journal", f"the guest is lost if this emulator is killed: {why}"
+            ),
+        )
+        self.partition.synic.gate = self.recorder.want
+        self.gateway.posts.hold = True
+
+    def _recover(self, found: RecoveredGuest) -> None:
+        """Restore a guest whose emulator was killed; the host is paused until :meth:`_resume_recovered`."""
+        self.state.begin_paused()
+        with self.qtest.loading():
+            try:
+                self.state.restore_recovered(found.state, found.positions, allow_missing=True)
+            except StateRefused as error:
+                raise takeover.GuestLost(
+                    f"the guest's emulator was killed, and what it has left cannot be restored: {error}. The guest "
+                    "was not changed and waits: reset it with `vmbus attach --reset`, or end this QEMU"
+                ) from error
+        self.partition.synic.take_delivered(found.marks)
+
+    def _resume_recovered(self, found: RecoveredGuest) -> None:
+        self._set_tables()
+        self.gateway.activate()
+        if self.facts.running:
+            self.clock.resume()
+        else:
+            self.clock.stopped_at = found.tsc or None
+        for answer in found.answers:
+            self.gateway.repeat_answer(answer)
+        self.gateway.posts.begin_at(found.posts)
+        self.interrupts.retry(self.gateway.pending.waiting())
+        self.state.journal = self.recorder
+        self.state.resume()
+        self.begin_service()
+        _logger.info("the guest was taken over from an emulator that was killed")
 
     def add_device(self, device: Device) -> AttachedDevice:
-        """Offer one more device; the guest gets the offer at once if it has asked for offers."""
+        """Offer one more device; the guest gets the offer at once if it has asked for offers.
+
+        Raises :class:`~vmbus.errors.UserError` as :meth:`check_device` does.
+        """
+        self.check_device(device)
         io = self.channel_end(device)
         device.start(self.environment)
         attached = AttachedDevice(device, io, self.bus.offer(device.offer(), io))
         self.devices.append(attached)
         return attached
+
+    def check_device(self, device: Device) -> None:
+        """Raise :class:`~vmbus.errors.UserError` for a device that the journal of the guest cannot cover."""
+        if self.options.journal and (lost := device.lost_with_process()):
+            raise UserError(
+                f"{', '.join(lost)}: it cannot go on after the death of this emulator, so a guest with --journal "
+                "cannot have it. Use a raw image that is not read-only, or leave --journal out"
+            )
 
     def remove_device(self, attached: AttachedDevice) -> None:
         """Rescind a device's offer (hot removal) and stop the device. The guest releases the channel later.
@@ -366,8 +451,16 @@ class Host:
     def _activate(self) -> None:
         self.gateway.pending.forget()  # of an emulator that ended in the middle of a signal
         self._set_tables()
+        if self.options.journal:
+            self._open_journal()
+            self._begin_journal()
         self.gateway.activate()
         self.begin_service()
+
+    def _begin_journal(self) -> None:
+        self.state.journal = self.recorder
+        if self.recorder is not None:
+            self.recorder.begin()
 
     def _set_tables(self) -> None:
         options = self.options
@@ -420,6 +513,8 @@ class Host:
 
     def give_gateway(self) -> None:
         """Touch nothing of the gateway any more, after :meth:`leave_gateway`: another process may take it."""
+        if self.recorder is not None:
+            self.recorder.pause("it was being handed to another emulator when that was killed")
         self._engines.leave_gateway()
 
     def take_gateway_back(self) -> None:
@@ -443,6 +538,8 @@ class Host:
                 self.reset()
             elif name == "STOP":
                 self.clock.stop()
+                if self.recorder is not None:
+                    self.recorder.want()
             elif name == "RESUME":
                 self.gateway.clock.arm()
                 self.clock.resume()
@@ -508,6 +605,8 @@ class Host:
         self.gateway.forget_requests()
         self.bus.reset()
         self.partition.reset()
+        if self.recorder is not None:
+            self.recorder.want()
 
     def _crashed(self, report: CrashReport) -> None:
         if len(self.events.crashes) < _KEEP:
@@ -579,6 +678,8 @@ class Host:
 
     async def _close(self) -> None:
         self.leave_gateway()
+        if self.recorder is not None:
+            self.recorder.end()
         self.partition.pause()  # none of its timers fires any more
         self.bus.close()
         for channel in self.bus.channels:  # and no channel uses guest memory after it is unmapped

@@ -38,6 +38,8 @@ class HostOptions:
     try again; 0: without limit."""
     switchover: Switchover = Switchover.OWN
     """Which program sends ``migrate-continue`` in a migration that another program began."""
+    journal: bool = False
+    """Keep what another emulator needs to take the guest over if this one is killed; :mod:`vmbus.machine.journal`."""
     allow_missing_devices: bool = False
     """Take a guest that arrives although some of its devices are not offered here: their channels are revoked."""
 

@@ -6,8 +6,11 @@ found                    then
 a migration under way    is cancelled: the state that belongs to it has ended with its emulator. In
                          ``pre-switchover`` QEMU would wait for ever
 a guest that has left    it is not served: the target has it
-a guest that uses its    it waits: its next instruction that needs the host is not answered. The state of its SynIC
-Hyper-V host             and channels has ended with its emulator. The guest can be reset
+a guest that uses its    it is taken over, if its emulator kept a journal (:mod:`vmbus.machine.journal`)
+Hyper-V host
+
+the same, and no journal it waits: its next instruction that needs the host is not answered. The state of its SynIC
+                         and channels has ended with its emulator. The guest can be reset
 any other guest          is served: it boots, or waits for its first emulator
 =======================  =======================================================================================
 """
@@ -18,10 +21,13 @@ import asyncio
 import contextlib
 import logging
 
-from vmbus.errors import QemuError, UserError
+from vmbus.errors import GatewayError, QemuError, UserError
 from vmbus.machine.gateway.client import Gateway
+from vmbus.machine.journal.reading import JournalRefused
+from vmbus.machine.journal.recovery import RecoveredGuest, recover
 from vmbus.machine.qemu.qmp import Qmp
 from vmbus.wire.gateway import GuestState
+from vmbus.wire.journal import MAGIC
 
 _logger = logging.getLogger(__name__)
 
@@ -72,19 +78,68 @@ async def guest_is_here(qmp: Qmp) -> bool:
     return bool((await qmp.execute("query-status"))["status"] != "inmigrate")
 
 
-async def check_guest(qmp: Qmp, gateway: Gateway, *, reset: bool) -> None:
-    """Raise :class:`GuestLost` for a guest that cannot be served; with ``reset``, only for one that has left."""
+def find_guest(gateway: Gateway, *, takeover: bool) -> RecoveredGuest | JournalRefused | None:
+    """Return what a journal has of the guest, or why it has nothing; ``None`` for a guest that needs none.
+
+    A guest that was reset since its emulator was killed needs none: it boots. With ``takeover`` an emulator may have
+    been detached that still works on the guest.
+    """
+    if gateway.guest is not GuestState.ENGAGED:
+        return None
+    try:
+        with contextlib.closing(gateway.journal_memory()) as memory:
+            found = recover(memory)
+    except GatewayError as error:  # it is of an older release
+        return JournalRefused("empty", str(error))
+    except JournalRefused as error:
+        return error
+    if found.resets == gateway.resets:
+        if takeover:
+            return JournalRefused(
+                "detached",
+                "the emulator that was detached may still work; end it, and attach without --take-over",
+            )
+        return found
+    _logger.info("the machine was reset after the emulator of its guest was killed")
+    gateway.forget_requests()
+    gateway.guest = GuestState.FREE
+    return None
+
+
+def retire_journal(gateway: Gateway) -> None:
+    """Make the journal of an emulator of before invalid: this one keeps none."""
+    try:
+        memory = gateway.journal_memory()
+    except GatewayError:  # a gateway of an older release has none
+        return
+    with contextlib.closing(memory):
+        if any(memory[: len(MAGIC)]):
+            memory[: len(MAGIC)] = bytes(len(MAGIC))
+
+
+async def check_guest(
+    qmp: Qmp, gateway: Gateway, *, reset: bool, found: RecoveredGuest | JournalRefused | None = None
+) -> None:
+    """Raise :class:`GuestLost` for a guest that cannot be served; with ``reset``, only for one that has left.
+
+    ``found``: of :func:`find_guest`.
+    """
     status = (await qmp.execute("query-status"))["status"]
     if gateway.guest is GuestState.LEFT or status == "postmigrate":
         raise GuestLost(
             "the guest of this QEMU has left: it was migrated, or saved into a file, and must not run twice. End "
             "this QEMU"
         )
-    if gateway.guest is GuestState.ENGAGED and not reset:
+    if gateway.guest is GuestState.ENGAGED and not reset and not isinstance(found, RecoveredGuest):
+        why = (
+            f" (its journal is of no use: {found.detail})"
+            if found is not None and found.reason != "empty"
+            else ""
+        )
         raise GuestLost(
             "the guest of this QEMU uses its Hyper-V host already, and the state of that host (SynIC, channels) was "
-            "known only to the emulator that served it and has ended. The guest was not changed and waits: reset it "
-            "with `vmbus attach --reset`, or end this QEMU and load a snapshot"
+            f"known only to the emulator that served it and has ended{why}. The guest was not changed and waits: "
+            "reset it with `vmbus attach --reset`, or end this QEMU and load a snapshot"
         )
 
 

@@ -5,6 +5,7 @@ Source: docs/protocol/saving.md#silent-cases, docs/saved-state.md. Functions wit
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,15 @@ def encode(kind: ChunkKind, record: Any, *, save_id: int, index: int, last: bool
         index=index,
         flags=_LAST if last else 0,
         version=version,
+    )
+
+
+def encode_all(records: Iterable[tuple[ChunkKind, Any]], *, save_id: int) -> bytes:
+    """Return the chunks of one save run with all ``records``."""
+    listed = list(records)
+    return b"".join(
+        encode(kind, record, save_id=save_id, index=index, last=index + 1 == len(listed))
+        for index, (kind, record) in enumerate(listed)
     )
 
 

@@ -20,7 +20,8 @@ A restore leaves the ``ChannelIo`` closed, with the restored state. When guest m
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from vmbus.bus.channel.gpadl import Gpadl
@@ -28,7 +29,7 @@ from vmbus.bus.channel.opening import OpenRequest
 from vmbus.bus.channel.state import ChannelCounters
 from vmbus.bus.channel.state import ChannelState as BusState
 from vmbus.bus.io.channel_io import ChannelIo
-from vmbus.bus.io.state import ChannelIoState, IoState, PacketState
+from vmbus.bus.io.state import ChannelIoState, IoState, PacketState, RingPositions
 from vmbus.bus.offers import Offer
 from vmbus.errors import DeviceError, RingError, VmbusError
 from vmbus.saving.channel import ChannelSaver
@@ -114,6 +115,8 @@ class DeviceChannel:
         self._changes = 0
         self._seen: tuple[object, ...] = ()
         self._detached = False
+        self.positions: RingPositions | None = None
+        """Where the process stood that the next restore is of, if it was killed; see :meth:`captured`."""
         self._applied = False
         """Whether a state was applied, or begun to be, and the channel was not started since."""
 
@@ -181,7 +184,7 @@ class DeviceChannel:
 
     def take_view(self) -> ChannelState:
         if self._view is None:
-            self._view = self._state()
+            self._view = self._state(self.io.save(), self.io.device.save)
             sent = self._view.outgoing()
             self._sent = self._packet_states(from_guest=False) if sent else {}
         return self._view
@@ -227,7 +230,8 @@ class DeviceChannel:
     def apply_restore(self, state: ChannelState) -> None:
         self._switched += 1
         io, device = self.io, self.io.device
-        io.restore(_io_state(state))
+        positions, self.positions = self.positions, None
+        io.restore(_io_state(state), positions)
         self._applied = True
         if not self.channel.offer.subchannel_index:
             device.restore(state.device)
@@ -235,13 +239,35 @@ class DeviceChannel:
             if isinstance(saved, SavedTaken):
                 device.restore_packet(io, PacketState(saved.packet.transaction_id, saved.device))
 
+    def captured(self) -> ChannelState:
+        """Return the state as it is now, between two packets, of a channel that may run; see ``Device.captured``.
+
+        The device's states of packets that it sent are in it. What the state says to be queued may be in the ring
+        soon afterwards; :attr:`positions` is how a restore finds out.
+        """
+        state = self._state(self.io.captured(), self.io.device.captured)
+        if not state.outgoing():
+            return state
+        states = self._packet_states(from_guest=False)
+
+        def with_device(each: OutgoingPacket) -> OutgoingPacket:
+            mine = states.get(each.packet.transaction_id)
+            return OutgoingPacket(each.packet, mine[0]) if mine else each
+
+        return replace(
+            state,
+            outstanding=tuple(with_device(each) for each in state.outstanding),
+            queue=tuple(
+                with_device(each) if isinstance(each, OutgoingPacket) else each for each in state.queue
+            ),
+        )
+
     # --- private ---
 
-    def _state(self) -> ChannelState:
+    def _state(self, kept: ChannelIoState, device_state: Callable[[], bytes]) -> ChannelState:
         channel, io = self.channel, self.io
         if io.state is IoState.CLOSED and channel.is_open and not self._restored():
             raise DeviceError(f"{io.device.name} cannot be saved: its channel is open, but the device is not")
-        kept = io.save()
         queue = tuple(_queued(packet) for packet in kept.output)
         awaited = dict(kept.awaited)
         for each in queue:
@@ -255,7 +281,7 @@ class DeviceChannel:
             tuple(OutgoingPacket(_known_by_id(number)) for number in _each(awaited)),
             queue,
             self._taken(kept),
-            self._device_state(),
+            self._device_state(device_state),
         )
 
     def _taken(self, kept: ChannelIoState) -> tuple[SavedPacket | SavedTaken, ...]:
@@ -310,12 +336,12 @@ class DeviceChannel:
             failure=kept.failure,
         )
 
-    def _device_state(self) -> bytes:
+    def _device_state(self, device_state: Callable[[], bytes]) -> bytes:
         device = self.io.device
         if self.channel.offer.subchannel_index:
             return b""
         try:
-            return device.save()
+            return device_state()
         except VmbusError:
             raise
         except Exception as error:

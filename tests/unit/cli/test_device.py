@@ -116,6 +116,8 @@ class FakeHost:
     bus: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(channels=[], messages_waiting=0))
     migration: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(phase=Phase.IDLE, command=""))
 
+    def check_device(self, device: Device) -> None: ...
+
     def add_device(self, device: Device) -> AttachedDevice:
         io = LoopbackGuest(device).io
         offered = SimpleNamespace(state=SimpleNamespace(name="OFFERED"), offer=device.offer(), is_open=True)

@@ -33,7 +33,7 @@ from vmbus.bus.io.held import AWAITED_LIMIT, HeldPackets
 from vmbus.bus.io.hooks import DeviceHooks
 from vmbus.bus.io.polling import AdaptivePolling
 from vmbus.bus.io.ring import IncomingRing, OutgoingRing, ring_status
-from vmbus.bus.io.state import ChannelIoState, IoCounters, IoState
+from vmbus.bus.io.state import ChannelIoState, IoCounters, IoState, RingPositions
 from vmbus.bus.io.timers import ChannelTimers
 from vmbus.bus.io.turns import TURN_PACKETS, TurnCalls, Turns
 from vmbus.errors import DeviceError, GuestError, InternalError, ProtocolError, RingError
@@ -74,7 +74,12 @@ class ChannelIo:
         *,
         clock: Callable[[], float] = time.monotonic,
         poll_window: float | None = None,
+        record: Callable[[ChannelIo], None] | None = None,
     ) -> None:
+        """``record`` is called before the guest can see more of what this end of the channel has done, if it changed.
+
+        See :mod:`vmbus.machine.journal`.
+        """
         self.device = device
         self.timers = timers
         self.state = IoState.CLOSED
@@ -86,6 +91,8 @@ class ChannelIo:
         self.refusals = Refusals(device.name, _logger)
         self.subchannels: list[ChannelIo] = []
         self._clock = clock
+        self._record_change = record
+        self._positions: RingPositions | None = None
         self._polling = AdaptivePolling(device.poll_window if poll_window is None else poll_window, clock)
         self._channel: EndpointChannel | None = None
         self._outgoing: OutgoingRing | None = None
@@ -109,6 +116,7 @@ class ChannelIo:
             self.counters,
             TurnCalls(
                 room=self._room,
+                record=self._record,
                 wait_for_budget=self._held.wait_for_budget,
                 deliver=self._deliver,
                 batch_ended=lambda: self.device.batch_ended(self),
@@ -266,7 +274,7 @@ class ChannelIo:
         """
         if self.state is not _RUNNING or self._turns.active or not self._held.output.packets:
             return
-        if self._handover.given:
+        if self._handover.given or self._record_change is not None:  # the journal may not have begun yet
             self._schedule()
             return
         try:
@@ -329,7 +337,13 @@ class ChannelIo:
                 f"{self.device.name}: sub-channels need a primary channel, and can be offered once per opening"
             )
         for index in range(1, count + 1):
-            io = ChannelIo(self.device, self.timers, clock=self._clock, poll_window=self._polling.longest)
+            io = ChannelIo(
+                self.device,
+                self.timers,
+                clock=self._clock,
+                poll_window=self._polling.longest,
+                record=self._record_change,
+            )
             self.subchannels.append(io)
             io._channel = offers.offer(replace(self.channel.offer, subchannel_index=index), io)
 
@@ -357,6 +371,7 @@ class ChannelIo:
     def fast_answered(self, channel: FastChannel, answer: bytes) -> None:
         """Send a completion that the fast path has built; see :class:`~vmbus.ports.FastOwner`."""
         if channel is self.fast and (self.state is _RUNNING or self.state is IoState.PAUSED):
+            self._held.changed = True
             self._held.output.put(answer)
             self._calls.contain(ChannelIo.flush)
         else:
@@ -415,11 +430,23 @@ class ChannelIo:
         """Return the state of a paused (or failed, or closed) channel."""
         if self.state is IoState.RUNNING or self._turns.active:
             raise InternalError(f"{self.device.name}: pause a channel before saving it")
+        return self.captured()
+
+    def captured(self) -> ChannelIoState:
+        """Return the state as it is now, between two packets."""
         return self._held.save(
             input_paused=self._input_paused,
             failure=self.failure,
             transaction_quota=self.transaction_quota,
         )
+
+    @property
+    def positions(self) -> RingPositions | None:
+        """Where the host stands in both rings, with all that was taken; ``None`` while the channel has none."""
+        incoming, outgoing = self._turns.incoming, self._outgoing
+        if incoming is None or outgoing is None:
+            return None
+        return RingPositions(incoming.taken, outgoing.index)
 
     def give_up_restore(self) -> None:
         """Drop the state of :meth:`restore`, and have the device forget what it was given for this channel."""
@@ -428,14 +455,19 @@ class ChannelIo:
             self.failure = ""
             self._calls.contain(self.device.closed)
 
-    def restore(self, state: ChannelIoState) -> None:
-        """Take over a saved state; the channel stays closed until the bus calls :meth:`restored`."""
+    def restore(self, state: ChannelIoState, positions: RingPositions | None = None) -> None:
+        """Take over a saved state; the channel stays closed until the bus calls :meth:`restored`.
+
+        ``positions``: where the host stood when the state was captured, if it has ended since without a word. It may
+        have written a part of the output, and may not have freed the room of what it had taken.
+        """
         if self.state is not IoState.CLOSED:
             raise InternalError(
                 f"{self.device.name}: a channel that is {self.state.value} cannot take over a saved state"
             )
         self._forget()
         self._held.restore(state)
+        self._positions = positions
         self._input_paused = state.input_paused
         self.failure = state.failure
         self.transaction_quota = state.transaction_quota or self.transaction_quota
@@ -477,6 +509,10 @@ class ChannelIo:
         incoming = IncomingRing(incoming_pages, memory)
         outgoing = OutgoingRing(outgoing_pages, memory)
         self._channel, self._outgoing = channel, outgoing
+        if (positions := self._positions) is not None:
+            self._positions = None
+            incoming.continue_at(positions.read)
+            self._held.output.forget_written(outgoing.written_since(positions.write))
         self._turns.begin(incoming)
         self._handover.begin(channel, incoming, outgoing)
         self._held.begin(self.device.environment.budget)
@@ -605,12 +641,22 @@ class ChannelIo:
         else:
             self.refusals.refuse("unexpected-completion", f"transaction {packet.transaction_id:#x}")
 
+    def _record(self) -> None:
+        """Record what is about to become visible to the guest; without a journal of this channel, do nothing."""
+        if self._record_change is not None:
+            self._held.changed = False
+            self._record_change(self)
+
     def _write_out(self) -> bool:
         """Move the queue to the ring, as far as it fits; return whether the guest wants a signal."""
         held = self._held
         if not held.output.packets or self.state is not _RUNNING or self._outgoing is None:
             return False
-        return held.write(self._outgoing, self.counters)
+        if held.changed:
+            self._record()
+        signal = held.write(self._outgoing, self.counters)
+        held.changed = bool(held.output.packets)  # the rest is written at another position
+        return signal
 
     def _signal(self) -> None:
         if self._channel is not None:

@@ -235,6 +235,13 @@ class Device(ABC):
         """
         return ()
 
+    def lost_with_process(self) -> Sequence[str]:
+        """Return names of what a process that is killed takes along, or leaves under way, such as disks of a daemon.
+
+        A guest whose emulator keeps a journal can have none: the next one would not find what the guest was told.
+        """
+        return self.bound_to_process()
+
     def outside_snapshots(self) -> Sequence[str]:
         """Return names of what the guest can write to and no snapshot holds, such as disks.
 
@@ -289,6 +296,14 @@ class Device(ABC):
     def save(self) -> bytes:
         """Return the device's state in a versioned format of its own; channels are paused meanwhile."""
         return b""
+
+    def captured(self) -> bytes:
+        """Return the state as :meth:`save` would, at any time between two packets, while the device works.
+
+        For the journal of a guest: must not wait. A packet that is under way then is restored as if it had just been
+        taken, after this process has ended; what was done of it is done once more.
+        """
+        return self.save()
 
     def restore(self, state: bytes) -> None:
         """Take over a state that :meth:`save` returned, perhaps in another process and of an older version.

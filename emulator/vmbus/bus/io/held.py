@@ -42,7 +42,17 @@ class HeldPackets:
     ``schedule`` schedules a turn. ``call_later`` is the channel's: a GuestError of what it calls fails the channel.
     """
 
-    __slots__ = ("_account", "_awaited", "_call_later", "_deadline", "_owed", "_schedule", "budget", "output")
+    __slots__ = (
+        "_account",
+        "_awaited",
+        "_call_later",
+        "_deadline",
+        "_owed",
+        "_schedule",
+        "budget",
+        "changed",
+        "output",
+    )
 
     def __init__(
         self,
@@ -59,6 +69,8 @@ class HeldPackets:
         """What waits for room in the ring, or for the end of the turn."""
         self._owed = Transactions()
         self._awaited = Transactions()
+        self.changed = False
+        """Whether a packet came or went since this was last set to False; what is written to the ring stays told."""
         self._deadline: TimerHandle | None = None
         """Ends the channel unless the guest reads the answers that wait for it."""
 
@@ -123,6 +135,7 @@ class HeldPackets:
 
     def owe(self, packet: Packet) -> None:
         """Take a packet of the guest that requests a completion."""
+        self.changed = True
         cost = memory_of(packet)
         self._owed.add(packet.transaction_id, cost)
         self._account.charge(cost)
@@ -138,6 +151,7 @@ class HeldPackets:
         if cost is None:
             return False
         self._account.refund(cost)
+        self.changed = True
         self.output.put(completion)
         self._count_saved()
         return True
@@ -165,12 +179,14 @@ class HeldPackets:
             return False
         if awaited is not None:
             self._awaited.add(awaited)
+        self.changed = True
         output.put(packet)
         self._count_saved()
         return True
 
     def completed(self, transaction_id: int) -> bool:
         """Take the guest's completion of a packet; return whether one was awaited with this id."""
+        self.changed = True
         return self._awaited.remove(transaction_id) is not None
 
     # --- the queue ---

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from vmbus.bus.io.ring import OutgoingRing
 from vmbus.bus.io.state import IoCounters
+from vmbus.errors import RingError
 from vmbus.wire.packet import TRAILER_SIZE, Packet
 
 PACKET_BYTES = 512
@@ -118,6 +119,22 @@ class Output:
         """Queue a packet (see ``build_packet``)."""
         self.packets.append(packet)
         self.bytes += len(packet)
+
+    def forget_written(self, size: int) -> None:
+        """Drop the first packets: ``size`` bytes of them, trailers included, are in the ring already.
+
+        Raises :class:`~vmbus.errors.RingError` if that is not a number of whole packets.
+        """
+        count = 0
+        for packet in self.packets:
+            if size <= 0:
+                break
+            size -= len(packet) + TRAILER_SIZE
+            count += 1
+        if size:
+            raise RingError("invalid-ring-index", "the write index is in the middle of a packet")
+        self.bytes -= sum([len(packet) for packet in self.packets[:count]])
+        del self.packets[:count]
 
     def write(self, ring: OutgoingRing, counters: IoCounters) -> bool:
         """Move the queue to the ring, as far as it fits; return whether the guest wants a signal.

@@ -122,9 +122,24 @@ class IncomingRing(_Ring):
         return self._taken
 
     @property
+    def taken(self) -> int:
+        """The read index once everything that was taken is committed."""
+        return self._taken
+
+    @property
     def masked(self) -> bool:
         """Whether the guest's signals are masked."""
         return self._masked
+
+    def continue_at(self, index: int) -> None:
+        """Free the room of all before ``index``, which a process that has ended had taken.
+
+        Raises :class:`~vmbus.errors.RingError` for an index that is impossible.
+        """
+        if index % 8 or not 0 <= index < self.size:
+            raise RingError("invalid-ring-index", f"a journal has the read index {index:#x}")
+        self._store(READ_INDEX, index)
+        self.go_on(index)
 
     def go_on(self, index: int) -> None:
         """Go on at ``index``: compiled code has read so far, and has masked the guest's signals."""
@@ -283,6 +298,10 @@ class OutgoingRing(_Ring):
     def index(self) -> int:
         """The host's write index."""
         return self._write
+
+    def written_since(self, index: int) -> int:
+        """Return the bytes, trailers included, that were written behind ``index``."""
+        return (self._write - index) % self.size
 
     def go_on(self, index: int) -> None:
         """Go on at ``index``: compiled code has written so far."""

@@ -47,6 +47,13 @@ class PacketState(NamedTuple):
     from_guest: bool = True
 
 
+class RingPositions(NamedTuple):
+    """Where the host stands in the rings of an opening: its read index, and its write index, in bytes."""
+
+    read: int
+    write: int
+
+
 @dataclass(frozen=True, slots=True)
 class ChannelIoState:
     """Everything that an open channel holds besides its rings, which are guest memory.

@@ -42,6 +42,8 @@ class TurnCalls:
 
     room: Callable[[], int]
     """Return how many packets may be taken now; 0 as well if the channel does not run."""
+    record: Callable[[], None]
+    """Record what is about to become visible to the guest, if somebody keeps a journal of the channel."""
     wait_for_budget: Callable[[], None]
     """If the guest's budget is used up, schedule a turn as soon as it has room."""
     deliver: Callable[[list[Packet]], int]
@@ -137,6 +139,7 @@ class Turns:
                     break
                 left -= taken
                 calls.batch_ended()
+                calls.record()
                 signal = incoming.commit() or signal
                 signal = calls.write_out() or signal
                 if signal:

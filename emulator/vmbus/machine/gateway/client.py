@@ -47,7 +47,7 @@ from vmbus.machine.gateway.pending import PendingInterrupts
 from vmbus.machine.gateway.posts import PostRing
 from vmbus.machine.gateway.shared import CodePages, GatewayClock, reclaim_doorbells
 from vmbus.machine.gateway.tables import Tables
-from vmbus.machine.gateway.traps import Fault, Trap, Unclaimed
+from vmbus.machine.gateway.traps import Fault, GivenAnswer, Trap, Unclaimed
 from vmbus.wire import gateway as wire
 from vmbus.wire.cpuid import CpuidLeaf
 from vmbus.wire.gateway import (
@@ -464,6 +464,13 @@ class Gateway:
                 found.append(trap)
         return found
 
+    @staticmethod
+    def given(trap: Trap, value: int, fault: Fault | None) -> GivenAnswer:
+        """Return the answer to ``trap`` as :meth:`repeat_answer` takes it."""
+        index = trap.vcpu * wire.SLOTS + trap.slot
+        verdict = Verdict.OK if fault is None else Verdict.FAULT
+        return GivenAnswer(index, trap.sequence, int(verdict), value & _MASK64 if fault is None else 0)
+
     def answer(self, trap: Trap, value: int = 0) -> None:
         """Answer with a result: the value that RDMSR reads, the status of VMCALL; WRMSR has none."""
         self._answer(trap, value & _MASK64, Verdict.OK)
@@ -497,6 +504,19 @@ class Gateway:
         self._fence.release()
         if self._words[self._sleeping_at[vcpu]]:
             self._syscall(_SYS_FUTEX, ctypes.c_void_p(self._address + 8 * at), _FUTEX_WAKE, 1, None, None, 0)
+
+    def repeat_answer(self, answer: GivenAnswer) -> None:
+        """Give an answer of the emulator of before, unless that has given it, or nobody waits for it any more."""
+        if not 0 <= answer.place < len(self._requests):
+            return
+        sequence, at = answer.sequence, self._answer_at[answer.place]
+        quads = self._quads
+        if (
+            self._requests[answer.place] == sequence
+            and quads[self._retired_at[answer.place]] != sequence
+            and quads[at] != sequence
+        ):
+            self._store_answer(answer.place // wire.SLOTS, at, sequence, answer.value, answer.verdict)
 
     def forget_requests(self) -> None:
         """Drop requests, posts, doorbells and pending interrupts after a reset, and sample the TSC anew."""

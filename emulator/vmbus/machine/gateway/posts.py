@@ -48,18 +48,36 @@ class PostRing:
             (offset + offset_of(wire.POST_RING, name)) // 8 for name in ("head", "first", "tail", "promise")
         )
         self._entries_at = offset + offset_of(wire.POST_RING, "entries")
+        self.hold = False
+        """Whether the room of posts is freed by :meth:`release`, and not when they are taken: with a journal."""
         self.tail = 0
         """Number of posts that were taken; there are more if the word at ``head_at`` differs."""
 
     def begin(self) -> None:
         """Begin to use the ring, where this attachment stands.
 
-        Posts from before it are skipped: what they refer to has ended with the emulator that promised.
+        Posts from before it are skipped: what they refer to has ended with the emulator that promised; but see
+        :meth:`begin_at`. The tail in the ring stays where that emulator has left it.
         """
         quads = self._quads
         head, first, tail = quads[self.head_at], quads[self._first_at], quads[self._tail_at]
         self.tail = tail if head - tail & _MASK64 <= head - first & _MASK64 else first
+        quads[self._promise_at] = 0
+
+    def begin_at(self, tail: int) -> None:
+        """Begin to use the ring behind the posts of which a journal says that they were handled, or behind more.
+
+        Posts of before this attachment are returned: the state that they refer to goes on here.
+        """
+        quads = self._quads
+        head, stored = quads[self.head_at], quads[self._tail_at]
+        waiting = min(head - stored & _MASK64, head - tail & _MASK64)
+        self.tail = head - waiting & _MASK64 if waiting <= wire.POSTS else head
         self.withdraw()
+
+    def release(self) -> None:
+        """Free the room of all posts that were taken."""
+        self._quads[self._tail_at] = self.tail
 
     @property
     def waiting(self) -> bool:
@@ -85,7 +103,9 @@ class PostRing:
             if known is None or vcpu >= self._vcpus_max or size > wire.POST_PAYLOAD:
                 raise GatewayError(f"the trap gateway posted kind {kind} of vCPU {vcpu} with {size} bytes")
             found.append(Post(vcpu, known, connection_id, payload[:size]))
-        self.tail = self._quads[self._tail_at] = head
+        self.tail = head
+        if not self.hold:
+            self.release()
         return found
 
     def promise(self, messages: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
@@ -51,6 +52,16 @@ class Trap(NamedTuple):
     def identity(self) -> tuple[int, ...]:
         """A key that is equal for a trap and for its repetition in another QEMU after a migration."""
         return (self.vcpu, int(self.kind), *self[6:])
+
+
+@dataclass(frozen=True, slots=True)
+class GivenAnswer:
+    """An answer, and the request that it is for: the slot's place among all slots, and its sequence number."""
+
+    place: int
+    sequence: int
+    verdict: int
+    value: int
 
 
 class Unclaimed(NamedTuple):

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 from vmbus.bus.channel.channel import Channel
 from vmbus.bus.channel.state import ChannelState as BusChannelState
 from vmbus.bus.io.channel_io import ChannelDevice, ChannelIo
 from vmbus.bus.io.snapshots import SnapshotDisk
+from vmbus.bus.io.state import RingPositions
 from vmbus.bus.saved_state.layout import SAVED_BUS
 from vmbus.bus.saved_state.restore import BusStateRefused, check_state
 from vmbus.bus.saved_state.values import BusState
@@ -226,6 +227,16 @@ def _compile_records() -> None:
         record.compiled  # noqa: B018 - compiled on first access
 
 
+class StateJournal(Protocol):
+    """What is told of the state as a whole; see :class:`vmbus.machine.journal.recorder.Recorder`."""
+
+    def pause(self, reason: str) -> None:
+        """Say that nothing can be taken over, until :meth:`begin`."""
+
+    def begin(self) -> None:
+        """Record everything, from now on."""
+
+
 class HostState:
     """The state of one host as a whole."""
 
@@ -253,6 +264,8 @@ class HostState:
         self._hypervisor_section = HypervisorSection(partition, clock, gateway)
         self._bus_section = BusSection(bus)
         self.paused = False
+        self.journal: StateJournal | None = None
+        """The journal of the guest, which is not valid while another state takes the place of its state."""
         _compile_records()
 
     @property
@@ -350,6 +363,8 @@ class HostState:
                 self._saver.start(end)
         for channel in tuple(self._channels):
             channel.resume()
+        if self.journal is not None:
+            self.journal.begin()
 
     def begin_save(self) -> bool:
         """Have every channel of the paused host take its view, which :meth:`save` writes; all devices are asked here.
@@ -429,9 +444,33 @@ class HostState:
             )
         if state.memory is not None:
             shared_memory.check(state.memory, self._memory)
+        if self.journal is not None:
+            self.journal.pause("another state was being restored when its emulator was killed")
         from_here = state.memory is not None and state.memory.boot == shared_memory.boot_id()
         self._hypervisor_section.same_host = from_here or machine_stays
+        self._apply(state, allow_missing=allow_missing)
+
+    def restore_recovered(
+        self, state: MachineState, positions: Mapping[ChannelIdentity, RingPositions], *, allow_missing: bool
+    ) -> None:
+        """Restore what a journal has of this machine's guest; the host stays paused.
+
+        ``positions``: where the emulator of before stood in the rings, of each channel that had any. Raises
+        :class:`~vmbus.saving.StateRefused`, before anything has changed unless a device refused.
+        """
+        self._hypervisor_section.same_host = True
+        self._apply(state, allow_missing=allow_missing, positions=positions)
+
+    def _apply(
+        self,
+        state: MachineState,
+        *,
+        allow_missing: bool,
+        positions: Mapping[ChannelIdentity, RingPositions] | None = None,
+    ) -> None:
         made = self._make_subchannels(state)
+        for channel in self._known():
+            channel.positions = positions.get(channel.identity) if positions else None
         restore = self._restore(allow_missing=allow_missing)
         try:
             restore.apply(state)
@@ -539,6 +578,8 @@ class HostState:
     def reset(self) -> None:
         """Drop all that belongs to the guest, without a write of its memory: another state follows."""
         self.abandon_save()
+        if self.journal is not None:
+            self.journal.pause("another state was about to be loaded when its emulator was killed")
         self._service.reset()
         self._held.clear()
         for channel in self._known():

@@ -1,0 +1,148 @@
+"""What a journal has of a guest, besides the sections and chunks of a saved state: layouts and keys.
+
+| key                  | value                                                                               |
+| ``about``            | form of the journal, resets of the machine until now                                |
+| ``hypervisor``       | the hypervisor section of a saved state                                             |
+| ``bus``              | the bus section                                                                     |
+| ``timers``           | the synthetic timers of all processors, which are newer than those of the section   |
+| ``answers``          | answers to traps, and how many posts were handled: given once all this is stored    |
+| ``marks``            | the message slots that are written once all this is stored                          |
+| ``channel`` identity | where the host stands in the rings, and the chunks of the channel's saved state     |
+| ``ended``            | why the journal goes no further                                                     |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import construct as c
+
+from vmbus.machine.gateway.traps import GivenAnswer
+from vmbus.wire.codec import Record
+from vmbus.wire.plain import Blob, Nested, VarTuple
+from vmbus.wire.saved import ChannelIdentity
+
+FORM = 1
+"""Form of the values; another one is not read."""
+
+ABOUT, HYPERVISOR, BUS, TIMERS, ANSWERS, MARKS, ENDED = (
+    b"about",
+    b"hypervisor",
+    b"bus",
+    b"timers",
+    b"answers",
+    b"marks",
+    b"ended",
+)
+_CHANNEL = b"channel"
+
+NO_EXPIRATION = 0xFFFF_FFFF_FFFF_FFFF
+"""In place of an expiration: the timer does not run."""
+
+
+def channel_key(identity: ChannelIdentity) -> bytes:
+    """Return the key of a channel."""
+    return (
+        _CHANNEL
+        + identity.interface_id.bytes_le
+        + identity.instance_id.bytes_le
+        + identity.subchannel_index.to_bytes(2, "little")
+    )
+
+
+def is_channel(key: bytes) -> bool:
+    """Return whether ``key`` is that of a channel."""
+    return key.startswith(_CHANNEL)
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """The first value. ``resets``: of the gateway's counter, when the journal was written last."""
+
+    form: int
+    resets: int
+
+
+ABOUT_VALUE = Record(About, "form" / c.Int32ul, "resets" / c.Int32ul)
+
+_ANSWER = Record(
+    GivenAnswer,
+    "place" / c.Int32ul,
+    "sequence" / c.Int64ul,
+    "verdict" / c.Int32ul,
+    "value" / c.Int64ul,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What follows the transaction. ``posts``: number of posts that were handled, modulo 2^64."""
+
+    posts: int
+    answers: tuple[GivenAnswer, ...]
+
+
+ANSWERS_VALUE = Record(Answers, "posts" / c.Int64ul, "answers" / VarTuple(Nested(_ANSWER)))
+
+
+@dataclass(frozen=True, slots=True)
+class SlotMark:
+    """The mark of the first message in the queue of a SINT."""
+
+    vp: int
+    sint: int
+    mark: int
+
+
+_MARK = Record(SlotMark, "vp" / c.Int32ul, "sint" / c.Int16ul, "mark" / c.Int16ul)
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """All of them."""
+
+    slots: tuple[SlotMark, ...]
+
+
+MARKS_VALUE = Record(Marks, "slots" / VarTuple(Nested(_MARK)))
+
+
+@dataclass(frozen=True, slots=True)
+class Timer:
+    """A synthetic timer; ``expiration`` may be :data:`NO_EXPIRATION`."""
+
+    config: int
+    count: int
+    expiration: int
+
+
+_TIMER = Record(Timer, "config" / c.Int64ul, "count" / c.Int64ul, "expiration" / c.Int64ul)
+
+
+@dataclass(frozen=True, slots=True)
+class Timers:
+    """Those of all processors, each with as many."""
+
+    timers: tuple[Timer, ...]
+
+
+TIMERS_VALUE = Record(Timers, "timers" / VarTuple(Nested(_TIMER)))
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelValue:
+    """A channel. ``read``, ``write``: indices of its rings, if it has any (``is_open``); ``chunks``: its state."""
+
+    is_open: int
+    read: int
+    write: int
+    chunks: bytes
+
+
+CHANNEL_VALUE = Record(
+    ChannelValue,
+    "is_open" / c.Int8ul,
+    "read" / c.Int32ul,
+    "write" / c.Int32ul,
+    "chunks" / Blob,
+)
