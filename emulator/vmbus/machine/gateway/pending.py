@@ -24,8 +24,8 @@ class PendingInterrupts:
 
     def __init__(self, region: mmap.mmap, quads: memoryview, vcpus: Sequence[int]) -> None:
         self._quads = quads
-        self._failures_at = offset_of(wire.CONTROL, "raise_failures") // 8
-        self._failures = self._quads[self._failures_at]
+        self._failures_at = offset_of(wire.CONTROL, "raise_failures")
+        self._failures = self._read_failures()
         self._vcpus = tuple(vcpus)
         self._region = region
         self._pending_at = [(base + offset_of(wire.VCPU, "pending")) // 8 for base in vcpus]
@@ -44,8 +44,12 @@ class PendingInterrupts:
 
     def failed(self) -> bool:
         """Return whether a vCPU could not raise an interrupt since the last call: it is among :meth:`waiting`."""
-        before, self._failures = self._failures, self._quads[self._failures_at]
-        return bool(before != self._failures)
+        before, self._failures = self._failures, self._read_failures()
+        return before != self._failures
+
+    def _read_failures(self) -> int:
+        at = self._failures_at  # the other half of its 64-bit word counts resets
+        return int(self._quads[at // 8] >> 8 * (at % 8) & 0xFFFFFFFF)
 
     def waiting(self) -> list[tuple[int, int]]:
         """Return ``(vCPU, vector)`` of the interrupts that nobody has raised yet."""
