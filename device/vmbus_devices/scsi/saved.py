@@ -220,7 +220,9 @@ def parse_packet_state(name: str, state: bytes) -> Packet:
     try:
         if not state.startswith(_PACKET_VERSION):
             raise ValueError(f"version {version}")
-        (_, packet), end = parse_command(state, len(_PACKET_VERSION))
+        (channel, packet), end = parse_command(state, len(_PACKET_VERSION))
+        if channel:  # it is that of the packet
+            raise ValueError(f"channel {channel}")
     except ValueError as error:
         raise DeviceError(f"{name}: a saved command is damaged: {error}") from error
     if end < len(state):

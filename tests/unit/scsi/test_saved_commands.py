@@ -122,6 +122,7 @@ def test_a_command_that_is_cut_off_is_refused(size: int) -> None:
         (struct.pack("<H", 2), "version 2"),
         (struct.pack("<H", 0), "damaged: version 0"),
         (struct.pack("<HHH", 1, 0, 8), "damaged: a packet of type 8"),
+        (READ_BYTES[:2] + struct.pack("<H", 1) + READ_BYTES[4:], "damaged: channel 1"),
         (struct.pack("<HHHHQH", 1, 0, 9, 1, 1, MAX_PAYLOAD + 1) + bytes(MAX_PAYLOAD + 1 + 2), "too large"),
         (struct.pack("<HHHHQHH", 1, 0, 9, 1, 1, 0, MAX_RANGES + 1), "too large"),
         (struct.pack("<HHHHQHHIII", 1, 0, 9, 1, 1, 0, 1, 4096, 4096, 2), "impossible range"),
