@@ -99,7 +99,7 @@ async def test_a_kernel_boots_connects_and_keeps_its_heartbeat(
 
         found = guest.status()
         console = guest.console()
-        assert "Hypervisor detected: Microsoft Hyper-V" in console
+        assert "Hypervisor detected: Microsoft Hyper-V" in console, console
         assert found["bus"]["version"] in (("5.2",) if kernel == OLD_KERNEL else ("5.3", "6.0"))
         assert str(found["partition"]["guest_os"]).startswith("Linux ")
         assert len(found["partition"]["vps"]) == smp
