@@ -117,6 +117,8 @@ class Recorder:
         self._wanted = False
         """Whether messages wait for a commit."""
         self._step: asyncio.Handle | None = None
+        self._ready: dict[tuple[int, int], int] = _NOTHING
+        """Slots that the last commit has announced, and the marks of their messages."""
         self._vps = 0
         """Processors that are in the journal."""
         self._seen: dict[bytes, tuple[object, ...]] = {}
@@ -172,8 +174,6 @@ class Recorder:
         """Write the messages that the last commit has announced."""
         ready, self._ready = self._ready, _NOTHING
         self._parts.partition.synic.deliver(ready)
-
-    _ready: dict[tuple[int, int], int] = _NOTHING
 
     def channel(self, io: ChannelIo) -> None:
         """Record a channel whose packets are about to be freed or answered; see ``ChannelIo``'s ``record``."""
