@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
-import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,18 +20,12 @@ from vmbus.provision.qemu import find_qemu
 from vmbus.wire import gateway as wire
 
 from tests.qemu.bare_guest import long_mode_guest
+from tests.qemu.gateway_guests import HELD, predecessor
 from tests.qemu.machine_under_test import LIMIT, Machine, next_trap, serve
 
 pytestmark = pytest.mark.qemu
 
 Start = Callable[..., Machine]
-HELD = """
-main:
-    mov $0x40000020, %ecx
-    rdmsr
-    call hex
-    jmp done
-"""
 BUSY = """
 main:
     rdtsc
@@ -97,17 +89,8 @@ time.sleep(1000)
 
 def test_memory_and_count_outlive_an_emulator_that_is_killed(start: Start) -> None:
     with start(HELD) as machine:
-        machine.attach().close()  # it listens
-        root = str(Path(__file__).parents[2])
-        predecessor = subprocess.Popen(
-            [sys.executable, "-c", _PREDECESSOR, str(machine.socket)],
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": root},
-        )
-        with predecessor:
-            assert predecessor.stdout is not None
-            assert int(predecessor.stdout.readline()) == 1
-            predecessor.send_signal(signal.SIGKILL)
+        with predecessor(machine, _PREDECESSOR) as (_, resets):
+            assert resets == 1
         assert reported(machine) == 0
         machine.ask("system_reset")  # nobody is attached
         successor = machine.attach()
