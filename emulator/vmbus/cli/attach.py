@@ -11,6 +11,7 @@ from vmbus.cli.devices import registry
 from vmbus.cli.options import (
     add_host_options,
     add_missing_devices_option,
+    add_supervise_option,
     confine,
     device_lines,
     host_options,
@@ -21,6 +22,7 @@ from vmbus.cli.serving import CONTROL_COMMANDS
 from vmbus.machine import rundir, signals
 from vmbus.machine.host import ExitReason, Host
 from vmbus.machine.migration.side_channel import CarrierAddress
+from vmbus.machine.reload.supervisor import AttachedMachine
 from vmbus.machine.served import Served
 
 _EPILOG = """\
@@ -68,6 +70,7 @@ def add_parser(verbs: Any) -> None:
         help="keep a journal, from which the next `vmbus attach` continues the guest if this one is killed; disks "
         "must be raw images, and compiled code does not serve them",
     )
+    add_supervise_option(parser)
     parser.add_argument(
         "--carrier",
         metavar="unix:PATH|file:PATH",
@@ -97,6 +100,8 @@ async def _attach(arguments: argparse.Namespace) -> int:
             if arguments.carrier is not None:
                 await host.migration.listen(CarrierAddress.parse(arguments.carrier))
             await served.start()
+            if arguments.supervise:
+                await served.supervise(AttachedMachine(arguments.qmp, host.facts.pid))
             tell(f"attached to QEMU {host.facts.version} (process {host.facts.pid}) as {directory.name}")
             exit_reason = await served.serve()
     finally:

@@ -222,6 +222,16 @@ def add_missing_devices_option(parser: Any) -> None:
     )
 
 
+def add_supervise_option(parser: Any) -> None:
+    """Add the option of the commands that serve a guest."""
+    parser.add_argument(
+        "--supervise",
+        action="store_true",
+        help="serve the guest in a process of its own, and start the next one if that is killed: the guest goes on, "
+        "and nothing is lost. Disks must be raw images; as --journal of `vmbus attach`",
+    )
+
+
 def host_options(arguments: argparse.Namespace) -> HostOptions:
     """Return the host's options from the command line."""
     return HostOptions(
@@ -235,7 +245,7 @@ def host_options(arguments: argparse.Namespace) -> HostOptions:
         reset=getattr(arguments, "reset", False),
         hold_timeout=arguments.hold_limit,
         switchover=arguments.switchover,
-        journal=getattr(arguments, "journal", False),
+        journal=getattr(arguments, "journal", False) or getattr(arguments, "supervise", False),
         allow_missing_devices=getattr(arguments, "allow_missing_devices", False),
     )
 

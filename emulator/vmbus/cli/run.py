@@ -22,6 +22,7 @@ from vmbus.cli.options import (
     MAX_VCPUS,
     add_host_options,
     add_missing_devices_option,
+    add_supervise_option,
     confine,
     device_lines,
     host_options,
@@ -66,6 +67,7 @@ examples:
   vmbus run --root /dev/sda1 --device scsi,image=debian.img -- gcc --version    or only run a command in it
   vmbus run --cdrom debian.iso                       boot a CD-ROM; with --firmware ovmf: by UEFI
   vmbus run --disk-boot disk.img --cdrom debian.iso --firmware ovmf     install from one to the other
+  vmbus run --supervise --device scsi,image=disk.img the guest goes on if its emulator is killed
   vmbus run --dry-run                                print the QEMU command line
 
 The kernel's console goes to --serial FILE, or to console.log in the guest's run directory
@@ -189,6 +191,7 @@ def add_parser(verbs: Any) -> None:
         metavar="FILE",
         help="qcow2 image for snapshots; created if it does not exist",
     )
+    add_supervise_option(guest)
     guest.add_argument("--no-reboot", action="store_true", help="end when the guest reboots")
     add_host_options(parser)
     parser.add_argument(
@@ -217,6 +220,8 @@ class Plan:
     new_devices: Callable[[Sequence[str]], Sequence[Device]]
     """Makes devices from their lines, for a guest that moves."""
     incoming: str | None = None
+    supervise: bool = False
+    """Whether a process of its own serves the guest, and is replaced when it is killed."""
     carrier: CarrierAddress | None = None
     """With ``incoming``: where the emulator's state arrives if not in QEMU's stream."""
 
@@ -266,6 +271,7 @@ def plan(arguments: argparse.Namespace) -> Plan:
         new_devices=registry().create_all,
         incoming=_incoming(arguments.incoming),
         carrier=_carrier(arguments),
+        supervise=arguments.supervise,
     )
 
 
@@ -460,6 +466,8 @@ async def run_guest(decided: Plan, output: Echo | None) -> int:
                 for each in addresses:
                     refused.leave(each, str(error))
                 raise
+        if decided.supervise:
+            await guest.supervise()
         if output is None or guest.command is None:
             if is_terminal(sys.stderr):
                 tell(

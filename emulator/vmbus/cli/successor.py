@@ -23,6 +23,9 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--link", required=True, type=int, metavar="FD", help="to who serves the guest")
     parser.add_argument("--keeper", required=True, type=int, metavar="FD", help="to who keeps the guest")
     parser.add_argument("--sandbox", choices=("on", "off"), default="on", help="as of `vmbus run`")
+    parser.add_argument(
+        "--supervised", action="store_true", help="say to the keeper when the guest is served"
+    )
     parser.set_defaults(action=main)
 
 
@@ -30,11 +33,15 @@ def main(arguments: argparse.Namespace) -> int:
     confine(arguments)
     with serving():
         return signals.run(
-            _serve(socket.socket(fileno=arguments.link), socket.socket(fileno=arguments.keeper))
+            _serve(
+                socket.socket(fileno=arguments.link),
+                socket.socket(fileno=arguments.keeper),
+                supervised=arguments.supervised,
+            )
         )
 
 
-async def _serve(predecessor: socket.socket, keeper: socket.socket) -> int:
+async def _serve(predecessor: socket.socket, keeper: socket.socket, *, supervised: bool) -> int:
     for each in (predecessor, keeper):
         each.set_inheritable(False)
     kept = Link(keeper, "the process that keeps the guest")
@@ -58,6 +65,8 @@ async def _serve(predecessor: socket.socket, keeper: socket.socket) -> int:
                 served.add_command("move", mover.asked)
             try:
                 await served.start()
+                if supervised:
+                    await kept.tell("serving")
                 if asked_to_end:
                     served.stop()
                 await served.serve()

@@ -21,7 +21,7 @@ from vmbus.bus.io.device import Device
 from vmbus.errors import InternalError, QemuError, UserError, system_reason
 from vmbus.machine import rundir
 from vmbus.machine.bounded_log import BoundedLog, LogCopy, copy_socket
-from vmbus.machine.host import Host, HostOptions
+from vmbus.machine.host import ExitReason, Host, HostOptions
 from vmbus.machine.migration.alone import alone
 from vmbus.machine.migration.drive import MigrationFailed, Outcome, Progress
 from vmbus.machine.migration.vmstate import DbusDaemon
@@ -31,6 +31,7 @@ from vmbus.machine.qemu.acpi import vmbus_table
 from vmbus.machine.qemu.arguments import EmulatorOptions
 from vmbus.machine.qemu.launch import GuestOptions, QemuProcess, command_line
 from vmbus.machine.qemu.qmp import Qmp
+from vmbus.machine.reload.supervisor import gone
 from vmbus.machine.rundir import RunDirectory
 from vmbus.machine.served import HostCommand, Served
 from vmbus.machine.signals import finished
@@ -396,6 +397,28 @@ class Guest:
         discarded, self._next = self._next, None
         if discarded is not None:
             await finished(discarded.close())
+
+    def monitor(self) -> Path:
+        """Return the QMP socket of the QEMU that has the guest."""
+        return self._station.directory.qmp
+
+    def has_next(self) -> bool:
+        """Return whether there is the QEMU of :meth:`open_machine`."""
+        return self._next is not None
+
+    async def ended(self) -> ExitReason | None:
+        """Return why QEMU has ended, after a moment for one that is about to; ``None`` while it runs."""
+        process = self.process.process
+        if not await gone(lambda: process.poll() is not None):
+            return None
+        return ExitReason.QEMU_GONE if process.returncode else ExitReason.POWERED_OFF
+
+    async def supervise(self) -> None:
+        """Let another process serve the guest, and replace it whenever it is killed; the guest needs a journal.
+
+        Raises :class:`~vmbus.errors.UserError`: then this process serves it.
+        """
+        await self.served.supervise(self)
 
     async def _asked_to_move(self, host: Host, request: Mapping[str, Any]) -> object:
         if "save_buffer" in request:

@@ -45,8 +45,10 @@ from vmbus.machine.host_parts import AttachedDevice as AttachedDevice
 from vmbus.machine.host_parts import ExitReason as ExitReason
 from vmbus.machine.host_parts import HostEvents as HostEvents
 from vmbus.machine.host_parts import HostOptions as HostOptions
+from vmbus.machine.host_parts import MakeDevices
 from vmbus.machine.io.engines import NativeEngines
 from vmbus.machine.io.workers import WorkerThreads
+from vmbus.machine.journal.reading import Contents
 from vmbus.machine.journal.recorder import RecordedParts, Recorder
 from vmbus.machine.journal.recovery import RecoveredGuest
 from vmbus.machine.journal.store import Journal
@@ -262,9 +264,12 @@ class Host:
 
     @classmethod
     async def attach(
-        cls, qmp_socket: Path | str | Qmp, devices: Sequence[Device], options: HostOptions | None = None
+        cls,
+        qmp_socket: Path | str | Qmp,
+        devices: Sequence[Device] | MakeDevices,
+        options: HostOptions | None = None,
     ) -> Host:
-        """Attach to the QEMU behind a QMP socket and offer ``devices``.
+        """Attach to the QEMU behind a QMP socket and offer ``devices``, or those that the emulator of before had.
 
         Raises :class:`~vmbus.errors.QemuUnsuitable` with what is missing, :class:`~vmbus.errors.GatewayError` when
         another emulator is attached, and :class:`~vmbus.machine.takeover.GuestLost` for a guest whose state ended
@@ -282,6 +287,8 @@ class Host:
                 facts = await discover(qmp)
             found = None if options.reset else takeover.find_guest(gateway, takeover=options.takeover)
             await takeover.check_guest(qmp, gateway, reset=options.reset, found=found)
+            if callable(devices):
+                devices = await asyncio.to_thread(devices, takeover.devices_of(gateway))
             if found is not None:
                 options = dataclasses.replace(options, journal=True)
             elif not options.journal:
@@ -305,7 +312,7 @@ class Host:
             for device in devices:
                 host.add_device(device)
             if isinstance(found, RecoveredGuest):
-                host._open_journal(found)
+                host._open_journal(found.contents)
                 host._recover(found)
             if await takeover.guest_is_here(qmp):
                 for device in devices:
@@ -351,7 +358,8 @@ class Host:
         self._engines.use_gateway()
         self._set_tables()
         if self.options.journal:
-            self._open_journal()
+            # The process of before has left its journal valid: it is, until this one's first transaction.
+            self._open_journal(takeover.journal_of(self.gateway))
             self.state.journal = self.recorder
         if self.facts.running:
             self.clock.resume()
@@ -374,10 +382,10 @@ class Host:
         if self.recorder is not None:
             self.recorder.channel(io)
 
-    def _open_journal(self, found: RecoveredGuest | None = None) -> None:
-        """Make the journal, or go on with the one of the emulator of before; it is not valid until it is begun."""
+    def _open_journal(self, found: Contents | None = None) -> None:
+        """Make the journal, which is not valid until it is begun, or go on with the one of the emulator of before."""
         memory = self.gateway.journal_memory()
-        journal = Journal.create(memory) if found is None else Journal.resume(memory, found.contents)
+        journal = Journal.create(memory) if found is None else Journal.resume(memory, found)
         self.recorder = self.service.recorder = Recorder(
             self._loop,
             journal,
@@ -389,6 +397,11 @@ class Host:
         )
         self.partition.synic.gate = self.recorder.want
         self.gateway.posts.hold = True
+        self._record_devices()
+
+    def _record_devices(self) -> None:
+        if self.recorder is not None:
+            self.recorder.devices([line for attached in self.devices for line in attached.device.lines()])
 
     def _recover(self, found: RecoveredGuest) -> None:
         """Restore a guest whose emulator was killed; the host is paused until :meth:`_resume_recovered`."""
@@ -429,14 +442,15 @@ class Host:
         device.start(self.environment)
         attached = AttachedDevice(device, io, self.bus.offer(device.offer(), io))
         self.devices.append(attached)
+        self._record_devices()
         return attached
 
     def check_device(self, device: Device) -> None:
         """Raise :class:`~vmbus.errors.UserError` for a device that the journal of the guest cannot cover."""
         if self.options.journal and (lost := device.lost_with_process()):
             raise UserError(
-                f"{', '.join(lost)}: it cannot go on after the death of this emulator, so a guest with --journal "
-                "cannot have it. Use a raw image that is not read-only, or leave --journal out"
+                f"{', '.join(lost)}: it cannot go on after the death of this emulator, so a guest with --journal or "
+                "--supervise cannot have it. Use a raw image that is not read-only, or leave that option out"
             )
 
     def remove_device(self, attached: AttachedDevice) -> None:
@@ -445,6 +459,7 @@ class Host:
         What the guest had asked for, and has not read the answer of, is lost: :mod:`~vmbus.machine.removal` waits.
         """
         self.devices.remove(attached)
+        self._record_devices()
         self.bus.revoke(attached.channel)
         attached.device.stop()
 
@@ -514,7 +529,7 @@ class Host:
     def give_gateway(self) -> None:
         """Touch nothing of the gateway any more, after :meth:`leave_gateway`: another process may take it."""
         if self.recorder is not None:
-            self.recorder.pause("it was being handed to another emulator when that was killed")
+            self.recorder.leave()
         self._engines.leave_gateway()
 
     def take_gateway_back(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -12,6 +13,9 @@ from vmbus.hypervisor.crash import CrashReport
 from vmbus.hypervisor.features import Features
 from vmbus.machine.migration.state_machine import Switchover
 from vmbus.wire.version import Version
+
+MakeDevices = Callable[[Sequence[str] | None], Sequence[Device]]
+"""Makes devices from the lines of the emulator of before, or ``None`` if it has left none; in another thread."""
 
 
 class ExitReason(Enum):
@@ -59,4 +63,6 @@ class HostEvents:
 
     crashes: list[CrashReport] = field(default_factory=list)
     resets: int = 0
+    takeovers: int = 0
+    """How often the next emulator went on after one that was killed."""
     guest_panicked: int = 0

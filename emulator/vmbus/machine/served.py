@@ -18,6 +18,7 @@ from vmbus.machine.control import ControlServer, Handler
 from vmbus.machine.host import ExitReason, Host
 from vmbus.machine.reload.keeper import Keeper, Kept, Machines
 from vmbus.machine.reload.link import Link
+from vmbus.machine.reload.supervisor import SupervisedMachines
 
 HostCommand = Callable[[Host, Mapping[str, Any]], Awaitable[object]]
 """A command of the control socket, called with the host and the request."""
@@ -64,6 +65,13 @@ class Served:
         """Serve ``host`` from now on: the guest has moved there."""
         old, self.host = self.host, host
         old.stop()
+
+    async def supervise(self, machines: SupervisedMachines) -> None:
+        """Let another process serve the guest, and replace it whenever it is killed; call it after :meth:`start`.
+
+        Raises :class:`~vmbus.errors.UserError`: then this process serves it.
+        """
+        await self._keeper.supervise(machines)
 
     async def start(self) -> None:
         """Open the control socket."""
@@ -188,6 +196,7 @@ def status(host: Host, name: str) -> dict[str, Any]:
         "stopped_because": list(host.stopped_because),
         "problems": host.problems.sentences,
         "resets": host.events.resets,
+        "takeovers": host.events.takeovers,
         "crashes": [str(report) for report in host.events.crashes],
         "migration": {
             "phase": host.migration.phase.value,

@@ -20,11 +20,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Sequence
 
 from vmbus.errors import GatewayError, QemuError, UserError
 from vmbus.machine.gateway.client import Gateway
-from vmbus.machine.journal.reading import JournalRefused
-from vmbus.machine.journal.recovery import RecoveredGuest, recover
+from vmbus.machine.journal.reading import Contents, JournalRefused, read
+from vmbus.machine.journal.recovery import RecoveredGuest, device_lines, recover
 from vmbus.machine.qemu.qmp import Qmp
 from vmbus.wire.gateway import GuestState
 from vmbus.wire.journal import MAGIC
@@ -42,6 +43,10 @@ _OUTGOING = ("setup", "active", "pre-switchover", "device", "cancelling", "wait-
 
 class GuestLost(UserError):
     """A guest that cannot be served: its state is elsewhere, or lost. The guest was not changed."""
+
+
+class GuestLeft(GuestLost):
+    """A guest that runs elsewhere, or was saved into a file."""
 
 
 async def end_migration(qmp: Qmp) -> bool:
@@ -106,6 +111,26 @@ def find_guest(gateway: Gateway, *, takeover: bool) -> RecoveredGuest | JournalR
     return None
 
 
+def devices_of(gateway: Gateway) -> Sequence[str] | None:
+    """Return the lines of the devices that the emulator of before had; ``None`` if it has not left any."""
+    try:
+        with contextlib.closing(gateway.journal_memory()) as memory:
+            return device_lines(memory)
+    except (GatewayError, JournalRefused) as error:
+        _logger.info("no journal says which devices this guest has: %s", error)
+        return None
+
+
+def journal_of(gateway: Gateway) -> Contents | None:
+    """Return what the process of before has left in the journal; ``None`` if that cannot be read."""
+    with contextlib.closing(gateway.journal_memory()) as memory:
+        try:
+            return read(memory)
+        except JournalRefused as error:
+            _logger.info("the journal begins anew: %s", error)
+            return None
+
+
 def retire_journal(gateway: Gateway) -> None:
     """Make the journal of an emulator of before invalid: this one keeps none."""
     try:
@@ -126,7 +151,7 @@ async def check_guest(
     """
     status = (await qmp.execute("query-status"))["status"]
     if gateway.guest is GuestState.LEFT or status == "postmigrate":
-        raise GuestLost(
+        raise GuestLeft(
             "the guest of this QEMU has left: it was migrated, or saved into a file, and must not run twice. End "
             "this QEMU"
         )

@@ -38,6 +38,8 @@ from vmbus.machine.journal.values import (
     ANSWERS_VALUE,
     BUS,
     CHANNEL_VALUE,
+    DEVICES,
+    DEVICES_VALUE,
     ENDED,
     FORM,
     HYPERVISOR,
@@ -49,6 +51,7 @@ from vmbus.machine.journal.values import (
     About,
     Answers,
     ChannelValue,
+    Devices,
     Marks,
     SlotMark,
     Timer,
@@ -123,6 +126,8 @@ class Recorder:
         """Processors that are in the journal."""
         self._seen: dict[bytes, tuple[object, ...]] = {}
         self._paused_because = "the emulator that began it was killed before its guest was served"
+        self._devices: bytes | None = None
+        """Their lines, if the journal does not have them yet."""
         self.commits = 0
         """Transactions."""
 
@@ -134,7 +139,7 @@ class Recorder:
         self._parts.gateway.posts.hold = True
         self._paused_because = ""
         self._seen.clear()
-        changes = {key: None for key in self._journal.values if is_channel(key)}
+        changes: dict[bytes, bytes | None] = {key: None for key in self._journal.values if is_channel(key)}
         self._commit({**changes, ENDED: None, **self._guest(_NOTHING), **self._after([])})
         self.want()
 
@@ -144,6 +149,10 @@ class Recorder:
             self._paused_because = reason
             # Nothing else stays, so that there is room for it in a journal that is full.
             self._journal.commit({**dict.fromkeys(self._journal.values), ENDED: reason.encode()})
+
+    def leave(self) -> None:
+        """Write nothing until :meth:`begin`: another process may. What the journal has stays valid."""
+        self._paused_because = "another process has it"
 
     def end(self) -> None:
         """Deliver messages without the journal from now on. What it has stays, for the next emulator."""
@@ -162,6 +171,12 @@ class Recorder:
         self._wanted = True
         if self._step is None:
             self._step = self._loop.call_soon(self._take_step)
+
+    def devices(self, lines: Sequence[str]) -> None:
+        """Record the lines of the host's devices together with what the next round changes."""
+        self._devices = DEVICES_VALUE.build(Devices(tuple(lines)))
+        if not self._paused_because:
+            self.want()
 
     def round_ended(self, done: Round) -> None:
         """Commit what a round has changed. Then the caller answers its traps, and calls :meth:`deliver`."""
@@ -212,6 +227,8 @@ class Recorder:
         self.commits += 1
         try:
             self._journal.commit(changes)
+            if DEVICES in changes:
+                self._devices = None
         except JournalFull as error:
             _logger.warning("the journal of this guest is full: %s", error)
             self.pause(f"its journal was full: {error}")
@@ -242,6 +259,8 @@ class Recorder:
                 Marks(tuple(SlotMark(vp, sint, mark) for (vp, sint), mark in ready.items()))
             ),
         }
+        if self._devices is not None:
+            changes[DEVICES] = self._devices
         changes.update(self._changed_channels())
         return changes
 

@@ -20,6 +20,8 @@ from vmbus.machine.journal.values import (
     ANSWERS_VALUE,
     BUS,
     CHANNEL_VALUE,
+    DEVICES,
+    DEVICES_VALUE,
     ENDED,
     FORM,
     HYPERVISOR,
@@ -101,6 +103,14 @@ def recover(memory: mmap.mmap | memoryview) -> RecoveredGuest:
         _parsed(SAVED_HYPERVISOR, values, HYPERVISOR).tsc,
         about.resets,
     )
+
+
+def device_lines(memory: mmap.mmap | memoryview) -> tuple[str, ...]:
+    """Return the lines of the devices that a journal has, whatever became of its guest.
+
+    Raises :class:`~vmbus.machine.journal.reading.JournalRefused`.
+    """
+    return _parsed(DEVICES_VALUE, read(memory).values, DEVICES).lines
 
 
 def _with_timers(values: Mapping[bytes, bytes]) -> bytes:

@@ -7,6 +7,7 @@
 | ``timers``           | the synthetic timers of all processors, which are newer than those of the section   |
 | ``answers``          | answers to traps, and how many posts were handled: given once all this is stored    |
 | ``marks``            | the message slots that are written once all this is stored                          |
+| ``devices``          | the lines of the devices, which make them again                                     |
 | ``channel`` identity | where the host stands in the rings, and the chunks of the channel's saved state     |
 | ``ended``            | why the journal goes no further                                                     |
 """
@@ -19,19 +20,20 @@ import construct as c
 
 from vmbus.machine.gateway.traps import GivenAnswer
 from vmbus.wire.codec import Record
-from vmbus.wire.plain import Blob, Nested, VarTuple
+from vmbus.wire.plain import Blob, Nested, Text, VarTuple
 from vmbus.wire.saved import ChannelIdentity
 
 FORM = 1
 """Form of the values; another one is not read."""
 
-ABOUT, HYPERVISOR, BUS, TIMERS, ANSWERS, MARKS, ENDED = (
+ABOUT, HYPERVISOR, BUS, TIMERS, ANSWERS, MARKS, DEVICES, ENDED = (
     b"about",
     b"hypervisor",
     b"bus",
     b"timers",
     b"answers",
     b"marks",
+    b"devices",
     b"ended",
 )
 _CHANNEL = b"channel"
@@ -105,6 +107,16 @@ class Marks:
 
 
 MARKS_VALUE = Record(Marks, "slots" / VarTuple(Nested(_MARK)))
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """The devices of the host, as lines of ``--device``; of one that was made by code there is none."""
+
+    lines: tuple[str, ...]
+
+
+DEVICES_VALUE = Record(Devices, "lines" / VarTuple(Text))
 
 
 @dataclass(frozen=True, slots=True)

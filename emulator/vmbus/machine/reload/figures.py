@@ -21,6 +21,7 @@ def figures(host: Host) -> dict[str, Any]:
         "doorbells": host.service.doorbells,
         "interrupts": host.interrupts.requests,
         "resets": host.events.resets,
+        "takeovers": host.events.takeovers,
         "guest_panicked": host.events.guest_panicked,
         "crashes": [
             [report.parameters, dataclasses.asdict(report.control), report.message]
@@ -44,6 +45,7 @@ def add_figures(host: Host, values: Mapping[str, Any]) -> None:
         host.service.doorbells += int(values["doorbells"])
         host.interrupts.requests += int(values["interrupts"])
         host.events.resets += int(values["resets"])
+        host.events.takeovers += int(values.get("takeovers", 0))
         host.events.guest_panicked += int(values["guest_panicked"])
         host.events.crashes += [
             CrashReport(tuple(map(int, parameters)), CrashControl(**control), message)

@@ -20,6 +20,9 @@ Nor does it start or end QEMUs, which are to outlive it; for a move (:mod:`vmbus
             ←──────────────────────────────  done, with its folder and QMP socket
     take, or discard ──────────────────────→ ends the other one, or that one
             ←──────────────────────────────  done
+
+A supervised guest has a worker from the beginning. A worker that is killed is replaced
+(:mod:`vmbus.machine.reload.supervisor`), and each says ``serving`` when it has the guest.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from vmbus.machine.host import ExitReason, Host
 from vmbus.machine.migration.drive import MigrationFailed
 from vmbus.machine.reload.link import Link, Received, ReloadEnded, ReloadFailed
 from vmbus.machine.reload.predecessor import hand_over
+from vmbus.machine.reload.supervisor import SupervisedMachines, Supervisor
 from vmbus.machine.reload.worker import Worker, named_program, own_program
 from vmbus.machine.rundir import RunDirectory
 
@@ -112,6 +116,8 @@ class Keeper:
         self._served = served
         self._worker: Worker | None = None
         self._next: Worker | None = None
+        self._supervisor: Supervisor | None = None
+        self._asked_to_end = False
 
     @property
     def follows(self) -> bool:
@@ -121,7 +127,7 @@ class Keeper:
     async def reload(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Answer ``reload`` while this process serves the guest."""
         program = _program(request)
-        worker = Worker.start(program)
+        worker = Worker.start(program, supervised=self._supervisor is not None)
         try:
             found = await _hand_over(self._served, worker.link, worker.close, program[0])
         except BaseException:
@@ -129,6 +135,26 @@ class Keeper:
             raise
         self._worker = worker
         return {**found, "pid": worker.process.pid}
+
+    async def supervise(self, machines: SupervisedMachines) -> None:
+        """Let a worker serve the guest, and replace it whenever it is killed.
+
+        Raises :class:`~vmbus.machine.reload.link.ReloadFailed`: then this process serves the guest, as before.
+        """
+        host = self._served.host
+        self._supervisor = Supervisor(
+            machines,
+            self._served.directory,
+            host.options,
+            [line for attached in host.devices for line in attached.device.lines()],
+            os.dup(self._served.listener()),
+        )
+        try:
+            await self.reload({})
+        except BaseException:
+            self._supervisor.close()
+            self._supervisor = None
+            raise
 
     async def exit_reason(self) -> ExitReason:
         """Follow the workers; return why the service of the guest ended.
@@ -142,13 +168,16 @@ class Keeper:
                 raise UserError("no emulator serves the guest")
             try:
                 message = await worker.keeper.hear(
-                    "start", "handed", "failed", "ended", *_OF_MACHINES, timeout=None
+                    "start", "handed", "failed", "ended", "serving", *_OF_MACHINES, timeout=None
                 )
             except ReloadEnded:
                 how = await worker.ended()
                 if reason is not None:
                     return reason
-                raise UserError(f"the emulator of the guest ended unexpectedly: {how}") from None
+                await worker.close()
+                if (reason := await self._replace(worker, how)) is not None:
+                    return reason
+                continue
             if message.kind == "start":
                 await self._start_next(worker, message.values)
             elif message.kind in _OF_MACHINES:
@@ -157,9 +186,31 @@ class Keeper:
                 await self._answer(worker, "gone", {"how": await self._end_next()})
             elif message.kind == "ended":  # a reload under way is given up, which it may still report
                 reason = ExitReason(message.values["reason"])
-            elif self._next is not None:
+            elif message.kind == "handed" and self._next is not None:
                 self._worker, self._next = self._next, None
                 await worker.close()
+
+    async def _replace(self, worker: Worker, how: str) -> ExitReason | None:
+        """Follow another worker after one that ended without a word; return why the service ended if there is none.
+
+        Raises :class:`~vmbus.errors.UserError`.
+        """
+        following, self._next = self._next, None
+        if self._supervisor is None:
+            self._next = following
+            raise UserError(f"the emulator of the guest ended unexpectedly: {how}")
+        if following is not None and await self._supervisor.serves(following):
+            self._worker = following
+        elif self._asked_to_end:
+            return ExitReason.STOPPED
+        else:
+            found = await self._supervisor.recover(worker.program, how)
+            if isinstance(found, ExitReason):
+                return found
+            self._worker = found
+        if self._asked_to_end:  # meanwhile
+            self._worker.tell_to_end()
+        return None
 
     @staticmethod
     async def _answer(
@@ -198,7 +249,7 @@ class Keeper:
 
     async def _start_next(self, worker: Worker, request: Mapping[str, Any]) -> None:
         try:
-            self._next = following = Worker.start(_program(request))
+            self._next = following = Worker.start(_program(request), supervised=self._supervisor is not None)
             await self._answer(worker, "started", {"pid": following.process.pid}, [following.link.fileno()])
         except ReloadFailed as error:
             await self._end_next()
@@ -208,6 +259,7 @@ class Keeper:
 
     def tell_to_end(self) -> None:
         """Have the worker end its service."""
+        self._asked_to_end = True
         if self._worker is not None:
             self._worker.tell_to_end()
 
@@ -216,6 +268,8 @@ class Keeper:
         for worker in (self._worker, self._next):
             if worker is not None:
                 await worker.close()
+        if self._supervisor is not None:
+            self._supervisor.close()
 
 
 class Kept:

@@ -1,4 +1,6 @@
-"""The process that takes over a guest from the one that serves it (:mod:`vmbus.machine.reload.predecessor`)."""
+"""The process that takes over a guest: from the one that serves it (:mod:`vmbus.machine.reload.predecessor`), or
+after that was killed (:mod:`vmbus.machine.reload.supervisor`).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vmbus.bus.io.device import Device
@@ -16,7 +19,8 @@ from vmbus.machine.qemu.qmp import Qmp
 from vmbus.machine.qemu.qtest import Qtest
 from vmbus.machine.reload.description import read_facts, read_options
 from vmbus.machine.reload.figures import add_figures
-from vmbus.machine.reload.link import Link, ReloadFailed
+from vmbus.machine.reload.link import Link, Received, ReloadFailed
+from vmbus.machine.takeover import GuestLeft
 
 _logger = logging.getLogger(__name__)
 
@@ -38,13 +42,15 @@ class TakenOver:
 
 
 async def take_over(link: Link, make_devices: Callable[[Sequence[str]], Sequence[Device]]) -> TakenOver:
-    """Take over the guest of the process at ``link``, and serve it.
+    """Take over the guest of the process at ``link``, and serve it, or one whose worker was killed.
 
     ``make_devices`` makes devices from their lines, in another thread. Raises
     :class:`~vmbus.machine.reload.link.ReloadFailed`: then this process has to end, at once, and the guest stays
     where it was.
     """
-    described = await link.hear("guest", timeout=_GUEST_TIMEOUT)
+    described = await link.hear("guest", "recover", timeout=_GUEST_TIMEOUT)
+    if described.kind == "recover":
+        return await recover(link, described, make_devices)
     devices: Sequence[Device] = ()
     host: Host | None = None
     try:
@@ -77,6 +83,39 @@ async def take_over(link: Link, make_devices: Callable[[Sequence[str]], Sequence
         link.close()
     await host.begin()
     return TakenOver(host, described.values, descriptors)
+
+
+async def recover(
+    link: Link, begun: Received, make_devices: Callable[[Sequence[str]], Sequence[Device]]
+) -> TakenOver:
+    """Attach to the guest of a worker that was killed, for the keeper at ``link``, which has said ``recover``.
+
+    Raises :class:`~vmbus.machine.reload.link.ReloadFailed`, after the keeper was told.
+    """
+    values = begun.values
+
+    def make(lines: Sequence[str] | None) -> Sequence[Device]:
+        return make_devices([str(line) for line in (values["devices"] if lines is None else lines)])
+
+    try:
+        host = await Host.attach(Path(values["monitor"]), make, read_options(values["options"]))
+        host.events.takeovers += int(values["takeovers"])
+        await link.tell("recovered")
+    except GuestLeft as error:
+        await link.tell("left")
+        raise ReloadFailed(str(error)) from error
+    except ReloadFailed as error:
+        await link.refuse(str(error))
+        raise
+    except Exception as error:
+        if not isinstance(error, VmbusError):
+            _logger.exception("the guest cannot be taken over")
+        why = str(error) if isinstance(error, VmbusError) else f"{type(error).__name__}: {error}"
+        await link.refuse(why)
+        raise ReloadFailed(why) from error
+    finally:
+        link.close()
+    return TakenOver(host, values, begun.descriptors)
 
 
 async def _give_up(host: Host | None, devices: Sequence[Device]) -> None:

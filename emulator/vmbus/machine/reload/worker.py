@@ -1,10 +1,12 @@
 """A process that takes over a guest from the one that serves it, as a child of the process that keeps the guest.
 
-    vmbus successor --link FD --keeper FD
+    vmbus successor --link FD --keeper FD [--supervised]
 
 ``link``: to the process that serves the guest now (:mod:`vmbus.machine.reload.predecessor`). ``keeper``: to the
 process that started it, the one that the user has started: it keeps what has to outlive emulators, such as QEMU's
-process and the output of the guest's command, and hears from here how the service ended.
+process and the output of the guest's command, and hears from here how the service ended. ``supervised``: and when it
+has begun; such a worker is replaced when it is killed (:mod:`vmbus.machine.reload.supervisor`), and then ``link`` is
+to the keeper, too.
 """
 
 from __future__ import annotations
@@ -53,8 +55,14 @@ class Worker:
     """A started process. Made by :meth:`start`."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], link: Link, keeper: Link, ended: asyncio.Future[None]
+        self,
+        program: Sequence[str],
+        process: subprocess.Popen[bytes],
+        link: Link,
+        keeper: Link,
+        ended: asyncio.Future[None],
     ) -> None:
+        self.program = program
         self.process = process
         self.link = link
         """The end of the process that serves the guest now."""
@@ -63,8 +71,11 @@ class Worker:
         self._ended = ended
 
     @classmethod
-    def start(cls, program: Sequence[str]) -> Worker:
-        """Start ``program``. Raises :class:`~vmbus.machine.reload.link.ReloadFailed`."""
+    def start(cls, program: Sequence[str], *, supervised: bool = False) -> Worker:
+        """Start ``program``; ``supervised``: it says when it serves the guest.
+
+        Raises :class:`~vmbus.machine.reload.link.ReloadFailed`.
+        """
         level = logging.getLogger().level
         words = ["-v"] * (2 if level <= logging.DEBUG else level <= logging.INFO)
         with contextlib.ExitStack() as failed:
@@ -73,6 +84,7 @@ class Worker:
                 keeper_here, keeper_there = (failed.enter_context(each) for each in socket.socketpair())
                 words += ["successor", "--link", str(there.fileno()), "--keeper", str(keeper_there.fileno())]
                 words += ["--sandbox", "on" if confinement.enabled() else "off"]
+                words += ["--supervised"] if supervised else []
                 process = subprocess.Popen(
                     [*program, *words],
                     stdin=subprocess.DEVNULL,
@@ -88,7 +100,7 @@ class Worker:
         there.close()
         keeper_there.close()
         name = f"the new emulator (process {process.pid})"
-        return cls(process, Link(here, name), Link(keeper_here, name), ended)
+        return cls(program, process, Link(here, name), Link(keeper_here, name), ended)
 
     async def ended(self) -> str:
         """Wait until the process has ended; return how, in words."""

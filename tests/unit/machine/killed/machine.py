@@ -305,7 +305,7 @@ class Machine:
                 for device in registry().create_all(self.lines):
                     host.add_device(device)
                 if found is not None:
-                    host._open_journal(found)
+                    host._open_journal(found.contents)
                     host._recover(found)
                     host._resume_recovered(found)
                 else:
