@@ -57,6 +57,10 @@ def render(status: Mapping[str, Any]) -> str:
     for why in status.get("stopped_because", ()):
         lines.append(f"stopped: {one_line(why)}; remove the cause, then run `vmbus cont {status['name']}`")
     lines += [f"problem: {one_line(sentence)}" for sentence in status.get("problems", ())]
+    if takeovers := status.get("takeovers", 0):
+        lines.append(
+            f"its emulator was killed {takeovers} time{'s' if takeovers != 1 else ''}, and the next one went on"
+        )
     refused = {**status["partition"]["refusals"], **bus["refusals"]}
     if refused:
         lines.append(

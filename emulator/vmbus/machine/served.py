@@ -64,6 +64,7 @@ class Served:
     def replace(self, host: Host) -> None:
         """Serve ``host`` from now on: the guest has moved there."""
         old, self.host = self.host, host
+        host.events.takeovers += old.events.takeovers  # of this service, wherever its guest is
         old.stop()
 
     async def supervise(self, machines: SupervisedMachines) -> None:
