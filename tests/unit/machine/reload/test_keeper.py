@@ -62,7 +62,9 @@ class Keeping:
         self.there = Link(there, "the keeper")
         self.served = SimpleNamespace(machines=Machines(error))
         self.keeper = Keeper(cast("Serving", self.served))
-        self.worker = SimpleNamespace(keeper=Link(here, "the worker"), ended=self._ended)
+        self.worker = SimpleNamespace(
+            keeper=Link(here, "the worker"), ended=self._ended, close=self._ended, program=("vmbus",)
+        )
         self.keeper._worker = cast("Worker", self.worker)
         self.exit_reason = asyncio.ensure_future(self.keeper.exit_reason())
 
@@ -138,7 +140,7 @@ async def test_a_worker_that_ended_before_its_answer_is_heard_to_its_last_word()
 
 async def test_a_next_worker_whose_link_cannot_be_passed_on_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     following = Following()
-    monkeypatch.setattr(Worker, "start", lambda program: following)
+    monkeypatch.setattr(Worker, "start", lambda program, *, supervised: following)
     async with keeping() as guest:
 
         async def full(*arguments: object) -> int:
