@@ -67,7 +67,7 @@ examples:
   vmbus run --root /dev/sda1 --device scsi,image=debian.img -- gcc --version    or only run a command in it
   vmbus run --cdrom debian.iso                       boot a CD-ROM; with --firmware ovmf: by UEFI
   vmbus run --disk-boot disk.img --cdrom debian.iso --firmware ovmf     install from one to the other
-  vmbus run --supervise --device scsi,image=disk.img the guest goes on if its emulator is killed
+  vmbus run --supervise --device scsi,image=disk.img     the guest goes on if its emulator is killed
   vmbus run --dry-run                                print the QEMU command line
 
 The kernel's console goes to --serial FILE, or to console.log in the guest's run directory
