@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,73 @@ async def test_a_process_that_is_killed_in_a_reload_is_replaced(tmp_path: Path, 
             await guest.more_beats("a")
         await asked(tmp_path, "shutdown", "a")
         assert await guest.ended() == (0, guest.errors)
+
+
+HANGS = f"""\
+#!{sys.executable}
+import os, select, sys
+from pathlib import Path
+
+from vmbus.cli import main
+from vmbus.machine.migration.host_state import HostState
+from vmbus.machine.reload.link import Link
+
+marker = Path({{marker!r}})
+hear, resume = Link.hear, HostState.resume
+
+
+def hang():
+    if not marker.exists():
+        marker.with_suffix(".new").write_text(str(os.getpid()))
+        marker.with_suffix(".new").rename(marker)
+        select.select([], [], [])
+
+
+async def hangs_before_it_reads(self, *kinds, **options):
+    if kinds == ("yours",):
+        select.select([self], [], [])
+        hang()
+    return await hear(self, *kinds, **options)
+
+
+def hangs_before_it_serves(self):
+    hang()
+    resume(self)
+
+
+if {{where!r}} == "before it reads":
+    Link.hear = hangs_before_it_reads
+else:
+    HostState.resume = hangs_before_it_serves
+sys.exit(main())
+"""
+"""Program: an emulator that hangs once in the last step of a reload, and says so in a file."""
+
+
+@pytest.mark.parametrize("where", ["before it reads", "before it serves"])
+async def test_both_processes_of_a_reload_are_killed_in_its_last_step(tmp_path: Path, where: str) -> None:
+    program, marker = tmp_path / "programs" / "hangs", tmp_path / "programs" / "marker"
+    program.parent.mkdir()
+    program.write_text(HANGS.format(marker=str(marker), where=where))
+    program.chmod(0o700)
+    async with emulators() as started:
+        guest = Emulator.start(tmp_path, "run", "--name", "a", "--fast-boot", *OPTIONS)
+        started.append(guest)
+        await guest.more_beats("a")
+        before = await worker(guest)
+        reloading = Emulator.start(tmp_path, "reload", "a", "--emulator", str(program))
+        started.append(reloading)
+        await until(marker.exists, "the last step", guest, timeout=LIMIT)
+        new = int(marker.read_text())
+        if where == "before it reads":  # later the first one has ended by itself
+            os.kill(before, signal.SIGKILL)
+        os.kill(new, signal.SIGKILL)
+        await reloading.ended()
+        assert await worker(guest) not in (before, new, guest.process.pid)
+        await guest.more_beats("a")
+        assert (await guest.status("a"))["takeovers"] == 1
+        guest.process.terminate()
+        assert (await guest.ended())[0] == 0, guest.errors
 
 
 async def test_a_process_that_is_killed_in_a_move_is_replaced_where_the_guest_is(tmp_path: Path) -> None:
