@@ -25,6 +25,7 @@ NAMES = (
     "boot",
     "migration",
     "reload",
+    "journal",
     "storage",
 )
 

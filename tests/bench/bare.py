@@ -16,7 +16,7 @@ from pathlib import Path
 from vmbus.bus.io.device import Device
 from vmbus.machine.gateway import build as gateway_build
 from vmbus.machine.guest import Guest
-from vmbus.machine.host import Host
+from vmbus.machine.host import Host, HostOptions
 from vmbus.machine.qemu.launch import GuestOptions
 from vmbus.provision.qemu import find_qemu
 
@@ -80,9 +80,14 @@ main:
 
 @contextlib.asynccontextmanager
 async def bare_guest(
-    program: str, devices: Sequence[Device] = (), *, smp: int = 1, extra: Sequence[str] = ()
+    program: str,
+    devices: Sequence[Device] = (),
+    *,
+    smp: int = 1,
+    extra: Sequence[str] = (),
+    journal: bool = False,
 ) -> AsyncIterator[Host]:
-    """Run a program behind :data:`PROLOGUE` and serve it."""
+    """Run a program behind :data:`PROLOGUE` and serve it; ``journal``: with one."""
     with tempfile.TemporaryDirectory(prefix="vmbus-bench-") as folder:
         image = long_mode_guest(Path(folder), PROLOGUE + program)
         async with Guest.start(
@@ -92,6 +97,7 @@ async def bare_guest(
             memory_size=MEMORY,
             options=GuestOptions(kernel=image, initrd=None, append="", smp=smp, extra=tuple(extra)),
             devices=devices,
+            host_options=HostOptions(journal=journal),
         ) as guest:
             yield guest.host
 

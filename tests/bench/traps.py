@@ -67,7 +67,7 @@ def _post(label: str) -> str:
         or %rax, %r14"""
 
 
-_KINDS: Mapping[str, tuple[str, ...]] = {
+KINDS: Mapping[str, tuple[str, ...]] = {
     "nothing": ("",),
     "CPUID (table)": ("mov $0x40000000, %eax\ncpuid",),
     "RDMSR (VP_INDEX)": ("mov $0x40000002, %ecx\nrdmsr",),
@@ -137,7 +137,7 @@ def _program() -> str:
     """
     text = f"mov ${RESULTS:#x}, %r15d\nxor %r14d, %r14d\n"
     text += _post("contact") + take_messages + _post("request_offers") + take_messages
-    for name, instructions in _KINDS.items():
+    for name, instructions in KINDS.items():
         for pause in (True, False):
             text += _loop(instructions, pause, name.startswith("HvPostMessage"))
     text += f"mov %r14, (%r15)\nmovl $1, {DONE:#x}\ncli\n9: hlt\njmp 9b\n"
@@ -154,21 +154,26 @@ def run() -> Result:
 
 async def _run() -> Result:
     result = Result("Trap round trips in the guest (RDTSC around the instruction, less an empty pair)")
-    async with bare_guest(_program(), [Silent()]) as host:
+    await measure(result)
+    return result
+
+
+async def measure(result: Result, *, journal: bool = False) -> None:
+    """Add all times to ``result``."""
+    async with bare_guest(_program(), [Silent()], journal=journal) as host:
         host.partition.synic.connect_event_port(UNUSED_CONNECTION, lambda: None)
         await finished(host)
         _read(host, result)
-        status = host.memory.read(RESULTS + 8 * COUNT * len(_KINDS), 8)
+        status = host.memory.read(RESULTS + 8 * COUNT * len(KINDS), 8)
         refused = {**host.partition.refusals.counts, **host.bus.refusals.counts}
         if any(status) or refused:
             result.notes.append(f"NOT AS PLANNED: hypercall status {status.hex()}, refused {refused}")
-    return result
 
 
 def _read(host: Host, result: Result) -> None:
     offset = 0
     empty = 0.0
-    for name in _KINDS:
+    for name in KINDS:
         for when in ("after a pause", "in a row"):
             samples = microseconds(host, offset, COUNT)
             offset += 4 * COUNT
