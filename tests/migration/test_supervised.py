@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -14,18 +15,23 @@ from typing import Any
 import pytest
 from vmbus.machine.qemu.qmp import Qmp
 
+from tests.guest.debian import system_copy
 from tests.guest.emulator import LIMIT, Emulator, asked
 from tests.guest.matrix import full
+from tests.guest.test_boot import complaints
 from tests.guest.waiting import until
 from tests.migration.journey import machine
 from tests.migration.own_qemu import own_qemu
 from tests.migration.test_commands import emulators
+from tests.migration.test_fio import SCRIPT, SIZE
 from tests.migration.test_reload import WRITE_AND_READ
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(3600)]
 
 SEED = int(os.environ.get("KILL_SEED", "1"))
 OPTIONS = ("--supervise", "--memory", "256M", "--device", "heartbeat,interval=0.05")
+LOAD_MODULES = "while sleep 0.3; do rmmod hv_utils && modprobe hv_utils || echo bad-module; done & "
+"""Shell: close and open the channels of a driver again and again."""
 
 
 async def worker(guest: Emulator, name: str = "a") -> int:
@@ -77,7 +83,7 @@ async def test_a_guest_outlives_the_processes_that_serve_it(
             "--",
             "sh",
             "-c",
-            WRITE_AND_READ,
+            LOAD_MODULES + WRITE_AND_READ,
         )
         started.append(guest)
 
@@ -106,6 +112,40 @@ async def test_a_guest_outlives_the_processes_that_serve_it(
         assert status_of_command == 5, errors
         assert "bad-" not in guest.output
         assert not (tmp_path / "vmbus" / "a").exists()
+
+
+@pytest.mark.parametrize("kills", [full(100)])
+async def test_fio_finds_no_wrong_block_when_emulators_are_killed(tmp_path: Path, kills: int) -> None:
+    data = tmp_path / "data.img"
+    data.touch()
+    os.truncate(data, SIZE)
+    disks = ("--device", f"scsi,image={system_copy(tmp_path)}", "--device", f"scsi,image={data}")
+    words = (*("--smp", "2", "--root", "LABEL=debian"), *OPTIONS, *disks, "--", SCRIPT)
+    chance = random.Random(SEED)
+    async with emulators() as started:
+        guest = Emulator.start(tmp_path, "run", "--name", "a", *words)
+        started.append(guest)
+
+        async def rounds(count: int) -> None:
+            wanted = guest.output.count("round") + count
+            await until(
+                lambda: guest.output.count("round") >= wanted or "failed" in guest.output,
+                f"{count} rounds of fio",
+                guest,
+                timeout=10 * LIMIT,
+            )
+            assert "failed" not in guest.output, guest.output
+
+        await rounds(1)
+        for _ in range(kills):
+            await asyncio.sleep(chance.uniform(0, 2))
+            await killed(guest)
+            assert "failed" not in guest.output, guest.output
+        await rounds(2)
+        assert (await guest.status("a"))["takeovers"] == kills
+        console = (tmp_path / "vmbus" / "a" / "console.log").read_text(errors="replace")
+        assert complaints(console) == []
+        assert not re.search(r"I/O error|Sense Key|hung_task", console)
 
 
 @pytest.mark.parametrize("times", [5, full(100)])

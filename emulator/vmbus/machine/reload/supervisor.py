@@ -29,9 +29,9 @@ from vmbus.machine.reload.worker import Worker
 
 _logger = logging.getLogger(__name__)
 
-IN_A_ROW = 5
+IN_A_ROW = 10
 """Workers that may end one after the other within :data:`SHORT` seconds of their service."""
-SHORT = 2.0
+SHORT = 0.5
 _RECOVER_TIMEOUT = 180.0
 """Seconds in which a worker attaches: it waits until transfers of the one before have ended."""
 _SERVING_TIMEOUT = 60.0
