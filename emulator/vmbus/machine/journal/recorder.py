@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.bus.saved_state.layout import SAVED_BUS
+from vmbus.bus.saved_state.values import BusState
 from vmbus.bus.server import Bus
 from vmbus.errors import VmbusError
 from vmbus.hypervisor.partition import Partition
@@ -124,6 +125,10 @@ class Recorder:
         """Slots that the last commit has announced, and the marks of their messages."""
         self._vps = 0
         """Processors that are in the journal."""
+        self._offered = offered(parts.partition.features)
+        self._bus: BusState | None = None
+        """The bus as it was built last."""
+        self._built_bus = b""
         self._seen: dict[bytes, tuple[object, ...]] = {}
         self._paused_because = "the emulator that began it was killed before its guest was served"
         self._devices: bytes | None = None
@@ -244,16 +249,18 @@ class Recorder:
         # The TSC after the time that was saved with the partition: time goes on from the later of both.
         tsc = parts.clock.stopped_at or parts.clock.guest_tsc()
         hypervisor = SavedHypervisor(
-            offered=offered(parts.partition.features),
+            offered=self._offered,
             tsc=tsc,
             tsc_frequency=parts.clock.tsc_frequency,
             answers=tuple(SavedAnswer(*each) for each in parts.gateway.carried()),
             partition=partition,
         )
+        if (bus := parts.bus.save()) != self._bus:
+            self._bus, self._built_bus = bus, SAVED_BUS.build(bus)
         changes: dict[bytes, bytes | None] = {
             ABOUT: ABOUT_VALUE.build(About(FORM, parts.gateway.resets)),
             HYPERVISOR: SAVED_HYPERVISOR.build(hypervisor),
-            BUS: SAVED_BUS.build(parts.bus.save()),
+            BUS: self._built_bus,
             TIMERS: self._timers(),
             MARKS: MARKS_VALUE.build(
                 Marks(tuple(SlotMark(vp, sint, mark) for (vp, sint), mark in ready.items()))
