@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from vmbus.cli.run import make_image
-from vmbus.errors import UsageError, UserError
+from vmbus.errors import UsageError, UserError, VmbusError
 from vmbus.machine.qemu import image_files
 from vmbus.machine.qemu.storage_daemon import QemuImages
 from vmbus.provision.qemu import find_qemu
@@ -366,13 +366,54 @@ def test_what_the_daemon_has_open_is_compared_with_what_was_allowed(
     monkeypatch.setattr(landlock, "version", lambda: 0)
     refused(overlay, f"opens {secret}, which ")
 
-    def examine(image: image_files.Image, execute: image_files.Execute) -> image_files.Tree:
-        tree = image_files.examine(dataclasses.replace(image, data_file=secret), execute)  # type: ignore[type-var]
-        tree.files.remove(str(secret))
-        return tree
+    def examine(image: image_files.Image, execute: image_files.Execute) -> image_files.Chain:
+        found = image_files.examine(dataclasses.replace(image, data_file=secret), execute)  # type: ignore[type-var]
+        [level] = found.levels
+        return image_files.Chain((dataclasses.replace(level, files=level.files[:1]),))
 
     monkeypatch.setattr("vmbus.machine.qemu.storage_daemon.examine", examine)
     refused(overlay, f"opens {secret}, which ")
+
+
+def test_an_image_that_was_looked_at_is_opened_by_one_daemon_and_looked_at_again_when_it_has_changed(
+    tmp_path: Path, image: Path, secret: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest waits meanwhile."""
+    first, second = tmp_path / "first.qcow2", tmp_path / "second.qcow2"
+    overlay = tmp_path / "overlay.qcow2"
+    for each in (first, second):
+        qemu_img("create", "-q", "-f", "qcow2", each, "1M")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", first, "-F", "qcow2", overlay)
+    looks: list[object] = []
+
+    def examine(image: image_files.Image, execute: image_files.Execute) -> image_files.Chain:
+        looks.append(image)
+        return image_files.examine(image, execute)
+
+    monkeypatch.setattr("vmbus.machine.qemu.storage_daemon.examine", examine)
+    backend = opened(overlay, backing=(first, second))
+    assert len(looks) == 1
+    before = children()
+
+    def open_again() -> set[str]:
+        """Lock and unlock it; return the files that its daemon had open."""
+        backend.lock()
+        backend.claim(30)
+        [process] = children() - before
+        found = {str(each.readlink()) for each in Path(f"/proc/{process}/fd").iterdir()}
+        backend.unlock()
+        return found & {str(first), str(second), str(overlay)}
+
+    for _ in range(2):
+        assert open_again() == {str(first), str(overlay)}
+    assert len(looks) == 1
+    qemu_img("rebase", "-u", "-b", second, "-F", "qcow2", overlay)
+    assert open_again() == {str(second), str(overlay)}
+    assert len(looks) == 2
+    qemu_img("rebase", "-u", "-b", secret, "-F", "raw", overlay)
+    backend.lock()
+    with pytest.raises(VmbusError, match="which is not one of the files in backing="):
+        backend.claim(30)
 
 
 def test_an_overlay_grows_without_showing_what_is_under_it(

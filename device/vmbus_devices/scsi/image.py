@@ -103,8 +103,11 @@ class ImageServer(Protocol):
 class ImageServers(Protocol):
     """Servers for images, made by the machine."""
 
-    def server(self, image: ImageFile) -> ImageServer:
-        """Return a server, not started. Raises :class:`~vmbus.errors.UserError` where none is available."""
+    def server(self, image: ImageFile, *, seen: Any = None) -> ImageServer:
+        """Return a server, not started. Raises :class:`~vmbus.errors.UserError` where none is available.
+
+        ``seen``: another server of this image, which has opened it: what it has found need not be looked for again.
+        """
 
     def resize(self, image: ImageFile, size: int) -> None:
         """Resize an image that is not open to ``size`` bytes. Raises :class:`~vmbus.errors.UserError`."""
@@ -169,13 +172,17 @@ class ServerConnector:
             self._queues.close(clean=self._server.clean)
 
 
-def inspect(servers: ImageServers, image: ImageFile) -> Export:
-    """Return size and abilities of an image, which may be open elsewhere. Raises :class:`~vmbus.errors.UserError`."""
+def inspect(servers: ImageServers, image: ImageFile) -> tuple[Export, ImageServer]:
+    """Return size and abilities of an image, which may be open elsewhere, and the server that has opened it.
+
+    Raises :class:`~vmbus.errors.UserError`.
+    """
     image = dataclasses.replace(image, read_only=True, share=True)
-    connector = ServerConnector(servers.server(image), 1)
+    server = servers.server(image)
+    connector = ServerConnector(server, 1)
     try:
         with contextlib.closing(connector.connect(0)) as stream:
-            return negotiate(stream, EXPORT)
+            return negotiate(stream, EXPORT), server
     except (DeviceError, OSError) as error:
         raise UserError(f"cannot open the image {image.path}: {error}") from error
     finally:
@@ -190,12 +197,12 @@ class ImageBackend(NbdBackend):
     def __init__(
         self, servers: ImageServers, image: ImageFile, *, connections: int = 2, reconnect: float = 5.0
     ) -> None:
-        export = inspect(servers, image)
+        export, seen = inspect(servers, image)
         if not image.read_only:
             export = dataclasses.replace(export, flags=export.flags & ~ExportFlag.READ_ONLY | _WRITABLE)
         self.image = image
         self._servers = servers
-        self._server = servers.server(image)
+        self._server = servers.server(image, seen=seen)  # which opens it while its guest stands still
         self._queues = ImageQueues(self, writethrough=image.cache in _WRITETHROUGH)
         connector = ServerConnector(self._server, connections, self._queues)
         client = Client(connector, str(image.path), connections=connections, reconnect=reconnect)

@@ -82,7 +82,7 @@ class ImageDaemons:
     def __init__(self, daemon: ImageDaemon) -> None:
         self.daemon = daemon
 
-    def server(self, image: ImageFile) -> ImageDaemon:
+    def server(self, image: ImageFile, *, seen: object = None) -> ImageDaemon:
         return self.daemon
 
     def resize(self, image: ImageFile, size: int) -> None:

@@ -80,6 +80,45 @@ class _Level:
     path: Path
     format: str
     files: tuple[str, ...]
+    head: bytes | None
+    """What its file began with: all that names other files; ``None``: they may be named elsewhere, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The images of a disk, one below the other, as they were found. Made by :func:`examine`."""
+
+    levels: tuple[_Level, ...]
+
+    def tree(self, image: Image) -> Tree:
+        """Return the nodes of ``image``, which is opened as its user wants it."""
+        node: dict[str, Any] | None = None
+        for index, level in reversed(tuple(enumerate(self.levels))):
+            node = _node(image, level, node, top=not index)
+        return Tree(node or {}, {file for level in self.levels for file in level.files})
+
+    def unchanged(self) -> bool:
+        """Return whether it is certain that no image names other files than it did."""
+        try:
+            return all(
+                level.head is not None and level.head == _head(level.path, level.format)
+                for level in self.levels
+            )
+        except OSError:
+            return False
+
+
+_HEAD_SIZE = 1 << 16
+"""Bytes in which a qcow2 names its files: of its first cluster, which is as long by default, and may be longer."""
+
+
+def _head(path: Path, format: str) -> bytes | None:
+    if format == "raw":
+        return b""
+    if format != "qcow2":
+        return None
+    with path.open("rb") as file:
+        return file.read(_HEAD_SIZE)
 
 
 @dataclass(slots=True)
@@ -147,8 +186,8 @@ def _direct_io(path: Path) -> bool:
     return True
 
 
-def examine(image: Image, execute: Execute) -> Tree:
-    """Return the nodes of ``image`` and of the images under it.
+def examine(image: Image, execute: Execute) -> Chain:
+    """Return ``image`` and the images under it.
 
     Raises :class:`~vmbus.errors.DeviceError` if they name files that the user did not allow, ``OSError`` for files
     that cannot be read.
@@ -163,10 +202,7 @@ def examine(image: Image, execute: Execute) -> Tree:
         if len(levels) == MAX_IMAGES:
             raise DeviceError(f"it has more than {MAX_IMAGES} backing files, one below the other")
         path, format = _allowed(image, path, backing), _format(path, format, backing, backing_format)
-    node: dict[str, Any] | None = None
-    for index, level in reversed(tuple(enumerate(levels))):
-        node = _node(image, level, node, top=not index)
-    return Tree(node or {}, {file for level in levels for file in level.files})
+    return Chain(tuple(levels))
 
 
 def _look(
@@ -177,6 +213,7 @@ def _look(
         check_names(path, format, data_file=first and image.data_file is not None, extents=image.extents)
     except DeviceError as error:
         raise DeviceError(f"{error}" if first else f"in its backing file {path}: {error}") from None
+    head = _head(path, format)  # before all that is concluded from it
     node = _look_at(image, path, format, first=first)
     execute("blockdev-add", **node)
     try:
@@ -197,7 +234,7 @@ def _look(
         execute("blockdev-del", **{"node-name": node["node-name"]})
     about = found["image"]
     backing = about.get("full-backing-filename") or about.get("backing-filename")
-    return _Level(path, format, tuple(allowed)), backing, about.get("backing-filename-format")
+    return _Level(path, format, tuple(allowed), head), backing, about.get("backing-filename-format")
 
 
 def _look_at(image: Image, path: Path, format: str, *, first: bool) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from vmbus.machine import unix_path
 from vmbus.machine.bounded_log import BoundedText, LogCopy
 from vmbus.machine.qemu import confined, image_snapshots
 from vmbus.machine.qemu.child import in_child
-from vmbus.machine.qemu.image_files import Image, Tree, examine
+from vmbus.machine.qemu.image_files import Chain, Image, Tree, examine
 from vmbus.provision.qemu import QemuBinary, find_qemu
 
 _logger = logging.getLogger(__name__)
@@ -71,8 +71,14 @@ class StorageDaemon:
     """The server of one image; ``program``: command line prefix of ``qemu-storage-daemon``."""
 
     def __init__(
-        self, program: Sequence[str], image: Image, environment: Mapping[str, str] | None = None
+        self,
+        program: Sequence[str],
+        image: Image,
+        environment: Mapping[str, str] | None = None,
+        *,
+        seen: Chain | None = None,
     ) -> None:
+        """``seen``: what another server of this image has found."""
         self._program = tuple(program)
         self._image = image
         self._environment = {**os.environ, **(environment or {})}
@@ -80,6 +86,8 @@ class StorageDaemon:
         self._copy: LogCopy | None = None
         self._received = b""
         self._deadline = 0.0
+        self.chain = seen
+        """The images, as they were found last."""
         self.process: subprocess.Popen[bytes] | None = None
         self.clean = True
         """Whether the last daemon ended properly: all that was written is in the image."""
@@ -109,7 +117,8 @@ class StorageDaemon:
         qemu-storage-daemon cannot have one.
 
         An export that is added over QMP has to name its socket by a path, and the daemon would have to bind it. So
-        one daemon examines the image, and the command line of another has the nodes and the exports.
+        one daemon examines the image, unless it is as it was, and the command line of another has the nodes and the
+        exports.
         """
         try:
             tree = self._examined()
@@ -159,8 +168,16 @@ class StorageDaemon:
     def _examined(self) -> Tree:
         """Return the nodes of the image, which no daemon has open yet."""
         self.stop()
+        if (tree := self._seen()) is not None:
+            return tree
         self._start(None)
         return self._examine()
+
+    def _seen(self) -> Tree | None:
+        """Return the nodes of the image if it is as it was when it was examined."""
+        if self.chain is None or not self.chain.unchanged():
+            return None
+        return self.chain.tree(self._image)
 
     def _nbd(self) -> dict[str, Any]:
         return {
@@ -256,13 +273,14 @@ class StorageDaemon:
 
     def _open(self) -> None:
         """Open the image, with the files that the user allows, and nothing else."""
-        tree = self._examine()
+        tree = self._seen() or self._examine()
         self._execute("blockdev-add", **tree.node)
         tree.check(self._execute)
 
     def _examine(self) -> Tree:
         try:
-            return examine(self._image, self._execute)
+            self.chain = examine(self._image, self._execute)
+            return self.chain.tree(self._image)
         except OSError as error:
             raise DeviceError(f"{error.filename or self._image.path}: {error.strerror}") from error
 
@@ -361,13 +379,16 @@ class QemuImages:
             self._qemu = self._find()
         return self._qemu
 
-    def server(self, image: Image) -> StorageDaemon:
-        """Return a server of ``image``, not started. Raises :class:`~vmbus.errors.MissingRequirement`."""
+    def server(self, image: Image, *, seen: StorageDaemon | None = None) -> StorageDaemon:
+        """Return a server of ``image``, not started; ``seen``: another one of this image, which has opened it.
+
+        Raises :class:`~vmbus.errors.MissingRequirement`.
+        """
         try:
             program = self.qemu.tool("qemu-storage-daemon")
         except MissingRequirement as error:
             raise MissingRequirement(f"format={image.format} needs qemu-storage-daemon: {error}") from error
-        return StorageDaemon(program, image, self.qemu.environment)
+        return StorageDaemon(program, image, self.qemu.environment, seen=None if seen is None else seen.chain)
 
     def snapshots(self, image: Image) -> list[DiskSnapshot]:
         """Return the internal snapshots of ``image``. Raises :class:`~vmbus.errors.DeviceError`."""
