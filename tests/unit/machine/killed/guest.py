@@ -19,15 +19,23 @@ from vmbus.wire.gateway import TrapKind
 from vmbus.wire.gpadl import GpaRange
 from vmbus.wire.hypercall import POST_MESSAGE_INPUT, HvStatus, PostMessageInput
 from vmbus.wire.msr import Msr
-from vmbus.wire.synic import EVENT_AREA_SIZE, MESSAGE_PENDING, MESSAGE_SLOT, MESSAGE_SLOT_SIZE
+from vmbus.wire.synic import (
+    EVENT_AREA_SIZE,
+    MESSAGE_PENDING,
+    MESSAGE_SLOT,
+    MESSAGE_SLOT_SIZE,
+    TIMER_EXPIRED,
+    MessageType,
+    TimerExpired,
+)
 
 from tests.unit.machine.killed.machine import Machine
 
 LINUX_6_1 = 0x8100_0006_0100_0000
-VECTOR = 0xF3
-SINT = 2
-_HYPERCALL, _MESSAGES, _EVENTS, _INPUT = 1, 2, 3, 4
-"""Page numbers."""
+VECTOR, TIMER_VECTOR, DIRECT_VECTOR = 0xF3, 0xF4, 0xEC
+SINT, TIMER_SINT = 2, 3
+_HYPERCALL, _INPUT, TSC_PAGE, _OF_VCPUS = 1, 2, 4, 6
+"""Page numbers; each vCPU has an input page, and two pages of its SynIC."""
 POST_MESSAGE = 0x5C
 RING_PAGES = 3
 
@@ -35,8 +43,9 @@ RING_PAGES = 3
 class Rings:
     """The guest's end of an open channel."""
 
-    def __init__(self, guest: KilledGuest, relid: int, max_packet: int) -> None:
+    def __init__(self, guest: KilledGuest, relid: int, max_packet: int, vcpu: int) -> None:
         self.relid = relid
+        self.vcpu = vcpu
         self.pfns = guest.pages(2 * RING_PAGES)
         self.outgoing = guest.memory.pages(self.pfns[:RING_PAGES])
         self.incoming = guest.memory.pages(self.pfns[RING_PAGES:])
@@ -49,7 +58,9 @@ class Rings:
 
 
 class KilledGuest(ScriptedGuest):
-    """``packets``: what came through the rings, by relid; ``messages``: all payloads in their order."""
+    """``packets``: what came through the rings, by relid; ``messages``: all payloads of channel messages in their
+    order; ``expired``: timer messages, with their vCPU; ``ticks``: vCPUs that direct timers interrupted.
+    """
 
     def __init__(self, machine: Machine) -> None:
         memory = FakeMemory(0)
@@ -58,6 +69,8 @@ class KilledGuest(ScriptedGuest):
         self.channels: dict[int, Rings] = {}
         self.packets: dict[int, list[GuestPacket]] = defaultdict(list)
         self.messages: list[bytes] = []
+        self.expired: list[tuple[int, TimerExpired]] = []
+        self.ticks: list[int] = []
         self.on_packet: dict[int, Callable[[GuestPacket], None]] = {}
         super().__init__(None, FakeSynic(1), memory, machine.loop)  # type: ignore[arg-type]
 
@@ -73,32 +86,40 @@ class KilledGuest(ScriptedGuest):
 
     # --- the processor ---
 
-    def wrmsr(self, msr: int, value: int) -> None:
-        if msr == Msr.EOM and self.machine.post(TrapKind.WRMSR):
+    def rdmsr(self, msr: int, vcpu: int = 0) -> int:
+        return self.machine.trap(TrapKind.RDMSR, vcpu, rcx=msr)
+
+    def wrmsr(self, msr: int, value: int, vcpu: int = 0) -> None:
+        if msr == Msr.EOM and self.machine.post(TrapKind.WRMSR, vcpu=vcpu):
             return
-        self.machine.trap(TrapKind.WRMSR, rcx=msr, rax=value & 0xFFFFFFFF, rdx=value >> 32)
+        self.machine.trap(TrapKind.WRMSR, vcpu, rcx=msr, rax=value & 0xFFFFFFFF, rdx=value >> 32)
 
     def boot(self) -> None:
-        """Set up the hypercall page and the SynIC."""
+        """Set up the hypercall page and the SynICs."""
         self.machine.run()
         self.wrmsr(Msr.GUEST_OS_ID, LINUX_6_1)
         self.wrmsr(Msr.HYPERCALL, _HYPERCALL * PAGE_SIZE | 1)
-        self.wrmsr(Msr.SIMP, _MESSAGES * PAGE_SIZE | 1)
-        self.wrmsr(Msr.SIEFP, _EVENTS * PAGE_SIZE | 1)
-        self.wrmsr(Msr.SINT0 + SINT, VECTOR)
-        self.wrmsr(Msr.SCONTROL, 1)
+        for vcpu in range(self.machine.vcpus):
+            self.wrmsr(Msr.SIMP, _page(vcpu, 0) | 1, vcpu)
+            self.wrmsr(Msr.SIEFP, _page(vcpu, 1) | 1, vcpu)
+            self.wrmsr(Msr.SINT0 + SINT, VECTOR, vcpu)
+            self.wrmsr(Msr.SINT0 + TIMER_SINT, TIMER_VECTOR, vcpu)
+            self.wrmsr(Msr.SCONTROL, 1, vcpu)
 
-    def post(self, payload: bytes, *, connection_id: int | None = None, **more: Any) -> PostResult:
+    def post(
+        self, payload: bytes, *, connection_id: int | None = None, vcpu: int = 0, **more: Any
+    ) -> PostResult:
         """Post a message through the gateway, again and again while the host has no room."""
         connection = self.connection_id if connection_id is None else connection_id
-        if self.machine.post(TrapKind.VMCALL, connection, payload):
+        if self.machine.post(TrapKind.VMCALL, connection, payload, vcpu):
             return PostResult.OK
         block = POST_MESSAGE_INPUT.build(
             PostMessageInput(connection, 1, len(payload), payload.ljust(240, b"\xcc"))
         )
+        page = (_INPUT + vcpu) * PAGE_SIZE
         for _ in range(10):
-            self.memory.write(_INPUT * PAGE_SIZE, block)
-            status = self.machine.trap(TrapKind.VMCALL, rcx=POST_MESSAGE, rdx=_INPUT * PAGE_SIZE)
+            self.memory.write(page, block)
+            status = self.machine.trap(TrapKind.VMCALL, vcpu, rcx=POST_MESSAGE, rdx=page)
             if status == HvStatus.SUCCESS:
                 return PostResult.OK
             assert status == HvStatus.INSUFFICIENT_BUFFERS, status
@@ -117,32 +138,48 @@ class KilledGuest(ScriptedGuest):
                 return
         raise AssertionError(f"there is no end of it, deaths: {self.machine.deaths}")
 
-    def interrupted(self) -> None:
-        """Handle what the local APIC has."""
-        while self.machine.interrupts:
-            assert self.machine.interrupts.pop(0) == VECTOR
-            self._take_message()
-            self._take_events()
+    def sleep(self, seconds: float, step: float = 0.001) -> None:
+        """Let time pass, in steps after each of which the guest runs."""
+        for _ in range(round(seconds / step)):
+            self.machine.advance(step)
+            self.settle()
 
-    def _take_message(self) -> None:
-        at = _MESSAGES * PAGE_SIZE + SINT * MESSAGE_SLOT_SIZE
+    def interrupted(self) -> None:
+        """Handle what the local APICs have."""
+        while self.machine.interrupts:
+            vcpu, vector = self.machine.interrupts.pop(0)
+            if vector == DIRECT_VECTOR:
+                self.ticks.append(vcpu)
+                continue
+            sint = {VECTOR: SINT, TIMER_VECTOR: TIMER_SINT}[vector]
+            self._take_message(vcpu, sint)
+            if sint == SINT:
+                self._take_events(vcpu)
+
+    def _take_message(self, vcpu: int, sint: int) -> None:
+        at = _page(vcpu, 0) + sint * MESSAGE_SLOT_SIZE
         slot = MESSAGE_SLOT.parse(self.memory.read(at, MESSAGE_SLOT_SIZE))
         if not slot.message_type:
             return
         payload = slot.payload[: slot.payload_size]
-        self.messages.append(payload)
-        self.synic.messages.append((0, SINT, payload))
+        if slot.message_type == MessageType.TIMER_EXPIRED:
+            self.expired.append((vcpu, TIMER_EXPIRED.parse(payload)))
+        else:
+            self.messages.append(payload)
+            self.synic.messages.append((vcpu, sint, payload))
         self.memory.write(at, bytes(4))
         if self.memory.read(at + 5, 1)[0] & MESSAGE_PENDING:
-            self.wrmsr(Msr.EOM, 0)
+            self.wrmsr(Msr.EOM, 0, vcpu)
 
-    def _take_events(self) -> None:
-        at = _EVENTS * PAGE_SIZE + SINT * EVENT_AREA_SIZE
+    def _take_events(self, vcpu: int) -> None:
+        at = _page(vcpu, 1) + SINT * EVENT_AREA_SIZE
         flags = int.from_bytes(self.memory.read(at, EVENT_AREA_SIZE), "little")
         self.memory.write(at, bytes(EVENT_AREA_SIZE))
         for relid, rings in tuple(self.channels.items()):
-            if flags >> relid & 1 and rings.reads:
-                self.read_ring(relid)
+            if flags >> relid & 1:
+                assert rings.vcpu == vcpu, f"channel {relid} was signalled on vCPU {vcpu}"
+                if rings.reads:
+                    self.read_ring(relid)
 
     def read_ring(self, relid: int) -> None:
         """Take everything that the host has sent; signal it if it waits for room."""
@@ -161,15 +198,15 @@ class KilledGuest(ScriptedGuest):
 
     # --- channels ---
 
-    def open_rings(self, relid: int, *, max_packet: int = 1 << 16) -> int:
-        """Share two rings and open the channel with them; return the GPADL id."""
-        rings = Rings(self, relid, max_packet)
+    def open_rings(self, relid: int, *, max_packet: int = 1 << 16, vcpu: int = 0) -> int:
+        """Share two rings and open the channel with them, for ``vcpu``; return the GPADL id."""
+        rings = Rings(self, relid, max_packet, vcpu)
         gpadl_id = self.new_gpadl_id()
         [created] = self.post_ranges(relid, [GpaRange(len(rings.pfns) * PAGE_SIZE, 0, rings.pfns)], gpadl_id)
         assert (created.gpadl_id, created.status) == (gpadl_id, 0)
         self.channels[relid] = rings
         self.packets[relid] = []
-        [opened] = self.open(relid, gpadl_id, downstream=RING_PAGES)
+        [opened] = self.open(relid, gpadl_id, downstream=RING_PAGES, vp=vcpu)
         assert opened.status == 0
         return gpadl_id
 
@@ -187,3 +224,8 @@ class KilledGuest(ScriptedGuest):
     def names(self) -> list[str]:
         """Return the kinds of all messages that came."""
         return [parse_host_message(each)[0].name for each in self.messages]
+
+
+def _page(vcpu: int, number: int) -> int:
+    """Return the address of the message page (0) or the event page (1) of a vCPU."""
+    return (_OF_VCPUS + 2 * vcpu + number) * PAGE_SIZE

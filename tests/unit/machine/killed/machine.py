@@ -21,8 +21,10 @@ from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import MagicMock, patch
 
+from vmbus.bus.io.device import Device
 from vmbus.bus.messages import POSTED
 from vmbus.cli.devices import registry
+from vmbus.hypervisor.features import Features
 from vmbus.machine import host as host_module
 from vmbus.machine import takeover
 from vmbus.machine.engine.library import EngineLibrary
@@ -33,15 +35,18 @@ from vmbus.machine.journal.reading import JournalRefused
 from vmbus.machine.journal.store import Journal
 from vmbus.machine.memory import Buffer, MappedMemory, MappedPages, RamRegion
 from vmbus.machine.qemu.discovery import QemuFacts
-from vmbus.testing.fakes import FakeTimer, FakeTimers
+from vmbus.testing.fakes import FakeTimer, FakeTimers, FakeWorkers
 from vmbus.wire import gateway as wire
 from vmbus.wire.gateway import EmulatorState, TrapKind, Verdict, offset_of
+from vmbus_devices.scsi import Scsi
+from vmbus_devices.scsi.disk import Disk
 
 RAM_SIZE = 4 << 20
 JOURNAL_SIZE = 256 << 10
 FREQUENCY = 1_000_000_000
 _VCPU_AT, _REQUEST_AT, _DOORBELLS_AT, _POSTS_AT, _CODE_AT = 4096, 8192, 12288, 20480, 40960
 _REGION_SIZE = 1 << 16
+MAX_VCPUS = (_REQUEST_AT - _VCPU_AT) // wire.VCPU_SIZE
 
 
 class Killed(BaseException):
@@ -151,6 +156,26 @@ class _Posts(PostRing):
         super().withdraw()
 
 
+class _Workers(FakeWorkers):
+    """Devices' work in threads, done at once; an emulator may be killed before it."""
+
+    engines: object = None
+
+    def __init__(self, loop: Loop, fate: Fate) -> None:
+        super().__init__(loop)
+        self._fate = fate
+
+    def run(self, work: Callable[[], None], done: Callable[[Exception | None], None], /) -> None:
+        self._fate.step("work of a device")
+        super().run(work, done)
+
+    def ended(self) -> None:
+        """Nothing: nobody waits for the end of work."""
+
+    def close(self) -> None:
+        """Nothing: there are no threads."""
+
+
 class _Gateway(Gateway):
     """The client's end of the gateway; what goes over its socket is done at once."""
 
@@ -159,7 +184,7 @@ class _Gateway(Gateway):
         super().__init__(MagicMock(), machine.region, -1, machine.event, header)
         self._machine = machine
         self._fate = fate
-        self.posts = _Posts(machine.region, self._quads, _POSTS_AT, 1, header.owner)
+        self.posts = _Posts(machine.region, self._quads, _POSTS_AT, machine.vcpus, header.owner)
         self.posts.fate = fate
         self.clock = SimpleNamespace(  # type: ignore[assignment]
             tsc_frequency=FREQUENCY, guest_tsc_now=lambda: machine.tsc, arm=lambda: None
@@ -186,17 +211,29 @@ class _Gateway(Gateway):
 class Machine:
     """The machine; ``ends``: the step before which each emulator is killed, one after the other.
 
-    ``lines``: devices, as on the command line. ``between``: called after each death, before the next emulator.
+    ``lines``: devices, as on the command line; a next emulator is started with those of then. ``between``: called
+    after each death, before the next emulator.
     """
 
-    def __init__(self, folder: Path, lines: Sequence[str], ends: Sequence[int] = ()) -> None:
-        self.lines = lines
+    def __init__(
+        self,
+        folder: Path,
+        lines: Sequence[str],
+        ends: Sequence[int] = (),
+        *,
+        vcpus: int = 1,
+        features: Features | None = None,
+    ) -> None:
+        assert vcpus <= MAX_VCPUS
+        self.vcpus = vcpus
+        self.lines = list(lines)
+        self.options = HostOptions(journal=True, features=features or Features())
         self.fates = [*(Fate(end) for end in ends), Fate()]
         self.deaths: list[str] = []
         self.between: Callable[[], None] = lambda: None
         self.seconds = 0.0
-        self.interrupts: list[int] = []
-        """Vectors that wait in the local APIC, each once."""
+        self.interrupts: list[tuple[int, int]] = []
+        """Vectors that wait in the local APICs, each once: (vCPU, vector)."""
         self.path = folder / "ram"
         self.path.write_bytes(b"")
         os.truncate(self.path, RAM_SIZE)
@@ -209,7 +246,7 @@ class Machine:
         for name, value in {
             "magic": wire.MAGIC,
             "version": wire.VERSION,
-            "vcpus_max": 1,
+            "vcpus_max": vcpus,
             "region_size": _REGION_SIZE,
             "vcpu_offset": _VCPU_AT,
             "request_offset": _REQUEST_AT,
@@ -217,12 +254,14 @@ class Machine:
             "post_offset": _POSTS_AT,
             "code_offset": _CODE_AT,
             "code_pages": 16,
-            "vcpus": 1,
+            "vcpus": vcpus,
             "journal_size": JOURNAL_SIZE,
         }.items():
             self.put(name, value)
         self.words = memoryview(self.region).cast("Q")
         self._sequence = 0
+        self._devices: list[Device] = []
+        """Those of the emulator of now."""
         self.host: Host | None = None
         self.loop = Loop(0.0)
 
@@ -267,6 +306,7 @@ class Machine:
             patch.object(EngineLibrary, "open", lambda: None),
             patch.object(MappedMemory, "map_file", map_file),
             patch.object(host_module, "Journal", Mortal),
+            patch.object(host_module, "WorkerThreads", lambda loop: _Workers(loop, fate)),
         ):
             yield
 
@@ -281,7 +321,7 @@ class Machine:
         found = takeover.find_guest(gateway, takeover=False)
         assert not isinstance(found, JournalRefused), found
         qtest = MagicMock()
-        qtest.interrupt = lambda apic_id, vector: self._interrupt(fate, vector)
+        qtest.interrupt = lambda apic_id, vector: self._interrupt(fate, apic_id, vector)
         self.loop = Loop(self.seconds)
         facts = QemuFacts(
             pid=os.getpid(),
@@ -294,32 +334,48 @@ class Machine:
             ram_regions=(RamRegion(0, RAM_SIZE, 0),),
             qtest_socket="",
             gateway_socket="",
-            apic_ids=(0,),
-            vcpus=1,
+            apic_ids=tuple(range(self.vcpus)),
+            vcpus=self.vcpus,
         )
+        with self._running(), self._patched(fate):
+            host = Host(facts, MagicMock(), qtest, gateway, self.options)
+            self._devices = registry().create_all(self.lines)
+            for device in self._devices:
+                host.add_device(device)
+            if found is not None:
+                host._open_journal(found.contents)
+                host._recover(found)
+            for device in self._devices:
+                device.claim()
+            if found is not None:
+                host._resume_recovered(found)
+            else:
+                host._activate()
+        self.host = host
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
         before = asyncio._get_running_loop()
         asyncio._set_running_loop(cast("asyncio.AbstractEventLoop", self.loop))
         try:
-            with self._patched(fate):
-                host = Host(facts, MagicMock(), qtest, gateway, HostOptions(journal=True))
-                for device in registry().create_all(self.lines):
-                    host.add_device(device)
-                if found is not None:
-                    host._open_journal(found.contents)
-                    host._recover(found)
-                    host._resume_recovered(found)
-                else:
-                    host._activate()
+            yield
         finally:
             asyncio._set_running_loop(before)
-        self.host = host
 
-    def _interrupt(self, fate: Fate, vector: int) -> None:
+    def _interrupt(self, fate: Fate, vcpu: int, vector: int) -> None:
         fate.step(f"interrupt {vector:#x}")
-        if vector not in self.interrupts:
-            self.interrupts.append(vector)
+        if (vcpu, vector) not in self.interrupts:
+            self.interrupts.append((vcpu, vector))
 
-    def _guarded(self, work: Callable[[], None]) -> None:
+    def _close_devices(self) -> None:
+        """Close the files of the emulator of now, as the kernel does at the end of a process."""
+        for device in self._devices:
+            if isinstance(device, Scsi):
+                for unit in device.units.values():
+                    cast("Disk", unit).backend.close()
+        self._devices = []
+
+    def _guarded(self, work: Callable[[], object]) -> None:
         """Do something of the emulator; if it is killed, there is none afterwards."""
         try:
             work()
@@ -327,6 +383,7 @@ class Machine:
             self.deaths.append(str(end))
             self.fates.pop(0)
             self.host = None
+            self._close_devices()
             self.seconds = self.loop.seconds
             self.loop = Loop(self.seconds)
             self.put("emulator", EmulatorState.NONE)
@@ -339,16 +396,23 @@ class Machine:
     def run(self) -> None:
         """Let the emulator do what is to do now; another one attaches if it was killed."""
         self.advance(0.0)
-        while self.host is None:
-            fate = self.fates[0]
-            self._guarded(partial(self._attach, fate))
-            self.advance(0.0)
 
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
-        if self.host is None and seconds:
-            self.run()
-        self._guarded(lambda: self.loop.advance(seconds))
+        """Let time pass; none passes between the death of an emulator and the next one."""
+        end = self.loop.seconds + seconds
+        self._guarded(lambda: self.loop.advance(max(0.0, end - self.loop.seconds)))
+        while self.host is None:
+            self._guarded(partial(self._attach, self.fates[0]))
+            self._guarded(lambda: self.loop.advance(max(0.0, end - self.loop.seconds)))
+
+    def command(self, work: Callable[[Host], object]) -> None:
+        """Have the emulator execute a command of its user; if it is killed meanwhile, nobody repeats the command."""
+        self.run()
+        host = self.host
+        assert host is not None
+        with self._running():
+            self._guarded(lambda: work(host))
+        self.run()
 
     @property
     def idle(self) -> bool:
@@ -364,29 +428,41 @@ class Machine:
 
     # --- the processor, and what the plugin does for it ---
 
-    def trap(self, kind: TrapKind, **registers: int) -> int:
+    def trap(self, kind: TrapKind, vcpu: int = 0, **registers: int) -> int:
         """Execute an instruction that the emulator answers; a fault is an ``AssertionError``."""
+        self.begin_trap(kind, vcpu, **registers)
+        return self.end_trap(kind, vcpu)
+
+    def begin_trap(self, kind: TrapKind, vcpu: int = 0, **registers: int) -> None:
+        """Execute an instruction, and wait for nothing; no vCPU has two at a time."""
         self._sequence += 1
-        slot = _VCPU_AT + offset_of(wire.VCPU, "slots")
+        slot = self._of_vcpu(vcpu, "slots")
         names = ("tsc", "pc", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "r8", "rsp")
         values = {name: registers.get(name, 0) for name in names}
         entry = wire.SLOT.build({"kind": kind, "flags": wire.SLOT_LONG_MODE, **values, "reserved": None})
         self.region[slot : slot + len(entry)] = entry
-        self.words[_REQUEST_AT // 8] = self._sequence
+        self.words[_REQUEST_AT // 8 + vcpu * wire.SLOTS] = self._sequence
         self._wake()
-        answer = (_VCPU_AT + offset_of(wire.VCPU, "answers")) // 8
+
+    def _of_vcpu(self, vcpu: int, name: str) -> int:
+        return int(_VCPU_AT + vcpu * wire.VCPU_SIZE + offset_of(wire.VCPU, name))
+
+    def end_trap(self, kind: TrapKind, vcpu: int = 0) -> int:
+        """Wait for the answer, and take it; the answer to a trap from before a reset is an ``AssertionError``."""
+        answer = self._of_vcpu(vcpu, "answers") // 8
+        sequence = self.words[_REQUEST_AT // 8 + vcpu * wire.SLOTS]
         for _ in range(100):
-            if self.words[answer] == self._sequence:
+            if self.words[answer] == sequence:
                 break
             self.run()
         else:
             raise AssertionError(f"no answer to {kind.name}, deaths: {self.deaths}")
         value, verdict = self.words[answer + 1], self.words[answer + 2] & 0xFFFFFFFF
         assert verdict == Verdict.OK, Verdict(verdict)
-        self.words[(_VCPU_AT + offset_of(wire.VCPU, "retired")) // 8] = self._sequence
-        return value
+        self.words[self._of_vcpu(vcpu, "retired") // 8] = sequence
+        return int(value)
 
-    def post(self, kind: TrapKind, connection: int = 0, payload: bytes = b"") -> bool:
+    def post(self, kind: TrapKind, connection: int = 0, payload: bytes = b"", vcpu: int = 0) -> bool:
         """Return whether a trap was posted, as the emulator has promised."""
         words = self.words
         promise, head = words[self._post_word("promise")], words[self._post_word("head")]
@@ -406,7 +482,7 @@ class Machine:
         self.region[at : at + wire.POST_SIZE] = wire.POST.build(
             {
                 "kind": kind,
-                "vcpu": 0,
+                "vcpu": vcpu,
                 "connection": connection,
                 "size": len(payload),
                 "payload": payload.ljust(wire.POST_PAYLOAD, b"\0"),
@@ -423,7 +499,6 @@ class Machine:
 
     def close(self) -> None:
         """Free what the test has used."""
-        if self.host is not None:
-            self.host.workers.close()
+        self._close_devices()
         os.close(self.journal)
         os.close(self.event)

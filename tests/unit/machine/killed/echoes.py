@@ -1,0 +1,50 @@
+"""What a guest asks of an echo device, and what it gets."""
+
+from __future__ import annotations
+
+import zlib
+
+from vmbus.testing.loopback import COMPLETION
+from vmbus.wire.echo import EchoOperation, build_header, parse_header
+
+from tests.unit.machine.killed.guest import KilledGuest
+
+
+def echo(data: bytes, sequence: int) -> bytes:
+    return build_header(EchoOperation.ECHO, 0, len(data), sequence, zlib.crc32(data)) + data
+
+
+def echoes(guest: KilledGuest, relid: int, count: int = 6) -> None:
+    """Have data returned, with several requests in flight."""
+    guest.packets[relid].clear()
+    data = [bytes([65 + each]) * (8 << each) for each in range(count)]
+    for number in range(count):
+        assert guest.send(relid, guest.request(echo(data[number], number), 100 + number))
+        if number % 3 == 2:
+            guest.settle()
+    guest.settle()
+    answers = guest.packets[relid]
+    assert [each.transaction_id for each in answers] == [100 + number for number in range(count)]
+    for number, each in enumerate(answers):
+        assert each.kind == COMPLETION
+        header = parse_header(each.payload)
+        assert (header.operation, header.status, header.sequence) == (EchoOperation.ECHO, 0, number)
+        assert each.payload[24 : 24 + header.length] == data[number]
+
+
+def more_than_fits(guest: KilledGuest, relid: int) -> None:
+    """Have answers wait for room in the guest's ring, which it reads late."""
+    rings = guest.channels[relid]
+    guest.packets[relid].clear()
+    rings.reads = False
+    data = bytes(range(256)) * 9
+    for number in range(6):
+        assert guest.send(relid, guest.request(echo(data, number), 200 + number))
+        guest.settle()
+    rings.reads = True
+    for _ in range(3):
+        guest.read_ring(relid)
+        guest.settle()
+    answers = guest.packets[relid]
+    assert [each.transaction_id for each in answers] == [200 + number for number in range(6)]
+    assert all(each.payload[24 : 24 + len(data)] == data for each in answers)
