@@ -19,6 +19,7 @@ cannot be enabled: the intercept SINT takes no timer messages.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vmbus.hypervisor.msrs import GeneralProtection
@@ -86,6 +87,8 @@ class SyntheticTimers:
         self._direct_offered = direct_offered
         self.vps = [[SyntheticTimer(vp, index) for index in range(STIMER_COUNT)] for vp in range(vp_count)]
         self.paused = False
+        self.silent: Callable[[int], None] | None = None
+        """Called with the VP of a timer that has expired without a message; for a host with a journal."""
 
     def write_config(self, vp: int, index: int, value: int) -> None:
         """Write STIMERn_CONFIG of ``vp``; n is ``index``.
@@ -202,6 +205,8 @@ class SyntheticTimers:
             timer.config &= ~ENABLE
         if config.direct:
             self._interrupts.request(timer.vp, config.vector)
+            if self.silent is not None:
+                self.silent(timer.vp)
         else:
             self._synic.post_timer(
                 timer.vp,

@@ -120,6 +120,8 @@ class Recorder:
         self._full = full
         self._wanted = False
         """Whether messages wait for a commit."""
+        self._expired = 0
+        """Processors up to the last of which a synthetic timer has expired without a message."""
         self._step: asyncio.Handle | None = None
         self._ready: dict[tuple[int, int], int] = _NOTHING
         """Slots that the last commit has announced, and the marks of their messages."""
@@ -141,6 +143,7 @@ class Recorder:
     def begin(self) -> None:
         """Record all of the guest, and everything from now on."""
         self._parts.partition.synic.gate = self.want
+        self._parts.partition.synthetic_timers.silent = self.expired
         self._parts.gateway.posts.hold = True
         self._paused_because = ""
         self._seen.clear()
@@ -165,6 +168,7 @@ class Recorder:
             self._step.cancel()
             self._step = None
         self._parts.partition.synic.gate = None
+        self._parts.partition.synthetic_timers.silent = None
         self._parts.gateway.posts.hold = False
         self._paused_because = "it has ended"
         self._journal.close()
@@ -174,8 +178,15 @@ class Recorder:
     def want(self) -> None:
         """Commit, and deliver the messages that wait, at the end of this round, or soon: a gate of the SynIC."""
         self._wanted = True
-        if self._step is None:
-            self._step = self._loop.call_soon(self._take_step)
+        self._soon()
+
+    def expired(self, vp: int) -> None:
+        """Commit that a synthetic timer of ``vp`` has expired without a message, soon.
+
+        Its interrupt was requested: an emulator that is killed before the commit requests it once more.
+        """
+        self._expired = max(self._expired, vp + 1)
+        self._soon()
 
     def devices(self, lines: Sequence[str]) -> None:
         """Record the lines of the host's devices together with what the next round changes."""
@@ -185,9 +196,10 @@ class Recorder:
 
     def round_ended(self, done: Round) -> None:
         """Commit what a round has changed. Then the caller answers its traps, and calls :meth:`deliver`."""
-        if done.guest or self._wanted or done.timers > self._vps:
+        timers, self._expired = max(done.timers, self._expired), 0
+        if done.guest or self._wanted or timers > self._vps:
             self._ready = self._commit_guest(done.answers)
-        elif done.timers:
+        elif timers:
             self._commit({TIMERS: self._timers(), **self._after(done.answers)})
 
     def deliver(self) -> None:
@@ -209,9 +221,13 @@ class Recorder:
 
     # --- private ---
 
+    def _soon(self) -> None:
+        if self._step is None:
+            self._step = self._loop.call_soon(self._take_step)
+
     def _take_step(self) -> None:
         self._step = None
-        if not self._wanted:
+        if not self._wanted and not self._expired:
             return
         try:
             self.round_ended(Round())
