@@ -17,19 +17,33 @@ def echo(data: bytes, sequence: int) -> bytes:
 def echoes(guest: KilledGuest, relid: int, count: int = 6) -> None:
     """Have data returned, with several requests in flight."""
     guest.packets[relid].clear()
-    data = [bytes([65 + each]) * (8 << each) for each in range(count)]
     for number in range(count):
-        assert guest.send(relid, guest.request(echo(data[number], number), 100 + number))
+        ask(guest, relid, number)
         if number % 3 == 2:
             guest.settle()
     guest.settle()
+    answers_to(guest, relid, count)
+
+
+def ask(guest: KilledGuest, relid: int, number: int) -> None:
+    """Send a request."""
+    assert guest.send(relid, guest.request(echo(_data(number), number), 100 + number))
+
+
+def answers_to(guest: KilledGuest, relid: int, count: int) -> None:
+    """Check, and forget, what came back: the answers to requests 0 to ``count`` - 1, in this order."""
     answers = guest.packets[relid]
     assert [each.transaction_id for each in answers] == [100 + number for number in range(count)]
     for number, each in enumerate(answers):
         assert each.kind == COMPLETION
         header = parse_header(each.payload)
         assert (header.operation, header.status, header.sequence) == (EchoOperation.ECHO, 0, number)
-        assert each.payload[24 : 24 + header.length] == data[number]
+        assert each.payload[24 : 24 + header.length] == _data(number)
+    answers.clear()
+
+
+def _data(number: int) -> bytes:
+    return bytes([65 + number]) * (8 << number)
 
 
 def more_than_fits(guest: KilledGuest, relid: int) -> None:

@@ -45,7 +45,8 @@ class Rings:
 
     def __init__(self, guest: KilledGuest, relid: int, max_packet: int, vcpu: int) -> None:
         self.relid = relid
-        self.vcpu = vcpu
+        self.vcpu: int | None = vcpu
+        """Where it is signalled; ``None`` while it is moved."""
         self.pfns = guest.pages(2 * RING_PAGES)
         self.outgoing = guest.memory.pages(self.pfns[:RING_PAGES])
         self.incoming = guest.memory.pages(self.pfns[RING_PAGES:])
@@ -177,7 +178,7 @@ class KilledGuest(ScriptedGuest):
         self.memory.write(at, bytes(EVENT_AREA_SIZE))
         for relid, rings in tuple(self.channels.items()):
             if flags >> relid & 1:
-                assert rings.vcpu == vcpu, f"channel {relid} was signalled on vCPU {vcpu}"
+                assert rings.vcpu in (None, vcpu), f"channel {relid} was signalled on vCPU {vcpu}"
                 if rings.reads:
                     self.read_ring(relid)
 
@@ -209,6 +210,13 @@ class KilledGuest(ScriptedGuest):
         [opened] = self.open(relid, gpadl_id, downstream=RING_PAGES, vp=vcpu)
         assert opened.status == 0
         return gpadl_id
+
+    def move(self, relid: int, vcpu: int) -> None:
+        """Have a channel signalled on another vCPU."""
+        self.channels[relid].vcpu = None
+        [answer] = self.modify(relid, vcpu)
+        assert answer.status == 0
+        self.channels[relid].vcpu = vcpu
 
     def send(self, relid: int, *packets: bytes) -> bool:
         """Write packets, and ring the doorbell if the host wants it; False if they do not fit."""
