@@ -262,6 +262,10 @@ class DeviceChannel:
             ),
         )
 
+    def captured_device(self) -> bytes:
+        """Return the device's part of :meth:`captured`; of a sub-channel nothing, for the primary channel has it."""
+        return self._device_state(self.io.device.captured)
+
     # --- private ---
 
     def _state(self, kept: ChannelIoState, device_state: Callable[[], bytes]) -> ChannelState:

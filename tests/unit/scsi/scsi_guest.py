@@ -86,10 +86,47 @@ def memory_disk(blocks: int = 4096, serial: str = "disk", **options: Any) -> Dis
     return Disk(backend, serial, **options)
 
 
+def build_srb(
+    cdb: bytes,
+    *,
+    length: int = 0,
+    direction: int = NONE,
+    address: tuple[int, int, int] = (0, 0, 0),
+    size: int = 64,
+    cdb_length: int | None = None,
+) -> bytes:
+    """Return a packet with a command, EXECUTE_SRB."""
+    path, target, lun = address
+    srb = struct.pack(
+        "<HBBBBBBBBBBI16s4xHBBIII",
+        0x34,
+        0,
+        0,
+        0,
+        path,
+        target,
+        lun,
+        len(cdb) if cdb_length is None else cdb_length,
+        20,
+        direction,
+        0,
+        length,
+        cdb.ljust(16, b"\0"),
+        0,
+        0xFF,
+        0x20,
+        0,
+        60,
+        0,
+    )
+    return (struct.pack("<III", EXECUTE, 1, 0) + srb)[:size]
+
+
 class ScsiGuest(LoopbackGuest):
     """Opens the controller; ``negotiate`` makes it ready."""
 
     device: Scsi
+    srb = staticmethod(build_srb)
 
     def __init__(
         self,
@@ -153,41 +190,6 @@ class ScsiGuest(LoopbackGuest):
 
     # --- commands ---
 
-    def srb(
-        self,
-        cdb: bytes,
-        *,
-        length: int = 0,
-        direction: int = NONE,
-        address: tuple[int, int, int] = (0, 0, 0),
-        size: int = 64,
-        cdb_length: int | None = None,
-    ) -> bytes:
-        path, target, lun = address
-        srb = struct.pack(
-            "<HBBBBBBBBBBI16s4xHBBIII",
-            0x34,
-            0,
-            0,
-            0,
-            path,
-            target,
-            lun,
-            len(cdb) if cdb_length is None else cdb_length,
-            20,
-            direction,
-            0,
-            length,
-            cdb.ljust(16, b"\0"),
-            0,
-            0xFF,
-            0x20,
-            0,
-            60,
-            0,
-        )
-        return (struct.pack("<III", EXECUTE, 1, 0) + srb)[:size]
-
     def start(
         self,
         cdb: bytes,
@@ -220,7 +222,7 @@ class ScsiGuest(LoopbackGuest):
         direction = OUT if write else IN if read else NONE
         srb.setdefault("direction", direction)
         srb.setdefault("length", length)
-        payload = self.srb(cdb, **srb)
+        payload = build_srb(cdb, **srb)
         assert self.send(payload, transaction_id=self.next_id, completion_requested=True, ranges=ranges)
         return self.next_id
 

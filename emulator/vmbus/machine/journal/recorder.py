@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.bus.saved_state.layout import SAVED_BUS
@@ -132,9 +132,11 @@ class Recorder:
         """The bus as it was built last."""
         self._built_bus = b""
         self._seen: dict[bytes, tuple[object, ...]] = {}
+        self._devices: dict[bytes, bytes] = {}
+        """Devices' states that are in the journal, by the keys of their primary channels."""
         self._paused_because = "the emulator that began it was killed before its guest was served"
-        self._devices: bytes | None = None
-        """Their lines, if the journal does not have them yet."""
+        self._lines: bytes | None = None
+        """Lines of the devices, if the journal does not have them yet."""
         self.commits = 0
         """Transactions."""
 
@@ -147,6 +149,7 @@ class Recorder:
         self._parts.gateway.posts.hold = True
         self._paused_because = ""
         self._seen.clear()
+        self._devices.clear()
         changes: dict[bytes, bytes | None] = {key: None for key in self._journal.values if is_channel(key)}
         self._commit({**changes, ENDED: None, **self._guest(_NOTHING), **self._after([])})
         self.want()
@@ -190,7 +193,7 @@ class Recorder:
 
     def devices(self, lines: Sequence[str]) -> None:
         """Record the lines of the host's devices together with what the next round changes."""
-        self._devices = DEVICES_VALUE.build(Devices(tuple(lines)))
+        self._lines = DEVICES_VALUE.build(Devices(tuple(lines)))
         if not self._paused_because:
             self.want()
 
@@ -211,9 +214,13 @@ class Recorder:
         """Record a channel whose packets are about to be freed or answered; see ``ChannelIo``'s ``record``."""
         if self._paused_because:
             return
-        for each in self._parts.state.channels():
+        channels = self._parts.state.channels()
+        for each in channels:
             if each.io is io:
-                changes: dict[bytes, bytes | None] = {channel_key(each.identity): self._channel(each)}
+                changes = {
+                    channel_key(each.identity): self._channel(each),
+                    **self._changed_device(each, channels),
+                }
                 if self._wanted:  # what the device did to the bus belongs to the same moment
                     changes = {**self._guest(_NOTHING), **changes}
                 self._commit(changes)
@@ -249,7 +256,7 @@ class Recorder:
         try:
             self._journal.commit(changes)
             if DEVICES in changes:
-                self._devices = None
+                self._lines = None
         except JournalFull as error:
             _logger.warning("the journal of this guest is full: %s", error)
             self.pause(f"its journal was full: {error}")
@@ -282,8 +289,8 @@ class Recorder:
                 Marks(tuple(SlotMark(vp, sint, mark) for (vp, sint), mark in ready.items()))
             ),
         }
-        if self._devices is not None:
-            changes[DEVICES] = self._devices
+        if self._lines is not None:
+            changes[DEVICES] = self._lines
         changes.update(self._changed_channels())
         return changes
 
@@ -324,8 +331,30 @@ class Recorder:
         self._seen = there
         return changes
 
+    def _changed_device(
+        self, channel: DeviceChannel, channels: Sequence[DeviceChannel]
+    ) -> dict[bytes, bytes | None]:
+        """Return the change of the primary channel, which has the device's state, if a sub-channel changed that."""
+        if not channel.identity.subchannel_index:
+            return {}
+        identity = replace(channel.identity, subchannel_index=0)
+        for each in channels:
+            if each.identity == identity:
+                key = channel_key(identity)
+                state = self._device(each)
+                unchanged = state is not None and state == self._devices.get(key)
+                return {} if unchanged else {key: self._channel(each)}
+        return {}
+
+    def _device(self, channel: DeviceChannel) -> bytes | None:
+        try:
+            return channel.captured_device()
+        except VmbusError:  # which is told when the whole channel is asked
+            return None
+
     def _channel(self, channel: DeviceChannel) -> bytes | None:
         """Return the value of a channel, or ``None`` if its device cannot say it."""
+        self._devices.pop(channel_key(channel.identity), None)
         try:
             state = channel.captured()
         except VmbusError as error:
@@ -333,6 +362,8 @@ class Recorder:
                 "%s cannot be taken over if this emulator is killed: %s", channel.io.device.name, error
             )
             return None
+        if not channel.identity.subchannel_index:
+            self._devices[channel_key(channel.identity)] = state.device
         positions = channel.io.positions
         chunks = encode_all(
             (

@@ -307,6 +307,8 @@ class Machine:
             patch.object(MappedMemory, "map_file", map_file),
             patch.object(host_module, "Journal", Mortal),
             patch.object(host_module, "WorkerThreads", lambda loop: _Workers(loop, fate)),
+            patch.object(Device, "poll_window", 0.0),  # of real time
+            patch.object(Scsi, "poll_window", 0.0),
         ):
             yield
 
@@ -410,7 +412,7 @@ class Machine:
         self.run()
         host = self.host
         assert host is not None
-        with self._running():
+        with self._running(), self._patched(self.fates[0]):
             self._guarded(lambda: work(host))
         self.run()
 

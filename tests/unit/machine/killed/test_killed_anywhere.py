@@ -41,7 +41,7 @@ def test_a_session_has_as_many_steps_as_are_tried(tmp_path: Path) -> None:
     assert seen[0] == [*offered, *opened, *opened, "UNLOAD_RESPONSE", *offered, *opened]
 
 
-@pytest.mark.parametrize("end", MATRIX.each_step(3))
+@pytest.mark.parametrize("end", MATRIX.each_step(4))
 def test_a_guest_does_not_notice_the_death_of_an_emulator(
     tmp_path: Path, end: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -49,6 +49,6 @@ def test_a_guest_does_not_notice_the_death_of_an_emulator(
     assert not [each for each in caplog.records if each.levelno >= logging.ERROR]
 
 
-@pytest.mark.parametrize(("end", "next_end"), MATRIX.each_pair(17))
+@pytest.mark.parametrize(("end", "next_end"), MATRIX.each_pair(37))
 def test_nor_that_of_the_one_that_takes_it_over(tmp_path: Path, end: int, next_end: int) -> None:
     MATRIX.killed_at(tmp_path, end, next_end)

@@ -81,11 +81,11 @@ def test_the_session_has_both_processors(tmp_path: Path) -> None:
     assert seen[2] == [1]
 
 
-@pytest.mark.parametrize("end", MATRIX.each_step(6))
+@pytest.mark.parametrize("end", MATRIX.each_step(9))
 def test_both_processors_go_on(tmp_path: Path, end: int) -> None:
     MATRIX.killed_at(tmp_path, end)
 
 
-@pytest.mark.parametrize(("end", "next_end"), MATRIX.each_pair(53))
+@pytest.mark.parametrize(("end", "next_end"), MATRIX.each_pair(83))
 def test_also_if_the_next_emulator_is_killed_too(tmp_path: Path, end: int, next_end: int) -> None:
     MATRIX.killed_at(tmp_path, end, next_end)

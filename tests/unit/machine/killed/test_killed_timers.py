@@ -137,21 +137,21 @@ def test_the_sessions_have_expirations(tmp_path: Path) -> None:
     assert DIRECT.undisturbed(tmp_path) == [0, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("end", MESSAGES.each_step(4))
+@pytest.mark.parametrize("end", MESSAGES.each_step(5))
 def test_messages_of_timers_come_once_and_in_time(tmp_path: Path, end: int) -> None:
     MESSAGES.killed_at(tmp_path, end)
 
 
-@pytest.mark.parametrize(("end", "next_end"), MESSAGES.each_pair(31))
+@pytest.mark.parametrize(("end", "next_end"), MESSAGES.each_pair(47))
 def test_also_if_the_next_emulator_is_killed_too(tmp_path: Path, end: int, next_end: int) -> None:
     MESSAGES.killed_at(tmp_path, end, next_end)
 
 
-@pytest.mark.parametrize("end", DIRECT.each_step(2))
+@pytest.mark.parametrize("end", DIRECT.each_step(3))
 def test_a_timer_without_messages_interrupts_once(tmp_path: Path, end: int) -> None:
     DIRECT.killed_at(tmp_path, end)
 
 
-@pytest.mark.parametrize(("end", "next_end"), DIRECT.each_pair(31))
+@pytest.mark.parametrize(("end", "next_end"), DIRECT.each_pair(47))
 def test_it_does_so_also_if_the_next_emulator_is_killed_too(tmp_path: Path, end: int, next_end: int) -> None:
     DIRECT.killed_at(tmp_path, end, next_end)
