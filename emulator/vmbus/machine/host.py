@@ -621,7 +621,7 @@ class Host:
         self.bus.reset()
         self.partition.reset()
         if self.recorder is not None:
-            self.recorder.want()
+            self.recorder.reset()
 
     def _crashed(self, report: CrashReport) -> None:
         if len(self.events.crashes) < _KEEP:

@@ -125,6 +125,8 @@ class Recorder:
         self._step: asyncio.Handle | None = None
         self._ready: dict[tuple[int, int], int] = _NOTHING
         """Slots that the last commit has announced, and the marks of their messages."""
+        self._resets = parts.gateway.resets
+        """Resets of the machine that the host knows of; the gateway may have counted one more."""
         self._vps = 0
         """Processors that are in the journal."""
         self._offered = offered(parts.partition.features)
@@ -148,6 +150,7 @@ class Recorder:
         self._parts.partition.synthetic_timers.silent = self.expired
         self._parts.gateway.posts.hold = True
         self._paused_because = ""
+        self._resets = self._parts.gateway.resets
         self._seen.clear()
         self._devices.clear()
         changes: dict[bytes, bytes | None] = {key: None for key in self._journal.values if is_channel(key)}
@@ -182,6 +185,14 @@ class Recorder:
         """Commit, and deliver the messages that wait, at the end of this round, or soon: a gate of the SynIC."""
         self._wanted = True
         self._soon()
+
+    def reset(self) -> None:
+        """Commit, soon, that the host has dropped all of its guest after a reset of the machine.
+
+        Until then the journal is that of a guest which is gone.
+        """
+        self._resets = self._parts.gateway.resets
+        self.want()
 
     def expired(self, vp: int) -> None:
         """Commit that a synthetic timer of ``vp`` has expired without a message, soon.
@@ -281,7 +292,7 @@ class Recorder:
         if (bus := parts.bus.save()) != self._bus:
             self._bus, self._built_bus = bus, SAVED_BUS.build(bus)
         changes: dict[bytes, bytes | None] = {
-            ABOUT: ABOUT_VALUE.build(About(FORM, parts.gateway.resets)),
+            ABOUT: ABOUT_VALUE.build(About(FORM, self._resets)),
             HYPERVISOR: SAVED_HYPERVISOR.build(hypervisor),
             BUS: self._built_bus,
             TIMERS: self._timers(),

@@ -1,7 +1,7 @@
 """What a journal has of a guest, besides the sections and chunks of a saved state: layouts and keys.
 
 | key                  | value                                                                               |
-| ``about``            | form of the journal, resets of the machine until now                                |
+| ``about``            | form of the journal, resets of the machine that the host has handled                |
 | ``hypervisor``       | the hypervisor section of a saved state                                             |
 | ``bus``              | the bus section                                                                     |
 | ``timers``           | the synthetic timers of all processors, which are newer than those of the section   |
@@ -59,7 +59,7 @@ def is_channel(key: bytes) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """The first value. ``resets``: of the gateway's counter, when the journal was written last."""
+    """The first value. ``resets``: the gateway's counter, as of the last reset that the host had handled."""
 
     form: int
     resets: int

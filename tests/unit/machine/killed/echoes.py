@@ -5,7 +5,17 @@ from __future__ import annotations
 import zlib
 
 from vmbus.testing.loopback import COMPLETION
-from vmbus.wire.echo import EchoOperation, build_header, parse_header
+from vmbus.wire.echo import (
+    ECHO_CHECKSUM,
+    ECHO_HEADER,
+    ECHO_RANGE,
+    ECHO_RANGE_COUNT,
+    EchoOperation,
+    EchoRange,
+    EchoRangeCount,
+    build_header,
+    parse_header,
+)
 
 from tests.unit.machine.killed.guest import KilledGuest
 
@@ -40,6 +50,21 @@ def answers_to(guest: KilledGuest, relid: int, count: int) -> None:
         assert (header.operation, header.status, header.sequence) == (EchoOperation.ECHO, 0, number)
         assert each.payload[24 : 24 + header.length] == _data(number)
     answers.clear()
+
+
+def checksum(guest: KilledGuest, relid: int, gpadl_id: int, offset: int, length: int) -> int:
+    """Have the device read memory that is shared with a GPADL; return the CRC-32."""
+    guest.packets[relid].clear()
+    wanted = ECHO_RANGE_COUNT.build(EchoRangeCount(1)) + ECHO_RANGE.build(EchoRange(offset, length, gpadl_id))
+    header = build_header(EchoOperation.CHECKSUM, 0, len(wanted), 0, zlib.crc32(wanted))
+    assert guest.send(relid, guest.request(header + wanted, 300))
+    guest.settle()
+    [answer] = guest.packets[relid]
+    guest.packets[relid].clear()
+    assert parse_header(answer.payload).status == 0
+    found = ECHO_CHECKSUM.parse(answer.payload[ECHO_HEADER.size :])
+    assert found.length == length
+    return found.checksum
 
 
 def _data(number: int) -> bytes:

@@ -416,6 +416,30 @@ class Machine:
             self._guarded(lambda: work(host))
         self.run()
 
+    def add(self, line: str) -> None:
+        """Add a device to the running guest, and to those of later emulators."""
+        self.lines.append(line)
+
+        def work(host: Host) -> None:
+            [device] = registry().create_all([line])
+            self._devices.append(device)
+            host.add_device(device)
+
+        self.command(work)
+
+    def remove(self, line: str) -> None:
+        """Take a device away from the running guest, and from later emulators."""
+        number = self.lines.index(line)
+        del self.lines[number]
+        self.command(lambda host: host.remove_device(host.devices[number]))
+
+    def reset(self) -> None:
+        """Reset the machine; QEMU reports that to the emulator, if one is there, after what waits already."""
+        self.put("resets", self.get("resets") + 1)
+        self.interrupts.clear()
+        if self.host is not None:
+            self.loop.call_soon(self.host.reset)
+
     @property
     def idle(self) -> bool:
         """Whether the emulator has nothing to do now."""
