@@ -204,7 +204,7 @@ class Keeper:
         elif self._asked_to_end:
             return ExitReason.STOPPED
         else:
-            found = await self._supervisor.recover(worker.program, how)
+            found = await self._supervisor.recover(worker, how)
             if isinstance(found, ExitReason):
                 return found
             self._worker = found

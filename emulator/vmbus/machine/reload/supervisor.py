@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ _logger = logging.getLogger(__name__)
 
 IN_A_ROW = 10
 """Workers that may end one after the other within :data:`SHORT` seconds of their service."""
+KILLED_IN_A_ROW = 100
+"""The same for workers that are killed by SIGKILL: of what they have taken over they would die in another way."""
 SHORT = 0.5
 _RECOVER_TIMEOUT = 180.0
 """Seconds in which a worker attaches: it waits until transfers of the one before have ended."""
@@ -89,21 +92,21 @@ class Supervisor:
             return False
         return True
 
-    async def recover(self, program: Sequence[str], how: str) -> Worker | ExitReason:
-        """Start the worker that goes on after one that ended: ``how``, in words.
+    async def recover(self, ended: Worker, how: str) -> Worker | ExitReason:
+        """Start the worker that goes on after one that ``ended``: ``how``, in words.
 
         Return why the service ended instead, if QEMU has ended, too, or the guest has left. Raises
         :class:`~vmbus.errors.UserError` for a guest that cannot be taken over.
         """
         while True:
-            self._count(how)
+            self._count(ended, how)
             _logger.warning("the emulator ended unexpectedly (%s); the next one takes the guest over", how)
             begun = self._clock()
-            worker = Worker.start(program, supervised=True)
+            worker = Worker.start(ended.program, supervised=True)
             try:
                 found = await self._recovered(worker)
             except ReloadEnded:
-                how = await worker.close()
+                ended, how = worker, await worker.close()
                 if (reason := await self._machines.ended()) is not None:
                     return reason
                 continue
@@ -150,12 +153,13 @@ class Supervisor:
         answer = await worker.link.hear("recovered", "left", timeout=_RECOVER_TIMEOUT)
         return answer.kind == "recovered"
 
-    def _count(self, how: str) -> None:
+    def _count(self, ended: Worker, how: str) -> None:
         """Count a death. Raises :class:`~vmbus.errors.UserError` when too many came too soon."""
+        limit = KILLED_IN_A_ROW if ended.process.returncode == -signal.SIGKILL else IN_A_ROW
         served = self._clock() - self._began
         self._in_a_row = self._in_a_row + 1 if served < SHORT else 1
         self._began = self._clock()
-        if self._in_a_row > IN_A_ROW:
+        if self._in_a_row > limit:
             raise UserError(
                 f"{self._in_a_row} emulators of this guest ended one after the other, each within {SHORT:g} s, the "
                 f"last one thus: {how}; the guest is given up. Their messages are above"

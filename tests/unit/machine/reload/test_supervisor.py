@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ async def main():
         log.write(json.dumps([asked.values["monitor"], asked.values["devices"], asked.values["takeovers"]]) + "\\n")
     said = {says!r}
     if said == "dies":
+        os._exit(3)
+    elif said == "killed":
         os.kill(os.getpid(), 9)
     elif said == "refuses":
         await link.refuse("no journal")
@@ -102,6 +105,12 @@ def program(folder: Path, says: str) -> list[str]:
     return [sys.executable, str(folder / f"{says}.py")]
 
 
+def ended(folder: Path, says: str) -> Worker:
+    """Return a worker that was killed; the next one ``says`` one thing."""
+    process = SimpleNamespace(returncode=-signal.SIGKILL)
+    return cast("Worker", SimpleNamespace(program=program(folder, says), process=process))
+
+
 def asked(folder: Path) -> list[str]:
     """Return what workers were asked for."""
     return (folder / "log").read_text().splitlines()
@@ -114,7 +123,7 @@ async def test_a_worker_is_asked_to_recover_the_guest_and_the_second_qemu_of_a_m
     with supervisor(machines, clock) as found:
         for number in range(IN_A_ROW * 2):  # each after a long service
             clock.now += SHORT + 1
-            worker = await found.recover(program(tmp_path, "serves"), "killed")
+            worker = await found.recover(ended(tmp_path, "serves"), "killed")
             assert isinstance(worker, Worker)
             assert await found.serves(worker)
             await worker.close()
@@ -126,7 +135,7 @@ async def test_a_worker_is_asked_to_recover_the_guest_and_the_second_qemu_of_a_m
 async def test_a_guest_that_has_left_its_qemu_is_looked_for_in_the_next_one(tmp_path: Path) -> None:
     machines = Machines("first", "second")
     with supervisor(machines, Time()) as found:
-        worker = await found.recover(program(tmp_path, "left"), "killed")
+        worker = await found.recover(ended(tmp_path, "left"), "killed")
         assert isinstance(worker, Worker)
         await worker.close()
     assert machines.done == ["end first"]
@@ -135,19 +144,24 @@ async def test_a_guest_that_has_left_its_qemu_is_looked_for_in_the_next_one(tmp_
 
 async def test_a_guest_that_has_left_for_elsewhere_was_migrated(tmp_path: Path) -> None:
     with supervisor(Machines("first"), Time()) as found:
-        assert await found.recover(program(tmp_path, "left"), "killed") is ExitReason.MIGRATED
+        assert await found.recover(ended(tmp_path, "left"), "killed") is ExitReason.MIGRATED
 
 
-async def test_workers_that_end_at_once_are_given_up_and_late_deaths_are_not_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("says", "how", "limit"),
+    [("dies", "with status 3", IN_A_ROW), ("killed", "by SIGKILL", 2 * IN_A_ROW)],
+)
+async def test_workers_that_end_at_once_are_given_up_and_late_deaths_are_not_counted(
+    tmp_path: Path, says: str, how: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmbus.machine.reload.supervisor.KILLED_IN_A_ROW", 2 * IN_A_ROW)
     clock = Time()
     with supervisor(Machines("first"), clock) as found:
-        with pytest.raises(
-            UserError, match=f"{IN_A_ROW + 1} emulators .* ended by SIGKILL; the guest is given"
-        ):
-            await found.recover(program(tmp_path, "dies"), "killed")
-        assert len(asked(tmp_path)) == IN_A_ROW
+        with pytest.raises(UserError, match=f"{limit + 1} emulators .* ended {how}; the guest is given"):
+            await found.recover(ended(tmp_path, says), "killed")
+        assert len(asked(tmp_path)) == limit
         clock.now += SHORT
-        worker = await found.recover(program(tmp_path, "serves"), "killed")
+        worker = await found.recover(ended(tmp_path, "serves"), "killed")
         assert isinstance(worker, Worker)
         await worker.close()
 
@@ -158,7 +172,7 @@ async def test_the_end_of_qemu_is_the_reason_whatever_the_worker_says(
     tmp_path: Path, says: str, reason: ExitReason
 ) -> None:
     with supervisor(Machines("first", end=reason), Time()) as found:
-        assert await found.recover(program(tmp_path, says), "killed") is reason
+        assert await found.recover(ended(tmp_path, says), "killed") is reason
     assert len(asked(tmp_path)) == 1
 
 
@@ -167,7 +181,7 @@ async def test_a_guest_that_cannot_be_taken_over_is_given_up_with_both_reasons(t
         supervisor(Machines("first"), Time()) as found,
         pytest.raises(UserError, match=r"ended unexpectedly \(killed\).* cannot go on: no journal"),
     ):
-        await found.recover(program(tmp_path, "refuses"), "killed")
+        await found.recover(ended(tmp_path, "refuses"), "killed")
 
 
 async def test_a_worker_that_took_over_is_told_from_one_that_did_not(tmp_path: Path) -> None:
@@ -210,7 +224,7 @@ class Replacing:
     async def serves(self, worker: Worker) -> bool:
         return self._serves
 
-    async def recover(self, program: object, how: str) -> Any:
+    async def recover(self, ended: object, how: str) -> Any:
         self.asked += 1
         return self.answer
 
