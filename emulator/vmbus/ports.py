@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 PAGE_SIZE = 4096
 
@@ -234,6 +234,22 @@ class RecalledChannel:
     ring_full: int
 
 
+class FastLink(NamedTuple):
+    """How a successor finds what compiled code had of a channel: what the journal says of the channel has this."""
+
+    epoch: int
+    """Of the thread."""
+    channel: int
+    """The thread's number for it."""
+    opening: int
+    gives: int
+    """How often the number was given."""
+    given: bool
+    """Whether it is now: the thread knows the positions in the rings."""
+    adopted: tuple[int, ...]
+    """Numbers of the requests that the thread may still have, and that are the journal's."""
+
+
 class FastOwner(Protocol):
     """The receiver of what a :class:`FastChannel` produces. Each but ``fast_left`` says that a request has ended."""
 
@@ -271,6 +287,13 @@ class FastChannel(Protocol):
 
     def close(self) -> None:
         """Take nothing more; the ends of what is under way are still reported."""
+
+    @property
+    def link(self) -> FastLink | None:
+        """What a journal has to say of the channel as it is now; ``None`` if the thread keeps nothing for one."""
+
+    def recorded(self) -> None:
+        """Forget what was passed on: a journal has it, and :attr:`link`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,6 +369,13 @@ class DataPathChannel(Protocol):
 
     def close(self) -> None:
         """End the opening of a channel that is not given; what is outstanding is reported as ended."""
+
+    @property
+    def link(self) -> FastLink | None:
+        """As :attr:`FastChannel.link`."""
+
+    def recorded(self) -> None:
+        """As :meth:`FastChannel.recorded`."""
 
 
 @dataclass(frozen=True, slots=True)

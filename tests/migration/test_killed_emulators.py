@@ -78,6 +78,17 @@ class Console:
         return [line for line in self._path.read_text(errors="replace").splitlines() if wrong.search(line)]
 
 
+async def compiled_code_serves(emulator: Emulator, qemu: OwnQemu) -> None:
+    """Wait until compiled code has done requests of the disk for this emulator."""
+
+    async def served() -> bool:
+        channels = (await emulator.status("a")).get("channels", ())
+        disks = [each["details"]["units"]["0:0"] for each in channels if each["device"] == "scsi"]
+        return bool(disks) and disks[0]["compiled"] > 0
+
+    await until(served, "requests of compiled code", emulator, qemu, timeout=LIMIT)
+
+
 async def kill(emulator: Emulator, folder: Path) -> None:
     """Kill it, and remove what it has left in the folder of run directories."""
     emulator.process.send_signal(signal.SIGKILL)
@@ -118,6 +129,8 @@ async def test_a_guest_outlives_emulators_that_are_killed(
             await qemu.attached()
             if not number:  # it boots under the first one, which is killed when it works
                 await console.more("disk-round", "echo-round")
+            if number % 4 == 0:
+                await compiled_code_serves(emulator, qemu)
             await asyncio.sleep(chance.uniform(0, LONGEST))
             assert emulator.gone() == ""
             await kill(emulator, tmp_path)

@@ -542,6 +542,11 @@ class Controller(Device):
         found += [packet for at, packet in self.resets.waiting if at is io]
         return [PacketState(each.transaction_id, build_packet_state(self.name, each)) for each in found]
 
+    def packet_state(self, packet: Packet) -> bytes:
+        state = build_packet_state(self.name, self.needed(packet))
+        parse_packet_state(self.name, state)
+        return state
+
     def restore_packet(self, io: ChannelIo, packet: PacketState) -> None:
         command = parse_packet_state(self.name, packet.state)
         if command.transaction_id != packet.transaction_id or not packet.from_guest:

@@ -10,7 +10,7 @@ from vmbus.devices.histogram import Histogram
 
 from vmbus_devices.scsi.fast.path import FastPath
 
-_COUNTS = ("requests", "reads", "writes", "flushes", "bytes_read", "bytes_written")
+_COUNTS = ("requests", "reads", "writes", "flushes", "compiled", "bytes_read", "bytes_written")
 
 
 class UnitStatistics:
@@ -21,6 +21,7 @@ class UnitStatistics:
         "_fast",
         "bytes_read",
         "bytes_written",
+        "compiled",
         "errors",
         "flushes",
         "latency",
@@ -33,6 +34,8 @@ class UnitStatistics:
     def __init__(self) -> None:
         self.requests = 0
         self.reads = self.writes = self.flushes = 0
+        self.compiled = 0
+        """Those of the requests that compiled code has done."""
         self.bytes_read = self.bytes_written = 0
         self._depth = self.max_depth = 0
         self._fast: tuple[FastPath, int] | None = None
@@ -67,6 +70,7 @@ class UnitStatistics:
         fast, number = self._fast
         counts = fast.counts(number)
         self.requests += counts.reads + counts.writes
+        self.compiled += counts.reads + counts.writes
         self.reads += counts.reads
         self.writes += counts.writes
         self.bytes_read += counts.bytes_read
@@ -115,6 +119,7 @@ class UnitStatistics:
             "reads": self.reads,
             "writes": self.writes,
             "flushes": self.flushes,
+            "compiled": self.compiled,
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "queue_depth": self.depth,

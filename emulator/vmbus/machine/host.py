@@ -48,6 +48,7 @@ from vmbus.machine.host_parts import HostOptions as HostOptions
 from vmbus.machine.host_parts import MakeDevices
 from vmbus.machine.io.engines import NativeEngines
 from vmbus.machine.io.workers import WorkerThreads
+from vmbus.machine.journal.areas import areas
 from vmbus.machine.journal.reading import Contents
 from vmbus.machine.journal.recorder import RecordedParts, Recorder
 from vmbus.machine.journal.recovery import RecoveredGuest
@@ -205,9 +206,7 @@ class Host:
         # A long poll window occupies a processor: with none to spare, it would be a vCPU's.
         self._spare = len(os.sched_getaffinity(0)) > facts.vcpus
         self.workers = WorkerThreads(loop)
-        # The engine has what it does in its own memory: a guest with a journal is served in Python.
-        native = library is not None and not options.journal
-        self._engines = NativeEngines(self.memory, self._start_data_path if native else lambda: None)
+        self._engines = NativeEngines(self.memory, self._start_data_path if library else lambda: None)
         self.workers.engines = self._engines
         self.environment = DeviceEnvironment(
             memory=self.memory,
@@ -221,6 +220,8 @@ class Host:
         )
         self.recorder: Recorder | None = None
         """Keeps the journal of the guest, if it has one."""
+        self._mirror: memoryview | None = None
+        """Beside the journal: where compiled code keeps what it has."""
         self.stopped_because: list[str] = []
         """Why devices stopped the guest, until it is resumed."""
         self.devices: list[AttachedDevice] = []
@@ -364,6 +365,7 @@ class Host:
         if self.facts.running:
             self.clock.resume()
         self.state.resume()
+        self._begin_mirror()
         self.begin_service()
         await self.migration.join()
 
@@ -384,7 +386,7 @@ class Host:
 
     def _open_journal(self, found: Contents | None = None) -> None:
         """Make the journal, which is not valid until it is begun, or go on with the one of the emulator of before."""
-        memory = self.gateway.journal_memory()
+        memory, self._mirror = areas(self.gateway.journal_memory())
         journal = Journal.create(memory) if found is None else Journal.resume(memory, found)
         self.recorder = self.service.recorder = Recorder(
             self._loop,
@@ -408,7 +410,7 @@ class Host:
         self.state.begin_paused()
         with self.qtest.loading():
             try:
-                self.state.restore_recovered(found.state, found.positions, allow_missing=True)
+                self.state.restore_recovered(found.state, found.positions, found.again, allow_missing=True)
             except StateRefused as error:
                 raise takeover.GuestLost(
                     f"the guest's emulator was killed, and what it has left cannot be restored: {error}. The guest "
@@ -429,6 +431,7 @@ class Host:
         self.interrupts.retry(self.gateway.pending.waiting())
         self.state.journal = self.recorder
         self.state.resume()
+        self._begin_mirror()
         self.begin_service()
         _logger.info("the guest was taken over from an emulator that was killed")
 
@@ -476,6 +479,12 @@ class Host:
         self.state.journal = self.recorder
         if self.recorder is not None:
             self.recorder.begin()
+        self._begin_mirror()
+
+    def _begin_mirror(self) -> None:
+        """Have compiled code keep what it does beside the journal, which says nothing of the mirror of before now."""
+        if self._mirror is not None:
+            self._engines.use_mirror(self._mirror)
 
     def _set_tables(self) -> None:
         options = self.options

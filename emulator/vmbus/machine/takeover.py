@@ -24,8 +24,8 @@ from collections.abc import Sequence
 
 from vmbus.errors import GatewayError, QemuError, UserError
 from vmbus.machine.gateway.client import Gateway
-from vmbus.machine.journal.reading import Contents, JournalRefused, read
-from vmbus.machine.journal.recovery import RecoveredGuest, device_lines, recover
+from vmbus.machine.journal.reading import Contents, JournalRefused
+from vmbus.machine.journal.recovery import RecoveredGuest, contents_of, device_lines, recover
 from vmbus.machine.qemu.qmp import Qmp
 from vmbus.wire.gateway import GuestState
 from vmbus.wire.journal import MAGIC
@@ -125,7 +125,7 @@ def journal_of(gateway: Gateway) -> Contents | None:
     """Return what the process of before has left in the journal; ``None`` if that cannot be read."""
     with contextlib.closing(gateway.journal_memory()) as memory:
         try:
-            return read(memory)
+            return contents_of(memory)
         except JournalRefused as error:
             _logger.info("the journal begins anew: %s", error)
             return None

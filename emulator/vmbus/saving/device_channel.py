@@ -20,7 +20,7 @@ A restore leaves the ``ChannelIo`` closed, with the restored state. When guest m
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -45,6 +45,7 @@ from vmbus.saving.status import NtStatus
 from vmbus.wire.packet import (
     COMPLETION_REQUESTED,
     TRAILER_SIZE,
+    Packet,
     PacketType,
     build_packet,
     build_transfer_pages,
@@ -182,6 +183,15 @@ class DeviceChannel:
             self.io.give_up_restore()
         self._applied = False
 
+    def taken_again(self, state: ChannelState, packets: Sequence[Packet]) -> ChannelState:
+        """Return ``state`` with packets of the guest that are to be executed again, behind those that it has.
+
+        Raises :class:`~vmbus.errors.DeviceError`.
+        """
+        device = self.io.device
+        taken = [SavedTaken(_known_by_id(each.transaction_id), device.packet_state(each)) for each in packets]
+        return replace(state, taken=(*state.taken, *taken))
+
     def take_view(self) -> ChannelState:
         if self._view is None:
             self._view = self._state(self.io.save(), self.io.device.save)
@@ -272,7 +282,7 @@ class DeviceChannel:
         channel, io = self.channel, self.io
         if io.state is IoState.CLOSED and channel.is_open and not self._restored():
             raise DeviceError(f"{io.device.name} cannot be saved: its channel is open, but the device is not")
-        queue = tuple(_queued(packet) for packet in kept.output)
+        queue = tuple(queued(packet) for packet in kept.output)
         awaited = dict(kept.awaited)
         for each in queue:
             if isinstance(each, OutgoingPacket) and each.packet.flags & COMPLETION_REQUESTED:
@@ -407,8 +417,8 @@ def _count(numbers: list[int]) -> tuple[tuple[int, int], ...]:
     return tuple(times.items())
 
 
-def _queued(packet: bytes) -> OutgoingPacket | SavedCompletion:
-    """Return the record of a packet of the output queue, which has no trailer."""
+def queued(packet: bytes) -> OutgoingPacket | SavedCompletion:
+    """Return the record of a packet of the output queue, which has no trailer. Raises ``DeviceError``."""
     size = len(packet) + TRAILER_SIZE
     found = parse_packet(packet + bytes(TRAILER_SIZE), 0, size)
     if found is None or found.error is not None:
@@ -428,7 +438,7 @@ def _queued(packet: bytes) -> OutgoingPacket | SavedCompletion:
 
 
 def _built(each: OutgoingPacket | SavedCompletion) -> bytes:
-    """Invert :func:`_queued`. Raises RingError, or ValueError for a packet that no host sends."""
+    """Invert :func:`queued`. Raises RingError, or ValueError for a packet that no host sends."""
     if isinstance(each, SavedCompletion):
         return build_packet(PacketType.COMPLETION, each.payload, transaction_id=each.transaction_id)
     packet = each.packet

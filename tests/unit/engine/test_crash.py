@@ -9,15 +9,19 @@ import signal
 import struct
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from vmbus.bus.io.output import Output
 from vmbus.bus.io.ring import OutgoingRing
+from vmbus.bus.io.state import RingPositions
 from vmbus.errors import MalformedError
 from vmbus.machine.engine.build import LIBRARY
-from vmbus.machine.engine.layout import MAGIC, VERSION, Mirror, MirrorSlot, Owner
-from vmbus.machine.engine.mirror import Recovered, SlotState, later, recover
+from vmbus.machine.engine.layout import MAGIC, MAX_CHANNELS, MAX_SLOTS, VERSION, Mirror, MirrorSlot, Owner
+from vmbus.machine.engine.mirror import SlotState, later, recover
 from vmbus.native import compiler
+from vmbus.ports import FastLink
 from vmbus.wire.packet import PacketType, build_packet
 
 from tests.unit.engine.engine_guest import IN_PAGES, LIMIT, OUT_PAGES, PAGE, EngineGuest, compile_device
@@ -93,11 +97,11 @@ def identity(packet: bytes) -> int:
     return int(struct.unpack_from("<Q", packet, 8)[0])
 
 
-def in_the_ring(guest: Mortal, found: Recovered) -> list[int]:
+def in_the_ring(guest: Mortal, in_index: int) -> list[int]:
     """Ids of the requests that nobody has taken."""
     size = len(guest.order(1)) + 8
     guest.next_id -= 1
-    at, end = found.in_index, guest.writer.pages.load_u32(0)
+    at, end = in_index, guest.writer.pages.load_u32(0)
     ids = []
     while at != end:
         ids.append(
@@ -120,13 +124,20 @@ def live_on(guest: Mortal) -> None:
     redone = rewritten = 0
     for generation in range(GENERATIONS):
         guest.live_and_die(1 + guest.chance.randrange(300))
-        found = recover(guest.mirror, 0, guest.reader.pages.load_u32(0), SIZES)
-        if found is None:  # it ended before it had the channel
-            found = Recovered(guest.indices[0], guest.indices[1], [], [])
+        positions, packets, answers = RingPositions(*guest.indices), [], []
+        header = guest.mirror.header
+        if header.magic:  # else it ended before it had a mirror
+            # What a journal would say: it was written before the channel was given.
+            found = recover(guest.mirror, FastLink(header.epoch, 0, 0, 0, False, ()))
+            positions = found.positions or positions
+            waiting = Output(found.answers)
+            ring = OutgoingRing(guest.memory.pages(OUT_PAGES), guest.memory)
+            waiting.forget_written(ring.written_since(positions.write))
+            packets, answers = list(found.packets), waiting.packets
         unread = guest.reader.read()[0]
         guest.seen += [each.transaction_id for each in unread]
-        redo, held = [identity(each) for each in found.packets], [identity(each) for each in found.answers]
-        untaken = in_the_ring(guest, found)
+        redo, held = [identity(each) for each in packets], [identity(each) for each in answers]
+        untaken = in_the_ring(guest, positions.read)
         everything = sorted([*guest.seen, *redo, *held, *untaken])
         assert everything == list(range(1, guest.next_id)), f"generation {generation}"
         redone += len(redo)
@@ -138,30 +149,37 @@ def live_on(guest: Mortal) -> None:
             packet = build_packet(PacketType.COMPLETION, struct.pack("<QQ", 1, 0), transaction_id=number)
             assert ring.write([packet])[0] == 1
             guest.seen += [each.transaction_id for each in guest.reader.read()[0]]
-        guest.writer.pages.store_u32(4, found.in_index)
-        guest.indices = [found.in_index, guest.reader.pages.load_u32(0)]
-        ctypes.memset(ctypes.addressof(guest.mirror.slot), 0, ctypes.sizeof(guest.mirror.slot))
+        guest.writer.pages.store_u32(4, positions.read)
+        guest.indices = [positions.read, guest.reader.pages.load_u32(0)]
     assert redone > 0
     assert rewritten > 0, "no engine died with answers that its guest did not have"
     assert sorted(guest.seen) == sorted(set(guest.seen))
 
 
-# --- a mirror that is damaged ---
+# --- a mirror, and what a journal says of it ---
+
+EPOCH, OPENING, GIVES = 7, 3, 2
+BEFORE = FastLink(EPOCH, 0, OPENING, GIVES - 1, False, ())
+"""Of a channel that was given since."""
+GIVEN = FastLink(EPOCH, 0, OPENING, GIVES, True, ())
+RECALLED = FastLink(EPOCH, 0, OPENING, GIVES, False, ())
 
 
 @pytest.fixture
 def mirror() -> Mirror:
     mirror = Mirror()
-    mirror.header.magic, mirror.header.version = MAGIC, VERSION
-    mirror.channel[0].owner = Owner.ENGINE
-    mirror.channel[0].taken = 5 << 32 | 80
-    mirror.channel[0].answered = mirror.channel[0].next = 3 << 32 | 120
+    header, record = mirror.header, mirror.channel[0]
+    header.magic, header.version, header.epoch = MAGIC, VERSION, EPOCH
+    header.channels, header.slots = MAX_CHANNELS, MAX_SLOTS
+    record.owner, record.opening, record.gives = Owner.ENGINE, OPENING, GIVES
+    record.taken = 5 << 32 | 80
+    record.answered = 3 << 32 | 120
     return mirror
 
 
-def put(mirror: Mirror, at: int, state: SlotState, number: int, size: int = 32) -> MirrorSlot:
+def put(mirror: Mirror, at: int, state: int, number: int, size: int = 32) -> MirrorSlot:
     slot: MirrorSlot = mirror.slot[at]
-    slot.state = state
+    slot.state, slot.opening = state, OPENING
     slot.taken_number = slot.done_number = number
     slot.size = slot.answer_size = size
     struct.pack_into("<Q", slot.packet, 8, number)
@@ -169,41 +187,77 @@ def put(mirror: Mirror, at: int, state: SlotState, number: int, size: int = 32) 
     return slot
 
 
-def test_slots_are_taken_in_order_and_void_ones_are_not(mirror: Mirror) -> None:
+def ids(found: Sequence[bytes]) -> list[int]:
+    return [identity(each) for each in found]
+
+
+@pytest.mark.parametrize(("link", "written"), [(BEFORE, True), (GIVEN, False)])
+def test_slots_are_taken_in_order_and_void_ones_are_not(
+    mirror: Mirror, link: FastLink, written: bool
+) -> None:
     put(mirror, 9, SlotState.TAKEN, 5)
     put(mirror, 4, SlotState.PYTHON, 3)
     put(mirror, 7, SlotState.TAKEN, 6)
     put(mirror, 1, SlotState.DONE, 3)
     put(mirror, 2, SlotState.DONE, 5)
     put(mirror, 3, SlotState.DONE, 4)
-    put(mirror, 5, SlotState.TAKEN, 4).opening = 1
+    put(mirror, 5, SlotState.TAKEN, 4).opening = OPENING + 1
     put(mirror, 6, SlotState.TAKEN, 4).channel = 1
-    found = recovered(mirror, 120)
-    assert (found.in_index, found.out_index) == (80, 120)
-    assert [identity(each) for each in found.packets] == [3, 5]
-    assert [identity(each) for each in found.answers] == [4, 5]
+    found = recover(mirror, link)
+    assert (found.positions, found.queue_written) == (RingPositions(80, 120), written)
+    assert (ids(found.packets), ids(found.answers)) == ([3, 5], [4, 5])
 
 
-def test_a_batch_that_is_in_the_ring_is_the_guests(mirror: Mirror) -> None:
-    mirror.channel[0].next = 4 << 32 | 160
-    put(mirror, 3, SlotState.DONE, 4)
-    put(mirror, 2, SlotState.DONE, 5)
-    assert [identity(each) for each in recovered(mirror, 160).answers] == [5]
-    assert [identity(each) for each in recovered(mirror, 120).answers] == [4, 5]
+def test_numbers_are_in_order_where_they_wrap(mirror: Mirror) -> None:
+    mirror.channel[0].taken = 1 << 32 | 80
+    mirror.channel[0].answered = 0xFFFFFFFE << 32 | 120
+    for at, number in enumerate((1, 0xFFFFFFFF, 0)):
+        put(mirror, at, SlotState.TAKEN, number)
+        put(mirror, 3 + at, SlotState.DONE, number)
+    found = recover(mirror, GIVEN)
+    assert ids(found.packets) == ids(found.answers) == [0xFFFFFFFF, 0, 1]
+
+
+def test_what_the_journal_has_is_not_taken_from_the_mirror(mirror: Mirror) -> None:
+    put(mirror, 0, SlotState.PYTHON, 3)
+    put(mirror, 1, SlotState.TAKEN, 4)
+    put(mirror, 2, SlotState.PYTHON, 5)
+    found = recover(mirror, RECALLED._replace(adopted=(3, 5, 77)))
+    assert (found.positions, found.queue_written, ids(found.packets)) == (None, False, [4])
 
 
 @pytest.mark.parametrize(
-    ("place", "value"),
+    "link",
     [
-        ("taken", 5 << 32 | 81),
-        ("taken", 5 << 32 | SIZES[0]),
-        ("answered", 3 << 32 | 128),
+        RECALLED._replace(epoch=EPOCH - 1),
+        RECALLED._replace(channel=MAX_CHANNELS),
+        RECALLED._replace(gives=GIVES + 1),
+        RECALLED._replace(gives=GIVES - 2),
+        GIVEN._replace(gives=GIVES - 1),
+        GIVEN._replace(opening=OPENING - 1),
+        BEFORE._replace(opening=OPENING + 1),
     ],
 )
-def test_impossible_indices_are_refused(mirror: Mirror, place: str, value: int) -> None:
-    setattr(mirror.channel[0], place, value)
+def test_a_mirror_of_another_engine_or_another_time_is_refused(mirror: Mirror, link: FastLink) -> None:
+    for right in (BEFORE, GIVEN, RECALLED):
+        recover(mirror, right)
     with pytest.raises(MalformedError):
-        recover(mirror, 0, 120, SIZES)
+        recover(mirror, link)
+
+
+@pytest.mark.parametrize("place", ["magic", "version", "channels", "slots"])
+def test_a_mirror_of_another_form_is_refused(mirror: Mirror, place: str) -> None:
+    setattr(mirror.header, place, getattr(mirror.header, place) + 1)
+    with pytest.raises(MalformedError):
+        recover(mirror, RECALLED)
+
+
+@pytest.mark.parametrize("place", ["taken", "answered"])
+def test_impossible_indices_are_refused(mirror: Mirror, place: str) -> None:
+    setattr(mirror.channel[0], place, 3 << 32 | 81)
+    with pytest.raises(MalformedError):
+        recover(mirror, GIVEN)
+    assert recover(mirror, RECALLED).positions is None
 
 
 @pytest.mark.parametrize("size", [0, 8, 0xFFFFFFFF, 4360])
@@ -211,24 +265,21 @@ def test_impossible_indices_are_refused(mirror: Mirror, place: str, value: int) 
 def test_impossible_sizes_are_refused(mirror: Mirror, state: SlotState, size: int) -> None:
     put(mirror, 0, state, 4, size)
     with pytest.raises(MalformedError):
-        recover(mirror, 0, 120, SIZES)
+        recover(mirror, GIVEN)
 
 
-def test_a_channel_that_python_had_is_not_in_the_mirror(mirror: Mirror) -> None:
-    mirror.channel[0].owner = Owner.PYTHON
-    assert recover(mirror, 0, 120, SIZES) is None
-
-
-def recovered(mirror: Mirror, write_index: int) -> Recovered:
-    found = recover(mirror, 0, write_index, SIZES)
-    assert found is not None
-    return found
-
-
-def test_a_mirror_of_somebody_else_is_refused(mirror: Mirror) -> None:
-    mirror.header.version = VERSION + 1
+def test_impossible_slots_are_refused(mirror: Mirror) -> None:
+    slot = put(mirror, 0, 9, 4)
     with pytest.raises(MalformedError):
-        recover(mirror, 0, 120, SIZES)
+        recover(mirror, GIVEN)
+    slot.state = SlotState.TAKEN
+    twin = put(mirror, 1, SlotState.TAKEN, 4)
+    with pytest.raises(MalformedError):
+        recover(mirror, GIVEN)
+    twin.state = SlotState.DONE
+    assert ids(recover(mirror, GIVEN).answers) == [4]
+    with pytest.raises(MalformedError):  # the engine passes on all answers when it loses the rings
+        recover(mirror, RECALLED)
 
 
 def test_sequence_numbers_wrap() -> None:

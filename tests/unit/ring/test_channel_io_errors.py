@@ -64,6 +64,7 @@ class Broken:
     """Compiled code that fails where it should say what has ended."""
 
     outstanding = 0
+    link = None
 
     def look(self) -> None:
         raise InternalError("io_uring_enter: no")
@@ -89,6 +90,7 @@ class Behind:
     """Compiled code whose answers come when the test says so."""
 
     outstanding = 0
+    link = None
 
     def close(self) -> None: ...
 

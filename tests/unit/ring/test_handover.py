@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from vmbus.bus.io.channel_io import ChannelIo
 from vmbus.bus.io.handover import MAX_KEPT
-from vmbus.ports import GivenChannel, RecalledChannel, SignalTarget
+from vmbus.ports import FastLink, GivenChannel, RecalledChannel, SignalTarget
 from vmbus.testing.fakes import FakePages
 from vmbus.testing.loopback import COMPLETION, FakeChannel, LoopbackGuest, guest_packet
 from vmbus.wire.packet import Packet
@@ -31,6 +31,10 @@ class Thread:
         self.looks: list[Callable[[], None]] = []
         """What the next looks pass on, one each."""
         self.outstanding = 0
+        self.link: FastLink | None = None
+
+    def recorded(self) -> None:
+        self.log.append("recorded")
 
     def give(self, channel: GivenChannel) -> bool:
         assert self.given is None

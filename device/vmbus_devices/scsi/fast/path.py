@@ -26,6 +26,7 @@ from vmbus.errors import InternalError, MissingRequirement
 from vmbus.ports import (
     DataPath,
     DataPathChannel,
+    FastLink,
     FastOwner,
     GivenChannel,
     NativeMemory,
@@ -323,6 +324,13 @@ class FastPathChannel:
 
     def look(self) -> None:
         self.data.look()
+
+    @property
+    def link(self) -> FastLink | None:
+        return self.data.link
+
+    def recorded(self) -> None:
+        self.data.recorded()
 
     def close(self) -> None:
         self._closed = True

@@ -37,7 +37,7 @@ from vmbus.bus.io.state import ChannelIoState, IoCounters, IoState, RingPosition
 from vmbus.bus.io.timers import ChannelTimers
 from vmbus.bus.io.turns import TURN_PACKETS, TurnCalls, Turns
 from vmbus.errors import DeviceError, GuestError, InternalError, ProtocolError, RingError
-from vmbus.ports import FastChannel, GuestMemory, TimerHandle, Timers
+from vmbus.ports import FastChannel, FastLink, GuestMemory, TimerHandle, Timers
 from vmbus.refusals import Refusals
 from vmbus.wire.packet import (
     COMPLETION_REQUESTED,
@@ -109,6 +109,7 @@ class ChannelIo:
             ready=self._may_be_given,
             room=self._room,
             schedule=self._schedule,
+            record=self._record,
         )
         self._turns = Turns(
             timers,
@@ -185,6 +186,11 @@ class ChannelIo:
     @fast.setter
     def fast(self, fast: FastChannel | None) -> None:
         self._handover.fast = fast
+
+    @property
+    def fast_link(self) -> FastLink | None:
+        """What a journal has to say of the compiled fast path."""
+        return self._handover.link
 
     @property
     def fast_in_flight(self) -> int:
@@ -481,6 +487,8 @@ class ChannelIo:
         if self.state is IoState.RUNNING or self._turns.active:
             raise InternalError(f"{self.device.name}: pause a channel before detaching it")
         if self.state is not IoState.CLOSED:
+            if self.fast_link is not None:
+                self._record()
             self._end()
             self._calls.contain(self.device.closed)
 
@@ -646,6 +654,7 @@ class ChannelIo:
         if self._record_change is not None:
             self._held.changed = False
             self._record_change(self)
+            self._handover.recorded()
 
     def _write_out(self) -> bool:
         """Move the queue to the ring, as far as it fits; return whether the guest wants a signal."""
@@ -673,6 +682,8 @@ class ChannelIo:
             self.failure = reason
             self._calls.drop_post_start()
             self._held.fail()
+            if self.fast_link is not None:
+                self._record()  # or compiled code would keep the requests that were dropped here
 
     def status(self) -> dict[str, Any]:
         """Return the channel's part of ``vmbus status``: names and plain values."""

@@ -283,6 +283,13 @@ class Device(ABC):
         """
         return ()
 
+    def packet_state(self, packet: Packet) -> bytes:
+        """Return what :meth:`save_packets` would, of a packet that ``io.fast`` had taken when its process ended.
+
+        It is passed to :meth:`restore_packet`. Raise :class:`~vmbus.errors.DeviceError` to refuse.
+        """
+        raise DeviceError(f"{self.name} has no compiled code, but packets were left by such code")
+
     def restore_packet(self, io: ChannelIo, packet: PacketState) -> None:
         """Take over a packet that :meth:`save_packets` returned (EvtVmbChannelRestorePacket).
 

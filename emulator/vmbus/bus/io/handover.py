@@ -20,6 +20,7 @@ from vmbus.errors import InternalError
 from vmbus.ports import (
     PAGE_SIZE,
     FastChannel,
+    FastLink,
     GivenChannel,
     GivenRing,
     GuestPages,
@@ -41,7 +42,8 @@ class Handover:
     """The compiled path of one channel, and who has the rings of its present opening.
 
     ``ready`` returns whether the device lets compiled code have packets, ``room`` how many packets may be taken;
-    ``schedule`` schedules a turn, which goes on with what is in ``held``.
+    ``schedule`` schedules a turn, which goes on with what is in ``held``. ``record`` records the channel, if there is
+    a journal, and calls :meth:`recorded`.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Handover:
         ready: Callable[[], bool],
         room: Callable[[], int],
         schedule: Callable[[], None],
+        record: Callable[[], None],
     ) -> None:
         self.fast: FastChannel | None = None
         """The compiled path of this opening, if the device has one."""
@@ -64,6 +67,9 @@ class Handover:
         self._ready = ready
         self._room = room
         self._schedule = schedule
+        self._record = record
+        self._recorded: FastLink | None = None
+        """What the journal says of this opening."""
         self._opening: _Opening | None = None
         self._keep = 0
         """Turns for which the channel is kept."""
@@ -79,7 +85,7 @@ class Handover:
         if self.fast is not None:
             self.fast.close()
             self._before, self.fast = self.fast, None
-        self._opening = None
+        self._opening = self._recorded = None
         self.given = False
         self._keep = self._kept = 0
 
@@ -112,6 +118,9 @@ class Handover:
         pages_in, pages_out = _addresses(incoming.pages), _addresses(outgoing.pages)
         if not pages_in or not pages_out:
             return False
+        link = fast.link
+        if link is not None and (self._recorded is None or self._recorded[:-1] != link[:-1]):
+            self._record()  # so that the journal is never older than the give before
         self.given = fast.give(
             GivenChannel(
                 GivenRing(pages_in, incoming.index), GivenRing(pages_out, outgoing.index), relid, target
@@ -120,6 +129,17 @@ class Handover:
         if self.given and self._held.output.packets:  # something has ended in between
             self._schedule()
         return self.given
+
+    @property
+    def link(self) -> FastLink | None:
+        """What a journal has to say of the channel as it is now."""
+        return None if self.fast is None else self.fast.link
+
+    def recorded(self) -> None:
+        """Note that a journal has the channel as it is now."""
+        if self.fast is not None:
+            self._recorded = self.fast.link
+            self.fast.recorded()
 
     def recall(self) -> bool:
         """Take the given rings back; return whether the next packet is one for Python.

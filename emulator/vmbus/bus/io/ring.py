@@ -300,7 +300,12 @@ class OutgoingRing(_Ring):
         return self._write
 
     def written_since(self, index: int) -> int:
-        """Return the bytes, trailers included, that were written behind ``index``."""
+        """Return the bytes, trailers included, that were written behind ``index``.
+
+        Raises :class:`~vmbus.errors.RingError` for an index that is impossible.
+        """
+        if index % 8 or not 0 <= index < self.size:
+            raise RingError("invalid-ring-index", f"a journal has the write index {index:#x}")
         return (self._write - index) % self.size
 
     def go_on(self, index: int) -> None:

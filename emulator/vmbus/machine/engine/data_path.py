@@ -23,6 +23,7 @@ from vmbus.machine.engine.layout import (
     ChannelCounts,
     EngineSetup,
     Mirror,
+    MirrorHeader,
     Region,
 )
 from vmbus.machine.engine.queue import EngineQueue
@@ -31,7 +32,15 @@ from vmbus.machine.gateway.client import Gateway
 from vmbus.machine.io.addresses import address_of
 from vmbus.machine.memory import MappedMemory
 from vmbus.machine.qemu.qtest import LocalApics, Qtest
-from vmbus.ports import PAGE_SIZE, DataPathOwner, EventLoop, GivenChannel, RecalledChannel, SharedFile
+from vmbus.ports import (
+    PAGE_SIZE,
+    DataPathOwner,
+    EventLoop,
+    FastLink,
+    GivenChannel,
+    RecalledChannel,
+    SharedFile,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -52,7 +61,9 @@ class EngineDataPath:
         ended: Callable[[], None],
     ) -> None:
         self.engine = engine
-        self._mirror = mirror
+        self._mirror: mmap.mmap | memoryview = mirror
+        self._epoch: int | None = None
+        """Of the mirror that a successor finds; ``None``: there is no such mirror."""
         self._wake_fd = wake_fd
         self._loop = loop
         self._memory = memory
@@ -166,6 +177,18 @@ class EngineDataPath:
         finally:
             os.close(event)
 
+    def use_mirror(self, memory: memoryview) -> None:
+        """See :class:`~vmbus.machine.io.engines.MachineDataPath`."""
+        self.engine.use_mirror(address_of(memory))
+        self._mirror = memory
+        self._epoch = MirrorHeader.from_buffer_copy(memory).epoch
+
+    def link(self, number: int) -> FastLink | None:
+        """Return what a journal has to say of a channel; ``None`` without a journal."""
+        if self._epoch is None:
+            return None
+        return FastLink(self._epoch, number, *self.engine.link(number))
+
     def leave_gateway(self) -> None:
         """See :class:`~vmbus.machine.io.engines.MachineDataPath`.
 
@@ -264,6 +287,13 @@ class EngineChannel:
 
     def look(self) -> None:
         self._path.dispatch()
+
+    @property
+    def link(self) -> FastLink | None:
+        return self._path.link(self._number)
+
+    def recorded(self) -> None:
+        self._path.engine.recorded(self._number)
 
     def close(self) -> None:
         self._closed = True

@@ -61,6 +61,7 @@ static void give(struct engine *engine, const struct channel_setup *setup)
         .vcpu = { (uint32_t *)setup->idle, (uint64_t *)setup->pending, (uint64_t *)setup->missed },
         .line_length = setup->line_length,
         .masked = 1,
+        .gives = setup->gives,
         .in_flight = in_flight,
         .outstanding = outstanding,
         .taken_number = taken,
@@ -74,12 +75,11 @@ static void give(struct engine *engine, const struct channel_setup *setup)
     if (engine->channels <= setup->number)
         engine->channels = setup->number + 1;
     __atomic_fetch_or(channel->doorbell, DOORBELL_ENGINE, __ATOMIC_SEQ_CST);
-    /* The record is void until all of it is there. */
+    /* Until `gives` is stored, the positions are those that Python has in the journal. */
     struct mirror_channel *copy = &((struct mirror *)engine->setup.mirror)->channel[setup->number];
-    __atomic_store_n(&copy->owner, OWNER_PYTHON, __ATOMIC_RELEASE);
-    STEP();
-    __atomic_store_n(&copy->next, (uint64_t)channel->answered_number << 32 | channel->out.index, __ATOMIC_RELEASE);
     channel_mirror(engine, setup->number);
+    __atomic_store_n(&copy->gives, channel->gives, __ATOMIC_RELEASE);
+    STEP();
     channel->owner = OWNER_ENGINE;
     __atomic_store_n(&copy->owner, OWNER_ENGINE, __ATOMIC_RELEASE);
 }
@@ -130,6 +130,23 @@ static void recall(struct engine *engine, struct command *command)
     channel_mirror(engine, command->channel);
 }
 
+/* Use another mirror, if no channel was given and no request is in the present one; else leave all as it is. */
+static void use_mirror(struct engine *engine, struct command *command)
+{
+    uint32_t used = 0;
+
+    for (uint32_t i = 0; i < engine->channels; i++)
+        used |= engine->channel[i].gives;
+    for (uint32_t slot = 0; slot < MAX_SLOTS; slot++)
+        used |= engine->request[slot].state != FREE;
+    if (used) {
+        command->mirror = NULL;
+        return;
+    }
+    mirror_begin(command->mirror);
+    engine->setup.mirror = command->mirror;
+}
+
 static void forget(struct channel *channel)
 {
     if (channel->owner == OWNER_PYTHON) {
@@ -150,6 +167,8 @@ static void run_command(struct engine *engine)
             recall(engine, command);
         else if (command->kind == COMMAND_FORGET)
             forget(&engine->channel[command->channel]);
+        else if (command->kind == COMMAND_MIRROR)
+            use_mirror(engine, command);
         else if (command->kind == COMMAND_COUNTS) {
             command->counts = engine->counts;
             command->channel_counts = engine->channel[command->channel].counts;
@@ -393,11 +412,7 @@ EXPORT struct engine *engine_start(const struct engine_setup *setup, int event_f
     engine->event_fd = event_fd;
     for (uint32_t i = 0; i < MAX_SLOTS; i++)
         engine->request[i].next = i + 1;
-    struct mirror *mirror = (struct mirror *)setup->mirror;
-    mirror->header = (struct mirror_header){
-        .version = MIRROR_VERSION, .channels = MAX_CHANNELS, .slots = MAX_SLOTS, .epoch = mirror->header.epoch + 1,
-    };
-    __atomic_store_n(&mirror->header.magic, MIRROR_MAGIC, __ATOMIC_RELEASE);
+    mirror_begin((struct mirror *)setup->mirror);
     pthread_mutex_init(&engine->asking, NULL);
     pthread_mutex_init(&engine->lock, NULL);
     pthread_mutex_init(&engine->line_lock, NULL);
@@ -496,6 +511,15 @@ EXPORT void engine_forget(struct engine *engine, uint32_t channel)
     engine_ask(engine, &command);
 }
 
+/* Write the mirror into other memory from now on. Return 0, and do nothing, if a channel was given before. */
+EXPORT uint32_t engine_use_mirror(struct engine *engine, void *mirror)
+{
+    struct command command = { .kind = COMMAND_MIRROR, .mirror = mirror };
+
+    engine_ask(engine, &command);
+    return command.mirror != NULL;
+}
+
 EXPORT void engine_get_counts(struct engine *engine, uint32_t channel, struct engine_counts *counts,
                               struct channel_counts *of_channel)
 {
@@ -532,6 +556,12 @@ EXPORT void engine_release(struct engine *engine, uint32_t slot, uint32_t answer
         add_one(engine->wake_fd);
 }
 
+/* How many slots were returned, and are free or go on to the guest by now; modulo 2^32. */
+EXPORT uint32_t engine_freed(struct engine *engine)
+{
+    return atomic_load_explicit(&engine->release_tail, memory_order_acquire);
+}
+
 /* What the slot of an event holds; valid until it is released. */
 EXPORT const uint8_t *engine_packet(struct engine *engine, uint32_t slot, uint32_t *size)
 {
@@ -556,9 +586,10 @@ EXPORT const struct range *engine_ranges(struct engine *engine, uint32_t slot, u
     return engine->request[slot].range;
 }
 
-EXPORT uint32_t engine_channel_of(struct engine *engine, uint32_t slot, uint32_t *opening)
+EXPORT uint32_t engine_channel_of(struct engine *engine, uint32_t slot, uint32_t *opening, uint32_t *number)
 {
     *opening = engine->request[slot].opening;
+    *number = engine->request[slot].taken_number;
     return engine->request[slot].channel;
 }
 

@@ -42,6 +42,7 @@ enum request_state { FREE, TAKEN, UNDER_WAY, DONE, PYTHON };
 struct request {
     uint32_t state;
     uint32_t channel, opening;
+    uint32_t taken_number;
     struct engine_device device;
     uint32_t size, answer_size;
     int32_t result;
@@ -77,6 +78,7 @@ struct channel {
     char line[LINE_SIZE]; /* for QEMU, which raises the interrupt */
     uint32_t line_length;
     uint32_t masked;
+    uint32_t gives;               /* as in struct channel_setup */
     uint32_t room_asked, blocked; /* the pending send size is set; nothing fits until the guest rings */
     uint32_t outstanding; /* slots of this opening; Python reads it, too */
     uint32_t in_flight, taken_number, done_number, answered_number;
@@ -114,6 +116,7 @@ struct queue {
 struct command {
     uint32_t kind;
     struct queue_setup *queue;   /* OPEN_QUEUE */
+    struct mirror *mirror;       /* MIRROR; NULL afterwards if it is too late */
     uint32_t queue_number;       /* CLOSE_QUEUE */
     struct channel_setup *setup; /* GIVE */
     uint32_t channel;
@@ -189,6 +192,7 @@ uint32_t request_new(struct engine *engine);
 void request_free(struct engine *engine, uint32_t slot);
 void request_mirror(struct engine *engine, uint32_t slot);
 void channel_mirror(struct engine *engine, uint32_t number);
+void mirror_begin(struct mirror *mirror);
 uint32_t requests_collect(struct engine *engine, uint64_t now);
 void request_answer(struct engine *engine, uint32_t slot, uint64_t now);
 void request_completed(struct engine *engine, uint32_t slot, int32_t result, uint64_t now);

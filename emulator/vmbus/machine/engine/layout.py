@@ -66,6 +66,8 @@ class CommandKind(IntEnum):
     """The opening of a recalled channel is over: what is under way for it belongs to nobody."""
     COUNTS = 4
     """Copy the counters."""
+    MIRROR = 7
+    """Write the mirror into other memory from now on: no channel was given yet."""
     OPEN_QUEUE = 5
     CLOSE_QUEUE = 6
     """The server has ended: what is under way in the queue has failed."""
@@ -169,6 +171,8 @@ class ChannelSetup(Structure):
         ("flag_offset", c_uint64),  # of its word, in the file of guest RAM
         ("vector", c_uint32),
         ("line_length", c_uint32),
+        ("gives", c_uint32),  # how often this channel number was given, with this time
+        ("reserved", c_uint32),
         ("line", c_char * LINE_SIZE),
         ("idle", c_void_p),
         ("pending", c_void_p),
@@ -270,8 +274,8 @@ class MirrorChannel(Structure):
         ("opening", c_uint32),
         ("taken", c_uint64),  # read index; above it, the number of the last request taken
         ("answered", c_uint64),  # write index; above it, the number of the last answer in the ring
-        ("next", c_uint64),  # the same, stored before the ring's own write index
-        ("reserved", c_uint8 * 224),
+        ("gives", c_uint32),  # how often this number was given: `taken` and `answered` are of this time
+        ("reserved", c_uint8 * 228),
     ]
 
 

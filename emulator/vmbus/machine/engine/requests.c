@@ -8,6 +8,7 @@
  */
 #include <linux/io_uring.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "engine.h"
 
@@ -56,7 +57,7 @@ void request_mirror(struct engine *engine, uint32_t slot)
     if (request->state == TAKEN) {
         copy->channel = request->channel;
         copy->opening = request->opening;
-        copy->taken_number = channel->taken_number;
+        copy->taken_number = request->taken_number;
         copy->size = request->size;
         memcpy(copy->packet, request->packet, request->size);
     }
@@ -71,6 +72,27 @@ void request_mirror(struct engine *engine, uint32_t slot)
     STEP();
 }
 
+/*
+ * Make an empty mirror of memory that an engine of before may have used. Its records are gone before the epoch is
+ * another one: whoever knows them by the old one finds no mirror at all.
+ */
+void mirror_begin(struct mirror *mirror)
+{
+    uint8_t *records = (uint8_t *)mirror->channel;
+    size_t size = sizeof(*mirror) - sizeof(mirror->header);
+    uint32_t epoch = mirror->header.epoch + 1;
+
+    __atomic_store_n(&mirror->header.magic, 0, __ATOMIC_RELEASE);
+    STEP();
+    if (madvise(records, size, MADV_REMOVE) != 0) /* zeros, without memory behind them */
+        memset(records, 0, size);
+    STEP();
+    mirror->header = (struct mirror_header){
+        .version = MIRROR_VERSION, .channels = MAX_CHANNELS, .slots = MAX_SLOTS, .epoch = epoch,
+    };
+    __atomic_store_n(&mirror->header.magic, MIRROR_MAGIC, __ATOMIC_RELEASE);
+}
+
 /* Publish how far the rings are: an index, and the number of the request that it covers, in one store each. */
 void channel_mirror(struct engine *engine, uint32_t number)
 {
@@ -78,7 +100,8 @@ void channel_mirror(struct engine *engine, uint32_t number)
     struct mirror_channel *copy = &mirror(engine)->channel[number];
 
     __atomic_store_n(&copy->owner, channel->owner, __ATOMIC_RELEASE);
-    copy->opening = channel->opening;
+    __atomic_store_n(&copy->opening, channel->opening, __ATOMIC_RELEASE);
+    STEP();
     __atomic_store_n(&copy->taken, (uint64_t)channel->taken_number << 32 | channel->in.index, __ATOMIC_RELEASE);
     STEP();
     __atomic_store_n(&copy->answered, (uint64_t)channel->answered_number << 32 | channel->out.index,

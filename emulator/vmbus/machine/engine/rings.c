@@ -203,7 +203,7 @@ static int take_one(struct engine *engine, struct channel *channel, uint32_t num
     }
     request->state = TAKEN;
     channel->outstanding++;
-    channel->taken_number++;
+    request->taken_number = ++channel->taken_number;
     request_mirror(engine, slot);
     request->state = UNDER_WAY;
     channel->in_flight++;
@@ -263,7 +263,6 @@ uint32_t rings_take(struct engine *engine, uint32_t number)
 static void write_answers(struct engine *engine, struct channel *channel, uint32_t limit)
 {
     uint32_t number = (uint32_t)(channel - engine->channel);
-    struct mirror_channel *copy = &((struct mirror *)engine->setup.mirror)->channel[number];
     struct ring *ring = &channel->out;
     uint32_t old = ring->index, at = old, count = 0, slot = channel->first_done, bytes = 0;
     uint32_t read = load(engine, ring, RING_READ);
@@ -306,7 +305,6 @@ static void write_answers(struct engine *engine, struct channel *channel, uint32
     }
     if (!count)
         return;
-    __atomic_store_n(&copy->next, (uint64_t)(channel->answered_number + count) << 32 | at, __ATOMIC_RELEASE);
     STEP();
     ring->index = at;
     store(engine, ring, RING_WRITE, at);

@@ -21,6 +21,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from vmbus.errors import InternalError
+from vmbus.machine.engine.adopted import AdoptedSlots
 from vmbus.machine.engine.layout import (
     LINES_AHEAD,
     MAX_CHANNELS,
@@ -137,7 +138,11 @@ class _Library:
         self.ranges = function(
             "ranges", POINTER(Range), c_void_p, c_uint32, POINTER(c_uint32), POINTER(c_uint32)
         )
-        self.channel_of = function("channel_of", c_uint32, c_void_p, c_uint32, POINTER(c_uint32))
+        self.channel_of = function(
+            "channel_of", c_uint32, c_void_p, c_uint32, POINTER(c_uint32), POINTER(c_uint32)
+        )
+        self.freed = function("freed", c_uint32, c_void_p)
+        self.use_mirror = function("use_mirror", c_uint32, c_void_p, c_void_p)
         self.in_flight = function("in_flight", c_uint32, c_void_p)
         self.report_ranges = function("report_ranges", None, c_void_p, c_uint32)
         self.use_waiting = function("use_waiting", None, c_void_p, c_uint64)
@@ -168,6 +173,12 @@ class Engine:
         """Channel → its owner, and its opening."""
         self._openings = [0] * MAX_CHANNELS
         self._given: set[int] = set()
+        self._gives = [0] * MAX_CHANNELS
+        """How often each channel was given."""
+        self._adopted = AdoptedSlots(
+            lambda slot: self._library.release(self._engine, slot, 0),
+            lambda: self._library.freed(self._engine),
+        )
         self._queues: dict[int, Callable[[QueueTrouble], None]] = {}
         """Number of a queue → what to call when its server has broken a rule."""
         self._ending = threading.Lock()
@@ -288,6 +299,7 @@ class Engine:
             vector=target.vector,
             line_length=len(target.line),
             line=target.line,
+            gives=(self._gives[number] + 1) & 0xFFFFFFFF,
             doorbell=doorbell,
             **{field.name: getattr(functions, field.name) for field in fields(functions)},
         )
@@ -298,23 +310,54 @@ class Engine:
             raise InternalError(f"the engine refuses channel {number}")
         self._owners[number] = (owner, self._openings[number])
         self._given.add(number)
+        self._gives[number] = setup.gives
         return True
 
     def outstanding(self, number: int) -> int:
         """Return how many requests of a channel were taken, and have not ended; of a given one, about how many."""
-        return self._library.outstanding(self._engine, number)
+        return max(self._library.outstanding(self._engine, number) - self._adopted.held(number), 0)
 
     def recall(self, number: int) -> Recalled:
         """Take a channel back. The next :meth:`dispatch` passes on the answers that the guest does not have yet."""
         recalled = Recalled()
         self._library.recall(self._engine, number, byref(recalled))
+        recalled.outstanding -= self._adopted.held(number)
         self._given.discard(number)
         return recalled
 
     def forget(self, number: int) -> None:
         """End the opening of a recalled channel: the answers of what is under way are not passed on."""
+        self._adopted.forget(number)
         self._library.forget(self._engine, number)
         self._openings[number] = (self._openings[number] + 1) & 0xFFFFFFFF
+
+    # --- for a journal ---
+
+    def use_mirror(self, address: int) -> None:
+        """Write the mirror at ``address`` from now on, for a successor: no channel was given yet.
+
+        From now on the requests that are passed on stay in it until :meth:`recorded`.
+        """
+        if not self._library.use_mirror(self._engine, address):
+            raise InternalError("the engine has requests that are in another mirror")
+        self._adopted.keeps = True
+
+    def link(self, number: int) -> tuple[int, int, bool, tuple[int, ...]]:
+        """Return what a successor finds channel ``number`` in the mirror by.
+
+        That is: the opening, how often it was given, whether it is, and the numbers of the requests that were passed
+        on.
+        """
+        return (
+            self._openings[number],
+            self._gives[number],
+            number in self._given,
+            self._adopted.numbers(number),
+        )
+
+    def recorded(self, number: int) -> None:
+        """Release what was passed on of a channel: the journal has it, together with :meth:`link`."""
+        self._adopted.recorded(number)
 
     # --- queues: in any thread ---
 
@@ -396,20 +439,23 @@ class Engine:
 
     def _slot(self, kind: EventKind, slot: int) -> None:
         library, engine = self._library, self._engine
-        size, opening = c_uint32(), c_uint32()
-        number = library.channel_of(engine, slot, byref(opening))
+        size, opening, taken = c_uint32(), c_uint32(), c_uint32()
+        number = library.channel_of(engine, slot, byref(opening), byref(taken))
         owner, current = self._owners[number]
         if kind is not EventKind.ANSWERED:
             _guarded(owner, lambda: self._report(slot))
         if kind is EventKind.NOTED:
+            self._adopted.count_release()
             library.release(engine, slot, 1)
             return
         read = library.answer if kind is EventKind.ANSWERED else library.packet
         data = ctypes.string_at(read(engine, slot, byref(size)), size.value)
-        library.release(engine, slot, 0)
         if opening.value != current or self._openings[number] != current:
+            self._adopted.release(slot)
             _guarded(owner, owner.engine_ended)
-        elif kind is EventKind.ANSWERED:
+            return
+        self._adopted.take(number, slot, taken.value)
+        if kind is EventKind.ANSWERED:
             _guarded(owner, lambda: owner.engine_answered(data))
         else:
             _guarded(owner, lambda: owner.engine_returned(data))

@@ -20,6 +20,9 @@ class MachineDataPath(DataPath, Protocol):
     def use_gateway(self) -> None:
         """Be woken by the gateway, which this process has just taken from another one. No channel is given."""
 
+    def use_mirror(self, memory: memoryview) -> None:
+        """Keep in ``memory`` what a successor needs of the requests under way. No channel was given yet."""
+
     def leave_gateway(self) -> None:
         """Touch nothing of the gateway any more when this returns: another process may take it. No channel is given.
 
@@ -45,6 +48,7 @@ class NativeEngines:
         self._reports_ranges = False
         self._start_data_path: Callable[[], MachineDataPath | None] | None = start_data_path
         self._data_path: MachineDataPath | None = None
+        self._mirror: memoryview | None = None
         self._has_gateway = True
         """Whether the gateway is this process's, and no other one's."""
 
@@ -55,6 +59,8 @@ class NativeEngines:
             self._data_path = start()
             if self._data_path is not None:
                 self._data_path.report_ranges(self._reports_ranges)
+                if self._mirror is not None:
+                    self._data_path.use_mirror(self._mirror)
         return self._data_path
 
     def engine(self, open_engine: Callable[[NativeServices], EngineT | None], /) -> EngineT | None:
@@ -72,6 +78,12 @@ class NativeEngines:
         self._reports_ranges = on
         if self._data_path is not None:
             self._data_path.report_ranges(on)
+
+    def use_mirror(self, memory: memoryview) -> None:
+        """As :meth:`MachineDataPath.use_mirror`, also for a data path that is started later."""
+        self._mirror = memory
+        if self._data_path is not None:
+            self._data_path.use_mirror(memory)
 
     def use_gateway(self) -> None:
         """As :meth:`MachineDataPath.use_gateway`, if there is a data path."""

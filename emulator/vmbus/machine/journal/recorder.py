@@ -53,6 +53,7 @@ from vmbus.machine.journal.values import (
     Answers,
     ChannelValue,
     Devices,
+    Link,
     Marks,
     SlotMark,
     Timer,
@@ -389,4 +390,6 @@ class Recorder:
             save_id=_SAVE_ID,
         )
         read, write = positions if positions is not None else (0, 0)
-        return CHANNEL_VALUE.build(ChannelValue(int(positions is not None), read, write, chunks))
+        link = channel.io.fast_link
+        links = () if link is None else (Link(*link),)
+        return CHANNEL_VALUE.build(ChannelValue(int(positions is not None), read, write, links, chunks))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import mmap
 from collections.abc import Iterable, Mapping
@@ -9,9 +10,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from vmbus.bus.io.state import RingPositions
-from vmbus.errors import MalformedError
+from vmbus.errors import DeviceError, MalformedError
 from vmbus.hypervisor.saved_state.values import TimerState
+from vmbus.machine.engine import mirror
+from vmbus.machine.engine.layout import Mirror
 from vmbus.machine.gateway.traps import GivenAnswer
+from vmbus.machine.journal.areas import areas
 from vmbus.machine.journal.reading import Contents, JournalRefused, read
 from vmbus.machine.journal.values import (
     ABOUT,
@@ -30,14 +34,25 @@ from vmbus.machine.journal.values import (
     NO_EXPIRATION,
     TIMERS,
     TIMERS_VALUE,
+    ChannelValue,
     is_channel,
 )
 from vmbus.machine.migration.host_state import BusSection, HypervisorSection
 from vmbus.machine.migration.hypervisor_layout import SAVED_HYPERVISOR
+from vmbus.ports import FastLink
+from vmbus.saving.device_channel import queued
 from vmbus.saving.loading import MachineState, SavedChannelState
-from vmbus.saving.state import Assembly
+from vmbus.saving.state import Assembly, ChannelState
 from vmbus.saving.status import StateRefused
 from vmbus.wire.codec import Record
+from vmbus.wire.packet import (
+    COMPLETION_REQUESTED,
+    TRAILER_SIZE,
+    Packet,
+    PacketType,
+    build_trailer,
+    parse_packet,
+)
 from vmbus.wire.saved import ChannelIdentity, SavedSection
 
 _T = TypeVar("_T")
@@ -51,6 +66,8 @@ class RecoveredGuest:
     state: MachineState
     positions: Mapping[ChannelIdentity, RingPositions]
     """Where the host stood in the rings of each channel that had any."""
+    again: Mapping[ChannelIdentity, tuple[Packet, ...]]
+    """Packets that compiled code had taken, and whose answers the guest does not have."""
     marks: Mapping[tuple[int, int], int]
     """(VP, SINT) → the mark of the first message in its queue, if that was to be delivered."""
     posts: int
@@ -65,9 +82,13 @@ def recover(memory: mmap.mmap | memoryview) -> RecoveredGuest:
     """Return the guest of a journal.
 
     Raises :class:`~vmbus.machine.journal.reading.JournalRefused`; reason ``ended``: the emulator has given the guest
-    up before it ended, or has passed it on; ``state``: the guest's state cannot be read.
+    up before it ended, or has passed it on; ``state``: the guest's state cannot be read; ``engine``: nor can what
+    compiled code has left.
     """
-    contents = read(memory)
+    journal, beside = areas(memory)
+    with journal, beside or contextlib.nullcontext():
+        contents = read(journal)
+        found = None if beside is None else Mirror.from_buffer_copy(beside)
     values = contents.values
     if ENDED in values:
         raise JournalRefused("ended", values[ENDED].decode(errors="replace"))
@@ -76,15 +97,17 @@ def recover(memory: mmap.mmap | memoryview) -> RecoveredGuest:
         raise JournalRefused("version", f"the values have form {about.form}, this emulator reads form {FORM}")
     answers = _parsed(ANSWERS_VALUE, values, ANSWERS)
     marks = _parsed(MARKS_VALUE, values, MARKS)
-    channels, positions = [], {}
+    channels, positions, again = [], {}, {}
     try:
         for key, value in values.items():
             if is_channel(key):
                 channel = _parse(CHANNEL_VALUE, value)
                 state = Assembly().take(channel.chunks).state()
-                channels.append(SavedChannelState((channel.chunks,), state))
                 if channel.is_open:
-                    positions[state.channel.identity] = RingPositions(channel.read, channel.write)
+                    state, where, packets = _continued(channel, state, found)
+                    positions[state.channel.identity] = where
+                    again[state.channel.identity] = packets
+                channels.append(SavedChannelState((channel.chunks,), state))
     except StateRefused as error:
         raise JournalRefused("state", str(error)) from error
     machine = MachineState(
@@ -97,6 +120,7 @@ def recover(memory: mmap.mmap | memoryview) -> RecoveredGuest:
         contents,
         machine,
         positions,
+        again,
         {(each.vp, each.sint): each.mark for each in marks.slots},
         answers.posts,
         answers.answers,
@@ -110,7 +134,54 @@ def device_lines(memory: mmap.mmap | memoryview) -> tuple[str, ...]:
 
     Raises :class:`~vmbus.machine.journal.reading.JournalRefused`.
     """
-    return _parsed(DEVICES_VALUE, read(memory).values, DEVICES).lines
+    return _parsed(DEVICES_VALUE, contents_of(memory).values, DEVICES).lines
+
+
+def contents_of(memory: mmap.mmap | memoryview) -> Contents:
+    """Return what the journal in the memory that outlives an emulator has.
+
+    Raises :class:`~vmbus.machine.journal.reading.JournalRefused`.
+    """
+    journal, beside = areas(memory)
+    with journal, beside or contextlib.nullcontext():
+        return read(journal)
+
+
+def _continued(
+    value: ChannelValue, state: ChannelState, found: Mirror | None
+) -> tuple[ChannelState, RingPositions, tuple[Packet, ...]]:
+    """Return a channel's state with what compiled code had done since, its positions, and the packets left to do."""
+    positions = RingPositions(value.read, value.write)
+    if not value.links or state.channel.failure:  # a channel that has failed holds nothing
+        return state, positions, ()
+    link = value.links[-1]
+    try:
+        if found is None:
+            raise MalformedError("engine-mirror", "there is none")
+        left = mirror.recover(
+            found,
+            FastLink(link.epoch, link.channel, link.opening, link.gives, bool(link.given), link.adopted),
+        )
+        answers = tuple(queued(each) for each in left.answers)
+        packets = tuple(_packet(each) for each in left.packets)
+    except (MalformedError, DeviceError) as error:
+        raise JournalRefused("engine", str(error)) from error
+    queue = answers if left.queue_written else answers + state.queue
+    return dataclasses.replace(state, queue=queue), left.positions or positions, packets
+
+
+def _packet(data: bytes) -> Packet:
+    """Return a packet that was in a ring. Raises ``MalformedError`` for one that compiled code does not take."""
+    found = parse_packet(data + build_trailer(0, 0), 0, len(data) + TRAILER_SIZE)
+    if found is None or found.size != len(data) + TRAILER_SIZE:
+        raise MalformedError("engine-mirror", f"{len(data)} bytes that are not a packet")
+    if found.error is not None:
+        raise MalformedError("engine-mirror", str(found.error))
+    if found.kind is PacketType.COMPLETION or not found.flags & COMPLETION_REQUESTED:
+        raise MalformedError(
+            "engine-mirror", f"a packet of kind {found.kind} with the flags {found.flags:#x}"
+        )
+    return found
 
 
 def _with_timers(values: Mapping[bytes, bytes]) -> bytes:

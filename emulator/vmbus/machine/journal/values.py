@@ -8,7 +8,8 @@
 | ``answers``          | answers to traps, and how many posts were handled: given once all this is stored    |
 | ``marks``            | the message slots that are written once all this is stored                          |
 | ``devices``          | the lines of the devices, which make them again                                     |
-| ``channel`` identity | where the host stands in the rings, and the chunks of the channel's saved state     |
+| ``channel`` identity | where the host stands in the rings, what compiled code has of the channel, and the  |
+|                      | chunks of its saved state                                                           |
 | ``ended``            | why the journal goes no further                                                     |
 """
 
@@ -142,12 +143,39 @@ TIMERS_VALUE = Record(Timers, "timers" / VarTuple(Nested(_TIMER)))
 
 
 @dataclass(frozen=True, slots=True)
+class Link:
+    """:class:`~vmbus.ports.FastLink`: how what compiled code had of a channel is found in its mirror."""
+
+    epoch: int
+    channel: int
+    opening: int
+    gives: int
+    given: int
+    adopted: tuple[int, ...]
+
+
+_LINK = Record(
+    Link,
+    "epoch" / c.Int32ul,
+    "channel" / c.Int32ul,
+    "opening" / c.Int32ul,
+    "gives" / c.Int32ul,
+    "given" / c.Int8ul,
+    "adopted" / VarTuple(c.Int32ul),
+)
+
+
+@dataclass(frozen=True, slots=True)
 class ChannelValue:
-    """A channel. ``read``, ``write``: indices of its rings, if it has any (``is_open``); ``chunks``: its state."""
+    """A channel. ``read``, ``write``: indices of its rings, if it has any (``is_open``); ``chunks``: its state.
+
+    ``links``: one, if compiled code keeps what a successor needs of the channel.
+    """
 
     is_open: int
     read: int
     write: int
+    links: tuple[Link, ...]
     chunks: bytes
 
 
@@ -156,5 +184,6 @@ CHANNEL_VALUE = Record(
     "is_open" / c.Int8ul,
     "read" / c.Int32ul,
     "write" / c.Int32ul,
+    "links" / VarTuple(Nested(_LINK)),
     "chunks" / Blob,
 )

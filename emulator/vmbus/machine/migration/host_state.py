@@ -23,7 +23,7 @@ from vmbus.bus.saved_state.layout import SAVED_BUS
 from vmbus.bus.saved_state.restore import BusStateRefused, check_state
 from vmbus.bus.saved_state.values import BusState
 from vmbus.bus.server import Bus
-from vmbus.errors import MalformedError, TooNewError
+from vmbus.errors import MalformedError, TooNewError, VmbusError
 from vmbus.hypervisor.features import Features
 from vmbus.hypervisor.partition import Partition
 from vmbus.hypervisor.reference_time import TscScaling, scale_for
@@ -52,6 +52,7 @@ from vmbus.saving.loading import not_there
 from vmbus.saving.state import SavableChannel
 from vmbus.saving.stream import BUFFER_SIZE, STREAM_LIMIT, begin_channels, cancel_channels
 from vmbus.wire.codec import Record
+from vmbus.wire.packet import Packet
 from vmbus.wire.saved import RECORDS, ChannelIdentity, SavedSection
 
 _logger = logging.getLogger(__name__)
@@ -451,15 +452,21 @@ class HostState:
         self._apply(state, allow_missing=allow_missing)
 
     def restore_recovered(
-        self, state: MachineState, positions: Mapping[ChannelIdentity, RingPositions], *, allow_missing: bool
+        self,
+        state: MachineState,
+        positions: Mapping[ChannelIdentity, RingPositions],
+        again: Mapping[ChannelIdentity, Sequence[Packet]],
+        *,
+        allow_missing: bool,
     ) -> None:
         """Restore what a journal has of this machine's guest; the host stays paused.
 
-        ``positions``: where the emulator of before stood in the rings, of each channel that had any. Raises
-        :class:`~vmbus.saving.StateRefused`, before anything has changed unless a device refused.
+        ``positions``: where the emulator of before stood in the rings, of each channel that had any. ``again``:
+        packets that it had taken, besides those of the state. Raises :class:`~vmbus.saving.StateRefused`, before
+        anything has changed unless a device refused.
         """
         self._hypervisor_section.same_host = True
-        self._apply(state, allow_missing=allow_missing, positions=positions)
+        self._apply(state, allow_missing=allow_missing, positions=positions, again=again)
 
     def _apply(
         self,
@@ -467,10 +474,17 @@ class HostState:
         *,
         allow_missing: bool,
         positions: Mapping[ChannelIdentity, RingPositions] | None = None,
+        again: Mapping[ChannelIdentity, Sequence[Packet]] | None = None,
     ) -> None:
         made = self._make_subchannels(state)
         for channel in self._known():
             channel.positions = positions.get(channel.identity) if positions else None
+        if again:
+            try:
+                state = self._with_taken(state, again)
+            except StateRefused:
+                self._revoke_subchannels(made)
+                raise
         restore = self._restore(allow_missing=allow_missing)
         try:
             restore.apply(state)
@@ -480,6 +494,21 @@ class HostState:
             raise
         if missing := restore.missing(state):
             self._service.report_missing_devices(missing)
+
+    def _with_taken(
+        self, state: MachineState, again: Mapping[ChannelIdentity, Sequence[Packet]]
+    ) -> MachineState:
+        """Return ``state`` with packets that its channels have to execute again. Raises ``StateRefused``."""
+        there = {channel.identity: channel for channel in self._known()}
+        channels = list(state.channels)
+        for at, saved in enumerate(channels):
+            if (packets := again.get(saved.identity)) and (channel := there.get(saved.identity)) is not None:
+                try:
+                    found = channel.taken_again(saved.state, packets)
+                except VmbusError as error:
+                    raise StateRefused(Reason.NOT_ACCEPTED, f"channel {saved.identity}: {error}") from error
+                channels[at] = dataclasses.replace(saved, state=found)
+        return dataclasses.replace(state, channels=tuple(channels))
 
     def check(self, data: bytes, *, allow_missing: bool = False) -> None:
         """Raise :class:`~vmbus.saving.StateRefused` if ``data`` could not be restored, once guest memory is here."""
