@@ -709,6 +709,7 @@ class Host:
         for channel in self.bus.channels:  # and no channel uses guest memory after it is unmapped
             if isinstance(channel.endpoint, ChannelIo):
                 channel.endpoint.pause()
+        self._engines.leave_gateway()  # what it has not answered is the next emulator's
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -61,9 +61,11 @@ class EngineDataPath:
         ended: Callable[[], None],
     ) -> None:
         self.engine = engine
-        self._mirror: mmap.mmap | memoryview = mirror
-        self._epoch: int | None = None
-        """Of the mirror that a successor finds; ``None``: there is no such mirror."""
+        self._own_mirror = mirror
+        self._mirror: memoryview | None = None
+        """The one that a successor finds, if there is any."""
+        self._epoch = 0
+        """Of that one."""
         self._wake_fd = wake_fd
         self._loop = loop
         self._memory = memory
@@ -179,26 +181,29 @@ class EngineDataPath:
 
     def use_mirror(self, memory: memoryview) -> None:
         """See :class:`~vmbus.machine.io.engines.MachineDataPath`."""
-        self.engine.use_mirror(address_of(memory))
+        self.engine.begin_mirror(address_of(memory))
         self._mirror = memory
         self._epoch = MirrorHeader.from_buffer_copy(memory).epoch
 
     def link(self, number: int) -> FastLink | None:
         """Return what a journal has to say of a channel; ``None`` without a journal."""
-        if self._epoch is None:
+        if self._mirror is None:
             return None
         return FastLink(self._epoch, number, *self.engine.link(number))
 
     def leave_gateway(self) -> None:
         """See :class:`~vmbus.machine.io.engines.MachineDataPath`.
 
-        The next process asks the gateway for an eventfd of its own, so that the word is all that both would have.
+        The next process asks the gateway for an eventfd of its own, so that the word and the mirror are all that both
+        would have.
         """
         self.engine.use_waiting(ctypes.addressof(self._unused))
+        self.engine.switch_mirror(address_of(self._own_mirror))
 
     def return_to_gateway(self) -> None:
         """See :class:`~vmbus.machine.io.engines.MachineDataPath`."""
         self.engine.use_waiting(self._gateway.engine_waiting_address())
+        self.engine.switch_mirror(address_of(self._mirror or self._own_mirror))
 
     def report_ranges(self, on: bool) -> None:
         """See :class:`~vmbus.machine.io.engines.MachineDataPath`."""

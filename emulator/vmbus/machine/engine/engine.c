@@ -130,20 +130,28 @@ static void recall(struct engine *engine, struct command *command)
     channel_mirror(engine, command->channel);
 }
 
-/* Use another mirror, if no channel was given and no request is in the present one; else leave all as it is. */
+/*
+ * Use another mirror while no channel is given. To begin one, no channel may have been given before: else leave all as
+ * it is. In one that this engine has left, slots are freed that were since.
+ */
 static void use_mirror(struct engine *engine, struct command *command)
 {
     uint32_t used = 0;
 
+    take_released(engine, now_ns());
     for (uint32_t i = 0; i < engine->channels; i++)
         used |= engine->channel[i].gives;
     for (uint32_t slot = 0; slot < MAX_SLOTS; slot++)
-        used |= engine->request[slot].state != FREE;
-    if (used) {
+        if (engine->request[slot].state != FREE)
+            used = 1;
+        else if (!command->begins)
+            __atomic_store_n(&command->mirror->slot[slot].state, FREE, __ATOMIC_RELEASE);
+    if (command->begins && used) {
         command->mirror = NULL;
         return;
     }
-    mirror_begin(command->mirror);
+    if (command->begins)
+        mirror_begin(command->mirror);
     engine->setup.mirror = command->mirror;
 }
 
@@ -511,10 +519,10 @@ EXPORT void engine_forget(struct engine *engine, uint32_t channel)
     engine_ask(engine, &command);
 }
 
-/* Write the mirror into other memory from now on. Return 0, and do nothing, if a channel was given before. */
-EXPORT uint32_t engine_use_mirror(struct engine *engine, void *mirror)
+/* Write the mirror into other memory from now on. Return 0, and do nothing, if it `begins`, and is too late. */
+EXPORT uint32_t engine_use_mirror(struct engine *engine, void *mirror, uint32_t begins)
 {
-    struct command command = { .kind = COMMAND_MIRROR, .mirror = mirror };
+    struct command command = { .kind = COMMAND_MIRROR, .mirror = mirror, .begins = begins };
 
     engine_ask(engine, &command);
     return command.mirror != NULL;

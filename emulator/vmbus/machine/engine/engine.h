@@ -117,6 +117,7 @@ struct command {
     uint32_t kind;
     struct queue_setup *queue;   /* OPEN_QUEUE */
     struct mirror *mirror;       /* MIRROR; NULL afterwards if it is too late */
+    uint32_t begins;             /* it is empty; else it is as this engine has left it */
     uint32_t queue_number;       /* CLOSE_QUEUE */
     struct channel_setup *setup; /* GIVE */
     uint32_t channel;

@@ -142,7 +142,7 @@ class _Library:
             "channel_of", c_uint32, c_void_p, c_uint32, POINTER(c_uint32), POINTER(c_uint32)
         )
         self.freed = function("freed", c_uint32, c_void_p)
-        self.use_mirror = function("use_mirror", c_uint32, c_void_p, c_void_p)
+        self.use_mirror = function("use_mirror", c_uint32, c_void_p, c_void_p, c_uint32)
         self.in_flight = function("in_flight", c_uint32, c_void_p)
         self.report_ranges = function("report_ranges", None, c_void_p, c_uint32)
         self.use_waiting = function("use_waiting", None, c_void_p, c_uint64)
@@ -333,14 +333,18 @@ class Engine:
 
     # --- for a journal ---
 
-    def use_mirror(self, address: int) -> None:
+    def begin_mirror(self, address: int) -> None:
         """Write the mirror at ``address`` from now on, for a successor: no channel was given yet.
 
         From now on the requests that are passed on stay in it until :meth:`recorded`.
         """
-        if not self._library.use_mirror(self._engine, address):
+        if not self._library.use_mirror(self._engine, address, 1):
             raise InternalError("the engine has requests that are in another mirror")
         self._adopted.keeps = True
+
+    def switch_mirror(self, address: int) -> None:
+        """Write another mirror when this returns, which may be one of before. No channel is given."""
+        self._library.use_mirror(self._engine, address, 0)
 
     def link(self, number: int) -> tuple[int, int, bool, tuple[int, ...]]:
         """Return what a successor finds channel ``number`` in the mirror by.
