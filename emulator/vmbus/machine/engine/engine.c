@@ -152,7 +152,7 @@ static void use_mirror(struct engine *engine, struct command *command)
     }
     if (command->begins)
         mirror_begin(command->mirror);
-    engine->setup.mirror = command->mirror;
+    engine->setup.mirror = (uint8_t *)command->mirror;
 }
 
 static void forget(struct channel *channel)
