@@ -25,8 +25,9 @@ NAMES = (
     "boot",
     "migration",
     "reload",
-    "journal",
+    "journal_traps",
     "storage",
+    "journal",
 )
 
 

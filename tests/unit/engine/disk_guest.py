@@ -13,12 +13,23 @@ from typing import Any
 
 from vmbus.ports import PAGE_SIZE
 from vmbus.testing.loopback import COMPLETION, GuestPacket, gpa_direct_extension, guest_packet
-from vmbus.wire.messages import NO_FEATURES
 from vmbus.wire.packet import PacketType
+from vmbus.wire.version import NO_FEATURES
 
 from tests.unit.engine.forked import LIMIT, ForkedMachine
 from tests.unit.machine.killed.guest import KilledGuest
-from tests.unit.scsi.scsi_guest import BEGIN, END, IN, NONE, OUT, PROPERTIES, VERSION, ScsiGuest, parse_answer
+from tests.unit.scsi.scsi_guest import (
+    BEGIN,
+    CREATE,
+    END,
+    IN,
+    NONE,
+    OUT,
+    PROPERTIES,
+    VERSION,
+    ScsiGuest,
+    parse_answer,
+)
 
 PLACES = 40
 BLOCKS = PAGE_SIZE // 512
@@ -34,10 +45,11 @@ class DiskGuest(KilledGuest):
     def __init__(self, machine: ForkedMachine, seed: int) -> None:
         super().__init__(machine)
         self.chance = random.Random(seed)
-        self.relid = 0
+        self.relids: list[int] = []
+        """Of the open channels, the primary one first."""
         self.next_id = 1
-        self.content = [bytes(PAGE_SIZE)] * PLACES
-        """Of the disk."""
+        self.content = [{bytes(PAGE_SIZE)} for _ in range(PLACES)]
+        """What may be at each place of the disk."""
         self.waiting: dict[int, tuple[int, bytes | None]] = {}
         """Transaction id → its place, and what it writes there."""
         self.others: set[int] = set()
@@ -62,26 +74,50 @@ class DiskGuest(KilledGuest):
                 quiet = time.monotonic()
             self.interrupted()
 
-    def start(self) -> None:
+    def start(self, channels: int = 1) -> None:
         """Boot, and begin to use the disk."""
         self.boot()
         [offer] = self.connect()
-        self.relid = offer.relid
-        self.open_rings(self.relid, max_packet=80)
         self._buffers = self.pages(PLACES)
+        self._open(offer.relid)
+        if channels == 1:
+            return
+        self._ask(CREATE, struct.pack("<H", channels - 1))
+        for each in self.take():
+            self.open_rings(each.message.relid, max_packet=80)
+            self.relids.append(each.message.relid)
+        assert len(self.relids) == channels
+
+    def reopen(self) -> None:
+        """Close the channel and open it again, whatever is under way."""
+        [relid] = self.relids
+        self.close(relid)
+        self._open(relid)
+        for place, data in self.waiting.values():
+            if data is not None:
+                self.content[place].add(data)
+        self.waiting.clear()
+        self.others.clear()
+
+    def _open(self, relid: int) -> None:
+        self.open_rings(relid, max_packet=80)
+        self.relids = [relid]
         for operation, union in (
             (BEGIN, b""),
             (VERSION, struct.pack("<HH", 0x0602, 0)),
             (PROPERTIES, b""),
             (END, b""),
         ):
-            packet = (struct.pack("<III", operation, 1, 0) + union).ljust(64, b"\0")
-            self._send(packet)
-            self.machine.until(self._one_answer, "the handshake")
+            self._ask(operation, union)
+
+    def _ask(self, operation: int, union: bytes) -> None:
+        packet = (struct.pack("<III", operation, 1, 0) + union).ljust(64, b"\0")
+        assert self._send(packet) is not None
+        self.machine.until(self._one_answer, "the handshake")
 
     def _one_answer(self) -> bool:
         self.interrupted()
-        found = self.packets[self.relid]
+        found = self.packets[self.relids[0]]
         if not found:
             return False
         [packet] = found
@@ -98,13 +134,14 @@ class DiskGuest(KilledGuest):
             completion_requested=True,
             extension=gpa_direct_extension(ranges) if ranges else b"",
         )
-        pages = self.channels[self.relid].outgoing
+        relid = self.chance.choice(self.relids)
+        pages = self.channels[relid].outgoing
         before = pages.load_u32(0)
-        if self.channels[self.relid].writer.write(packet) is None:
+        if self.channels[relid].writer.write(packet) is None:
             return None
         self.machine.fence()
         if not pages.load_u32(8) and pages.load_u32(4) == before:
-            self.machine.ring(self.relid)
+            self.machine.ring(relid)
         self.next_id += 1
         return self.next_id - 1
 
@@ -145,7 +182,9 @@ class DiskGuest(KilledGuest):
     def take_answers(self) -> None:
         """Check what has come with an interrupt."""
         self.interrupted()
-        found, self.packets[self.relid] = self.packets[self.relid], []
+        found = [packet for relid in self.relids for packet in self.packets[relid]]
+        for relid in self.relids:
+            self.packets[relid].clear()
         for packet in found:
             assert packet.kind == COMPLETION
             answer = parse_answer(packet)
@@ -159,8 +198,9 @@ class DiskGuest(KilledGuest):
             place, data = self.waiting.pop(number)
             there = self.memory.read(self._buffers[place] * PAGE_SIZE, PAGE_SIZE)
             if data is not None:
-                self.content[place] = data
-            assert there == self.content[place], f"place {place} of request {number}"
+                self.content[place] = {data}
+            assert there in self.content[place], f"place {place} of request {number}"
+            self.content[place] = {there}
 
     def finish(self) -> None:
         """Wait for all answers, and read everything once more."""

@@ -121,7 +121,10 @@ class _Qtest:
 
 
 class ForkedMachine(Machine):
-    """``library``: the engine, compiled with steps. :meth:`begin` starts an emulator."""
+    """``library``: the engine, compiled with steps.
+
+    Where an emulator ends, the next one of :attr:`plans` is started; the last one lives.
+    """
 
     def __init__(self, folder: Path, lines: Sequence[str], library: Path) -> None:
         super().__init__(folder, lines)
@@ -134,6 +137,8 @@ class ForkedMachine(Machine):
         self._log = folder / "emulators.log"
         self._library = library
         self._process = 0
+        self.plans: list[Plan] = []
+        """Of emulators that are still to come."""
         signals = EngineLibrary.open()
         assert signals is not None
         self._set_bits = signals.set_bits
@@ -145,9 +150,8 @@ class ForkedMachine(Machine):
 
     # --- the lives of emulators ---
 
-    def begin(self, plan: Plan) -> None:
+    def _begin(self, plan: Plan) -> None:
         """Start an emulator; there is none."""
-        assert not self._process
         words = self.words
         words[self._post_word("promise")] = 0
         words[self._post_word("first")] = words[self._post_word("head")]
@@ -163,7 +167,7 @@ class ForkedMachine(Machine):
                     faulthandler.enable(log)
                     try:
                         asyncio.run(self._serve(plan))
-                    except BaseException:
+                    except BaseException:  # noqa: BLE001 - the test shows it
                         traceback.print_exc(file=log)
             finally:
                 os._exit(1)
@@ -230,12 +234,15 @@ class ForkedMachine(Machine):
                 attached.io.recall()
         host._ended.result()
 
-    def died(self) -> bool:
-        """Return whether the emulator has ended; then there is none any more."""
-        if not self._process or not os.waitpid(self._process, os.WNOHANG)[0]:
+    def _died(self) -> bool:
+        """Return whether there is no emulator."""
+        if not self._process:
+            return True
+        if not os.waitpid(self._process, os.WNOHANG)[0]:
             return False
         self._process = 0
         self.put("emulator", EmulatorState.NONE)
+        self.put("waiting", 0)
         self.words[self._post_word("promise")] = 0
         assert not self._log.exists() or not self._log.read_text(), self._log.read_text()
         return True
@@ -244,7 +251,8 @@ class ForkedMachine(Machine):
         """End the emulator, wherever it is."""
         if self._process:
             os.kill(self._process, signal.SIGKILL)
-            self.until(self.died, "the end of the emulator")
+            os.waitpid(self._process, 0)
+            self._process = 0
 
     def until(self, condition: Callable[[], object], what: str) -> None:
         """Wait; interrupts are collected meanwhile."""
@@ -255,7 +263,9 @@ class ForkedMachine(Machine):
             self.run()
 
     def run(self) -> None:
-        """Let some time pass, less if an interrupt comes."""
+        """Let some time pass, less if an interrupt comes; start an emulator where there is none."""
+        if self._died():
+            self._begin(self.plans.pop(0) if self.plans else Plan())
         if not select.select([self._lines], [], [], 0.001)[0]:
             return
         *lines, self._partial = (self._partial + self._lines.recv(1 << 16)).split(b"\n")
@@ -306,6 +316,3 @@ class ForkedMachine(Machine):
         os.close(self.engine_event)
         self.qtest.close()
         self._lines.close()
-
-
-
