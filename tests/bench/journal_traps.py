@@ -1,4 +1,4 @@
-"""What a journal costs the control path: the traps of ``traps`` with and without one, in turn, in guests of a few instructions."""
+"""What a journal adds to a trap: those of ``traps``, with one and without, by turns, in guests of a few instructions."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -31,7 +31,13 @@ class Thread:
         self.looks: list[Callable[[], None]] = []
         """What the next looks pass on, one each."""
         self.outstanding = 0
-        self.link: FastLink | None = None
+        self.keeps = False
+        """Whether it keeps what a successor needs."""
+        self.gives = 0
+
+    @property
+    def link(self) -> FastLink | None:
+        return FastLink(1, 0, 0, self.gives, self.given is not None, ()) if self.keeps else None
 
     def recorded(self) -> None:
         self.log.append("recorded")
@@ -39,6 +45,7 @@ class Thread:
     def give(self, channel: GivenChannel) -> bool:
         assert self.given is None
         self.given = channel
+        self.gives += 1
         self.log.append("give")
         return True
 
@@ -219,3 +226,57 @@ def test_a_packet_that_is_returned_while_the_ring_is_left_is_answered(device: Fa
         guest.run()
         assert ids(guest.receive()) == [9]
         assert thread.given is not None
+
+
+# --- with a journal ---
+
+
+@pytest.fixture
+def recorded(device: Fast) -> Iterator[tuple[LoopbackGuest, Thread]]:
+    """A guest whose channel is recorded in the log of the thread, which has the rings."""
+    with LoopbackGuest(device) as guest:
+        thread = device.threads[guest.io]
+        thread.keeps = True
+        guest.io._record_change = lambda io: thread.log.append("record")
+        guest.io.recall()
+        guest.run()
+        assert thread.given is not None
+        thread.log.clear()
+        yield guest, thread
+
+
+def test_a_channel_that_was_recalled_for_nothing_is_recorded_before_it_is_given(
+    recorded: tuple[LoopbackGuest, Thread],
+) -> None:
+    guest, thread = recorded
+    guest.io.recall()
+    guest.run()
+    assert thread.log == ["recall", "record", "recorded", "give"]
+
+
+def test_it_is_recorded_once_where_something_was_done(recorded: tuple[LoopbackGuest, Thread]) -> None:
+    guest, thread = recorded
+    guest.writer.write(*numbered(1))
+    thread.leave()
+    guest.run()
+    assert thread.log == ["recall", "record", "recorded", "give"]
+
+
+def test_answers_are_the_threads_until_they_are_recorded(recorded: tuple[LoopbackGuest, Thread]) -> None:
+    guest, thread = recorded
+    thread.looks = [thread.answer(5)]
+    guest.io.recall()
+    assert thread.log == ["recall"]
+    guest.run()
+    assert thread.log == ["recall", "record", "recorded", "give"]
+    assert ids(guest.receive()) == [5]
+
+
+@pytest.mark.parametrize("end", [lambda io: io.fail("a-reason"), lambda io: (io.pause(), io.detach())])
+def test_what_is_dropped_with_the_channel_is_recorded(
+    recorded: tuple[LoopbackGuest, Thread], end: Callable[[ChannelIo], object]
+) -> None:
+    guest, thread = recorded
+    thread.looks = [thread.answer(5)]
+    end(guest.io)
+    assert thread.log[:3] == ["recall", "record", "recorded"]
