@@ -1,4 +1,4 @@
-"""What a journal adds to a trap: those of ``traps``, with one and without, by turns, in guests of a few instructions."""
+"""What a journal adds to a trap: those of ``traps``, with one and without, by turns."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from tests.unit.scsi.scsi_guest import (
     OUT,
     PROPERTIES,
     VERSION,
-    ScsiGuest,
+    build_srb,
     parse_answer,
 )
 
@@ -167,7 +167,7 @@ class DiskGuest(KilledGuest):
         self.memory.write(page * PAGE_SIZE, data or b"\xee" * PAGE_SIZE)
         cdb = struct.pack(">BBIBHB", 0x28 if data is None else 0x2A, 0, place * BLOCKS, 0, BLOCKS, 0)
         direction = IN if data is None else OUT
-        payload = ScsiGuest.srb(self, cdb, length=PAGE_SIZE, direction=direction)  # type: ignore[arg-type]
+        payload = build_srb(cdb, length=PAGE_SIZE, direction=direction)
         number = self._send(payload, [(PAGE_SIZE, 0, [page])])
         if number is not None:
             self.waiting[number] = place, data
@@ -175,7 +175,7 @@ class DiskGuest(KilledGuest):
     def _other(self) -> None:
         """TEST UNIT READY or SYNCHRONIZE CACHE: for Python."""
         cdb = bytes([self.chance.choice((0x00, 0x35))]).ljust(10, b"\0")
-        number = self._send(ScsiGuest.srb(self, cdb, direction=NONE))  # type: ignore[arg-type]
+        number = self._send(build_srb(cdb, direction=NONE))
         if number is not None:
             self.others.add(number)
 

@@ -36,12 +36,11 @@ from vmbus.machine.journal.store import Journal
 from vmbus.machine.memory import MappedMemory, RamRegion
 from vmbus.machine.qemu.discovery import QemuFacts
 from vmbus.wire import gateway as wire
-from vmbus.wire.gateway import EmulatorState, TrapKind, Verdict, offset_of
+from vmbus.wire.gateway import EmulatorState, TrapKind
 
 from tests.unit.machine.killed.machine import (
     _DOORBELLS_AT,
     _REQUEST_AT,
-    _VCPU_AT,
     FREQUENCY,
     RAM_SIZE,
     Fate,
@@ -220,7 +219,7 @@ class ForkedMachine(Machine):
         for device in registry().create_all(self.lines):
             host.add_device(device)
         if found is not None:
-            host._open_journal(found)
+            host._open_journal(found.contents)
             host._recover(found)
         for attached in host.devices:
             attached.device.claim()
@@ -271,8 +270,8 @@ class ForkedMachine(Machine):
         *lines, self._partial = (self._partial + self._lines.recv(1 << 16)).split(b"\n")
         for line in lines:
             vector = int(line.split()[1], 16)
-            if vector not in self.interrupts:
-                self.interrupts.append(vector)
+            if (0, vector) not in self.interrupts:
+                self.interrupts.append((0, vector))
 
     # --- the processor, and what the plugin does for it ---
 
@@ -284,21 +283,11 @@ class ForkedMachine(Machine):
         if self.get("waiting"):
             os.eventfd_write(self.event, 1)
 
-    def trap(self, kind: TrapKind, **registers: int) -> int:
-        self._sequence += 1
-        slot = _VCPU_AT + offset_of(wire.VCPU, "slots")
-        names = ("tsc", "pc", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "r8", "rsp")
-        values = {name: registers.get(name, 0) for name in names}
-        entry = wire.SLOT.build({"kind": kind, "flags": wire.SLOT_LONG_MODE, **values, "reserved": None})
-        self.region[slot : slot + len(entry)] = entry
-        self.words[_REQUEST_AT // 8] = self._sequence
-        self._wake()
-        answer = (_VCPU_AT + offset_of(wire.VCPU, "answers")) // 8
-        self.until(lambda: self.words[answer] == self._sequence, f"an answer to {kind.name}")
-        value, verdict = self.words[answer + 1], self.words[answer + 2] & 0xFFFFFFFF
-        assert verdict == Verdict.OK, Verdict(verdict)
-        self.words[(_VCPU_AT + offset_of(wire.VCPU, "retired")) // 8] = self._sequence
-        return value
+    def end_trap(self, kind: TrapKind, vcpu: int = 0) -> int:
+        answer = self._of_vcpu(vcpu, "answers") // 8
+        sequence = self.words[_REQUEST_AT // 8 + vcpu * wire.SLOTS]
+        self.until(lambda: self.words[answer] == sequence, f"an answer to {kind.name}")
+        return super().end_trap(kind, vcpu)
 
     def ring(self, number: int) -> None:
         at = _DOORBELLS_AT + number
