@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import mmap
-import multiprocessing
 import struct
-from multiprocessing.sharedctypes import Synchronized
+import subprocess
+import sys
 from pathlib import Path
 
 from vmbus.hypervisor.messages import fill_slot, mark_of, slot_is_free
@@ -68,33 +68,38 @@ def test_a_slot_stays_free_and_unmarked_until_the_header_is_stored(running: Scri
     assert (slot_is_free(page, 2), mark_of(page, 2)) == (False, 1)
 
 
-def look(path: Path, ready: Synchronized[int], torn: Synchronized[int]) -> None:
-    """Be the guest: look at the header until the other process says that it has ended; count what cannot be."""
-    with path.open("r+b") as file:
-        words = memoryview(mmap.mmap(file.fileno(), PAGE_SIZE)).cast("Q")
-    right = {0, *(int.from_bytes(struct.pack("<IBBH", *each), "little") for each in HEADERS)}
-    seen = set()
-    ready.value = 1
-    while ready.value == 1:
-        for _ in range(1000):
-            seen.add(words[0])
-    torn.value = len(seen - right)
+LOOK = """
+import mmap, sys
+with open(sys.argv[1], "r+b") as file:
+    words = memoryview(mmap.mmap(file.fileno(), 0)).cast("Q")
+right, seen = {0, *map(int, sys.argv[2:])}, set()
+words[READY] = 1
+while words[READY] == 1:
+    for _ in range(1000):
+        seen.add(words[0])
+sys.exit(len(seen - right))
+"""
+"""A guest that looks at the header until it is told to end, and counts what cannot be."""
+READY = PAGE_SIZE // 8
+"""A word behind the page of the slots."""
 
 
 def test_another_process_sees_no_half_of_a_header(tmp_path: Path) -> None:
     path = tmp_path / "ram"
-    memory = mapped(path)
+    path.write_bytes(bytes(2 * PAGE_SIZE))
+    with path.open("r+b") as file:
+        view = memoryview(mmap.mmap(file.fileno(), 2 * PAGE_SIZE))
+    memory = MappedMemory(view, [RamRegion(0, 2 * PAGE_SIZE, 0)])
+    words = view.cast("Q")
     page = memory.pages([0])
-    context = multiprocessing.get_context("spawn")
-    ready, torn = context.Value("i", 0), context.Value("i", -1)
-    guest = context.Process(target=look, args=(path, ready, torn), daemon=True)
-    guest.start()
-    while not ready.value:
-        assert guest.is_alive()
-    for number in range(STORES):
-        kind, size, flags, mark = HEADERS[number % 2]
-        fill_slot(page, 0, kind, bytes(size), memory, more=bool(flags), mark=mark)
-    ready.value = 2
-    guest.join(30)
-    assert torn.value == 0
+    right = [str(int.from_bytes(struct.pack("<IBBH", *each), "little")) for each in HEADERS]
+    command = [sys.executable, "-c", LOOK.replace("READY", str(READY)), str(path), *right]
+    with subprocess.Popen(command) as guest:
+        while not words[READY]:
+            assert guest.poll() is None
+        for number in range(STORES):
+            kind, size, flags, mark = HEADERS[number % 2]
+            fill_slot(page, 0, kind, bytes(size), memory, more=bool(flags), mark=mark)
+        words[READY] = 2
+        assert guest.wait(30) == 0
     assert MESSAGE_SLOT.parse(page.read(0, MESSAGE_SLOT_SIZE)).message_type == HEADERS[1][0]
