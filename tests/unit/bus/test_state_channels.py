@@ -230,6 +230,27 @@ def test_reserved_channel_survives_disconnected(guest: ScriptedGuest, move: Move
     guest.open_channel(1)
 
 
+def test_a_primary_that_cannot_be_restored_comes_again_once_its_sub_channels_have_left(
+    guest: ScriptedGuest,
+) -> None:
+    guest.bus.offer(an_offer(), RecordingEndpoint())
+    guest.bus.offer(an_offer(subchannel_index=1), RecordingEndpoint())
+    guest.connect()
+    for relid in (1, 2):
+        guest.open_channel(relid)
+    state = guest.save()
+    guest.bus = guest.another_bus()
+    guest.bus.offer(an_offer(), ForgetfulEndpoint())  # which has no sub-channel before it is opened
+    guest.bus.restore(state)
+    guest.bus.resume()
+    assert messages(guest) == [ChannelOnly(2), ChannelOnly(1)]
+    primary = guest.bus.channels[0]
+    assert primary.state is ChannelState.REOFFERED
+    assert guest.release(2) == []
+    assert [each.relid for each in guest.release(1)] == [1]
+    guest.open_channel(1)
+
+
 def test_reserved_channel_that_cannot_be_restored_is_released(guest: ScriptedGuest, move: Move) -> None:
     offer(guest, RecordingEndpoint())
     guest.connect()

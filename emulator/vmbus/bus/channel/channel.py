@@ -86,6 +86,8 @@ class Channel:
         self.paused = False
         self.revoking = False
         """The host takes the channel away."""
+        self.comes_again = False
+        """It is taken away to be offered anew."""
         self.abandoned = False
         """The connection of the guest is over: no message about the channel is sent any more."""
         self.released_by_guest = False
@@ -342,6 +344,7 @@ class Channel:
 
     def revoke(self) -> None:
         """Take the channel away; the guest gets RESCIND_CHANNELOFFER when the endpoint has finished."""
+        self.comes_again = False
         if self.revoking:
             return
         self.revoking = True
@@ -368,8 +371,8 @@ class Channel:
         """Continue what was under way when the channel was saved: its bus resumes, guest memory is complete.
 
         A call of the endpoint that had not finished is made once more. An open channel whose endpoint cannot be
-        restored is lost: the guest gets a RESCIND, and the same offer anew. So does any channel whose offer has the
-        flag FORCE_NEW_CHANNEL.
+        restored is lost: the guest gets a RESCIND, and the same offer anew. So does any channel whose offer
+        has the flag FORCE_NEW_CHANNEL.
         """
         renewed = OfferFlags.FORCE_NEW_CHANNEL in self.offer.flags and not self.leaving
         if renewed and self.state in (ChannelState.OPENING, ChannelState.OPEN, ChannelState.CLOSED):
@@ -426,12 +429,9 @@ class Channel:
             self.abandoned = True
             self._closed()
             return
-        comes_again = not self.revoking and not self.offer.transient
+        self.comes_again = not self.revoking and not self.offer.transient
         self.revoking = True
         self._closed()
-        if comes_again and self.state is ChannelState.REVOKED:
-            self.revoking = False
-            self.state = ChannelState.REOFFERED
 
     # --- opening ---
 
@@ -575,9 +575,14 @@ class Channel:
             self.gpadl_list.answer_teardowns()
             self.state = ChannelState.REVOKED
             self._owner.rescind(self)
+            if self.comes_again:
+                self.comes_again = self.revoking = False
+                self.state = ChannelState.REOFFERED
 
     def _release(self) -> None:
         """Free everything by which the guest knew the channel."""
+        if self.comes_again:
+            self.comes_again = self.revoking = False
         self.gpadl_list.drop()
         self.state = ChannelState.RELEASED
         self.offered = self.abandoned = self.released_by_guest = False
