@@ -19,7 +19,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ from vmbus.machine.journal.recorder import RecordedParts, Recorder
 from vmbus.machine.journal.recovery import RecoveredGuest
 from vmbus.machine.journal.store import Journal
 from vmbus.machine.memory import MappedMemory
-from vmbus.machine.migration import missing_devices
+from vmbus.machine.migration import lost_channels, missing_devices
 from vmbus.machine.migration.coordinator import Coordinator
 from vmbus.machine.migration.host_state import HostState
 from vmbus.machine.migration.ports import MigrationPorts
@@ -410,7 +410,7 @@ class Host:
         self.state.begin_paused()
         with self.qtest.loading():
             try:
-                self.state.restore_recovered(found.state, found.positions, found.again, allow_missing=True)
+                self.state.restore_recovered(found.state, found.positions, found.again, found.lost)
             except StateRefused as error:
                 raise takeover.GuestLost(
                     f"the guest's emulator was killed, and what it has left cannot be restored: {error}. The guest "
@@ -597,6 +597,10 @@ class Host:
         """Name the devices that a guest had before it was restored here, and lost. A reset withdraws the problem."""
         self.problems.report("missing-devices", missing_devices.lost(channels))
 
+    def report_lost_channels(self, lost: Mapping[str, str]) -> None:
+        """Name the devices whose channels were lost with the emulator of before. A reset withdraws the problem."""
+        self.problems.report("lost-channels", lost_channels.sentence(lost))
+
     def stop_guest(self, reason: str) -> None:
         """Stop the guest: a device cannot work until the user removes the cause and resumes the guest (``cont``)."""
         if not self.stopped_because:
@@ -626,6 +630,7 @@ class Host:
         """Drop everything that the guest had set up, after a reset of the machine; keep the offers."""
         _logger.info("the machine was reset")
         self.problems.withdraw("missing-devices")
+        self.problems.withdraw("lost-channels")
         self.gateway.forget_requests()
         self.bus.reset()
         self.partition.reset()

@@ -76,6 +76,8 @@ class BusChannel(Protocol):
     state: BusState
     request: OpenRequest | None
     counters: ChannelCounters
+    lost: bool
+    """Whether the channel is to be rescinded and offered anew when its bus resumes."""
 
     @property
     def relid(self) -> int | None:

@@ -172,6 +172,9 @@ class Restore:
     memory: PagesTarget | None = None
     allow_missing: bool = False
     """Whether channels of the state that this machine does not offer are left out: the bus revokes them."""
+    lost: dict[ChannelIdentity, str] | None = None
+    """With it, a channel that refuses its state is left out, and noted here with the reason; without it, the whole
+    state is refused."""
 
     def missing(self, state: MachineState) -> list[ChannelIdentity]:
         """Return the channels of ``state`` that this machine does not offer."""
@@ -193,9 +196,7 @@ class Restore:
             try:
                 self.saver.check_restore(channel, saved.state)
             except StateRefused as error:
-                raise StateRefused(
-                    error.reason, f"channel {saved.identity}: {error.detail}", error.status
-                ) from error
+                self._refused(saved, error)
         states = [saved.state for saved in state.channels]
         for name, section, target in self._sections(state):
             if target is None:
@@ -213,8 +214,8 @@ class Restore:
     def apply(self, state: MachineState) -> None:
         """Check, then restore pages of guest memory, hypervisor section, bus section and channels, in this order.
 
-        Channels stay paused until ``saver.start``. Raises :class:`StateRefused`; its ``changed`` is true if anything
-        was applied before.
+        Channels stay paused until ``saver.start``; those that are ``lost`` now have to be disabled before. Raises
+        :class:`StateRefused`; its ``changed`` is true if anything was applied before.
         """
         self.check(state)
         if self.memory is not None:
@@ -224,16 +225,22 @@ class Restore:
                 target.apply_restore(section)
         there = self._by_identity()
         for saved in state.channels:
-            if saved.identity in there:
+            if saved.identity in there and saved.identity not in (self.lost or ()):
                 self._restore_channel(there[saved.identity], saved)
 
     def _restore_channel(self, channel: SavableChannel, saved: SavedChannelState) -> None:
         try:
             self.saver.restore_checked(channel, saved.state)
         except StateRefused as error:
-            raise StateRefused(
-                error.reason, f"channel {saved.identity}: {error.detail}", error.status, changed=True
-            ) from error
+            self._refused(saved, error, changed=True)
+
+    def _refused(self, saved: SavedChannelState, error: StateRefused, *, changed: bool = False) -> None:
+        if self.lost is not None:
+            self.lost[saved.identity] = error.detail
+            return
+        raise StateRefused(
+            error.reason, f"channel {saved.identity}: {error.detail}", error.status, changed=changed
+        ) from error
 
     def _by_identity(self) -> dict[ChannelIdentity, SavableChannel]:
         return {channel.identity: channel for channel in self.channels}

@@ -238,6 +238,9 @@ class Qemu:
     def report_missing_devices(self, channels: Sequence[ChannelIdentity]) -> None:
         raise InternalError("no guest arrives here")
 
+    def report_lost_channels(self, lost: Mapping[str, str]) -> None:
+        raise InternalError("no guest is taken over here")
+
     def channel_end(self, device: ChannelDevice) -> ChannelIo:
         raise InternalError("there are no channels here")
 

@@ -105,6 +105,7 @@ class RestorableChannel(FakeChannel):
         self.state = BusState.OPEN
         self.request: OpenRequest | None = OpenRequest(1, 0xE1E10, 0, 4)
         self.counters = ChannelCounters()
+        self.lost = False
         self.paused = False
         self.connection_id = 0x2001
         self.is_open = True

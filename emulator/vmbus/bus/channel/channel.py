@@ -88,6 +88,8 @@ class Channel:
         """The host takes the channel away."""
         self.comes_again = False
         """It is taken away to be offered anew."""
+        self.lost = False
+        """The state of the endpoint of a restored channel is lost; see :meth:`resume_restored`."""
         self.abandoned = False
         """The connection of the guest is over: no message about the channel is sent any more."""
         self.released_by_guest = False
@@ -371,12 +373,16 @@ class Channel:
         """Continue what was under way when the channel was saved: its bus resumes, guest memory is complete.
 
         A call of the endpoint that had not finished is made once more. An open channel whose endpoint cannot be
-        restored is lost: the guest gets a RESCIND, and the same offer anew. So does any channel whose offer
+        restored is :attr:`lost`: the guest gets a RESCIND, and the same offer anew. So does any channel whose offer
         has the flag FORCE_NEW_CHANNEL.
         """
+        lost, self.lost = self.lost, False
         renewed = OfferFlags.FORCE_NEW_CHANNEL in self.offer.flags and not self.leaving
         if renewed and self.state in (ChannelState.OPENING, ChannelState.OPEN, ChannelState.CLOSED):
             self._renew()
+        elif lost and self.state is ChannelState.OPEN:
+            self.refusals.refuse("lost", "the channel is rescinded and offered anew")
+            self._start_over()
         elif self.state is ChannelState.OPENING and self.leaving:
             self._forget_open()
             self._leave()

@@ -134,6 +134,7 @@ class ChannelIo:
 
     def _forget(self) -> None:
         """Reset what belongs to one opening of the channel."""
+        self._positions = None
         self._handover.end()
         self._held.clear()
         self._io_timers.forget()
@@ -459,6 +460,7 @@ class ChannelIo:
         if self.state is IoState.CLOSED:
             self._end()
             self.failure = ""
+            self.subchannels = []
             self._calls.contain(self.device.closed)
 
     def restore(self, state: ChannelIoState, positions: RingPositions | None = None) -> None:

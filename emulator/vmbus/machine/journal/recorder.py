@@ -371,7 +371,7 @@ class Recorder:
             state = channel.captured()
         except VmbusError as error:
             _logger.warning(
-                "%s cannot be taken over if this emulator is killed: %s", channel.io.device.name, error
+                "what %s does is lost if this emulator is killed: %s", channel.io.device.name, error
             )
             return None
         if not channel.identity.subchannel_index:

@@ -35,6 +35,7 @@ from vmbus.machine.journal.values import (
     TIMERS,
     TIMERS_VALUE,
     ChannelValue,
+    identity_of,
     is_channel,
 )
 from vmbus.machine.migration.host_state import BusSection, HypervisorSection
@@ -43,7 +44,7 @@ from vmbus.ports import FastLink
 from vmbus.saving.device_channel import queued
 from vmbus.saving.loading import MachineState, SavedChannelState
 from vmbus.saving.state import Assembly, ChannelState
-from vmbus.saving.status import StateRefused
+from vmbus.saving.status import Reason, StateRefused
 from vmbus.wire.codec import Record
 from vmbus.wire.packet import (
     COMPLETION_REQUESTED,
@@ -76,14 +77,16 @@ class RecoveredGuest:
     """The guest's TSC at the last transaction, 0 if it was not known; of a guest that is stopped, the present one."""
     resets: int
     """The gateway's count of resets that the journal belongs to."""
+    lost: Mapping[ChannelIdentity, str]
+    """Channels whose value cannot be read, with the reason."""
 
 
 def recover(memory: mmap.mmap | memoryview) -> RecoveredGuest:
     """Return the guest of a journal.
 
     Raises :class:`~vmbus.machine.journal.reading.JournalRefused`; reason ``ended``: the emulator has given the guest
-    up before it ended, or has passed it on; ``state``: the guest's state cannot be read; ``engine``: nor can what
-    compiled code has left.
+    up before it ended, or has passed it on; ``state``: the state of the partition or of the bus cannot be read. A
+    channel that cannot be read, or of which compiled code has left what cannot be, is in ``lost``.
     """
     journal, beside = areas(memory)
     with journal, beside or contextlib.nullcontext():
@@ -97,19 +100,19 @@ def recover(memory: mmap.mmap | memoryview) -> RecoveredGuest:
         raise JournalRefused("version", f"the values have form {about.form}, this emulator reads form {FORM}")
     answers = _parsed(ANSWERS_VALUE, values, ANSWERS)
     marks = _parsed(MARKS_VALUE, values, MARKS)
-    channels, positions, again = [], {}, {}
-    try:
-        for key, value in values.items():
-            if is_channel(key):
-                channel = _parse(CHANNEL_VALUE, value)
-                state = Assembly().take(channel.chunks).state()
-                if channel.is_open:
-                    state, where, packets = _continued(channel, state, found)
-                    positions[state.channel.identity] = where
-                    again[state.channel.identity] = packets
-                channels.append(SavedChannelState((channel.chunks,), state))
-    except StateRefused as error:
-        raise JournalRefused("state", str(error)) from error
+    channels, positions, again, lost = [], {}, {}, {}
+    for key, value in values.items():
+        if not is_channel(key):
+            continue
+        identity = _identity(key)
+        try:
+            channel, state = _channel(value, identity)
+            if channel.is_open:
+                state, positions[identity], again[identity] = _continued(channel, state, found)
+        except (MalformedError, DeviceError, StateRefused) as error:
+            lost[identity] = str(error)
+            continue
+        channels.append(SavedChannelState((channel.chunks,), state))
     machine = MachineState(
         "the emulator that was killed",
         SavedSection(HypervisorSection.name, HypervisorSection.version, _with_timers(values)),
@@ -126,6 +129,7 @@ def recover(memory: mmap.mmap | memoryview) -> RecoveredGuest:
         answers.answers,
         _parsed(SAVED_HYPERVISOR, values, HYPERVISOR).tsc,
         about.resets,
+        lost,
     )
 
 
@@ -150,22 +154,21 @@ def contents_of(memory: mmap.mmap | memoryview) -> Contents:
 def _continued(
     value: ChannelValue, state: ChannelState, found: Mirror | None
 ) -> tuple[ChannelState, RingPositions, tuple[Packet, ...]]:
-    """Return a channel's state with what compiled code had done since, its positions, and the packets left to do."""
+    """Return a channel's state with what compiled code had done since, its positions, and the packets left to do.
+
+    Raises ``MalformedError`` or ``DeviceError`` for what compiled code cannot have left.
+    """
     positions = RingPositions(value.read, value.write)
     if not value.links or state.channel.failure:  # a channel that has failed holds nothing
         return state, positions, ()
     link = value.links[-1]
-    try:
-        if found is None:
-            raise MalformedError("engine-mirror", "there is none")
-        left = mirror.recover(
-            found,
-            FastLink(link.epoch, link.channel, link.opening, link.gives, bool(link.given), link.adopted),
-        )
-        answers = tuple(queued(each) for each in left.answers)
-        packets = tuple(_packet(each) for each in left.packets)
-    except (MalformedError, DeviceError) as error:
-        raise JournalRefused("engine", str(error)) from error
+    if found is None:
+        raise MalformedError("engine-mirror", "there is none")
+    left = mirror.recover(
+        found, FastLink(link.epoch, link.channel, link.opening, link.gives, bool(link.given), link.adopted)
+    )
+    answers = tuple(queued(each) for each in left.answers)
+    packets = tuple(_packet(each) for each in left.packets)
     queue = answers if left.queue_written else answers + state.queue
     return dataclasses.replace(state, queue=queue), left.positions or positions, packets
 
@@ -182,6 +185,25 @@ def _packet(data: bytes) -> Packet:
             "engine-mirror", f"a packet of kind {found.kind} with the flags {found.flags:#x}"
         )
     return found
+
+
+def _identity(key: bytes) -> ChannelIdentity:
+    try:
+        return identity_of(key)
+    except MalformedError as error:
+        raise JournalRefused("state", str(error)) from error
+
+
+def _channel(value: bytes, identity: ChannelIdentity) -> tuple[ChannelValue, ChannelState]:
+    """Return what is kept of a channel. Raises ``MalformedError`` or ``StateRefused``."""
+    channel, _ = CHANNEL_VALUE.parse_all(value)
+    state = Assembly().take(channel.chunks).state()
+    if state.channel.identity != identity:
+        raise StateRefused(
+            Reason.FOREIGN_CHANNEL,
+            f"the value of channel {identity} has the state of {state.channel.identity}",
+        )
+    return channel, state
 
 
 def _with_timers(values: Mapping[bytes, bytes]) -> bytes:

@@ -22,7 +22,7 @@ import construct as c
 from vmbus.machine.gateway.traps import GivenAnswer
 from vmbus.wire.codec import Record
 from vmbus.wire.plain import Blob, Nested, Text, VarTuple
-from vmbus.wire.saved import ChannelIdentity
+from vmbus.wire.saved import CHANNEL_IDENTITY, ChannelIdentity
 
 FORM = 1
 """Form of the values; another one is not read."""
@@ -45,12 +45,13 @@ NO_EXPIRATION = 0xFFFF_FFFF_FFFF_FFFF
 
 def channel_key(identity: ChannelIdentity) -> bytes:
     """Return the key of a channel."""
-    return (
-        _CHANNEL
-        + identity.interface_id.bytes_le
-        + identity.instance_id.bytes_le
-        + identity.subchannel_index.to_bytes(2, "little")
-    )
+    return _CHANNEL + CHANNEL_IDENTITY.build(identity)
+
+
+def identity_of(key: bytes) -> ChannelIdentity:
+    """Return the channel of a key. Raises :class:`~vmbus.errors.MalformedError`."""
+    found, _ = CHANNEL_IDENTITY.parse_all(key.removeprefix(_CHANNEL))
+    return found
 
 
 def is_channel(key: bytes) -> bool:

@@ -30,7 +30,7 @@ from vmbus.hypervisor.reference_time import TscScaling, scale_for
 from vmbus.hypervisor.saved_state.restore import MAX_TIME
 from vmbus.machine.gateway.traps import Unclaimed
 from vmbus.machine.memory import MappedMemory
-from vmbus.machine.migration import carried_pages, shared_memory
+from vmbus.machine.migration import carried_pages, lost_channels, shared_memory
 from vmbus.machine.migration.dirty_pages import owned_bytes
 from vmbus.machine.migration.hypervisor_layout import SAVED_HYPERVISOR, SavedAnswer, SavedHypervisor
 from vmbus.machine.migration.ports import GuestService, PausableClock, TrapAnswers
@@ -202,6 +202,18 @@ class BusSection:
                     f"channel {each.channel.identity} is open in one of channel and bus, and not in the other"
                 )
         return None
+
+    def open_channels(self, section: SavedSection | None) -> set[ChannelIdentity]:
+        """Return the channels that are open in ``section``; none if it cannot be read, which a check refuses."""
+        try:
+            state = self._parsed(section) if section is not None else None
+        except MalformedError:
+            return set()
+        return {
+            ChannelIdentity(*each.key)
+            for each in (state.channels if state is not None else ())
+            if each.state is BusChannelState.OPEN
+        }
 
     def apply_restore(self, section: SavedSection) -> None:
         state = self._parsed(section)
@@ -456,17 +468,22 @@ class HostState:
         state: MachineState,
         positions: Mapping[ChannelIdentity, RingPositions],
         again: Mapping[ChannelIdentity, Sequence[Packet]],
-        *,
-        allow_missing: bool,
+        lost: Mapping[ChannelIdentity, str],
     ) -> None:
         """Restore what a journal has of this machine's guest; the host stays paused.
 
         ``positions``: where the emulator of before stood in the rings, of each channel that had any. ``again``:
-        packets that it had taken, besides those of the state. Raises :class:`~vmbus.saving.StateRefused`, before
-        anything has changed unless a device refused.
+        packets that it had taken, besides those of the state. ``lost``: channels that cannot be read, and why; those
+        that are not there, and those that their devices refuse, are lost, too. When the host is resumed, the channels
+        of a device that has lost one are rescinded and offered anew. Raises :class:`~vmbus.saving.StateRefused`,
+        before anything has changed.
         """
         self._hypervisor_section.same_host = True
-        self._apply(state, allow_missing=allow_missing, positions=positions, again=again)
+        lost = {**lost_channels.without_state(state, self._bus_section.open_channels(state.bus)), **lost}
+        found = dict(lost)
+        state = lost_channels.without_devices_of(state, lost)
+        self._apply(state, allow_missing=True, positions=positions, again=again, lost=found)
+        self._lose(found)
 
     def _apply(
         self,
@@ -475,30 +492,32 @@ class HostState:
         allow_missing: bool,
         positions: Mapping[ChannelIdentity, RingPositions] | None = None,
         again: Mapping[ChannelIdentity, Sequence[Packet]] | None = None,
+        lost: dict[ChannelIdentity, str] | None = None,
     ) -> None:
         made = self._make_subchannels(state)
         for channel in self._known():
             channel.positions = positions.get(channel.identity) if positions else None
-        if again:
-            try:
-                state = self._with_taken(state, again)
-            except StateRefused:
-                self._revoke_subchannels(made)
-                raise
-        restore = self._restore(allow_missing=allow_missing)
+        if again and lost is not None:
+            state = self._with_taken(state, again, lost)
+        restore = self._restore(allow_missing=allow_missing, lost=lost)
         try:
             restore.apply(state)
         except StateRefused as error:
             if not error.changed:
                 self._revoke_subchannels(made)
             raise
-        if missing := restore.missing(state):
+        there = set(map(lost_channels.device_of, self.names()))
+        gone = [each for each in lost or () if lost_channels.device_of(each) not in there]
+        if missing := [*restore.missing(state), *gone]:
             self._service.report_missing_devices(missing)
 
     def _with_taken(
-        self, state: MachineState, again: Mapping[ChannelIdentity, Sequence[Packet]]
+        self,
+        state: MachineState,
+        again: Mapping[ChannelIdentity, Sequence[Packet]],
+        lost: dict[ChannelIdentity, str],
     ) -> MachineState:
-        """Return ``state`` with packets that its channels have to execute again. Raises ``StateRefused``."""
+        """Return ``state`` with packets that its channels have to execute again, without the devices that cannot."""
         there = {channel.identity: channel for channel in self._known()}
         channels = list(state.channels)
         for at, saved in enumerate(channels):
@@ -506,9 +525,22 @@ class HostState:
                 try:
                     found = channel.taken_again(saved.state, packets)
                 except VmbusError as error:
-                    raise StateRefused(Reason.NOT_ACCEPTED, f"channel {saved.identity}: {error}") from error
+                    lost[saved.identity] = str(error)
+                    continue
                 channels[at] = dataclasses.replace(saved, state=found)
-        return dataclasses.replace(state, channels=tuple(channels))
+        return lost_channels.without_devices_of(dataclasses.replace(state, channels=tuple(channels)), lost)
+
+    def _lose(self, lost: Mapping[ChannelIdentity, str]) -> None:
+        """Have the bus rescind the channels of devices of which one is in ``lost``, and offer them anew."""
+        reasons: dict[str, str] = {}
+        devices = lost_channels.devices_of(lost)
+        for channel in self._known():
+            if (reason := devices.get(lost_channels.device_of(channel.identity))) is not None:
+                self._saver.disable(channel)
+                channel.channel.lost = True
+                reasons[channel.io.device.name] = reason
+        if reasons:
+            self._service.report_lost_channels(reasons)
 
     def check(self, data: bytes, *, allow_missing: bool = False) -> None:
         """Raise :class:`~vmbus.saving.StateRefused` if ``data`` could not be restored, once guest memory is here."""
@@ -559,7 +591,7 @@ class HostState:
             if why:
                 raise StateRefused(Reason.NOT_ACCEPTED, why)
 
-    def _restore(self, *, allow_missing: bool) -> Restore:
+    def _restore(self, *, allow_missing: bool, lost: dict[ChannelIdentity, str] | None = None) -> Restore:
         return Restore(
             self._saver,
             self._known(),
@@ -567,6 +599,7 @@ class HostState:
             bus=self._bus_section,
             memory=carried_pages.CarriedPages(self._memory),
             allow_missing=allow_missing,
+            lost=lost,
         )
 
     def check_memory(self, data: bytes) -> None:

@@ -7,7 +7,7 @@ may import them. Guest memory, the bus and the partition are used as they are: t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -140,6 +140,9 @@ class GuestService(Background, Protocol):
 
     def report_missing_devices(self, channels: Sequence[ChannelIdentity]) -> None:
         """Say that ``channels`` of a restored state are revoked, because their devices are not offered here."""
+
+    def report_lost_channels(self, lost: Mapping[str, str]) -> None:
+        """Say that the channels of devices are rescinded and offered anew; ``lost``: the reason, by device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

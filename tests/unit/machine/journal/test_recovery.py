@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
+import re
 from collections.abc import Callable
 
 import pytest
@@ -23,6 +24,7 @@ from vmbus.machine.journal.values import (
     About,
     Timers,
     channel_key,
+    identity_of,
     is_channel,
 )
 
@@ -71,8 +73,6 @@ def damaged(value: bytes) -> bytes:
         (BUS, lambda value: None, "state", "'bus'"),
         (ANSWERS, lambda value: value + b"\0", "state", "canonical"),
         (TIMERS, lambda value: TIMERS_VALUE.build(Timers(())), "state", "0 timers"),
-        (b"channel", damaged, "state", "channel|chunk|checksum|damaged"),
-        (b"channel", lambda value: value[:5], "state", "bytes|malformed|truncated"),
     ],
 )
 async def test_what_cannot_be_read_is_refused(
@@ -84,3 +84,28 @@ async def test_what_cannot_be_read_is_refused(
     with pytest.raises(JournalRefused, match=words) as refused:
         recover(memory)
     assert refused.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(damaged, "chunk|checksum|damaged"), (lambda value: value[:5], "bytes|malformed|truncated")],
+)
+async def test_a_channel_that_cannot_be_read_is_lost_alone(
+    recorded: Recorded, change: Callable[[bytes], bytes], words: str
+) -> None:
+    memory, journal, _ = recorded
+    [key] = filter(is_channel, journal.values)
+    journal.commit({key: change(journal.values[key])})
+    found = recover(memory)
+    assert list(found.lost) == [identity_of(key)]
+    assert re.search(words, found.lost[identity_of(key)])
+    assert (found.state.channels, found.positions) == ((), {})
+    assert found.posts == 7
+
+
+async def test_a_channel_whose_name_cannot_be_read_is_refused(recorded: Recorded) -> None:
+    memory, journal, _ = recorded
+    journal.commit({b"channel of nobody": b""})
+    with pytest.raises(JournalRefused) as refused:
+        recover(memory)
+    assert refused.value.reason == "state"

@@ -395,6 +395,15 @@ class Machine:
             self.host._ended.result()
             raise AssertionError("the host has ended")
 
+    def kill(self) -> None:
+        """Kill the emulator, while it does nothing."""
+
+        def end() -> None:
+            raise Killed("at rest")
+
+        self.fates.insert(1, Fate())
+        self._guarded(end)
+
     def run(self) -> None:
         """Let the emulator do what is to do now; another one attaches if it was killed."""
         self.advance(0.0)
