@@ -25,9 +25,9 @@ NAMES = (
     "boot",
     "migration",
     "reload",
-    "journal_traps",
-    "storage",
     "journal",
+    "storage",
+    "journal_disk",
 )
 
 

@@ -1,30 +1,15 @@
-"""What a journal costs a disk: two guests with the same load, one of them with a journal, by turns.
-
-Both guests measure all cells again and again. While one runs, the other is stopped; the first measurement after that
-is left out, because the stop was in it. A round has all cells of both guests, in an order that turns.
-
-    python -m tests.bench journal
-"""
+"""What a journal costs: the traps of ``traps`` with and without one, in turn, in guests of a few instructions."""
 
 from __future__ import annotations
 
 import asyncio
 import statistics
-import tempfile
-from contextlib import AsyncExitStack
-from pathlib import Path
 
-from vmbus.machine.host_parts import HostOptions
-
-from tests.bench.linux import KERNEL, compile_program
+from tests.bench import traps
 from tests.bench.report import Result
-from tests.bench.storage import BOOT_LIMIT, CELLS, SECONDS, fill, reports
-from tests.guest.harness import LOADED_MODULES, Booted, boot
 
-ROUNDS = 8
-IMAGE_SIZE = 256 << 20
-MEASURED = [cell for cell in CELLS if cell.vcpus == 1 and cell.block <= 128 << 10]
-WITH, WITHOUT = "with a journal", "without"
+ROUNDS = 3
+_AIM = "median < 2"
 
 
 def run() -> Result:
@@ -33,75 +18,16 @@ def run() -> Result:
 
 
 async def _run() -> Result:
-    found: list[dict[str, list[float]]] = []
-    async with AsyncExitStack() as guests:
-        scratch = Path(guests.enter_context(tempfile.TemporaryDirectory(prefix="vmbus-bench-")))
-        program = compile_program("disk_load", scratch)
-        both: dict[str, Booted] = {}
-        for name in (WITH, WITHOUT):
-            folder = scratch / name.replace(" ", "-")
-            folder.mkdir()
-            fill(folder / "disk.img", IMAGE_SIZE)
-            both[name] = await guests.enter_async_context(
-                boot(
-                    folder,
-                    kernel=KERNEL,
-                    command=[_script()],
-                    devices=(f"scsi,image={folder / 'disk.img'}",),
-                    add=[(program, "/bin/disk_load")],
-                    load=(*LOADED_MODULES, "hv_storvsc", "sd_mod"),
-                    host_options=HostOptions(journal=name == WITH),
-                )
-            )
-            await both[name].until(lambda: reports(both[name]), "the disk", timeout=BOOT_LIMIT)
-            await both[name].host.qmp.execute("stop")
-        for turn in range(ROUNDS):
-            order = (WITH, WITHOUT) if turn % 2 else (WITHOUT, WITH)
-            found.append({name: await _measure(both[name]) for name in order})
-        for name, guest in both.items():
-            _check_compiled(name, guest)
-    return _report(found)
-
-
-def _script() -> str:
-    loads = [f"disk_load --device /dev/sda {cell.arguments(SECONDS)}" for cell in MEASURED]
-    return "\n".join(["echo none >/sys/block/sda/queue/scheduler", "while :; do", *loads, "done"])
-
-
-async def _measure(guest: Booted) -> list[float]:
-    """Let the guest run, and return the requests a second of each cell."""
-    before = len(reports(guest))
-    await guest.host.qmp.execute("cont")
-    await guest.until(
-        lambda: len(reports(guest)) > before + len(MEASURED),
-        "the measurements",
-        timeout=60 + 5 * SECONDS * len(MEASURED),
-    )
-    await guest.host.qmp.execute("stop")
-    found = [0.0] * len(MEASURED)
-    for number, report in enumerate(reports(guest)[before + 1 : before + 1 + len(MEASURED)], before + 1):
-        if report["failed"]:
-            raise AssertionError(f"{MEASURED[number % len(MEASURED)].name}: {report}")
-        found[number % len(MEASURED)] = report["iops"]
-    return found
-
-
-def _check_compiled(name: str, guest: Booted) -> None:
-    unit = guest.channel("scsi")["details"]["units"]["0:0"]
-    if unit["compiled"] < 0.99 * unit["requests"]:
-        raise AssertionError(
-            f"{name}: compiled code has done {unit['compiled']} of {unit['requests']} requests"
-        )
-
-
-def _report(found: list[dict[str, list[float]]]) -> Result:
-    result = Result("A disk with a journal over one without, two guests, by turns (1 is as fast)")
-    for at, cell in enumerate(MEASURED):
-        ratios = [each[WITH][at] / each[WITHOUT][at] for each in found]
-        result.ratio(cell.name, ratios)
-        rate = statistics.median(each[WITH][at] for each in found)
-        result.notes.append(
-            f"{cell.name:28} {rate:8.0f} a second  {statistics.median(ratios):.3f} "
-            f"({min(ratios):.3f}-{max(ratios):.3f})"
-        )
+    result = Result("What a journal adds to a trap (medians of rounds in turn, in the guest)")
+    added: dict[str, list[float]] = {}
+    for _ in range(ROUNDS):
+        without, with_one = Result(""), Result("")
+        await traps.measure(without)
+        await traps.measure(with_one, journal=True)
+        result.notes += [*without.notes, *with_one.notes]
+        for name, found in with_one.distributions.items():
+            added.setdefault(name, []).append(found.median - without.distributions[name].median)
+    for name, differences in added.items():
+        aim = _AIM if "HvPost" in name else ""
+        result.figure(name, statistics.median(differences), "us more", aim)
     return result

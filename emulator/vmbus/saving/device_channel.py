@@ -420,7 +420,10 @@ def _count(numbers: list[int]) -> tuple[tuple[int, int], ...]:
 
 
 def queued(packet: bytes) -> OutgoingPacket | SavedCompletion:
-    """Return the record of a packet of the output queue, which has no trailer. Raises ``DeviceError``."""
+    """Return the record of a packet of the output queue, which has no trailer.
+
+    Raises :class:`~vmbus.errors.DeviceError` or :class:`~vmbus.errors.RingError` for bytes that are no packet.
+    """
     size = len(packet) + TRAILER_SIZE
     found = parse_packet(packet + bytes(TRAILER_SIZE), 0, size)
     if found is None or found.error is not None:

@@ -11,8 +11,10 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+from vmbus.bus.messages import PostResult
 from vmbus.ports import PAGE_SIZE
 from vmbus.testing.loopback import COMPLETION, GuestPacket, gpa_direct_extension, guest_packet
+from vmbus.wire.header import MessageType
 from vmbus.wire.packet import PacketType
 from vmbus.wire.version import NO_FEATURES
 
@@ -73,6 +75,18 @@ class DiskGuest(KilledGuest):
             if self.machine.interrupts or not self.machine.get("waiting"):
                 quiet = time.monotonic()
             self.interrupted()
+
+    def ask(self, payload: bytes, **more: Any) -> list[Any]:
+        """Post a message, and wait for the host's, if it answers: it may wait for requests to end."""
+        if int.from_bytes(payload[:4], "little") != MessageType.CLOSECHANNEL:
+            assert self.post(payload, **more) is PostResult.OK
+            self.machine.until(self._has_message, "an answer to a message")
+            return [answer.message for answer in self.take()]
+        return super().ask(payload, **more)
+
+    def _has_message(self) -> bool:
+        self.interrupted()
+        return bool(self.synic.messages)
 
     def start(self, channels: int = 1) -> None:
         """Boot, and begin to use the disk."""

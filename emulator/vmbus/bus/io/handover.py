@@ -5,6 +5,9 @@
 A turn begins with a recall and ends with a give, so everything that makes a turn necessary (a completion by Python, a
 packet that the thread left) takes the channel back first. Where the thread leaves the first packet again and again,
 as for a disk that it cannot serve, the channel is given less often.
+
+If a journal is kept, it has the channel as of the last recall before there is another give, and the thread keeps what
+it has passed on until then.
 """
 
 from __future__ import annotations

@@ -11,6 +11,9 @@ guest's ring), and is handled again by a host that is as before. Killed after it
 was done already, and that can be seen: an answer by its sequence number, a post by the number of those that were
 handled, a message by its mark (:mod:`vmbus.hypervisor.messages`), packets by the write index of their ring.
 
+What compiled code does while it has a channel is not in the journal, but in the mirror beside it, where the channel's
+value says (:mod:`vmbus.machine.engine.mirror`).
+
 Doorbells, event flags and interrupts are not kept: the next host signals all channels in both directions, and
 interrupts wherever a flag or a message is present.
 """

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from vmbus.bus.io.state import RingPositions
-from vmbus.errors import DeviceError, MalformedError
+from vmbus.errors import DeviceError, GuestError, MalformedError
 from vmbus.hypervisor.saved_state.values import TimerState
 from vmbus.machine.engine import mirror
 from vmbus.machine.engine.layout import Mirror
@@ -54,7 +54,7 @@ from vmbus.wire.packet import (
     build_trailer,
     parse_packet,
 )
-from vmbus.wire.saved import ChannelIdentity, SavedSection
+from vmbus.wire.saved import ChannelIdentity, SavedCompletion, SavedSection
 
 _T = TypeVar("_T")
 
@@ -109,7 +109,7 @@ def recover(memory: mmap.mmap | memoryview) -> RecoveredGuest:
             channel, state = _channel(value, identity)
             if channel.is_open:
                 state, positions[identity], again[identity] = _continued(channel, state, found)
-        except (MalformedError, DeviceError, StateRefused) as error:
+        except (GuestError, DeviceError, StateRefused) as error:
             lost[identity] = str(error)
             continue
         channels.append(SavedChannelState((channel.chunks,), state))
@@ -156,7 +156,7 @@ def _continued(
 ) -> tuple[ChannelState, RingPositions, tuple[Packet, ...]]:
     """Return a channel's state with what compiled code had done since, its positions, and the packets left to do.
 
-    Raises ``MalformedError`` or ``DeviceError`` for what compiled code cannot have left.
+    Raises ``GuestError`` or ``DeviceError`` for what compiled code cannot have left.
     """
     positions = RingPositions(value.read, value.write)
     if not value.links or state.channel.failure:  # a channel that has failed holds nothing
@@ -167,14 +167,22 @@ def _continued(
     left = mirror.recover(
         found, FastLink(link.epoch, link.channel, link.opening, link.gives, bool(link.given), link.adopted)
     )
-    answers = tuple(queued(each) for each in left.answers)
+    answers = tuple(_answer(each) for each in left.answers)
     packets = tuple(_packet(each) for each in left.packets)
     queue = answers if left.queue_written else answers + state.queue
     return dataclasses.replace(state, queue=queue), left.positions or positions, packets
 
 
+def _answer(data: bytes) -> SavedCompletion:
+    """Return a completion. Raises ``GuestError`` or ``DeviceError`` for anything else."""
+    found = queued(data)
+    if not isinstance(found, SavedCompletion):
+        raise MalformedError("engine-mirror", "an answer that is no completion")
+    return found
+
+
 def _packet(data: bytes) -> Packet:
-    """Return a packet that was in a ring. Raises ``MalformedError`` for one that compiled code does not take."""
+    """Return a packet that was in a ring. Raises ``GuestError`` for one that compiled code does not take."""
     found = parse_packet(data + build_trailer(0, 0), 0, len(data) + TRAILER_SIZE)
     if found is None or found.size != len(data) + TRAILER_SIZE:
         raise MalformedError("engine-mirror", f"{len(data)} bytes that are not a packet")

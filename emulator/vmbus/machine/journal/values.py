@@ -24,7 +24,7 @@ from vmbus.wire.codec import Record
 from vmbus.wire.plain import Blob, Nested, Text, VarTuple
 from vmbus.wire.saved import CHANNEL_IDENTITY, ChannelIdentity
 
-FORM = 1
+FORM = 2
 """Form of the values; another one is not read."""
 
 ABOUT, HYPERVISOR, BUS, TIMERS, ANSWERS, MARKS, DEVICES, ENDED = (

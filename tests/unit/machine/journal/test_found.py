@@ -16,7 +16,7 @@ from vmbus.machine.journal.reading import JournalRefused, read
 from vmbus.machine.journal.recorder import Recorder
 from vmbus.machine.journal.recovery import RecoveredGuest
 from vmbus.machine.journal.store import Journal
-from vmbus.machine.journal.values import ABOUT, ABOUT_VALUE, BUS, About
+from vmbus.machine.journal.values import ABOUT, ABOUT_VALUE, BUS, FORM, About
 from vmbus.machine.qemu.qmp import Qmp
 from vmbus.machine.takeover import GuestLost
 from vmbus.wire import journal as wire
@@ -142,7 +142,7 @@ async def test_the_last_transaction_may_be_torn_and_that_before_it_counts(
     memory, journal, _ = recorded
     before = found(memory[:]).find()
     end = read(memory).end
-    journal.commit({ABOUT: ABOUT_VALUE.build(About(1, RESETS + 1))})
+    journal.commit({ABOUT: ABOUT_VALUE.build(About(FORM, RESETS + 1))})
     whole = found(memory[:], resets=RESETS + 1).find()
     assert isinstance(before, RecoveredGuest)
     assert isinstance(whole, RecoveredGuest)

@@ -19,6 +19,7 @@ from vmbus.machine.journal.values import (
     BUS,
     CHANNEL_VALUE,
     ENDED,
+    FORM,
     TIMERS,
     TIMERS_VALUE,
     About,
@@ -68,7 +69,7 @@ def damaged(value: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("key", "change", "reason", "words"),
     [
-        (ABOUT, lambda value: ABOUT_VALUE.build(About(2, 3)), "version", "form 2"),
+        (ABOUT, lambda value: ABOUT_VALUE.build(About(FORM + 1, 3)), "version", f"form {FORM + 1}"),
         (ABOUT, lambda value: None, "state", "'about'"),
         (BUS, lambda value: None, "state", "'bus'"),
         (ANSWERS, lambda value: value + b"\0", "state", "canonical"),
