@@ -138,6 +138,8 @@ class Recorder:
         """The bus as it was built last."""
         self._built_bus = b""
         self._seen: dict[bytes, tuple[object, ...]] = {}
+        self._known: tuple[DeviceChannel, ...] = ()
+        """The channels that are in the journal."""
         self._devices: dict[bytes, bytes] = {}
         """Devices' states that are in the journal, by the keys of their primary channels."""
         self._paused_because = "the emulator that began it was killed before its guest was served"
@@ -236,7 +238,8 @@ class Recorder:
                     channel_key(each.identity): self._channel(each),
                     **self._changed_device(each, channels),
                 }
-                if self._wanted:  # what the device did to the bus belongs to the same moment
+                # What the device did to the bus belongs to the same moment; a guest may take no messages now.
+                if self._wanted or channels != self._known:
                     changes = {**self._guest(_NOTHING), **changes}
                 self._commit(changes)
                 return
@@ -328,7 +331,8 @@ class Recorder:
     def _changed_channels(self) -> dict[bytes, bytes | None]:
         changes: dict[bytes, bytes | None] = {}
         there: dict[bytes, tuple[object, ...]] = {}
-        for each in self._parts.state.channels():
+        self._known = self._parts.state.channels()
+        for each in self._known:
             channel, io = each.channel, each.io
             key = channel_key(each.identity)
             there[key] = (

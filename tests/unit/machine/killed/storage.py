@@ -38,7 +38,11 @@ class Storage:
         assert self.ask(PROPERTIES) == 0
         assert self.ask(END) == 0
         if subchannels:
-            assert self.ask(CREATE, struct.pack("<H", subchannels)) == 0
+            self.create_subchannels(subchannels)
+
+    def create_subchannels(self, count: int) -> None:
+        """Ask for sub-channels."""
+        assert self.ask(CREATE, struct.pack("<H", count)) == 0
 
     def ask(self, operation: int, union: bytes = b"") -> int:
         """Return the status of a packet that is no command."""

@@ -6,6 +6,8 @@ import struct
 from pathlib import Path
 
 import pytest
+from vmbus.wire.messages import PAUSE, RESUME, HeaderOnly
+from vmbus.wire.version import Feature, Version
 
 from tests.unit.machine.killed.guest import KilledGuest
 from tests.unit.machine.killed.matrix import Matrix
@@ -85,6 +87,23 @@ def reservations(guest: KilledGuest) -> list[object]:
     return [seen, guest.names()]
 
 
+def paused(guest: KilledGuest) -> list[object]:
+    """Sub-channels that are offered to a guest which takes no messages at that time."""
+    guest.boot()
+    [offer] = guest.connect(Version.COPPER, features=Feature.PAUSE_RESUME)
+    disk = Storage(guest, offer.relid)
+    disk.negotiate()
+    assert len(guest.ask(PAUSE.build(HeaderOnly()))) == 1
+    disk.create_subchannels(1)
+    assert disk.do(TEST_UNIT_READY)[0] is None
+    [offered] = guest.ask(RESUME.build(HeaderOnly()))
+    disk.open(offered.relid)
+    number = disk.read(3, 2, offered.relid)
+    assert disk.end(offered.relid)[number].good
+    return [guest.names()]
+
+
+PAUSED = Matrix(paused, 196, lines)
 TRANSFERS = Matrix(transfers, 253, lines)
 RESERVATIONS = Matrix(reservations, 242, lines)
 
@@ -105,6 +124,18 @@ def test_the_sessions_have_a_sub_channel_and_a_reservation(tmp_path: Path) -> No
     assert seen[0][3] == (None, struct.pack(">IIQ", 1, 8, 0x1234))
     opened = ["GPADL_CREATED", "OPENCHANNEL_RESULT"]
     assert seen[1][3:] == [*opened, "OFFERCHANNEL", *opened, "RESCIND_CHANNELOFFER"]
+
+
+def test_the_sessions_have_a_guest_that_takes_no_messages(tmp_path: Path) -> None:
+    seen = PAUSED.undisturbed(tmp_path)
+    assert isinstance(seen, list)
+    opened = ["GPADL_CREATED", "OPENCHANNEL_RESULT"]
+    assert seen[0][3:] == [*opened, "PAUSE_RESPONSE", "OFFERCHANNEL", *opened]
+
+
+@pytest.mark.parametrize("end", PAUSED.each_step(7))
+def test_sub_channels_that_are_not_told_yet_are_kept(tmp_path: Path, end: int) -> None:
+    PAUSED.killed_at(tmp_path, end)
 
 
 @pytest.mark.parametrize("end", TRANSFERS.each_step(7))
