@@ -70,7 +70,7 @@ class Matrix:
         """Return all steps as parameters of a test; every ``stride``-th belongs to the ordinary run."""
         return [pytest.param(end, marks=ordinary(end, stride)) for end in range(1, self.steps + 1)]
 
-    def each_pair(self, stride: int, *, of: int = 3) -> list[Any]:
+    def each_pair(self, stride: int, *, of: int = 9) -> list[Any]:
         """Return every ``of``-th step with all steps of a take-over."""
         pairs = [
             (end, next_end)

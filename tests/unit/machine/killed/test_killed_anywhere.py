@@ -49,6 +49,6 @@ def test_a_guest_does_not_notice_the_death_of_an_emulator(
     assert not [each for each in caplog.records if each.levelno >= logging.ERROR]
 
 
-@pytest.mark.parametrize(("end", "next_end"), MATRIX.each_pair(37))
+@pytest.mark.parametrize(("end", "next_end"), MATRIX.each_pair(37, of=3))
 def test_nor_that_of_the_one_that_takes_it_over(tmp_path: Path, end: int, next_end: int) -> None:
     MATRIX.killed_at(tmp_path, end, next_end)

@@ -150,22 +150,22 @@ def test_the_sessions_have_these_messages(tmp_path: Path, matrix: Matrix, told: 
     assert seen[0] == told
 
 
-@pytest.mark.parametrize("end", SHARING.each_step(7))
+@pytest.mark.parametrize("end", SHARING.each_step(9))
 def test_memory_stays_shared(tmp_path: Path, end: int) -> None:
     SHARING.killed_at(tmp_path, end)
 
 
-@pytest.mark.parametrize(("end", "next_end"), SHARING.each_pair(67))
+@pytest.mark.parametrize(("end", "next_end"), SHARING.each_pair(31))
 def test_memory_stays_shared_over_two_deaths(tmp_path: Path, end: int, next_end: int) -> None:
     SHARING.killed_at(tmp_path, end, next_end)
 
 
-@pytest.mark.parametrize("end", HOT_PLUG.each_step(7))
+@pytest.mark.parametrize("end", HOT_PLUG.each_step(9))
 def test_a_device_comes_and_goes(tmp_path: Path, end: int) -> None:
     HOT_PLUG.killed_at(tmp_path, end)
 
 
-@pytest.mark.parametrize(("end", "next_end"), HOT_PLUG.each_pair(67))
+@pytest.mark.parametrize(("end", "next_end"), HOT_PLUG.each_pair(31))
 def test_a_device_comes_and_goes_over_two_deaths(tmp_path: Path, end: int, next_end: int) -> None:
     HOT_PLUG.killed_at(tmp_path, end, next_end)
 
@@ -175,16 +175,16 @@ def test_a_guest_boots_after_a_reset(tmp_path: Path, end: int) -> None:
     RESET.killed_at(tmp_path, end)
 
 
-@pytest.mark.parametrize(("end", "next_end"), RESET.each_pair(67))
+@pytest.mark.parametrize(("end", "next_end"), RESET.each_pair(31))
 def test_a_guest_boots_after_a_reset_and_two_deaths(tmp_path: Path, end: int, next_end: int) -> None:
     RESET.killed_at(tmp_path, end, next_end)
 
 
-@pytest.mark.parametrize("end", SAVING.each_step(7))
+@pytest.mark.parametrize("end", SAVING.each_step(9))
 def test_a_guest_that_was_saved_goes_on(tmp_path: Path, end: int) -> None:
     SAVING.killed_at(tmp_path, end)
 
 
-@pytest.mark.parametrize(("end", "next_end"), SAVING.each_pair(67))
+@pytest.mark.parametrize(("end", "next_end"), SAVING.each_pair(31))
 def test_a_guest_that_was_saved_goes_on_after_two_deaths(tmp_path: Path, end: int, next_end: int) -> None:
     SAVING.killed_at(tmp_path, end, next_end)

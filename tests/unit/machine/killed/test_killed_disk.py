@@ -133,26 +133,26 @@ def test_the_sessions_have_a_guest_that_takes_no_messages(tmp_path: Path) -> Non
     assert seen[0][3:] == [*opened, "PAUSE_RESPONSE", "OFFERCHANNEL", *opened]
 
 
-@pytest.mark.parametrize("end", PAUSED.each_step(7))
+@pytest.mark.parametrize("end", PAUSED.each_step(9))
 def test_sub_channels_that_are_not_told_yet_are_kept(tmp_path: Path, end: int) -> None:
     PAUSED.killed_at(tmp_path, end)
 
 
-@pytest.mark.parametrize("end", TRANSFERS.each_step(7))
+@pytest.mark.parametrize("end", TRANSFERS.each_step(9))
 def test_commands_are_answered_once_with_the_right_data(tmp_path: Path, end: int) -> None:
     TRANSFERS.killed_at(tmp_path, end)
 
 
-@pytest.mark.parametrize(("end", "next_end"), TRANSFERS.each_pair(67))
+@pytest.mark.parametrize(("end", "next_end"), TRANSFERS.each_pair(31))
 def test_also_if_the_next_emulator_is_killed_too(tmp_path: Path, end: int, next_end: int) -> None:
     TRANSFERS.killed_at(tmp_path, end, next_end)
 
 
-@pytest.mark.parametrize("end", RESERVATIONS.each_step(7))
+@pytest.mark.parametrize("end", RESERVATIONS.each_step(9))
 def test_a_controller_with_sub_channels_goes_on(tmp_path: Path, end: int) -> None:
     RESERVATIONS.killed_at(tmp_path, end)
 
 
-@pytest.mark.parametrize(("end", "next_end"), RESERVATIONS.each_pair(67))
+@pytest.mark.parametrize(("end", "next_end"), RESERVATIONS.each_pair(31))
 def test_it_does_so_also_if_the_next_emulator_is_killed_too(tmp_path: Path, end: int, next_end: int) -> None:
     RESERVATIONS.killed_at(tmp_path, end, next_end)

@@ -86,6 +86,6 @@ def test_both_processors_go_on(tmp_path: Path, end: int) -> None:
     MATRIX.killed_at(tmp_path, end)
 
 
-@pytest.mark.parametrize(("end", "next_end"), MATRIX.each_pair(83))
+@pytest.mark.parametrize(("end", "next_end"), MATRIX.each_pair(31))
 def test_also_if_the_next_emulator_is_killed_too(tmp_path: Path, end: int, next_end: int) -> None:
     MATRIX.killed_at(tmp_path, end, next_end)

@@ -142,7 +142,7 @@ def test_messages_of_timers_come_once_and_in_time(tmp_path: Path, end: int) -> N
     MESSAGES.killed_at(tmp_path, end)
 
 
-@pytest.mark.parametrize(("end", "next_end"), MESSAGES.each_pair(47))
+@pytest.mark.parametrize(("end", "next_end"), MESSAGES.each_pair(31))
 def test_also_if_the_next_emulator_is_killed_too(tmp_path: Path, end: int, next_end: int) -> None:
     MESSAGES.killed_at(tmp_path, end, next_end)
 
@@ -152,6 +152,6 @@ def test_a_timer_without_messages_interrupts_once(tmp_path: Path, end: int) -> N
     DIRECT.killed_at(tmp_path, end)
 
 
-@pytest.mark.parametrize(("end", "next_end"), DIRECT.each_pair(47))
+@pytest.mark.parametrize(("end", "next_end"), DIRECT.each_pair(31))
 def test_it_does_so_also_if_the_next_emulator_is_killed_too(tmp_path: Path, end: int, next_end: int) -> None:
     DIRECT.killed_at(tmp_path, end, next_end)
