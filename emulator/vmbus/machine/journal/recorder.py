@@ -285,10 +285,10 @@ class Recorder:
 
     def _guest(self, ready: dict[tuple[int, int], int]) -> dict[bytes, bytes | None]:
         parts = self._parts
+        # The TSC before the time that is saved with the partition: restored from both, time does not go back.
+        tsc = parts.clock.stopped_at or parts.clock.guest_tsc()
         partition = parts.partition.save()
         self._vps = len(partition.vps)
-        # The TSC after the time that was saved with the partition: time goes on from the later of both.
-        tsc = parts.clock.stopped_at or parts.clock.guest_tsc()
         hypervisor = SavedHypervisor(
             offered=self._offered,
             tsc=tsc,

@@ -61,9 +61,12 @@ class Fate:
     steps: int = 0
     dead: bool = False
     last: str = ""
+    watch: Callable[[], None] = lambda: None
+    """Called before each step: the guest's processor runs all the time."""
 
     def step(self, what: str) -> None:
         """Something is about to become visible."""
+        self.watch()
         if not self.dead:
             self.steps += 1
             self.last = what
@@ -229,6 +232,8 @@ class Machine:
         self.lines = list(lines)
         self.options = HostOptions(journal=True, features=features or Features())
         self.fates = [*(Fate(end) for end in ends), Fate()]
+        self.ticks = 0
+        """Ticks of the time stamp counter that have passed besides :meth:`advance`."""
         self.deaths: list[str] = []
         self.between: Callable[[], None] = lambda: None
         self.seconds = 0.0
@@ -284,7 +289,7 @@ class Machine:
     @property
     def tsc(self) -> int:
         """The processor's time stamp counter."""
-        return round((1000 + self.loop.seconds) * FREQUENCY)
+        return round((1000 + self.loop.seconds) * FREQUENCY) + self.ticks
 
     # --- the lives of emulators ---
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from vmbus.hypervisor.features import Features
+from vmbus.hypervisor.partition import Partition
+from vmbus.hypervisor.saved_state.values import VpState
 from vmbus.ports import PAGE_SIZE
 from vmbus.wire.msr import STIMER_CONFIG, Msr, StimerConfig
 from vmbus.wire.synic import REFERENCE_TSC_PAGE
 
 from tests.unit.machine.killed.guest import DIRECT_VECTOR, TIMER_SINT, TSC_PAGE, KilledGuest
+from tests.unit.machine.killed.machine import FREQUENCY
 from tests.unit.machine.killed.matrix import Matrix
 
 MS = 10_000
@@ -121,6 +125,45 @@ def direct(guest: KilledGuest) -> list[object]:
     return ticks
 
 
+def clock(guest: KilledGuest) -> list[object]:
+    """A clock whose page becomes valid while the guest reads it; to capture the state of a host takes a while."""
+    machine = guest.machine
+    captured = Partition._vps_in_use
+    last = 0
+
+    def capture(partition: Partition) -> tuple[VpState, ...]:
+        machine.ticks += FREQUENCY // 1000
+        return captured(partition)
+
+    def look() -> None:
+        nonlocal last
+        page = REFERENCE_TSC_PAGE.parse(guest.memory.read(TSC_PAGE * PAGE_SIZE, REFERENCE_TSC_PAGE.size))
+        if page.sequence:
+            time = (machine.tsc * page.scale >> 64) + page.offset
+            assert time >= last, f"time goes back by {last - time}"
+            last = time
+
+    def read() -> None:
+        nonlocal last
+        before = last  # another processor reads the page meanwhile
+        time = guest.rdmsr(Msr.TIME_REF_COUNT)
+        assert time >= before, f"time goes back by {before - time}"
+        last = max(last, time)
+
+    for fate in machine.fates:
+        fate.watch = look
+    with patch.object(Partition, "_vps_in_use", capture):
+        guest.boot()
+        read()
+        guest.wrmsr(Msr.REFERENCE_TSC, TSC_PAGE * PAGE_SIZE | 1)
+        for _ in range(3):
+            read()
+            look()
+            guest.settle()
+    return []
+
+
+CLOCK = Matrix(clock, 55, [], features=FEATURES)
 MESSAGES = Matrix(messages, 169, [], features=FEATURES)
 DIRECT = Matrix(direct, 84, [], features=FEATURES)
 
@@ -145,6 +188,16 @@ def test_messages_of_timers_come_once_and_in_time(tmp_path: Path, end: int) -> N
 @pytest.mark.parametrize(("end", "next_end"), MESSAGES.each_pair(31))
 def test_also_if_the_next_emulator_is_killed_too(tmp_path: Path, end: int, next_end: int) -> None:
     MESSAGES.killed_at(tmp_path, end, next_end)
+
+
+@pytest.mark.parametrize("end", CLOCK.each_step(2))
+def test_time_does_not_go_back(tmp_path: Path, end: int) -> None:
+    CLOCK.killed_at(tmp_path, end)
+
+
+@pytest.mark.parametrize(("end", "next_end"), CLOCK.each_pair(7))
+def test_time_does_not_go_back_over_two_deaths(tmp_path: Path, end: int, next_end: int) -> None:
+    CLOCK.killed_at(tmp_path, end, next_end)
 
 
 @pytest.mark.parametrize("end", DIRECT.each_step(3))
