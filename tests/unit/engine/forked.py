@@ -39,14 +39,14 @@ from vmbus.wire import gateway as wire
 from vmbus.wire.gateway import EmulatorState, TrapKind
 
 from tests.unit.machine.killed.machine import (
-    _DOORBELLS_AT,
-    _REQUEST_AT,
+    DOORBELLS_AT,
     FREQUENCY,
     RAM_SIZE,
+    REQUEST_AT,
     Fate,
     Machine,
-    _Gateway,
-    _Memory,
+    MortalGateway,
+    MortalMemory,
 )
 
 LIMIT = 60.0
@@ -73,7 +73,7 @@ class Fatal(Fate):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class _ForkedGateway(_Gateway):
+class _ForkedGateway(MortalGateway):
     _machine: ForkedMachine
 
     def journal_memory(self) -> mmap.mmap:
@@ -182,7 +182,7 @@ class ForkedMachine(Machine):
                 fate.step("committed")
 
         def map_file(path: Path, regions: Sequence[RamRegion], **more: Any) -> MappedMemory:
-            memory = _Memory(memoryview(self.ram), regions)
+            memory = MortalMemory(memoryview(self.ram), regions)
             memory.fate = fate
             return memory
 
@@ -285,12 +285,12 @@ class ForkedMachine(Machine):
 
     def end_trap(self, kind: TrapKind, vcpu: int = 0) -> int:
         answer = self._of_vcpu(vcpu, "answers") // 8
-        sequence = self.words[_REQUEST_AT // 8 + vcpu * wire.SLOTS]
+        sequence = self.words[REQUEST_AT // 8 + vcpu * wire.SLOTS]
         self.until(lambda: self.words[answer] == sequence, f"an answer to {kind.name}")
         return super().end_trap(kind, vcpu)
 
     def ring(self, number: int) -> None:
-        at = _DOORBELLS_AT + number
+        at = DOORBELLS_AT + number
         shift = 8 * (at % 4)
         before = self._set_bits(address_of(self.region) + at // 4 * 4, wire.DOORBELL_RUNG << shift)
         if before >> shift & wire.DOORBELL_ENGINE:

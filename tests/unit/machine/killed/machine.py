@@ -44,9 +44,9 @@ from vmbus_devices.scsi.disk import Disk
 RAM_SIZE = 4 << 20
 JOURNAL_SIZE = 256 << 10
 FREQUENCY = 1_000_000_000
-_VCPU_AT, _REQUEST_AT, _DOORBELLS_AT, _POSTS_AT, _CODE_AT = 4096, 8192, 12288, 20480, 40960
+_VCPU_AT, REQUEST_AT, DOORBELLS_AT, _POSTS_AT, _CODE_AT = 4096, 8192, 12288, 20480, 40960
 _REGION_SIZE = 1 << 16
-MAX_VCPUS = (_REQUEST_AT - _VCPU_AT) // wire.VCPU_SIZE
+MAX_VCPUS = (REQUEST_AT - _VCPU_AT) // wire.VCPU_SIZE
 
 
 class Killed(BaseException):
@@ -125,7 +125,7 @@ class _Pages(MappedPages):
         return super().set_bits_u32(offset, bits)
 
 
-class _Memory(MappedMemory):
+class MortalMemory(MappedMemory):
     """Guest memory that an emulator may be killed at, also in the middle of more than 8 bytes."""
 
     fate: Fate
@@ -179,7 +179,7 @@ class _Workers(FakeWorkers):
         """Nothing: there are no threads."""
 
 
-class _Gateway(Gateway):
+class MortalGateway(Gateway):
     """The client's end of the gateway; what goes over its socket is done at once."""
 
     def __init__(self, machine: Machine, fate: Fate) -> None:
@@ -254,8 +254,8 @@ class Machine:
             "vcpus_max": vcpus,
             "region_size": _REGION_SIZE,
             "vcpu_offset": _VCPU_AT,
-            "request_offset": _REQUEST_AT,
-            "doorbell_offset": _DOORBELLS_AT,
+            "request_offset": REQUEST_AT,
+            "doorbell_offset": DOORBELLS_AT,
             "post_offset": _POSTS_AT,
             "code_offset": _CODE_AT,
             "code_pages": 16,
@@ -303,7 +303,7 @@ class Machine:
                 super().commit(changes)
 
         def map_file(path: Path, regions: Sequence[RamRegion], **more: Any) -> MappedMemory:
-            memory = _Memory(memoryview(self.ram), regions)
+            memory = MortalMemory(memoryview(self.ram), regions)
             memory.fate = fate
             return memory
 
@@ -323,7 +323,7 @@ class Machine:
         words[self._post_word("first")] = words[self._post_word("head")]
         self.put("owner", self.get("owner") + 1)
         self.put("emulator", EmulatorState.ATTACHED)
-        gateway = _Gateway(self, fate)
+        gateway = MortalGateway(self, fate)
         gateway.take()
         found = takeover.find_guest(gateway, takeover=False)
         assert not isinstance(found, JournalRefused), found
@@ -481,7 +481,7 @@ class Machine:
         values = {name: registers.get(name, 0) for name in names}
         entry = wire.SLOT.build({"kind": kind, "flags": wire.SLOT_LONG_MODE, **values, "reserved": None})
         self.region[slot : slot + len(entry)] = entry
-        self.words[_REQUEST_AT // 8 + vcpu * wire.SLOTS] = self._sequence
+        self.words[REQUEST_AT // 8 + vcpu * wire.SLOTS] = self._sequence
         self._wake()
 
     def _of_vcpu(self, vcpu: int, name: str) -> int:
@@ -490,7 +490,7 @@ class Machine:
     def end_trap(self, kind: TrapKind, vcpu: int = 0) -> int:
         """Wait for the answer, and take it; the answer to a trap from before a reset is an ``AssertionError``."""
         answer = self._of_vcpu(vcpu, "answers") // 8
-        sequence = self.words[_REQUEST_AT // 8 + vcpu * wire.SLOTS]
+        sequence = self.words[REQUEST_AT // 8 + vcpu * wire.SLOTS]
         for _ in range(100):
             if self.words[answer] == sequence:
                 break
@@ -534,7 +534,7 @@ class Machine:
 
     def ring(self, number: int) -> None:
         """Ring a doorbell."""
-        self.region[_DOORBELLS_AT + number] = wire.DOORBELL_RUNG
+        self.region[DOORBELLS_AT + number] = wire.DOORBELL_RUNG
         self._wake()
 
     def close(self) -> None:
