@@ -235,6 +235,33 @@ async def test_a_missing_device_costs_its_channel_if_the_user_allows_it(tmp_path
     here.memory.close()
 
 
+async def test_a_device_that_was_taken_away_is_not_missed_before_its_guest_has_released_it(
+    tmp_path: Path,
+) -> None:
+    hosts = []
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        hosts.append(host_for(tmp_path / name, "0.1.0"))
+    here, there = hosts
+    here.migration.load((FOLDER / "0.1.0.bin").read_bytes())
+    here.migration.state.resume()
+    for each in hosts:
+        [echo] = [attached for attached in each.devices if attached.device.name == "echo"]
+        each.remove_device(echo)
+    here.migration.state.pause()
+    data = here.migration.state.save(1 << 16, memory_stays=False, pages=(), limit=1 << 20).data
+    there.migration.load(data)
+    assert there.problems.sentences == []
+    there.migration.state.resume()
+    states = {channel.offer.key: channel.state for channel in there.bus.channels}
+    assert states.pop(echo.channel.offer.key) is ChannelState.REVOKED
+    assert set(states.values()) == {ChannelState.OPEN}
+    for each in hosts:
+        each.partition.pause()
+        each.workers.close()
+        each.memory.close()
+
+
 async def test_a_snapshot_fits_without_a_device_if_the_user_allows_it(tmp_path: Path) -> None:
     with host(tmp_path, "shutdown", "echo") as here:
         state = here.migration.state

@@ -21,7 +21,7 @@ from vmbus.bus.io.snapshots import SnapshotDisk
 from vmbus.bus.io.state import RingPositions
 from vmbus.bus.saved_state.layout import SAVED_BUS
 from vmbus.bus.saved_state.restore import BusStateRefused, check_state
-from vmbus.bus.saved_state.values import BusState
+from vmbus.bus.saved_state.values import BusState, ChannelRecord
 from vmbus.bus.server import Bus
 from vmbus.errors import MalformedError, TooNewError, VmbusError
 from vmbus.hypervisor.features import Features
@@ -205,15 +205,23 @@ class BusSection:
 
     def open_channels(self, section: SavedSection | None) -> set[ChannelIdentity]:
         """Return the channels that are open in ``section``; none if it cannot be read, which a check refuses."""
-        try:
-            state = self._parsed(section) if section is not None else None
-        except MalformedError:
-            return set()
         return {
             ChannelIdentity(*each.key)
-            for each in (state.channels if state is not None else ())
+            for each in self._channels(section)
             if each.state is BusChannelState.OPEN
         }
+
+    def revoked_channels(self, section: SavedSection | None) -> set[ChannelIdentity]:
+        """Return the channels that were taken away, and that the guest has not released: no device has them."""
+        channels = self._channels(section)
+        there = {ChannelIdentity(*each.key) for each in channels if not each.revoking}
+        return {ChannelIdentity(*each.key) for each in channels if each.revoking} - there
+
+    def _channels(self, section: SavedSection | None) -> tuple[ChannelRecord, ...]:
+        try:
+            return self._parsed(section).channels if section is not None else ()
+        except MalformedError:
+            return ()
 
     def apply_restore(self, section: SavedSection) -> None:
         state = self._parsed(section)
@@ -448,7 +456,7 @@ class HostState:
 
         Raises :class:`~vmbus.saving.StateRefused`, before anything has changed unless a device refused.
         """
-        state = read_machine(data)
+        state = self._read(data)
         if state.ignored:
             _logger.warning(
                 "the state was written by %s, and has parts that this release does not know and may ignore: %s",
@@ -479,11 +487,25 @@ class HostState:
         before anything has changed.
         """
         self._hypervisor_section.same_host = True
-        lost = {**lost_channels.without_state(state, self._bus_section.open_channels(state.bus)), **lost}
+        state = self._without_revoked(state)
+        revoked = self._bus_section.revoked_channels(state.bus)
+        lost = {
+            **lost_channels.without_state(state, self._bus_section.open_channels(state.bus) - revoked),
+            **{channel: reason for channel, reason in lost.items() if channel not in revoked},
+        }
         found = dict(lost)
         state = lost_channels.without_devices_of(state, lost)
         self._apply(state, allow_missing=True, positions=positions, again=again, lost=found)
         self._lose(found)
+
+    def _read(self, data: bytes) -> MachineState:
+        return self._without_revoked(read_machine(data))
+
+    def _without_revoked(self, state: MachineState) -> MachineState:
+        """Leave out channels that the bus goes on to take away by itself: they are not offered again."""
+        revoked = self._bus_section.revoked_channels(state.bus)
+        kept = tuple(each for each in state.channels if each.identity not in revoked)
+        return dataclasses.replace(state, channels=kept) if revoked else state
 
     def _apply(
         self,
@@ -544,7 +566,7 @@ class HostState:
 
     def check(self, data: bytes, *, allow_missing: bool = False) -> None:
         """Raise :class:`~vmbus.saving.StateRefused` if ``data`` could not be restored, once guest memory is here."""
-        state = read_machine(data)
+        state = self._read(data)
         made = self._make_subchannels(state)
         try:
             self._restore(allow_missing=allow_missing).check(state)
@@ -571,7 +593,7 @@ class HostState:
 
         The guest may run; nothing is changed.
         """
-        state = read_machine(data)
+        state = self._read(data)
         there = {channel.identity: channel for channel in self._known()}
         for saved in state.channels:
             primary = there.get(dataclasses.replace(saved.identity, subchannel_index=0))

@@ -9,7 +9,18 @@ from vmbus.ports import PAGE_SIZE
 from vmbus.testing.loopback import COMPLETION, GPA_DIRECT, gpa_direct_extension, guest_packet
 
 from tests.unit.machine.killed.guest import KilledGuest
-from tests.unit.scsi.scsi_guest import BEGIN, CREATE, END, IN, OUT, PROPERTIES, VERSION, Answer, parse_answer
+from tests.unit.scsi.scsi_guest import (
+    BEGIN,
+    CREATE,
+    END,
+    IN,
+    OUT,
+    PROPERTIES,
+    RESET_BUS,
+    VERSION,
+    Answer,
+    parse_answer,
+)
 from tests.unit.scsi.scsi_guest import build_srb as build
 
 BLOCK = 512
@@ -53,6 +64,10 @@ class Storage:
         self.guest.packets[self.relid].clear()
         assert (answer.kind, answer.transaction_id) == (COMPLETION, number)
         return int(struct.unpack_from("<I", answer.payload, 8)[0])
+
+    def reset(self) -> int:
+        """Begin a reset of the bus; return its number."""
+        return self._send(self.relid, struct.pack("<III", RESET_BUS, 1, 0).ljust(64, b"\0"))
 
     # --- commands ---
 

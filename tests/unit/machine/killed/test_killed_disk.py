@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from vmbus.wire.messages import PAUSE, RESUME, HeaderOnly
+from vmbus.wire.messages import CLOSECHANNEL, PAUSE, RESUME, ChannelOnly, HeaderOnly
 from vmbus.wire.version import Feature, Version
 
 from tests.unit.machine.killed.guest import KilledGuest
@@ -103,6 +103,38 @@ def paused(guest: KilledGuest) -> list[object]:
     return [guest.names()]
 
 
+def interrupted(guest: KilledGuest) -> list[object]:
+    """Commands under way when the bus is reset, and when the guest closes the channel; a sub-channel leaves."""
+    guest.boot()
+    [offer] = guest.connect()
+    disk = Storage(guest, offer.relid)
+    disk.negotiate(subchannels=1)
+    [offered] = guest.take()
+    other = offered.message.relid
+    disk.open(other)
+    numbers = [disk.write(16 * each, pattern(each, 8)) for each in range(3)]
+    numbers.append(disk.reset())
+    beside = disk.read(100, 8, other)
+    guest.settle()
+    assert sorted(each.transaction_id for each in guest.packets[offer.relid]) == numbers
+    guest.packets[offer.relid].clear()
+    assert set(disk.end(other)) == {beside}
+    for each in range(3):
+        disk.write(16 * each, pattern(each + 3, 8))
+        disk.read(16 * each, 8, other)
+    guest.post(CLOSECHANNEL.build(ChannelOnly(offer.relid)))
+    [rescinded] = guest.take()
+    assert rescinded.message.relid == other
+    del guest.channels[other]
+    assert guest.release(other) == []
+    disk = Storage(guest, offer.relid)
+    disk.negotiate()
+    number = disk.read(0, 40)
+    assert disk.end()[number].good
+    return [guest.names()]
+
+
+INTERRUPTED = Matrix(interrupted, 281, lines)
 PAUSED = Matrix(paused, 196, lines)
 TRANSFERS = Matrix(transfers, 253, lines)
 RESERVATIONS = Matrix(reservations, 242, lines)
@@ -131,6 +163,18 @@ def test_the_sessions_have_a_guest_that_takes_no_messages(tmp_path: Path) -> Non
     assert isinstance(seen, list)
     opened = ["GPADL_CREATED", "OPENCHANNEL_RESULT"]
     assert seen[0][3:] == [*opened, "PAUSE_RESPONSE", "OFFERCHANNEL", *opened]
+
+
+def test_the_sessions_have_a_sub_channel_that_leaves(tmp_path: Path) -> None:
+    seen = INTERRUPTED.undisturbed(tmp_path)
+    assert isinstance(seen, list)
+    opened = ["GPADL_CREATED", "OPENCHANNEL_RESULT"]
+    assert seen[0][5:] == ["OFFERCHANNEL", *opened, "RESCIND_CHANNELOFFER", *opened]
+
+
+@pytest.mark.parametrize("end", INTERRUPTED.each_step(4))
+def test_commands_that_are_interrupted_end_once(tmp_path: Path, end: int) -> None:
+    INTERRUPTED.killed_at(tmp_path, end)
 
 
 @pytest.mark.parametrize("end", PAUSED.each_step(9))
