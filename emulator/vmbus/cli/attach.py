@@ -68,7 +68,7 @@ def add_parser(verbs: Any) -> None:
         "--journal",
         action="store_true",
         help="keep a journal, from which the next `vmbus attach` continues the guest if this one is killed; disks "
-        "must be raw images, and compiled code does not serve them",
+        "must be raw images",
     )
     add_supervise_option(parser)
     parser.add_argument(
