@@ -35,12 +35,13 @@ LONGEST = {"frames": 4096, "saved_states": 4096, "nbd_negotiation": 512, "nbd_re
     "channel_messages": 512,
     "gateway_socket": 12400,
     "journal": 4200,
+    "mirror": 1024,
 }
 LEDGER = BUILD / "executions.json"
 """What was executed so far, in all runs: target → executions and seconds of processor time."""
 NAMES = (
     *("frames", "saved_states", "nbd_negotiation", "nbd_replies", "storvsp", "channel_messages"),
-    *("gateway_socket", "journal"),
+    *("gateway_socket", "journal", "mirror"),
 )
 
 
@@ -193,6 +194,7 @@ PARTS = {
     ),
     "channel_messages": ("vmbus/bus/messages.py", "vmbus/bus/contact.py", "vmbus/bus/channel/gpadl.py"),
     "journal": ("vmbus/machine/journal/reading.py", "vmbus/machine/journal/store.py"),
+    "mirror": ("vmbus/machine/engine/mirror.py",),
     "gateway_socket": (
         *("vmbus/machine/gateway/client.py", "vmbus/machine/gateway/conversation.py"),
         "vmbus/machine/gateway/journal.py",

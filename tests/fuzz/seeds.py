@@ -11,6 +11,8 @@ import uuid
 from typing import Any
 
 from vmbus.bus.messages import PostResult
+from vmbus.machine.engine.mirror import SlotState
+from vmbus.testing.loopback import COMPLETION, guest_packet
 from vmbus.testing.scripted import ForgetfulEndpoint, ScriptedGuest, an_offer
 from vmbus.wire import gateway as wire
 from vmbus.wire.frame import build_frame
@@ -18,6 +20,7 @@ from vmbus.wire.journal import ENTRY_SIZE, MARK_SIZE, MIN_SIZE, RECORD_SIZE, hal
 
 from tests.fuzz import compiled
 from tests.fuzz.journal import input_of
+from tests.fuzz.mirror import input_of as mirror_input
 from tests.fuzz.targets import CORPUS, STATES
 from tests.unit.machine.journal.forged import entry, memory_with, record
 from tests.unit.nbd.nbd_server import (
@@ -199,6 +202,24 @@ def journals() -> dict[str, bytes]:
     }
 
 
+def mirrors() -> dict[str, bytes]:
+    """Return a channel that compiled code has, with a packet and an answer, and one that is Python's."""
+    packet = guest_packet(b"again", transaction_id=22, flags=1)
+    answer = guest_packet(b"answer", kind=COMPLETION, transaction_id=21)
+    slots = (
+        ((0, SlotState.TAKEN, 3, 1, 2, 0, len(packet), 0), packet),
+        ((1, SlotState.DONE, 3, 1, 1, 1, 0, len(answer)), answer),
+    )
+    given = (1, 1, 2 << 32 | 80, 160, 4)
+    return {
+        "given": mirror_input((7, 3, 1, 4, 1, 9), given, *slots),
+        "given-since": mirror_input((7, 3, 1, 3, 0, 2), given, *slots),
+        "recalled": mirror_input((7, 3, 1, 4, 0, 9), given, slots[0]),
+        "adopted": mirror_input((7, 3, 1, 4, 0, 2), given, ((5, SlotState.PYTHON, *slots[0][0][2:]), packet)),
+        "as-it-is": mirror_input((6, 3, 1, 4, 0, 9), given, *slots, right=False),
+    }
+
+
 def main() -> None:
     ids = {"machine": uuid.UUID(int=1), "migration": uuid.UUID(int=2)}
     frames = {
@@ -213,6 +234,7 @@ def main() -> None:
         "channel_messages": messages(),
         "gateway_socket": gateways(),
         "journal": journals(),
+        "mirror": mirrors(),
         **compiled.seeds(),
     }.items():
         folder = CORPUS / target

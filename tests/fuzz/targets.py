@@ -8,6 +8,7 @@
     channel_messages  messages that a guest posts
     gateway_socket    the gateway's answer, and the memory that QEMU shares
     journal           the memory that a killed emulator leaves to the next one
+    mirror            what compiled code has left beside it
 
 An exception that the declared ones do not cover is a finding. :mod:`tests.fuzz.guided` runs them;
 ``tests/fuzz/corpus`` has their seeds, and every input that was once a finding.
@@ -52,6 +53,7 @@ from vmbus_devices.scsi.disk import Disk
 
 from tests.fuzz.flat import FlatMemory
 from tests.fuzz.journal import JournalMemory
+from tests.fuzz.mirror import MirrorMemory
 
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"
@@ -486,4 +488,5 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "channel_messages": ChannelMessages,
     "gateway_socket": GatewaySocket,
     "journal": JournalMemory,
+    "mirror": MirrorMemory,
 }
