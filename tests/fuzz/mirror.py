@@ -16,7 +16,7 @@ from vmbus.machine.engine.layout import (
     VERSION,
     Mirror,
 )
-from vmbus.machine.journal.recovery import _continued
+from vmbus.machine.journal.recovery import continued
 from vmbus.machine.journal.values import ChannelValue, Link
 from vmbus.saving.state import ChannelState
 from vmbus.wire.saved import ChannelAxes, ChannelIdentity, SavedChannel, SavedCompletion
@@ -57,7 +57,7 @@ class MirrorMemory:
         link = self._fill(data.ljust(1 + _OF_LINK.size + _OF_CHANNEL.size, b"\0"))
         value = ChannelValue(1, 8, 16, (link,), b"")
         try:
-            found, positions, packets = _continued(value, _STATE, self._mirror)
+            found, positions, packets = continued(value, _STATE, self._mirror)
         except (GuestError, DeviceError):
             return
         self.accepted += 1

@@ -108,7 +108,7 @@ def recover(memory: mmap.mmap | memoryview) -> RecoveredGuest:
         try:
             channel, state = _channel(value, identity)
             if channel.is_open:
-                state, positions[identity], again[identity] = _continued(channel, state, found)
+                state, positions[identity], again[identity] = continued(channel, state, found)
         except (GuestError, DeviceError, StateRefused) as error:
             lost[identity] = str(error)
             continue
@@ -151,7 +151,7 @@ def contents_of(memory: mmap.mmap | memoryview) -> Contents:
         return read(journal)
 
 
-def _continued(
+def continued(
     value: ChannelValue, state: ChannelState, found: Mirror | None
 ) -> tuple[ChannelState, RingPositions, tuple[Packet, ...]]:
     """Return a channel's state with what compiled code had done since, its positions, and the packets left to do.
