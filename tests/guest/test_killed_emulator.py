@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import shutil
@@ -9,7 +10,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from vmbus.machine.journal.store import Journal, read
+from vmbus.machine.journal.areas import areas
+from vmbus.machine.journal.recovery import contents_of
+from vmbus.machine.journal.store import Journal
 from vmbus.machine.journal.values import identity_of, is_channel
 from vmbus.wire.ic import HEARTBEAT_INSTANCE
 
@@ -48,15 +51,18 @@ def damage_heartbeat(qemu: int) -> None:
         if each.is_symlink() and "vmbus-journal" in str(each.readlink())
     ]
     with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as memory:
-        found = read(memory)
+        found = contents_of(memory)
         [key] = [
             key
             for key in found.values
             if is_channel(key) and identity_of(key).instance_id == HEARTBEAT_INSTANCE
         ]
-        journal = Journal.resume(memory, found)
-        journal.commit({key: b"damaged"})
-        journal.close()
+        store, beside = areas(memory)
+        with beside or contextlib.nullcontext():
+            journal = Journal.resume(store, found)
+            journal.commit({key: b"damaged"})
+            journal.close()
+        store.release()
 
 
 async def test_a_device_whose_state_is_lost_begins_anew_in_its_guest(tmp_path: Path, user: User) -> None:

@@ -297,6 +297,6 @@ async def test_a_guest_of_attach_is_supervised(tmp_path: Path) -> None:
 
 async def test_a_disk_that_could_not_go_on_is_refused_before_the_guest_starts(tmp_path: Path) -> None:
     said = await asked(
-        tmp_path, "run", "--supervise", "--device", "scsi,format=memory,size=1M", "--", "true", status=1
+        tmp_path, "run", "--name", "a", "--supervise", "--device", "scsi,format=memory,size=1M", status=1
     )
     assert "--supervise cannot have it" in said, said

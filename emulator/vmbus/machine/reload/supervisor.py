@@ -98,9 +98,8 @@ class Supervisor:
         Return why the service ended instead, if QEMU has ended, too, or the guest has left. Raises
         :class:`~vmbus.errors.UserError` for a guest that cannot be taken over.
         """
+        self._died(ended, how)
         while True:
-            self._count(ended, how)
-            _logger.warning("the emulator ended unexpectedly (%s); the next one takes the guest over", how)
             begun = self._clock()
             worker = Worker.start(ended.program, supervised=True)
             try:
@@ -109,6 +108,7 @@ class Supervisor:
                 ended, how = worker, await worker.close()
                 if (reason := await self._machines.ended()) is not None:
                     return reason
+                self._died(ended, how)
                 continue
             except ReloadFailed as error:
                 await worker.close()
@@ -153,8 +153,8 @@ class Supervisor:
         answer = await worker.link.hear("recovered", "left", timeout=_RECOVER_TIMEOUT)
         return answer.kind == "recovered"
 
-    def _count(self, ended: Worker, how: str) -> None:
-        """Count a death. Raises :class:`~vmbus.errors.UserError` when too many came too soon."""
+    def _died(self, ended: Worker, how: str) -> None:
+        """Count a death, and tell it. Raises :class:`~vmbus.errors.UserError` when too many came too soon."""
         limit = KILLED_IN_A_ROW if ended.process.returncode == -signal.SIGKILL else IN_A_ROW
         served = self._clock() - self._began
         self._in_a_row = self._in_a_row + 1 if served < SHORT else 1
@@ -164,6 +164,7 @@ class Supervisor:
                 f"{self._in_a_row} emulators of this guest ended one after the other, each within {SHORT:g} s, the "
                 f"last one thus: {how}; the guest is given up. Their messages are above"
             )
+        _logger.warning("the emulator ended unexpectedly (%s); the next one takes the guest over", how)
 
     def close(self) -> None:
         """Close the control socket's descriptor; safe to call twice."""
