@@ -268,6 +268,9 @@ async def test_a_process_that_is_killed_in_a_move_is_replaced_where_the_guest_is
             guest,
             timeout=LIMIT,
         )
+        qmp = await Qmp.connect(str(tmp_path / "vmbus" / "a" / "qmp.sock"))
+        await qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 30})
+        await qmp.close()
         # It can move now, and is replaced there.
         await asked(tmp_path, "migrate", "a")
         await killed(guest)

@@ -402,6 +402,7 @@ def test_an_image_that_was_looked_at_is_opened_by_one_daemon_and_looked_at_again
         [process] = children() - before
         found = {str(each.readlink()) for each in Path(f"/proc/{process}/fd").iterdir()}
         backend.unlock()
+        wait(lambda: children() == before, "the end of the daemon")
         return found & {str(first), str(second), str(overlay)}
 
     for _ in range(2):
@@ -413,7 +414,7 @@ def test_an_image_that_was_looked_at_is_opened_by_one_daemon_and_looked_at_again
     qemu_img("rebase", "-u", "-b", secret, "-F", "raw", overlay)
     backend.lock()
     with pytest.raises(VmbusError, match="which is not one of the files in backing="):
-        backend.claim(30)
+        backend.claim(10)
 
 
 def test_an_overlay_grows_without_showing_what_is_under_it(
