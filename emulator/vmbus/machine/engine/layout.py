@@ -67,7 +67,7 @@ class CommandKind(IntEnum):
     COUNTS = 4
     """Copy the counters."""
     MIRROR = 7
-    """Write the mirror into other memory from now on: no channel was given yet."""
+    """Write the mirror into other memory from now on: no channel is given."""
     OPEN_QUEUE = 5
     CLOSE_QUEUE = 6
     """The server has ended: what is under way in the queue has failed."""

@@ -35,9 +35,11 @@ IN_A_ROW = 10
 KILLED_IN_A_ROW = 100
 """The same for workers that are killed by SIGKILL: of what they have taken over they would die in another way."""
 SHORT = 0.5
+"""Seconds of service, measured from the take-over."""
 _RECOVER_TIMEOUT = 180.0
 """Seconds in which a worker attaches: it waits until transfers of the one before have ended."""
 _SERVING_TIMEOUT = 60.0
+"""Seconds in which a new worker serves the guest, or ends, once the one that handed it over has ended."""
 
 
 class SupervisedMachines(Protocol):
@@ -131,7 +133,7 @@ class Supervisor:
             self.takeovers += 1
             self._began = self._clock()
             _logger.warning(
-                "process %d serves the guest since %.0f ms after that",
+                "process %d serves the guest now, %.0f ms later",
                 worker.process.pid,
                 (self._began - begun) * 1000,
             )
